@@ -1,0 +1,131 @@
+//! What is counted: connections, by family, direction, verdict and reason.
+
+use crate::family::Family;
+
+macro_rules! counted {
+    ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $variant:ident = $label:literal,)+ }) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[repr(u8)]
+        pub enum $name { $($(#[$doc])* $variant,)+ }
+
+        impl $name {
+            /// Every value, in the order of its number.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)+];
+
+            /// The label that metrics and tables show.
+            #[must_use]
+            pub const fn label(self) -> &'static str {
+                match self { $(Self::$variant => $label,)+ }
+            }
+        }
+    };
+}
+
+counted! {
+    /// Which way a connection goes, seen from the pod.
+    Direction {
+        /// From the pod's application.
+        Outbound = "outbound",
+        /// To the pod.
+        Inbound = "inbound",
+        /// From the proxy to the pod's application.
+        Delivery = "delivery",
+        /// A socket that binds an address.
+        Bind = "bind",
+    }
+}
+
+counted! {
+    /// What became of a connection.
+    Verdict {
+        /// Given to the node proxy.
+        Steered = "steered",
+        /// Left alone.
+        Passed = "passed",
+        /// Refused or held: its packets are dropped.
+        Dropped = "dropped",
+    }
+}
+
+counted! {
+    /// Why.
+    Reason {
+        /// An enrolled pod's connection.
+        Enrolled = "enrolled",
+        /// The node proxy's own connection.
+        Proxy = "proxy",
+        /// To 127.0.0.1 or ::1.
+        Loopback = "loopback",
+        /// To an address of the pod itself.
+        OwnAddress = "own_address",
+        /// To an IPv6 link-local address or to a multicast group.
+        LinkScoped = "link_scoped",
+        /// To the proxy's tunnel port 15008.
+        TunnelPort = "tunnel_port",
+        /// The pod takes inbound connections without the proxy.
+        BypassInbound = "bypass_inbound",
+        /// Neither TCP nor DNS. Not counted.
+        NotSteered = "not_steered",
+        /// An exclusion of the node or of the pod.
+        Excluded = "excluded",
+        /// A DNS question, to the proxy's resolver.
+        Dns = "dns",
+        /// A probe of the node's kubelet.
+        Probe = "probe",
+        /// An application wants one of the proxy's ports for itself.
+        ProxyPort = "proxy_port",
+        /// From or to a network behind the pod (containers in the pod), which nobody declared.
+        Forwarded = "forwarded",
+        /// It would leave the pod past the proxy: the connect hook did not see it, or it lost the mark that it was given.
+        Unmarked = "unmarked",
+        /// No node proxy listens in the pod: held until one does.
+        NoListener = "no_listener",
+        /// A listener is there, but the kernel refuses to give it the connection.
+        AssignFailed = "assign_failed",
+        /// A TCP header split over fragments, where no established connection is.
+        Fragmented = "fragmented",
+        /// Headers that end too early or never end.
+        Malformed = "malformed",
+        /// The socket refused its mark.
+        MarkFailed = "mark_failed",
+    }
+}
+
+/// How many counters there are: the capacity of the map `COUNTERS`.
+pub const COUNTERS: u32 =
+    (Family::ALL.len() * Direction::ALL.len() * Verdict::ALL.len() * Reason::ALL.len()) as u32;
+
+/// The place of a counter in the map `COUNTERS`.
+#[must_use]
+#[inline(always)]
+pub const fn index(family: Family, direction: Direction, verdict: Verdict, reason: Reason) -> u32 {
+    ((family as u32 * Direction::ALL.len() as u32 + direction as u32) * Verdict::ALL.len() as u32
+        + verdict as u32)
+        * Reason::ALL.len() as u32
+        + reason as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn every_counter_has_a_place_of_its_own() {
+        let mut seen = HashSet::new();
+        for family in Family::ALL {
+            for &direction in Direction::ALL {
+                for &verdict in Verdict::ALL {
+                    for &reason in Reason::ALL {
+                        let place = index(family, direction, verdict, reason);
+                        assert!(place < COUNTERS);
+                        assert!(seen.insert(place));
+                    }
+                }
+            }
+        }
+        assert_eq!(seen.len(), COUNTERS as usize);
+    }
+}

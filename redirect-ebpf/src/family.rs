@@ -1,0 +1,173 @@
+//! The two address families, as a value ([`Family`]) and as types ([`Ipv4`], [`Ipv6`]) for code that is written once
+//! and compiled for both.
+
+use core::fmt;
+use core::hash::Hash;
+
+/// An IP address family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Family {
+    /// IPv4, including v4-mapped IPv6 addresses (`::ffff:a.b.c.d`), which are IPv4 on the wire.
+    Ipv4 = 0,
+    /// IPv6.
+    Ipv6 = 1,
+}
+
+impl Family {
+    /// Both families, IPv4 first.
+    pub const ALL: [Self; 2] = [Self::Ipv4, Self::Ipv6];
+
+    /// The name that people read: `IPv4` or `IPv6`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ipv4 => "IPv4",
+            Self::Ipv6 => "IPv6",
+        }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// An address family as a type, with what differs between the two.
+pub trait Ip: Copy + 'static {
+    /// An address in network byte order.
+    type Address: Copy + Eq + Hash + fmt::Debug;
+
+    /// The family as a value.
+    const FAMILY: Family;
+
+    /// The Ethernet protocol number of the family's packets.
+    const ETHER_TYPE: u16;
+
+    /// The address in sixteen bytes: IPv4 in its v4-mapped form.
+    fn widen(address: Self::Address) -> [u8; 16];
+
+    /// Whether `connect()` to the address stays on this host as far as Istio's rules go: 127.0.0.1 and ::1, no more of
+    /// 127.0.0.0/8, and the unspecified address, which the kernel takes for them.
+    fn is_loopback(address: Self::Address) -> bool;
+
+    /// Whether a DNS server at the address is on this host: all of 127.0.0.0/8, where stub resolvers such as 127.0.0.53
+    /// are. Istio leaves out whatever leaves through `lo`.
+    fn is_local_resolver(address: Self::Address) -> bool;
+
+    /// Whether the address means something only on its link (IPv6 link-local) or is a group (multicast, broadcast).
+    /// IPv4 link-local unicast is not: cloud metadata servers live there and Istio steers connections to them.
+    fn is_link_scoped(address: Self::Address) -> bool;
+}
+
+/// IPv4 as a type.
+#[derive(Clone, Copy, Debug)]
+pub struct Ipv4;
+
+/// IPv6 as a type.
+#[derive(Clone, Copy, Debug)]
+pub struct Ipv6;
+
+impl Ip for Ipv4 {
+    type Address = [u8; 4];
+    const FAMILY: Family = Family::Ipv4;
+    const ETHER_TYPE: u16 = 0x0800;
+
+    #[inline(always)]
+    fn widen([a, b, c, d]: Self::Address) -> [u8; 16] {
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
+    }
+
+    #[inline(always)]
+    fn is_loopback(address: Self::Address) -> bool {
+        matches!(u32::from_be_bytes(address), 0 | 0x7f00_0001)
+    }
+
+    #[inline(always)]
+    fn is_local_resolver([first, ..]: Self::Address) -> bool {
+        first == 127
+    }
+
+    #[inline(always)]
+    fn is_link_scoped([first, ..]: Self::Address) -> bool {
+        first >= 224
+    }
+}
+
+impl Ip for Ipv6 {
+    type Address = [u8; 16];
+    const FAMILY: Family = Family::Ipv6;
+    const ETHER_TYPE: u16 = 0x86dd;
+
+    #[inline(always)]
+    fn widen(address: Self::Address) -> [u8; 16] {
+        address
+    }
+
+    #[inline(always)]
+    fn is_loopback(address: Self::Address) -> bool {
+        u128::from_be_bytes(address) <= 1
+    }
+
+    #[inline(always)]
+    fn is_local_resolver(address: Self::Address) -> bool {
+        Self::is_loopback(address)
+    }
+
+    #[inline(always)]
+    fn is_link_scoped([first, second, ..]: Self::Address) -> bool {
+        first == 0xff || (first == 0xfe && second & 0xc0 == 0x80)
+    }
+}
+
+/// The IPv4 address inside a v4-mapped IPv6 address (`::ffff:a.b.c.d`), if it is one.
+#[must_use]
+#[inline(always)]
+pub fn v4_mapped(address: [u8; 16]) -> Option<[u8; 4]> {
+    let bits = u128::from_be_bytes(address);
+    if bits >> 32 == 0xffff { Some((bits as u32).to_be_bytes()) } else { None }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
+    use super::*;
+
+    fn v6(text: &str) -> [u8; 16] {
+        text.parse::<Ipv6Addr>().unwrap().octets()
+    }
+
+    #[test]
+    fn loopback_is_one_address_per_family() {
+        assert!(Ipv4::is_loopback([127, 0, 0, 1]));
+        assert!(!Ipv4::is_loopback([127, 0, 0, 2]));
+        assert!(Ipv4::is_loopback([0, 0, 0, 0]));
+        assert!(Ipv6::is_loopback(v6("::1")));
+        assert!(Ipv6::is_loopback(v6("::")));
+        assert!(!Ipv6::is_loopback(v6("::2")));
+    }
+
+    #[test]
+    fn link_scope() {
+        assert!(Ipv4::is_link_scoped([224, 0, 0, 1]));
+        assert!(Ipv4::is_link_scoped([255, 255, 255, 255]));
+        assert!(!Ipv4::is_link_scoped([169, 254, 169, 254]));
+        assert!(Ipv6::is_link_scoped(v6("fe80::1")));
+        assert!(Ipv6::is_link_scoped(v6("febf::1")));
+        assert!(Ipv6::is_link_scoped(v6("ff02::1")));
+        assert!(!Ipv6::is_link_scoped(v6("fec0::1")));
+        assert!(!Ipv6::is_link_scoped(v6("fd00::1")));
+    }
+
+    #[test]
+    fn v4_mapped_addresses_are_found_and_no_others() {
+        let mapped = Ipv4Addr::new(10, 1, 2, 3).to_ipv6_mapped().octets();
+        assert_eq!(v4_mapped(mapped), Some([10, 1, 2, 3]));
+        assert_eq!(Ipv4::widen([10, 1, 2, 3]), mapped);
+        for text in ["::1", "::a01:203", "64:ff9b::a01:203", "::ffff:0:a01:203", "fd00::ffff:a01:203"] {
+            assert_eq!(v4_mapped(v6(text)), None, "{text}");
+        }
+    }
+}

@@ -1,0 +1,20 @@
+//! What the kernel side and user space of ambient-redirect share: map layouts, constants of the data path, and the
+//! pure decisions, free of `std` and tested on the host.
+//!
+//! The programs themselves are in `main.rs` and its `kernel` module; they are thin: read the context, call a decision
+//! from here, carry it out, count it.
+//!
+//! Everything that crosses the border between kernel and user space is in network byte order, has no padding and a
+//! size that is asserted at compile time.
+#![cfg_attr(not(test), no_std)]
+#![cfg_attr(not(feature = "user"), forbid(unsafe_code))]
+
+pub mod constants;
+pub mod count;
+pub mod decide;
+pub mod family;
+pub mod maps;
+pub mod packet;
+
+pub use count::{Direction, Reason, Verdict};
+pub use family::{Family, Ip, Ipv4, Ipv6};

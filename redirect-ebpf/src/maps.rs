@@ -1,0 +1,381 @@
+//! Layouts of the map entries.
+//!
+//! | map | type | key | value |
+//! |---|---|---|---|
+//! | `PODS` | hash | network namespace cookie, `u64` in host order as the kernel hands it out | [`Pod`] |
+//! | `POD_IPV4`, `POD_IPV6` | hash | address, network order | [`PodAddress`] |
+//! | `PROXY_CGROUPS` | hash | cgroup v2 id of a node proxy, `u64` in host order | [`ProxyCgroup`] |
+//! | `CONFIG` | array of one | – | [`Config`] |
+//! | `EXCLUDED_IPV4`, `EXCLUDED_IPV6` | LPM trie | [`ExcludedAddress`] | `u8`, no meaning |
+//! | `EXCLUDED_PORTS` | hash | [`ExcludedPort`] | `u8`, no meaning |
+//! | `PROBES` | LRU hash | [`Tuple`] | `u64`, when the probe began, in nanoseconds of `bpf_ktime_get_ns` |
+//! | `ASKED` | socket storage | – | [`Asked`] |
+//! | `HANDED_OVER` | LRU hash | [`Tuple`] | [`HandedOver`] |
+//! | `LISTENERS` | socket hash | [`ListenerKey`] | a listener of a node proxy, put there by the kernel side itself |
+//! | `COUNTERS` | per-CPU array | [`crate::count::index`] | `u64`, connections |
+
+use core::mem::{align_of, size_of};
+
+use crate::count::Direction;
+
+/// An enrolled pod, found by the cookie of its network namespace.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C)]
+pub struct Pod {
+    /// [`PodFlags`] as bits.
+    pub flags: u32,
+}
+
+/// Who owns an address of an enrolled pod.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C)]
+pub struct PodAddress {
+    /// Cookie of the pod's network namespace, host order.
+    pub netns_cookie: u64,
+}
+
+/// A cgroup whose processes are a node proxy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C)]
+pub struct ProxyCgroup {
+    /// How many connected proxies run in this cgroup.
+    pub proxies: u32,
+}
+
+/// Settings of the kernel side that hold for the whole node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Config {
+    /// Cookie of the host's network namespace, host order.
+    pub host_cookie: u64,
+    /// [`ConfigFlags`] as bits; 64 bits wide, so that there is no padding.
+    pub flags: u64,
+}
+
+/// The addresses and ports of a connection, as its SYN has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Tuple {
+    /// Source address; IPv4 in its v4-mapped form.
+    pub source: [u8; 16],
+    /// Destination address; IPv4 in its v4-mapped form.
+    pub destination: [u8; 16],
+    /// Source port, network order.
+    pub source_port: [u8; 2],
+    /// Destination port, network order.
+    pub destination_port: [u8; 2],
+}
+
+/// A connection that TC hands over to the socket lookup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct HandedOver {
+    /// Where it is to go.
+    pub listener: ListenerKey,
+    /// When it was handed over, in nanoseconds of `bpf_ktime_get_ns`.
+    pub time: u64,
+}
+
+/// A node proxy's listener in a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct ListenerKey {
+    /// Cookie of the pod's network namespace, host order.
+    pub netns_cookie: u64,
+    /// The listener's port, host order; 64 bits wide, so that there is no padding.
+    pub port: u64,
+}
+
+const _: () = {
+    assert!(size_of::<Tuple>() == 36 && align_of::<Tuple>() == 1);
+    assert!(size_of::<HandedOver>() == 24 && size_of::<ListenerKey>() == 16);
+    assert!(size_of::<Pod>() == 4 && align_of::<Pod>() == 4);
+    assert!(size_of::<PodAddress>() == 8 && align_of::<PodAddress>() == 8);
+    assert!(size_of::<ProxyCgroup>() == 4 && align_of::<ProxyCgroup>() == 4);
+    assert!(size_of::<Config>() == 16 && align_of::<Config>() == 8);
+};
+
+/// The key of `EXCLUDED_PORTS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct ExcludedPort {
+    /// Which connections are meant.
+    pub scope: Scope,
+    /// Destination port, network order.
+    pub port: [u8; 2],
+}
+
+/// The key of `EXCLUDED_IPV4` and `EXCLUDED_IPV6`, without the prefix length, which counts [`Scope::BITS`] more than that
+/// of the address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct ExcludedAddress<A> {
+    /// Which connections are meant.
+    pub scope: Scope,
+    /// The peer's address: the destination of outbound connections, the source of inbound ones.
+    pub address: A,
+}
+
+/// Which connections an exclusion is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct Scope {
+    /// Cookie of the pod's network namespace, big endian; zero: every pod of the node.
+    pub netns_cookie: [u8; 8],
+    /// [`Direction`] as a number.
+    pub direction: u8,
+}
+
+impl Scope {
+    /// How many bits of a trie's key the scope takes.
+    pub const BITS: u32 = 72;
+
+    /// Connections of one direction, of a pod or (cookie zero) of every pod.
+    #[must_use]
+    #[inline(always)]
+    pub const fn new(netns_cookie: u64, direction: Direction) -> Self {
+        Self { netns_cookie: netns_cookie.to_be_bytes(), direction: direction as u8 }
+    }
+}
+
+/// The DNS servers that a socket asked, kept with the socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Asked {
+    /// When the last question to a server of its own was sent, in nanoseconds of `bpf_ktime_get_ns`.
+    pub time: u64,
+    /// The server that the socket is connected to, if it is.
+    pub peer: Server,
+    /// The latest servers of questions that named theirs, in a ring.
+    pub servers: [Server; Asked::RING],
+    /// How many such questions were sent.
+    pub sent: u32,
+    /// How many of them were answered.
+    pub answered: u32,
+    /// 1 if the socket is connected to a server, else 0.
+    pub connected: u32,
+}
+
+impl Asked {
+    /// How many servers are remembered: resolvers ask three at most.
+    pub const RING: usize = 4;
+
+    /// Nothing asked.
+    pub const NOTHING: Self = Self {
+        time: 0,
+        peer: Server::NONE,
+        servers: [Server::NONE; Self::RING],
+        sent: 0,
+        answered: 0,
+        connected: 0,
+    };
+
+    /// After such a pause, in nanoseconds, whatever was not answered before counts as lost: less than any resolver waits
+    /// until it asks again, more than an answer usually takes.
+    pub const PAUSE: u64 = 700_000_000;
+
+    /// Connects the socket to a server.
+    #[inline(always)]
+    pub fn connect(&mut self, server: Server) {
+        self.peer = server;
+        self.connected = 1;
+        // A connected socket drops what others sent to it before.
+        self.answered = self.sent;
+    }
+
+    /// Remembers the server of a question that names it.
+    #[inline(always)]
+    pub fn ask(&mut self, server: Server, now: u64) {
+        if now.wrapping_sub(self.time) > Self::PAUSE {
+            self.answered = self.sent;
+        }
+        self.time = now;
+        if let Some(place) = self.servers.get_mut(self.sent as usize % Self::RING) {
+            *place = server;
+        }
+        self.sent = self.sent.wrapping_add(1);
+    }
+
+    /// The server that an answer is from: of the questions that are open, the oldest one's. Answers carry nothing that the
+    /// kernel side sees and that tells them apart.
+    #[inline(always)]
+    pub fn answer(&mut self) -> Option<Server> {
+        let open = self.sent.wrapping_sub(self.answered);
+        // Two threads that read at once may have counted one answer too many.
+        if open == 0 || open > u32::MAX / 2 {
+            return self
+                .peer()
+                .or_else(|| self.servers.get(self.sent.wrapping_sub(1) as usize % Self::RING).copied());
+        }
+        if open as usize > Self::RING {
+            // The oldest are no longer known.
+            self.answered = self.sent.wrapping_sub(Self::RING as u32);
+        }
+        let place = self.answered as usize % Self::RING;
+        self.answered = self.answered.wrapping_add(1);
+        self.servers.get(place).copied()
+    }
+
+    /// The server that the socket is connected to.
+    #[inline(always)]
+    pub fn peer(&self) -> Option<Server> {
+        if self.connected == 1 { Some(self.peer) } else { None }
+    }
+}
+
+/// A DNS server.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Server {
+    /// Its address; IPv4 in its v4-mapped form.
+    pub address: [u8; 16],
+    /// Its port, as the kernel's socket address has it: network order in the first two bytes.
+    pub port: u32,
+}
+
+impl Server {
+    const NONE: Self = Self { address: [0; 16], port: 0 };
+}
+
+const _: () = {
+    assert!(size_of::<ExcludedPort>() == 11 && size_of::<ExcludedAddress<[u8; 4]>>() == 13);
+    assert!(size_of::<ExcludedAddress<[u8; 16]>>() == 25 && Scope::BITS == 8 * size_of::<Scope>() as u32);
+    assert!(size_of::<Asked>() == 120 && size_of::<Server>() == 20);
+};
+
+macro_rules! flags {
+    ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $flag:ident = $bit:literal,)+ }) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        pub struct $name(pub u32);
+
+        impl $name {
+            $($(#[$doc])* pub const $flag: Self = Self(1 << $bit);)+
+
+            /// Whether every switch of `other` is on.
+            #[must_use]
+            #[inline(always)]
+            pub const fn contains(self, other: Self) -> bool {
+                self.0 & other.0 == other.0
+            }
+
+            /// The same, with `other` on if `on`.
+            #[must_use]
+            pub const fn with(self, other: Self, on: bool) -> Self {
+                Self(if on { self.0 | other.0 } else { self.0 & !other.0 })
+            }
+        }
+    };
+}
+
+flags! {
+    /// Switches of one pod.
+    PodFlags {
+        /// Inbound connections reach the application without the proxy (`ambient.istio.io/bypass-inbound-capture`).
+        BYPASS_INBOUND = 0,
+        /// The pod's DNS questions go to the proxy's resolver.
+        DNS = 1,
+        /// There are exclusions for this pod alone.
+        EXCLUSIONS = 2,
+    }
+}
+
+flags! {
+    /// Switches of the node.
+    ConfigFlags {
+        /// A socket is the proxy's only if its process is also in one of `PROXY_CGROUPS`.
+        PROXY_BY_CGROUP = 0,
+        /// Connections for which no proxy listens are refused at once instead of held.
+        REFUSE = 1,
+        /// There are exclusions for every pod.
+        EXCLUSIONS = 2,
+    }
+}
+
+#[cfg(feature = "user")]
+mod user {
+    use super::{Config, ExcludedAddress, ExcludedPort, Pod, PodAddress, ProxyCgroup};
+
+    // SAFETY: `repr(C)`, integers only, no padding (sizes asserted above), every bit pattern is valid.
+    unsafe impl aya::Pod for Pod {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for PodAddress {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for ProxyCgroup {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Config {}
+    // SAFETY: as above, bytes only.
+    unsafe impl aya::Pod for ExcludedPort {}
+    // SAFETY: as above, bytes only.
+    unsafe impl aya::Pod for ExcludedAddress<[u8; 4]> {}
+    // SAFETY: as above, bytes only.
+    unsafe impl aya::Pod for ExcludedAddress<[u8; 16]> {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: u64 = 1_000_000_000;
+
+    fn server(number: u8) -> Server {
+        Server { address: [number; 16], port: 53 }
+    }
+
+    fn answers(asked: &mut Asked, count: usize) -> Vec<Option<u8>> {
+        (0..count).map(|_| asked.answer().map(|server| server.address[0])).collect()
+    }
+
+    #[test]
+    fn answers_come_from_the_servers_in_the_order_of_the_questions() {
+        let mut asked = Asked::NOTHING;
+        for number in 1..=3 {
+            asked.ask(server(number), SECOND);
+        }
+        assert_eq!(answers(&mut asked, 4), [Some(1), Some(2), Some(3), Some(3)]);
+    }
+
+    #[test]
+    fn more_questions_than_are_remembered_still_have_servers_that_were_asked() {
+        let mut asked = Asked::NOTHING;
+        for number in 1..=6 {
+            asked.ask(server(number), SECOND);
+        }
+        assert_eq!(answers(&mut asked, 5), [Some(3), Some(4), Some(5), Some(6), Some(6)]);
+    }
+
+    #[test]
+    fn a_lost_answer_shifts_no_others_after_a_pause() {
+        let mut asked = Asked::NOTHING;
+        asked.ask(server(1), SECOND);
+        asked.ask(server(2), 2 * SECOND);
+        assert_eq!(answers(&mut asked, 1), [Some(2)]);
+        // Without a pause it cannot be told which was lost.
+        asked.ask(server(1), 2 * SECOND + 2);
+        asked.ask(server(2), 2 * SECOND + 3);
+        assert_eq!(answers(&mut asked, 1), [Some(1)]);
+    }
+
+    #[test]
+    fn a_connected_socket_keeps_its_server_whatever_else_it_asks() {
+        let mut asked = Asked::NOTHING;
+        assert_eq!(asked.peer(), None);
+        asked.ask(server(9), SECOND);
+        asked.connect(server(1));
+        assert_eq!(answers(&mut asked, 2), [Some(1), Some(1)]);
+        asked.ask(server(2), 2 * SECOND);
+        assert_eq!(asked.peer(), Some(server(1)));
+        assert_eq!(answers(&mut asked, 2), [Some(2), Some(1)]);
+    }
+
+    #[test]
+    fn counters_that_wrap_or_that_two_threads_count_too_far_do_no_harm() {
+        let mut asked = Asked { sent: u32::MAX, answered: u32::MAX, ..Asked::NOTHING };
+        for number in 1..=2 {
+            asked.ask(server(number), SECOND);
+        }
+        assert_eq!(answers(&mut asked, 2), [Some(1), Some(2)]);
+        asked.answered = asked.sent.wrapping_add(1);
+        assert_eq!(answers(&mut asked, 2), [Some(2), Some(2)]);
+    }
+}

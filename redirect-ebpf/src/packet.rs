@@ -1,0 +1,234 @@
+//! Finds the TCP header of a packet: VLAN tags, IPv4 options, IPv6 extension headers, fragments.
+
+use crate::family::{Family, Ip, Ipv4, Ipv6};
+
+/// TCP flag: synchronize.
+pub const SYN: u8 = 0x02;
+/// TCP flag: reset.
+pub const RST: u8 = 0x04;
+/// TCP flag: acknowledgement.
+pub const ACK: u8 = 0x10;
+
+/// The bytes of a packet, counted from its network header (behind the Ethernet header and behind the VLAN tags that
+/// the kernel has already taken off).
+pub trait Packet {
+    /// `N` bytes at `offset`, or nothing where the packet is shorter.
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
+
+    /// The Ethernet protocol number of what is at offset 0.
+    fn ether_type(&self) -> u16;
+}
+
+/// What a packet is to us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parsed<A> {
+    /// The whole TCP header is in it.
+    Tcp(Segment<A>),
+    /// The first fragment of a TCP segment. Its flags may be in a later fragment, so that nobody can tell here
+    /// whether it opens a connection.
+    Fragment(Segment<A>),
+    /// Nothing of ours: another family, another protocol, or a later fragment, which is harmless without the first.
+    Other,
+    /// Its headers end too early, contradict themselves or go on for too long.
+    Malformed,
+}
+
+/// Addresses, ports and flags of a TCP segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment<A> {
+    /// Source address.
+    pub source: A,
+    /// Destination address.
+    pub destination: A,
+    /// Source port, network order.
+    pub source_port: [u8; 2],
+    /// Destination port, network order.
+    pub destination_port: [u8; 2],
+    /// [`SYN`], [`ACK`], [`RST`] and the others; zero in [`Parsed::Fragment`].
+    pub flags: u8,
+    /// Where the IP header begins.
+    pub network_offset: u32,
+    /// Where the TCP header begins.
+    pub transport_offset: u32,
+}
+
+const IPPROTO_TCP: u8 = 6;
+
+/// 802.1Q and 802.1ad.
+const VLAN_TYPES: [u16; 2] = [0x8100, 0x88a8];
+
+/// Two tags (QinQ) are as deep as it gets in practice; a third makes the packet somebody else's.
+const MAX_VLAN_TAGS: u32 = 2;
+
+/// Longer chains of extension headers are legal and useless; the packet is treated as malformed.
+const MAX_EXTENSION_HEADERS: u32 = 8;
+
+/// Whether a packet is surely not of family `I`, without a look at its bytes.
+#[inline(always)]
+pub fn is_of_another_family<I: Ip>(packet: &impl Packet) -> bool {
+    let ether_type = packet.ether_type();
+    ether_type != I::ETHER_TYPE && !VLAN_TYPES.contains(&ether_type)
+}
+
+/// A family whose headers can be walked.
+pub trait Parse: Ip {
+    /// Finds the TCP header behind the IP header at `offset`.
+    fn parse_at(packet: &impl Packet, offset: u32) -> Parsed<Self::Address>;
+}
+
+/// Looks at a packet as one of family `I`.
+#[inline(always)]
+pub fn parse<I: Parse>(packet: &impl Packet) -> Parsed<I::Address> {
+    let mut ether_type = packet.ether_type();
+    let mut offset = 0;
+    for _ in 0..MAX_VLAN_TAGS {
+        if !VLAN_TYPES.contains(&ether_type) {
+            break;
+        }
+        let Some([_, _, high, low]) = packet.load::<4>(offset) else { return Parsed::Malformed };
+        ether_type = u16::from_be_bytes([high, low]);
+        offset += 4;
+    }
+    if ether_type == I::ETHER_TYPE { I::parse_at(packet, offset) } else { Parsed::Other }
+}
+
+impl Parse for Ipv4 {
+    #[inline(always)]
+    fn parse_at(packet: &impl Packet, offset: u32) -> Parsed<[u8; 4]> {
+        let Some(header) = packet.load::<20>(offset) else { return Parsed::Malformed };
+        let length = u32::from(header[0] & 0xf) * 4;
+        if header[0] >> 4 != 4 || length < 20 {
+            return Parsed::Malformed;
+        }
+        if header[9] != IPPROTO_TCP {
+            return Parsed::Other;
+        }
+        let fragment = u16::from_be_bytes([header[6], header[7]]);
+        if fragment & 0x1fff != 0 {
+            return Parsed::Other;
+        }
+        let addresses = (
+            [header[12], header[13], header[14], header[15]],
+            [header[16], header[17], header[18], header[19]],
+        );
+        segment(packet, addresses, offset, offset + length, fragment & 0x2000 != 0)
+    }
+}
+
+impl Parse for Ipv6 {
+    #[inline(always)]
+    fn parse_at(packet: &impl Packet, offset: u32) -> Parsed<[u8; 16]> {
+        let Some(header) = packet.load::<8>(offset) else { return Parsed::Malformed };
+        if header[0] >> 4 != 6 {
+            return Parsed::Malformed;
+        }
+        let mut next = header[6];
+        let mut transport = offset + 40;
+        let mut fragmented = false;
+        for _ in 0..MAX_EXTENSION_HEADERS {
+            let Some(kind) = Extension::of(next) else { break };
+            let Some(extension) = packet.load::<8>(transport) else { return Parsed::Malformed };
+            transport += match kind {
+                Extension::Options => (u32::from(extension[1]) + 1) * 8,
+                Extension::Authentication => (u32::from(extension[1]) + 2) * 4,
+                Extension::Fragment => {
+                    let fragment = u16::from_be_bytes([extension[2], extension[3]]);
+                    if fragment & 0xfff8 != 0 {
+                        return Parsed::Other;
+                    }
+                    fragmented |= fragment & 1 != 0;
+                    8
+                }
+            };
+            next = extension[0];
+        }
+        if next != IPPROTO_TCP {
+            return if Extension::of(next).is_some() { Parsed::Malformed } else { Parsed::Other };
+        }
+        let Some(source) = packet.load::<16>(offset + 8) else { return Parsed::Malformed };
+        let Some(destination) = packet.load::<16>(offset + 24) else { return Parsed::Malformed };
+        segment(packet, (source, destination), offset, transport, fragmented)
+    }
+}
+
+/// The IPv6 extension headers that may stand before TCP.
+#[derive(Clone, Copy)]
+enum Extension {
+    /// Hop-by-hop options, routing, destination options, mobility, HIP, shim6: length in units of eight bytes.
+    Options,
+    /// Authentication header: length in units of four bytes.
+    Authentication,
+    /// Fragment header: of a fixed length.
+    Fragment,
+}
+
+impl Extension {
+    #[inline(always)]
+    const fn of(next_header: u8) -> Option<Self> {
+        match next_header {
+            0 | 43 | 60 | 135 | 139 | 140 => Some(Self::Options),
+            51 => Some(Self::Authentication),
+            44 => Some(Self::Fragment),
+            _ => None,
+        }
+    }
+}
+
+#[inline(always)]
+fn segment<A>(
+    packet: &impl Packet,
+    (source, destination): (A, A),
+    network_offset: u32,
+    transport_offset: u32,
+    fragmented: bool,
+) -> Parsed<A> {
+    // The first fragment may be cut right behind the ports and the sequence number: eight bytes are its minimum.
+    let Some(ports) = packet.load::<4>(transport_offset) else { return Parsed::Malformed };
+    let segment = Segment {
+        source,
+        destination,
+        source_port: [ports[0], ports[1]],
+        destination_port: [ports[2], ports[3]],
+        flags: 0,
+        network_offset,
+        transport_offset,
+    };
+    if fragmented {
+        return Parsed::Fragment(segment);
+    }
+    let Some([_, flags]) = packet.load::<2>(transport_offset + 12) else { return Parsed::Malformed };
+    Parsed::Tcp(Segment { flags, ..segment })
+}
+
+impl<A> Segment<A> {
+    /// Whether the segment opens a connection.
+    #[inline(always)]
+    pub const fn opens(&self) -> bool {
+        self.flags & (SYN | ACK | RST) == SYN
+    }
+
+    /// Whether the segment ends a connection at once.
+    #[inline(always)]
+    pub const fn resets(&self) -> bool {
+        self.flags & RST != 0
+    }
+
+    /// Whether the segment could be the last step of a handshake whose first step is remembered in a SYN cookie only.
+    #[inline(always)]
+    pub const fn may_hold_cookie(&self) -> bool {
+        self.flags & (SYN | ACK | RST) == ACK
+    }
+}
+
+/// The family's number in `bpf_fib_lookup` and in socket addresses (`AF_INET`, `AF_INET6`).
+#[must_use]
+#[inline(always)]
+pub const fn address_family(family: Family) -> u8 {
+    match family {
+        Family::Ipv4 => 2,
+        Family::Ipv6 => 10,
+    }
+}
+
+#[cfg(test)]
+mod tests;
