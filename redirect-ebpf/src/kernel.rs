@@ -1,0 +1,51 @@
+//! One file per hook:
+//!
+//! | file | hook | what it is for |
+//! |---|---|---|
+//! | [`outbound`] | cgroup/connect4, connect6 | marks outbound connections for capture |
+//! | [`loopback`] | TC ingress of the pod's `lo` | gives captured connections to the proxy |
+//! | [`inbound`] | TC ingress of the pod's other interfaces | gives inbound connections to the proxy |
+//! | [`virtual_interface`] | TC ingress of interfaces that a pod declares | gives connections from behind them to the proxy |
+//! | [`egress`] | TC egress of the pod's other interfaces | stops what would leave past the proxy |
+//! | [`lookup`] | sk_lookup of the pod's namespace | what TC can't give to a listener itself |
+//! | [`bind`] | cgroup/bind4, bind6 | guards the proxy's ports |
+//! | [`dns`] | cgroup/sendmsg, recvmsg, getpeername, 4 and 6 | sends DNS questions to the proxy's resolver |
+//! | [`probe`] | sock_ops of the kubelet's cgroup | notes the kubelet's probes |
+//!
+//! What they share: maps ([`config`], [`pods`], [`proxies`], [`exclusions`], [`counters`]), reading of contexts
+//! ([`sock_addr`], [`skb`]), looking sockets up ([`socket`]), giving a packet to a listener ([`steer`]).
+
+#![expect(
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "a context's field is addressed and read in one step, which the lint takes for two"
+)]
+
+mod bind;
+mod config;
+mod counters;
+mod dns;
+mod egress;
+mod exclusions;
+mod inbound;
+mod lookup;
+mod loopback;
+mod outbound;
+mod pods;
+mod probe;
+mod proxies;
+mod skb;
+mod sock_addr;
+mod socket;
+mod steer;
+mod virtual_interface;
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    // The verifier rejects a program in which this can be reached; `core` wants it to exist all the same.
+    loop {}
+}
+
+// `bpf_sk_assign`, `bpf_fib_lookup` and others are for GPL-compatible programs only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,21 @@
+//! Settings of the node, written by the agent.
+
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::Array;
+use redirect_ebpf::maps::{Config, ConfigFlags};
+
+#[map]
+static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
+
+#[inline(always)]
+pub(super) fn flags() -> ConfigFlags {
+    // SAFETY: the entry is only read, and an aligned u64 is never seen half-written.
+    CONFIG.get_ptr(0).map_or(ConfigFlags(0), |config| ConfigFlags(unsafe { (*config).flags } as u32))
+}
+
+/// Cookie of the host's network namespace.
+#[inline(always)]
+pub(super) fn host_cookie() -> Option<u64> {
+    // SAFETY: as above.
+    CONFIG.get_ptr(0).map(|config| unsafe { (*config).host_cookie })
+}

@@ -1,0 +1,286 @@
+//! DNS questions: the one place where addresses are rewritten, because the proxy's resolver listens on loopback.
+//!
+//! A question goes to the resolver on the loopback address of its family instead of to the server (connect and sendmsg
+//! hooks), and the application sees the server that it asked (recvmsg and getpeername hooks). The servers are kept with
+//! the socket, see [`Asked`].
+
+use aya_ebpf::btf_maps::SkStorage;
+use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_set_retval};
+use aya_ebpf::macros::{btf_map, cgroup_sock_addr};
+use aya_ebpf::programs::SockAddrContext;
+use redirect_ebpf::constants::PORT_DNS;
+use redirect_ebpf::count::{Direction, Reason, Verdict};
+use redirect_ebpf::decide::{self, Connect, Outbound, Protocol};
+use redirect_ebpf::family::{Family, Ip, Ipv4, Ipv6, v4_mapped};
+use redirect_ebpf::maps::{Asked, Server};
+
+use super::counters::count;
+use super::exclusions::{ExcludedIp, excluded};
+use super::pods::PodIp;
+use super::proxies;
+use super::sock_addr::{
+    ALLOW, Caller, DENY, caller, leave_interface, mark, port, raw_port, set_raw_port, set_user_ip4,
+    set_user_ip6, to_raw_port, user_ip4, user_ip6,
+};
+
+#[btf_map]
+static ASKED: SkStorage<Asked> = SkStorage::new();
+
+const RESOLVER_IPV6: [u8; 16] = 1u128.to_be_bytes();
+/// 127.0.0.1 in its v4-mapped form.
+const RESOLVER_IPV4: [u8; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 127, 0, 0, 1];
+
+/// Connects the socket to the resolver.
+#[inline(always)]
+pub(super) fn connect_ipv4(ctx: &SockAddrContext) -> i32 {
+    if leave_interface(ctx).is_err() || connect(ctx, Ipv4::widen(user_ip4(ctx))).is_none() {
+        return DENY;
+    }
+    to_resolver_ipv4(ctx)
+}
+
+/// Connects the socket to the resolver.
+#[inline(always)]
+pub(super) fn connect_ipv6(ctx: &SockAddrContext, destination: [u8; 16]) -> i32 {
+    if leave_interface(ctx).is_err() || connect(ctx, destination).is_none() {
+        return DENY;
+    }
+    to_resolver_ipv6(ctx, destination)
+}
+
+#[cgroup_sock_addr(sendmsg4)]
+pub(crate) fn sendmsg_ipv4(ctx: SockAddrContext) -> i32 {
+    let Some(caller) = caller(&ctx) else { return ALLOW };
+    let destination = user_ip4(&ctx);
+    if !is_question::<Ipv4>(&ctx, &caller, destination) {
+        return ALLOW;
+    }
+    if let Err(stuck) = may_be_sent::<Ipv4>(&ctx, destination) {
+        return stuck.deny();
+    }
+    if ask(&ctx, Ipv4::widen(destination)).is_none() {
+        return DENY;
+    }
+    to_resolver_ipv4(&ctx)
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+pub(crate) fn sendmsg_ipv6(ctx: SockAddrContext) -> i32 {
+    let Some(caller) = caller(&ctx) else { return ALLOW };
+    let destination = user_ip6(&ctx);
+    let question = match v4_mapped(destination) {
+        Some(mapped) => is_question::<Ipv4>(&ctx, &caller, mapped),
+        None => is_question::<Ipv6>(&ctx, &caller, destination),
+    };
+    if !question {
+        return ALLOW;
+    }
+    if let Err(stuck) = may_be_sent::<Ipv6>(&ctx, destination) {
+        return stuck.deny();
+    }
+    if ask(&ctx, destination).is_none() {
+        return DENY;
+    }
+    to_resolver_ipv6(&ctx, destination)
+}
+
+#[cgroup_sock_addr(recvmsg4)]
+pub(crate) fn recvmsg_ipv4(ctx: SockAddrContext) -> i32 {
+    if is_resolver_ipv4(&ctx)
+        && let Some(server) = answer(&ctx)
+    {
+        set_user_ip4(&ctx, server.address);
+        set_raw_port(&ctx, server.port);
+    }
+    ALLOW
+}
+
+#[cgroup_sock_addr(recvmsg6)]
+pub(crate) fn recvmsg_ipv6(ctx: SockAddrContext) -> i32 {
+    if is_resolver_ipv6(&ctx)
+        && let Some(server) = answer(&ctx)
+    {
+        set_user_ip6(&ctx, server.address);
+        set_raw_port(&ctx, server.port);
+    }
+    ALLOW
+}
+
+#[cgroup_sock_addr(getpeername4)]
+pub(crate) fn getpeername_ipv4(ctx: SockAddrContext) -> i32 {
+    if is_resolver_ipv4(&ctx)
+        && let Some(server) = peer(&ctx)
+    {
+        set_user_ip4(&ctx, server.address);
+        set_raw_port(&ctx, server.port);
+    }
+    ALLOW
+}
+
+#[cgroup_sock_addr(getpeername6)]
+pub(crate) fn getpeername_ipv6(ctx: SockAddrContext) -> i32 {
+    if is_resolver_ipv6(&ctx)
+        && let Some(server) = peer(&ctx)
+    {
+        set_user_ip6(&ctx, server.address);
+        set_raw_port(&ctx, server.port);
+    }
+    ALLOW
+}
+
+/// Whether a datagram is a question that is to go to the resolver.
+#[inline(always)]
+fn is_question<I: PodIp + ExcludedIp>(
+    ctx: &SockAddrContext,
+    caller: &Caller,
+    destination: I::Address,
+) -> bool {
+    let port = port(ctx);
+    let connect = Connect {
+        protocol: Protocol::Udp,
+        destination,
+        port,
+        proxy: proxies::is_proxy(mark(ctx)),
+        // Only of use for connections that the proxy delivers.
+        source: destination,
+        flags: caller.flags,
+    };
+    let cookie = caller.netns_cookie;
+    let decision = decide::outbound::<I>(
+        &connect,
+        |address| I::owner(&address) == Some(cookie),
+        || excluded::<I>(cookie, caller.flags, Direction::Outbound, destination, port.to_be_bytes()),
+    );
+    match decision {
+        Outbound::Resolve => count(I::FAMILY, Direction::Outbound, Verdict::Steered, Reason::Dns),
+        Outbound::Pass(Reason::NotSteered) => return false,
+        Outbound::Pass(reason) => count(I::FAMILY, Direction::Outbound, Verdict::Passed, reason),
+        Outbound::Capture | Outbound::Deliver => {}
+    }
+    decision == Outbound::Resolve
+}
+
+/// Why a datagram can't get to the resolver: the kernel has picked the interface already through which it is to leave, the
+/// resolver's address and all.
+enum Stuck {
+    /// The socket is bound to the interface. It no longer is, so that the next datagram gets through: this one fails as
+    /// if the interface's queue were full.
+    Interface,
+    /// The interface is part of the address. Only a connected socket gets to the resolver instead.
+    Scope,
+    /// The socket can't be freed from its interface.
+    Bound,
+}
+
+impl Stuck {
+    #[inline(always)]
+    fn deny(self) -> i32 {
+        const ENETUNREACH: i32 = 101;
+        const ENOBUFS: i32 = 105;
+        let error = match self {
+            Self::Interface => ENOBUFS,
+            Self::Scope | Self::Bound => ENETUNREACH,
+        };
+        // SAFETY: the helper has no preconditions; the value is a valid error.
+        unsafe { bpf_set_retval(-error) };
+        DENY
+    }
+}
+
+#[inline(always)]
+fn may_be_sent<I: Ip>(ctx: &SockAddrContext, destination: I::Address) -> Result<(), Stuck> {
+    if I::FAMILY == Family::Ipv6 && I::is_link_scoped(destination) {
+        return Err(Stuck::Scope);
+    }
+    match leave_interface(ctx) {
+        Ok(false) => Ok(()),
+        Ok(true) => Err(Stuck::Interface),
+        Err(_) => Err(Stuck::Bound),
+    }
+}
+
+#[inline(always)]
+fn to_resolver_ipv4(ctx: &SockAddrContext) -> i32 {
+    set_user_ip4(ctx, RESOLVER_IPV4);
+    set_raw_port(ctx, to_raw_port(PORT_DNS));
+    ALLOW
+}
+
+#[inline(always)]
+fn to_resolver_ipv6(ctx: &SockAddrContext, destination: [u8; 16]) -> i32 {
+    let resolver = if v4_mapped(destination).is_some() { RESOLVER_IPV4 } else { RESOLVER_IPV6 };
+    set_user_ip6(ctx, resolver);
+    set_raw_port(ctx, to_raw_port(PORT_DNS));
+    ALLOW
+}
+
+#[inline(always)]
+fn is_resolver_ipv4(ctx: &SockAddrContext) -> bool {
+    raw_port(ctx) == to_raw_port(PORT_DNS) && Ipv4::widen(user_ip4(ctx)) == RESOLVER_IPV4
+}
+
+#[inline(always)]
+fn is_resolver_ipv6(ctx: &SockAddrContext) -> bool {
+    if raw_port(ctx) != to_raw_port(PORT_DNS) {
+        return false;
+    }
+    let address = user_ip6(ctx);
+    address == RESOLVER_IPV6 || address == RESOLVER_IPV4
+}
+
+/// Remembers the server that the socket is connected to.
+#[inline(always)]
+fn connect(ctx: &SockAddrContext, address: [u8; 16]) -> Option<()> {
+    let server = Server { address, port: raw_port(ctx) };
+    with(asked_or_new(ctx), |asked| {
+        asked.connect(server);
+        Some(())
+    })
+}
+
+/// Remembers the server that a question is for.
+#[inline(always)]
+fn ask(ctx: &SockAddrContext, address: [u8; 16]) -> Option<()> {
+    let server = Server { address, port: raw_port(ctx) };
+    // SAFETY: the helper has no preconditions.
+    let now = unsafe { bpf_ktime_get_ns() };
+    with(asked_or_new(ctx), |asked| {
+        asked.ask(server, now);
+        Some(())
+    })
+}
+
+/// The server that an answer is from.
+#[inline(always)]
+fn answer(ctx: &SockAddrContext) -> Option<Server> {
+    with(asked(ctx), Asked::answer)
+}
+
+/// The server that the socket is connected to.
+#[inline(always)]
+fn peer(ctx: &SockAddrContext) -> Option<Server> {
+    with(asked(ctx), |asked| asked.peer())
+}
+
+/// Works on the entry of a socket, if there is one.
+///
+/// Threads that use one socket at once may write into its entry at once. What comes of that is the server of another
+/// question of the same socket.
+#[inline(always)]
+fn with<T>(entry: *mut Asked, work: impl FnOnce(&mut Asked) -> Option<T>) -> Option<T> {
+    // SAFETY: the entry, if it is there, lives as long as the socket of the call.
+    work(unsafe { entry.as_mut() }?)
+}
+
+#[inline(always)]
+fn asked(ctx: &SockAddrContext) -> *mut Asked {
+    // SAFETY: the socket is the context's own.
+    unsafe { ASKED.get_ptr_mut(ctx) }
+}
+
+#[inline(always)]
+fn asked_or_new(ctx: &SockAddrContext) -> *mut Asked {
+    let mut nothing = Asked::NOTHING;
+    // SAFETY: the socket is the context's own, and the initial value lives for the length of the call.
+    unsafe { ASKED.get_or_insert_ptr_mut(ctx, Some(&mut nothing)) }
+}

@@ -1,0 +1,69 @@
+//! TC egress of every interface of an enrolled pod but `lo`: the last gate. The connect hooks and the policy rule steer
+//! connections; whatever finds a way round them (a mark set after `connect()`, a raw socket, a routing rule of the pod's
+//! own) ends here instead of leaving the pod past the proxy.
+//!
+//! It believes no mark of an application's: it decides anew, by the packet and by the cgroup of the socket's creator.
+
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use redirect_ebpf::count::{Direction, Reason, Verdict};
+use redirect_ebpf::decide;
+use redirect_ebpf::family::{Ipv4, Ipv6};
+use redirect_ebpf::packet::{Parse, Parsed, Segment, is_of_another_family, parse};
+
+use super::counters::count;
+use super::exclusions::{ExcludedIp, excluded};
+use super::pods::{self, PodIp};
+use super::proxies;
+use super::skb::Skb;
+use super::socket::{self, State};
+use super::steer::Action;
+
+#[classifier]
+pub(crate) fn egress_ipv4(ctx: TcContext) -> i32 {
+    egress::<Ipv4>(&ctx).into()
+}
+
+#[classifier]
+pub(crate) fn egress_ipv6(ctx: TcContext) -> i32 {
+    egress::<Ipv6>(&ctx).into()
+}
+
+#[inline(always)]
+fn egress<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
+    // Nearly every packet is the proxy's: it is let go before its headers are looked at.
+    if is_of_another_family::<I>(&Skb(ctx)) || proxies::sent(ctx) {
+        return Action::Continue;
+    }
+    let (leaves, reason) = match parse::<I>(&Skb(ctx)) {
+        Parsed::Other => (true, Reason::Unmarked),
+        Parsed::Malformed => (false, Reason::Malformed),
+        Parsed::Tcp(segment) if segment.opens() => (is_exempt::<I>(&segment), Reason::Unmarked),
+        // What goes on must not change over from the proxy to the network in the middle.
+        Parsed::Tcp(segment) => (segment.resets() || !is_proxied(ctx, &segment), Reason::Unmarked),
+        // It may open a connection, and nobody can tell; but TCP itself never sends such.
+        Parsed::Fragment(segment) => (is_exempt::<I>(&segment), Reason::Fragmented),
+    };
+    if leaves {
+        return Action::Continue;
+    }
+    count(I::FAMILY, Direction::Outbound, Verdict::Dropped, reason);
+    Action::Drop
+}
+
+/// Whether the connect hooks let a connection to this destination pass.
+#[inline(always)]
+fn is_exempt<I: Parse + PodIp + ExcludedIp>(segment: &Segment<I::Address>) -> bool {
+    decide::is_exempt::<I>(segment.destination, || {
+        let cookie = I::owner(&segment.source);
+        let flags = cookie.and_then(pods::flags).unwrap_or_default();
+        let (cookie, port) = (cookie.unwrap_or_default(), segment.destination_port);
+        excluded::<I>(cookie, flags, Direction::Outbound, segment.destination, port)
+    })
+}
+
+/// Whether the other end of the connection is in the pod itself: it is the proxy's.
+#[inline(always)]
+fn is_proxied<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> bool {
+    socket::state(ctx, segment) == State::Connected
+}

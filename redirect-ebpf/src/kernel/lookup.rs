@@ -1,0 +1,131 @@
+//! sk_lookup of each enrolled pod: finds the proxy's listener for connections that TC can't give to it itself.
+//!
+//! That is a SYN whose tuple is still in TIME_WAIT, as happens when the proxy closed first and the client uses its port
+//! again: only the kernel can retire the TIME_WAIT socket, and when it has, it looks for a listener by address and port
+//! and would find the application's, or none. So [`hand_over`] notes, at the TC hook, where the connection is to go,
+//! and the lookup a moment later, in the same softirq, reads it.
+
+use core::mem::offset_of;
+
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST, bpf_sk_lookup, sk_action};
+use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_map_update_elem};
+use aya_ebpf::macros::{map, sk_lookup};
+use aya_ebpf::maps::{LruHashMap, SockHash};
+use aya_ebpf::programs::SkLookupContext;
+use redirect_ebpf::family::{Ip as _, Ipv4};
+use redirect_ebpf::maps::{HandedOver, ListenerKey, Tuple};
+use redirect_ebpf::packet::Segment;
+
+use super::pods::PodIp;
+use super::socket::Socket;
+
+/// Entries live from the TC hook to the socket lookup of the same packet: a few would do.
+#[map]
+static HANDED_OVER: LruHashMap<Tuple, HandedOver> = LruHashMap::with_max_entries(1024, 0);
+
+/// Sockets leave it by themselves when they are closed. The agent sets its capacity.
+#[map]
+static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(1, 0);
+
+/// An entry that no lookup followed (the kernel found the SYN to be an old duplicate) must not catch a later connection.
+const LIFETIME: u64 = 100_000_000;
+
+const EEXIST: i64 = -17;
+const ENOENT: i64 = -2;
+const AF_INET: u32 = 2;
+
+/// Sends the connection to the proxy's listener by way of the socket lookup, or has it refused where there is none.
+/// `pod` is the pod's end of it.
+#[inline(always)]
+pub(super) fn hand_over<I: PodIp>(
+    segment: &Segment<I::Address>,
+    pod: &I::Address,
+    port: u16,
+    listener: Option<&Socket>,
+) -> Result<(), i64> {
+    let Some(netns_cookie) = I::owner(pod) else { return Err(ENOENT) };
+    let key = ListenerKey { netns_cookie, port: port.into() };
+    if let Some(listener) = listener {
+        remember(&key, listener)?;
+    }
+    let tuple = Tuple {
+        source: I::widen(segment.source),
+        destination: I::widen(segment.destination),
+        source_port: segment.source_port,
+        destination_port: segment.destination_port,
+    };
+    // SAFETY: the helper has no preconditions.
+    let time = unsafe { bpf_ktime_get_ns() };
+    HANDED_OVER.insert(tuple, HandedOver { listener: key, time }, BPF_ANY.into()).map_err(i64::from)
+}
+
+/// Puts the listener into the map, if it is not there already.
+#[inline(always)]
+fn remember(key: &ListenerKey, listener: &Socket) -> Result<(), i64> {
+    // aya has no call for this: the value of a socket map is a socket, and TC programs may set it (Linux 5.10).
+    // SAFETY: map, key and socket are valid for the length of the call.
+    let result = unsafe {
+        bpf_map_update_elem(
+            (&raw const LISTENERS).cast_mut().cast(),
+            (&raw const *key).cast(),
+            listener.as_ptr().cast_const(),
+            BPF_NOEXIST.into(),
+        )
+    };
+    if result == 0 || result == EEXIST { Ok(()) } else { Err(result) }
+}
+
+#[sk_lookup]
+pub(crate) fn listener_lookup(ctx: SkLookupContext) -> u32 {
+    let tuple = tuple(ctx.lookup);
+    let Some(entry) = HANDED_OVER.get_ptr(tuple) else { return sk_action::SK_PASS };
+    // SAFETY: the entry is only read; LRU entries may be recycled while they are read, which the time limits.
+    let HandedOver { listener, time } = unsafe { *entry };
+    let _ = HANDED_OVER.remove(tuple);
+    // SAFETY: the helper has no preconditions.
+    if unsafe { bpf_ktime_get_ns() }.wrapping_sub(time) > LIFETIME {
+        return sk_action::SK_PASS;
+    }
+    match LISTENERS.redirect_sk_lookup(&ctx, listener, 0) {
+        Ok(()) => sk_action::SK_PASS,
+        // No listener, or it has gone in between: the kernel refuses the connection, and nobody else gets it.
+        Err(_) => sk_action::SK_DROP,
+    }
+}
+
+#[inline(always)]
+fn tuple(lookup: *const bpf_sk_lookup) -> Tuple {
+    const FAMILY: usize = offset_of!(bpf_sk_lookup, family);
+    const LOCAL_IP4: usize = offset_of!(bpf_sk_lookup, local_ip4);
+    const LOCAL_IP6: usize = offset_of!(bpf_sk_lookup, local_ip6);
+    const REMOTE_IP4: usize = offset_of!(bpf_sk_lookup, remote_ip4);
+    const REMOTE_IP6: usize = offset_of!(bpf_sk_lookup, remote_ip6);
+    // Read without a branch, for the compiler would merge the branches' reads into one at a variable offset, which the
+    // verifier rejects. The fields of the other family read as zero.
+    let ipv4 =
+        [word(lookup, REMOTE_IP4), word(lookup, LOCAL_IP4)].map(|address| Ipv4::widen(address.to_ne_bytes()));
+    let ipv6 = [words(lookup, REMOTE_IP6), words(lookup, LOCAL_IP6)];
+    let [source, destination] = if word(lookup, FAMILY) == AF_INET { ipv4 } else { ipv6 };
+    // SAFETY: every sk_lookup context has `remote_port`.
+    let source_port = unsafe { (&raw const (*lookup).remote_port).read_volatile() }.to_ne_bytes();
+    let destination_port = (word(lookup, offset_of!(bpf_sk_lookup, local_port)) as u16).to_be_bytes();
+    Tuple { source, destination, source_port, destination_port }
+}
+
+/// The verifier accepts reads of a context field word by word only.
+#[inline(always)]
+fn word(lookup: *const bpf_sk_lookup, offset: usize) -> u32 {
+    // SAFETY: the offset is that of a word of the context.
+    let field = unsafe { lookup.byte_add(offset) };
+    // SAFETY: as above.
+    unsafe { field.cast::<u32>().read_volatile() }
+}
+
+#[inline(always)]
+fn words(lookup: *const bpf_sk_lookup, offset: usize) -> [u8; 16] {
+    let mut address = [0; 16];
+    for (place, bytes) in address.chunks_exact_mut(4).enumerate() {
+        bytes.copy_from_slice(&word(lookup, offset + 4 * place).to_ne_bytes());
+    }
+    address
+}

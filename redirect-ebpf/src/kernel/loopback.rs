@@ -1,0 +1,51 @@
+//! TC ingress of the pod's `lo`: connections that [`super::outbound`] marked arrive here by way of the pod's policy
+//! rule and go to the proxy's outbound listener.
+
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use redirect_ebpf::constants::{MARK_CAPTURE, MARK_MASK, PORT_OUTBOUND};
+use redirect_ebpf::count::Direction;
+use redirect_ebpf::decide::Inbound;
+use redirect_ebpf::family::{Ipv4, Ipv6};
+use redirect_ebpf::packet::{Parse, Segment};
+
+use super::pods::PodIp;
+use super::steer::{Action, Route, steer};
+
+#[classifier]
+pub(crate) fn loopback_ipv4(ctx: TcContext) -> i32 {
+    loopback::<Ipv4>(&ctx)
+}
+
+#[classifier]
+pub(crate) fn loopback_ipv6(ctx: TcContext) -> i32 {
+    loopback::<Ipv6>(&ctx)
+}
+
+/// Connections that count as the pod's own.
+pub(super) struct Captured;
+
+impl<I: Parse> Route<I> for Captured {
+    const DIRECTION: Direction = Direction::Outbound;
+    const PORT: u16 = PORT_OUTBOUND;
+
+    #[inline(always)]
+    fn decide(_: &TcContext, _: &Segment<I::Address>) -> Inbound {
+        Inbound::Capture
+    }
+
+    #[inline(always)]
+    fn pod(segment: &Segment<I::Address>) -> I::Address {
+        segment.source
+    }
+}
+
+#[inline(always)]
+fn loopback<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
+    // SAFETY: every TC context has `mark`.
+    let mark = unsafe { (*ctx.skb.skb).mark };
+    if mark & MARK_MASK != MARK_CAPTURE {
+        return Action::Continue.into();
+    }
+    steer::<I, Captured>(ctx).into()
+}

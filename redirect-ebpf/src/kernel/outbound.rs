@@ -1,0 +1,117 @@
+//! cgroup/connect4 and cgroup/connect6: marks the connections that processes of enrolled pods make, so that the pod's
+//! policy rule routes them to `lo`, where [`super::loopback`] gives them to the proxy; and sends DNS questions to the
+//! proxy's resolver.
+
+use aya_ebpf::macros::cgroup_sock_addr;
+use aya_ebpf::programs::SockAddrContext;
+use redirect_ebpf::constants::PORT_OUTBOUND;
+use redirect_ebpf::count::{Direction, Reason, Verdict};
+use redirect_ebpf::decide::{self, Connect, Outbound};
+use redirect_ebpf::family::{Ip, Ipv4, Ipv6, v4_mapped};
+use redirect_ebpf::maps::ConfigFlags;
+
+use super::config;
+use super::counters::count;
+use super::dns;
+use super::exclusions::{ExcludedIp, excluded};
+use super::pods::PodIp;
+use super::proxies;
+use super::sock_addr::{
+    ALLOW, BoundIp, Caller, DENY, caller, fail_with, mark, port, set_mark, user_ip4, user_ip6,
+};
+use super::socket::Socket;
+
+const ECONNREFUSED: i32 = 111;
+
+#[cgroup_sock_addr(connect4)]
+pub(crate) fn outbound_ipv4(ctx: SockAddrContext) -> i32 {
+    let Some(caller) = caller(&ctx) else { return ALLOW };
+    match steer::<Ipv4>(&ctx, &caller, user_ip4(&ctx)) {
+        Call::Allow => ALLOW,
+        Call::Resolve => dns::connect_ipv4(&ctx),
+        Call::Deny => DENY,
+        Call::Refuse => fail_with(ECONNREFUSED),
+    }
+}
+
+#[cgroup_sock_addr(connect6)]
+pub(crate) fn outbound_ipv6(ctx: SockAddrContext) -> i32 {
+    let Some(caller) = caller(&ctx) else { return ALLOW };
+    let address = user_ip6(&ctx);
+    let call = match v4_mapped(address) {
+        Some(address) => steer::<Ipv4>(&ctx, &caller, address),
+        None => steer::<Ipv6>(&ctx, &caller, address),
+    };
+    match call {
+        Call::Allow => ALLOW,
+        Call::Resolve => dns::connect_ipv6(&ctx, address),
+        Call::Deny => DENY,
+        Call::Refuse => fail_with(ECONNREFUSED),
+    }
+}
+
+/// What becomes of the call.
+enum Call {
+    Allow,
+    Resolve,
+    Deny,
+    Refuse,
+}
+
+/// Decides, marks the socket and counts.
+#[inline(always)]
+fn steer<I: PodIp + ExcludedIp + BoundIp>(
+    ctx: &SockAddrContext,
+    caller: &Caller,
+    destination: I::Address,
+) -> Call {
+    let current = mark(ctx);
+    let port = port(ctx);
+    let connect = Connect {
+        protocol: caller.protocol,
+        destination,
+        port,
+        proxy: proxies::is_proxy(current),
+        source: I::bound(ctx),
+        flags: caller.flags,
+    };
+    let cookie = caller.netns_cookie;
+    let decision = decide::outbound::<I>(
+        &connect,
+        |address| I::owner(&address) == Some(cookie),
+        || excluded::<I>(cookie, caller.flags, Direction::Outbound, destination, port.to_be_bytes()),
+    );
+    let (direction, counted) = match decision {
+        // Captured connections are counted where the proxy gets them.
+        Outbound::Capture | Outbound::Pass(Reason::NotSteered) => (Direction::Outbound, None),
+        Outbound::Resolve => (Direction::Outbound, Some((Verdict::Steered, Reason::Dns))),
+        Outbound::Deliver => (Direction::Delivery, Some((Verdict::Passed, Reason::Proxy))),
+        Outbound::Pass(reason) => (Direction::Outbound, Some((Verdict::Passed, reason))),
+    };
+    let wanted = decide::mark(decision, current);
+    if wanted != current && set_mark(ctx, wanted).is_err() {
+        // Without its mark the connection would leave the pod past the proxy.
+        count(I::FAMILY, direction, Verdict::Dropped, Reason::MarkFailed);
+        return Call::Deny;
+    }
+    if let Some((verdict, reason)) = counted {
+        count(I::FAMILY, direction, verdict, reason);
+    }
+    match decision {
+        Outbound::Resolve => Call::Resolve,
+        Outbound::Capture if is_refused::<I>(ctx, destination) => Call::Refuse,
+        _ => Call::Allow,
+    }
+}
+
+/// Whether a captured connection is to be refused because no proxy listens. It has to be here: a reset from the
+/// destination's address, at the SYN, is what the kernel has no route for in IPv4. Which client it is does not matter.
+#[inline(always)]
+fn is_refused<I: Ip>(ctx: &SockAddrContext, destination: I::Address) -> bool {
+    let refused = config::flags().contains(ConfigFlags::REFUSE)
+        && Socket::listener_for(ctx, (destination, [0; 2]), destination, PORT_OUTBOUND).is_none();
+    if refused {
+        count(I::FAMILY, Direction::Outbound, Verdict::Dropped, Reason::NoListener);
+    }
+    refused
+}

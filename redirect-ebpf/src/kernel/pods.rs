@@ -1,0 +1,46 @@
+//! The maps of enrolled pods, written by the agent.
+
+use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::HashMap;
+use redirect_ebpf::family::{Ip, Ipv4, Ipv6};
+use redirect_ebpf::maps::{Pod, PodAddress, PodFlags};
+
+// The agent sets the capacities when it loads the object (`--max-pods`).
+#[map]
+static PODS: HashMap<u64, Pod> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
+
+#[map]
+static POD_IPV4: HashMap<[u8; 4], PodAddress> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
+
+#[map]
+static POD_IPV6: HashMap<[u8; 16], PodAddress> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
+
+/// A family whose pod addresses are in a map.
+pub(super) trait PodIp: Ip {
+    /// Cookie of the network namespace of the pod that owns the address.
+    fn owner(address: &Self::Address) -> Option<u64>;
+}
+
+impl PodIp for Ipv4 {
+    #[inline(always)]
+    fn owner(address: &Self::Address) -> Option<u64> {
+        // SAFETY: the entry is only read, and an aligned u64 is never seen half-written.
+        POD_IPV4.get_ptr(address).map(|owner| unsafe { (*owner).netns_cookie })
+    }
+}
+
+impl PodIp for Ipv6 {
+    #[inline(always)]
+    fn owner(address: &Self::Address) -> Option<u64> {
+        // SAFETY: as above.
+        POD_IPV6.get_ptr(address).map(|owner| unsafe { (*owner).netns_cookie })
+    }
+}
+
+/// The switches of the pod whose network namespace has this cookie, if it is enrolled.
+#[inline(always)]
+pub(super) fn flags(netns_cookie: u64) -> Option<PodFlags> {
+    // SAFETY: the entry is only read, and an aligned u32 is never seen half-written.
+    PODS.get_ptr(netns_cookie).map(|pod| PodFlags(unsafe { (*pod).flags }))
+}

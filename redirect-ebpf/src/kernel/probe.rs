@@ -1,0 +1,107 @@
+//! sock_ops of the kubelet's cgroup: notes the connections that it makes from the host to enrolled pods, so that
+//! [`super::inbound`] lets these, and no others from the node, reach the application without the proxy.
+
+use core::mem::offset_of;
+
+use aya_ebpf::bindings::{BPF_ANY, BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock_ops};
+use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_ktime_get_ns};
+use aya_ebpf::macros::{map, sock_ops};
+use aya_ebpf::maps::LruHashMap;
+use aya_ebpf::programs::SockOpsContext;
+use redirect_ebpf::family::{Ip, Ipv4, Ipv6, v4_mapped};
+use redirect_ebpf::maps::Tuple;
+use redirect_ebpf::packet::Segment;
+
+use super::config;
+use super::pods::PodIp as _;
+
+/// Probes live from connect() to the SYN's arrival, retransmissions included.
+#[map]
+static PROBES: LruHashMap<Tuple, u64> = LruHashMap::with_max_entries(4096, 0);
+
+/// A SYN is sent again after 1, 3 and 7 seconds; kubelet gives up before the next.
+const LIFETIME: u64 = 10_000_000_000;
+
+const AF_INET: u32 = 2;
+const UNUSED: u32 = 1;
+
+/// Whether the segment opens a connection that the kubelet made.
+#[inline(always)]
+pub(super) fn is_probe<I: Ip>(segment: &Segment<I::Address>) -> bool {
+    let tuple = Tuple {
+        source: I::widen(segment.source),
+        destination: I::widen(segment.destination),
+        source_port: segment.source_port,
+        destination_port: segment.destination_port,
+    };
+    // SAFETY: the entry is only read, and an aligned u64 is never seen half-written.
+    let Some(began) = PROBES.get_ptr(tuple).map(|began| unsafe { *began }) else { return false };
+    // SAFETY: the helper has no preconditions.
+    unsafe { bpf_ktime_get_ns() }.wrapping_sub(began) < LIFETIME
+}
+
+#[sock_ops]
+pub(crate) fn probe(ctx: SockOpsContext) -> u32 {
+    if word(ctx.ops, offset_of!(bpf_sock_ops, op)) != BPF_SOCK_OPS_TCP_CONNECT_CB {
+        return UNUSED;
+    }
+    // Processes of the cgroup that moved to a pod's namespace, or say that they are a kubelet, are not the node's.
+    // SAFETY: the helper takes the context.
+    if config::host_cookie() != Some(unsafe { bpf_get_netns_cookie(ctx.ops.cast()) }) {
+        return UNUSED;
+    }
+    let tuple = tuple(ctx.ops);
+    let enrolled = match v4_mapped(tuple.destination) {
+        Some(address) => Ipv4::owner(&address),
+        None => Ipv6::owner(&tuple.destination),
+    };
+    if enrolled.is_some() {
+        // SAFETY: the helper has no preconditions.
+        let now = unsafe { bpf_ktime_get_ns() };
+        // A probe that is not noted goes through the proxy: it is the safe side.
+        let _ = PROBES.insert(tuple, now, BPF_ANY.into());
+    }
+    UNUSED
+}
+
+#[inline(always)]
+fn tuple(ops: *const bpf_sock_ops) -> Tuple {
+    const FAMILY: usize = offset_of!(bpf_sock_ops, family);
+    const LOCAL_IP4: usize = offset_of!(bpf_sock_ops, local_ip4);
+    const LOCAL_IP6: usize = offset_of!(bpf_sock_ops, local_ip6);
+    const REMOTE_IP4: usize = offset_of!(bpf_sock_ops, remote_ip4);
+    const REMOTE_IP6: usize = offset_of!(bpf_sock_ops, remote_ip6);
+    // Read without a branch, for the compiler would merge the branches' reads into one at a variable offset, which the
+    // verifier rejects.
+    let ipv4 =
+        [word(ops, LOCAL_IP4), word(ops, REMOTE_IP4)].map(|address| Ipv4::widen(address.to_ne_bytes()));
+    let ipv6 = [words(ops, LOCAL_IP6), words(ops, REMOTE_IP6)];
+    let [source, destination] = if word(ops, FAMILY) == AF_INET { ipv4 } else { ipv6 };
+    let local_port = word(ops, offset_of!(bpf_sock_ops, local_port)) as u16;
+    // Network order in the upper half, as the context has it.
+    let remote_port = word(ops, offset_of!(bpf_sock_ops, remote_port)).to_ne_bytes();
+    Tuple {
+        source,
+        destination,
+        source_port: local_port.to_be_bytes(),
+        destination_port: [remote_port[2], remote_port[3]],
+    }
+}
+
+/// The verifier accepts reads of a context field word by word only.
+#[inline(always)]
+fn word(ops: *const bpf_sock_ops, offset: usize) -> u32 {
+    // SAFETY: the offset is that of a word of the context.
+    let field = unsafe { ops.byte_add(offset) };
+    // SAFETY: as above.
+    unsafe { field.cast::<u32>().read_volatile() }
+}
+
+#[inline(always)]
+fn words(ops: *const bpf_sock_ops, offset: usize) -> [u8; 16] {
+    let mut address = [0; 16];
+    for (place, bytes) in address.chunks_exact_mut(4).enumerate() {
+        bytes.copy_from_slice(&word(ops, offset + 4 * place).to_ne_bytes());
+    }
+    address
+}

@@ -1,0 +1,39 @@
+//! Which sockets are the node proxy's own.
+
+use aya_ebpf::helpers::{bpf_get_current_cgroup_id, bpf_skb_cgroup_id};
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::HashMap;
+use aya_ebpf::programs::TcContext;
+use redirect_ebpf::constants::MAX_PROXY_CGROUPS;
+use redirect_ebpf::decide;
+use redirect_ebpf::maps::{ConfigFlags, ProxyCgroup};
+
+use super::config;
+
+#[map]
+static PROXY_CGROUPS: HashMap<u64, ProxyCgroup> = HashMap::with_max_entries(MAX_PROXY_CGROUPS, 0);
+
+/// Whether a socket with this mark, used by the current process, is the proxy's own.
+///
+/// A process with `CAP_NET_ADMIN` in its pod can forge the mark; it cannot forge its cgroup.
+#[inline(always)]
+pub(super) fn is_proxy(mark: u32) -> bool {
+    // SAFETY: the helper has no preconditions.
+    is_mark_of(mark, || unsafe { bpf_get_current_cgroup_id() })
+}
+
+/// Whether a packet that leaves an interface comes from one of the proxy's own sockets.
+#[inline(always)]
+pub(super) fn sent(ctx: &TcContext) -> bool {
+    // SAFETY: every TC context has `mark`.
+    let mark = unsafe { (*ctx.skb.skb).mark };
+    // SAFETY: the helper takes the context. A packet without a socket has the cgroup 0.
+    is_mark_of(mark, || unsafe { bpf_skb_cgroup_id(ctx.skb.skb) })
+}
+
+#[inline(always)]
+fn is_mark_of(mark: u32, cgroup: impl FnOnce() -> u64) -> bool {
+    decide::is_proxy_mark(mark)
+        && (!config::flags().contains(ConfigFlags::PROXY_BY_CGROUP)
+            || PROXY_CGROUPS.get_ptr(cgroup()).is_some())
+}

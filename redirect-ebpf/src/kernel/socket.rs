@@ -1,0 +1,132 @@
+//! Looks sockets up in the network namespace of the packet, or of the socket that a hook is about.
+
+use core::mem::size_of;
+use core::ptr::{NonNull, addr_of};
+
+use aya_ebpf::EbpfContext;
+use aya_ebpf::bindings::{BPF_F_CURRENT_NETNS, bpf_sock};
+use aya_ebpf::helpers::{bpf_sk_assign, bpf_sk_lookup_tcp, bpf_sk_release, bpf_skc_lookup_tcp};
+use aya_ebpf::programs::TcContext;
+use redirect_ebpf::decide;
+use redirect_ebpf::packet::Segment;
+
+/// A socket with a reference that is dropped with the value.
+pub(super) struct Socket(NonNull<bpf_sock>);
+
+/// `struct bpf_sock_tuple` of one family: the kernel tells the families apart by its size.
+#[repr(C, packed)]
+struct Tuple<A> {
+    source: A,
+    destination: A,
+    source_port: [u8; 2],
+    destination_port: [u8; 2],
+}
+
+/// What the kernel has for a 4-tuple.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum State {
+    /// A connection, or a handshake in progress.
+    Connected,
+    /// A closed connection whose tuple is not yet free again.
+    TimeWait,
+    /// Only a listener, or nothing.
+    Open,
+}
+
+const TCP_TIME_WAIT: u32 = 6;
+const TCP_LISTEN: u32 = 10;
+
+/// The state of a segment's 4-tuple.
+#[inline(always)]
+pub(super) fn state<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> State {
+    let mut tuple = Tuple {
+        source: segment.source,
+        destination: segment.destination,
+        source_port: segment.source_port,
+        destination_port: segment.destination_port,
+    };
+    // SAFETY: the tuple lives for the length of the call, and its size is right.
+    let socket = unsafe {
+        bpf_skc_lookup_tcp(
+            ctx.as_ptr(),
+            (&raw mut tuple).cast(),
+            size_of::<Tuple<A>>() as u32,
+            BPF_F_CURRENT_NETNS as u64,
+            0,
+        )
+    };
+    let Some(socket) = NonNull::new(socket).map(Socket) else { return State::Open };
+    match socket.state() {
+        TCP_LISTEN => State::Open,
+        TCP_TIME_WAIT => State::TimeWait,
+        _ => State::Connected,
+    }
+}
+
+impl Socket {
+    /// The proxy's listener on `port`, for the segment's connection.
+    #[inline(always)]
+    pub(super) fn listener<A: Copy>(ctx: &TcContext, segment: &Segment<A>, port: u16) -> Option<Self> {
+        Self::listener_for(ctx, (segment.source, segment.source_port), segment.destination, port)
+    }
+
+    /// The proxy's listener on `port`, for connections from a client (address and port) to an address.
+    #[inline(always)]
+    pub(super) fn listener_for<A: Copy>(
+        ctx: &impl EbpfContext,
+        (source, source_port): (A, [u8; 2]),
+        destination: A,
+        port: u16,
+    ) -> Option<Self> {
+        let mut tuple = Tuple { source, destination, source_port, destination_port: port.to_be_bytes() };
+        // SAFETY: the tuple lives for the length of the call, and its size is right.
+        let socket = unsafe {
+            bpf_sk_lookup_tcp(
+                ctx.as_ptr(),
+                (&raw mut tuple).cast(),
+                size_of::<Tuple<A>>() as u32,
+                BPF_F_CURRENT_NETNS as u64,
+                0,
+            )
+        };
+        let socket = Self(NonNull::new(socket)?);
+        (socket.state() == TCP_LISTEN && decide::is_proxy_mark(socket.mark())).then_some(socket)
+    }
+
+    #[inline(always)]
+    fn state(&self) -> u32 {
+        // SAFETY: the reference is held.
+        unsafe { addr_of!((*self.0.as_ptr()).state).read_volatile() }
+    }
+
+    /// For full sockets only, as [`Self::listener`] finds them.
+    #[inline(always)]
+    fn mark(&self) -> u32 {
+        // SAFETY: the reference is held.
+        unsafe { addr_of!((*self.0.as_ptr()).mark).read_volatile() }
+    }
+
+    /// For helpers that take the socket.
+    #[inline(always)]
+    pub(super) fn as_ptr(&self) -> *mut core::ffi::c_void {
+        self.0.as_ptr().cast()
+    }
+
+    /// Gives the packet to the socket.
+    #[inline(always)]
+    pub(super) fn assign(&self, ctx: &TcContext) -> Result<(), i64> {
+        // SAFETY: the reference is held.
+        match unsafe { bpf_sk_assign(ctx.as_ptr(), self.as_ptr(), 0) } {
+            0 => Ok(()),
+            error => Err(error),
+        }
+    }
+}
+
+impl Drop for Socket {
+    #[inline(always)]
+    fn drop(&mut self) {
+        // SAFETY: the reference is ours and is given back once.
+        unsafe { bpf_sk_release(self.as_ptr()) };
+    }
+}

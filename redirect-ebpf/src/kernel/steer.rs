@@ -1,0 +1,142 @@
+//! Gives a connection to a listener of the proxy. The same for both families and for both directions.
+
+use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, tcphdr};
+use aya_ebpf::helpers::bpf_tcp_check_syncookie;
+use aya_ebpf::programs::TcContext;
+use redirect_ebpf::count::{Direction, Reason, Verdict};
+use redirect_ebpf::decide::Inbound;
+use redirect_ebpf::maps::ConfigFlags;
+use redirect_ebpf::packet::{Packet as _, Parse, Parsed, Segment, parse};
+
+use super::config;
+use super::counters::count;
+use super::lookup;
+use super::pods::PodIp;
+use super::skb::Skb;
+use super::socket::{self, Socket, State};
+
+/// What is to become of a packet.
+pub(super) enum Action {
+    /// Leave it to the programs and the stack behind us, with the proxy's listener attached to it or not.
+    Continue,
+    /// Drop it.
+    Drop,
+}
+
+impl From<Action> for i32 {
+    #[inline(always)]
+    fn from(action: Action) -> Self {
+        match action {
+            Action::Continue => TC_ACT_UNSPEC,
+            Action::Drop => TC_ACT_SHOT,
+        }
+    }
+}
+
+/// Which connections are steered where.
+pub(super) trait Route<I: Parse> {
+    const DIRECTION: Direction;
+
+    /// The proxy's listener.
+    const PORT: u16;
+
+    /// What becomes of a new connection.
+    fn decide(ctx: &TcContext, segment: &Segment<I::Address>) -> Inbound;
+
+    /// The pod's end of the connection.
+    fn pod(segment: &Segment<I::Address>) -> I::Address;
+}
+
+/// Steers a packet: what belongs to a connection that exists is left alone; what opens one goes to the proxy's
+/// listener.
+#[inline(always)]
+pub(super) fn steer<I: Parse + PodIp, R: Route<I>>(ctx: &TcContext) -> Action {
+    let drop = |reason| {
+        count(I::FAMILY, R::DIRECTION, Verdict::Dropped, reason);
+        Action::Drop
+    };
+    let segment = match parse::<I>(&Skb(ctx)) {
+        Parsed::Tcp(segment) => segment,
+        Parsed::Other => return Action::Continue,
+        Parsed::Malformed => return drop(Reason::Malformed),
+        // Its flags may come in a later fragment: only a connection that exists may go on.
+        Parsed::Fragment(segment) => {
+            return match socket::state(ctx, &segment) {
+                State::Connected => Action::Continue,
+                State::TimeWait | State::Open => drop(Reason::Fragmented),
+            };
+        }
+    };
+    let state = socket::state(ctx, &segment);
+    if state == State::Connected {
+        return Action::Continue;
+    }
+    if segment.opens() {
+        match R::decide(ctx, &segment) {
+            Inbound::Capture => {}
+            Inbound::Drop(reason) => return drop(reason),
+            Inbound::Pass(reason) => {
+                count(I::FAMILY, R::DIRECTION, Verdict::Passed, reason);
+                return Action::Continue;
+            }
+        }
+        let Some(listener) = Socket::listener(ctx, &segment, R::PORT) else {
+            let held = drop(Reason::NoListener);
+            // Nobody gets a connection that is handed over without a listener: the kernel refuses it.
+            let refused = config::flags().contains(ConfigFlags::REFUSE)
+                && lookup::hand_over::<I>(&segment, &R::pod(&segment), R::PORT, None).is_ok();
+            return if refused { Action::Continue } else { held };
+        };
+        if give::<I, R>(ctx, &segment, &listener, state).is_err() {
+            return drop(Reason::AssignFailed);
+        }
+        count(I::FAMILY, R::DIRECTION, Verdict::Steered, Reason::Enrolled);
+    } else if segment.may_hold_cookie()
+        && state == State::Open
+        // Under a SYN flood the kernel keeps nothing of a handshake; its last step has to find the listener again.
+        && let Some(listener) = Socket::listener(ctx, &segment, R::PORT)
+        && holds_cookie::<I>(ctx, &segment, &listener)
+        && give::<I, R>(ctx, &segment, &listener, state).is_err()
+    {
+        return drop(Reason::AssignFailed);
+    }
+    Action::Continue
+}
+
+/// Gives the packet to the listener, at once or by way of the socket lookup.
+#[inline(always)]
+fn give<I: Parse + PodIp, R: Route<I>>(
+    ctx: &TcContext,
+    segment: &Segment<I::Address>,
+    listener: &Socket,
+    state: State,
+) -> Result<(), i64> {
+    // A listener that is assigned a SYN whose tuple is still in TIME_WAIT can't take it: the tuple is not free. The
+    // kernel frees it only when it meets the TIME_WAIT socket first, and looks for a listener afterwards.
+    if state != State::TimeWait && listener.assign(ctx).is_ok() {
+        return Ok(());
+    }
+    // Kernels before 6.6 refuse to assign listeners with SO_REUSEPORT; the socket lookup takes them on every kernel.
+    lookup::hand_over::<I>(segment, &R::pod(segment), R::PORT, Some(listener))
+}
+
+/// Whether the segment acknowledges a SYN cookie that `listener` handed out.
+#[inline(always)]
+fn holds_cookie<I: Parse>(ctx: &TcContext, segment: &Segment<I::Address>, listener: &Socket) -> bool {
+    const IP_HEADER: usize = 40;
+    const TCP_HEADER: usize = 20;
+    // An IPv4 header is shorter, but what follows it is there as well: a TCP header of twenty bytes.
+    let Some(mut ip) = Skb(ctx).load::<IP_HEADER>(segment.network_offset) else { return false };
+    let Some(mut tcp) = Skb(ctx).load::<TCP_HEADER>(segment.transport_offset) else { return false };
+    // SAFETY: both headers live for the length of the call, and their sizes are right.
+    let result = unsafe {
+        bpf_tcp_check_syncookie(
+            listener.as_ptr(),
+            ip.as_mut_ptr().cast(),
+            IP_HEADER as u32,
+            tcp.as_mut_ptr().cast::<tcphdr>(),
+            TCP_HEADER as u32,
+        )
+    };
+    result == 0
+}

@@ -1,0 +1,34 @@
+//! TC ingress of interfaces behind which others' connections begin (virtual machines, containers in the pod), as a pod
+//! declares them with `istio.io/reroute-virtual-interfaces`: TCP from there counts as the pod's own and goes to the
+//! proxy's outbound listener.
+
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use redirect_ebpf::constants::MARK_CAPTURE;
+use redirect_ebpf::family::{Ipv4, Ipv6};
+use redirect_ebpf::packet::{Parse, Parsed, parse};
+
+use super::loopback::Captured;
+use super::pods::PodIp;
+use super::skb::Skb;
+use super::steer::{Action, steer};
+
+#[classifier]
+pub(crate) fn virtual_ipv4(ctx: TcContext) -> i32 {
+    from_behind::<Ipv4>(&ctx)
+}
+
+#[classifier]
+pub(crate) fn virtual_ipv6(ctx: TcContext) -> i32 {
+    from_behind::<Ipv6>(&ctx)
+}
+
+#[inline(always)]
+fn from_behind<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
+    if !matches!(parse::<I>(&Skb(ctx)), Parsed::Tcp(_) | Parsed::Fragment(_)) {
+        return Action::Continue.into();
+    }
+    // The mark has the pod's policy rule deliver every packet of the connection here instead of routing it on.
+    ctx.set_mark(MARK_CAPTURE);
+    steer::<I, Captured>(ctx).into()
+}
