@@ -1,0 +1,114 @@
+//! The CNI plugin: the last link of the chain, which tells the agent that a pod came, stays or went.
+//!
+//! The plugin itself changes nothing in the kernel. `ADD` passes the pod's network namespace and the addresses that
+//! the plugins before it reported to the agent, returns when both families are steered, and prints their result
+//! unchanged. It is synchronous, has no threads and no logger: it runs for every pod and must start in milliseconds.
+//!
+//! | command | what happens |
+//! |---|---|
+//! | `ADD` | the agent steers the pod; an agent that cannot be reached is an error, but not in `excludeNamespaces` |
+//! | `DEL` | the agent forgets the pod; an agent that cannot be reached is no error, for it compares itself with the cluster when it starts |
+//! | `CHECK` (≥ 0.4.0) | the agent compares the kernel with what `ADD` promised |
+//! | `STATUS` (≥ 1.1.0) | whether `ADD` would be served |
+//! | `GC` (≥ 1.1.0) | the agent forgets what the runtime does not know any more |
+//! | `VERSION` | the supported versions of the specification: 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0 |
+//!
+//! The keys of its configuration are documented at [`Config`], its error codes at [`Error`].
+
+mod command;
+mod config;
+mod environment;
+mod error;
+mod netns;
+mod result;
+#[cfg(test)]
+mod tests;
+mod version;
+
+use std::env;
+use std::ffi::OsString;
+use std::io::{self, Read, Write};
+use std::process::ExitCode;
+
+use serde_json::{Value, json};
+
+pub use config::Config;
+pub use error::Error;
+pub use version::SpecVersion;
+
+use environment::{Command, Invocation};
+use error::Failure;
+
+/// The largest configuration that is read. Runtimes send a few kilobytes.
+const MAX_STDIN: u64 = 1024 * 1024;
+
+/// The plugin's `main`.
+pub fn main() -> ExitCode {
+    let outcome = run(&|name| env::var_os(name), io::stdin().lock());
+    if let Some(note) = &outcome.note {
+        eprintln!("{note}");
+    }
+    let printed = match &outcome.stdout {
+        Some(value) => writeln!(io::stdout(), "{value}"),
+        None => Ok(()),
+    };
+    if outcome.failed || printed.is_err() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+/// What the runtime gets to see.
+#[derive(Debug, PartialEq)]
+struct Outcome {
+    stdout: Option<Value>,
+    failed: bool,
+    /// For people, on stderr: what was tolerated.
+    note: Option<String>,
+}
+
+/// What a command that succeeded prints.
+#[derive(Debug, Default)]
+struct Success {
+    stdout: Option<Value>,
+    note: Option<String>,
+}
+
+type Lookup<'a> = &'a dyn Fn(&str) -> Option<OsString>;
+
+fn run(environment: Lookup<'_>, stdin: impl Read) -> Outcome {
+    let stdin = read(stdin);
+    // Errors are reported in the runtime's version, even if it is the environment that is wrong.
+    let version = stdin.as_deref().ok().and_then(version::peek);
+    match dispatch(environment, stdin, version) {
+        Ok(Success { stdout, note }) => Outcome { stdout, failed: false, note },
+        Err(failure) => {
+            let report = failure.report(version.unwrap_or(SpecVersion::LATEST));
+            Outcome { stdout: Some(report), failed: true, note: None }
+        }
+    }
+}
+
+fn dispatch(
+    environment: Lookup<'_>,
+    stdin: Result<Vec<u8>, Error>,
+    version: Option<SpecVersion>,
+) -> Result<Success, Failure> {
+    let invocation = Invocation::from_environment(environment)?;
+    let in_pod = |error| Failure::of_pod(invocation.pod_name(), error);
+    if invocation.command == Command::Version {
+        // Asked before anything is agreed on, so neither an empty nor an unknown configuration is an error.
+        let stdout = Some(version_report(version.unwrap_or(SpecVersion::LATEST)));
+        return Ok(Success { stdout, note: None });
+    }
+    let config = stdin.and_then(|bytes| Config::parse(&bytes)).map_err(in_pod)?;
+    command::execute(&invocation, &config).map_err(in_pod)
+}
+
+fn read(stdin: impl Read) -> Result<Vec<u8>, Error> {
+    let mut bytes = Vec::new();
+    stdin.take(MAX_STDIN + 1).read_to_end(&mut bytes).map_err(Error::Stdin)?;
+    if bytes.len() as u64 > MAX_STDIN { Err(Error::StdinTooLarge) } else { Ok(bytes) }
+}
+
+fn version_report(version: SpecVersion) -> Value {
+    let supported: Vec<_> = SpecVersion::ALL.iter().map(|version| version.as_str()).collect();
+    json!({ "cniVersion": version.as_str(), "supportedVersions": supported })
+}

@@ -1,0 +1,155 @@
+//! Who a pod is, and where.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
+use redirect_ebpf::{Direction, Family};
+use serde::{Deserialize, Serialize};
+
+/// A pod's identity.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct PodIdentity {
+    /// Kubernetes UID, or the sandbox's container ID where there is no Kubernetes.
+    pub uid: String,
+    /// Kubernetes namespace; empty where there is no Kubernetes.
+    pub namespace: String,
+    /// Kubernetes name, or the sandbox's container ID where there is no Kubernetes.
+    pub name: String,
+    /// Kubernetes service account; empty if unknown.
+    #[serde(default)]
+    pub service_account: String,
+}
+
+impl fmt::Display for PodIdentity {
+    /// `namespace/name`, as people name pods.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.namespace.is_empty() {
+            f.write_str(&self.name)
+        } else {
+            write!(f, "{}/{}", self.namespace, self.name)
+        }
+    }
+}
+
+/// The addresses of a pod, by family, in the order in which they were reported. The first of a family is the source
+/// of the pod's own connections.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodAddresses {
+    /// IPv4 addresses.
+    pub ipv4: Vec<Ipv4Addr>,
+    /// IPv6 addresses.
+    pub ipv6: Vec<Ipv6Addr>,
+}
+
+impl PodAddresses {
+    /// Whether the pod has no address at all.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.ipv4.is_empty() && self.ipv6.is_empty()
+    }
+
+    /// The families that the pod has an address of.
+    pub fn families(&self) -> impl Iterator<Item = Family> {
+        let v4 = (!self.ipv4.is_empty()).then_some(Family::Ipv4);
+        let v6 = (!self.ipv6.is_empty()).then_some(Family::Ipv6);
+        v4.into_iter().chain(v6)
+    }
+
+    /// Every address, IPv4 first.
+    pub fn iter(&self) -> impl Iterator<Item = IpAddr> {
+        self.ipv4.iter().copied().map(IpAddr::V4).chain(self.ipv6.iter().copied().map(IpAddr::V6))
+    }
+}
+
+impl Extend<IpAddr> for PodAddresses {
+    fn extend<T: IntoIterator<Item = IpAddr>>(&mut self, addresses: T) {
+        for address in addresses {
+            match address.to_canonical() {
+                IpAddr::V4(v4) if !self.ipv4.contains(&v4) => self.ipv4.push(v4),
+                IpAddr::V6(v6) if !self.ipv6.contains(&v6) => self.ipv6.push(v6),
+                IpAddr::V4(_) | IpAddr::V6(_) => {}
+            }
+        }
+    }
+}
+
+impl FromIterator<IpAddr> for PodAddresses {
+    fn from_iter<T: IntoIterator<Item = IpAddr>>(addresses: T) -> Self {
+        let mut all = Self::default();
+        all.extend(addresses);
+        all
+    }
+}
+
+/// The family of an address. A v4-mapped one is IPv4.
+#[must_use]
+pub fn family(address: IpAddr) -> Family {
+    match address.to_canonical() {
+        IpAddr::V4(_) => Family::Ipv4,
+        IpAddr::V6(_) => Family::Ipv6,
+    }
+}
+
+/// What is special about one pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodSettings {
+    /// Inbound connections reach the application without the proxy.
+    pub bypass_inbound: bool,
+    /// Whether the pod's DNS questions go to the proxy's resolver, if it says so itself.
+    pub dns: Option<bool>,
+    /// What is not steered.
+    pub exclusions: BTreeSet<Exclusion>,
+    /// Interfaces whose inbound TCP counts as the pod's own outbound: virtual machines behind them, say.
+    pub virtual_interfaces: Vec<String>,
+}
+
+/// Connections that are not steered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Exclusion {
+    /// With peers in a network: destinations of outbound connections, sources of inbound ones.
+    Network(Direction, IpNet),
+    /// To a port.
+    Port(Direction, u16),
+}
+
+/// A network, with or without bits behind its prefix, or a single address.
+pub fn network(text: &str) -> Result<IpNet, String> {
+    let network = match text.parse::<IpNet>() {
+        Ok(network) => network,
+        Err(error) => text.parse::<IpAddr>().map(IpNet::from).map_err(|_| error.to_string())?,
+    };
+    match network {
+        // On the wire such addresses are IPv4, so that it would match nothing.
+        IpNet::V6(network) if network.addr().to_ipv4_mapped().is_some() => {
+            Err("v4-mapped networks are IPv4 networks: write a.b.c.d/n".into())
+        }
+        network => Ok(network.trunc()),
+    }
+}
+
+impl fmt::Display for Exclusion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Network(direction, network) => write!(f, "{} {network}", direction.label()),
+            Self::Port(direction, port) => write!(f, "{} port {port}", direction.label()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_sorted_by_family_and_v4_mapped_ones_are_ipv4() {
+        let addresses: PodAddresses = ["fd00::5", "10.0.0.5", "::ffff:10.0.0.5", "fd00::5"]
+            .iter()
+            .map(|text| text.parse::<IpAddr>().unwrap())
+            .collect();
+        assert_eq!(addresses.ipv4, [Ipv4Addr::new(10, 0, 0, 5)]);
+        assert_eq!(addresses.ipv6, ["fd00::5".parse::<Ipv6Addr>().unwrap()]);
+        assert_eq!(addresses.families().collect::<Vec<_>>(), Family::ALL);
+    }
+}

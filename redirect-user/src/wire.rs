@@ -1,0 +1,265 @@
+//! What the CNI plugin and the command line say to the agent.
+//!
+//! `AF_UNIX`, `SOCK_SEQPACKET`: a packet is a message. A client sends one [`Envelope`] with a [`Request`] and reads
+//! [`Reply`] packets until one that is final ([`Reply::is_final`]). Messages are JSON. An `Add` or `Check` carries exactly
+//! one file descriptor (`SCM_RIGHTS`): the pod's network namespace.
+
+pub mod client;
+mod packet;
+mod pods;
+pub mod server;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::pod::PodIdentity;
+
+/// The version of this protocol. An agent answers another version with [`ErrorKind::Version`].
+pub const VERSION: u16 = 1;
+
+/// Where the agent listens by default.
+pub const DEFAULT_SOCKET: &str = "/run/ambient-redirect/agent.sock";
+
+/// The largest packet of either side, in bytes.
+pub const MAX_PACKET: usize = 64 * 1024;
+
+/// A message with the version of the protocol that its sender speaks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Envelope<T> {
+    /// See [`VERSION`].
+    pub version: u16,
+    /// The message.
+    pub body: T,
+}
+
+/// One attachment of a sandbox to a network: what CNI calls a container ID and an interface name.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Attachment {
+    /// `CNI_CONTAINERID`.
+    pub container_id: String,
+    /// `CNI_IFNAME`.
+    pub interface: String,
+}
+
+/// What is asked of the agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case")]
+pub enum Request {
+    /// Steer this pod, if it is to be enrolled; answer when the kernel does and the proxy knows it. Carries the
+    /// namespace's descriptor. Answered by [`Reply::Added`].
+    Add {
+        /// What was attached.
+        attachment: Attachment,
+        /// Who the pod is.
+        pod: PodIdentity,
+        /// Its addresses, as the plugins before us reported them.
+        addresses: Vec<IpAddr>,
+    },
+    /// Forget this attachment. Done already is done. Answered by [`Reply::Done`].
+    Del {
+        /// What was detached.
+        attachment: Attachment,
+    },
+    /// Compare the kernel with what `Add` promised. Carries the namespace's descriptor. Answered by [`Reply::Done`].
+    Check {
+        /// What is attached.
+        attachment: Attachment,
+        /// Its addresses.
+        addresses: Vec<IpAddr>,
+    },
+    /// Forget every attachment that is not in this list. Answered by [`Reply::Done`].
+    Gc {
+        /// What the runtime still knows.
+        valid: Vec<Attachment>,
+    },
+    /// Whether the agent is ready to serve `Add`. Answered by [`Reply::Done`].
+    Ready,
+    /// What the agent is doing. Answered by [`Reply::Status`].
+    Status,
+    /// The pods that the agent knows. Answered by [`Reply::Pods`], several times if they do not fit one packet.
+    Pods,
+}
+
+impl Request {
+    /// Whether the request carries the descriptor of a network namespace.
+    #[must_use]
+    pub fn carries_netns(&self) -> bool {
+        matches!(self, Self::Add { .. } | Self::Check { .. })
+    }
+}
+
+/// What the agent answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum Reply {
+    /// The pod is steered, or need not be.
+    Added {
+        /// Whether the pod is enrolled.
+        enrolled: bool,
+    },
+    /// It is as it was asked for.
+    Done,
+    /// See [`Request::Status`].
+    Status(Box<Status>),
+    /// See [`Request::Pods`].
+    Pods {
+        /// Some of the pods.
+        pods: Vec<PodReport>,
+        /// Whether another packet follows.
+        more: bool,
+    },
+    /// It could not be done.
+    Error(Error),
+}
+
+impl Reply {
+    /// Whether no other packet follows this one.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        !matches!(self, Self::Pods { more: true, .. })
+    }
+}
+
+/// Why the agent could not do what it was asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct Error {
+    /// What kind of failure it was.
+    pub kind: ErrorKind,
+    /// What happened to which pod in which family, and the remedy.
+    pub message: String,
+}
+
+impl Error {
+    /// An error of a kind.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into() }
+    }
+}
+
+/// Kinds of [`Error`]; the plugin maps them to the error codes of the CNI specification.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorKind {
+    /// The two sides speak different versions of this protocol.
+    Version,
+    /// The request could not be understood.
+    Malformed,
+    /// The caller is neither root nor the agent's own user.
+    Denied,
+    /// Trying again later may help: the proxy is not connected, say.
+    TryAgain,
+    /// The attachment is not known.
+    Unknown,
+    /// The kernel is not as it should be (`Check`).
+    Mismatch,
+    /// The kernel refused, or a map is full.
+    Datapath,
+    /// The proxy refused the pod.
+    Proxy,
+    /// Anything else.
+    Internal,
+}
+
+/// What the agent is doing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The agent's version.
+    pub version: String,
+    /// The agent's process ID.
+    pub pid: u32,
+    /// Seconds since the agent started.
+    pub uptime: u64,
+    /// The kernel's release.
+    pub kernel: String,
+    /// The cgroup2 directory that the outbound programs are attached to.
+    pub cgroup: String,
+    /// Whether TC programs are attached by tcx links (else clsact filters).
+    pub tcx: bool,
+    /// The loaded programs.
+    pub programs: Vec<ProgramReport>,
+    /// The maps.
+    pub maps: Vec<MapReport>,
+    /// The connected node proxies, newest first.
+    pub proxies: Vec<ProxyReport>,
+    /// Connections that were counted, non-zero counters only.
+    pub counters: Vec<CounterReport>,
+}
+
+/// A loaded program.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProgramReport {
+    /// Its name in the kernel.
+    pub name: String,
+    /// Its ID in the kernel, as bpftool shows it.
+    pub id: u32,
+    /// How many times it is attached.
+    pub links: usize,
+}
+
+/// A map's fill.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MapReport {
+    /// Its name in the kernel.
+    pub name: String,
+    /// Entries in use.
+    pub entries: usize,
+    /// Entries it can hold.
+    pub capacity: u32,
+}
+
+/// A connected node proxy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProxyReport {
+    /// The process at the other end.
+    pub pid: u32,
+    /// Its cgroup v2 path, if it has one.
+    pub cgroup: Option<String>,
+    /// Whether the snapshot was sent and acknowledged.
+    pub synced: bool,
+    /// Pods that it acknowledged.
+    pub acknowledged: usize,
+    /// Pods that it refused, and why.
+    pub refused: Vec<(String, String)>,
+}
+
+/// One counter.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CounterReport {
+    /// `IPv4` or `IPv6`.
+    pub family: String,
+    /// See [`redirect_ebpf::Direction`].
+    pub direction: String,
+    /// See [`redirect_ebpf::Verdict`].
+    pub verdict: String,
+    /// See [`redirect_ebpf::Reason`].
+    pub reason: String,
+    /// How many connections.
+    pub connections: u64,
+}
+
+/// What the agent knows of one pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodReport {
+    /// Who it is.
+    pub pod: PodIdentity,
+    /// Its attachments.
+    pub attachments: Vec<Attachment>,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Cookie of its network namespace.
+    pub netns_cookie: u64,
+    /// The families that are steered: `IPv4`, `IPv6`.
+    pub steered: Vec<String>,
+    /// The interfaces whose inbound connections are steered.
+    pub interfaces: Vec<String>,
+    /// Whether the newest proxy acknowledged the pod; if not, what it said or that it is not connected.
+    pub proxy: Result<(), String>,
+    /// Seconds since the pod was enrolled.
+    pub since: u64,
+}

@@ -1,0 +1,226 @@
+//! The calling side: synchronous and without a runtime, because the plugin must start within milliseconds.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::socket::sockopt::{ReceiveTimeout, SendTimeout};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SetSockOpt, SockFlag, SockType, UnixAddr, connect, recvmsg,
+    sendmsg, setsockopt, socket,
+};
+use nix::sys::time::TimeVal;
+
+use super::packet::{self, PacketError};
+use super::{MAX_PACKET, Reply, Request, VERSION};
+
+/// Why there is no answer, or a bad one. Every message names the socket and, where there is one, the remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nobody listens.
+    #[error("the agent cannot be reached at {}; is the ambient-redirect DaemonSet running on this node?", socket.display())]
+    Unreachable {
+        /// Where the agent should listen.
+        socket: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The agent went away, probably because it is being restarted.
+    #[error("the agent at {} closed the connection without an answer; it may be restarting, try again", socket.display())]
+    Closed {
+        /// Where the agent listens.
+        socket: PathBuf,
+    },
+    /// The deadline passed.
+    #[error("the agent at {} did not answer within {after:?}; see its log, or raise timeoutSeconds", socket.display())]
+    TimedOut {
+        /// Where the agent listens.
+        socket: PathBuf,
+        /// How long it was waited for.
+        after: Duration,
+    },
+    /// The agent is of another release.
+    #[error(
+        "the agent at {} speaks version {theirs} of the protocol, this program version {VERSION}; \
+         install the same release of both",
+        socket.display()
+    )]
+    Version {
+        /// Where the agent listens.
+        socket: PathBuf,
+        /// The agent's version.
+        theirs: u16,
+    },
+    /// A packet does not fit.
+    #[error("a message to or from the agent at {} is larger than {MAX_PACKET} bytes", socket.display())]
+    TooLarge {
+        /// Where the agent listens.
+        socket: PathBuf,
+    },
+    /// The agent's answer makes no sense.
+    #[error("the answer of the agent at {} cannot be understood; install the same release of both", socket.display())]
+    Malformed {
+        /// Where the agent listens.
+        socket: PathBuf,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+    /// The agent answered something else than what it was asked.
+    #[error("the agent at {} gave an answer of the wrong kind; install the same release of both", socket.display())]
+    Unexpected {
+        /// Where the agent listens.
+        socket: PathBuf,
+    },
+    /// The connection failed in another way.
+    #[error("the connection to the agent at {} failed", socket.display())]
+    Io {
+        /// Where the agent listens.
+        socket: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The agent said no.
+    #[error(transparent)]
+    Refused(#[from] super::Error),
+}
+
+impl Error {
+    /// Whether no agent of our version looked at the request and answered: callers that can live without the agent
+    /// tolerate these, and no answer that it gave.
+    #[must_use]
+    pub fn is_unanswered(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::Closed { .. } | Self::TimedOut { .. })
+    }
+}
+
+/// Sends one request and waits until the final reply. All of it, connecting included, takes at most `timeout`.
+///
+/// A [`Reply::Error`] becomes [`Error::Refused`]; the returned list is never empty and holds none.
+pub fn call(
+    socket: &Path,
+    request: &Request,
+    netns: Option<BorrowedFd<'_>>,
+    timeout: Duration,
+) -> Result<Vec<Reply>, Error> {
+    let connection = Connection::open(socket, timeout)?;
+    connection.send(request, netns)?;
+    let mut replies = Vec::new();
+    let mut buffer = vec![0; MAX_PACKET];
+    loop {
+        match connection.receive(&mut buffer)? {
+            Reply::Error(refusal) => return Err(refusal.into()),
+            reply => replies.push(reply),
+        }
+        if replies.last().is_some_and(Reply::is_final) {
+            return Ok(replies);
+        }
+    }
+}
+
+/// For requests that are answered by [`Reply::Done`].
+pub fn call_done(
+    socket: &Path,
+    request: &Request,
+    netns: Option<BorrowedFd<'_>>,
+    timeout: Duration,
+) -> Result<(), Error> {
+    match call(socket, request, netns, timeout)?.as_slice() {
+        [Reply::Done] => Ok(()),
+        _ => Err(Error::Unexpected { socket: socket.into() }),
+    }
+}
+
+struct Connection<'a> {
+    fd: OwnedFd,
+    socket: &'a Path,
+    started: Instant,
+    timeout: Duration,
+}
+
+impl<'a> Connection<'a> {
+    fn open(path: &'a Path, timeout: Duration) -> Result<Self, Error> {
+        let unreachable = |errno: Errno| Error::Unreachable { socket: path.into(), source: errno.into() };
+        let address = UnixAddr::new(path).map_err(unreachable)?;
+        let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)
+            .map_err(|errno| Error::Io { socket: path.into(), source: errno.into() })?;
+        let connection = Self { fd, socket: path, started: Instant::now(), timeout };
+        // A full backlog makes connect() wait, and it waits as long as a send would.
+        connection.within(SendTimeout, || connect(connection.fd.as_raw_fd(), &address)).map_err(|error| {
+            match error {
+                Error::Io { socket, source } => Error::Unreachable { socket, source },
+                other => other,
+            }
+        })?;
+        Ok(connection)
+    }
+
+    fn send(&self, request: &Request, netns: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+        let packet = packet::encode(request).map_err(|error| self.packet_error(error))?;
+        let fds: Vec<_> = netns.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let control = if fds.is_empty() { &[][..] } else { &rights[..] };
+        self.within(SendTimeout, || {
+            let data = [IoSlice::new(&packet)];
+            sendmsg::<()>(self.fd.as_raw_fd(), &data, control, MsgFlags::MSG_NOSIGNAL, None)
+        })?;
+        Ok(())
+    }
+
+    fn receive(&self, buffer: &mut [u8]) -> Result<Reply, Error> {
+        let (size, flags) = self.within(ReceiveTimeout, || {
+            let mut data = [IoSliceMut::new(buffer)];
+            // Without room for control messages the kernel discards descriptors that a reply should not carry.
+            recvmsg::<()>(self.fd.as_raw_fd(), &mut data, None, MsgFlags::empty()).map(|m| (m.bytes, m.flags))
+        })?;
+        if flags.contains(MsgFlags::MSG_TRUNC) {
+            return Err(Error::TooLarge { socket: self.socket.into() });
+        }
+        match buffer.get(..size) {
+            None | Some([]) => Err(Error::Closed { socket: self.socket.into() }),
+            Some(packet) => packet::decode(packet).map_err(|error| self.packet_error(error)),
+        }
+    }
+
+    /// Runs a system call whose patience is the given socket option, with what is left of the deadline.
+    fn within<O, T>(&self, option: O, mut syscall: impl FnMut() -> nix::Result<T>) -> Result<T, Error>
+    where
+        O: SetSockOpt<Val = TimeVal> + Copy,
+    {
+        let timed_out = || Error::TimedOut { socket: self.socket.into(), after: self.timeout };
+        let failed = |errno: Errno| Error::Io { socket: self.socket.into(), source: errno.into() };
+        loop {
+            let left = self.timeout.saturating_sub(self.started.elapsed());
+            // Zero would mean to wait for ever.
+            if left < Duration::from_micros(1) {
+                return Err(timed_out());
+            }
+            setsockopt(&self.fd, option, &time_val(left)).map_err(failed)?;
+            match syscall() {
+                Ok(value) => return Ok(value),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return Err(timed_out()),
+                Err(Errno::EPIPE | Errno::ECONNRESET) => {
+                    return Err(Error::Closed { socket: self.socket.into() });
+                }
+                Err(errno) => return Err(failed(errno)),
+            }
+        }
+    }
+
+    fn packet_error(&self, error: PacketError) -> Error {
+        let socket = self.socket.into();
+        match error {
+            PacketError::TooLarge { .. } => Error::TooLarge { socket },
+            PacketError::Version { theirs } => Error::Version { socket, theirs },
+            PacketError::Json(source) => Error::Malformed { socket, source },
+        }
+    }
+}
+
+fn time_val(duration: Duration) -> TimeVal {
+    // A timeout of more seconds than fit is as good as the longest one.
+    let seconds = duration.as_secs().try_into().unwrap_or(i64::from(i32::MAX));
+    TimeVal::new(seconds, duration.subsec_micros().into())
+}

@@ -1,0 +1,221 @@
+//! The agent's side: accepts connections, one request each, and hands them to a [`Handler`].
+//!
+//! Whatever a client does (says nothing, sends nonsense, passes descriptors, does not read) ends with its own
+//! connection: every wait has a deadline, every packet a size, and every descriptor an owner that closes it.
+
+use std::future::Future;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::unistd::geteuid;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_seqpacket::ancillary::OwnedAncillaryMessage;
+use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
+
+use super::packet::{self, PacketError};
+use super::{Error, ErrorKind, MAX_PACKET, Reply, Request, VERSION};
+use crate::socket_file::{self, SocketFile};
+
+pub use crate::socket_file::BindError;
+
+/// How long a client may take to send its request, and to read each reply.
+const CLIENT_DEADLINE: Duration = Duration::from_secs(5);
+
+/// How many connections are served at once. Others wait in the socket's backlog.
+const MAX_CONNECTIONS: usize = 256;
+
+/// How long requests that are being handled may go on after the shutdown began.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
+
+/// How long to wait when accept() fails: for want of descriptors it would fail at once again.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What the agent does with a request.
+pub trait Handler: Send + Sync + 'static {
+    /// Answers a request. `netns` is there exactly if [`Request::carries_netns`].
+    ///
+    /// Runs to its end even if the client goes away. Several requests run at once. The last reply should be final
+    /// ([`Reply::is_final`]), the others not; [`Reply::pods`] makes such a list.
+    fn handle(&self, request: Request, netns: Option<OwnedFd>) -> impl Future<Output = Vec<Reply>> + Send;
+}
+
+/// A bound socket.
+#[derive(Debug)]
+pub struct Server {
+    // Dropped before the listener: a successor must not find a file that nobody answers for.
+    file: SocketFile,
+    listener: UnixSeqpacketListener,
+}
+
+impl Server {
+    /// Binds and listens with mode 0600, in a directory that is created if need be. A file that a dead agent left
+    /// is replaced. Clients can connect from now on and are served by [`Server::serve`].
+    ///
+    /// Must be called inside a tokio runtime.
+    pub fn bind(path: &Path) -> Result<Self, BindError> {
+        let (listener, file) = socket_file::listen_at(path)?;
+        let listener = UnixSeqpacketListener::try_from(listener)
+            .map_err(|source| BindError::Io { path: path.into(), source })?;
+        Ok(Self { file, listener })
+    }
+
+    /// Serves until `shutdown` completes, then removes the socket's file and lets requests in progress finish.
+    pub async fn serve<H: Handler>(mut self, handler: Arc<H>, shutdown: impl Future<Output = ()>) {
+        let mut shutdown = pin!(shutdown);
+        let mut connections = JoinSet::new();
+        loop {
+            tokio::select! {
+                () = &mut shutdown => break,
+                Some(ended) = connections.join_next(), if !connections.is_empty() => {
+                    if let Err(error) = ended {
+                        tracing::error!(%error, "serving a client failed");
+                    }
+                }
+                accepted = self.listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
+                    Ok(socket) => {
+                        connections.spawn(converse(socket, Arc::clone(&handler)));
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "cannot accept a client");
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                    }
+                },
+            }
+        }
+        let Self { file, listener } = self;
+        drop(file);
+        drop(listener);
+        let finished = async { while connections.join_next().await.is_some() {} };
+        if timeout(SHUTDOWN_GRACE, finished).await.is_err() {
+            tracing::warn!("requests were cut off by the shutdown");
+        }
+    }
+}
+
+/// Serves one connection: one request and its replies.
+async fn converse<H: Handler>(socket: UnixSeqpacket, handler: Arc<H>) {
+    let replies = match timeout(CLIENT_DEADLINE, receive(&socket)).await {
+        Ok(Ok(Some((request, netns)))) => handler.handle(request, netns).await,
+        // Nothing was asked: a successor that looks whether we live.
+        Ok(Ok(None)) => return,
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "refused a client");
+            vec![Reply::Error(error)]
+        }
+        Err(_elapsed) => {
+            let message = format!("no request arrived within {CLIENT_DEADLINE:?}");
+            vec![Reply::Error(Error::new(ErrorKind::Malformed, message))]
+        }
+    };
+    for packet in packets(&replies) {
+        match timeout(CLIENT_DEADLINE, socket.send(&packet)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => return tracing::debug!(%error, "a client did not wait for its answer"),
+            Err(_elapsed) => return tracing::debug!("a client does not read its answer"),
+        }
+    }
+}
+
+/// What the kernel fills with descriptors. Room for two is enough to notice that there are too many; those that do
+/// not fit are never installed.
+#[repr(C, align(8))]
+struct Ancillary([u8; 24]);
+
+/// `None` if the client left without a word.
+async fn receive(socket: &UnixSeqpacket) -> Result<Option<(Request, Option<OwnedFd>)>, Error> {
+    let internal = |error: std::io::Error| Error::new(ErrorKind::Internal, error.to_string());
+    let mut buffer = vec![0; MAX_PACKET];
+    let mut ancillary = Ancillary([0; 24]);
+    // Received before the peer is judged: closing a connection with an unread packet would lose our answer.
+    let (info, control) =
+        socket.recv_with_ancillary(&mut buffer, &mut ancillary.0).await.map_err(internal)?;
+    let fds: Vec<OwnedFd> = control
+        .into_messages()
+        .filter_map(|message| match message {
+            OwnedAncillaryMessage::FileDescriptors(fds) => Some(fds),
+            OwnedAncillaryMessage::Other(_) => None,
+        })
+        .flatten()
+        .collect();
+
+    let peer = socket.peer_cred().map_err(internal)?;
+    if !may_ask(peer.uid(), geteuid().as_raw()) {
+        let message = format!("user {} may not ask the agent; run the command as root", peer.uid());
+        return Err(Error::new(ErrorKind::Denied, message));
+    }
+    if info.truncated() {
+        let message = format!("the request is larger than {MAX_PACKET} bytes");
+        return Err(Error::new(ErrorKind::Malformed, message));
+    }
+    if info.ancillary_truncated() && fds.len() < 2 {
+        let message = "the agent has no file descriptors left; raise its limit (RLIMIT_NOFILE)";
+        return Err(Error::new(ErrorKind::TryAgain, message));
+    }
+    match buffer.get(..info.bytes_read()) {
+        None | Some([]) => Ok(None),
+        Some(packet) => parse(packet, fds).map(Some),
+    }
+}
+
+/// Root, and whoever the agent runs as.
+fn may_ask(peer: u32, own: u32) -> bool {
+    peer == 0 || peer == own
+}
+
+/// A request with exactly the descriptors that it should have.
+fn parse(packet: &[u8], mut fds: Vec<OwnedFd>) -> Result<(Request, Option<OwnedFd>), Error> {
+    let request: Request = packet::decode(packet).map_err(|error| match error {
+        PacketError::Version { theirs } => Error::new(
+            ErrorKind::Version,
+            format!("the agent speaks version {VERSION} of the protocol, not {theirs}; install the same release of both"),
+        ),
+        other => Error::new(ErrorKind::Malformed, other.to_string()),
+    })?;
+    let expected = usize::from(request.carries_netns());
+    if fds.len() != expected {
+        let found = if fds.len() < 2 { fds.len().to_string() } else { "several".to_owned() };
+        let message = format!("the request carries {found} file descriptors instead of {expected}");
+        return Err(Error::new(ErrorKind::Malformed, message));
+    }
+    Ok((request, fds.pop()))
+}
+
+/// The replies as packets, up to the first final one. There is always a final one, whatever the handler returned.
+fn packets(replies: &[Reply]) -> Vec<Vec<u8>> {
+    let end = replies.iter().position(Reply::is_final).map_or(replies.len(), |last| last + 1);
+    let replies = replies.get(..end).unwrap_or_default();
+    let mut packets = Vec::with_capacity(replies.len());
+    for reply in replies {
+        match packet::encode(reply) {
+            Ok(packet) => packets.push(packet),
+            Err(error) => {
+                packets.extend(failure(&error.to_string()));
+                return packets;
+            }
+        }
+    }
+    if !replies.last().is_some_and(Reply::is_final) {
+        packets.extend(failure("the agent has no complete answer"));
+    }
+    packets
+}
+
+fn failure(message: &str) -> Option<Vec<u8>> {
+    tracing::error!(message, "the agent's answer cannot be sent");
+    packet::encode(&Reply::Error(Error::new(ErrorKind::Internal, message))).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_root_and_the_agent_s_own_user_may_ask() {
+        assert!(may_ask(0, 0) && may_ask(0, 1000) && may_ask(1000, 1000));
+        assert!(!may_ask(1000, 0) && !may_ask(1000, 1001));
+    }
+}

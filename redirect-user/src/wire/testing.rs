@@ -1,0 +1,132 @@
+//! An agent for tests: the real server on a real socket, with answers that the test chooses.
+
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::stat::fstat;
+use tempfile::TempDir;
+use tokio::sync::oneshot;
+
+use super::server::{Handler, Server};
+use super::{Reply, Request};
+
+type Answer = Box<dyn Fn(&Request) -> Vec<Reply> + Send + Sync>;
+
+/// Answers with `answer` after `delay` and remembers what it was asked.
+struct Recorder {
+    answer: Answer,
+    delay: Duration,
+    requests: Mutex<Vec<(Request, Option<u64>)>>,
+}
+
+impl Handler for Recorder {
+    async fn handle(&self, request: Request, netns: Option<OwnedFd>) -> Vec<Reply> {
+        let inode = netns.map(|fd| {
+            let flags = FdFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFD).unwrap());
+            assert!(flags.contains(FdFlag::FD_CLOEXEC), "programs that the agent starts must not inherit it");
+            fstat(fd).unwrap().st_ino
+        });
+        let replies = (self.answer)(&request);
+        self.requests.lock().unwrap().push((request, inode));
+        tokio::time::sleep(self.delay).await;
+        replies
+    }
+}
+
+/// A running agent; stops when dropped.
+pub(crate) struct TestAgent {
+    directory: TempDir,
+    recorder: Arc<Recorder>,
+    shutdown: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl TestAgent {
+    pub(crate) fn start(answer: impl Fn(&Request) -> Vec<Reply> + Send + Sync + 'static) -> Self {
+        Self::start_slow(Duration::ZERO, answer)
+    }
+
+    pub(crate) fn start_slow(
+        delay: Duration,
+        answer: impl Fn(&Request) -> Vec<Reply> + Send + Sync + 'static,
+    ) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let recorder = Arc::new(Recorder { answer: Box::new(answer), delay, requests: Mutex::default() });
+        let (shutdown, stopped) = oneshot::channel();
+        let (ready, bound) = std::sync::mpsc::channel();
+        let (path, handler) = (directory.path().join("agent.sock"), Arc::clone(&recorder));
+        let thread = thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let server = Server::bind(&path).unwrap();
+                ready.send(()).unwrap();
+                server.serve(handler, async { stopped.await.unwrap_or_default() }).await;
+            });
+        });
+        bound.recv().unwrap();
+        Self { directory, recorder, shutdown: Some(shutdown), thread: Some(thread) }
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.directory.path().join("agent.sock")
+    }
+
+    /// The requests so far, with the inode of the descriptor that came along.
+    pub(crate) fn requests(&self) -> Vec<(Request, Option<u64>)> {
+        self.recorder.requests.lock().unwrap().clone()
+    }
+
+    /// Stops the agent as SIGTERM does, and waits until it is gone. The directory stays.
+    pub(crate) fn stop(&mut self) {
+        if let Some(shutdown) = self.shutdown.take() {
+            let _ = shutdown.send(());
+        }
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+impl Drop for TestAgent {
+    fn drop(&mut self) {
+        if !thread::panicking() {
+            self.stop();
+        }
+    }
+}
+
+/// A socket path where nobody ever listened, below a directory that lives as long as the guard.
+pub(crate) fn nobody() -> (TempDir, PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("agent.sock");
+    (directory, path)
+}
+
+/// A socket file whose owner died without removing it.
+pub(crate) fn stale_socket(path: &Path) {
+    let (listener, file) = crate::socket_file::listen_at(path).unwrap();
+    drop(listener);
+    std::mem::forget(file);
+}
+
+/// A descriptor to pass around, and the way to notice that its last copy was closed.
+pub(crate) fn tracked_fd() -> (OwnedFd, FdTracker) {
+    let (ours, passed) = UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    (passed.into(), FdTracker(ours))
+}
+
+pub(crate) struct FdTracker(UnixStream);
+
+impl FdTracker {
+    /// The stream ends when no copy of the other end is left, in whichever process.
+    pub(crate) fn assert_closed(mut self) {
+        assert_eq!(self.0.read(&mut [0]).expect("the descriptor leaked"), 0);
+    }
+}
