@@ -1,0 +1,244 @@
+//! One proxy's connection, from its hello to its end.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
+use tokio::time::timeout;
+use tokio_seqpacket::UnixSeqpacket;
+
+use super::desired::{Next, Step};
+use super::peer::{self, Peer};
+use super::serve::{AdmitError, Options};
+use super::shared::Shared;
+use super::workload::{add_request, pod_name};
+use crate::zds::messages::{
+    DelWorkload, Hello, KeepWorkload, Request, Response, SnapshotSent, Version, WorkloadRequest,
+    WorkloadResponse,
+};
+use crate::zds::packet::{self, PacketError};
+
+/// Why the agent closes a connection.
+#[derive(Debug, thiserror::Error)]
+enum ConnectionError {
+    #[error("its process runs as user {0}: run the node proxy as root or as the agent's user")]
+    NotPermitted(u32),
+    #[error("its credentials cannot be read: {0}")]
+    Credentials(std::io::Error),
+    #[error("it said no hello within {0:?}: is it a node proxy?")]
+    NoHello(Duration),
+    #[error("it speaks version {0} of the protocol, the agent speaks 1: run versions that match")]
+    Version(i32),
+    #[error("the agent did not prepare for it: {0}")]
+    Admit(AdmitError),
+    #[error("the agent did not prepare for it within {0:?}")]
+    AdmitDeadline(Duration),
+    #[error("it did not answer within {within:?} to {request}: see its log and its load")]
+    Deadline { request: String, within: Duration },
+    #[error("it refused the end of the snapshot: {0}")]
+    SnapshotRefused(String),
+    #[error("it answered without having been asked")]
+    Unasked,
+    #[error("its answer to {0} is empty")]
+    EmptyAnswer(String),
+    #[error("{0}")]
+    Packet(#[from] PacketError),
+}
+
+/// The connection's place in the shared state; taken away however the task ends.
+struct Registration<'a> {
+    shared: &'a Shared,
+    id: u64,
+}
+
+impl Drop for Registration<'_> {
+    fn drop(&mut self) {
+        self.shared.update(|desired| desired.disconnect(self.id));
+    }
+}
+
+/// Serves a connection to its end.
+pub(super) async fn serve(id: u64, socket: UnixSeqpacket, shared: Arc<Shared>, options: Arc<Options>) {
+    let socket = Arc::new(socket);
+    match converse(id, &socket, &shared, &options).await {
+        Ok(()) => tracing::info!(connection = id, "the node proxy disconnected"),
+        Err(error) => {
+            tracing::warn!(connection = id, %error, "the node proxy's connection is closed");
+            tokio::time::sleep(options.penalty).await;
+        }
+    }
+}
+
+async fn converse(
+    id: u64,
+    socket: &Arc<UnixSeqpacket>,
+    shared: &Shared,
+    options: &Options,
+) -> Result<(), ConnectionError> {
+    let credentials = socket.peer_cred().map_err(ConnectionError::Credentials)?;
+    if !peer::permitted(credentials.uid()) {
+        return Err(ConnectionError::NotPermitted(credentials.uid()));
+    }
+    let hello = timeout(options.hello_deadline, packet::receive_plain::<Hello>(socket))
+        .await
+        .map_err(|_| ConnectionError::NoHello(options.hello_deadline))??;
+    match hello {
+        None => return Ok(()),
+        Some(Hello { version }) if version == i32::from(Version::V1) => {}
+        Some(Hello { version }) => return Err(ConnectionError::Version(version)),
+    }
+    let peer = examine(id, credentials.pid(), socket).await;
+    shared.update(|desired| desired.connect(peer.clone()));
+    let _registration = Registration { shared, id };
+    if let Some(on_connect) = &options.on_connect {
+        timeout(options.hello_deadline, on_connect(peer.clone()))
+            .await
+            .map_err(|_| ConnectionError::AdmitDeadline(options.hello_deadline))?
+            .map_err(ConnectionError::Admit)?;
+    }
+    shared.update(|desired| desired.ready(id));
+    tracing::info!(connection = id, %peer, cgroup = ?peer.cgroup_path, "a node proxy connected");
+    keep_in_step(id, socket, shared, options).await
+}
+
+async fn examine(id: u64, pid: Option<i32>, socket: &Arc<UnixSeqpacket>) -> Peer {
+    let clone = Arc::clone(socket);
+    tokio::task::spawn_blocking(move || peer::examine(id, pid, &clone)).await.unwrap_or_else(|error| {
+        tracing::warn!(connection = id, %error, "the node proxy could not be examined");
+        Peer { id, pid, cgroup_path: None, cgroup_id: None }
+    })
+}
+
+/// Sends the difference between what is wanted and what the proxy was told, until the proxy leaves.
+async fn keep_in_step(
+    id: u64,
+    socket: &UnixSeqpacket,
+    shared: &Shared,
+    options: &Options,
+) -> Result<(), ConnectionError> {
+    let mut changes = shared.changes();
+    loop {
+        // Seen before the state is read, so that a change after that wakes us.
+        changes.borrow_and_update();
+        // Outside of `update`: that a request is under way concerns nobody else.
+        let next = shared.read().next(id, Instant::now());
+        match next {
+            Next::Send(step) => {
+                let Some(error) = exchange(socket, &step, options.ack_deadline).await? else {
+                    return Ok(());
+                };
+                conclude(id, &step, &error, shared, options)?;
+            }
+            Next::Wait(until) => {
+                let retry = async {
+                    match until {
+                        Some(until) => tokio::time::sleep_until(until.into()).await,
+                        None => std::future::pending().await,
+                    }
+                };
+                tokio::select! {
+                    _ = changes.changed() => {}
+                    () = retry => {}
+                    received = receive(socket) => {
+                        return match received? {
+                            None => Ok(()),
+                            Some(_) => Err(ConnectionError::Unasked),
+                        };
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Sends one request and returns the error of its answer, which is empty if the proxy did as it was asked; `None` if the
+/// proxy left.
+async fn exchange(
+    socket: &UnixSeqpacket,
+    step: &Step,
+    within: Duration,
+) -> Result<Option<String>, ConnectionError> {
+    // An answer that is there already would be taken for the answer to this request.
+    match recv(socket.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) {
+        Err(Errno::EAGAIN | Errno::EINTR) => {}
+        Ok(0) | Err(Errno::ECONNRESET) => return Ok(None),
+        Ok(_) => return Err(ConnectionError::Unasked),
+        Err(error) => return Err(PacketError::Io(error.into()).into()),
+    }
+    let descriptor = match step {
+        Step::Add { namespace, .. } => Some(namespace.descriptor.as_fd()),
+        Step::Keep { .. } | Step::Del { .. } | Step::SnapshotSent => None,
+    };
+    let answer = async {
+        match packet::send(socket, &request(step), descriptor).await {
+            Err(PacketError::Io(error)) if is_end(&error) => Ok(None),
+            Err(error) => Err(error),
+            Ok(()) => receive(socket).await,
+        }
+    };
+    match timeout(within, answer).await {
+        Err(_) => Err(ConnectionError::Deadline { request: describe(step), within }),
+        Ok(Ok(Some(WorkloadResponse { payload: Some(Response::Ack(ack)) }))) => Ok(Some(ack.error)),
+        Ok(Ok(Some(WorkloadResponse { payload: None }))) => Err(ConnectionError::EmptyAnswer(describe(step))),
+        Ok(Ok(None)) => Ok(None),
+        Ok(Err(error)) => Err(error.into()),
+    }
+}
+
+/// Receives an answer; `None` if the proxy left, with or without having read everything.
+async fn receive(socket: &UnixSeqpacket) -> Result<Option<WorkloadResponse>, PacketError> {
+    match packet::receive_plain(socket).await {
+        Err(PacketError::Io(error)) if is_end(&error) => Ok(None),
+        received => received,
+    }
+}
+
+fn is_end(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset)
+}
+
+/// Takes note of an answer.
+fn conclude(
+    id: u64,
+    step: &Step,
+    error: &str,
+    shared: &Shared,
+    options: &Options,
+) -> Result<(), ConnectionError> {
+    if matches!(step, Step::SnapshotSent) {
+        if !error.is_empty() {
+            return Err(ConnectionError::SnapshotRefused(error.to_owned()));
+        }
+        tracing::info!(connection = id, "the node proxy has its snapshot");
+    }
+    let news = shared.update(|desired| desired.answered(id, step, error, Instant::now(), options.retry));
+    let request = describe(step);
+    match (news, error.is_empty()) {
+        (true, false) => tracing::warn!(connection = id, request, error, "the node proxy refused"),
+        (true, true) => tracing::info!(connection = id, request, "the node proxy no longer refuses"),
+        (false, _) => tracing::debug!(connection = id, request, error, "answered"),
+    }
+    Ok(())
+}
+
+fn request(step: &Step) -> WorkloadRequest {
+    let payload = match step {
+        Step::Add { uid, info, .. } => return add_request(uid, info),
+        Step::Keep { uid, .. } => Request::Keep(KeepWorkload { uid: uid.clone() }),
+        Step::Del { uid, .. } => Request::Del(DelWorkload { uid: uid.clone() }),
+        Step::SnapshotSent => Request::SnapshotSent(SnapshotSent {}),
+    };
+    WorkloadRequest { payload: Some(payload) }
+}
+
+/// A request as messages name it.
+fn describe(step: &Step) -> String {
+    match step {
+        Step::Add { uid, info, .. } => format!("adding pod {}", pod_name(uid, info)),
+        Step::Keep { name, .. } => format!("keeping pod {name}"),
+        Step::Del { name, .. } => format!("removing pod {name}"),
+        Step::SnapshotSent => "the end of the snapshot".to_owned(),
+    }
+}

@@ -1,0 +1,177 @@
+//! What the agent does with the server: says which pods shall be served, and asks how far that is.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tokio::time::timeout_at;
+
+use super::desired::{Desired, Generation, Status};
+use super::peer::Peer;
+use super::shared::{PodProxyState, ProxyState, Shared};
+use super::workload::{InvalidWorkload, Workload, pod_name};
+
+/// Why no proxy is known to serve a pod. The pod stays wanted: whoever gives it up removes it.
+#[derive(Debug, thiserror::Error)]
+pub enum AddError {
+    /// Nobody to tell.
+    #[error(
+        "no node proxy is connected to {}, pod {pod} waits for it: is ztunnel running on this node?",
+        socket.display()
+    )]
+    NotConnected {
+        /// The pod.
+        pod: String,
+        /// Where proxies are awaited.
+        socket: PathBuf,
+    },
+    /// The proxy could not do it.
+    #[error("the node proxy could not serve pod {pod}, its log says more, and it is asked again: {error}")]
+    Nack {
+        /// The pod.
+        pod: String,
+        /// What the proxy said.
+        error: String,
+    },
+    /// A proxy is connected and did not answer for this pod in time.
+    #[error("the node proxy did not acknowledge pod {pod} within {within:?}: see its log and its load")]
+    Timeout {
+        /// The pod.
+        pod: String,
+        /// How long it was waited for.
+        within: Duration,
+    },
+    /// Somebody removed or replaced the pod meanwhile.
+    #[error("pod {pod} was removed or replaced while the node proxy was being told: nothing to do")]
+    Withdrawn {
+        /// The pod.
+        pod: String,
+    },
+    /// The pod cannot be sent.
+    #[error(transparent)]
+    Invalid(#[from] InvalidWorkload),
+}
+
+/// How far a removal came.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RemoveOutcome {
+    /// No connected proxy serves the pod.
+    Done,
+    /// These proxies have not acknowledged yet; they will be closed, or will.
+    Pending(Vec<Peer>),
+}
+
+/// Used by the agent; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    pub(super) shared: Arc<Shared>,
+    pub(super) socket: Arc<Path>,
+}
+
+enum Progress {
+    Acknowledged,
+    Refused(String),
+    Withdrawn,
+    Waiting { connected: bool },
+}
+
+impl Handle {
+    /// Wants the pod served, and returns when the newest proxy acknowledged it. A pod that was refused is tried again at
+    /// once; one without its namespace is acknowledged when that turned up. On an error, and if the future is dropped, the pod stays wanted.
+    pub async fn add(&self, workload: Workload, within: Duration) -> Result<(), AddError> {
+        let deadline = tokio::time::Instant::now() + within;
+        let mut changes = self.shared.changes();
+        let pod = pod_name(&workload.uid, &workload.info);
+        let uid = workload.uid.clone();
+        let (generation, since) = self.put(workload)?;
+        loop {
+            let connected = match progress(&self.shared.read(), &uid, generation, since) {
+                Progress::Acknowledged => return Ok(()),
+                Progress::Refused(error) => return Err(AddError::Nack { pod, error }),
+                Progress::Withdrawn => return Err(AddError::Withdrawn { pod }),
+                Progress::Waiting { connected } => connected,
+            };
+            if timeout_at(deadline, changes.changed()).await.is_err() {
+                return Err(if connected {
+                    AddError::Timeout { pod, within }
+                } else {
+                    AddError::NotConnected { pod, socket: self.socket.to_path_buf() }
+                });
+            }
+        }
+    }
+
+    /// Wants the pod served, without waiting.
+    pub fn set(&self, workload: Workload) -> Result<(), InvalidWorkload> {
+        self.put(workload).map(|_| ())
+    }
+
+    /// Wants the pod served no more, without waiting.
+    pub fn unset(&self, uid: &str) {
+        self.shared.update(|desired| desired.withdraw(uid));
+    }
+
+    /// Wants the pod served no more, and returns when no connected proxy serves it. A pod that is added again meanwhile
+    /// does not prolong that.
+    pub async fn remove(&self, uid: &str, within: Duration) -> RemoveOutcome {
+        let deadline = tokio::time::Instant::now() + within;
+        let mut changes = self.shared.changes();
+        let generation = self.shared.update(|desired| desired.withdraw(uid));
+        loop {
+            let holders = self.shared.read().holders(uid, generation);
+            if holders.is_empty() {
+                return RemoveOutcome::Done;
+            }
+            if timeout_at(deadline, changes.changed()).await.is_err() {
+                return RemoveOutcome::Pending(holders);
+            }
+        }
+    }
+
+    /// The connected proxies, newest first.
+    #[must_use]
+    pub fn proxies(&self) -> Vec<ProxyState> {
+        self.shared.read().proxies()
+    }
+
+    /// Where the pod stands with the newest proxy.
+    #[must_use]
+    pub fn pod(&self, uid: &str) -> PodProxyState {
+        self.shared.read().pod(uid)
+    }
+
+    /// The connected proxies, newest first, as they come and go. A proxy appears here before it is told anything; to
+    /// finish something first, see [`Options::on_connect`](super::Options::on_connect).
+    #[must_use]
+    pub fn connections(&self) -> watch::Receiver<Vec<Peer>> {
+        self.shared.peers()
+    }
+
+    /// Returns the pod's generation, and the state's version before which refusals are no answer to this.
+    fn put(&self, workload: Workload) -> Result<(Generation, u64), InvalidWorkload> {
+        let (uid, info, namespace) = workload.check()?;
+        Ok(self.shared.update(|desired| {
+            let generation = desired.put(uid.clone(), info, namespace);
+            desired.retry_now(&uid, Instant::now());
+            (generation, desired.version)
+        }))
+    }
+}
+
+fn progress(desired: &Desired, uid: &str, generation: Generation, since: u64) -> Progress {
+    if desired.pods.get(uid).is_none_or(|entry| entry.generation != generation) {
+        return Progress::Withdrawn;
+    }
+    let Some(newest) = desired.newest() else { return Progress::Waiting { connected: false } };
+    match newest.told.get(uid) {
+        Some(told) if told.generation == generation => match (&told.status, &told.refusal) {
+            (Status::Acknowledged, _) => Progress::Acknowledged,
+            (Status::Refused { version, .. }, Some(refusal)) if *version > since => {
+                Progress::Refused(refusal.clone())
+            }
+            _ => Progress::Waiting { connected: true },
+        },
+        _ => Progress::Waiting { connected: true },
+    }
+}

@@ -1,0 +1,30 @@
+//! The socket that node proxies connect to.
+
+use std::io;
+use std::path::Path;
+
+use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
+
+use crate::socket_file::{self, BindError, SocketFile};
+
+#[derive(Debug)]
+pub(super) struct Listener {
+    // Dropped before the listener: a successor must not find a file that nobody answers for.
+    _file: SocketFile,
+    inner: UnixSeqpacketListener,
+}
+
+impl Listener {
+    /// Has to be called within a runtime.
+    pub(super) fn bind(path: &Path) -> Result<Self, BindError> {
+        let (listener, file) = socket_file::listen_at(path)?;
+        let inner = UnixSeqpacketListener::try_from(listener)
+            .map_err(|source| BindError::Io { path: path.into(), source })?;
+        Ok(Self { _file: file, inner })
+    }
+
+    /// Safe to cancel.
+    pub(super) async fn accept(&mut self) -> io::Result<UnixSeqpacket> {
+        self.inner.accept().await
+    }
+}
