@@ -1,0 +1,149 @@
+//! One pod's listeners, and its connections until the pod is removed.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use socket2::{Domain, Type};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+
+use super::connection::{self, Context};
+use super::resolver::Resolver;
+use super::{Direction, sockets};
+
+/// How long accepting pauses when the process has no descriptors left.
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
+
+/// What a pod's task is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Accept and relay.
+    Serve,
+    /// Accept no more, end with the last connection.
+    Drain,
+    /// Cut all connections and end.
+    Cut,
+}
+
+/// Why a pod's listeners cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum OpenError {
+    #[error(
+        "its network namespace cannot be entered: {0}; the proxy needs CAP_SYS_ADMIN, and the pod to exist"
+    )]
+    Namespace(io::Error),
+    #[error("port {0}: another process listens on it in the pod; move that process to another port")]
+    InUse(u16),
+    #[error("port {port}: {error}; the proxy needs CAP_NET_ADMIN in the pod's network namespace")]
+    Listen { port: u16, error: io::Error },
+}
+
+impl OpenError {
+    pub(super) fn of(port: u16, error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::AddrInUse => Self::InUse(port),
+            _ => Self::Listen { port, error },
+        }
+    }
+}
+
+/// The listeners of a pod.
+#[derive(Debug)]
+pub(super) struct Listeners {
+    outbound: TcpListener,
+    inbound: TcpListener,
+    resolver: Option<Resolver>,
+}
+
+impl Listeners {
+    /// Opens them in the pod's namespace.
+    pub(super) async fn open(context: &Context) -> Result<Self, OpenError> {
+        let namespaces = &context.shared.namespaces;
+        let has_ipv6 = namespaces.has_ipv6(&context.netns).await.map_err(OpenError::Namespace)?;
+        let ipv6 = context.shared.ipv6 && has_ipv6;
+        let outbound = open(context, Direction::Outbound, ipv6).await?;
+        let inbound = open(context, Direction::Inbound, ipv6).await?;
+        let resolver = Resolver::open(context, ipv6).await?;
+        Ok(Self { resolver: Some(resolver), ..Self::new(outbound, inbound) })
+    }
+
+    /// Without a resolver.
+    pub(super) fn new(outbound: TcpListener, inbound: TcpListener) -> Self {
+        Self { outbound, inbound, resolver: None }
+    }
+
+    /// Accepts and relays until told otherwise.
+    pub(super) async fn serve(mut self, context: Arc<Context>, mut phase: watch::Receiver<Phase>) {
+        let mut resolvers = JoinSet::new();
+        if let Some(resolver) = self.resolver.take() {
+            resolvers.spawn(resolver.serve(Arc::clone(&context)));
+        }
+        let mut connections = JoinSet::new();
+        loop {
+            let (accepted, direction) = tokio::select! {
+                // The sender's end is the pod's as well.
+                _ = phase.wait_for(|phase| *phase != Phase::Serve) => break,
+                accepted = self.outbound.accept() => (accepted, Direction::Outbound),
+                accepted = self.inbound.accept() => (accepted, Direction::Inbound),
+            };
+            while connections.try_join_next().is_some() {}
+            match accepted {
+                Ok((stream, peer)) => spawn(&mut connections, &context, stream, peer, direction),
+                Err(error) => pause_after(&error).await,
+            }
+        }
+        drop(self);
+        resolvers.shutdown().await;
+        tokio::select! {
+            _ = phase.wait_for(|phase| *phase == Phase::Cut) => {}
+            () = async { while connections.join_next().await.is_some() {} } => {}
+        }
+        // Waits until every task is gone, and with it its sockets: what follows may count on that.
+        connections.shutdown().await;
+    }
+}
+
+async fn open(context: &Context, direction: Direction, ipv6: bool) -> Result<TcpListener, OpenError> {
+    let port = direction.port();
+    let failed = |error| OpenError::of(port, error);
+    let domain = if ipv6 { Domain::IPV6 } else { Domain::IPV4 };
+    let socket =
+        context.shared.namespaces.socket(&context.netns, domain, Type::STREAM).await.map_err(failed)?;
+    sockets::listen(&socket, sockets::listen_address(ipv6, port)).map_err(failed)?;
+    TcpListener::from_std(socket.into()).map_err(failed)
+}
+
+fn spawn(
+    connections: &mut JoinSet<()>,
+    context: &Arc<Context>,
+    stream: TcpStream,
+    peer: SocketAddr,
+    direction: Direction,
+) {
+    connections.spawn(connection::serve(Arc::clone(context), stream, peer, direction));
+}
+
+/// A connection that failed while it waited says nothing about the listener. Without descriptors, to try again at once
+/// would only spin.
+async fn pause_after(error: &io::Error) {
+    let exhausted = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
+    if error.raw_os_error().is_some_and(|code| exhausted.contains(&code)) {
+        warn_once_per_second(error);
+        sleep(EXHAUSTED_PAUSE).await;
+    }
+}
+
+/// All pods run out together, so that one warning is for all.
+fn warn_once_per_second(error: &io::Error) {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
+    let now = START.get_or_init(Instant::now).elapsed().as_secs();
+    if NEXT.fetch_max(now + 1, Ordering::Relaxed) <= now {
+        tracing::warn!("accept: {error}; connections wait. Raise the process's limit of open files");
+    }
+}
