@@ -1,0 +1,24 @@
+//! The agent: learns pods from the CNI plugin, steers them in the kernel, hands them to the node proxy.
+//!
+//! ```text
+//!  redirect-cni ──wire──▶ service ──▶ pods ──▶ thread ──▶ datapath (facts, diff) ──▶ linux: maps, TC, netlink, sysctls
+//!  redirect status, pods ──wire──▶    │  ▲
+//!                                     ▼  └── watch: new interfaces in pods
+//!                              zds::server ──▶ node proxy
+//! ```
+
+pub mod datapath;
+pub(crate) mod enrolment;
+pub mod facts;
+pub mod linux;
+mod options;
+pub(crate) mod pods;
+mod probes;
+mod proxies;
+mod run;
+mod service;
+pub mod thread;
+pub(crate) mod watch;
+
+pub use options::Options;
+pub use run::run;

@@ -1,0 +1,95 @@
+//! A kernel that remembers what it was told, and fails where it is told to. One instance plays every namespace; files
+//! stand in for those, told apart by their inodes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use super::super::facts::{Fact, Interface, Namespace, Op};
+use super::{Datapath, Error, Observation, Target};
+use crate::netns::NetNs;
+
+/// What is in the kernel about one namespace.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct FakeNamespace {
+    pub(crate) namespace: Namespace,
+    pub(crate) facts: BTreeSet<Fact>,
+    pub(crate) addresses: Vec<IpAddr>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct State {
+    /// By cookie.
+    pub(crate) namespaces: BTreeMap<u64, FakeNamespace>,
+    pub(crate) applied: Vec<Op>,
+    /// The step that fails, counted from the first one ever taken.
+    pub(crate) fail_at: Option<usize>,
+    pub(crate) virtual_interfaces: BTreeMap<u64, Vec<String>>,
+}
+
+/// Cloned, it stays the same kernel: one clone works on the datapath's thread while a test looks at the other.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Fake(Arc<Mutex<State>>);
+
+impl Fake {
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap()
+    }
+
+    /// Puts a namespace with `lo` and `eth0` into the kernel.
+    pub(crate) fn insert(&self, cookie: u64, addresses: &[IpAddr]) {
+        let interface = |index, name: &str| Interface { index, name: name.into() };
+        let interfaces = vec![interface(1, "lo"), interface(7, "eth0")];
+        let namespace = Namespace { interfaces, ipv6: true, ..Namespace::default() };
+        let addresses = addresses.to_vec();
+        let namespace = FakeNamespace { namespace, facts: BTreeSet::new(), addresses };
+        self.state().namespaces.insert(cookie, namespace);
+    }
+
+    pub(crate) fn facts(&self, cookie: u64) -> BTreeSet<Fact> {
+        self.state().namespaces.get(&cookie).map(|known| known.facts.clone()).unwrap_or_default()
+    }
+}
+
+impl Datapath for Fake {
+    fn cookie(&mut self, netns: &NetNs) -> io::Result<u64> {
+        netns.inode()
+    }
+
+    fn addresses(&mut self, netns: &NetNs) -> io::Result<Vec<IpAddr>> {
+        let inode = netns.inode()?;
+        Ok(self.state().namespaces.get(&inode).map(|known| known.addresses.clone()).unwrap_or_default())
+    }
+
+    fn observe(&mut self, target: &Target) -> Result<Observation, Error> {
+        match self.state().namespaces.get(&target.netns_cookie) {
+            Some(known) => Ok(Observation { namespace: known.namespace.clone(), facts: known.facts.clone() }),
+            None => Err(Error::Namespace {
+                pod: target.identity.to_string(),
+                source: io::ErrorKind::NotFound.into(),
+            }),
+        }
+    }
+
+    fn apply(&mut self, target: &Target, op: &Op) -> Result<(), Error> {
+        let (Op::Ensure(fact) | Op::Remove(fact)) = op;
+        let mut state = self.state();
+        if state.fail_at == Some(state.applied.len()) {
+            state.fail_at = None;
+            return Err(Error::Step {
+                pod: target.identity.to_string(),
+                fact: Box::new(fact.clone()),
+                cause: "no room".into(),
+            });
+        }
+        state.applied.push(op.clone());
+        state.virtual_interfaces.insert(target.netns_cookie, target.virtual_interfaces.clone());
+        let facts = &mut state.namespaces.get_mut(&target.netns_cookie).unwrap().facts;
+        match op {
+            Op::Ensure(fact) => assert!(facts.insert(fact.clone()), "{fact} twice"),
+            Op::Remove(fact) => assert!(facts.remove(fact), "{fact} was not there"),
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,450 @@
+//! What must be true in the kernel for a pod to be steered, as a set of facts; and the operations that lead from the
+//! facts that are to those that should be. Pure.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::IpAddr;
+
+use redirect_ebpf::Family;
+use redirect_ebpf::maps::{Pod, PodFlags};
+
+use crate::pod::{Exclusion, PodAddresses};
+
+/// Something that is true in the kernel, about one pod.
+///
+/// The order of the variants is the order in which facts are brought about: [`Fact::Pod`], which makes the kernel side
+/// see the pod, comes when everything that catches its connections is in place. They are undone in reverse.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Fact {
+    /// The pod's `lo` is up.
+    LoopbackUp,
+    /// A sysctl of the pod's namespace is on.
+    Sysctl(Sysctl),
+    /// `local default dev … src … table ROUTE_TABLE`. Without an address of the family it is `unreachable default`: the
+    /// application is told at once that it can't speak the family, as it would be without us.
+    ///
+    /// Whatever the device of a local route, its packets go through `lo`. But the socket that is bound to a device
+    /// (`SO_BINDTODEVICE`) is shown the routes of that device alone, and would leave the pod were there none.
+    Route {
+        /// The route's family.
+        family: Family,
+        /// The device: `lo`, and whatever else an application may bind its socket to.
+        interface: Interface,
+        /// The preferred source: the pod's address.
+        source: Option<IpAddr>,
+    },
+    /// `fwmark … lookup ROUTE_TABLE`.
+    Rule {
+        /// The rule's family.
+        family: Family,
+        /// The mark.
+        mark: Mark,
+    },
+    /// An exclusion is in the maps, for this pod.
+    Excluded(Exclusion),
+    /// The socket lookup program is attached to the namespace.
+    Lookup,
+    /// A TC program is attached to the ingress of an interface.
+    Program {
+        /// The interface.
+        interface: Interface,
+        /// The program.
+        hook: Hook,
+    },
+    /// The address is in `POD_IPV4` or `POD_IPV6` as this pod's.
+    Address(IpAddr),
+    /// The pod is in `PODS`.
+    Pod(Pod),
+    /// The TC program that lets nothing past the proxy is attached to the egress of an interface. After the pod, because
+    /// only then connections are marked as they have to be.
+    Guard {
+        /// The interface.
+        interface: Interface,
+        /// The family.
+        family: Family,
+    },
+}
+
+/// A sysctl that a steered pod needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Sysctl {
+    /// Accepted sockets inherit the mark of the SYN, in both families: the application's replies return to the proxy.
+    TcpFwmarkAccept,
+    /// Answers of the kernel itself carry the mark of what they answer: a closed port refuses at once.
+    FwmarkReflect(Family),
+}
+
+/// The marks that are routed through `lo`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Mark {
+    /// Captured outbound connections.
+    Capture,
+    /// Replies to the proxy's deliveries.
+    Delivery,
+}
+
+impl Mark {
+    /// Both marks.
+    pub const ALL: [Self; 2] = [Self::Capture, Self::Delivery];
+}
+
+/// The TC programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Hook {
+    /// On `lo`: captured outbound connections.
+    Loopback(Family),
+    /// On the other interfaces: inbound connections.
+    Inbound(Family),
+    /// On interfaces behind which others' connections begin: these count as outbound.
+    Virtual(Family),
+    /// On the other interfaces, outwards: what would leave past the proxy.
+    Egress(Family),
+}
+
+impl Hook {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::Loopback(Family::Ipv4),
+        Self::Loopback(Family::Ipv6),
+        Self::Inbound(Family::Ipv4),
+        Self::Inbound(Family::Ipv6),
+        Self::Virtual(Family::Ipv4),
+        Self::Virtual(Family::Ipv6),
+        Self::Egress(Family::Ipv4),
+        Self::Egress(Family::Ipv6),
+    ];
+
+    /// The program's name in the object and in the kernel.
+    #[must_use]
+    pub const fn program(self) -> &'static str {
+        match self {
+            Self::Loopback(Family::Ipv4) => "loopback_ipv4",
+            Self::Loopback(Family::Ipv6) => "loopback_ipv6",
+            Self::Inbound(Family::Ipv4) => "inbound_ipv4",
+            Self::Inbound(Family::Ipv6) => "inbound_ipv6",
+            Self::Virtual(Family::Ipv4) => "virtual_ipv4",
+            Self::Virtual(Family::Ipv6) => "virtual_ipv6",
+            Self::Egress(Family::Ipv4) => "egress_ipv4",
+            Self::Egress(Family::Ipv6) => "egress_ipv6",
+        }
+    }
+}
+
+/// An interface of the pod's namespace.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Interface {
+    /// Its index.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+}
+
+/// The name of the socket lookup program.
+pub const LOOKUP: &str = "listener_lookup";
+
+/// The index of `lo`, in every network namespace.
+pub const LOOPBACK_INDEX: u32 = 1;
+
+/// What a namespace is like, apart from us.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Namespace {
+    /// Its interfaces, `lo` included.
+    pub interfaces: Vec<Interface>,
+    /// Which of them can have routes, by family and index.
+    pub routable: BTreeSet<(Family, u32)>,
+    /// Whether IPv6 works in it: the kernel has it and `lo` does not have it turned off.
+    pub ipv6: bool,
+}
+
+/// What is wanted for a pod.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted<'a> {
+    /// What the kernel side is to know about it.
+    pub pod: Pod,
+    /// Its addresses.
+    pub addresses: &'a PodAddresses,
+    /// Interfaces behind which others' connections begin that count as the pod's own.
+    pub virtual_interfaces: &'a [String],
+    /// What is not to be steered.
+    pub exclusions: &'a BTreeSet<Exclusion>,
+}
+
+/// The facts that make a pod steered, given what its namespace is like.
+///
+/// Both families are caught wherever the namespace can speak them, also one that the pod has no address of yet: an
+/// address that appears later must not be a way around the proxy.
+#[must_use]
+pub fn desired(wanted: &Wanted<'_>, namespace: &Namespace) -> BTreeSet<Fact> {
+    let Wanted { pod, addresses, virtual_interfaces, exclusions } = wanted;
+    let flags = PodFlags(pod.flags).with(PodFlags::EXCLUSIONS, !exclusions.is_empty());
+    let pod = Pod { flags: flags.0 };
+    let mut facts = BTreeSet::from([
+        Fact::LoopbackUp,
+        Fact::Sysctl(Sysctl::TcpFwmarkAccept),
+        Fact::Lookup,
+        Fact::Pod(pod),
+    ]);
+    facts.extend(addresses.iter().map(Fact::Address));
+    facts.extend(exclusions.iter().copied().map(Fact::Excluded));
+    for family in Family::ALL {
+        // Programs do not depend on what `lo` can do: where it has no IPv6 and another interface has, nothing can be
+        // given to the proxy, and nothing is to get by either.
+        facts.extend(namespace.interfaces.iter().map(|interface| {
+            let hook = if interface.is_loopback() {
+                Hook::Loopback(family)
+            } else if virtual_interfaces.contains(&interface.name) {
+                Hook::Virtual(family)
+            } else {
+                Hook::Inbound(family)
+            };
+            Fact::Program { interface: interface.clone(), hook }
+        }));
+        let others = namespace.interfaces.iter().filter(|interface| !interface.is_loopback());
+        facts.extend(others.map(|interface| Fact::Guard { interface: interface.clone(), family }));
+        if family == Family::Ipv4 || namespace.ipv6 {
+            facts.insert(Fact::Sysctl(Sysctl::FwmarkReflect(family)));
+            facts.extend(routes(addresses, namespace, family));
+            facts.extend(Mark::ALL.map(|mark| Fact::Rule { family, mark }));
+        }
+    }
+    facts
+}
+
+fn routes(addresses: &PodAddresses, namespace: &Namespace, family: Family) -> impl Iterator<Item = Fact> {
+    let source = source(addresses, family);
+    namespace.interfaces.iter().filter_map(move |interface| {
+        let routable = source.is_some() && namespace.routable.contains(&(family, interface.index));
+        (interface.is_loopback() || routable).then(|| Fact::Route {
+            family,
+            interface: interface.clone(),
+            source,
+        })
+    })
+}
+
+fn source(addresses: &PodAddresses, family: Family) -> Option<IpAddr> {
+    match family {
+        Family::Ipv4 => addresses.ipv4.first().copied().map(IpAddr::V4),
+        Family::Ipv6 => addresses.ipv6.first().copied().map(IpAddr::V6),
+    }
+}
+
+/// A step from what is to what should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Make the fact true.
+    Ensure(Fact),
+    /// Make the fact untrue.
+    Remove(Fact),
+}
+
+impl Op {
+    /// The step back.
+    #[must_use]
+    pub fn inverse(&self) -> Self {
+        match self {
+            Self::Ensure(fact) => Self::Remove(fact.clone()),
+            Self::Remove(fact) => Self::Ensure(fact.clone()),
+        }
+    }
+}
+
+/// The steps from `actual` to `desired`: first what is missing, in order, then what is too much, in reverse order, so
+/// that a changed fact (a route with another source) is never missing in between.
+#[must_use]
+pub fn diff(desired: &BTreeSet<Fact>, actual: &BTreeSet<Fact>) -> Vec<Op> {
+    let missing = desired.difference(actual).cloned().map(Op::Ensure);
+    let surplus: Vec<&Fact> = actual.difference(desired).collect();
+    missing.chain(surplus.into_iter().rev().cloned().map(Op::Remove)).collect()
+}
+
+impl fmt::Display for Fact {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::LoopbackUp => f.write_str("interface lo up"),
+            Self::Sysctl(sysctl) => write!(f, "sysctl {}", sysctl.name()),
+            Self::Route { family, interface, source: Some(source) } if interface.is_loopback() => {
+                write!(f, "{family} route through lo from {source}")
+            }
+            Self::Route { family, interface, source: Some(source) } => {
+                write!(f, "{family} route through lo for sockets of {} from {source}", interface.name)
+            }
+            Self::Route { family, source: None, .. } => write!(f, "{family} route that refuses"),
+            Self::Rule { family, mark: Mark::Capture } => write!(f, "{family} rule for captured connections"),
+            Self::Rule { family, mark: Mark::Delivery } => {
+                write!(f, "{family} rule for replies to the proxy")
+            }
+            Self::Excluded(exclusion) => write!(f, "exclusion of {exclusion}"),
+            Self::Lookup => write!(f, "program {LOOKUP} on the network namespace"),
+            Self::Program { interface, hook } => {
+                write!(f, "program {} on {}", hook.program(), interface.name)
+            }
+            Self::Address(address) => write!(f, "map entry of address {address}"),
+            Self::Pod(_) => f.write_str("map entry of the pod"),
+            Self::Guard { interface, family } => {
+                write!(f, "program {} on {}", Hook::Egress(*family).program(), interface.name)
+            }
+        }
+    }
+}
+
+impl Sysctl {
+    /// The sysctl's name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::TcpFwmarkAccept => "net.ipv4.tcp_fwmark_accept",
+            Self::FwmarkReflect(Family::Ipv4) => "net.ipv4.fwmark_reflect",
+            Self::FwmarkReflect(Family::Ipv6) => "net.ipv6.fwmark_reflect",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use redirect_ebpf::Direction;
+
+    use super::*;
+
+    fn interface(index: u32, name: &str) -> Interface {
+        Interface { index, name: name.into() }
+    }
+
+    fn namespace(ipv6: bool) -> Namespace {
+        let routable = Family::ALL.map(|family| (family, 2)).into();
+        Namespace { interfaces: vec![interface(1, "lo"), interface(2, "eth0")], routable, ipv6 }
+    }
+
+    fn addresses(list: &[&str]) -> PodAddresses {
+        list.iter().map(|text| text.parse::<IpAddr>().unwrap()).collect()
+    }
+
+    fn desired_plain(addresses: &PodAddresses, namespace: &Namespace) -> BTreeSet<Fact> {
+        desired(&wanted(addresses, &[], &BTreeSet::new()), namespace)
+    }
+
+    fn wanted<'a>(
+        addresses: &'a PodAddresses,
+        virtual_interfaces: &'a [String],
+        exclusions: &'a BTreeSet<Exclusion>,
+    ) -> Wanted<'a> {
+        Wanted { pod: Pod::default(), addresses, virtual_interfaces, exclusions }
+    }
+
+    #[test]
+    fn connections_from_virtual_interfaces_count_as_outbound() {
+        let names = ["eth0".to_owned()];
+        let facts = desired(&wanted(&addresses(&["fd00::2"]), &names, &BTreeSet::new()), &namespace(true));
+        for family in Family::ALL {
+            assert!(
+                facts.contains(&Fact::Program {
+                    interface: interface(2, "eth0"),
+                    hook: Hook::Virtual(family)
+                })
+            );
+            assert!(
+                !facts.contains(&Fact::Program {
+                    interface: interface(2, "eth0"),
+                    hook: Hook::Inbound(family)
+                })
+            );
+        }
+    }
+
+    #[test]
+    fn exclusions_are_in_place_before_the_pod_and_switch_themselves_on() {
+        let exclusions = BTreeSet::from([
+            Exclusion::Port(Direction::Inbound, 9090),
+            Exclusion::Network(Direction::Outbound, "fd00:1::/64".parse().unwrap()),
+        ]);
+        let facts = desired(&wanted(&addresses(&["fd00::2"]), &[], &exclusions), &namespace(true));
+        let pod = Fact::Pod(Pod { flags: PodFlags::EXCLUSIONS.0 });
+        let guards = facts.iter().rev().take_while(|fact| matches!(fact, Fact::Guard { .. })).count();
+        assert_eq!(facts.iter().rev().nth(guards), Some(&pod));
+        assert!(exclusions.into_iter().all(|exclusion| facts.contains(&Fact::Excluded(exclusion))));
+    }
+
+    #[test]
+    fn a_dual_stack_pod_is_caught_in_both_families_alike() {
+        let facts = desired_plain(&addresses(&["10.0.0.2", "fd00::2"]), &namespace(true));
+        for family in Family::ALL {
+            let source = source(&addresses(&["10.0.0.2", "fd00::2"]), family);
+            assert!(source.is_some());
+            for interface in namespace(true).interfaces {
+                assert!(facts.contains(&Fact::Route { family, interface, source }));
+            }
+            assert!(facts.contains(&Fact::Guard { interface: interface(2, "eth0"), family }));
+            for mark in Mark::ALL {
+                assert!(facts.contains(&Fact::Rule { family, mark }));
+            }
+            assert!(
+                facts
+                    .contains(&Fact::Program { interface: interface(1, "lo"), hook: Hook::Loopback(family) })
+            );
+            assert!(
+                facts.contains(&Fact::Program {
+                    interface: interface(2, "eth0"),
+                    hook: Hook::Inbound(family)
+                })
+            );
+        }
+        assert_eq!(facts.len(), 22);
+    }
+
+    #[test]
+    fn a_family_without_an_address_is_caught_all_the_same() {
+        for (list, absent) in [(["10.0.0.2"], Family::Ipv6), (["fd00::2"], Family::Ipv4)] {
+            let facts = desired_plain(&addresses(&list), &namespace(true));
+            let refusing = |interface| Fact::Route { family: absent, interface, source: None };
+            assert!(facts.contains(&refusing(interface(1, "lo"))));
+            assert!(!facts.contains(&refusing(interface(2, "eth0"))));
+            assert!(facts.contains(&Fact::Rule { family: absent, mark: Mark::Capture }));
+        }
+    }
+
+    #[test]
+    fn a_namespace_without_ipv6_gets_programs_of_it_alone() {
+        let facts = desired_plain(&addresses(&["10.0.0.2"]), &namespace(false));
+        for fact in facts {
+            let text = fact.to_string().to_lowercase();
+            let program = matches!(fact, Fact::Program { .. } | Fact::Guard { .. });
+            assert!(program || !text.contains("ipv6"), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_pod_becomes_visible_when_it_is_caught_and_is_guarded_from_then_on() {
+        let facts = desired_plain(&addresses(&["10.0.0.2", "fd00::2"]), &namespace(true));
+        let add = diff(&facts, &BTreeSet::new());
+        assert_eq!(add.len(), facts.len());
+        let [.., pod, ipv4, ipv6] = &add[..] else { panic!("{add:?}") };
+        assert_eq!(*pod, Op::Ensure(Fact::Pod(Pod::default())));
+        assert!([ipv4, ipv6].into_iter().all(|op| matches!(op, Op::Ensure(Fact::Guard { .. }))));
+        let remove = diff(&BTreeSet::new(), &facts);
+        let mut undone: Vec<Op> = add.iter().map(Op::inverse).collect();
+        undone.reverse();
+        assert_eq!(remove, undone);
+    }
+
+    #[test]
+    fn nothing_to_do_is_nothing_done() {
+        let facts = desired_plain(&addresses(&["10.0.0.2"]), &namespace(true));
+        assert!(diff(&facts, &facts).is_empty());
+    }
+
+    #[test]
+    fn a_changed_address_is_in_place_before_the_old_one_goes() {
+        let old = desired_plain(&addresses(&["10.0.0.2"]), &namespace(false));
+        let new = desired_plain(&addresses(&["10.0.0.3"]), &namespace(false));
+        let ops = diff(&new, &old);
+        let (ensured, removed) = ops.split_at(ops.len() / 2);
+        assert!(matches!(
+            ensured,
+            [Op::Ensure(Fact::Route { .. }), Op::Ensure(Fact::Route { .. }), Op::Ensure(Fact::Address(_))]
+        ));
+        assert!(matches!(
+            removed,
+            [Op::Remove(Fact::Address(_)), Op::Remove(Fact::Route { .. }), Op::Remove(Fact::Route { .. })]
+        ));
+    }
+}

@@ -1,0 +1,319 @@
+//! The maps.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::hash::Hash;
+use std::net::IpAddr;
+
+use anyhow::Context as _;
+use aya::Ebpf;
+use aya::maps::lpm_trie::{Key, LpmTrie};
+use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use redirect_ebpf::constants::MAX_PROXY_CGROUPS;
+use redirect_ebpf::count::{self, Direction, Reason, Verdict};
+use redirect_ebpf::family::Family;
+use redirect_ebpf::maps::{
+    Config, ConfigFlags, ExcludedAddress, ExcludedPort, Pod, PodAddress, ProxyCgroup, Scope,
+};
+
+use super::super::datapath::Target;
+use super::super::facts::Fact;
+use super::Settings;
+use crate::pod::Exclusion;
+use crate::wire::{CounterReport, MapReport};
+
+/// How much the maps can hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacities {
+    /// Enrolled pods.
+    pub pods: u32,
+    /// Addresses of each family.
+    pub addresses: u32,
+    /// Exclusions of ports, and of networks of each family.
+    pub exclusions: u32,
+}
+
+pub(super) struct Maps {
+    pods: Table<u64, Pod>,
+    ipv4: Table<[u8; 4], PodAddress>,
+    ipv6: Table<[u8; 16], PodAddress>,
+    proxy_cgroups: Table<u64, ProxyCgroup>,
+    config: Array<MapData, Config>,
+    counters: PerCpuArray<MapData, u64>,
+    excluded_ports: Table<ExcludedPort, u8>,
+    excluded_ipv4: LpmTrie<MapData, ExcludedAddress<[u8; 4]>, u8>,
+    excluded_ipv6: LpmTrie<MapData, ExcludedAddress<[u8; 16]>, u8>,
+    capacities: Capacities,
+    host_cookie: u64,
+    flags: ConfigFlags,
+    /// The exclusions in the maps, by namespace cookie; zero: for every pod.
+    exclusions: HashMap<u64, BTreeSet<Exclusion>>,
+    /// The addresses in the maps, by namespace cookie.
+    addresses: HashMap<u64, HashSet<IpAddr>>,
+}
+
+/// A hash map that knows its name, its fill and its capacity.
+struct Table<K: aya::Pod, V: aya::Pod> {
+    name: &'static str,
+    map: BpfHashMap<MapData, K, V>,
+    capacity: u32,
+    /// What makes room.
+    remedy: &'static str,
+}
+
+impl<K: aya::Pod + Eq + Hash, V: aya::Pod + PartialEq> Table<K, V> {
+    fn take(
+        programs: &mut Ebpf,
+        name: &'static str,
+        capacity: u32,
+        remedy: &'static str,
+    ) -> anyhow::Result<Self> {
+        Ok(Self { name, map: BpfHashMap::try_from(take(programs, name)?)?, capacity, remedy })
+    }
+
+    fn get(&self, key: &K) -> Option<V> {
+        self.map.get(key, 0).ok()
+    }
+
+    fn insert(&mut self, key: K, value: V) -> anyhow::Result<()> {
+        match self.map.insert(key, value, 0) {
+            Ok(()) => Ok(()),
+            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::E2BIG) => {
+                anyhow::bail!("map {} is full with {} entries: {}", self.name, self.capacity, self.remedy)
+            }
+            Err(error) => Err(error).with_context(|| format!("map {}", self.name)),
+        }
+    }
+
+    /// Removing what is not there is no error.
+    fn remove(&mut self, key: &K) -> anyhow::Result<()> {
+        match self.map.remove(key) {
+            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => {
+                Ok(())
+            }
+            Err(error) => Err(error).with_context(|| format!("map {}", self.name)),
+        }
+    }
+
+    fn report(&self) -> MapReport {
+        MapReport { name: self.name.into(), entries: self.map.keys().count(), capacity: self.capacity }
+    }
+}
+
+fn take(programs: &mut Ebpf, name: &str) -> anyhow::Result<Map> {
+    programs.take_map(name).with_context(|| format!("map {name} is not in the object"))
+}
+
+impl Maps {
+    /// Applies what holds for the whole node.
+    pub(super) fn configure(&mut self, settings: &Settings) -> anyhow::Result<()> {
+        self.host_cookie = settings.host_cookie;
+        for exclusion in &settings.exclusions {
+            self.insert_exclusion(0, *exclusion)?;
+        }
+        let flags = self.flags.with(ConfigFlags::REFUSE, settings.refuse);
+        self.set_flags(flags.with(ConfigFlags::EXCLUSIONS, !settings.exclusions.is_empty()))
+    }
+
+    fn set_flags(&mut self, flags: ConfigFlags) -> anyhow::Result<()> {
+        self.flags = flags;
+        let config = Config { host_cookie: self.host_cookie, flags: flags.0.into() };
+        self.config.set(0, config, 0).context("map CONFIG")
+    }
+
+    pub(super) fn take(programs: &mut Ebpf, capacities: Capacities) -> anyhow::Result<Self> {
+        const MORE_PODS: &str = "raise the agent's --max-pods";
+        const MORE_EXCLUSIONS: &str = "raise the agent's --max-exclusions, or exclude less";
+        const MORE_ADDRESSES: &str = "raise the agent's --max-addresses";
+        Ok(Self {
+            pods: Table::take(programs, "PODS", capacities.pods, MORE_PODS)?,
+            ipv4: Table::take(programs, "POD_IPV4", capacities.addresses, MORE_ADDRESSES)?,
+            ipv6: Table::take(programs, "POD_IPV6", capacities.addresses, MORE_ADDRESSES)?,
+            proxy_cgroups: Table::take(
+                programs,
+                "PROXY_CGROUPS",
+                MAX_PROXY_CGROUPS,
+                "stop node proxies that are no longer needed",
+            )?,
+            config: Array::try_from(take(programs, "CONFIG")?)?,
+            counters: PerCpuArray::try_from(take(programs, "COUNTERS")?)?,
+            excluded_ports: Table::take(programs, "EXCLUDED_PORTS", capacities.exclusions, MORE_EXCLUSIONS)?,
+            excluded_ipv4: LpmTrie::try_from(take(programs, "EXCLUDED_IPV4")?)?,
+            excluded_ipv6: LpmTrie::try_from(take(programs, "EXCLUDED_IPV6")?)?,
+            capacities,
+            host_cookie: 0,
+            flags: ConfigFlags::default(),
+            exclusions: HashMap::new(),
+            addresses: HashMap::new(),
+        })
+    }
+
+    pub(super) fn insert_pod(&mut self, cookie: u64, pod: Pod) -> anyhow::Result<()> {
+        self.pods.insert(cookie, pod)
+    }
+
+    /// Leaves the pod alone if its switches are others by now.
+    pub(super) fn remove_pod(&mut self, cookie: u64, pod: Pod) -> anyhow::Result<()> {
+        if self.pods.get(&cookie) == Some(pod) { self.pods.remove(&cookie) } else { Ok(()) }
+    }
+
+    pub(super) fn insert_exclusion(&mut self, cookie: u64, exclusion: Exclusion) -> anyhow::Result<()> {
+        let full = |error: MapError| match error {
+            MapError::SyscallError(error) if error.io_error.raw_os_error() == Some(libc::ENOSPC) => {
+                anyhow::anyhow!(
+                    "the map of excluded networks is full with {} entries: raise the agent's --max-exclusions, or exclude less",
+                    self.capacities.exclusions
+                )
+            }
+            error => anyhow::Error::new(error).context("map of excluded networks"),
+        };
+        match exclusion {
+            Exclusion::Port(direction, port) => {
+                let scope = Scope::new(cookie, direction);
+                self.excluded_ports.insert(ExcludedPort { scope, port: port.to_be_bytes() }, 1)?;
+            }
+            Exclusion::Network(direction, IpNet::V4(network)) => {
+                self.excluded_ipv4.insert(&ipv4_key(cookie, direction, network), 1, 0).map_err(full)?;
+            }
+            Exclusion::Network(direction, IpNet::V6(network)) => {
+                self.excluded_ipv6.insert(&ipv6_key(cookie, direction, network), 1, 0).map_err(full)?;
+            }
+        }
+        self.exclusions.entry(cookie).or_default().insert(exclusion);
+        Ok(())
+    }
+
+    pub(super) fn remove_exclusion(&mut self, cookie: u64, exclusion: Exclusion) -> anyhow::Result<()> {
+        if let Some(known) = self.exclusions.get_mut(&cookie) {
+            known.remove(&exclusion);
+            if known.is_empty() {
+                self.exclusions.remove(&cookie);
+            }
+        }
+        match exclusion {
+            Exclusion::Port(direction, port) => {
+                let scope = Scope::new(cookie, direction);
+                self.excluded_ports.remove(&ExcludedPort { scope, port: port.to_be_bytes() })?;
+            }
+            Exclusion::Network(direction, IpNet::V4(network)) => {
+                self.excluded_ipv4.remove(&ipv4_key(cookie, direction, network))?;
+            }
+            Exclusion::Network(direction, IpNet::V6(network)) => {
+                self.excluded_ipv6.remove(&ipv6_key(cookie, direction, network))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn owner(&self, address: IpAddr) -> Option<u64> {
+        let entry = match address {
+            IpAddr::V4(v4) => self.ipv4.get(&v4.octets()),
+            IpAddr::V6(v6) => self.ipv6.get(&v6.octets()),
+        };
+        entry.map(|entry| entry.netns_cookie)
+    }
+
+    /// Takes the address over if it was another pod's: the runtime handed it out anew.
+    pub(super) fn insert_address(&mut self, cookie: u64, address: IpAddr) -> anyhow::Result<()> {
+        let entry = PodAddress { netns_cookie: cookie };
+        match address {
+            IpAddr::V4(v4) => self.ipv4.insert(v4.octets(), entry)?,
+            IpAddr::V6(v6) => self.ipv6.insert(v6.octets(), entry)?,
+        }
+        self.addresses.entry(cookie).or_default().insert(address);
+        Ok(())
+    }
+
+    /// Leaves the address alone if it is another pod's by now.
+    pub(super) fn remove_address(&mut self, cookie: u64, address: IpAddr) -> anyhow::Result<()> {
+        if let Some(known) = self.addresses.get_mut(&cookie) {
+            known.remove(&address);
+            if known.is_empty() {
+                self.addresses.remove(&cookie);
+            }
+        }
+        if self.owner(address) != Some(cookie) {
+            return Ok(());
+        }
+        match address {
+            IpAddr::V4(v4) => self.ipv4.remove(&v4.octets()),
+            IpAddr::V6(v6) => self.ipv6.remove(&v6.octets()),
+        }
+    }
+
+    fn known_addresses(&self, target: &Target) -> HashSet<IpAddr> {
+        let remembered = self.addresses.get(&target.netns_cookie).into_iter().flatten().copied();
+        remembered.chain(target.addresses.iter()).collect()
+    }
+
+    /// The entries of a pod.
+    pub(super) fn facts(&self, target: &Target) -> Vec<Fact> {
+        let cookie = target.netns_cookie;
+        let pod = self.pods.get(&cookie).map(Fact::Pod);
+        let addresses = self.known_addresses(target).into_iter();
+        let owned = addresses.filter(|address| self.owner(*address) == Some(cookie)).map(Fact::Address);
+        let exclusions = self.exclusions.get(&cookie).into_iter().flatten().copied().map(Fact::Excluded);
+        pod.into_iter().chain(owned).chain(exclusions).collect()
+    }
+
+    pub(super) fn set_proxy_cgroups(&mut self, cgroups: &[u64]) -> anyhow::Result<()> {
+        for cgroup in cgroups {
+            self.proxy_cgroups.insert(*cgroup, ProxyCgroup { proxies: 1 })?;
+        }
+        self.set_flags(self.flags.with(ConfigFlags::PROXY_BY_CGROUP, !cgroups.is_empty()))?;
+        let stale: Vec<u64> =
+            self.proxy_cgroups.map.keys().flatten().filter(|cgroup| !cgroups.contains(cgroup)).collect();
+        stale.iter().try_for_each(|cgroup| self.proxy_cgroups.remove(cgroup))
+    }
+
+    pub(super) fn report(&self) -> Vec<MapReport> {
+        vec![
+            self.pods.report(),
+            self.ipv4.report(),
+            self.ipv6.report(),
+            self.proxy_cgroups.report(),
+            self.excluded_ports.report(),
+            self.networks("EXCLUDED_IPV4", self.excluded_ipv4.keys().count()),
+            self.networks("EXCLUDED_IPV6", self.excluded_ipv6.keys().count()),
+        ]
+    }
+
+    fn networks(&self, name: &str, entries: usize) -> MapReport {
+        MapReport { name: name.into(), entries, capacity: self.capacities.exclusions }
+    }
+
+    pub(super) fn counters(&self) -> anyhow::Result<Vec<CounterReport>> {
+        let mut reports = Vec::new();
+        for family in Family::ALL {
+            for &direction in Direction::ALL {
+                for &verdict in Verdict::ALL {
+                    for &reason in Reason::ALL {
+                        let place = count::index(family, direction, verdict, reason);
+                        let connections = self.counters.get(&place, 0)?.iter().sum();
+                        if connections > 0 {
+                            reports.push(CounterReport {
+                                family: family.to_string(),
+                                direction: direction.label().into(),
+                                verdict: verdict.label().into(),
+                                reason: reason.label().into(),
+                                connections,
+                            });
+                        }
+                    }
+                }
+            }
+        }
+        Ok(reports)
+    }
+}
+
+fn ipv4_key(cookie: u64, direction: Direction, network: Ipv4Net) -> Key<ExcludedAddress<[u8; 4]>> {
+    let data = ExcludedAddress { scope: Scope::new(cookie, direction), address: network.network().octets() };
+    Key::new(Scope::BITS + u32::from(network.prefix_len()), data)
+}
+
+fn ipv6_key(cookie: u64, direction: Direction, network: Ipv6Net) -> Key<ExcludedAddress<[u8; 16]>> {
+    let data = ExcludedAddress { scope: Scope::new(cookie, direction), address: network.network().octets() };
+    Key::new(Scope::BITS + u32::from(network.prefix_len()), data)
+}

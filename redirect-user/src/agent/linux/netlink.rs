@@ -1,0 +1,283 @@
+//! Links, rules and routes of the network namespace that the calling thread is in. Synchronous: each request is
+//! answered by the time it was sent.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd as _, AsRawFd as _};
+
+use redirect_ebpf::Family;
+use redirect_ebpf::constants::{MARK_MASK, ROUTE_METRIC, ROUTE_TABLE};
+use rtnetlink::packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader,
+    NetlinkMessage, NetlinkPayload,
+};
+use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use rtnetlink::packet_route::nsid::{NsidAttribute, NsidMessage};
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use rtnetlink::packet_route::tc::{TcHandle, TcMessage};
+use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
+use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+
+use super::super::facts::{Interface, LOOPBACK_INDEX, Mark};
+use crate::netns::NetNs;
+
+/// A route socket in the namespace in which it was opened.
+pub(in crate::agent) struct Netlink {
+    socket: Socket,
+    sequence: u32,
+}
+
+impl Netlink {
+    pub(in crate::agent) fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        socket.set_cap_ack(true)?;
+        Ok(Self { socket, sequence: 0 })
+    }
+
+    /// Sends one request and reads all of its answers.
+    fn request(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<RouteNetlinkMessage>> {
+        self.sequence += 1;
+        let mut header = NetlinkHeader::default();
+        header.flags = NLM_F_REQUEST | flags;
+        header.sequence_number = self.sequence;
+        let mut request = NetlinkMessage::new(header, NetlinkPayload::from(message));
+        request.finalize();
+        let mut buffer = vec![0; request.buffer_len()];
+        request.serialize(&mut buffer);
+        self.socket.send(&buffer, 0)?;
+
+        let mut answers = Vec::new();
+        loop {
+            let (packet, _) = self.socket.recv_from_full()?;
+            let mut rest = &packet[..];
+            while !rest.is_empty() {
+                let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
+                    .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+                let length = (answer.header.length as usize).next_multiple_of(4).min(rest.len());
+                rest = rest.get(length.max(1)..).unwrap_or_default();
+                if answer.header.sequence_number != self.sequence {
+                    continue;
+                }
+                match answer.payload {
+                    NetlinkPayload::InnerMessage(inner) => answers.push(inner),
+                    NetlinkPayload::Done(_) => return Ok(answers),
+                    NetlinkPayload::Error(error) if error.code.is_none() => return Ok(answers),
+                    NetlinkPayload::Error(error) => return Err(error.to_io()),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// The ID by which the socket's namespace knows another one; it is given one if it has none.
+    pub(in crate::agent) fn namespace_id(&mut self, netns: &NetNs) -> io::Result<i32> {
+        let descriptor = NsidAttribute::Fd(netns.as_fd().as_raw_fd().cast_unsigned());
+        let mut message = NsidMessage::default();
+        message.attributes = vec![descriptor.clone()];
+        for _ in 0..2 {
+            let answers = self.request(RouteNetlinkMessage::GetNsId(message.clone()), NLM_F_ACK)?;
+            let known = answers.into_iter().find_map(|answer| match answer {
+                RouteNetlinkMessage::NewNsId(found) => found.attributes.into_iter().find_map(|attribute| {
+                    if let NsidAttribute::Id(id) = attribute { u32::try_from(id).ok() } else { None }
+                }),
+                _ => None,
+            });
+            if let Some(id) = known {
+                return Ok(id.cast_signed());
+            }
+            let mut new = message.clone();
+            new.attributes.push(NsidAttribute::Id(-1));
+            match self.change(RouteNetlinkMessage::NewNsId(new), 0) {
+                // Somebody else was faster.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                result => result?,
+            }
+        }
+        Err(io::Error::other("the network namespace has no ID here, and is given none"))
+    }
+
+    fn change(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+        self.request(message, NLM_F_ACK | flags).map(drop)
+    }
+
+    /// The interfaces that are in the namespace, and the indices of those that are up.
+    pub(super) fn interfaces(&mut self) -> io::Result<(Vec<Interface>, BTreeSet<u32>)> {
+        let mut interfaces = Vec::new();
+        let mut up = BTreeSet::new();
+        for answer in self.request(RouteNetlinkMessage::GetLink(LinkMessage::default()), NLM_F_DUMP)? {
+            let RouteNetlinkMessage::NewLink(link) = answer else { continue };
+            let index = link.header.index;
+            if link.header.flags.contains(LinkFlags::Up) {
+                up.insert(index);
+            }
+            let name = link.attributes.into_iter().find_map(|attribute| match attribute {
+                LinkAttribute::IfName(name) => Some(name),
+                _ => None,
+            });
+            interfaces.extend(name.map(|name| Interface { index, name }));
+        }
+        Ok((interfaces, up))
+    }
+
+    pub(super) fn set_up(&mut self, index: u32) -> io::Result<()> {
+        let mut link = LinkMessage::default();
+        link.header.index = index;
+        link.header.flags = LinkFlags::Up;
+        link.header.change_mask = LinkFlags::Up;
+        self.change(RouteNetlinkMessage::SetLink(link), 0)
+    }
+
+    /// Removes the clsact qdisc of an interface, unless somebody else's filters are on it.
+    pub(super) fn delete_clsact(&mut self, index: u32) -> io::Result<()> {
+        const CLSACT: TcHandle = TcHandle { major: 0xffff, minor: 0xfff1 };
+        const INGRESS: TcHandle = TcHandle { major: 0xffff, minor: 0xfff2 };
+        const EGRESS: TcHandle = TcHandle { major: 0xffff, minor: 0xfff3 };
+        let mut message = TcMessage::default();
+        message.header.index = index.cast_signed();
+        for parent in [INGRESS, EGRESS] {
+            message.header.parent = parent;
+            if !self.request(RouteNetlinkMessage::GetTrafficFilter(message.clone()), NLM_F_DUMP)?.is_empty() {
+                return Ok(());
+            }
+        }
+        message.header.parent = CLSACT;
+        self.change(RouteNetlinkMessage::DelQueueDiscipline(message), 0)
+    }
+
+    /// Our rules.
+    pub(super) fn rules(&mut self, family: Family) -> io::Result<Vec<Mark>> {
+        let mut any = RuleMessage::default();
+        any.header.family = address_family(family);
+        let answers = self.request(RouteNetlinkMessage::GetRule(any), NLM_F_DUMP)?;
+        let is_ours = |mark: &Mark| {
+            let wanted = rule(family, *mark);
+            answers.iter().any(|answer| {
+                matches!(answer, RouteNetlinkMessage::NewRule(found)
+                    if wanted.attributes.iter().all(|attribute| found.attributes.contains(attribute)))
+            })
+        };
+        Ok(Mark::ALL.into_iter().filter(is_ours).collect())
+    }
+
+    pub(super) fn add_rule(&mut self, family: Family, mark: Mark) -> io::Result<()> {
+        self.change(RouteNetlinkMessage::NewRule(rule(family, mark)), NLM_F_CREATE | NLM_F_EXCL)
+    }
+
+    pub(super) fn delete_rule(&mut self, family: Family, mark: Mark) -> io::Result<()> {
+        self.change(RouteNetlinkMessage::DelRule(rule(family, mark)), 0)
+    }
+
+    /// The devices and preferred sources of our routes.
+    pub(super) fn routes(
+        &mut self,
+        family: Family,
+        interfaces: &[Interface],
+    ) -> io::Result<Vec<(Interface, Option<IpAddr>)>> {
+        let mut any = RouteMessage::default();
+        any.header.address_family = address_family(family);
+        let mut routes = Vec::new();
+        for answer in self.request(RouteNetlinkMessage::GetRoute(any), NLM_F_DUMP)? {
+            let RouteNetlinkMessage::NewRoute(found) = answer else { continue };
+            if matches!(found.header.kind, RouteType::Local | RouteType::Unreachable)
+                && found.header.destination_prefix_length == 0
+                && found.attributes.contains(&RouteAttribute::Table(ROUTE_TABLE))
+            {
+                let source = found.attributes.iter().find_map(|attribute| match attribute {
+                    RouteAttribute::PrefSource(RouteAddress::Inet(v4)) => Some(IpAddr::V4(*v4)),
+                    RouteAttribute::PrefSource(RouteAddress::Inet6(v6)) => Some(IpAddr::V6(*v6)),
+                    _ => None,
+                });
+                // Routes that refuse have no device, or `lo`, depending on the family.
+                let index = found.attributes.iter().find_map(|attribute| match attribute {
+                    RouteAttribute::Oif(index) => Some(*index),
+                    _ => None,
+                });
+                let index = index.unwrap_or(LOOPBACK_INDEX);
+                let interface = interfaces.iter().find(|interface| interface.index == index);
+                routes.extend(interface.map(|interface| (interface.clone(), source)));
+            }
+        }
+        Ok(routes)
+    }
+
+    pub(super) fn add_route(
+        &mut self,
+        family: Family,
+        interface: &Interface,
+        source: Option<IpAddr>,
+    ) -> anyhow::Result<()> {
+        use anyhow::Context as _;
+        let message = RouteNetlinkMessage::NewRoute(route(family, interface, source));
+        self.change(message, NLM_F_CREATE | NLM_F_REPLACE).with_context(|| match source {
+            Some(source) => {
+                format!("is {source} an address of the pod, and past duplicate address detection?")
+            }
+            None => format!("{family} route"),
+        })
+    }
+
+    pub(super) fn delete_route(
+        &mut self,
+        family: Family,
+        interface: &Interface,
+        source: Option<IpAddr>,
+    ) -> io::Result<()> {
+        match self.change(RouteNetlinkMessage::DelRoute(route(family, interface, source)), 0) {
+            // Another source was put in its place.
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            result => result,
+        }
+    }
+}
+
+const fn address_family(family: Family) -> AddressFamily {
+    match family {
+        Family::Ipv4 => AddressFamily::Inet,
+        Family::Ipv6 => AddressFamily::Inet6,
+    }
+}
+
+fn rule(family: Family, mark: Mark) -> RuleMessage {
+    let (value, priority) = mark.rule();
+    let mut rule = RuleMessage::default();
+    rule.header.family = address_family(family);
+    rule.header.action = RuleAction::ToTable;
+    rule.attributes = vec![
+        RuleAttribute::Priority(priority),
+        RuleAttribute::FwMark(value),
+        RuleAttribute::FwMask(MARK_MASK),
+        RuleAttribute::Table(ROUTE_TABLE),
+    ];
+    rule
+}
+
+fn route(family: Family, interface: &Interface, source: Option<IpAddr>) -> RouteMessage {
+    let mut route = RouteMessage::default();
+    route.header = RouteHeader {
+        address_family: address_family(family),
+        kind: if source.is_some() { RouteType::Local } else { RouteType::Unreachable },
+        scope: if source.is_some() { RouteScope::Host } else { RouteScope::Universe },
+        protocol: RouteProtocol::Static,
+        ..RouteHeader::default()
+    };
+    let everything = match family {
+        Family::Ipv4 => RouteAddress::Inet(Ipv4Addr::UNSPECIFIED),
+        Family::Ipv6 => RouteAddress::Inet6(Ipv6Addr::UNSPECIFIED),
+    };
+    route.attributes = vec![RouteAttribute::Destination(everything), RouteAttribute::Table(ROUTE_TABLE)];
+    if let Some(source) = source {
+        route.attributes.push(RouteAttribute::Oif(interface.index));
+        if !interface.is_loopback() {
+            // Routes of one table and one network have to differ in it, and `lo` is to be the first choice.
+            route.attributes.push(RouteAttribute::Priority(ROUTE_METRIC + interface.index));
+        }
+        route.attributes.push(RouteAttribute::PrefSource(source.into()));
+    }
+    route
+}

@@ -1,0 +1,107 @@
+//! Settings of the agent.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use ipnet::IpNet;
+use redirect_ebpf::Direction;
+
+use super::linux::TcMethod;
+use super::probes::Probers;
+use super::proxies::ProxyIdentity;
+use crate::pod::{Exclusion, network};
+use crate::{kube, wire, zds};
+
+/// Settings of the agent.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Options {
+    /// Where the CNI plugin and the command line find the agent
+    #[arg(long, default_value = wire::DEFAULT_SOCKET, env = "REDIRECT_SOCKET")]
+    pub socket: PathBuf,
+    /// Where node proxies find the agent
+    #[arg(long, default_value = zds::DEFAULT_SOCKET, env = "REDIRECT_ZDS_SOCKET")]
+    pub zds_socket: PathBuf,
+    /// Root of the cgroup2 hierarchy; found among the mounts by default
+    #[arg(long)]
+    pub cgroup: Option<PathBuf>,
+    /// How many pods can be enrolled at once
+    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_pods: u32,
+    /// How many addresses of each family enrolled pods can have; one per pod by default
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_addresses: Option<u32>,
+    /// How many ports, and how many networks of each family, can be excluded in all
+    #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_exclusions: u32,
+    /// How long an enrolment waits for the node proxy, in seconds
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
+    pub proxy_deadline: u64,
+    /// How the node proxy's own sockets are recognised
+    #[arg(long, value_enum, default_value_t)]
+    pub proxy_identity: ProxyIdentity,
+    /// What becomes of connections while no node proxy listens in the pod
+    #[arg(long, value_enum, default_value_t)]
+    pub without_proxy: WithoutProxy,
+    /// Send the DNS questions of pods to the node proxy's resolver
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
+    pub dns: bool,
+    /// How TC programs are attached
+    #[arg(long, value_enum, default_value_t)]
+    pub tc: TcMethod,
+    /// Whose connections to pods are probes.
+    #[command(flatten)]
+    pub probers: Probers,
+    /// What is not steered, in any pod.
+    #[command(flatten)]
+    pub exclude: Exclude,
+    /// Kubernetes.
+    #[command(flatten)]
+    pub kubernetes: kube::Options,
+}
+
+/// What becomes of connections while no node proxy listens. None of it is plaintext past the proxy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum WithoutProxy {
+    /// They wait: a retransmission meets the proxy when it is back.
+    #[default]
+    Hold,
+    /// They are refused at once.
+    Refuse,
+}
+
+/// Connections that are not steered, in any pod. Networks and ports are separated by commas.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct Exclude {
+    /// Destination networks of outbound connections
+    #[arg(long, value_delimiter = ',', value_name = "CIDR", value_parser = network)]
+    pub exclude_outbound_networks: Vec<IpNet>,
+    /// Destination ports of outbound connections
+    #[arg(long, value_delimiter = ',', value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    pub exclude_outbound_ports: Vec<u16>,
+    /// Source networks of inbound connections
+    #[arg(long, value_delimiter = ',', value_name = "CIDR", value_parser = network)]
+    pub exclude_inbound_networks: Vec<IpNet>,
+    /// Destination ports of inbound connections
+    #[arg(long, value_delimiter = ',', value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    pub exclude_inbound_ports: Vec<u16>,
+}
+
+impl Exclude {
+    pub(super) fn exclusions(&self) -> BTreeSet<Exclusion> {
+        let networks = |direction, networks: &[IpNet]| -> Vec<Exclusion> {
+            networks.iter().map(|network| Exclusion::Network(direction, *network)).collect()
+        };
+        let ports = |direction, ports: &[u16]| -> Vec<Exclusion> {
+            ports.iter().map(|port| Exclusion::Port(direction, *port)).collect()
+        };
+        [
+            networks(Direction::Outbound, &self.exclude_outbound_networks),
+            ports(Direction::Outbound, &self.exclude_outbound_ports),
+            networks(Direction::Inbound, &self.exclude_inbound_networks),
+            ports(Direction::Inbound, &self.exclude_inbound_ports),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+}

@@ -1,0 +1,597 @@
+//! The pods that the agent steers, and what is done about them. Work on one pod is done in the order in which it was
+//! asked for; pods do not wait for each other.
+//!
+//! A pod comes in one of two ways: the CNI plugin brings it with its sandbox ([`Pods::add`]), or it ran before
+//! anybody wanted it steered, and its namespace was found ([`Pods::adopt`]). It goes when its last attachment goes
+//! ([`Pods::del`]), or when it is no longer wanted ([`Pods::forget`]).
+
+mod error;
+mod report;
+mod slots;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use redirect_ebpf::maps::{Pod as KernelPod, PodFlags};
+use tokio::sync::watch;
+
+use super::datapath::{self, Datapath, Observation, Removal, Target};
+use super::thread::Kernel;
+use super::watch::Watch;
+use crate::netns::NetNs;
+use crate::pod::{PodAddresses, PodIdentity, PodSettings};
+use crate::wire::Attachment;
+use crate::zds::messages::WorkloadInfo;
+use crate::zds::server::{Handle, Peer, RemoveOutcome, Workload};
+pub(crate) use error::Error;
+pub(crate) use report::Standing;
+use slots::{Guard, Slots};
+
+/// How long un-enrolling waits for the proxy to let go of a pod before it goes on without.
+const PROXY_RELEASE: Duration = Duration::from_secs(2);
+
+/// How many containers are remembered that were taken down.
+const RETIRED: usize = 1024;
+
+/// The pods of this node.
+pub(crate) struct Pods<D> {
+    kernel: Kernel<D>,
+    proxies: Handle,
+    defaults: Defaults,
+    /// The cookie of the agent's own namespace: the host's, which is never a pod's.
+    host_cookie: u64,
+    /// Notices interfaces that appear later. Not in tests on a fake kernel.
+    watch: Option<Arc<Watch>>,
+    /// By UID.
+    slots: Slots<Enrolled>,
+    /// UIDs by container ID, which is how the runtime names what it takes down.
+    containers: Mutex<HashMap<String, String>>,
+    /// The containers whose sandboxes the runtime has taken down, newest last. Their processes and addresses may show for
+    /// a little longer.
+    retired: Mutex<VecDeque<String>>,
+}
+
+/// What holds for every pod that says nothing else.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Defaults {
+    /// How long an enrolment waits for the proxy.
+    pub(crate) proxy_deadline: Duration,
+    /// Whether DNS questions go to the proxy's resolver.
+    pub(crate) dns: bool,
+}
+
+/// A pod that shall be steered.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Wanted {
+    pub(crate) identity: PodIdentity,
+    pub(crate) addresses: Vec<IpAddr>,
+    pub(crate) settings: PodSettings,
+}
+
+/// A network namespace that processes of a pod were found in, and the containers that they belong to.
+#[derive(Clone, Debug)]
+pub(crate) struct Sandbox {
+    pub(crate) netns: NetNs,
+    pub(crate) containers: BTreeSet<String>,
+}
+
+/// An enrolled pod.
+struct Enrolled {
+    target: Target,
+    /// What the CNI plugin brought, with the addresses that it named.
+    attachments: BTreeMap<Attachment, Vec<IpAddr>>,
+    /// The addresses that Kubernetes names.
+    declared: Vec<IpAddr>,
+    /// The containers that were found in its namespace, if that was looked for.
+    containers: BTreeSet<String>,
+    observation: Observation,
+    /// Whether the kernel was as it should be when it was last looked at.
+    steered: bool,
+    since: Instant,
+}
+
+impl Enrolled {
+    fn knows(&self, container_id: &str) -> bool {
+        self.containers.contains(container_id)
+            || self.attachments.keys().any(|attachment| attachment.container_id == container_id)
+    }
+}
+
+impl<D: Datapath + Send + 'static> Pods<D> {
+    pub(crate) fn new(
+        kernel: Kernel<D>,
+        proxies: Handle,
+        defaults: Defaults,
+        host_cookie: u64,
+        watch: Option<Arc<Watch>>,
+    ) -> Self {
+        Self {
+            kernel,
+            proxies,
+            defaults,
+            host_cookie,
+            watch,
+            slots: Slots::default(),
+            containers: Mutex::default(),
+            retired: Mutex::default(),
+        }
+    }
+
+    /// Steers a pod whose sandbox is being set up and hands it to the proxy; on an error, neither.
+    pub(crate) async fn add(
+        &self,
+        attachment: Attachment,
+        wanted: Wanted,
+        netns: NetNs,
+    ) -> Result<(), Error> {
+        let uid = wanted.identity.uid.clone();
+        // Before the wait: whoever takes the container down from here on waits for this to end.
+        self.containers().insert(attachment.container_id.clone(), uid.clone());
+        self.retired().retain(|container| *container != attachment.container_id);
+        let mut slot = self.slots.lock(&uid).await;
+        let identity = wanted.identity.clone();
+        let result = self.attach(&mut slot, attachment, wanted, netns).await;
+        if let Err(error) = &result {
+            tracing::warn!(pod = %identity, uid, %error, "pod can't be enrolled");
+        }
+        self.release(slot, &uid).await;
+        result
+    }
+
+    async fn attach(
+        &self,
+        slot: &mut Guard<Enrolled>,
+        attachment: Attachment,
+        wanted: Wanted,
+        netns: NetNs,
+    ) -> Result<(), Error> {
+        let began = Instant::now();
+        let Wanted { identity, addresses, settings } = wanted;
+        refuse_another(slot.as_ref(), &identity)?;
+        let netns_cookie = self.cookie(&identity, &netns).await?;
+        if let Some(old) = slot.take_if(|known| known.target.netns_cookie != netns_cookie) {
+            tracing::info!(pod = %identity, uid = identity.uid, "the pod has a new sandbox");
+            self.remove(&old.target).await;
+        }
+        let (mut attachments, declared, containers) = match &**slot {
+            Some(known) => (known.attachments.clone(), known.declared.clone(), known.containers.clone()),
+            None => Default::default(),
+        };
+        attachments.insert(attachment, addresses);
+        let addresses = union(&attachments, &declared);
+        if addresses.is_empty() {
+            return Err(Error::NoAddresses(identity));
+        }
+        let target = self.defaults.target(identity, settings, addresses, netns, netns_cookie);
+        self.follow(&target);
+        match self.steer_and_serve(&target).await {
+            Ok(observation) => {
+                tell_steered(&target, &observation, began);
+                **slot = Some(Enrolled {
+                    target,
+                    attachments,
+                    declared,
+                    containers,
+                    observation,
+                    steered: true,
+                    since: Instant::now(),
+                });
+                Ok(())
+            }
+            Err(error) => {
+                self.remove(&target).await;
+                **slot = None;
+                Err(error)
+            }
+        }
+    }
+
+    async fn steer_and_serve(&self, target: &Target) -> Result<Observation, Error> {
+        let observation = self.steer(target).await?;
+        self.proxies.add(workload(target), self.defaults.proxy_deadline).await?;
+        Ok(observation)
+    }
+
+    /// Steers a pod that runs already, in the one of these namespaces that holds its addresses. The proxy is told, but
+    /// not waited for: until it serves the pod, the pod's connections get no further than if it refused them.
+    pub(crate) async fn adopt(&self, wanted: Wanted, sandboxes: Vec<Sandbox>) -> Result<(), Error> {
+        let uid = wanted.identity.uid.clone();
+        // Before it is looked whether they were taken down: whoever does that afterwards waits for this to end.
+        let containers = sandboxes.iter().flat_map(|sandbox| &sandbox.containers);
+        self.containers().extend(containers.map(|container| (container.clone(), uid.clone())));
+        let mut slot = self.slots.lock(&uid).await;
+        let result = match &mut *slot {
+            // The plugin brought it meanwhile.
+            Some(known) => self.change(known, &wanted).await,
+            None => self.take_in(&wanted, sandboxes).await.map(|enrolled| *slot = Some(enrolled)),
+        };
+        self.release(slot, &uid).await;
+        result
+    }
+
+    async fn take_in(&self, wanted: &Wanted, sandboxes: Vec<Sandbox>) -> Result<Enrolled, Error> {
+        let began = Instant::now();
+        let Wanted { identity, addresses, settings } = wanted.clone();
+        let mut foreign = None;
+        let mut found = None;
+        for Sandbox { netns, containers } in sandboxes {
+            if self.retired().iter().any(|container| containers.contains(container)) {
+                foreign = Some(Error::TakenDown(identity.clone()));
+                continue;
+            }
+            let netns_cookie = match self.cookie(&identity, &netns).await {
+                Err(Error::HostNetwork(_)) => continue,
+                cookie => cookie?,
+            };
+            match self.holds(&identity, &netns, &addresses).await {
+                Ok(()) => found = Some((netns, netns_cookie, containers)),
+                Err(error) => foreign = Some(error),
+            }
+            if found.is_some() {
+                break;
+            }
+        }
+        let Some((netns, netns_cookie, containers)) = found else {
+            return Err(foreign.unwrap_or(Error::NoNamespace(identity)));
+        };
+        let target = self.defaults.target(
+            identity,
+            settings,
+            addresses.iter().copied().collect(),
+            netns,
+            netns_cookie,
+        );
+        let observation = self.steer(&target).await?;
+        if let Err(error) = self.proxies.set(workload(&target)) {
+            self.unenroll(&target, Removal::Everything).await;
+            return Err(error.into());
+        }
+        self.follow(&target);
+        tell_steered(&target, &observation, began);
+        Ok(Enrolled {
+            target,
+            attachments: BTreeMap::new(),
+            declared: addresses,
+            containers,
+            observation,
+            steered: true,
+            since: Instant::now(),
+        })
+    }
+
+    /// Brings an enrolled pod in line with what Kubernetes says of it. Returns whether the pod is enrolled at all. On an
+    /// error the pod stays as it was.
+    pub(crate) async fn update(&self, wanted: &Wanted) -> Result<bool, Error> {
+        match self.slots.find(&wanted.identity.uid).await.as_deref_mut() {
+            Some(Some(known)) => self.change(known, wanted).await.map(|()| true),
+            Some(None) | None => Ok(false),
+        }
+    }
+
+    async fn change(&self, known: &mut Enrolled, wanted: &Wanted) -> Result<(), Error> {
+        refuse_another(Some(known), &wanted.identity)?;
+        let readdressed = known.declared != wanted.addresses && !wanted.addresses.is_empty();
+        if readdressed {
+            self.holds(&wanted.identity, &known.target.netns, &wanted.addresses).await?;
+        }
+        // A pod that has ended has no addresses any more in Kubernetes, before it goes.
+        let declared = if readdressed { &wanted.addresses } else { &known.declared }.clone();
+        let wanted_target = self.defaults.target(
+            wanted.identity.clone(),
+            wanted.settings.clone(),
+            union(&known.attachments, &declared),
+            known.target.netns.clone(),
+            known.target.netns_cookie,
+        );
+        if !differs(&wanted_target, &known.target) {
+            known.declared = declared;
+            return Ok(());
+        }
+        known.observation = self.steer(&wanted_target).await?;
+        self.proxies.set(workload(&wanted_target))?;
+        tracing::info!(
+            pod = %wanted.identity,
+            uid = wanted.identity.uid,
+            families = %list(wanted_target.addresses.families()),
+            addresses = %list(wanted_target.addresses.iter()),
+            "pod has changed"
+        );
+        known.declared = declared;
+        known.target = wanted_target;
+        known.steered = true;
+        Ok(())
+    }
+
+    /// Steers a pod no longer. Returns whether it was.
+    pub(crate) async fn forget(&self, uid: &str) -> bool {
+        let Some(mut slot) = self.slots.find(uid).await else { return false };
+        let known = slot.take();
+        if let Some(known) = &known {
+            self.end(known).await;
+        }
+        self.release(slot, uid).await;
+        known.is_some()
+    }
+
+    /// Forgets an attachment, and the pod with its last one. What is not known is forgotten already.
+    pub(crate) async fn del(&self, attachment: &Attachment) {
+        self.retire(&attachment.container_id);
+        let Some(uid) = self.containers().get(&attachment.container_id).cloned() else { return };
+        let Some(mut slot) = self.slots.find(&uid).await else { return };
+        if let Some(known) = &mut *slot {
+            let attached = known.attachments.remove(attachment).is_some();
+            // A pod that was adopted has no attachments: its sandbox's container stands for all of them.
+            if !attached && !known.containers.contains(&attachment.container_id) {
+                tracing::debug!(pod = %known.target.identity, ?attachment, "a late removal of an older sandbox");
+            } else if known.attachments.is_empty() {
+                self.end(known).await;
+                *slot = None;
+            } else {
+                known.target.addresses = union(&known.attachments, &known.declared);
+                self.repair(known).await;
+            }
+        }
+        self.release(slot, &uid).await;
+    }
+
+    async fn end(&self, known: &Enrolled) {
+        let began = Instant::now();
+        self.remove(&known.target).await;
+        tracing::info!(
+            pod = %known.target.identity,
+            uid = known.target.identity.uid,
+            milliseconds = began.elapsed().as_millis(),
+            "pod is no longer steered"
+        );
+    }
+
+    /// Takes the pod from the kernel and from the proxy, so that the proxy's connections work until it cuts them.
+    async fn remove(&self, target: &Target) {
+        self.unenroll(target, Removal::Capture).await;
+        if let RemoveOutcome::Pending(peers) = self.proxies.remove(&target.identity.uid, PROXY_RELEASE).await
+        {
+            let peers = list(peers.iter());
+            tracing::warn!(pod = %target.identity, peers, "the proxy does not let go of the pod; going on without");
+        }
+        self.unenroll(target, Removal::Everything).await;
+    }
+
+    async fn unenroll(&self, target: &Target, removal: Removal) {
+        let copy = target.clone();
+        match self.kernel.run(move |datapath| datapath::unenroll(datapath, &copy, removal)).await {
+            Ok(errors) => {
+                for error in errors {
+                    tracing::warn!(pod = %target.identity, %error, "something of the pod may be left behind");
+                }
+            }
+            Err(error) => tracing::error!(pod = %target.identity, %error, "the pod can't be un-enrolled"),
+        }
+    }
+
+    /// Compares the kernel with what enrolment promised.
+    pub(crate) async fn check(&self, attachment: &Attachment, addresses: &[IpAddr]) -> Result<(), Error> {
+        let unknown = || Error::Unknown(attachment.container_id.clone());
+        let uid = self.containers().get(&attachment.container_id).cloned().ok_or_else(unknown)?;
+        let slot = self.slots.find(&uid).await.ok_or_else(unknown)?;
+        let known =
+            slot.as_ref().filter(|known| known.knows(&attachment.container_id)).ok_or_else(unknown)?;
+        let mut target = known.target.clone();
+        target.addresses.extend(addresses.iter().copied());
+        let identity = target.identity.clone();
+        let missing = self.kernel.run(move |datapath| datapath::missing(datapath, &target)).await??;
+        let proxy = report::proxy(&self.proxies, &identity).err();
+        let missing: Vec<String> = missing.iter().map(ToString::to_string).chain(proxy).collect();
+        if missing.is_empty() {
+            Ok(())
+        } else {
+            Err(Error::Missing { pod: identity, missing: missing.join(", ") })
+        }
+    }
+
+    /// Forgets every attachment that is not in the list.
+    pub(crate) async fn collect(&self, valid: &[Attachment]) {
+        let known = self.slots.each(|_, known| known.attachments.keys().cloned().collect::<Vec<_>>()).await;
+        for stale in known.into_iter().flatten().filter(|known| !valid.contains(known)) {
+            tracing::info!(
+                container = stale.container_id,
+                interface = stale.interface,
+                "collecting a stale attachment"
+            );
+            self.del(&stale).await;
+        }
+    }
+
+    /// Brings a pod's facts about anew: its namespace has changed, by an interface more, say.
+    pub(crate) async fn reconcile(&self, uid: &str) {
+        if let Some(Some(known)) = self.slots.find(uid).await.as_deref_mut() {
+            self.repair(known).await;
+        }
+    }
+
+    async fn repair(&self, known: &mut Enrolled) {
+        match self.steer(&known.target).await {
+            Ok(observation) => {
+                known.observation = observation;
+                known.steered = true;
+            }
+            Err(error) => {
+                tracing::warn!(pod = %known.target.identity, %error, "the pod can't be kept in step");
+                known.steered = false;
+            }
+        }
+    }
+
+    async fn steer(&self, target: &Target) -> Result<Observation, Error> {
+        let copy = target.clone();
+        Ok(self.kernel.run(move |datapath| datapath::enroll(datapath, &copy)).await??)
+    }
+
+    /// Removes everything of every pod from the kernel. The proxies keep their pods: an agent that stops is no reason to
+    /// cut connections that were not captured.
+    pub(crate) async fn shut_down(&self) {
+        for known in self.slots.drain().await {
+            self.unenroll(&known.target, Removal::Everything).await;
+        }
+    }
+
+    /// The UIDs of all pods.
+    pub(crate) async fn uids(&self) -> Vec<String> {
+        self.slots.names().await
+    }
+
+    /// The connected proxies, as they come and go.
+    pub(crate) fn connections(&self) -> watch::Receiver<Vec<Peer>> {
+        self.proxies.connections()
+    }
+
+    /// The cookie of a pod's namespace, unless that is the host's.
+    async fn cookie(&self, identity: &PodIdentity, netns: &NetNs) -> Result<u64, Error> {
+        let netns = netns.clone();
+        match self.kernel.run(move |datapath| datapath.cookie(&netns)).await? {
+            Ok(cookie) if cookie == self.host_cookie => Err(Error::HostNetwork(identity.clone())),
+            Ok(cookie) => Ok(cookie),
+            Err(source) => Err(Error::Cookie { pod: identity.clone(), source }),
+        }
+    }
+
+    /// Whether the namespace has all of these addresses.
+    async fn holds(&self, identity: &PodIdentity, netns: &NetNs, addresses: &[IpAddr]) -> Result<(), Error> {
+        let netns = netns.clone();
+        let held = self.kernel.run(move |datapath| datapath.addresses(&netns)).await?;
+        let held = held.map_err(|source| Error::Addresses { pod: identity.clone(), source })?;
+        match addresses.iter().map(IpAddr::to_canonical).find(|address| !held.contains(address)) {
+            Some(address) => Err(Error::ForeignAddress { pod: identity.clone(), address }),
+            None => Ok(()),
+        }
+    }
+
+    fn follow(&self, target: &Target) {
+        if let Some(watch) = &self.watch
+            && let Err(error) = watch.follow(&target.identity.uid, &target.netns)
+        {
+            tracing::warn!(pod = %target.identity, %error, "interfaces that the pod gets later will not be steered");
+        }
+    }
+
+    /// Lets go of a pod's place, after it was worked on.
+    async fn release(&self, slot: Guard<Enrolled>, uid: &str) {
+        {
+            let mut containers = self.containers();
+            containers.retain(|container, of| {
+                of != uid || slot.as_ref().is_some_and(|known| known.knows(container))
+            });
+            if let Some(known) = &*slot {
+                let attached = known.attachments.keys().map(|attachment| &attachment.container_id);
+                let all = attached.chain(&known.containers);
+                containers.extend(all.map(|container| (container.clone(), uid.to_owned())));
+            }
+        }
+        drop(slot);
+        if self.slots.tidy(uid).await
+            && let Some(watch) = &self.watch
+        {
+            watch.unfollow(uid);
+        }
+    }
+
+    fn retire(&self, container_id: &str) {
+        let mut retired = self.retired();
+        if retired.iter().any(|known| known == container_id) {
+            return;
+        }
+        if retired.len() == RETIRED {
+            retired.pop_front();
+        }
+        retired.push_back(container_id.into());
+    }
+
+    fn retired(&self) -> MutexGuard<'_, VecDeque<String>> {
+        self.retired.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, String>> {
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One UID, one pod: what is known by it stays.
+fn refuse_another(known: Option<&Enrolled>, identity: &PodIdentity) -> Result<(), Error> {
+    match known.map(|known| &known.target.identity) {
+        Some(other) if (&other.namespace, &other.name) != (&identity.namespace, &identity.name) => {
+            Err(Error::SameUid {
+                pod: identity.to_string(),
+                other: other.to_string(),
+                uid: identity.uid.clone(),
+            })
+        }
+        Some(_) | None => Ok(()),
+    }
+}
+
+impl Defaults {
+    fn target(
+        self,
+        identity: PodIdentity,
+        settings: PodSettings,
+        addresses: PodAddresses,
+        netns: NetNs,
+        netns_cookie: u64,
+    ) -> Target {
+        let PodSettings { bypass_inbound, dns, virtual_interfaces, exclusions } = settings;
+        let flags = PodFlags::default()
+            .with(PodFlags::BYPASS_INBOUND, bypass_inbound)
+            .with(PodFlags::DNS, dns.unwrap_or(self.dns));
+        let pod = KernelPod { flags: flags.0 };
+        Target { identity, netns, netns_cookie, addresses, pod, virtual_interfaces, exclusions }
+    }
+}
+
+fn differs(a: &Target, b: &Target) -> bool {
+    let of = |target: &Target| {
+        let Target { identity, addresses, pod, virtual_interfaces, exclusions, .. } = target.clone();
+        (identity, addresses, pod, virtual_interfaces, exclusions)
+    };
+    of(a) != of(b)
+}
+
+fn workload(target: &Target) -> Workload {
+    let identity = &target.identity;
+    Workload {
+        uid: identity.uid.clone(),
+        info: WorkloadInfo {
+            name: identity.name.clone(),
+            namespace: identity.namespace.clone(),
+            service_account: identity.service_account.clone(),
+        },
+        netns: Some(target.netns.descriptor()),
+    }
+}
+
+fn tell_steered(target: &Target, observation: &Observation, began: Instant) {
+    tracing::info!(
+        pod = %target.identity,
+        uid = target.identity.uid,
+        families = %list(target.addresses.families()),
+        addresses = %list(target.addresses.iter()),
+        milliseconds = began.elapsed().as_millis(),
+        "pod is steered"
+    );
+    if !observation.namespace.ipv6 {
+        tracing::info!(
+            pod = %target.identity,
+            "IPv6 is off on the pod's lo: the pod is steered in IPv4 alone, connections in IPv6 are dropped"
+        );
+    }
+}
+
+fn union(attachments: &BTreeMap<Attachment, Vec<IpAddr>>, declared: &[IpAddr]) -> PodAddresses {
+    attachments.values().flatten().chain(declared).copied().collect()
+}
+
+fn list(items: impl Iterator<Item = impl ToString>) -> String {
+    items.map(|item| item.to_string()).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,58 @@
+//! What can be told about pods.
+
+use super::{Enrolled, Pods};
+use crate::pod::PodIdentity;
+use crate::wire::PodReport;
+use crate::zds::server::{Handle, PodProxyState};
+
+/// How far an enrolled pod is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Standing {
+    /// Whether the kernel was as it should be when it was last looked at.
+    pub(crate) steered: bool,
+    /// Where the pod stands with the newest proxy.
+    pub(crate) proxy: PodProxyState,
+}
+
+impl<D> Pods<D> {
+    /// What is known about all pods.
+    pub(crate) async fn report(&self) -> Vec<PodReport> {
+        self.slots.each(|_, enrolled| report(enrolled, &self.proxies)).await
+    }
+
+    /// How far a pod is; `None` if it is not enrolled.
+    pub(crate) async fn standing(&self, uid: &str) -> Option<Standing> {
+        let slot = self.slots.find(uid).await?;
+        let enrolled = slot.as_ref()?;
+        Some(Standing { steered: enrolled.steered, proxy: self.proxies.pod(uid) })
+    }
+}
+
+fn report(enrolled: &Enrolled, proxies: &Handle) -> PodReport {
+    let Enrolled { target, attachments, observation, since, .. } = enrolled;
+    let interfaces = observation.namespace.interfaces.iter();
+    PodReport {
+        pod: target.identity.clone(),
+        attachments: attachments.keys().cloned().collect(),
+        addresses: target.addresses.iter().collect(),
+        netns_cookie: target.netns_cookie,
+        steered: target.addresses.families().map(|family| family.to_string()).collect(),
+        interfaces: interfaces
+            .filter(|interface| !interface.is_loopback())
+            .map(|interface| interface.name.clone())
+            .collect(),
+        proxy: proxy(proxies, &target.identity),
+        since: since.elapsed().as_secs(),
+    }
+}
+
+/// Where the pod stands with the newest proxy, in words.
+pub(super) fn proxy(proxies: &Handle, identity: &PodIdentity) -> Result<(), String> {
+    match proxies.pod(&identity.uid) {
+        PodProxyState::Acknowledged | PodProxyState::Kept => Ok(()),
+        PodProxyState::Refused(why) => Err(format!("the node proxy refused the pod: {why}")),
+        PodProxyState::Pending => Err("the node proxy has not acknowledged the pod yet".into()),
+        PodProxyState::NoProxy => Err("no node proxy is connected".into()),
+        PodProxyState::Unknown => Err("the node proxy was not told of the pod".into()),
+    }
+}

@@ -1,0 +1,74 @@
+//! Things by name, each behind a lock of its own, so that work on one does not wait for work on another.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use tokio::sync::{Mutex, OwnedMutexGuard};
+
+type Slot<T> = Arc<Mutex<Option<T>>>;
+
+/// Holds a thing, or the place where it will be.
+pub(super) type Guard<T> = OwnedMutexGuard<Option<T>>;
+
+#[derive(Debug)]
+pub(super) struct Slots<T>(Mutex<HashMap<String, Slot<T>>>);
+
+impl<T> Default for Slots<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T> Slots<T> {
+    /// Waits for the place of this name, and makes it if there is none. [`Self::tidy`] once it is left empty.
+    pub(super) async fn lock(&self, name: &str) -> Guard<T> {
+        loop {
+            let slot = Arc::clone(self.0.lock().await.entry(name.into()).or_default());
+            let guard = Arc::clone(&slot).lock_owned().await;
+            // While this waited, the place may have been tidied away.
+            if self.0.lock().await.get(name).is_some_and(|current| Arc::ptr_eq(current, &slot)) {
+                return guard;
+            }
+        }
+    }
+
+    /// Waits for the place of this name, if there is one.
+    pub(super) async fn find(&self, name: &str) -> Option<Guard<T>> {
+        let slot = Arc::clone(self.0.lock().await.get(name)?);
+        Some(slot.lock_owned().await)
+    }
+
+    /// Removes an empty place. Returns whether nothing of this name is left.
+    pub(super) async fn tidy(&self, name: &str) -> bool {
+        let mut slots = self.0.lock().await;
+        if slots.get(name).is_some_and(|slot| slot.try_lock().is_ok_and(|slot| slot.is_none())) {
+            slots.remove(name);
+        }
+        !slots.contains_key(name)
+    }
+
+    pub(super) async fn names(&self) -> Vec<String> {
+        self.0.lock().await.keys().cloned().collect()
+    }
+
+    /// Looks at everything that is not being worked on, in the order of the names.
+    pub(super) async fn each<R>(&self, mut look: impl FnMut(&str, &T) -> R) -> Vec<R> {
+        let mut slots: Vec<(String, Slot<T>)> =
+            self.0.lock().await.iter().map(|(name, slot)| (name.clone(), Arc::clone(slot))).collect();
+        slots.sort_by(|a, b| a.0.cmp(&b.0));
+        slots
+            .iter()
+            .filter_map(|(name, slot)| slot.try_lock().ok()?.as_ref().map(|thing| look(name, thing)))
+            .collect()
+    }
+
+    /// Takes everything out, waiting for what is being worked on.
+    pub(super) async fn drain(&self) -> Vec<T> {
+        let slots: Vec<Slot<T>> = self.0.lock().await.drain().map(|(_, slot)| slot).collect();
+        let mut things = Vec::new();
+        for slot in slots {
+            things.extend(slot.lock().await.take());
+        }
+        things
+    }
+}

@@ -1,0 +1,201 @@
+//! Puts the agent together, and takes it apart at the end.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch as signal_watch};
+
+use super::enrolment::{Enrolment, Everybody};
+use super::linux::{Capacities, Linux, Settings};
+use super::options::{Options, WithoutProxy};
+use super::pods::{Defaults, Pods};
+use super::probes;
+use super::proxies::Cgroups;
+use super::service::Service;
+use super::thread::Kernel;
+use super::watch::{Event, Watch};
+use crate::kube::{self, Controller, Timing};
+use crate::netns::NetNs;
+use crate::{cgroup, wire, zds};
+
+/// How long interfaces that come and go are left alone until the pod is looked at.
+const SETTLE: Duration = Duration::from_millis(20);
+
+/// Runs until SIGTERM or SIGINT; then removes everything that it made from the kernel.
+pub fn run(options: Options) -> anyhow::Result<()> {
+    if !nix::unistd::Uid::effective().is_root() {
+        anyhow::bail!("the agent loads eBPF programs and enters pods' namespaces: run it as root");
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("the async runtime can't be started")?;
+    runtime.block_on(serve(options))
+}
+
+async fn serve(options: Options) -> anyhow::Result<()> {
+    let started = Instant::now();
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminated = false;
+    let cgroup = match options.cgroup {
+        Some(path) => path,
+        None => tokio::task::spawn_blocking(cgroup::mount).await??,
+    };
+    let host_cookie = NetNs::current()
+        .and_then(|netns| netns.cookie())
+        .context("network namespaces can't be identified: this needs Linux 5.14")?;
+
+    let capacities = Capacities {
+        pods: options.max_pods,
+        addresses: options.max_addresses.unwrap_or(options.max_pods),
+        exclusions: options.max_exclusions,
+    };
+    let settings = Settings {
+        cgroup: cgroup.clone(),
+        host_cookie,
+        capacities,
+        tc: options.tc,
+        refuse: options.without_proxy == WithoutProxy::Refuse,
+        exclusions: options.exclude.exclusions(),
+    };
+    let (kernel, loaded) = Kernel::start(move || Linux::load(&settings)).context("the datapath's thread")?;
+    loaded.await.context("the datapath's thread ended")??;
+
+    let cgroups = Arc::new(Cgroups::new(options.proxy_identity));
+    let admission = kernel.clone();
+    let on_connect: zds::server::OnConnect = Arc::new(move |peer| {
+        let (cgroups, kernel) = (Arc::clone(&cgroups), admission.clone());
+        Box::pin(async move { Ok(cgroups.admit(&kernel, peer).await?) })
+    });
+    let (zds_server, proxies) = zds::server::Server::bind(
+        &options.zds_socket,
+        zds::server::Options { on_connect: Some(on_connect), ..zds::server::Options::default() },
+    )?;
+    let (watch, events) = Watch::start().context("interfaces of pods can't be watched")?;
+    let pods = Arc::new(Pods::new(
+        kernel.clone(),
+        proxies.clone(),
+        Defaults { proxy_deadline: Duration::from_secs(options.proxy_deadline), dns: options.dns },
+        host_cookie,
+        Some(watch),
+    ));
+    let probes_kernel = kernel.clone();
+    let controller = controller(&options.kubernetes, &pods).await?;
+    let enrolment: Arc<dyn Enrolment> = match &controller {
+        Some(controller) => Arc::new(controller.admission()),
+        None => Arc::new(Everybody),
+    };
+    let service = Service {
+        pods: Arc::clone(&pods),
+        enrolment,
+        kernel,
+        proxies,
+        started,
+        cgroup: cgroup.display().to_string(),
+    };
+    let wire_server = wire::server::Server::bind(&options.socket)?;
+
+    let (stop, stopped) = signal_watch::channel(false);
+    let until = |mut stopped: signal_watch::Receiver<bool>| async move {
+        // An error means that the sender is gone, which is as good.
+        let _ = stopped.wait_for(|stop| *stop).await;
+    };
+    let wire_task = tokio::spawn(wire_server.serve(Arc::new(service), until(stopped.clone())));
+    let controller_task = controller.clone().map(|controller| tokio::spawn(controller.run(stopped.clone())));
+    // A proxy drops every pod that it is not told of at first.
+    if let Some(controller) = &controller {
+        tokio::select! {
+            () = catch_up(controller, options.kubernetes.initial_wait) => {}
+            _ = terminate.recv() => terminated = true,
+            _ = interrupt.recv() => terminated = true,
+        }
+    }
+    let zds_task = tokio::spawn(zds_server.run(until(stopped)));
+    let probes_task = tokio::spawn(probes::follow(options.probers, cgroup.clone(), probes_kernel));
+    let watch_task = tokio::spawn(follow(events, Arc::clone(&pods)));
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        socket = %options.socket.display(),
+        zds_socket = %options.zds_socket.display(),
+        cgroup = %cgroup.display(),
+        milliseconds = started.elapsed().as_millis(),
+        "the agent is ready"
+    );
+
+    if !terminated {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    }
+    let stopping = Instant::now();
+    stop.send_replace(true);
+    watch_task.abort();
+    probes_task.abort();
+    wire_task.await.context("the server of the CNI plugin")?;
+    zds_task.await.context("the server of the node proxies")?;
+    if let Some(task) = controller_task {
+        task.await.context("the Kubernetes controller")?;
+    }
+    pods.shut_down().await;
+    tracing::info!(
+        milliseconds = stopping.elapsed().as_millis(),
+        "the agent has removed everything and ends"
+    );
+    Ok(())
+}
+
+/// What keeps pods in step with Kubernetes, if that is wanted.
+async fn controller(
+    options: &kube::Options,
+    pods: &Arc<Pods<Linux>>,
+) -> anyhow::Result<Option<Arc<Controller<Linux>>>> {
+    if !options.kubernetes {
+        return Ok(None);
+    }
+    let node = options.node_name.clone().context("--kubernetes needs --node-name, or NODE_NAME")?;
+    let client = kube::client(kube::config(options.kubeconfig.as_deref()).await?)?;
+    let (rules, proc, pods) = (options.rules(), options.host_proc.clone(), Arc::clone(pods));
+    Ok(Some(Controller::new(client, node, rules, proc, pods, Timing::default())))
+}
+
+/// Waits for the API server's first answer and for the pods that it names.
+async fn catch_up(controller: &Controller<Linux>, seconds: u64) {
+    let limit = if seconds == 0 { Duration::MAX } else { Duration::from_secs(seconds) };
+    if tokio::time::timeout(limit, controller.caught_up()).await.is_ok() {
+        tracing::info!(pods = controller.known(), "the pods of this node are known");
+    } else {
+        tracing::warn!(
+            seconds,
+            "the API server has not told which pods run on this node: node proxies are served without those"
+        );
+    }
+}
+
+/// Keeps pods in step with their namespaces.
+async fn follow(mut events: mpsc::Receiver<Event>, pods: Arc<Pods<Linux>>) {
+    while let Some(event) = events.recv().await {
+        // Interfaces come with several messages each.
+        tokio::time::sleep(SETTLE).await;
+        let mut batch = vec![event];
+        while let Ok(more) = events.try_recv() {
+            batch.push(more);
+        }
+        let changed: BTreeSet<String> = if batch.contains(&Event::Lost) {
+            pods.uids().await.into_iter().collect()
+        } else {
+            batch
+                .into_iter()
+                .filter_map(|event| if let Event::Changed(uid) = event { Some(uid) } else { None })
+                .collect()
+        };
+        for uid in changed {
+            pods.reconcile(&uid).await;
+        }
+    }
+}

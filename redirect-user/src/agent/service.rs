@@ -1,0 +1,124 @@
+//! What the agent answers to the CNI plugin and to the command line.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::enrolment::{self, Enrolment};
+use super::linux::Linux;
+use super::pods::{self, Pods, Wanted};
+use super::thread::Kernel;
+use crate::netns::NetNs;
+use crate::wire::server::Handler;
+use crate::wire::{Error, ErrorKind, ProxyReport, Reply, Request, Status};
+use crate::zds::server::{AddError, Handle};
+
+pub(super) struct Service {
+    pub(super) pods: Arc<Pods<Linux>>,
+    pub(super) enrolment: Arc<dyn Enrolment>,
+    pub(super) kernel: Kernel<Linux>,
+    pub(super) proxies: Handle,
+    pub(super) started: Instant,
+    pub(super) cgroup: String,
+}
+
+impl Handler for Service {
+    async fn handle(&self, request: Request, netns: Option<OwnedFd>) -> Vec<Reply> {
+        match request {
+            Request::Add { attachment, pod, addresses } => {
+                let Some(netns) = netns else { return vec![no_namespace()] };
+                let wanted = Wanted { identity: pod, addresses, ..Wanted::default() };
+                let netns = NetNs::from_fd(netns);
+                vec![enrolment::add(&self.pods, &*self.enrolment, attachment, wanted, netns).await]
+            }
+            Request::Del { attachment } => {
+                self.pods.del(&attachment).await;
+                vec![Reply::Done]
+            }
+            Request::Check { attachment, addresses } => {
+                vec![enrolment::check(&self.pods, &*self.enrolment, &attachment, &addresses).await]
+            }
+            Request::Gc { valid } => {
+                self.pods.collect(&valid).await;
+                vec![Reply::Done]
+            }
+            Request::Ready => vec![self.ready()],
+            Request::Status => vec![self.status().await],
+            Request::Pods => Reply::pods(self.pods.report().await),
+        }
+    }
+}
+
+fn no_namespace() -> Reply {
+    Reply::Error(Error::new(ErrorKind::Malformed, "the request carries no network namespace"))
+}
+
+impl Service {
+    fn ready(&self) -> Reply {
+        if self.proxies.proxies().iter().any(|proxy| proxy.synced) {
+            return Reply::Done;
+        }
+        Reply::Error(Error::new(
+            ErrorKind::TryAgain,
+            "no node proxy is connected to the agent: is ztunnel running on this node?",
+        ))
+    }
+
+    async fn status(&self) -> Reply {
+        let report = match self.kernel.run(|linux| linux.report()).await {
+            Ok(Ok(report)) => report,
+            Ok(Err(error)) => {
+                return Reply::Error(Error::new(
+                    ErrorKind::Datapath,
+                    format!("the kernel can't be read: {error:#}"),
+                ));
+            }
+            Err(error) => return Reply::Error(Error::new(ErrorKind::Internal, error.to_string())),
+        };
+        let proxies = self.proxies.proxies().into_iter().map(|proxy| ProxyReport {
+            pid: proxy.peer.pid.and_then(|pid| pid.try_into().ok()).unwrap_or_default(),
+            cgroup: proxy.peer.cgroup_path,
+            synced: proxy.synced,
+            acknowledged: proxy.acknowledged,
+            refused: proxy.refused,
+        });
+        Reply::Status(Box::new(Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            uptime: self.started.elapsed().as_secs(),
+            kernel: nix::sys::utsname::uname()
+                .map(|name| name.release().to_string_lossy().into_owned())
+                .unwrap_or_default(),
+            cgroup: self.cgroup.clone(),
+            tcx: report.tcx,
+            programs: report.programs,
+            maps: report.maps,
+            proxies: proxies.collect(),
+            counters: report.counters,
+        }))
+    }
+}
+
+impl From<pods::Error> for Error {
+    fn from(error: pods::Error) -> Self {
+        let kind = match &error {
+            pods::Error::Datapath(_) => ErrorKind::Datapath,
+            pods::Error::Thread(_) | pods::Error::Cookie { .. } | pods::Error::Addresses { .. } => {
+                ErrorKind::Internal
+            }
+            pods::Error::Proxy(AddError::NotConnected { .. } | AddError::Timeout { .. }) => {
+                ErrorKind::TryAgain
+            }
+            pods::Error::Proxy(_) => ErrorKind::Proxy,
+            pods::Error::HostNetwork(_)
+            | pods::Error::NoAddresses(_)
+            | pods::Error::SameUid { .. }
+            | pods::Error::ForeignAddress { .. }
+            | pods::Error::Workload(_) => ErrorKind::Malformed,
+            pods::Error::NoNamespace(_) | pods::Error::TakenDown(_) => ErrorKind::TryAgain,
+            pods::Error::Unknown(_) => ErrorKind::Unknown,
+            pods::Error::Missing { .. } => ErrorKind::Mismatch,
+        };
+        Self::new(kind, error.to_string())
+    }
+}

@@ -1,0 +1,69 @@
+//! The thread that the datapath lives on. Entering a network namespace moves a thread, so that this is never a thread of
+//! the runtime; and one thread means one piece of work at a time, without locks.
+
+use std::io;
+use std::thread;
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::datapath::Datapath;
+
+type Job<D> = Box<dyn FnOnce(&mut D) + Send>;
+
+/// Hands work to the datapath's thread. The thread ends when the last handle is gone.
+#[derive(Debug)]
+pub struct Kernel<D> {
+    jobs: mpsc::Sender<Job<D>>,
+}
+
+impl<D> Clone for Kernel<D> {
+    fn clone(&self) -> Self {
+        Self { jobs: self.jobs.clone() }
+    }
+}
+
+/// The datapath's thread is gone: it panicked.
+#[derive(Debug, thiserror::Error)]
+#[error("the datapath's thread has ended; the agent has to be restarted")]
+pub struct Gone;
+
+/// How many pieces of work may wait before those who bring more have to wait themselves.
+const QUEUE: usize = 64;
+
+impl<D: Datapath + 'static> Kernel<D> {
+    /// Starts the thread, on which `load` makes the datapath.
+    pub fn start<E: Send + 'static>(
+        load: impl FnOnce() -> Result<D, E> + Send + 'static,
+    ) -> io::Result<(Self, oneshot::Receiver<Result<(), E>>)> {
+        let (jobs, mut queue) = mpsc::channel::<Job<D>>(QUEUE);
+        let (loaded, result) = oneshot::channel();
+        thread::Builder::new().name("datapath".into()).spawn(move || {
+            let mut datapath = match load() {
+                Ok(datapath) => datapath,
+                Err(error) => {
+                    let _ = loaded.send(Err(error));
+                    return;
+                }
+            };
+            let _ = loaded.send(Ok(()));
+            while let Some(job) = queue.blocking_recv() {
+                job(&mut datapath);
+                datapath.rest();
+            }
+        })?;
+        Ok((Self { jobs }, result))
+    }
+
+    /// Has `work` done, after what was brought before.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut D) -> T + Send + 'static,
+    ) -> Result<T, Gone> {
+        let (done, result) = oneshot::channel();
+        let job: Job<D> = Box::new(move |datapath| {
+            let _ = done.send(work(datapath));
+        });
+        self.jobs.send(job).await.map_err(|_| Gone)?;
+        result.await.map_err(|_| Gone)
+    }
+}

@@ -1,0 +1,131 @@
+//! Notices interfaces that appear in pods after they were enrolled.
+//!
+//! One netlink socket in the agent's namespace hears of the links of every namespace that has an ID there
+//! (`NETLINK_LISTEN_ALL_NSID`), so that no pod has to be polled.
+
+use std::collections::HashMap;
+use std::io;
+use std::mem::{MaybeUninit, size_of_val};
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use tokio::sync::mpsc;
+
+use super::linux::Netlink;
+use crate::netns::NetNs;
+
+/// The namespaces that are watched.
+pub(crate) struct Watch {
+    netlink: Mutex<Netlink>,
+    /// UIDs of pods by namespace ID.
+    followed: Mutex<HashMap<i32, String>>,
+}
+
+/// What was noticed.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Event {
+    /// The links of the namespace of the pod of this UID have changed.
+    Changed(String),
+    /// Events were lost: any pod may have changed.
+    Lost,
+}
+
+/// How many events may wait; when they are more, they are treated as lost.
+const QUEUE: usize = 256;
+
+impl Watch {
+    /// Starts to watch. Events end when the receiver is dropped.
+    pub(super) fn start() -> io::Result<(Arc<Self>, mpsc::Receiver<Event>)> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind(&SocketAddr::new(0, 0))?;
+        socket.set_listen_all_namespaces(true)?;
+        socket.add_membership(libc::RTNLGRP_LINK)?;
+        let watch = Arc::new(Self { netlink: Mutex::new(Netlink::open()?), followed: Mutex::default() });
+        let (events, receiver) = mpsc::channel(QUEUE);
+        let watcher = Arc::clone(&watch);
+        thread::Builder::new().name("watch".into()).spawn(move || watcher.listen(&socket, &events))?;
+        Ok((watch, receiver))
+    }
+
+    /// Watches a pod's namespace.
+    pub(super) fn follow(&self, uid: &str, netns: &NetNs) -> io::Result<()> {
+        let id = self.netlink.lock().unwrap_or_else(PoisonError::into_inner).namespace_id(netns)?;
+        let mut followed = self.followed();
+        // An older sandbox of the pod may have had another.
+        followed.retain(|_, known| known != uid);
+        followed.insert(id, uid.to_owned());
+        Ok(())
+    }
+
+    /// Watches it no more.
+    pub(super) fn unfollow(&self, uid: &str) {
+        self.followed().retain(|_, followed| followed != uid);
+    }
+
+    fn followed(&self) -> MutexGuard<'_, HashMap<i32, String>> {
+        self.followed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn listen(&self, socket: &Socket, events: &mpsc::Sender<Event>) {
+        loop {
+            let event = match next_namespace(socket) {
+                // Links of the host's own namespace.
+                Ok(None) => continue,
+                Ok(Some(id)) => match self.followed().get(&id) {
+                    Some(uid) => Event::Changed(uid.clone()),
+                    None => continue,
+                },
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => Event::Lost,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    tracing::error!(%error, "interfaces that appear in pods are no longer noticed");
+                    return;
+                }
+            };
+            match events.try_send(event) {
+                Ok(()) => {}
+                Err(mpsc::error::TrySendError::Full(_)) => {
+                    if events.blocking_send(Event::Lost).is_err() {
+                        return;
+                    }
+                }
+                Err(mpsc::error::TrySendError::Closed(_)) => return,
+            }
+        }
+    }
+}
+
+/// Waits for a message and returns the ID of the namespace that it is about, if it is not the socket's own.
+fn next_namespace(socket: &Socket) -> io::Result<Option<i32>> {
+    // The messages themselves do not matter: whatever they say, the namespace is looked at anew.
+    let mut packet = [0u8; 8192];
+    let mut control = [0u64; 8];
+    let mut part = libc::iovec { iov_base: packet.as_mut_ptr().cast(), iov_len: packet.len() };
+    // SAFETY: zero is a valid value for every field.
+    let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = size_of_val(&control);
+    // SAFETY: all buffers live for the length of the call, with the lengths that the header says.
+    if unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel filled the header in.
+    let mut entry = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
+    while !entry.is_null() {
+        // SAFETY: the entry lies within the control buffer.
+        let header = unsafe { *entry };
+        if header.cmsg_level == libc::SOL_NETLINK && header.cmsg_type == libc::NETLINK_LISTEN_ALL_NSID {
+            // SAFETY: an entry of this type holds an int.
+            let data = unsafe { libc::CMSG_DATA(entry) }.cast::<i32>();
+            // SAFETY: as above; it need not be aligned.
+            return Ok(Some(unsafe { data.read_unaligned() }));
+        }
+        // SAFETY: the header and the entry are the kernel's.
+        entry = unsafe { libc::CMSG_NXTHDR(&raw const message, entry) };
+    }
+    Ok(None)
+}
