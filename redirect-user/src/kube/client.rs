@@ -1,0 +1,93 @@
+//! The connection to the API server.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kube::client::ClientBuilder;
+use kube::client::retry::RetryPolicy;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config};
+use tower::buffer::BufferLayer;
+use tower::retry::RetryLayer;
+
+/// Longer than a watch may be quiet: the API server ends each after 290 s.
+const READ: Duration = Duration::from_secs(300);
+const CONNECT: Duration = Duration::from_secs(5);
+
+/// Why there is no connection to the API server.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ClientError {
+    #[error("kubeconfig {}: {error}", path.display())]
+    Kubeconfig { path: PathBuf, error: Box<kube::config::KubeconfigError> },
+    #[error(
+        "there is neither a kubeconfig nor a service account: give --kubeconfig, or run the agent as a pod with \
+         automountServiceAccountToken: {0}"
+    )]
+    Infer(Box<kube::config::InferConfigError>),
+    #[error("the settings for the API server can't be used: {0}")]
+    Build(Box<kube::Error>),
+}
+
+/// Reads the credentials. Those of a service account are read anew as they are rotated.
+pub(crate) async fn config(kubeconfig: Option<&Path>) -> Result<Config, ClientError> {
+    match kubeconfig {
+        None => Config::infer().await.map_err(|error| ClientError::Infer(Box::new(error))),
+        Some(path) => {
+            let failed = |error| ClientError::Kubeconfig { path: path.to_path_buf(), error: Box::new(error) };
+            let file = Kubeconfig::read_from(path).map_err(failed)?;
+            Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(failed)
+        }
+    }
+}
+
+/// Makes a client. Nothing is sent yet.
+pub(crate) fn client(mut config: Config) -> Result<Client, ClientError> {
+    let failed = |error| ClientError::Build(Box::new(error));
+    config.connect_timeout = Some(CONNECT);
+    config.read_timeout = Some(READ);
+    config.reset_reader_on_write = true;
+    // The default goes on for minutes before anybody hears of it. This one does what the server's Retry-After says,
+    // and leaves the rest to who asked.
+    config.default_retry = false;
+    let policy = RetryPolicy::new(Duration::from_millis(100), Duration::from_secs(5), 3, true)
+        .map_err(|error| failed(kube::Error::Service(error.into())))?;
+    Ok(ClientBuilder::try_from(config)
+        .map_err(failed)?
+        .with_layer(&BufferLayer::new(64))
+        .with_layer(&RetryLayer::new(policy))
+        .build())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KUBECONFIG: &str = "
+apiVersion: v1
+kind: Config
+current-context: c
+clusters: [{name: c, cluster: {server: 'https://127.0.0.1:1', insecure-skip-tls-verify: true}}]
+contexts: [{name: c, context: {cluster: c, user: u}}]
+users: [{name: u, user: {token: secret}}]
+";
+
+    #[tokio::test]
+    async fn a_kubeconfig_makes_a_client_with_tls() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), KUBECONFIG).unwrap();
+        let config = config(Some(file.path())).await.unwrap();
+        assert_eq!(config.cluster_url.to_string(), "https://127.0.0.1:1/");
+        let client = client(config).unwrap();
+        // Nobody is there; what is tested is that it comes to that.
+        assert!(matches!(
+            client.apiserver_version().await,
+            Err(kube::Error::Service(_) | kube::Error::HyperError(_))
+        ));
+    }
+
+    #[tokio::test]
+    async fn a_kubeconfig_that_is_not_there_is_named() {
+        let error = config(Some(Path::new("/nowhere/kubeconfig"))).await.unwrap_err();
+        assert!(error.to_string().contains("/nowhere/kubeconfig"), "{error}");
+    }
+}

@@ -1,0 +1,253 @@
+//! Keeps the store in step with the API server, through everything that happens to a watch.
+
+use std::fmt::Debug;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::{Stream, StreamExt};
+use k8s_openapi::api::core::v1::Namespace;
+use kube::api::{Api, ObjectMeta};
+use kube::core::{DeserializeGuard, PartialObjectMeta, Resource};
+use kube::runtime::watcher::{self, Event, watcher};
+use kube::{Client, ResourceExt};
+use tokio::time::{sleep, timeout};
+
+use super::api::{ApiPod, NamespaceView, PodView};
+use super::rules::Rules;
+use super::store::Store;
+
+/// How patient the informer is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience {
+    /// The first pause after a failure; it doubles with each further one.
+    pub(crate) first_pause: Duration,
+    pub(crate) longest_pause: Duration,
+    /// How long a list may take.
+    pub(crate) list: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            first_pause: Duration::from_millis(500),
+            longest_pause: Duration::from_secs(30),
+            list: Duration::from_secs(60),
+        }
+    }
+}
+
+/// Where what is watched goes.
+trait Sink<K>: Send + Sync {
+    /// In messages.
+    fn name(&self) -> &'static str;
+    fn begin(&self);
+    fn listed(&mut self, object: K);
+    fn complete(&mut self);
+    fn changed(&self, object: K);
+    fn deleted(&self, object: K);
+}
+
+/// Watches the pods of a node. Never returns.
+pub(super) async fn pods(client: Client, node: String, rules: Rules, store: Arc<Store>, patience: Patience) {
+    let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
+    let start = || watcher(Api::<DeserializeGuard<ApiPod>>::all(client.clone()), config.clone());
+    follow(start, PodSink { store, rules, listed: Vec::new() }, patience).await;
+}
+
+/// Watches all namespaces' metadata. Never returns.
+pub(super) async fn namespaces(client: Client, rules: Rules, store: Arc<Store>, patience: Patience) {
+    let start = || {
+        let namespaces = Api::<PartialObjectMeta<Namespace>>::all(client.clone());
+        watcher(namespaces, watcher::Config::default())
+    };
+    follow(start, NamespaceSink { store, rules, listed: Vec::new() }, patience).await;
+}
+
+async fn follow<K, S>(start: impl Fn() -> S, mut sink: impl Sink<K>, patience: Patience)
+where
+    K: Resource + Debug,
+    S: Stream<Item = watcher::Result<Event<K>>>,
+{
+    let mut failures: u32 = 0;
+    loop {
+        let mut events = std::pin::pin!(start());
+        let mut listing = true;
+        loop {
+            // A watch may be quiet for as long as it likes, a list may not. The watcher sees to watches that have died.
+            let limit = if listing { patience.list } else { Duration::MAX };
+            let event = match timeout(limit, events.next()).await {
+                Ok(Some(Ok(event))) => event,
+                Ok(Some(Err(error))) => {
+                    failures = failures.saturating_add(1);
+                    tell(&error, failures, sink.name());
+                    sleep(pause(failures, patience)).await;
+                    continue;
+                }
+                Ok(None) | Err(_) => {
+                    failures = failures.saturating_add(1);
+                    tracing::warn!(of = sink.name(), "the API server does not finish its list: asking anew");
+                    sleep(pause(failures, patience)).await;
+                    break;
+                }
+            };
+            listing = matches!(event, Event::Init | Event::InitApply(_));
+            // Every attempt at a list begins with it, also one that comes to nothing.
+            if !matches!(event, Event::Init) && std::mem::take(&mut failures) > 0 {
+                tracing::info!(of = sink.name(), "the API server answers again");
+            }
+            match event {
+                Event::Init => sink.begin(),
+                Event::InitApply(object) => sink.listed(object),
+                Event::InitDone => sink.complete(),
+                Event::Apply(object) => sink.changed(object),
+                Event::Delete(object) => sink.deleted(object),
+            }
+        }
+    }
+}
+
+/// The first failure and every tenth are for people to read.
+fn tell(error: &watcher::Error, failures: u32, of: &str) {
+    if failures % 10 != 1 {
+        return tracing::debug!(of, %error, failures, "the API server can't be watched");
+    }
+    let forbidden = matches!(
+        error,
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
+        | watcher::Error::WatchFailed(kube::Error::Api(status)) if status.code == 401 || status.code == 403
+    );
+    let remedy = if forbidden {
+        "allow the agent's service account to list and watch pods and namespaces"
+    } else {
+        "the agent goes on with what it knows, and tries again"
+    };
+    tracing::warn!(of, %error, failures, remedy, "the API server can't be watched");
+}
+
+/// Doubles with every failure, and differs between nodes, which all lose the API server at once.
+pub(super) fn pause(failures: u32, patience: Patience) -> Duration {
+    let doubled = patience.first_pause.saturating_mul(1 << failures.saturating_sub(1).min(16));
+    let pause = doubled.min(patience.longest_pause);
+    let share = u32::try_from(RandomState::new().hash_one(failures) % 500).unwrap_or_default();
+    pause.saturating_mul(750 + share) / 1000
+}
+
+struct PodSink {
+    store: Arc<Store>,
+    rules: Rules,
+    listed: Vec<PodView>,
+}
+
+impl PodSink {
+    /// Something that can't be read changes nothing.
+    fn view(&self, pod: DeserializeGuard<ApiPod>) -> Option<PodView> {
+        let name = format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any());
+        let uid = pod.uid();
+        let error = match pod.0.map(|pod| PodView::new(pod, &self.rules)) {
+            Ok(Ok(view)) => return Some(view),
+            Ok(Err(error)) => error.to_string(),
+            Err(error) => error.to_string(),
+        };
+        tracing::warn!(
+            pod = name,
+            uid,
+            error,
+            "the API server's pod can't be read: it stays as it was known"
+        );
+        self.store.pod(&uid?).map(|known| known.pod)
+    }
+}
+
+impl Sink<DeserializeGuard<ApiPod>> for PodSink {
+    fn name(&self) -> &'static str {
+        "pods"
+    }
+
+    fn begin(&self) {
+        self.store.begin_pods();
+    }
+
+    fn listed(&mut self, pod: DeserializeGuard<ApiPod>) {
+        self.listed.extend(self.view(pod));
+    }
+
+    fn complete(&mut self) {
+        self.store.replace_pods(std::mem::take(&mut self.listed));
+    }
+
+    fn changed(&self, pod: DeserializeGuard<ApiPod>) {
+        if let Some(view) = self.view(pod) {
+            self.store.put_pod(view);
+        }
+    }
+
+    fn deleted(&self, pod: DeserializeGuard<ApiPod>) {
+        let DeserializeGuard(pod) = pod;
+        let metadata = match &pod {
+            Ok(pod) => pod.meta(),
+            Err(invalid) => &invalid.metadata,
+        };
+        let ObjectMeta { uid: Some(uid), namespace: Some(namespace), name: Some(name), .. } = metadata else {
+            return;
+        };
+        self.store.delete_pod(uid, namespace, name);
+    }
+}
+
+struct NamespaceSink {
+    store: Arc<Store>,
+    rules: Rules,
+    listed: Vec<NamespaceView>,
+}
+
+impl NamespaceSink {
+    fn view(&self, namespace: PartialObjectMeta<Namespace>) -> Option<NamespaceView> {
+        NamespaceView::new(namespace.metadata, &self.rules)
+            .inspect_err(|error| tracing::warn!(%error, "the API server's namespace can't be read"))
+            .ok()
+    }
+}
+
+impl Sink<PartialObjectMeta<Namespace>> for NamespaceSink {
+    fn name(&self) -> &'static str {
+        "namespaces"
+    }
+
+    fn begin(&self) {}
+
+    fn listed(&mut self, namespace: PartialObjectMeta<Namespace>) {
+        self.listed.extend(self.view(namespace));
+    }
+
+    fn complete(&mut self) {
+        self.store.replace_namespaces(std::mem::take(&mut self.listed));
+    }
+
+    fn changed(&self, namespace: PartialObjectMeta<Namespace>) {
+        if let Some(view) = self.view(namespace) {
+            self.store.put_namespace(view);
+        }
+    }
+
+    fn deleted(&self, namespace: PartialObjectMeta<Namespace>) {
+        self.store.delete_namespace(&namespace.name_any());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_a_limit_and_differ() {
+        let patience = Patience::default();
+        for (failures, from, to) in [(1, 375, 625), (2, 750, 1250), (3, 1500, 2500), (40, 22_500, 37_500)] {
+            for _ in 0..50 {
+                let milliseconds = pause(failures, patience).as_millis();
+                assert!((from..=to).contains(&milliseconds), "{failures}: {milliseconds} ms");
+            }
+        }
+    }
+}

@@ -1,0 +1,435 @@
+//! An API server on loopback: lists, watches, patches, and everything that can go wrong with them.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+/// What happens to a request instead of an answer.
+#[derive(Clone, Debug)]
+pub(super) enum Fault {
+    Status(u16),
+    RetryAfter(u16, u64),
+    /// The headers come, the rest does not.
+    Stall,
+    /// Half an answer of JSON that is none.
+    Malformed,
+    /// The connection ends without an answer.
+    HangUp,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct World {
+    version: u64,
+    /// By path.
+    objects: BTreeMap<String, Value>,
+    /// Version, path of the collection, kind of change, object.
+    history: Vec<(u64, &'static str, &'static str, Value)>,
+    /// Watches cannot begin before this version.
+    oldest: u64,
+    /// How often watches were cut.
+    cuts: u64,
+    away: bool,
+    bookmarks: u64,
+    faults: Vec<(String, Fault)>,
+    /// Method, path with query.
+    pub(super) requests: Vec<(String, String)>,
+    pub(super) events: Vec<Value>,
+}
+
+const PODS: &str = "/api/v1/pods";
+const NAMESPACES: &str = "/api/v1/namespaces";
+
+pub(super) struct ApiServer {
+    pub(super) address: SocketAddr,
+    world: Arc<Mutex<World>>,
+    changed: watch::Sender<()>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for ApiServer {
+    fn drop(&mut self) {
+        self.task.abort();
+        self.cut_watches();
+    }
+}
+
+impl ApiServer {
+    pub(super) async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let world: Arc<Mutex<World>> = Arc::new(Mutex::new(World { version: 10, ..World::default() }));
+        let changed = watch::Sender::new(());
+        let (shared, changes) = (Arc::clone(&world), changed.clone());
+        let task = tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let connection = Connection {
+                    world: Arc::clone(&shared),
+                    changes: changes.subscribe(),
+                    changed: changes.clone(),
+                };
+                tokio::spawn(async move {
+                    let _ = connection.serve(stream).await;
+                });
+            }
+        });
+        Self { address, world, changed, task }
+    }
+
+    pub(super) fn world(&self) -> MutexGuard<'_, World> {
+        self.world.lock().unwrap()
+    }
+
+    fn change(&self, change: impl FnOnce(&mut World)) {
+        change(&mut self.world());
+        self.changed.send_replace(());
+    }
+
+    pub(super) fn put_namespace(&self, name: &str, labels: Value) {
+        let object = json!({
+            "apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadata",
+            "metadata": {"name": name, "labels": labels},
+        });
+        self.change(|world| world.put(NAMESPACES, &format!("{NAMESPACES}/{name}"), object));
+    }
+
+    pub(super) fn put_pod(&self, pod: Value) {
+        let path = pod_path(&pod);
+        self.change(|world| world.put(PODS, &path, pod));
+    }
+
+    /// Changes a pod that is there, as a merge patch.
+    pub(super) fn patch_pod(&self, namespace: &str, name: &str, patch: &Value) {
+        let path = format!("{NAMESPACES}/{namespace}/pods/{name}");
+        self.change(|world| {
+            let mut pod = world.objects.get(&path).unwrap().clone();
+            merge(&mut pod, patch);
+            world.put(PODS, &path, pod);
+        });
+    }
+
+    pub(super) fn delete_pod(&self, namespace: &str, name: &str) {
+        let path = format!("{NAMESPACES}/{namespace}/pods/{name}");
+        self.change(|world| {
+            if let Some(mut pod) = world.objects.remove(&path) {
+                world.version += 1;
+                pod["metadata"]["resourceVersion"] = json!(world.version.to_string());
+                world.history.push((world.version, PODS, "DELETED", pod));
+            }
+        });
+    }
+
+    /// The annotation that the agent writes.
+    pub(super) fn redirection(&self, namespace: &str, name: &str) -> Option<String> {
+        let world = self.world();
+        let pod = world.objects.get(&format!("{NAMESPACES}/{namespace}/pods/{name}"))?;
+        Some(pod["metadata"]["annotations"]["ambient.istio.io/redirection"].as_str()?.to_owned())
+    }
+
+    /// Has the next request whose method and path contain this text fail.
+    pub(super) fn fail_next(&self, what: &str, fault: Fault) {
+        self.world().faults.push((what.into(), fault));
+    }
+
+    pub(super) fn faults_left(&self) -> usize {
+        self.world().faults.len()
+    }
+
+    /// Ends all watches.
+    pub(super) fn cut_watches(&self) {
+        self.change(|world| world.cuts += 1);
+    }
+
+    /// Forgets the past, so that watches have to start over (410 Gone).
+    pub(super) fn compact(&self) {
+        self.change(|world| world.oldest = world.version);
+    }
+
+    /// Lets time pass that concerns none of the watched objects, and tells watches so.
+    pub(super) fn bookmark(&self) {
+        self.change(|world| {
+            world.version += 100;
+            world.bookmarks += 1;
+        });
+    }
+
+    /// Goes away, and comes back.
+    pub(super) fn set_away(&self, away: bool) {
+        self.change(|world| {
+            world.away = away;
+            world.cuts += 1;
+        });
+    }
+
+    pub(super) fn lists_of_pods(&self) -> usize {
+        let world = self.world();
+        let lists = |path: &str| path.starts_with("/api/v1/pods?") && !path.contains("watch=true");
+        world.requests.iter().filter(|(_, path)| lists(path)).count()
+    }
+
+    pub(super) fn count(&self, what: &str) -> usize {
+        self.world()
+            .requests
+            .iter()
+            .filter(|(method, path)| format!("{method} {path}").contains(what))
+            .count()
+    }
+}
+
+fn pod_path(pod: &Value) -> String {
+    let text = |field: &str| pod["metadata"][field].as_str().unwrap().to_owned();
+    format!("{NAMESPACES}/{}/pods/{}", text("namespace"), text("name"))
+}
+
+impl World {
+    fn put(&mut self, collection: &'static str, path: &str, mut object: Value) {
+        self.version += 1;
+        object["metadata"]["resourceVersion"] = json!(self.version.to_string());
+        let kind = if self.objects.contains_key(path) { "MODIFIED" } else { "ADDED" };
+        self.objects.insert(path.into(), object.clone());
+        self.history.push((self.version, collection, kind, object));
+    }
+
+    fn take_fault(&mut self, request: &str) -> Option<Fault> {
+        let position = self.faults.iter().position(|(what, _)| request.contains(what.as_str()))?;
+        Some(self.faults.remove(position).1)
+    }
+}
+
+/// RFC 7386.
+fn merge(object: &mut Value, patch: &Value) {
+    let Value::Object(patch) = patch else {
+        *object = patch.clone();
+        return;
+    };
+    if !object.is_object() {
+        *object = json!({});
+    }
+    let fields = object.as_object_mut().unwrap();
+    for (key, value) in patch {
+        if value.is_null() {
+            fields.remove(key);
+        } else {
+            merge(fields.entry(key.clone()).or_insert(Value::Null), value);
+        }
+    }
+}
+
+struct Connection {
+    world: Arc<Mutex<World>>,
+    changes: watch::Receiver<()>,
+    changed: watch::Sender<()>,
+}
+
+struct Request {
+    method: String,
+    path: String,
+    query: String,
+    body: Value,
+}
+
+impl Connection {
+    fn world(&self) -> MutexGuard<'_, World> {
+        self.world.lock().unwrap()
+    }
+
+    async fn serve(mut self, stream: TcpStream) -> io::Result<()> {
+        let mut stream = BufReader::new(stream);
+        while let Some(request) = read(&mut stream).await? {
+            let Request { method, path, query, .. } = &request;
+            let (fault, away) = {
+                let mut world = self.world();
+                world.requests.push((method.clone(), format!("{path}?{query}")));
+                (world.take_fault(&format!("{method} {path}?{query}")), world.away)
+            };
+            if away {
+                return Ok(());
+            }
+            match fault {
+                None if query.contains("watch=true") => return self.watch(&mut stream, &request).await,
+                None => {
+                    let (status, body) = self.answer(request);
+                    respond(&mut stream, status, None, &body.to_string()).await?;
+                }
+                Some(Fault::Status(status)) => {
+                    respond(&mut stream, status, None, &failure(status).to_string()).await?;
+                }
+                Some(Fault::RetryAfter(status, seconds)) => {
+                    respond(&mut stream, status, Some(seconds), "Too many requests").await?;
+                }
+                Some(Fault::Malformed) => {
+                    respond(&mut stream, 200, None, "{\"kind\": \"PodList\", \"items\": [{]").await?;
+                }
+                Some(Fault::Stall) => {
+                    stream.write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n").await?;
+                    tokio::time::sleep(Duration::from_secs(60)).await;
+                    return Ok(());
+                }
+                Some(Fault::HangUp) => return Ok(()),
+            }
+        }
+        Ok(())
+    }
+
+    fn answer(&self, request: Request) -> (u16, Value) {
+        let Request { method, path, query, body } = request;
+        let mut world = self.world();
+        match (method.as_str(), path.as_str()) {
+            ("GET", PODS | NAMESPACES) => {
+                let node = node(&query);
+                let items: Vec<Value> = world
+                    .objects
+                    .iter()
+                    .filter(|(key, object)| collection(key) == path && on_node(object, node.as_deref()))
+                    .map(|(_, object)| object.clone())
+                    .collect();
+                let metadata = json!({"resourceVersion": world.version.to_string()});
+                (200, json!({"apiVersion": "v1", "kind": "List", "metadata": metadata, "items": items}))
+            }
+            ("GET", key) => match world.objects.get(key) {
+                Some(object) => (200, object.clone()),
+                None => (404, failure(404)),
+            },
+            ("POST", events) if events.ends_with("/events") => {
+                world.events.push(body.clone());
+                (201, body)
+            }
+            ("PATCH", events) if events.contains("/events/") => (200, body),
+            ("PATCH", status) => {
+                let key = status.trim_end_matches("/status");
+                let Some(mut object) = world.objects.get(key).cloned() else { return (404, failure(404)) };
+                let uid = &body["metadata"]["uid"];
+                if !uid.is_null() && *uid != object["metadata"]["uid"] {
+                    return (409, failure(409));
+                }
+                merge(&mut object, &body);
+                world.put(PODS, key, object.clone());
+                drop(world);
+                self.changed.send_replace(());
+                (200, object)
+            }
+            _ => (405, failure(405)),
+        }
+    }
+
+    async fn watch(&mut self, stream: &mut BufReader<TcpStream>, request: &Request) -> io::Result<()> {
+        let mut seen: u64 = parameter(&request.query, "resourceVersion").unwrap().parse().unwrap();
+        let node = node(&request.query);
+        stream
+            .write_all(
+                b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n",
+            )
+            .await?;
+        let (cuts, mut bookmarks) = {
+            let world = self.world();
+            (world.cuts, world.bookmarks)
+        };
+        loop {
+            self.changes.borrow_and_update();
+            let mut lines = Vec::new();
+            let cut = {
+                let world = self.world();
+                if seen < world.oldest {
+                    lines.push(json!({"type": "ERROR", "object": failure(410)}));
+                } else {
+                    for (version, collection, kind, object) in &world.history {
+                        if *version > seen && *collection == request.path && on_node(object, node.as_deref())
+                        {
+                            lines.push(json!({"type": kind, "object": object}));
+                        }
+                    }
+                    seen = world.version;
+                    if world.bookmarks != bookmarks {
+                        bookmarks = world.bookmarks;
+                        let metadata = json!({"resourceVersion": seen.to_string()});
+                        let object = json!({"apiVersion": "v1", "kind": "Pod", "metadata": metadata});
+                        lines.push(json!({"type": "BOOKMARK", "object": object}));
+                    }
+                }
+                world.cuts != cuts
+            };
+            if cut {
+                return Ok(());
+            }
+            for line in &lines {
+                let line = format!("{line}\n");
+                stream.write_all(format!("{:x}\r\n{line}\r\n", line.len()).as_bytes()).await?;
+            }
+            stream.flush().await?;
+            if self.changes.changed().await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+fn collection(key: &str) -> &'static str {
+    if key.contains("/pods/") { PODS } else { NAMESPACES }
+}
+
+fn parameter(query: &str, name: &str) -> Option<String> {
+    query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('=').map(str::to_owned))
+}
+
+fn node(query: &str) -> Option<String> {
+    let selector = parameter(query, "fieldSelector")?;
+    Some(selector.strip_prefix("spec.nodeName%3D").expect("the node's pods only").to_owned())
+}
+
+fn on_node(object: &Value, node: Option<&str>) -> bool {
+    node.is_none_or(|node| object["spec"]["nodeName"] == node)
+}
+
+fn failure(status: u16) -> Value {
+    let message = format!("failure {status} of a test");
+    json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message, "reason": "", "code": status})
+}
+
+async fn read(stream: &mut BufReader<TcpStream>) -> io::Result<Option<Request>> {
+    let mut line = String::new();
+    if stream.read_line(&mut line).await? == 0 {
+        return Ok(None);
+    }
+    let mut words = line.split_whitespace();
+    let (method, target) = (words.next().unwrap().to_owned(), words.next().unwrap().to_owned());
+    let mut length = 0;
+    loop {
+        line.clear();
+        stream.read_line(&mut line).await?;
+        let header = line.trim_end().to_ascii_lowercase();
+        if header.is_empty() {
+            break;
+        }
+        if let Some(value) = header.strip_prefix("content-length:") {
+            length = value.trim().parse().unwrap();
+        }
+    }
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).await?;
+    let (path, query) = target.split_once('?').unwrap_or((&target, ""));
+    let body = if body.is_empty() { Value::Null } else { serde_json::from_slice(&body).unwrap() };
+    Ok(Some(Request { method, path: path.into(), query: query.trim_start_matches('&').into(), body }))
+}
+
+async fn respond(
+    stream: &mut BufReader<TcpStream>,
+    status: u16,
+    retry_after: Option<u64>,
+    body: &str,
+) -> io::Result<()> {
+    let retry = retry_after.map(|seconds| format!("Retry-After: {seconds}\r\n")).unwrap_or_default();
+    let length = body.len();
+    let head = format!(
+        "HTTP/1.1 {status} Text\r\nContent-Type: application/json\r\n{retry}Content-Length: {length}\r\n\r\n"
+    );
+    stream.write_all(head.as_bytes()).await?;
+    stream.write_all(body.as_bytes()).await?;
+    stream.flush().await
+}
