@@ -1,0 +1,109 @@
+//! The command line.
+
+mod show;
+
+use std::io::IsTerminal as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use tracing_subscriber::EnvFilter;
+
+use crate::{agent, proxy, wire};
+
+/// Steers the TCP connections of pods to the node proxy of an ambient mesh, in IPv4 and IPv6 alike
+#[derive(Debug, Parser)]
+#[command(name = "redirect", version)]
+struct Cli {
+    /// What is logged: a level, or levels by module as in `info,redirect_user::zds=debug`
+    #[arg(long, global = true, default_value = "info", env = "REDIRECT_LOG")]
+    log: String,
+    /// How it is logged
+    #[arg(long, global = true, value_enum, default_value_t)]
+    log_format: LogFormat,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum LogFormat {
+    #[default]
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the agent of this node
+    Agent(Box<agent::Options>),
+    /// Run the embedded node proxy
+    Proxy(proxy::Options),
+    /// Show what the agent of this node is doing
+    Status(Query),
+    /// Show the pods that the agent of this node steers
+    Pods(Query),
+}
+
+#[derive(Debug, clap::Args)]
+struct Query {
+    /// Where the agent listens
+    #[arg(long, default_value = wire::DEFAULT_SOCKET, env = "REDIRECT_SOCKET")]
+    socket: PathBuf,
+    /// How to print
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum Output {
+    #[default]
+    Table,
+    Json,
+}
+
+/// Runs the command that the arguments name.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Err(error) = log(&cli) {
+        eprintln!("redirect: {error:#}");
+        return ExitCode::from(2);
+    }
+    let result = match cli.command {
+        Command::Agent(options) => agent::run(*options),
+        Command::Proxy(options) => proxy::run(options),
+        Command::Status(query) => show::status(&query),
+        Command::Pods(query) => show::pods(&query),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("redirect: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn log(cli: &Cli) -> anyhow::Result<()> {
+    use anyhow::Context as _;
+    let filter = EnvFilter::builder().parse(&cli.log).with_context(|| format!("--log {}", cli.log))?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
+    match cli.log_format {
+        LogFormat::Text => builder.with_target(false).init(),
+        LogFormat::Json => builder.json().flatten_event(true).init(),
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,21 @@
+//! User space of ambient-redirect.
+//!
+//! - [`agent`]: the DaemonSet process. Loads the kernel side, keeps pods in step with it, serves the CNI plugin and
+//!   the node proxy.
+//! - [`cni`]: the CNI plugin (`redirect-cni`), synchronous and without a runtime.
+//! - [`kube`]: which pods Kubernetes wants enrolled.
+//! - [`wire`]: what plugin, command line and agent say to each other.
+//! - [`zds`]: what agent and node proxy say to each other.
+//! - [`proxy`]: the embedded node proxy (`redirect proxy`).
+
+pub mod agent;
+pub mod cgroup;
+pub mod cli;
+pub mod cni;
+pub mod kube;
+pub mod netns;
+pub mod pod;
+pub mod proxy;
+mod socket_file;
+pub mod wire;
+pub mod zds;
