@@ -1,0 +1,67 @@
+//! The kernel side: built and linted for the BPF target.
+
+use std::env::consts::ARCH;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::progress;
+use crate::setup::{self, KernelSide};
+use crate::workspace::Workspace;
+
+/// BPF programs have the byte order of the machine that they run on.
+const TARGET: &str = if cfg!(target_endian = "big") { "bpfeb-unknown-none" } else { "bpfel-unknown-none" };
+
+/// Builds `target/bpf/redirect.o`. The file is left alone when nothing changed, so that user space, which embeds it,
+/// is not built again.
+pub(crate) fn build(workspace: &Workspace, kernel_side: &KernelSide) -> Result<()> {
+    let mut cargo = kernel_side.rustc.cargo(workspace, "build");
+    for_bpf(workspace, kernel_side, &mut cargo);
+    progress::run(workspace, "building the kernel side", "build-ebpf", &mut cargo)?;
+    let built = workspace.target(format!("bpf-build/{TARGET}/release/redirect-ebpf"));
+    let object = workspace.target("bpf/redirect.o");
+    let changed = copy_if_changed(&built, &object)?;
+    let size = object.metadata()?.len();
+    let state = if changed { "new" } else { "unchanged" };
+    progress::say(&format!("{}: {size} bytes, {state}", workspace.show(&object)));
+    Ok(())
+}
+
+/// Lints the kernel side; warnings are errors.
+pub(crate) fn clippy(workspace: &Workspace) -> Result<()> {
+    let kernel_side = setup::kernel_side_lints(workspace)?;
+    let mut clippy = kernel_side.rustc.clippy(workspace);
+    for_bpf(workspace, &kernel_side, &mut clippy);
+    clippy.args(["--lib", "--", "-Dwarnings"]);
+    progress::run(workspace, "linting the kernel side", "clippy-ebpf", &mut clippy)
+}
+
+fn for_bpf(workspace: &Workspace, kernel_side: &KernelSide, cargo: &mut Command) {
+    let flags = [
+        // aya-ebpf's register layouts are those of the machine that traces, not of the BPF machine.
+        format!("--cfg=bpf_target_arch=\"{ARCH}\""),
+        format!("-Clinker={}", kernel_side.linker.display()),
+        // The kernel wants BTF, which is made from debug information.
+        "-Clink-arg=--btf".into(),
+        "-Cdebuginfo=2".into(),
+        "-Cpanic=abort".into(),
+    ];
+    cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
+    cargo.args(["--package", "redirect-ebpf", "--bin", "redirect-ebpf", "--release"]);
+    cargo.args(["-Zbuild-std=core", "--target", TARGET, "--target-dir"]);
+    cargo.arg(workspace.target("bpf-build"));
+}
+
+fn copy_if_changed(from: &Path, to: &Path) -> Result<bool> {
+    let new = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+    if fs::read(to).is_ok_and(|old| old == new) {
+        return Ok(false);
+    }
+    if let Some(folder) = to.parent() {
+        fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    }
+    fs::write(to, new).with_context(|| format!("cannot write {}", to.display()))?;
+    Ok(true)
+}

@@ -1,0 +1,81 @@
+//! `cargo xtask <task>`: everything a contributor or CI does with this repository, from a fresh clone on.
+
+mod bpf;
+mod demo;
+mod host;
+mod linker;
+mod load;
+mod packages;
+mod progress;
+mod setup;
+mod tally;
+mod test;
+mod toolchain;
+mod userspace;
+mod workspace;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use workspace::Workspace;
+
+/// Tasks of ambient-redirect. Each does what it depends on: `cargo xtask test` works in a fresh clone.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask", disable_help_subcommand = true)]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Finds, or installs, what builds and tests need.
+    Setup,
+    /// Builds the kernel side into target/bpf/redirect.o.
+    BuildEbpf,
+    /// Lints the kernel side for the BPF target; warnings are errors.
+    ClippyEbpf,
+    /// Builds both sides, release profile.
+    Build,
+    /// Builds, then runs the agent on this host in the foreground. Needs root.
+    Load {
+        /// Arguments of `redirect agent`, after `--`.
+        #[arg(last = true)]
+        agent: Vec<OsString>,
+    },
+    /// Builds, then shows pods whose traffic is steered, on this host, without a cluster. Needs root.
+    Demo {
+        /// Arguments of the demo, such as `--keep`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        demo: Vec<OsString>,
+    },
+    /// Runs unit and end-to-end tests. Needs root.
+    Test(test::Selection),
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().task) {
+        Ok(code) => code,
+        Err(error) => {
+            progress::say(&format!("error: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<ExitCode> {
+    let workspace = Workspace::find();
+    match task {
+        Task::Setup => setup::everything(&workspace).map(drop)?,
+        Task::BuildEbpf => bpf::build(&workspace, &setup::kernel_side(&workspace)?)?,
+        Task::ClippyEbpf => bpf::clippy(&workspace)?,
+        Task::Build => userspace::build_and_show(&workspace)?,
+        Task::Load { agent } => load::load(&workspace, &agent)?,
+        Task::Demo { demo } => demo::demo(&workspace, &demo)?,
+        Task::Test(selection) => return test::test(&workspace, &selection),
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,124 @@
+//! What tasks print: one line per step with its duration. Long output of commands goes to a log, whose end is shown
+//! when the command fails.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+use crate::workspace::Workspace;
+
+/// How much of a failed command's log is shown.
+const TAIL_LINES: usize = 60;
+
+/// Prints a line. Progress goes to stderr: a task's result is the only thing on stdout.
+pub(crate) fn say(line: &str) {
+    // Nobody is left to tell if stderr is closed.
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+/// Does a step: prints what it is, then how many seconds it took.
+pub(crate) fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let mut stderr = io::stderr();
+    let _ = write!(stderr, "{what} ... ");
+    let _ = stderr.flush();
+    let started = Instant::now();
+    let result = work();
+    let seconds = started.elapsed().as_secs_f32();
+    match &result {
+        Ok(_) => say(&format!("{seconds:.1} s")),
+        Err(_) => say(&format!("failed after {seconds:.1} s")),
+    }
+    result
+}
+
+/// A step that runs one command, whose output goes to `target/xtask/<log>.log`.
+pub(crate) fn run(workspace: &Workspace, what: &str, log: &str, command: &mut Command) -> Result<()> {
+    let log = workspace.target(format!("xtask/{log}.log"));
+    step(what, || run_logged(&log, command))
+}
+
+fn run_logged(log: &Path, command: &mut Command) -> Result<()> {
+    let folder = log.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    let mut file = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
+    writeln!(file, "{command:?}")?;
+    let program = command.get_program().display().to_string();
+    let status = command
+        .stdin(Stdio::null())
+        .stdout(file.try_clone()?)
+        .stderr(file)
+        .status()
+        .with_context(|| format!("cannot run {program}"))?;
+    if status.success() {
+        return Ok(());
+    }
+    let output = String::from_utf8_lossy(&fs::read(log)?).into_owned();
+    let hint = remedy(&output).map(|remedy| format!("\nremedy: {remedy}")).unwrap_or_default();
+    bail!("{program} failed ({status})\n{}\nall of it: {}{hint}", tail(&output), log.display());
+}
+
+fn tail(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    let shown = &lines[lines.len().saturating_sub(TAIL_LINES)..];
+    shown.iter().map(|line| format!("  | {line}\n")).collect::<String>().trim_end().to_owned()
+}
+
+/// What to do about a failure whose cause can be read from a command's output.
+fn remedy(output: &str) -> Option<&'static str> {
+    const KNOWN: [(&[&str], &str); 4] = [
+        (
+            &["Temporary failure resolving", "Failed to fetch", "Could not connect to"],
+            "no network for apt: check the proxy (http_proxy, /etc/apt/apt.conf.d) or install the packages by hand",
+        ),
+        (
+            &["Unable to locate package", "has no installation candidate"],
+            "add Debian's security repository to apt's sources",
+        ),
+        (
+            &[
+                "Could not resolve host",
+                "failed to download",
+                "Unable to update registry",
+                "spurious network error",
+            ],
+            "no network for cargo: check the proxy (https_proxy, CARGO_HTTP_PROXY) or run `cargo fetch` where there is one",
+        ),
+        (&["No space left on device"], "free some disk space; `cargo clean` helps"),
+    ];
+    let (_, remedy) = KNOWN.iter().find(|(signs, _)| signs.iter().any(|sign| output.contains(sign)))?;
+    Some(remedy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn remedies_are_found_in_the_output_of_commands() {
+        let cases = [
+            (
+                "W: Failed to fetch http://deb.debian.org/x  Temporary failure resolving 'deb.debian.org'",
+                "for apt",
+            ),
+            ("E: Unable to locate package rustc-web", "security repository"),
+            ("error: failed to download from `https://index.crates.io/config.json`", "for cargo"),
+            ("error: could not write: No space left on device (os error 28)", "disk space"),
+        ];
+        for (output, expected) in cases {
+            assert!(remedy(output).is_some_and(|found| found.contains(expected)), "{output}");
+        }
+        assert_eq!(remedy("error[E0308]: mismatched types"), None);
+    }
+
+    #[test]
+    fn the_tail_is_the_end() {
+        let text: String = (0..100).map(|line| format!("{line}\n")).collect();
+        assert_eq!(tail(&text).lines().count(), TAIL_LINES);
+        assert!(tail(&text).ends_with("| 99"));
+        assert_eq!(tail("one\ntwo\n"), "  | one\n  | two");
+    }
+}

@@ -1,0 +1,225 @@
+//! Adds up what the test binaries of one `cargo test` report: libtest's output and libtest-mimic's, which looks the
+//! same.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// The sum over all test binaries.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tally {
+    pub(crate) passed: usize,
+    pub(crate) failed: usize,
+    pub(crate) skipped: usize,
+    /// Tests that failed, and binaries that died before they reported.
+    pub(crate) failures: Vec<String>,
+    /// Name and reason of each skipped test.
+    pub(crate) skips: Vec<(String, String)>,
+    /// The binary that is running.
+    current: Option<Binary>,
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Binary {
+    name: String,
+    reported: bool,
+    passed: usize,
+    failed: usize,
+    ignored: usize,
+    /// Reasons of the tests that the binary calls ignored.
+    ignored_reasons: BTreeMap<String, String>,
+    /// Reasons of the tests that said `skipped: <name>: <reason>`.
+    said: BTreeMap<String, String>,
+}
+
+impl Tally {
+    /// Takes in one line of output.
+    pub(crate) fn line(&mut self, line: &str) {
+        let line = without_colours(line);
+        if let Some(name) = header(&line) {
+            self.close();
+            self.current = Some(Binary { name: name.to_owned(), ..Binary::default() });
+            return;
+        }
+        let Some(binary) = &mut self.current else { return };
+        if let Some([passed, failed, ignored]) = result(&line) {
+            binary.reported = true;
+            binary.passed += passed;
+            binary.failed += failed;
+            binary.ignored += ignored;
+        } else if let Some((name, reason)) = said_skipped(&line) {
+            binary.said.insert(name.to_owned(), reason.to_owned());
+        } else if let Some((name, outcome)) = single(&line) {
+            if outcome == "FAILED" {
+                self.failures.push(name.to_owned());
+            } else if let Some(reason) = outcome.strip_prefix("ignored") {
+                let reason = reason.trim_matches([',', ' ', '(', ')']);
+                binary.ignored_reasons.insert(name.to_owned(), reason.to_owned());
+            }
+        }
+    }
+
+    /// All output was taken in, and cargo was happy with it or not.
+    pub(crate) fn finish(&mut self, succeeded: bool) {
+        self.close();
+        if !succeeded && self.failed == 0 {
+            self.failed = 1;
+            self.failures.push("cargo test itself".to_owned());
+        }
+    }
+
+    pub(crate) fn is_success(&self) -> bool {
+        self.failed == 0 && self.passed > 0
+    }
+
+    fn close(&mut self) {
+        let Some(mut binary) = self.current.take() else { return };
+        // A test that returns early because it cannot run counts as passed for libtest, not for us.
+        let returned_early =
+            binary.said.keys().filter(|name| !binary.ignored_reasons.contains_key(*name)).count();
+        let returned_early = returned_early.min(binary.passed);
+        self.passed += binary.passed - returned_early;
+        self.failed += binary.failed;
+        self.skipped += binary.ignored + returned_early;
+        binary.ignored_reasons.extend(binary.said);
+        self.skips.extend(binary.ignored_reasons);
+        if !binary.reported {
+            self.failed += 1;
+            self.failures.push(format!("{} died before it reported", binary.name));
+        }
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} passed, {} failed", self.passed, self.failed)?;
+        if self.skipped > 0 {
+            write!(f, ", {} skipped", self.skipped)?;
+        }
+        Ok(())
+    }
+}
+
+/// cargo's line before it runs a test binary: `Running tests/steer.rs (target/debug/deps/steer-0123)`.
+fn header(line: &str) -> Option<&str> {
+    let line = line.trim();
+    match line.strip_prefix("Running ") {
+        Some(binary) => (binary.contains("/deps/") && binary.ends_with(')')).then_some(binary),
+        None => line.starts_with("Doc-tests ").then_some(line),
+    }
+}
+
+/// `test result: ok. 3 passed; 0 failed; 1 ignored; …`
+fn result(line: &str) -> Option<[usize; 3]> {
+    let (_, numbers) = line.strip_prefix("test result: ")?.split_once(". ")?;
+    let number = |what: &str| {
+        numbers.split("; ").find_map(|field| field.strip_suffix(what)?.strip_suffix(' ')?.parse().ok())
+    };
+    Some([number("passed")?, number("failed")?, number("ignored")?])
+}
+
+/// `skipped: <name>: <reason>`, alone or after `test <name> ... `, where a single-threaded libtest leaves the cursor.
+fn said_skipped(line: &str) -> Option<(&str, &str)> {
+    let said = line.strip_prefix("skipped: ").or_else(|| single(line)?.1.strip_prefix("skipped: "))?;
+    said.split_once(": ")
+}
+
+/// `test <name> ... <outcome>`
+fn single(line: &str) -> Option<(&str, &str)> {
+    let (name, outcome) = line.strip_prefix("test ")?.split_once(" ... ")?;
+    Some((name.trim(), outcome.trim()))
+}
+
+fn without_colours(line: &str) -> String {
+    let mut plain = String::with_capacity(line.len());
+    let mut rest = line;
+    while let Some((before, after)) = rest.split_once("\x1b[") {
+        plain.push_str(before);
+        rest = after.split_once(|c: char| c.is_ascii_alphabetic()).map_or("", |(_, rest)| rest);
+    }
+    plain + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UNIT: &str = "     Running unittests src/lib.rs (target/debug/deps/redirect_user-0a)\n\nrunning 3 tests\n\
+        test wire::tests::ends ... ok\n\
+        test wire::tests::needs_ipv6 ... ignored, no IPv6 here\n\
+        test wire::tests::starts ... ok\n\n\
+        test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s\n";
+    const MIMIC: &str = "     Running tests/steer.rs (/x/target/debug/deps/steer-0b)\n\nrunning 3 tests\n\
+        skipped: dns::udp: kernel 6.1 lacks it\n\
+        test dns::udp  ... ignored (kernel 6.1 lacks it)\n\
+        test steer::v4 ... FAILED\n\
+        test steer::v6 ... ok\n\n\
+        test result: FAILED. 1 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; finished in 2.50s\n";
+    const CRASH: &str = "     Running tests/hooks.rs (target/debug/deps/hooks-0c)\n\nrunning 3 tests\n\
+        error: test failed, to rerun pass `-p redirect-tests --test hooks`\n";
+    const EARLY: &str = "     Running tests/probe.rs (target/debug/deps/probe-0d)\nrunning 2 tests\n\
+        test probe::v6 ... skipped: probe::v6: no IPv6 here\nok\ntest probe::v4 ... ok\ntest probe::slow ... ignored\n\
+        test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s\n";
+    const DOC: &str = "   Doc-tests redirect_user\n\nrunning 1 test\ntest src/lib.rs - x (line 1) ... ok\n\n\
+        test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.10s\n\n\
+        all doctests ran in 0.20s; merged doctests compilation took 0.10s\n";
+
+    fn tally(outputs: &[&str], succeeded: bool) -> Tally {
+        let mut tally = Tally::default();
+        for line in outputs.iter().flat_map(|output| output.lines()) {
+            tally.line(line);
+        }
+        tally.finish(succeeded);
+        tally
+    }
+
+    #[test]
+    fn results_are_added_up() {
+        let cases: [(&[&str], bool, &str, &[&str]); 8] = [
+            (&[], true, "0 passed, 0 failed", &[]),
+            (&[], false, "0 passed, 1 failed", &["cargo test itself"]),
+            (&[UNIT], true, "2 passed, 0 failed, 1 skipped", &[]),
+            (&[DOC], true, "1 passed, 0 failed", &[]),
+            (&[MIMIC], false, "1 passed, 1 failed, 1 skipped", &["steer::v4"]),
+            (&[EARLY], true, "1 passed, 0 failed, 2 skipped", &[]),
+            (
+                &[CRASH, UNIT],
+                false,
+                "2 passed, 1 failed, 1 skipped",
+                &["tests/hooks.rs (target/debug/deps/hooks-0c) died before it reported"],
+            ),
+            (&[UNIT, MIMIC, EARLY, DOC], false, "5 passed, 1 failed, 4 skipped", &["steer::v4"]),
+        ];
+        for (outputs, succeeded, line, failures) in cases {
+            let tally = tally(outputs, succeeded);
+            assert_eq!(tally.to_string(), line);
+            assert_eq!(tally.failures, failures, "{line}");
+        }
+    }
+
+    #[test]
+    fn skipped_tests_keep_their_reasons() {
+        let tally = tally(&[UNIT, MIMIC, EARLY], false);
+        let skips: Vec<_> =
+            tally.skips.iter().map(|(name, reason)| (name.as_str(), reason.as_str())).collect();
+        let expected = [
+            ("wire::tests::needs_ipv6", "no IPv6 here"),
+            ("dns::udp", "kernel 6.1 lacks it"),
+            ("probe::slow", ""),
+            ("probe::v6", "no IPv6 here"),
+        ];
+        assert_eq!(skips, expected);
+    }
+
+    #[test]
+    fn nothing_run_is_no_success() {
+        assert!(!tally(&[], true).is_success());
+        assert!(tally(&[DOC], true).is_success());
+        assert!(!tally(&[DOC], false).is_success());
+    }
+
+    #[test]
+    fn colours_are_ignored() {
+        assert_eq!(without_colours("\x1b[1m\x1b[92m     Running\x1b[0m x"), "     Running x");
+        assert_eq!(without_colours("plain"), "plain");
+    }
+}

@@ -1,0 +1,135 @@
+//! `cargo xtask test`: unit tests and end-to-end tests, summed up in the last line.
+//!
+//! The tests themselves are built with the development profile, which is quicker to build; the programs under test are
+//! the ones that are shipped.
+
+use std::env;
+use std::ffi::OsString;
+use std::io::{self, BufRead, BufReader, IsTerminal, PipeReader, Write};
+use std::path::{self, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
+use crate::tally::Tally;
+use crate::userspace::Programs;
+use crate::workspace::Workspace;
+use crate::{host, progress, setup, userspace};
+
+/// How long output is awaited after cargo ended: a process that a test left behind may hold the pipe for ever.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// Which tests, and against which proxy.
+#[derive(Args)]
+pub(crate) struct Selection {
+    /// Runs only tests whose name contains this.
+    filter: Option<String>,
+    /// Runs the end-to-end tests with this node proxy, such as a ztunnel, instead of the embedded one.
+    #[arg(long, value_name = "PATH")]
+    proxy: Option<PathBuf>,
+    /// Arguments of the test binaries, after `--`.
+    #[arg(last = true)]
+    arguments: Vec<OsString>,
+}
+
+pub(crate) fn test(workspace: &Workspace, selection: &Selection) -> Result<ExitCode> {
+    host::check()?;
+    let proxy = selection.proxy.as_ref().map(absolute).transpose()?;
+    let programs = userspace::build(workspace, &setup::everything(workspace)?, &[])?;
+
+    let mut build = workspace.cargo();
+    build.args(["test", "--workspace", "--no-run"]);
+    progress::run(workspace, "building the tests", "build-tests", &mut build)?;
+
+    let started = Instant::now();
+    let mut run = test_command(workspace, &programs, selection);
+    if let Some(proxy) = proxy {
+        run.env("REDIRECT_PROXY_BIN", proxy);
+    }
+    let tally = stream(&mut run)?;
+    Ok(report(&tally, started.elapsed()))
+}
+
+/// Finds a program from the folder of the caller, before cargo changes it.
+fn absolute(program: &PathBuf) -> Result<PathBuf> {
+    let absolute = path::absolute(program)?;
+    if !absolute.is_file() {
+        bail!("there is no proxy at {}", absolute.display());
+    }
+    Ok(absolute)
+}
+
+fn test_command(workspace: &Workspace, programs: &Programs, selection: &Selection) -> Command {
+    let mut cargo = workspace.cargo();
+    cargo.args(["test", "--workspace", "--no-fail-fast"]).args(&selection.filter);
+    cargo.arg("--").args(&selection.arguments);
+    cargo.env("REDIRECT_BIN", &programs.redirect).env("REDIRECT_CNI_BIN", &programs.plugin);
+    if io::stdout().is_terminal() && env::var_os("CARGO_TERM_COLOR").is_none() {
+        cargo.env("CARGO_TERM_COLOR", "always");
+    }
+    cargo
+}
+
+/// Runs cargo, passes on what it and the tests print, and adds it up. Both streams share a pipe, so that cargo's
+/// headings (stderr) stay before the results (stdout) that they belong to.
+fn stream(cargo: &mut Command) -> Result<Tally> {
+    let (reader, writer) = io::pipe()?;
+    cargo.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
+    let mut child = cargo.spawn().context("cannot run cargo")?;
+    // The command holds the writing ends; while they are open here the pipe has no end.
+    cargo.stdout(Stdio::null()).stderr(Stdio::null());
+
+    let mut tally = Tally::default();
+    let lines = read_lines(reader);
+    let mut stdout = io::stdout().lock();
+    let mut ended = None;
+    loop {
+        match lines.recv_timeout(GRACE) {
+            Ok(line) => {
+                tally.line(&line);
+                writeln!(stdout, "{line}")?;
+            }
+            Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) if ended.is_some() => {
+                progress::say("a test left a process behind, which still holds the tests' output");
+                break;
+            }
+            Err(RecvTimeoutError::Timeout) => ended = child.try_wait()?,
+        }
+    }
+    let status = child.wait()?;
+    tally.finish(status.success());
+    Ok(tally)
+}
+
+fn read_lines(reader: PipeReader) -> Receiver<String> {
+    let (sender, lines) = channel();
+    thread::spawn(move || {
+        // Tests may print what is no UTF-8.
+        for line in BufReader::new(reader).split(b'\n').map_while(Result::ok) {
+            if sender.send(String::from_utf8_lossy(&line).into_owned()).is_err() {
+                break;
+            }
+        }
+    });
+    lines
+}
+
+fn report(tally: &Tally, took: Duration) -> ExitCode {
+    for (name, reason) in &tally.skips {
+        println!("skipped: {name}: {reason}");
+    }
+    for name in &tally.failures {
+        println!("failed: {name}");
+    }
+    if tally.passed + tally.failed == 0 {
+        println!("no test ran: all were skipped or filtered out");
+    }
+    println!("tests took {:.1} s", took.as_secs_f32());
+    println!("{tally}");
+    if tally.is_success() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

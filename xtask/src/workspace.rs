@@ -1,0 +1,62 @@
+//! Where things are in the repository, and how cargo is called there.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// The repository. Everything that is built goes below its `target`, whatever `CARGO_TARGET_DIR` says, because
+/// `.cargo/config.toml` names the kernel side's object there.
+pub(crate) struct Workspace {
+    root: PathBuf,
+}
+
+impl Workspace {
+    pub(crate) fn find() -> Self {
+        let xtask = env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+        let root = Path::new(&xtask).parent().unwrap_or(Path::new("/")).to_owned();
+        Self { root }
+    }
+
+    /// `target/<path>`.
+    pub(crate) fn target(&self, path: impl AsRef<Path>) -> PathBuf {
+        self.root.join("target").join(path)
+    }
+
+    /// A path as people read it: below the repository if it is.
+    pub(crate) fn show<'a>(&self, path: &'a Path) -> std::path::Display<'a> {
+        path.strip_prefix(&self.root).unwrap_or(path).display()
+    }
+
+    /// A command that runs in the repository's root.
+    pub(crate) fn command(&self, program: impl AsRef<Path>) -> Command {
+        let mut command = Command::new(program.as_ref());
+        command.current_dir(&self.root);
+        command
+    }
+
+    /// The cargo that runs this task.
+    pub(crate) fn cargo(&self) -> Command {
+        let mut command = self.command(cargo());
+        command.env("CARGO_TARGET_DIR", self.target(""));
+        command
+    }
+}
+
+/// The path of the cargo that runs this task.
+pub(crate) fn cargo() -> PathBuf {
+    env::var_os("CARGO").map_or_else(|| "cargo".into(), PathBuf::from)
+}
+
+/// Finds a program as a shell does, and in the administrator's folders, which are not in every user's `PATH`.
+pub(crate) fn which(program: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .map(|folder| folder.join(program))
+        .find(|file| is_executable(file))
+}
+
+fn is_executable(file: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    file.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+}
