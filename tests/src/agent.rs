@@ -1,0 +1,118 @@
+//! An agent process, and what its command line says.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use redirect_user::wire::{PodReport, Status};
+use serde::de::DeserializeOwned;
+
+use crate::cgroup::Cgroup;
+use crate::kernel::Objects;
+use crate::netns::Netns;
+use crate::process::Process;
+use crate::session::Session;
+use crate::wait;
+
+/// A running agent.
+#[derive(Debug)]
+pub struct Agent {
+    process: Process,
+    socket: PathBuf,
+    binary: PathBuf,
+}
+
+impl Agent {
+    /// Starts an agent in a node's namespace and waits until it is ready. Its outbound programs see the processes of
+    /// this session only.
+    pub fn start(
+        session: &Session,
+        netns: &Netns,
+        cgroup: &Cgroup,
+        dir: &Path,
+        arguments: &[String],
+    ) -> Result<Self> {
+        let socket = socket(dir);
+        let mut command = Command::new(&session.binaries().redirect);
+        command.arg("agent").arg("--socket").arg(&socket);
+        command.arg("--zds-socket").arg(zds_socket(dir));
+        command.arg("--cgroup").arg(session.cgroup().path());
+        // Below the plugin's own deadline in tests, so that it hears why.
+        command.args(["--proxy-deadline", "5"]);
+        command.args(arguments);
+        let name = format!("agent of {}", netns.name());
+        let process = Process::spawn(&name, command, netns, cgroup, &dir.join("agent.log"))?;
+        let mut agent = Self { process, socket, binary: session.binaries().redirect.clone() };
+        let (binary, socket) = (agent.binary.clone(), agent.socket.clone());
+        agent
+            .process
+            .wait_until("ready agent", || Ok(query::<Status>(&binary, &socket, "status").is_ok()))?;
+        Ok(agent)
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// `redirect status`.
+    pub fn status(&self) -> Result<Status> {
+        query(&self.binary, &self.socket, "status")
+    }
+
+    /// `redirect pods`.
+    pub fn pods(&self) -> Result<Vec<PodReport>> {
+        query(&self.binary, &self.socket, "pods")
+    }
+
+    /// Waits until a proxy is connected and knows every pod.
+    pub fn wait_for_proxy(&mut self, pid: u32) -> Result<()> {
+        let (binary, socket) = (self.binary.clone(), self.socket.clone());
+        self.process.wait_until("proxy in step with the agent", || {
+            let status: Status = query(&binary, &socket, "status")?;
+            Ok(status.proxies.iter().any(|proxy| proxy.pid == pid && proxy.synced))
+        })
+    }
+
+    /// Waits until no proxy is connected.
+    pub fn wait_for_no_proxy(&self) -> Result<()> {
+        wait::until_true("agent without a proxy", wait::SOON, || Ok(self.status()?.proxies.is_empty()))
+    }
+
+    /// The BPF objects that it made.
+    pub fn objects(&self) -> Result<Objects> {
+        let programs = self.status()?.programs.iter().map(|program| program.id).collect();
+        Objects::of(self.process.pid(), programs)
+    }
+
+    /// Stops it as Kubernetes does. An error if it does not say that all went well, or if it left something.
+    pub fn stop(mut self) -> Result<()> {
+        let objects = self.objects()?;
+        let status = self.process.terminate()?;
+        if !status.success() {
+            bail!("agent: {status}\n{}", self.process.last_lines());
+        }
+        objects.wait_until_gone()
+    }
+}
+
+/// Where the agent of a node listens for the plugin and the command line.
+#[must_use]
+pub fn socket(dir: &Path) -> PathBuf {
+    dir.join("agent.sock")
+}
+
+/// Where it listens for the proxy.
+#[must_use]
+pub fn zds_socket(dir: &Path) -> PathBuf {
+    dir.join("zds.sock")
+}
+
+fn query<T: DeserializeOwned>(binary: &Path, socket: &Path, what: &str) -> Result<T> {
+    let output = Command::new(binary).arg(what).arg("--socket").arg(socket).args(["-o", "json"]).output()?;
+    if !output.status.success() {
+        bail!("redirect {what}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr));
+    }
+    serde_json::from_slice(&output.stdout).with_context(|| format!("redirect {what} -o json"))
+}

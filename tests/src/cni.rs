@@ -1,0 +1,197 @@
+//! A CNI chain, run plugin by plugin as a container runtime runs it.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{fmt, fs};
+
+use anyhow::{Context, Result, anyhow};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::netns::Netns;
+
+/// The version of the CNI specification that the chain is written in.
+pub const VERSION: &str = "1.0.0";
+
+/// Our plugin's type.
+pub const REDIRECT: &str = "redirect-cni";
+
+/// What a plugin is told to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verb {
+    /// `ADD`.
+    Add,
+    /// `CHECK`.
+    Check,
+    /// `DEL`.
+    Del,
+}
+
+impl fmt::Display for Verb {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Add => "ADD",
+            Self::Check => "CHECK",
+            Self::Del => "DEL",
+        })
+    }
+}
+
+/// What a plugin says when it fails.
+#[derive(Clone, Debug, Deserialize)]
+pub struct PluginError {
+    /// The code, see the specification.
+    pub code: u32,
+    /// What happened.
+    pub msg: String,
+    /// More about it.
+    #[serde(default)]
+    pub details: String,
+    /// Which plugin, doing what.
+    #[serde(skip)]
+    pub step: String,
+}
+
+impl fmt::Display for PluginError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: code {}: {}: {}", self.step, self.code, self.msg, self.details)
+    }
+}
+
+impl std::error::Error for PluginError {}
+
+/// What the runtime tells every plugin of a chain in its environment.
+#[derive(Clone, Debug)]
+pub struct Sandbox {
+    /// `CNI_CONTAINERID`.
+    pub container_id: String,
+    /// `CNI_NETNS`; left out where the namespace is gone.
+    pub netns: Option<PathBuf>,
+    /// `CNI_IFNAME`.
+    pub interface: String,
+    /// `CNI_ARGS`.
+    pub arguments: String,
+}
+
+/// A network configuration list.
+#[derive(Clone, Debug)]
+pub struct Chain {
+    name: String,
+    plugins: Vec<Value>,
+    search: Vec<PathBuf>,
+}
+
+impl Chain {
+    /// A chain of these plugins, whose binaries are in the directories `search`.
+    #[must_use]
+    pub fn new(name: &str, plugins: Vec<Value>, search: Vec<PathBuf>) -> Self {
+        Self { name: name.to_owned(), plugins, search }
+    }
+
+    /// The same chain, with binaries of this directory in the first place.
+    #[must_use]
+    pub fn searching_first(mut self, directory: &Path) -> Self {
+        self.search.insert(0, directory.to_owned());
+        self
+    }
+
+    /// The plugins of this type alone.
+    #[must_use]
+    pub fn only(&self, kind: &str) -> Self {
+        self.filtered(|plugin| plugin["type"] == kind)
+    }
+
+    /// All but the plugins of this type.
+    #[must_use]
+    pub fn without(&self, kind: &str) -> Self {
+        self.filtered(|plugin| plugin["type"] != kind)
+    }
+
+    fn filtered(&self, keep: impl Fn(&Value) -> bool) -> Self {
+        let plugins = self.plugins.iter().filter(|plugin| keep(plugin)).cloned().collect();
+        Self { plugins, ..self.clone() }
+    }
+
+    /// `ADD`, each plugin with the result of the one before, the first one with `previous`. If one fails, the chain is
+    /// deleted again, as the specification asks of a runtime.
+    pub fn add(&self, node: &Netns, sandbox: &Sandbox, previous: Option<&Value>) -> Result<Value> {
+        let mut result = previous.cloned();
+        for plugin in &self.plugins {
+            match self.run(Verb::Add, plugin, node, sandbox, result.as_ref()) {
+                Ok(answer) => result = Some(answer),
+                Err(error) => {
+                    if let Err(second) = self.del(node, sandbox, result.as_ref()) {
+                        eprintln!("DEL after failed ADD: {second:#}");
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        result.context("an empty chain has no result")
+    }
+
+    /// `CHECK`, in the order of `ADD`.
+    pub fn check(&self, node: &Netns, sandbox: &Sandbox, result: &Value) -> Result<()> {
+        for plugin in &self.plugins {
+            self.run(Verb::Check, plugin, node, sandbox, Some(result))?;
+        }
+        Ok(())
+    }
+
+    /// `DEL`, in reverse order. Every plugin has its turn; the first error is the answer.
+    pub fn del(&self, node: &Netns, sandbox: &Sandbox, result: Option<&Value>) -> Result<()> {
+        let mut outcome = Ok(());
+        for plugin in self.plugins.iter().rev() {
+            outcome = outcome.and(self.run(Verb::Del, plugin, node, sandbox, result).map(drop));
+        }
+        outcome
+    }
+
+    fn run(
+        &self,
+        verb: Verb,
+        plugin: &Value,
+        node: &Netns,
+        sandbox: &Sandbox,
+        previous: Option<&Value>,
+    ) -> Result<Value> {
+        let kind = plugin["type"].as_str().context("a plugin has a type")?;
+        let mut config = plugin.clone();
+        config["cniVersion"] = json!(VERSION);
+        config["name"] = json!(self.name);
+        if let Some(previous) = previous {
+            config["prevResult"] = previous.clone();
+        }
+        let step = format!("{kind} {verb}");
+        let mut command = Command::new(self.find(kind)?);
+        command.env("CNI_COMMAND", verb.to_string());
+        command.env("CNI_CONTAINERID", &sandbox.container_id);
+        command.env("CNI_IFNAME", &sandbox.interface);
+        command.env("CNI_ARGS", &sandbox.arguments);
+        command.env("CNI_PATH", std::env::join_paths(&self.search)?);
+        command.env("CNI_NETNS", sandbox.netns.as_deref().unwrap_or(Path::new("")));
+        let output = node.execute(command, &serde_json::to_vec(&config)?).context(step.clone())?;
+        if !output.status.success() {
+            return Err(match serde_json::from_slice::<PluginError>(&output.stdout) {
+                Ok(error) => anyhow!(PluginError { step, ..error }),
+                Err(_) => anyhow!(
+                    "{step}: {}, without an error of the specification's form: {}{}",
+                    output.status,
+                    String::from_utf8_lossy(&output.stdout),
+                    String::from_utf8_lossy(&output.stderr)
+                ),
+            });
+        }
+        if verb == Verb::Add {
+            serde_json::from_slice(&output.stdout).with_context(|| format!("{step}: result"))
+        } else {
+            Ok(Value::Null)
+        }
+    }
+
+    fn find(&self, kind: &str) -> Result<PathBuf> {
+        let found =
+            self.search.iter().map(|dir| dir.join(kind)).find(|path| fs::exists(path).unwrap_or(false));
+        found.with_context(|| format!("no CNI plugin {kind} in {:?}", self.search))
+    }
+}

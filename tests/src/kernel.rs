@@ -1,0 +1,162 @@
+//! What the kernel holds: BPF objects, and the rules, routes, filters and sysctls of a namespace.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use redirect_ebpf::constants::ROUTE_TABLE;
+use serde_json::Value;
+
+use crate::netns::Netns;
+use crate::wait;
+
+/// BPF objects by their IDs, which the kernel does not give out again soon.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Objects {
+    /// Programs.
+    pub programs: BTreeSet<u32>,
+    /// Maps.
+    pub maps: BTreeSet<u32>,
+    /// Links.
+    pub links: BTreeSet<u32>,
+}
+
+impl Objects {
+    /// What a process made: what it holds open, these programs, the maps that the programs use and the links that
+    /// attach them.
+    pub fn of(process: u32, programs: BTreeSet<u32>) -> Result<Self> {
+        let mut objects = Self::held_by(process)?;
+        objects.programs.extend(programs);
+        for program in bpftool("prog")? {
+            if id(&program, "id").is_some_and(|id| objects.programs.contains(&id)) {
+                let maps = program["map_ids"].as_array().into_iter().flatten();
+                objects.maps.extend(maps.filter_map(|id| u32::try_from(id.as_u64()?).ok()));
+            }
+        }
+        for link in bpftool("link")? {
+            if id(&link, "prog_id").is_some_and(|id| objects.programs.contains(&id)) {
+                objects.links.extend(id(&link, "id"));
+            }
+        }
+        Ok(objects)
+    }
+
+    fn held_by(process: u32) -> Result<Self> {
+        let mut objects = Self::default();
+        let directory = format!("/proc/{process}/fdinfo");
+        for entry in fs::read_dir(&directory).context(directory)?.flatten() {
+            let text = fs::read_to_string(entry.path()).unwrap_or_default();
+            let field = |name: &str| -> Option<u32> {
+                text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
+            };
+            objects.maps.extend(field("map_id:"));
+            match field("link_id:") {
+                // A link's information also names its program, which need not be held open itself.
+                Some(link) => {
+                    objects.links.insert(link);
+                    objects.programs.extend(field("prog_id:"));
+                }
+                None => objects.programs.extend(field("prog_id:")),
+            }
+        }
+        Ok(objects)
+    }
+
+    /// Those that still exist.
+    pub fn alive(&self) -> Result<Self> {
+        let existing = |kind: &str, ids: &BTreeSet<u32>| -> Result<BTreeSet<u32>> {
+            if ids.is_empty() {
+                return Ok(BTreeSet::new());
+            }
+            let existing: BTreeSet<u32> =
+                bpftool(kind)?.iter().filter_map(|object| id(object, "id")).collect();
+            Ok(existing.intersection(ids).copied().collect())
+        };
+        Ok(Self {
+            programs: existing("prog", &self.programs)?,
+            maps: existing("map", &self.maps)?,
+            links: existing("link", &self.links)?,
+        })
+    }
+
+    /// Waits until none exists; the kernel frees some of them with a delay.
+    pub fn wait_until_gone(&self) -> Result<()> {
+        let mut left = Ok(Self::default());
+        let gone = wait::for_cleanup(wait::SOON, || {
+            left = self.alive();
+            left.as_ref().is_ok_and(|left| *left == Self::default())
+        });
+        if gone { Ok(()) } else { bail!("left behind in the kernel: {left:?}") }
+    }
+}
+
+/// What `bpftool KIND show` lists.
+pub fn bpftool(kind: &str) -> Result<Vec<Value>> {
+    let output = Command::new("bpftool").args(["-j", kind, "show"]).output().context("run bpftool")?;
+    if !output.status.success() {
+        bail!("bpftool {kind} show: {}", String::from_utf8_lossy(&output.stdout));
+    }
+    if output.stdout.trim_ascii().is_empty() {
+        return Ok(Vec::new());
+    }
+    serde_json::from_slice(&output.stdout).with_context(|| format!("bpftool -j {kind} show"))
+}
+
+fn id(object: &Value, field: &str) -> Option<u32> {
+    u32::try_from(object[field].as_u64()?).ok()
+}
+
+/// What steering a pod changes in its namespace, in a form that can be compared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Footprint {
+    /// Routing rules, both families.
+    pub rules: Vec<Value>,
+    /// Routes in our table, both families.
+    pub routes: Vec<Value>,
+    /// TC filters and queueing disciplines of every interface.
+    pub traffic_control: Vec<Value>,
+    /// Sysctls, name and value.
+    pub sysctls: Vec<(&'static str, String)>,
+}
+
+const SYSCTLS: [&str; 3] =
+    ["net.ipv4.tcp_fwmark_accept", "net.ipv4.fwmark_reflect", "net.ipv6.fwmark_reflect"];
+
+impl Footprint {
+    /// The present one.
+    pub fn of(netns: &Netns) -> Result<Self> {
+        let mut footprint = Self {
+            rules: Vec::new(),
+            routes: Vec::new(),
+            traffic_control: list(netns.json("tc -j qdisc show")?),
+            sysctls: Vec::new(),
+        };
+        for family in ["-4", "-6"] {
+            footprint.rules.extend(list(netns.json(&format!("ip -j {family} rule show"))?));
+            let routes = netns.json(&format!("ip -j {family} route show table {ROUTE_TABLE}"));
+            // A table that does not exist is an error to `ip -6` and `ip -4` alike.
+            footprint.routes.extend(routes.map(list).unwrap_or_default());
+        }
+        for link in list(netns.json("ip -j link show")?) {
+            let name = link["ifname"].as_str().context("an interface has a name")?;
+            for hook in ["ingress", "egress"] {
+                let filters = netns.json(&format!("tc -j filter show dev {name} {hook}"));
+                footprint.traffic_control.extend(filters.map(list).unwrap_or_default());
+            }
+        }
+        for name in SYSCTLS {
+            if netns.has_sysctl(name)? {
+                footprint.sysctls.push((name, netns.sysctl(name)?));
+            }
+        }
+        Ok(footprint)
+    }
+}
+
+fn list(value: Value) -> Vec<Value> {
+    match value {
+        Value::Array(values) => values,
+        other => vec![other],
+    }
+}

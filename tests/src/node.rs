@@ -1,0 +1,356 @@
+//! A node: a network namespace with a bridge, an agent and a proxy.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context, Result};
+use redirect_ebpf::Family;
+use redirect_user::wire::{PodReport, Status};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::access_log::AccessLog;
+use crate::agent::{self, Agent};
+use crate::cgroup::Cgroup;
+use crate::cni::{Chain, REDIRECT};
+use crate::dns::{self, DnsServer};
+use crate::netns::Netns;
+use crate::pod::{Pod, PodSpec};
+use crate::proxy::{self, Proxy};
+use crate::session::Session;
+use crate::stack::Families;
+
+/// The part of the subnet from which addresses can be chosen; the others are numbered as [`Families`] are.
+const CHOSEN: u8 = 3;
+
+/// What runs on a node.
+#[derive(Clone, Debug)]
+pub struct NodeOptions {
+    /// Whether there is an agent.
+    pub agent: bool,
+    /// Arguments for it.
+    pub agent_arguments: Vec<String>,
+    /// Whether there is a proxy.
+    pub proxy: bool,
+}
+
+impl Default for NodeOptions {
+    fn default() -> Self {
+        Self { agent: true, agent_arguments: Vec::new(), proxy: true }
+    }
+}
+
+/// A node.
+#[derive(Debug)]
+pub struct Node {
+    number: u8,
+    pods: AtomicU32,
+    dns: Mutex<Option<Arc<DnsServer>>>,
+    // Dropped in this order: proxy, agent, their cgroups, the directory, the namespace.
+    proxy: Mutex<Option<Proxy>>,
+    agent: Mutex<Option<Agent>>,
+    proxy_cgroup: Cgroup,
+    agent_cgroup: Cgroup,
+    dir: TempDir,
+    netns: Netns,
+    session: Arc<Session>,
+}
+
+impl Node {
+    /// A node with agent and proxy.
+    pub fn start(session: &Arc<Session>) -> Result<Arc<Self>> {
+        Self::with(session, NodeOptions::default())
+    }
+
+    /// A node with what the options say.
+    pub fn with(session: &Arc<Session>, options: NodeOptions) -> Result<Arc<Self>> {
+        let number = session.next_node()?;
+        let netns = Netns::new(&format!("node-{number}"))?;
+        netns.set_sysctl("net.ipv4.ip_forward", "1")?;
+        netns.set_sysctl("net.ipv6.conf.all.forwarding", "1")?;
+        for family in ["iptables", "ip6tables", "arptables"] {
+            let name = format!("net.bridge.bridge-nf-call-{family}");
+            if netns.has_sysctl(&name)? {
+                netns.set_sysctl(&name, "0")?;
+            }
+        }
+        let node = Self {
+            number,
+            pods: AtomicU32::new(0),
+            dns: Mutex::default(),
+            proxy: Mutex::default(),
+            agent: Mutex::default(),
+            proxy_cgroup: session.cgroup().child(&format!("proxy-{number}"))?,
+            agent_cgroup: session.cgroup().child(&format!("agent-{number}"))?,
+            dir: tempfile::Builder::new().prefix("node-").tempdir_in(session.directory())?,
+            netns,
+            session: session.clone(),
+        };
+        if options.agent {
+            node.start_agent(&options.agent_arguments)?;
+        }
+        if options.proxy {
+            node.start_proxy()?;
+        }
+        Ok(Arc::new(node))
+    }
+
+    /// The node's own namespace: what Kubernetes calls the host's.
+    #[must_use]
+    pub fn netns(&self) -> &Netns {
+        &self.netns
+    }
+
+    /// The session.
+    #[must_use]
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// The directory of sockets and logs.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The agent's socket for plugin and command line.
+    #[must_use]
+    pub fn agent_socket(&self) -> PathBuf {
+        agent::socket(self.dir())
+    }
+
+    /// The node's address on its bridge: the pods' gateway.
+    #[must_use]
+    pub fn gateway(&self, family: Family) -> IpAddr {
+        self.address(family, 1)
+    }
+
+    /// An address of the pods' network by its last number.
+    #[must_use]
+    pub fn address(&self, family: Family, host: u16) -> IpAddr {
+        match family {
+            Family::Ipv4 => {
+                let [high, low] = host.to_be_bytes();
+                Ipv4Addr::new(10, self.number, high, low).into()
+            }
+            Family::Ipv6 => Ipv6Addr::new(0xfd00, self.number.into(), 0, 0, 0, 0, 0, host).into(),
+        }
+    }
+
+    /// The pods' network.
+    #[must_use]
+    pub fn subnet(&self, family: Family) -> String {
+        let length = match family {
+            Family::Ipv4 => 16,
+            Family::Ipv6 => 64,
+        };
+        format!("{}/{length}", self.address(family, 0))
+    }
+
+    /// A node that runs an agent with these arguments, and a proxy.
+    pub fn with_arguments(session: &Arc<Session>, arguments: &[&str]) -> Result<Arc<Self>> {
+        let agent_arguments = arguments.iter().map(ToString::to_string).collect();
+        Self::with(session, NodeOptions { agent_arguments, ..NodeOptions::default() })
+    }
+
+    /// Starts the agent.
+    pub fn start_agent(&self, arguments: &[String]) -> Result<()> {
+        let agent = Agent::start(&self.session, &self.netns, &self.agent_cgroup, self.dir(), arguments)?;
+        *lock(&self.agent) = Some(agent);
+        Ok(())
+    }
+
+    /// Stops the agent as Kubernetes does; an error if it left something or ended badly.
+    pub fn stop_agent(&self) -> Result<()> {
+        lock(&self.agent).take().context("no agent is running")?.stop()
+    }
+
+    /// Starts a proxy and waits until it knows every pod.
+    pub fn start_proxy(&self) -> Result<()> {
+        self.start_proxy_in(&self.proxy_cgroup)
+    }
+
+    /// As [`Node::start_proxy`], in a cgroup that has to outlive it.
+    pub fn start_proxy_in(&self, cgroup: &Cgroup) -> Result<()> {
+        let servers = Family::ALL.map(|family| SocketAddr::new(self.gateway(family), dns::PORT));
+        let mut proxy = Proxy::start(&self.session, &self.netns, cgroup, self.dir(), &servers)?;
+        let pid = proxy.process().pid();
+        let ready = self.with_agent(|agent| agent.wait_for_proxy(pid));
+        ready.with_context(|| format!("log of the proxy:\n{}", proxy.process().last_lines()))?;
+        *lock(&self.proxy) = Some(proxy);
+        Ok(())
+    }
+
+    /// Kills the proxy, as a crash does, and waits until the agent noticed.
+    pub fn kill_proxy(&self) -> Result<()> {
+        let mut proxy = lock(&self.proxy).take().context("no proxy is running")?;
+        proxy.process().kill()?;
+        self.with_agent(|agent| agent.wait_for_no_proxy())
+    }
+
+    /// The proxy's process ID.
+    pub fn proxy_pid(&self) -> Result<u32> {
+        Ok(lock(&self.proxy).as_mut().context("no proxy is running")?.process().pid())
+    }
+
+    /// The DNS server on the node, which the proxy asks; started when it is first wanted.
+    pub fn dns(&self) -> Result<Arc<DnsServer>> {
+        let mut dns = lock(&self.dns);
+        let server = match &*dns {
+            Some(server) => server.clone(),
+            None => Arc::new(DnsServer::everywhere(&self.netns)?),
+        };
+        Ok(dns.insert(server).clone())
+    }
+
+    /// Does something with the running agent.
+    pub fn with_agent<T>(&self, act: impl FnOnce(&mut Agent) -> Result<T>) -> Result<T> {
+        act(lock(&self.agent).as_mut().context("no agent is running")?)
+    }
+
+    /// What the agent is doing.
+    pub fn status(&self) -> Result<Status> {
+        self.with_agent(|agent| agent.status())
+    }
+
+    /// What the agent knows of a pod.
+    pub fn report(&self, pod: &Pod) -> Result<Option<PodReport>> {
+        let reports = self.with_agent(|agent| agent.pods())?;
+        Ok(reports.into_iter().find(|report| report.pod.uid == pod.identity().uid))
+    }
+
+    /// The proxies' access log.
+    #[must_use]
+    pub fn access_log(&self) -> AccessLog {
+        proxy::access_log(self.dir())
+    }
+
+    /// A pod with addresses of these families, enrolled. A number makes its name unique on the node.
+    pub fn enrolled(self: &Arc<Self>, name: &str, families: Families) -> Result<Pod> {
+        Pod::start(self, self.numbered(name, families))
+    }
+
+    /// A pod that never was enrolled. A number makes its name unique on the node.
+    pub fn plain(self: &Arc<Self>, name: &str, families: Families) -> Result<Pod> {
+        Pod::start(self, self.numbered(name, families).not_enrolled())
+    }
+
+    /// What a pod with a name that is unique on the node is made from.
+    #[must_use]
+    pub fn numbered(&self, name: &str, families: Families) -> PodSpec {
+        PodSpec::new(&format!("{name}-{}", self.next_pod()), families)
+    }
+
+    /// A number for a pod, unique on the node.
+    pub(crate) fn next_pod(&self) -> u32 {
+        self.pods.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The chain for pods of this kind, with these addresses or with free ones.
+    #[must_use]
+    pub fn chain(&self, families: Families, addresses: &[IpAddr]) -> Chain {
+        // A network of its own for chosen addresses: host-local goes on from the last address that it reserved.
+        let (part, suffix) = if addresses.is_empty() { (families as u8, "") } else { (CHOSEN, "-chosen") };
+        let mut bridge = json!({
+            "type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": false, "hairpinMode": true,
+            "ipam": self.ipam(families, part),
+        });
+        if !addresses.is_empty() {
+            bridge["args"] = json!({"cni": {"ips": addresses}});
+        }
+        self.chain_of(&format!("test-{}{suffix}", families.label()), bridge)
+    }
+
+    /// The chain for pods that are not on the bridge: each has a device and routes of its own on the node.
+    #[must_use]
+    pub fn routed_chain(&self, families: Families) -> Chain {
+        let ptp = json!({"type": "ptp", "ipMasq": false, "ipam": self.ipam(families, CHOSEN)});
+        self.chain_of(&format!("test-{}-routed", families.label()), ptp)
+    }
+
+    fn chain_of(&self, name: &str, first: Value) -> Chain {
+        let redirect = json!({"type": REDIRECT, "agentSocket": self.agent_socket(), "timeoutSeconds": 10});
+        Chain::new(name, vec![first, redirect], self.session.plugin_directories())
+    }
+
+    fn ipam(&self, families: Families, part: u8) -> Value {
+        let ranges: Vec<Value> = families.iter().map(|family| json!([self.range(family, part)])).collect();
+        let routes = families.iter().map(|family| match family {
+            Family::Ipv4 => json!({"dst": "0.0.0.0/0"}),
+            Family::Ipv6 => json!({"dst": "::/0"}),
+        });
+        json!({
+            "type": "host-local", "dataDir": self.dir().join("host-local"),
+            "ranges": ranges, "routes": routes.collect::<Vec<_>>(),
+        })
+    }
+
+    /// One of four parts of the subnet. Each kind of pod has its own, because host-local keeps book per network.
+    fn range(&self, family: Family, part: u8) -> Value {
+        let first = u16::from(part) * 0x4000;
+        json!({
+            "subnet": self.subnet(family),
+            "gateway": self.gateway(family),
+            "rangeStart": self.address(family, first + 0x010a),
+            "rangeEnd": self.address(family, first + 0x3d00),
+        })
+    }
+
+    /// Addresses that pods can have by choice ([`PodSpec::with_addresses`]), one of each family.
+    #[must_use]
+    pub fn to_choose(&self, number: u16) -> [IpAddr; 2] {
+        Family::ALL.map(|family| self.address(family, u16::from(CHOSEN) * 0x4000 + 0x0200 + number))
+    }
+
+    /// Joins the node with another namespace by a pair of devices of this name: this side is host 1, the other host 2 of
+    /// 172.16.NODE.0/24 and fd01:0:NODE::/64. The other side routes to the pods through the node.
+    pub fn attach(&self, other: &Netns, device: &str) -> Result<()> {
+        let number = self.number;
+        let peer = other.path();
+        self.netns.ip(&format!("link add {device} type veth peer name {device} netns {}", peer.display()))?;
+        for (netns, host) in [(&self.netns, 1), (other, 2)] {
+            netns.ip_batch(&[
+                format!("address add 172.16.{number}.{host}/24 dev {device}"),
+                format!("address add fd01:0:{number:x}::{host}/64 dev {device} nodad"),
+                format!("link set {device} up"),
+            ])?;
+        }
+        other.ip_batch(&[
+            format!("route add {} via 172.16.{number}.1", self.subnet(Family::Ipv4)),
+            format!("route add {} via fd01:0:{number:x}::1", self.subnet(Family::Ipv6)),
+        ])
+    }
+
+    /// Joins two nodes, so that their pods reach each other.
+    pub fn attach_node(&self, other: &Self) -> Result<()> {
+        self.attach(&other.netns, "uplink")?;
+        let number = self.number;
+        self.netns.ip_batch(&[
+            format!("route add {} via 172.16.{number}.2", other.subnet(Family::Ipv4)),
+            format!("route add {} via fd01:0:{number:x}::2", other.subnet(Family::Ipv6)),
+        ])
+    }
+
+    /// The address of the other side of [`Node::attach`].
+    #[must_use]
+    pub fn attached(&self, family: Family) -> IpAddr {
+        match family {
+            Family::Ipv4 => Ipv4Addr::new(172, 16, self.number, 2).into(),
+            Family::Ipv6 => Ipv6Addr::new(0xfd01, 0, self.number.into(), 0, 0, 0, 0, 2).into(),
+        }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Ok(objects) = self.with_agent(|agent| agent.objects()) {
+            self.session.remember(objects);
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,314 @@
+//! A pod: a network namespace that the CNI chain attached to a node.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use redirect_ebpf::Family;
+use redirect_user::pod::PodIdentity;
+use serde_json::Value;
+
+use crate::access_log::{Direction, Entry};
+use crate::cni::{Chain, REDIRECT, Sandbox};
+use crate::connection::Connection;
+use crate::netns::Netns;
+use crate::node::Node;
+use crate::server::Server;
+use crate::stack::{Families, Stack, canonical};
+use crate::wait;
+
+/// What kind of pod to start.
+#[derive(Clone, Debug)]
+pub struct PodSpec {
+    /// Kubernetes namespace.
+    pub namespace: String,
+    /// Kubernetes name.
+    pub name: String,
+    /// The families that it has addresses of.
+    pub families: Families,
+    /// Addresses that it is to have; empty for free ones.
+    pub addresses: Vec<IpAddr>,
+    /// Whether our plugin is in its chain.
+    pub enrolled: bool,
+    /// Whether IPv6 is switched off in its namespace altogether.
+    pub ipv6_disabled: bool,
+    /// Whether the node reaches it by a route of its own (`ptp`) instead of a bridge.
+    pub routed: bool,
+}
+
+impl PodSpec {
+    /// An enrolled pod in the namespace `default`.
+    #[must_use]
+    pub fn new(name: &str, families: Families) -> Self {
+        Self {
+            namespace: "default".to_owned(),
+            name: name.to_owned(),
+            families,
+            addresses: Vec::new(),
+            enrolled: true,
+            ipv6_disabled: false,
+            routed: false,
+        }
+    }
+
+    /// In another Kubernetes namespace.
+    #[must_use]
+    pub fn in_namespace(self, namespace: &str) -> Self {
+        Self { namespace: namespace.to_owned(), ..self }
+    }
+
+    /// Without our plugin.
+    #[must_use]
+    pub fn not_enrolled(self) -> Self {
+        Self { enrolled: false, ..self }
+    }
+
+    /// Reached by a route instead of a bridge.
+    #[must_use]
+    pub fn routed(self) -> Self {
+        Self { routed: true, ..self }
+    }
+
+    /// With these addresses.
+    #[must_use]
+    pub fn with_addresses(self, addresses: &[IpAddr]) -> Self {
+        Self { addresses: addresses.to_vec(), ..self }
+    }
+}
+
+/// A pod. Its chain is deleted with this value.
+#[derive(Debug)]
+pub struct Pod {
+    identity: PodIdentity,
+    families: Families,
+    addresses: Vec<IpAddr>,
+    chain: Chain,
+    sandbox: Sandbox,
+    result: Value,
+    /// Whether the chain is still to be deleted when the pod ends.
+    attached: bool,
+    /// Whether our plugin ever had to do with the pod.
+    enrolled: AtomicBool,
+    netns: Netns,
+    node: Arc<Node>,
+}
+
+impl Pod {
+    /// Makes the namespace and runs the chain.
+    pub fn start(node: &Arc<Node>, spec: PodSpec) -> Result<Self> {
+        let number = node.next_pod();
+        let netns = Netns::new(&format!("pod-{}", spec.name))?;
+        if spec.ipv6_disabled {
+            for scope in ["all", "default", "lo"] {
+                netns.set_sysctl(&format!("net.ipv6.conf.{scope}.disable_ipv6"), "1")?;
+            }
+        }
+        let identity = PodIdentity {
+            uid: format!("{:08x}-0000-4000-8000-{number:012x}", std::process::id()),
+            namespace: spec.namespace,
+            name: spec.name,
+            service_account: String::new(),
+        };
+        let sandbox = sandbox(&identity, &format!("sandbox-{number}"), netns.path());
+        let chain = if spec.routed {
+            node.routed_chain(spec.families)
+        } else {
+            node.chain(spec.families, &spec.addresses)
+        };
+        let wanted = if spec.enrolled { chain.clone() } else { chain.without(REDIRECT) };
+        let result =
+            wanted.add(node.netns(), &sandbox, None).with_context(|| format!("start of pod {identity}"))?;
+        let addresses = addresses(&result)?;
+        Ok(Self {
+            identity,
+            families: spec.families,
+            addresses,
+            chain,
+            sandbox,
+            result,
+            attached: true,
+            enrolled: AtomicBool::new(spec.enrolled),
+            netns,
+            node: node.clone(),
+        })
+    }
+
+    /// Who it is.
+    #[must_use]
+    pub fn identity(&self) -> &PodIdentity {
+        &self.identity
+    }
+
+    /// The families that it has addresses of.
+    #[must_use]
+    pub fn families(&self) -> Families {
+        self.families
+    }
+
+    /// Its namespace.
+    #[must_use]
+    pub fn netns(&self) -> &Netns {
+        &self.netns
+    }
+
+    /// What the runtime tells the plugins about it.
+    #[must_use]
+    pub fn sandbox(&self) -> &Sandbox {
+        &self.sandbox
+    }
+
+    /// Its node.
+    #[must_use]
+    pub fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+
+    /// Its addresses.
+    #[must_use]
+    pub fn addresses(&self) -> &[IpAddr] {
+        &self.addresses
+    }
+
+    /// Its address of a family.
+    pub fn address(&self, family: Family) -> Result<IpAddr> {
+        let found = self.addresses.iter().copied().find(|ip| ip.is_ipv4() == (family == Family::Ipv4));
+        found.with_context(|| format!("pod {} has no {family} address", self.identity))
+    }
+
+    /// Where others reach a port of it.
+    pub fn endpoint(&self, family: Family, port: u16) -> Result<SocketAddr> {
+        Ok(SocketAddr::new(self.address(family)?, port))
+    }
+
+    /// Runs our plugin's ADD alone, on the namespace as it is.
+    pub fn enrol(&self) -> Result<()> {
+        self.enrolled.store(true, Ordering::Relaxed);
+        self.chain.only(REDIRECT).add(self.node.netns(), &self.sandbox, Some(&self.result)).map(drop)
+    }
+
+    /// Runs our plugin's DEL alone; the pod lives on.
+    pub fn unenrol(&self) -> Result<()> {
+        self.chain.only(REDIRECT).del(self.node.netns(), &self.sandbox, Some(&self.result))
+    }
+
+    /// Runs the chain's CHECK.
+    pub fn check(&self) -> Result<()> {
+        self.chain.check(self.node.netns(), &self.sandbox, &self.result)
+    }
+
+    /// Ends the pod and gives its addresses back, but leaves our plugin's DEL for later.
+    pub fn end_without_del(mut self) -> Result<Remains> {
+        self.attached = false;
+        self.chain.without(REDIRECT).del(self.node.netns(), &self.sandbox, Some(&self.result))?;
+        Ok(Remains {
+            chain: self.chain.only(REDIRECT),
+            sandbox: Sandbox { netns: None, ..self.sandbox.clone() },
+            result: self.result.clone(),
+            node: self.node.clone(),
+        })
+    }
+
+    /// Runs the whole chain's DEL.
+    pub fn delete(&mut self) -> Result<()> {
+        self.attached = false;
+        let enrolled = self.enrolled.load(Ordering::Relaxed);
+        let chain = if enrolled { self.chain.clone() } else { self.chain.without(REDIRECT) };
+        chain.del(self.node.netns(), &self.sandbox, Some(&self.result))
+    }
+
+    /// Connects from the pod.
+    pub fn connect(&self, stack: Stack, to: SocketAddr) -> Result<Connection> {
+        Connection::open(&self.netns, stack, to)
+    }
+
+    /// Listens in the pod on a free port; the server's greeting is the pod's name.
+    pub fn listen(&self, stack: Stack) -> Result<Server> {
+        Server::start(&self.netns, stack, 0, &self.identity.name)
+    }
+
+    /// The proxy's connections of this pod to a destination, at least one.
+    pub fn proxied(&self, direction: Direction, to: SocketAddr) -> Result<Vec<Entry>> {
+        let what = format!("{direction:?} {} to {to}", self.identity);
+        self.node.access_log().connections(&what, |entry| self.is_mine(entry, direction, to))
+    }
+
+    /// As [`Pod::proxied`], once there are so many; an error if there are more. The log is written with a delay.
+    pub fn proxied_times(&self, direction: Direction, to: SocketAddr, times: usize) -> Result<Vec<Entry>> {
+        let mut found = Vec::new();
+        let what = format!("{times} access log entries of {direction:?} {} to {to}", self.identity);
+        let reached = wait::until_true(&what, Duration::from_secs(3), || {
+            found = self.proxied_so_far(direction, to)?;
+            Ok(found.len() >= times)
+        });
+        reached.with_context(|| format!("{found:#?}"))?;
+        ensure!(found.len() == times, "not {what} but {found:#?}");
+        Ok(found)
+    }
+
+    /// As [`Pod::proxied`], without waiting.
+    pub fn proxied_so_far(&self, direction: Direction, to: SocketAddr) -> Result<Vec<Entry>> {
+        self.node.access_log().connections_so_far(|entry| self.is_mine(entry, direction, to))
+    }
+
+    /// Every connection of this pod that a proxy had so far, whichever way.
+    pub fn proxied_at_all(&self) -> Result<Vec<Entry>> {
+        self.node.access_log().connections_so_far(|entry| entry.pod == self.identity.to_string())
+    }
+
+    fn is_mine(&self, entry: &Entry, direction: Direction, to: SocketAddr) -> bool {
+        entry.pod == self.identity.to_string()
+            && entry.direction == direction
+            && canonical(entry.original_destination) == to
+    }
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        if self.attached
+            && let Err(error) = self.delete()
+        {
+            eprintln!("end of pod {}: {error:#}", self.identity);
+        }
+    }
+}
+
+/// What the runtime still knows of a pod that is gone.
+#[derive(Debug)]
+pub struct Remains {
+    chain: Chain,
+    sandbox: Sandbox,
+    result: Value,
+    node: Arc<Node>,
+}
+
+impl Remains {
+    /// Runs our plugin's DEL, without a namespace.
+    pub fn delete(&self) -> Result<()> {
+        self.chain.del(self.node.netns(), &self.sandbox, Some(&self.result))
+    }
+}
+
+fn sandbox(identity: &PodIdentity, container_id: &str, netns: PathBuf) -> Sandbox {
+    Sandbox {
+        container_id: container_id.to_owned(),
+        netns: Some(netns),
+        interface: "eth0".to_owned(),
+        arguments: format!(
+            "IgnoreUnknown=1;K8S_POD_NAMESPACE={};K8S_POD_NAME={};K8S_POD_INFRA_CONTAINER_ID={container_id};K8S_POD_UID={}",
+            identity.namespace, identity.name, identity.uid
+        ),
+    }
+}
+
+fn addresses(result: &Value) -> Result<Vec<IpAddr>> {
+    let ips = result["ips"].as_array().context("the chain's result has addresses")?;
+    let parse = |ip: &Value| -> Result<IpAddr> {
+        let text = ip["address"].as_str().context("an address")?;
+        let (address, _) = text.split_once('/').context("an address with a prefix")?;
+        Ok(address.parse()?)
+    };
+    ips.iter().map(parse).collect()
+}

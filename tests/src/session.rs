@@ -1,0 +1,181 @@
+//! What one test process has in common: its cgroup, the binaries under test, and the check at the end.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result, anyhow};
+use tempfile::TempDir;
+
+use crate::cgroup::{self, Cgroup, PREFIX};
+use crate::kernel::Objects;
+
+/// The binaries under test.
+#[derive(Clone, Debug)]
+pub struct Binaries {
+    /// `redirect`.
+    pub redirect: PathBuf,
+    /// `redirect-cni`.
+    pub plugin: PathBuf,
+    /// The node proxy; the same as `redirect` for the embedded one.
+    pub proxy: PathBuf,
+    /// The applications of [`crate::testbed`] as a program.
+    pub testbed: PathBuf,
+}
+
+impl Binaries {
+    /// Those that `REDIRECT_BIN`, `REDIRECT_CNI_BIN` and `REDIRECT_PROXY_BIN` name, by default the release build of
+    /// this workspace.
+    #[must_use]
+    pub fn from_env() -> Self {
+        let release = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("target").join("release");
+        let named = |variable, default: PathBuf| std::env::var_os(variable).map_or(default, PathBuf::from);
+        let redirect = named("REDIRECT_BIN", release.join("redirect"));
+        Self {
+            plugin: named("REDIRECT_CNI_BIN", release.join("redirect-cni")),
+            proxy: named("REDIRECT_PROXY_BIN", redirect.clone()),
+            testbed: named("REDIRECT_TESTBED_BIN", testbed()),
+            redirect,
+        }
+    }
+
+    /// What is missing of them.
+    pub fn check(&self) -> Result<()> {
+        for path in [&self.redirect, &self.plugin, &self.proxy] {
+            if !path.is_file() {
+                return Err(anyhow!("{} is missing: build it with `cargo xtask build`", path.display()));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Cargo puts it beside the programs, whose own is one directory further down for tests.
+fn testbed() -> PathBuf {
+    let own = std::env::current_exe().unwrap_or_default();
+    let directories = own.ancestors().skip(1).take(2).map(|directory| directory.join("testbed"));
+    directories.into_iter().find(|path| path.is_file()).unwrap_or_else(|| "testbed".into())
+}
+
+/// A run of tests or of the demo.
+#[derive(Debug)]
+pub struct Session {
+    binaries: Binaries,
+    directory: TempDir,
+    home: PathBuf,
+    nodes: AtomicU8,
+    made: Mutex<Vec<Objects>>,
+    // Fields are dropped in this order: the inner cgroup goes before the outer one.
+    applications: Cgroup,
+    cgroup: Cgroup,
+}
+
+impl Session {
+    /// Moves this process, and with it every application in the pods, to a cgroup of its own.
+    pub fn start(binaries: Binaries) -> Result<Arc<Self>> {
+        cgroup::sweep()?;
+        sweep_directories()?;
+        let directory =
+            tempfile::Builder::new().prefix(&format!("{PREFIX}{}-", std::process::id())).tempdir()?;
+        if let Ok(plugin) = binaries.plugin.canonicalize() {
+            symlink(plugin, directory.path().join(crate::cni::REDIRECT))?;
+        }
+        let home = cgroup::current()?;
+        let cgroup = Cgroup::for_this_process()?;
+        let applications = cgroup.child("applications")?;
+        cgroup::enter(applications.path())?;
+        Ok(Arc::new(Self {
+            binaries,
+            directory,
+            home,
+            nodes: AtomicU8::new(0),
+            made: Mutex::default(),
+            applications,
+            cgroup,
+        }))
+    }
+
+    /// The binaries under test.
+    #[must_use]
+    pub fn binaries(&self) -> &Binaries {
+        &self.binaries
+    }
+
+    /// The cgroup that holds every process of the session.
+    #[must_use]
+    pub fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
+
+    /// The cgroup of this process and of the applications.
+    #[must_use]
+    pub fn applications(&self) -> &Cgroup {
+        &self.applications
+    }
+
+    /// A directory for files of the session.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Where the plugins of the chain are.
+    #[must_use]
+    pub fn plugin_directories(&self) -> Vec<PathBuf> {
+        let installed = ["/usr/lib/cni", "/opt/cni/bin", "/usr/libexec/cni"].map(PathBuf::from);
+        let installed = installed.into_iter().filter(|path| path.is_dir());
+        [self.directory.path().to_owned()].into_iter().chain(installed).collect()
+    }
+
+    /// A number for a node, which its address ranges are made of.
+    pub(crate) fn next_node(&self) -> Result<u8> {
+        let number = self.nodes.fetch_add(1, Ordering::Relaxed);
+        if number == u8::MAX { Err(anyhow!("too many nodes in one run")) } else { Ok(number) }
+    }
+
+    /// Remembers what an agent made, for [`Session::leftovers`].
+    pub(crate) fn remember(&self, objects: Objects) {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner).push(objects);
+    }
+
+    /// Whatever should be gone once every node is: BPF objects, cgroups, child processes.
+    pub fn leftovers(&self) -> Result<Vec<String>> {
+        let mut left = Vec::new();
+        for objects in self.made.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            left.extend(objects.wait_until_gone().err().map(|error| format!("{error:#}")));
+        }
+        for entry in fs::read_dir(self.cgroup.path())?.flatten().filter(|entry| entry.path().is_dir()) {
+            if entry.path() != self.applications.path() {
+                left.push(format!("cgroup {}", entry.path().display()));
+            }
+        }
+        let others = self.applications.processes()?.into_iter().filter(|&pid| pid != std::process::id());
+        left.extend(others.map(|pid| format!("process {pid}")));
+        Ok(left)
+    }
+}
+
+/// Removes the directories of tests that were killed.
+fn sweep_directories() -> Result<()> {
+    for entry in fs::read_dir(std::env::temp_dir())?.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some((process, _)) = name.strip_prefix(PREFIX).and_then(|rest| rest.split_once('-')) else {
+            continue;
+        };
+        if !Path::new("/proc").join(process).exists() {
+            // Another test may be sweeping as well.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+    Ok(())
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if let Err(error) = cgroup::enter(&self.home).context("leave the session's cgroup") {
+            eprintln!("{error:#}");
+        }
+    }
+}

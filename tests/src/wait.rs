@@ -1,0 +1,62 @@
+//! Waiting for something to become true, with a deadline.
+
+use std::time::{Duration, Instant};
+use std::{io, thread};
+
+use anyhow::{Result, bail};
+
+use crate::signals;
+
+/// How long to wait for something that should happen at once on a busy machine.
+pub const SOON: Duration = Duration::from_secs(5);
+
+/// How long a child needs from fork to exec on a busy machine.
+const MOMENT: Duration = Duration::from_secs(1);
+
+const INTERVAL: Duration = Duration::from_millis(5);
+
+/// Asks `ready` again and again until it has an answer. `what` completes the sentence "no … within 5 s".
+pub fn until<T>(what: &str, limit: Duration, mut ready: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let start = Instant::now();
+    loop {
+        signals::check()?;
+        if let Some(answer) = ready()? {
+            return Ok(answer);
+        }
+        if start.elapsed() > limit {
+            bail!("no {what} within {limit:?}");
+        }
+        thread::sleep(INTERVAL);
+    }
+}
+
+/// Waits for something that must be over before the next guard may act: signals do not cut it short.
+pub fn for_cleanup(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
+    let start = Instant::now();
+    while !done() {
+        if start.elapsed() > limit {
+            return false;
+        }
+        thread::sleep(INTERVAL);
+    }
+    true
+}
+
+/// Binds again while the address is in use, for a moment: a child that another test just forked holds copies of this
+/// process's sockets until it executes its program, also of those that were closed meanwhile.
+pub fn until_bound<T>(mut bind: impl FnMut() -> Result<io::Result<T>>) -> Result<io::Result<T>> {
+    let start = Instant::now();
+    loop {
+        match bind()? {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && start.elapsed() < MOMENT => {
+                thread::sleep(INTERVAL);
+            }
+            bound => return Ok(bound),
+        }
+    }
+}
+
+/// As [`until`], for a condition.
+pub fn until_true(what: &str, limit: Duration, mut ready: impl FnMut() -> Result<bool>) -> Result<()> {
+    until(what, limit, || Ok(ready()?.then_some(())))
+}

@@ -1,0 +1,125 @@
+//! DNS questions of enrolled pods go to the proxy's resolver, and applications see the servers that they asked.
+
+mod resolvers;
+mod sockets;
+mod steering;
+
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use hickory_proto::rr::RecordType;
+use libtest_mimic::Trial;
+use redirect_tests::access_log::DnsEntry;
+use redirect_tests::dns::{DnsServer, PORT, check_answer, question};
+use redirect_tests::wait::{self, SOON};
+use redirect_tests::{Families, Node, Pod, Stack};
+use socket2::{Socket, Type};
+
+use crate::context::Context;
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    [sockets::trials(context), steering::trials(context), resolvers::trials(context)]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+/// A pod that asks, a server that it asks, and the server that the proxy asks instead.
+struct Scene {
+    stack: Stack,
+    pod: Pod,
+    upstream: Arc<DnsServer>,
+    asked: DnsServer,
+    /// The pod in which the asked server is.
+    other: Pod,
+}
+
+impl Scene {
+    fn new(node: &Arc<Node>, families: Families, stack: Stack) -> Result<Self> {
+        let other = node.plain("server", Families::Dual)?;
+        let asked = DnsServer::everywhere(other.netns())?;
+        Ok(Self { stack, pod: node.enrolled("client", families)?, upstream: node.dns()?, asked, other })
+    }
+
+    /// The asked server's address.
+    fn server(&self) -> Result<SocketAddr> {
+        self.other.endpoint(self.stack.family(), PORT)
+    }
+
+    /// Three addresses: the asked server's, the gateway's, and one where nobody is.
+    fn servers(&self) -> Result<[SocketAddr; 3]> {
+        let node = self.pod.node();
+        let of = |host| SocketAddr::new(node.address(self.stack.family(), host), PORT);
+        Ok([self.server()?, SocketAddr::new(node.gateway(self.stack.family()), PORT), of(0x3fee)])
+    }
+
+    /// A UDP socket of the pod.
+    fn socket(&self) -> Result<UdpSocket> {
+        let socket = self.pod.netns().run(|| Socket::new(self.stack.domain(), Type::DGRAM, None))??;
+        socket.set_read_timeout(Some(SOON))?;
+        Ok(socket.into())
+    }
+
+    /// An address as the pod's sockets spell it.
+    fn spell(&self, address: SocketAddr) -> SocketAddr {
+        self.stack.spell(address)
+    }
+
+    /// Checks that the question was answered by way of the proxy, and by nobody else.
+    fn was_resolved(&self, name: &str, transport: &str) -> Result<DnsEntry> {
+        let pod = self.pod.identity().to_string();
+        let entry = wait::until("access log entry of the question", SOON, || {
+            let mut questions = self.pod.node().access_log().questions()?.into_iter();
+            Ok(questions.find(|entry| entry.pod == pod && is_name(entry, name)))
+        })?;
+        ensure!(entry.uid == self.pod.identity().uid, "{entry:?}");
+        ensure!(entry.family == self.stack.family().name(), "{entry:?}");
+        ensure!(entry.transport == transport, "{entry:?}");
+        ensure!(entry.upstream.is_some(), "{entry:?}");
+        let heard = self.upstream.heard_of(name);
+        ensure!(!heard.is_empty(), "the proxy's server heard nothing of {name}");
+        ensure!(
+            heard.iter().all(|heard| self.pod.addresses().contains(&heard.from.ip())),
+            "the proxy asks from the pod, not so: {heard:?}"
+        );
+        self.server_heard_nothing()?;
+        Ok(entry)
+    }
+
+    /// Checks that no question got past the proxy.
+    fn server_heard_nothing(&self) -> Result<()> {
+        ensure!(self.asked.heard().is_empty(), "the asked server heard {:?}", self.asked.heard());
+        Ok(())
+    }
+}
+
+fn is_name(entry: &DnsEntry, name: &str) -> bool {
+    entry.name.as_deref().is_some_and(|found| found.eq_ignore_ascii_case(name))
+}
+
+/// A name that no other test asks for.
+fn fresh_name(label: &str) -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    format!("{label}-{}.test.", NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// A question about a name that no other test asks for.
+fn fresh_question(label: &str) -> Result<(String, Vec<u8>)> {
+    let name = fresh_name(label);
+    let bytes = question(&name, RecordType::A)?;
+    Ok((name, bytes))
+}
+
+/// Waits for an answer and says from whom it is.
+fn answer_to(question: &[u8], socket: &UdpSocket) -> Result<SocketAddr> {
+    let mut buffer = [0; 4096];
+    let (length, from) = socket.recv_from(&mut buffer).context("no answer")?;
+    check_answer(question, &buffer[..length])?;
+    Ok(from)
+}
+
+/// How long to wait for what must not come.
+const A_WHILE: Duration = Duration::from_millis(300);

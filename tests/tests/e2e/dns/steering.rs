@@ -1,0 +1,178 @@
+//! Which questions go to the proxy's resolver, and what becomes of them without one.
+
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use libtest_mimic::Trial;
+use redirect_tests::connection::dial;
+use redirect_tests::dns::{DnsServer, PORT, check_answer, read_framed, write_framed};
+use redirect_tests::wait::SOON;
+use redirect_tests::{Direction, Families, Node, NodeOptions, Stack};
+
+use super::{A_WHILE, Scene, answer_to, fresh_question};
+use crate::context::{Context, for_every_kind, for_every_stack};
+
+pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    let mut trials = for_every_kind(context, "dns::loopback_is_left_alone", loopback);
+    trials.extend(for_every_kind(context, "dns::own_address_is_left_alone", own_address));
+    trials.extend(for_every_stack(context, "dns::switched_off", |context, stack| {
+        goes_past_the_resolver(context, stack, |_| vec!["--dns=false".to_owned()], Some(Direction::Outbound))
+    }));
+    trials.extend(for_every_stack(context, "dns::excluded_port", |context, stack| {
+        goes_past_the_resolver(context, stack, |_| vec!["--exclude-outbound-ports=53".to_owned()], None)
+    }));
+    trials.extend(for_every_stack(context, "dns::excluded_network", |context, stack| {
+        let networks = |node: &Node| {
+            let networks =
+                [redirect_ebpf::Family::Ipv4, redirect_ebpf::Family::Ipv6].map(|family| node.subnet(family));
+            vec![format!("--exclude-outbound-networks={}", networks.join(","))]
+        };
+        goes_past_the_resolver(context, stack, networks, None)
+    }));
+    trials.extend(for_every_stack(context, "dns::without_proxy_questions_fail", without_proxy));
+    trials.extend(for_every_stack(context, "dns::not_enrolled", not_enrolled));
+    trials
+}
+
+fn loopback(context: &Context, families: Families, stack: Stack) -> Result<()> {
+    stays_inside(context, families, stack, |_| Ok(stack.loopback()))?;
+    if stack.family() == redirect_ebpf::Family::Ipv4 {
+        // Where systemd-resolved is.
+        stays_inside(context, families, stack, |_| Ok(IpAddr::from([127, 0, 0, 53])))?;
+    }
+    Ok(())
+}
+
+fn own_address(context: &Context, families: Families, stack: Stack) -> Result<()> {
+    stays_inside(context, families, stack, |scene| scene.pod.address(stack.family()))
+}
+
+fn stays_inside(
+    context: &Context,
+    families: Families,
+    stack: Stack,
+    address: impl FnOnce(&Scene) -> Result<IpAddr>,
+) -> Result<()> {
+    let scene = Scene::new(&context.node()?, families, stack)?;
+    let server = SocketAddr::new(address(&scene)?, PORT);
+    let inside = DnsServer::start(scene.pod.netns(), server)?;
+    for connect in [true, false] {
+        let socket = scene.socket()?;
+        let (name, question) = fresh_question("inside")?;
+        if connect {
+            socket.connect(scene.spell(server))?;
+            socket.send(&question)?;
+        } else {
+            socket.send_to(&question, scene.spell(server))?;
+        }
+        ensure!(answer_to(&question, &socket)? == scene.spell(server));
+        let [heard] = &inside.heard_of(&name)[..] else { bail!("{:?}", inside.heard()) };
+        ensure!(heard.from.port() == socket.local_addr()?.port(), "somebody was in between: {heard:?}");
+    }
+    let mut stream = scene.pod.netns().run(|| dial(stack, server, SOON))??;
+    let (name, question) = fresh_question("inside")?;
+    write_framed(&mut stream, &question)?;
+    check_answer(&question, &read_framed(&mut stream)?)?;
+    let [heard] = &inside.heard_of(&name)[..] else { bail!("{:?}", inside.heard()) };
+    ensure!(heard.from.port() == stream.local_addr()?.port(), "somebody was in between: {heard:?}");
+    Ok(())
+}
+
+/// With these arguments of the agent, questions go to the server itself; by TCP as the ordinary connections that they
+/// are then.
+fn goes_past_the_resolver(
+    context: &Context,
+    stack: Stack,
+    arguments: impl FnOnce(&Node) -> Vec<String>,
+    tcp: Option<Direction>,
+) -> Result<()> {
+    let nothing = NodeOptions { agent: false, proxy: false, ..NodeOptions::default() };
+    let node = Node::with(&context.session()?, nothing)?;
+    node.start_agent(&arguments(&node))?;
+    node.start_proxy()?;
+    let scene = Scene::new(&node, Families::Dual, stack)?;
+    let server = scene.server()?;
+    for connect in [true, false] {
+        let socket = scene.socket()?;
+        let (name, question) = fresh_question("past")?;
+        if connect {
+            socket.connect(scene.spell(server))?;
+            socket.send(&question)?;
+        } else {
+            socket.send_to(&question, scene.spell(server))?;
+        }
+        ensure!(answer_to(&question, &socket)? == scene.spell(server));
+        let [heard] = &scene.asked.heard_of(&name)[..] else { bail!("{:?}", scene.asked.heard()) };
+        ensure!(heard.from.port() == socket.local_addr()?.port(), "somebody was in between: {heard:?}");
+    }
+    let mut stream = scene.pod.netns().run(|| dial(stack, server, SOON))??;
+    let (name, question) = fresh_question("past")?;
+    write_framed(&mut stream, &question)?;
+    check_answer(&question, &read_framed(&mut stream)?)?;
+    ensure!(scene.asked.heard_of(&name).len() == 1);
+    ensure!(scene.upstream.heard().is_empty(), "{:?}", scene.upstream.heard());
+    match tcp {
+        Some(direction) => ensure!(scene.pod.proxied(direction, server)?.len() == 1),
+        None => ensure!(scene.pod.proxied_at_all()?.is_empty()),
+    }
+    ensure!(node.access_log().questions()?.is_empty());
+    Ok(())
+}
+
+fn without_proxy(context: &Context, stack: Stack) -> Result<()> {
+    let node = Node::start(&context.session()?)?;
+    let scene = Scene::new(&node, Families::Dual, stack)?;
+    let server = scene.server()?;
+    node.kill_proxy()?;
+    let (_, question) = fresh_question("nobody")?;
+
+    let connected = scene.socket()?;
+    connected.connect(scene.spell(server))?;
+    connected.send(&question)?;
+    let error = connected.recv(&mut [0; 512]).err().context("an answer without a proxy")?;
+    ensure!(error.kind() == ErrorKind::ConnectionRefused, "{error}");
+
+    let unconnected = scene.socket()?;
+    unconnected.set_read_timeout(Some(A_WHILE))?;
+    unconnected.send_to(&question, scene.spell(server))?;
+    let error = unconnected.recv(&mut [0; 512]).err().context("an answer without a proxy")?;
+    ensure!(error.kind() == ErrorKind::WouldBlock, "{error}");
+
+    let start = Instant::now();
+    let error =
+        scene.pod.netns().run(|| dial(stack, server, SOON))?.err().context("a connection without a proxy")?;
+    ensure!(error.kind() == ErrorKind::ConnectionRefused, "{error}");
+    ensure!(start.elapsed() < Duration::from_secs(1), "only after {:?}", start.elapsed());
+    scene.server_heard_nothing()?;
+    ensure!(scene.upstream.heard().is_empty());
+
+    node.start_proxy()?;
+    for socket in [&connected, &unconnected] {
+        socket.set_read_timeout(Some(SOON))?;
+        let (name, question) = fresh_question("again")?;
+        if socket.peer_addr().is_ok() {
+            socket.send(&question)?;
+        } else {
+            socket.send_to(&question, scene.spell(server))?;
+        }
+        ensure!(answer_to(&question, socket)? == scene.spell(server));
+        scene.was_resolved(&name, "udp")?;
+    }
+    Ok(())
+}
+
+fn not_enrolled(context: &Context, stack: Stack) -> Result<()> {
+    let node = context.node()?;
+    let scene = Scene::new(&node, Families::Dual, stack)?;
+    scene.pod.unenrol()?;
+    let socket = scene.socket()?;
+    let (name, question) = fresh_question("plain")?;
+    socket.send_to(&question, scene.spell(scene.server()?))?;
+    ensure!(answer_to(&question, &socket)? == scene.spell(scene.server()?));
+    let [heard] = &scene.asked.heard_of(&name)[..] else { bail!("{:?}", scene.asked.heard()) };
+    ensure!(heard.from.port() == socket.local_addr()?.port());
+    Ok(())
+}

@@ -1,0 +1,117 @@
+//! Which sockets are the proxy's own: not those that only look like it.
+
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, ensure};
+use libtest_mimic::Trial;
+use redirect_ebpf::constants::{MARK_CAPTURE, MARK_DELIVERY, MARK_MASK, MARK_PROXY};
+use redirect_tests::{Caller, Direction, Families, Node, Stack};
+
+use crate::context::{Context, for_every_kind, for_every_stack};
+use crate::{inbound, outbound};
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    let marks =
+        [("proxys", MARK_PROXY), ("delivery", MARK_DELIVERY), ("capture", MARK_CAPTURE), ("own", 0x7)];
+    for (word, mark) in marks {
+        let test = move |context: &Context, stack: Stack| marked(context, stack, mark);
+        trials.extend(for_every_stack(context, &format!("identity::{word}_mark_is_captured"), test));
+    }
+    trials.extend(for_every_stack(context, "identity::mark_at_own_address_stays_inside", own_address));
+    trials.extend(for_every_kind(context, "identity::proxy_in_a_new_cgroup", new_cgroup));
+    trials.extend(for_every_stack(context, "identity::cgroup_of_a_proxy_that_is_gone", gone));
+    trials.extend(for_every_stack(context, "identity::mark_alone_suffices_if_wanted", mark_suffices));
+    trials
+}
+
+/// The bits that are not ours survive.
+fn marked(context: &Context, stack: Stack, mark: u32) -> Result<()> {
+    const OTHERS: u32 = 0xabcd_e000;
+    let kept = outbound::marked(context, stack, mark | OTHERS)?;
+    ensure!(kept & !MARK_MASK == OTHERS, "the application's mark became {kept:#x}");
+    ensure!(kept & MARK_MASK == MARK_CAPTURE, "the mark is {kept:#x}");
+    Ok(())
+}
+
+/// A mark of ours must not take a pod's connection to itself on a way through the proxy.
+fn own_address(context: &Context, stack: Stack) -> Result<()> {
+    let node = context.node()?;
+    let pod = node.enrolled("pod", Families::Dual)?;
+    let caller = Caller::new(node.session(), &format!("marked-{}", pod.identity().name))?;
+    let listening = pod.listen(stack)?;
+    let to = pod.endpoint(stack.family(), listening.port())?;
+    for mark in [MARK_PROXY, MARK_DELIVERY, MARK_CAPTURE] {
+        let answer = caller.call_with_mark(pod.netns(), stack, to, mark)?;
+        ensure!(answer.is_direct(), "mark {mark:#x}: {answer:?}");
+    }
+    ensure!(pod.proxied_at_all()?.is_empty(), "{:#?}", pod.proxied_at_all()?);
+    Ok(())
+}
+
+/// A container that is started again has another cgroup.
+fn new_cgroup(context: &Context, families: Families, stack: Stack) -> Result<()> {
+    let session = context.session()?;
+    // They outlive the node, and with it the last proxy.
+    let cgroup =
+        |number| session.cgroup().child(&format!("proxy-{number}-{}-{}", families.label(), stack.label()));
+    let cgroups = [cgroup(1)?, cgroup(2)?];
+    let node = Node::start(&session)?;
+    let (pod, other) = (node.enrolled("pod", families)?, node.plain("other", Families::Dual)?);
+    outbound::passes_the_proxy_once(&pod, &other, stack)?;
+    for cgroup in &cgroups {
+        node.kill_proxy()?;
+        node.start_proxy_in(cgroup)?;
+        let proxies = node.status()?.proxies;
+        let path = cgroup.path().display().to_string();
+        let known =
+            proxies.iter().filter_map(|proxy| proxy.cgroup.as_ref()).any(|known| path.ends_with(known));
+        ensure!(known, "{proxies:#?}");
+        outbound::passes_the_proxy_once(&pod, &other, stack)?;
+        inbound::passes_the_proxy_once(other.netns(), &pod, stack)?;
+    }
+    Ok(())
+}
+
+/// A cgroup of the same name is not the same cgroup.
+fn gone(context: &Context, stack: Stack) -> Result<()> {
+    let node = Node::start(&context.session()?)?;
+    let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    let name = format!("second-proxy-of-{}", node.netns().name());
+    node.kill_proxy()?;
+    let cgroup = node.session().cgroup().child(&name)?;
+    node.start_proxy_in(&cgroup)?;
+    outbound::passes_the_proxy_once(&pod, &other, stack)?;
+    node.kill_proxy()?;
+    drop(cgroup);
+
+    let impostor = Caller::new(node.session(), &name)?;
+    let listening = other.listen(stack)?;
+    let to = other.endpoint(stack.family(), listening.port())?;
+    let answer = impostor.call_with_mark(pod.netns(), stack, to, MARK_PROXY)?;
+    ensure!(answer.error.is_some(), "past the proxy that is away: {answer:?}");
+    ensure!(listening.accepted().is_empty(), "{:?}", listening.accepted());
+
+    node.start_proxy()?;
+    let answer = impostor.call_with_mark(pod.netns(), stack, to, MARK_PROXY)?;
+    ensure!(answer.error.is_none() && !answer.is_direct(), "{answer:?}");
+    pod.proxied_times(Direction::Outbound, to, 1).map(drop)
+}
+
+/// For proxies that have no cgroup of their own.
+fn mark_suffices(context: &Context, stack: Stack) -> Result<()> {
+    let node = Node::with_arguments(&context.session()?, &["--proxy-identity", "mark"])?;
+    let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    // Away from where it connected to the agent.
+    let processes = node.session().applications().path().join("cgroup.procs");
+    std::fs::write(processes, node.proxy_pid()?.to_string()).context("move the proxy")?;
+    outbound::passes_the_proxy_once(&pod, &other, stack)?;
+    inbound::passes_the_proxy_once(other.netns(), &pod, stack)?;
+    // That is what the setting costs.
+    let impostor = Caller::new(node.session(), &format!("impostor-of-{}", node.netns().name()))?;
+    let listening = other.listen(stack)?;
+    let to = other.endpoint(stack.family(), listening.port())?;
+    let answer = impostor.call_with_mark(pod.netns(), stack, to, MARK_PROXY)?;
+    ensure!(answer.is_direct(), "{answer:?}");
+    Ok(())
+}

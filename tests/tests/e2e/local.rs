@@ -1,0 +1,41 @@
+//! What never leaves the pod is left alone.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use anyhow::{Result, ensure};
+use libtest_mimic::Trial;
+use redirect_tests::stack::canonical;
+use redirect_tests::{Families, Pod, Stack};
+
+use crate::context::{Context, for_every_kind};
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    let mut trials = for_every_kind(context, "local::loopback", loopback);
+    trials.extend(for_every_kind(context, "local::own_address", own_address));
+    trials
+}
+
+fn loopback(context: &Context, families: Families, stack: Stack) -> Result<()> {
+    let pod = context.node()?.enrolled("pod", families)?;
+    stays_inside(&pod, stack, stack.loopback())
+}
+
+fn own_address(context: &Context, families: Families, stack: Stack) -> Result<()> {
+    let pod = context.node()?.enrolled("pod", families)?;
+    let address = pod.address(stack.family())?;
+    stays_inside(&pod, stack, address)
+}
+
+fn stays_inside(pod: &Pod, stack: Stack, address: IpAddr) -> Result<()> {
+    let listening = pod.listen(stack)?;
+    let to = (address, listening.port()).into();
+    let mut connection = pod.connect(stack, to)?;
+    connection.exchange("hello")?;
+    // To the port: a proxy in between would have come from another.
+    ensure!(connection.heard.peer == canonical(connection.local_name), "{:?}", connection.heard);
+    ensure!(connection.heard.local == to, "{:?}", connection.heard);
+    ensure!(listening.accepted().len() == 1);
+    ensure!(pod.proxied_at_all()?.is_empty(), "{:#?}", pod.proxied_at_all()?);
+    Ok(())
+}

@@ -1,0 +1,84 @@
+//! End-to-end tests: a real agent, a real node proxy, the real plugin in a real CNI chain, real sockets.
+//!
+//! They need root, the usual CNI plugins, bpftool and the release build of this workspace. Without them they are
+//! skipped, visibly; with `REDIRECT_E2E=require` they fail instead.
+
+mod closed_ports;
+mod context;
+mod dns;
+mod eaddrinuse;
+mod enrolment;
+mod exclusions;
+mod fragments;
+mod harness;
+mod identity;
+mod inbound;
+mod leftovers;
+mod limits;
+mod local;
+mod nodes;
+mod odd_sockets;
+mod outbound;
+mod port_guard;
+mod probes;
+mod proxy_ports;
+mod raw;
+mod reports;
+mod restarts;
+mod streams;
+mod syn_flood;
+mod tc_method;
+mod time_wait;
+mod without_ipv6;
+mod without_proxy;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use libtest_mimic::{Arguments, Trial};
+use redirect_tests::signals;
+
+use crate::context::Context;
+
+fn main() -> anyhow::Result<ExitCode> {
+    let mut arguments = Arguments::from_args();
+    // Most tests wait for the kernel or for another process most of the time.
+    arguments.test_threads.get_or_insert(4);
+    signals::install()?;
+    let context = Arc::new(Context::new());
+    let trials = [
+        harness::trials(&context),
+        leftovers::trials(&context),
+        outbound::trials(&context),
+        inbound::trials(&context),
+        local::trials(&context),
+        dns::trials(&context),
+        streams::trials(&context),
+        nodes::trials(&context),
+        enrolment::trials(&context),
+        restarts::trials(&context),
+        limits::trials(&context),
+        reports::trials(&context),
+        eaddrinuse::trials(&context),
+        port_guard::trials(&context),
+        tc_method::trials(&context),
+        probes::trials(&context),
+        exclusions::trials(&context),
+        odd_sockets::trials(&context),
+        fragments::trials(&context),
+        syn_flood::trials(&context),
+        identity::trials(&context),
+        without_proxy::trials(&context),
+        proxy_ports::trials(&context),
+        time_wait::trials(&context),
+        closed_ports::trials(&context),
+        without_ipv6::trials(&context),
+    ];
+    let trials: Vec<Trial> = trials.into_iter().flatten().collect();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    let left = context.finish()?;
+    for thing in &left {
+        eprintln!("left behind: {thing}");
+    }
+    Ok(if conclusion.has_failed() || !left.is_empty() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}

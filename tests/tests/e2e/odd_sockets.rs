@@ -1,0 +1,198 @@
+//! Sockets that connect in an unusual way. None of them may reach its destination past the proxy without being counted.
+//!
+//! What Istio's iptables rules (OUTPUT and PREROUTING of the pod's `nat` table) do is told for comparison.
+
+mod marks;
+mod nested;
+mod others;
+mod ways;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use std::{io, thread};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use libtest_mimic::Trial;
+use redirect_ebpf::{Direction as Way, Reason, Verdict};
+use redirect_tests::stack::canonical;
+use redirect_tests::wait::SOON;
+use redirect_tests::{Connection, Direction, Families, Netns, Node, Pod, Server, Stack, wait};
+use socket2::{Protocol, Socket, Type};
+
+use crate::context::Context;
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    [ways::trials(context), marks::trials(context), others::trials(context), nested::trials(context)]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+/// How long something is waited for that must not happen: longer than the first retransmission of a SYN takes.
+const LONG_ENOUGH: Duration = Duration::from_millis(1500);
+
+/// An enrolled client, and a server outside the mesh that it may reach through the proxy only.
+struct Scene {
+    stack: Stack,
+    client: Pod,
+    server: Pod,
+    listening: Server,
+    to: SocketAddr,
+    /// The segments that the server's namespace had received before.
+    segments: u64,
+}
+
+impl Scene {
+    /// On the node that all tests share.
+    fn on_shared(context: &Context, stack: Stack) -> Result<Self> {
+        let node = context.node()?;
+        let client = node.enrolled("client", Families::Dual)?;
+        Self::with(client, &node, stack)
+    }
+
+    /// On a node of its own, for tests that count, or that stop the proxy.
+    fn alone(context: &Context, stack: Stack) -> Result<Self> {
+        let node = Node::start(&context.session()?)?;
+        let client = node.enrolled("client", Families::Dual)?;
+        Self::with(client, &node, stack)
+    }
+
+    fn with(client: Pod, node: &Arc<Node>, stack: Stack) -> Result<Self> {
+        let server = node.plain("server", Families::Dual)?;
+        let listening = server.listen(stack)?;
+        let to = server.endpoint(stack.family(), listening.port())?;
+        let segments = segments_received(server.netns())?;
+        Ok(Self { stack, client, server, listening, to, segments })
+    }
+
+    /// The destination as the client's socket spells it.
+    fn destination(&self) -> SocketAddr {
+        self.stack.spell(self.to)
+    }
+
+    /// A socket of the client's.
+    fn socket(&self) -> Result<Socket> {
+        socket_in(self.client.netns(), self.stack)
+    }
+
+    /// The connection came to the server once, by way of the proxy.
+    fn is_captured(&self, mut connection: Connection) -> Result<()> {
+        connection.exchange("hello")?;
+        ensure!(connection.peer_name == self.destination(), "getpeername says {}", connection.peer_name);
+        let source = canonical(connection.local_name);
+        let entries = self.client.proxied(Direction::Outbound, self.to)?;
+        let [entry] = &entries[..] else { bail!("not one entry but {entries:#?}") };
+        ensure!(entry.source == source, "{source} is not the source of {entry:#?}");
+        self.came_by_the_proxy(&[connection])
+    }
+
+    /// Exactly these connections came to the server, and none of them from the client itself.
+    fn came_by_the_proxy(&self, connections: &[Connection]) -> Result<()> {
+        let accepted = self.listening.accepted();
+        ensure!(accepted.len() == connections.len(), "the server accepted {accepted:?}");
+        for connection in connections {
+            ensure!(accepted.contains(&connection.heard), "{:?} is not in {accepted:?}", connection.heard);
+            ensure!(connection.heard.peer != canonical(connection.local_name), "the client came itself");
+        }
+        self.were_proxied(connections.len())
+    }
+
+    /// The proxy had so many connections of the client's to the server, and no more.
+    fn were_proxied(&self, wanted: usize) -> Result<()> {
+        // The access log may be a moment behind.
+        let mut proxied = 0;
+        let enough = wait::until_true("line in the access log", SOON, || {
+            proxied = self.client.proxied_so_far(Direction::Outbound, self.to)?.len();
+            Ok(proxied >= wanted)
+        });
+        enough.with_context(|| format!("{proxied} of {wanted} connections were proxied"))?;
+        ensure!(proxied == wanted, "{proxied} connections were proxied instead of {wanted}");
+        Ok(())
+    }
+
+    /// Not a single segment came to the server, and there is a count of what was dropped, for this reason.
+    fn was_held(&self, way: Way, reason: Reason) -> Result<()> {
+        ensure!(self.listening.accepted().is_empty(), "the server accepted {:?}", self.listening.accepted());
+        let segments = segments_received(self.server.netns())? - self.segments;
+        ensure!(segments == 0, "{segments} segments came to the server");
+        let dropped = self.dropped(way, reason)?;
+        ensure!(dropped > 0, "nothing was counted as {}", reason.label());
+        Ok(())
+    }
+
+    /// How many packets of the family the node's programs have dropped for this reason.
+    fn dropped(&self, way: Way, reason: Reason) -> Result<u64> {
+        dropped(self.client.node(), self.stack, way, reason)
+    }
+}
+
+/// A stream socket of a namespace.
+fn socket_in(netns: &Netns, stack: Stack) -> Result<Socket> {
+    Ok(netns.run(|| Socket::new(stack.domain(), Type::STREAM, Some(Protocol::TCP)))??)
+}
+
+/// How many packets of the family the node's programs have dropped for this reason.
+pub(crate) fn dropped(node: &Node, stack: Stack, way: Way, reason: Reason) -> Result<u64> {
+    let status = node.status()?;
+    let counts = status.counters.iter().filter(|counter| {
+        counter.family == stack.family().name()
+            && counter.direction == way.label()
+            && counter.verdict == Verdict::Dropped.label()
+            && counter.reason == reason.label()
+    });
+    Ok(counts.map(|counter| counter.connections).sum())
+}
+
+/// The TCP segments that a namespace has received, of both families.
+pub(crate) fn segments_received(netns: &Netns) -> Result<u64> {
+    netns.statistic("snmp", "Tcp", "InSegs")
+}
+
+/// Begins to connect and does not wait.
+fn begin(socket: &Socket, to: SocketAddr) -> Result<()> {
+    socket.set_nonblocking(true)?;
+    match socket.connect(&to.into()) {
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => Ok(()),
+        result => bail!("connect() of a non-blocking socket: {result:?}"),
+    }
+}
+
+/// Waits for the end of what [`begin`] began.
+fn end(socket: Socket, limit: Duration) -> Result<Connection> {
+    let connected = wait::until("connection", limit, || {
+        if let Some(error) = socket.take_error()? {
+            return Err(error.into());
+        }
+        Ok(socket.peer_addr().is_ok().then_some(()))
+    });
+    connected?;
+    socket.set_nonblocking(false)?;
+    greet(socket)
+}
+
+/// Waits for the greeting of the server that the socket is connected to.
+fn greet(socket: Socket) -> Result<Connection> {
+    socket.set_read_timeout(Some(SOON))?;
+    socket.set_write_timeout(Some(SOON))?;
+    Connection::greeted(socket.into())
+}
+
+/// Connects within a limit, on a socket as it is.
+fn connect(socket: Socket, to: SocketAddr) -> Result<Connection> {
+    socket.connect_timeout(&to.into(), SOON)?;
+    greet(socket)
+}
+
+/// That an attempt to connect does not succeed.
+fn fails(socket: &Socket, to: SocketAddr) -> Result<io::Error> {
+    match socket.connect_timeout(&to.into(), LONG_ENOUGH) {
+        Ok(()) => bail!("the connection to {to} was made"),
+        Err(error) => Ok(error),
+    }
+}
+
+/// Lets time pass in which a SYN would be sent again.
+fn let_it_retry() {
+    thread::sleep(LONG_ENOUGH);
+}

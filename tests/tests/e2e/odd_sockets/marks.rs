@@ -1,0 +1,131 @@
+//! Processes that meddle with what steers their connections. Docker's and Kubernetes' default capabilities are enough for
+//! some of it: CAP_NET_RAW allows SO_MARK and raw sockets.
+
+use std::io::Write as _;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use libtest_mimic::Trial;
+use redirect_ebpf::constants::{MARK_CAPTURE, MARK_DELIVERY, MARK_PROXY};
+use redirect_ebpf::{Direction as Way, Reason};
+use redirect_tests::wait::SOON;
+use redirect_tests::{Direction, Stack};
+
+use super::{LONG_ENOUGH, Scene, begin, connect, end, fails, let_it_retry, segments_received};
+use crate::context::{Context, for_every_stack};
+use crate::raw;
+
+pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    type Test = fn(&Context, Stack) -> Result<()>;
+    let tests: [(&str, Test); 8] = [
+        ("mark_cleared_while_connecting", |context, stack| mark_changed_while_connecting(context, stack, 0)),
+        ("mark_forged_while_connecting", |context, stack| {
+            mark_changed_while_connecting(context, stack, MARK_PROXY)
+        }),
+        ("mark_of_a_delivery_while_connecting", |context, stack| {
+            mark_changed_while_connecting(context, stack, MARK_DELIVERY)
+        }),
+        ("mark_restored_while_connecting", mark_restored_while_connecting),
+        ("mark_cleared_when_connected", |context, stack| mark_changed_when_connected(context, stack, 0)),
+        ("mark_of_somebody_else_when_connected", |context, stack| {
+            mark_changed_when_connected(context, stack, 0x42)
+        }),
+        ("rule_of_the_pod", rule_of_the_pod),
+        ("raw_packet", raw_packet),
+    ];
+    tests
+        .into_iter()
+        .flat_map(|(name, test)| for_every_stack(context, &format!("odd_sockets::{name}"), test))
+        .collect()
+}
+
+/// While the proxy is down a SYN waits; a process that has CAP_NET_RAW takes the mark off its socket, or puts the proxy's
+/// on it, so that the retransmission takes the way out of the pod. It is dropped at the egress: the proxy's sockets are
+/// known by the cgroup of their creator. Istio: without a mark the retransmission meets the rule again; with 0x539 it
+/// passes by, and reaches the destination past the proxy.
+fn mark_changed_while_connecting(context: &Context, stack: Stack, mark: u32) -> Result<()> {
+    let scene = Scene::alone(context, stack)?;
+    scene.client.node().kill_proxy()?;
+    let socket = scene.socket()?;
+    begin(&socket, scene.destination())?;
+    socket.set_mark(mark)?;
+    let_it_retry();
+    if mark == MARK_DELIVERY {
+        // It has a rule as well, which leads to nobody: the destination is an address of somebody else.
+        ensure!(scene.listening.accepted().is_empty());
+        ensure!(segments_received(scene.server.netns())? == scene.segments);
+        return Ok(());
+    }
+    scene.was_held(Way::Outbound, Reason::Unmarked)
+}
+
+/// With its mark back the connection goes on as it would have: to the proxy, once there is one.
+fn mark_restored_while_connecting(context: &Context, stack: Stack) -> Result<()> {
+    let scene = Scene::alone(context, stack)?;
+    scene.client.node().kill_proxy()?;
+    let socket = scene.socket()?;
+    begin(&socket, scene.destination())?;
+    socket.set_mark(0)?;
+    let_it_retry();
+    scene.was_held(Way::Outbound, Reason::Unmarked)?;
+    scene.client.node().start_proxy()?;
+    socket.set_mark(MARK_CAPTURE)?;
+    scene.is_captured(end(socket, Duration::from_secs(10))?)
+}
+
+/// A proxied connection whose socket gets another mark has no way to the proxy any more. Its segments would go out to a
+/// destination that knows nothing of it: data in the open. They are dropped, so that the connection stalls until it times
+/// out. Istio: it goes on, for its rules are on conntrack entries, not on marks.
+fn mark_changed_when_connected(context: &Context, stack: Stack, mark: u32) -> Result<()> {
+    let scene = Scene::alone(context, stack)?;
+    let connection = connect(scene.socket()?, scene.destination())?;
+    // What comes to a server that knows nothing of it is answered by a reset.
+    let resets = || scene.server.netns().statistic("snmp", "Tcp", "OutRsts");
+    let before = resets()?;
+    socket2::SockRef::from(connection.stream()).set_mark(mark)?;
+    connection.stream().write_all(b"in the open\n")?;
+    let_it_retry();
+    let strayed = resets()? - before;
+    ensure!(strayed == 0, "{strayed} segments came to the server");
+    ensure!(scene.dropped(Way::Outbound, Reason::Unmarked)? > 0, "nothing was counted");
+    // What the connection was is what it can be again.
+    socket2::SockRef::from(connection.stream()).set_mark(MARK_CAPTURE)?;
+    connection.stream().set_read_timeout(Some(SOON))?;
+    let mut connection = connection;
+    connection.hears("in the open")?;
+    scene.came_by_the_proxy(&[connection])
+}
+
+/// A process with CAP_NET_ADMIN in the pod puts a routing rule before ours. Istio: no effect, it has no rule for outbound
+/// connections; but the same process can remove its iptables rules.
+fn rule_of_the_pod(context: &Context, stack: Stack) -> Result<()> {
+    let scene = Scene::alone(context, stack)?;
+    let netns = scene.client.netns();
+    for family in ["-4", "-6"] {
+        netns.ip(&format!("{family} rule add pref 10 lookup main"))?;
+    }
+    fails(&scene.socket()?, scene.destination())?;
+    scene.was_held(Way::Outbound, Reason::Unmarked)?;
+    ensure!(scene.client.proxied_so_far(Direction::Outbound, scene.to)?.is_empty());
+    for family in ["-4", "-6"] {
+        netns.ip(&format!("{family} rule del pref 10 lookup main"))?;
+    }
+    scene.is_captured(connect(scene.socket()?, scene.destination())?)
+}
+
+/// A SYN from a raw socket (CAP_NET_RAW) is no `connect()`. Istio: redirected as any other packet; the process never sees
+/// the answer that it expects.
+fn raw_packet(context: &Context, stack: Stack) -> Result<()> {
+    let scene = Scene::alone(context, stack)?;
+    let source: IpAddr = scene.client.address(stack.family())?;
+    let syn = raw::syn(source.to_canonical(), 40_000, scene.to, 1);
+    for mark in [0, MARK_PROXY] {
+        scene.client.netns().run(|| raw::send_marked(&syn, scene.to.ip(), mark))??;
+    }
+    std::thread::sleep(LONG_ENOUGH / 5);
+    scene.was_held(Way::Outbound, Reason::Unmarked)?;
+    ensure!(scene.dropped(Way::Outbound, Reason::Unmarked)? >= 2);
+    Ok(())
+}

@@ -1,0 +1,132 @@
+//! Packets that no socket would send, from raw sockets.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use anyhow::{Result, ensure};
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// TCP.
+const TCP: u8 = 6;
+/// The fragment header of IPv6.
+const FRAGMENT: u8 = 44;
+
+/// A SYN, its IP header included.
+pub(crate) fn syn(source: IpAddr, source_port: u16, to: SocketAddr, sequence: u32) -> Vec<u8> {
+    packet(source, to.ip(), TCP, &syn_segment(source, source_port, to, sequence))
+}
+
+/// The SYN without its IP header; the options make it long enough to be cut in two.
+fn syn_segment(source: IpAddr, source_port: u16, to: SocketAddr, sequence: u32) -> Vec<u8> {
+    let mut segment = Vec::with_capacity(32);
+    segment.extend(source_port.to_be_bytes());
+    segment.extend(to.port().to_be_bytes());
+    segment.extend(sequence.to_be_bytes());
+    // Acknowledgement; eight words of header, SYN; window; checksum, urgent pointer; a maximum segment size.
+    segment.extend([0, 0, 0, 0, 0x80, 0x02, 0xff, 0xff, 0, 0, 0, 0, 2, 4, 0x05, 0x00]);
+    // No operation.
+    segment.extend([1; 8]);
+    let checksum = checksum(source, to.ip(), &segment);
+    segment[16..18].copy_from_slice(&checksum.to_be_bytes());
+    segment
+}
+
+/// The SYN in two fragments: the first ends behind `first` bytes of the TCP header, a multiple of eight.
+pub(crate) fn fragmented_syn(
+    source: IpAddr,
+    source_port: u16,
+    to: SocketAddr,
+    identification: u16,
+    first: usize,
+) -> [Vec<u8>; 2] {
+    let segment = syn_segment(source, source_port, to, 1);
+    let (head, tail) = segment.split_at(first);
+    [(0, true, head), (first, false, tail)].map(|(offset, more, part)| match to.ip() {
+        IpAddr::V4(_) => {
+            let mut packet = packet(source, to.ip(), TCP, part);
+            packet[4..6].copy_from_slice(&identification.to_be_bytes());
+            let field = (offset as u16 / 8) | if more { 0x2000 } else { 0 };
+            packet[6..8].copy_from_slice(&field.to_be_bytes());
+            packet
+        }
+        IpAddr::V6(_) => {
+            let mut payload = vec![TCP, 0];
+            payload.extend((offset as u16 | u16::from(more)).to_be_bytes());
+            payload.extend(u32::from(identification).to_be_bytes());
+            payload.extend(part);
+            packet(source, to.ip(), FRAGMENT, &payload)
+        }
+    })
+}
+
+/// A packet with its IP header.
+fn packet(source: IpAddr, to: IpAddr, protocol: u8, payload: &[u8]) -> Vec<u8> {
+    let length = payload.len() as u16;
+    let mut packet = match (source, to) {
+        (IpAddr::V4(source), IpAddr::V4(to)) => ipv4_header(source, to, protocol, 20 + length),
+        (IpAddr::V6(source), IpAddr::V6(to)) => ipv6_header(source, to, protocol, length),
+        _ => unreachable!("addresses of one family"),
+    };
+    packet.extend(payload);
+    packet
+}
+
+/// The kernel fills in the checksum.
+fn ipv4_header(source: Ipv4Addr, to: Ipv4Addr, protocol: u8, length: u16) -> Vec<u8> {
+    let [high, low] = length.to_be_bytes();
+    let mut header = vec![0x45, 0, high, low, 0x12, 0x34, 0, 0, 64, protocol, 0, 0];
+    header.extend(source.octets());
+    header.extend(to.octets());
+    header
+}
+
+fn ipv6_header(source: Ipv6Addr, to: Ipv6Addr, next_header: u8, length: u16) -> Vec<u8> {
+    let [high, low] = length.to_be_bytes();
+    let mut header = vec![0x60, 0, 0, 0, high, low, next_header, 64];
+    header.extend(source.octets());
+    header.extend(to.octets());
+    header
+}
+
+/// TCP's checksum, with the addresses.
+fn checksum(source: IpAddr, to: IpAddr, segment: &[u8]) -> u16 {
+    let mut bytes = Vec::new();
+    for address in [source, to] {
+        match address {
+            IpAddr::V4(v4) => bytes.extend(v4.octets()),
+            IpAddr::V6(v6) => bytes.extend(v6.octets()),
+        }
+    }
+    bytes.extend([0, TCP]);
+    bytes.extend((segment.len() as u16).to_be_bytes());
+    bytes.extend(segment);
+    let words = bytes.chunks(2).map(|pair| match *pair {
+        [high, low] => u32::from(u16::from_be_bytes([high, low])),
+        [high] => u32::from(u16::from_be_bytes([high, 0])),
+        _ => 0,
+    });
+    let mut sum: u32 = words.sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !(sum as u16)
+}
+
+/// A raw socket in the namespace of the calling thread that sends packets with their IP header.
+pub(crate) fn socket(to: IpAddr) -> io::Result<Socket> {
+    // The protocol "raw" is for sending alone, and the header is part of the packet.
+    let domain = if to.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
+    let socket = Socket::new(domain, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;
+    if to.is_ipv6() {
+        socket.set_header_included_v6(true)?;
+    }
+    Ok(socket)
+}
+
+/// Sends one packet from the namespace of the calling thread.
+pub(crate) fn send_marked(packet: &[u8], to: IpAddr, mark: u32) -> Result<()> {
+    let socket = socket(to)?;
+    socket.set_mark(mark)?;
+    ensure!(socket.send_to(packet, &SocketAddr::new(to, 0).into())? == packet.len());
+    Ok(())
+}

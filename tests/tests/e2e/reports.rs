@@ -1,0 +1,137 @@
+//! What `redirect status` and `redirect pods` say is what the kernel holds.
+
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, ensure};
+use libtest_mimic::Trial;
+use redirect_ebpf::constants::{RULE_PRIORITY_CAPTURE, RULE_PRIORITY_DELIVERY};
+use redirect_ebpf::count::Reason;
+use redirect_ebpf::{Direction, Family, Verdict};
+use redirect_tests::kernel::{Footprint, bpftool};
+use redirect_tests::{Families, Node, Stack};
+use redirect_user::wire::Status;
+
+use crate::context::{Context, for_every_stack, trial};
+use crate::{inbound, outbound};
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    let mut trials = vec![
+        trial(context, "reports::status_agrees_with_the_kernel", status),
+        trial(context, "reports::pods_agree_with_the_kernel", pods),
+        trial(context, "reports::an_absent_agent_is_an_error", absent_agent),
+    ];
+    trials.extend(for_every_stack(context, "reports::connections_are_counted", counters));
+    trials
+}
+
+fn status(context: &Context) -> Result<()> {
+    let session = context.session()?;
+    let node = Node::start(&session)?;
+    let _pods = [node.enrolled("one", Families::Dual)?, node.enrolled("two", Families::V6Only)?];
+    let status = node.status()?;
+    ensure!(node.with_agent(|agent| Ok(agent.process().pid()))? == status.pid);
+    ensure!(status.cgroup == session.cgroup().path().display().to_string(), "{}", status.cgroup);
+    ensure!(!status.programs.is_empty() && !status.maps.is_empty());
+
+    let (programs, links, maps) = (bpftool("prog")?, bpftool("link")?, bpftool("map")?);
+    for report in &status.programs {
+        let program = programs.iter().find(|program| program["id"] == report.id);
+        let program = program.with_context(|| format!("{report:?} is not in the kernel"))?;
+        ensure!(program["name"] == report.name.as_str(), "{report:?} is {program}");
+        let attached = links.iter().filter(|link| link["prog_id"] == report.id).count();
+        // Filters of a kernel without tcx are no links.
+        ensure!(attached == report.links || !status.tcx, "{attached} links of {report:?}");
+    }
+    let ids = node.with_agent(|agent| agent.objects())?.maps;
+    for report in &status.maps {
+        let found = maps.iter().any(|map| {
+            map["id"].as_u64().is_some_and(|id| ids.iter().any(|&own| u64::from(own) == id))
+                && map["name"].as_str().is_some_and(|name| report.name.starts_with(name))
+                && map["max_entries"] == report.capacity
+        });
+        ensure!(found, "{report:?} is not in the kernel");
+        ensure!(report.entries <= report.capacity as usize, "{report:?}");
+    }
+    let [proxy] = &status.proxies[..] else { anyhow::bail!("{:#?}", status.proxies) };
+    ensure!(proxy.synced && proxy.acknowledged == 2 && proxy.refused.is_empty(), "{proxy:#?}");
+    ensure!(proxy.cgroup.as_ref().is_some_and(|cgroup| cgroup.contains("/proxy-")), "{proxy:#?}");
+    Ok(())
+}
+
+fn pods(context: &Context) -> Result<()> {
+    let node = context.node()?;
+    for families in Families::ALL {
+        let pod = node.enrolled("pod", families)?;
+        let report = node.report(&pod)?.context("the agent does not know the pod")?;
+        ensure!(report.pod.to_string() == pod.identity().to_string());
+        ensure!(report.addresses == pod.addresses(), "{:?}", report.addresses);
+        ensure!(report.netns_cookie == pod.netns().cookie()?, "{}", report.netns_cookie);
+        ensure!(report.interfaces == ["eth0"], "{:?}", report.interfaces);
+        ensure!(report.proxy == Ok(()), "{:?}", report.proxy);
+        let names: Vec<_> = families.iter().map(|family| family.name().to_owned()).collect();
+        ensure!(report.steered == names, "{:?}", report.steered);
+        let [attachment] = &report.attachments[..] else { anyhow::bail!("{:?}", report.attachments) };
+        ensure!(attachment.container_id == pod.sandbox().container_id && attachment.interface == "eth0");
+
+        let footprint = Footprint::of(pod.netns())?;
+        // Both families are caught, also one that the pod has no address of.
+        let caught = Family::ALL.len();
+        for priority in [RULE_PRIORITY_CAPTURE, RULE_PRIORITY_DELIVERY] {
+            let rules = footprint.rules.iter().filter(|rule| rule["priority"] == priority).count();
+            ensure!(rules == caught, "{rules} rules of priority {priority} for {names:?}");
+        }
+        // And for sockets that are bound to eth0, where the pod has an address.
+        ensure!(footprint.routes.len() == caught + names.len(), "{:#?}", footprint.routes);
+    }
+    Ok(())
+}
+
+fn absent_agent(context: &Context) -> Result<()> {
+    let socket = std::env::temp_dir().join("no-such-directory/agent.sock");
+    for what in ["status", "pods"] {
+        let redirect = context.session()?.binaries().redirect.clone();
+        let output = std::process::Command::new(redirect).arg(what).arg("--socket").arg(&socket).output()?;
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(!output.status.success(), "redirect {what} succeeded");
+        ensure!(text.contains(&socket.display().to_string()), "the socket is not in {text:?}");
+    }
+    Ok(())
+}
+
+fn counters(context: &Context, stack: Stack) -> Result<()> {
+    let node = Node::start(&context.session()?)?;
+    let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    let family = stack.family();
+    let before = node.status()?;
+    outbound::passes_the_proxy_once(&pod, &other, stack)?;
+    inbound::passes_the_proxy_once(other.netns(), &pod, stack)?;
+    let after = node.status()?;
+    for direction in [Direction::Outbound, Direction::Inbound] {
+        let grown = steered(&after, family, direction) - steered(&before, family, direction);
+        ensure!(grown == 1, "{family} {} grew by {grown}: {:#?}", direction.label(), after.counters);
+    }
+    let other = if family == Family::Ipv4 { Family::Ipv6 } else { Family::Ipv4 };
+    ensure!(steered(&after, other, Direction::Outbound) == 0, "{:#?}", after.counters);
+    Ok(())
+}
+
+fn steered(status: &Status, family: Family, direction: Direction) -> u64 {
+    counted(status, family, direction, Verdict::Steered, Reason::Enrolled)
+}
+
+/// How many connections the agent counted so.
+pub(crate) fn counted(
+    status: &Status,
+    family: Family,
+    direction: Direction,
+    verdict: Verdict,
+    reason: Reason,
+) -> u64 {
+    let counts = status.counters.iter().filter(|counter| {
+        counter.family == family.name()
+            && counter.direction == direction.label()
+            && counter.verdict == verdict.label()
+            && counter.reason == reason.label()
+    });
+    counts.map(|counter| counter.connections).sum()
+}

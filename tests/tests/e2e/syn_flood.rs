@@ -1,0 +1,107 @@
+//! Spoofed SYNs fill the queues of the proxy's listener; clients get in all the same, by SYN cookies.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use libtest_mimic::Trial;
+use redirect_ebpf::Family;
+use redirect_tests::{Connection, Direction, Families, Netns, Node, Stack};
+
+use crate::context::{Context, for_every_stack};
+use crate::raw;
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    for_every_stack(context, "syn_flood::clients_get_in", clients_get_in)
+}
+
+/// No more than these are sent, however long the clients take.
+const SPOOFED: u64 = 20_000;
+const CLIENTS: usize = 100;
+
+/// Sources that do not exist: nobody answers the handshake, or resets it.
+fn spoofed(family: Family, number: u64) -> IpAddr {
+    let [.., c, d] = number.to_be_bytes();
+    match family {
+        Family::Ipv4 => [198, 18, c, d].into(),
+        Family::Ipv6 => [0x2001, 0x0db8, 0, 0, 0, 0, u16::from(c), u16::from(d)].into(),
+    }
+}
+
+fn clients_get_in(context: &Context, stack: Stack) -> Result<()> {
+    let node = Node::start(&context.session()?)?;
+    let outside = Netns::new("outside")?;
+    node.attach(&outside, "outside")?;
+    let pod = node.plain("pod", Families::Dual)?;
+    // Before the proxy listens: queues of a few places, and cookies once they are full.
+    for (name, value) in
+        [("net.core.somaxconn", "8"), ("net.ipv4.tcp_max_syn_backlog", "8"), ("net.ipv4.tcp_syncookies", "1")]
+    {
+        pod.netns().set_sysctl(name, value)?;
+    }
+    pod.enrol()?;
+    let listening = pod.listen(stack)?;
+    let to = pod.endpoint(stack.family(), listening.port())?;
+    drop(Connection::open(&outside, stack, to)?);
+
+    let cookies = |name| pod.netns().statistic("netstat", "TcpExt", name);
+    let (sent_before, used_before) = (cookies("SyncookiesSent")?, cookies("SyncookiesRecv")?);
+    let (sent, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    let began = Instant::now();
+    let times = thread::scope(|scope| {
+        let flood = scope.spawn(|| outside.run(|| flood(stack.family(), to, &sent, &stop)));
+        while sent.load(Ordering::Relaxed) < 500 && !flood.is_finished() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let times = (0..CLIENTS).map(|_| one_client(&outside, stack, to)).collect::<Result<Vec<_>>>();
+        stop.store(true, Ordering::Relaxed);
+        flood.join().map_err(|_| anyhow!("the flood panicked"))???;
+        times
+    })?;
+    let elapsed = began.elapsed();
+    let (given, used) = (cookies("SyncookiesSent")? - sent_before, cookies("SyncookiesRecv")? - used_before);
+    let sent = sent.load(Ordering::Relaxed);
+    let slowest = times.iter().max().context("clients")?;
+    println!(
+        "{stack}: {CLIENTS} clients within {elapsed:?} of {sent} spoofed SYNs ({:.0} a second), slowest {slowest:?}; \
+         cookies given {given}, used {used}",
+        sent as f64 / elapsed.as_secs_f64()
+    );
+    ensure!(used >= CLIENTS as u64 / 2, "only {used} connections by cookie: the queues were not full");
+    let proxied = pod.proxied(Direction::Inbound, to)?;
+    ensure!(proxied.len() == 1 + CLIENTS, "{} connections came to the proxy", proxied.len());
+    ensure!(listening.accepted().len() == 1 + CLIENTS, "{} came on", listening.accepted().len());
+    Ok(())
+}
+
+fn one_client(outside: &Netns, stack: Stack, to: SocketAddr) -> Result<Duration> {
+    // Spread over the flood.
+    thread::sleep(Duration::from_millis(10));
+    let began = Instant::now();
+    let mut connection = Connection::open(outside, stack, to)?;
+    connection.exchange("hello")?;
+    ensure!(connection.heard.peer.port() != connection.local_name.port(), "{:?}", connection.heard);
+    Ok(began.elapsed())
+}
+
+fn flood(family: Family, to: SocketAddr, sent: &AtomicU64, stop: &AtomicBool) -> Result<()> {
+    let socket = raw::socket(to.ip())?;
+    let destination = SocketAddr::new(to.ip(), 0).into();
+    for number in 0..SPOOFED {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let port = 1024 + (number % 60_000) as u16;
+        let syn = raw::syn(spoofed(family, number), port, to, number as u32);
+        socket.send_to(&syn, &destination)?;
+        sent.fetch_add(1, Ordering::Relaxed);
+        if number % 20 == 0 {
+            // About 20,000 a second: a flood, but not one of the machine.
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+    Ok(())
+}

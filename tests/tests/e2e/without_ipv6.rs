@@ -1,0 +1,153 @@
+//! One family alone: pods and nodes without IPv6, pods without IPv4.
+
+use std::fs;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use libtest_mimic::Trial;
+use redirect_ebpf::{Direction as Way, Family, Reason};
+use redirect_tests::connection::dial;
+use redirect_tests::{Families, Node, NodeOptions, Pod, Stack};
+
+use crate::context::{Context, trial};
+use crate::odd_sockets::dropped;
+use crate::{inbound, outbound, restarts};
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    type Test = fn(&Context) -> Result<()>;
+    let tests: [(&str, Test); 7] = [
+        ("off_in_the_pod", off_in_the_pod),
+        ("off_on_the_pods_lo", off_on_the_pods_lo),
+        ("off_on_lo_of_a_pod_with_addresses", off_on_lo_of_a_pod_with_addresses),
+        ("off_on_the_pods_device", off_on_the_pods_device),
+        ("link_local_alone", link_local_alone),
+        ("off_on_the_node", off_on_the_node),
+        ("without_ipv4", without_ipv4),
+    ];
+    tests.into_iter().map(|(name, test)| trial(context, format!("without_ipv6::{name}"), test)).collect()
+}
+
+/// Long enough for the neighbours of an address that is new to find each other.
+const PATIENCE: Duration = Duration::from_millis(2500);
+
+/// What speaks IPv4.
+const IPV4: [Stack; 2] = [Stack::V4, Stack::Mapped];
+
+/// Captured both ways by these stacks.
+fn works(pod: &Pod, other: &Pod, stacks: &[Stack]) -> Result<()> {
+    for &stack in stacks {
+        outbound::passes_the_proxy_once(pod, other, stack)?;
+        inbound::passes_the_proxy_once(other.netns(), pod, stack)?;
+    }
+    Ok(())
+}
+
+/// A pod without our plugin, with IPv6 off in some places of its namespace.
+fn pod_with_ipv6_off(node: &Arc<Node>, families: Families, scopes: &[&str]) -> Result<Pod> {
+    let pod = node.plain("pod", families)?;
+    for scope in scopes {
+        pod.netns().set_sysctl(&format!("net.ipv6.conf.{scope}.disable_ipv6"), "1")?;
+    }
+    Ok(pod)
+}
+
+fn agent_says(node: &Node, pod: &Pod, what: &str) -> Result<()> {
+    let log = fs::read_to_string(node.dir().join("agent.log"))?;
+    let name = pod.identity().to_string();
+    let said = log.lines().any(|line| line.contains(what) && line.contains(&name));
+    ensure!(said, "no line with {what:?} and {name:?} in the agent's log:\n{log}");
+    Ok(())
+}
+
+fn off_in_the_pod(context: &Context) -> Result<()> {
+    let node = context.node()?;
+    let other = node.plain("other", Families::Dual)?;
+    let pod = pod_with_ipv6_off(&node, Families::V4Only, &["all", "default", "lo"])?;
+    pod.enrol()?;
+    agent_says(&node, &pod, "IPv6 is off on the pod's lo")?;
+    works(&pod, &other, &IPV4)
+}
+
+/// Its device speaks IPv6 all the same. An address that it gets later is no way around the proxy, in either direction.
+fn off_on_the_pods_lo(context: &Context) -> Result<()> {
+    let node = Node::start(&context.session()?)?;
+    let other = node.plain("other", Families::Dual)?;
+    let pod = pod_with_ipv6_off(&node, Families::V4Only, &["lo"])?;
+    pod.enrol()?;
+    agent_says(&node, &pod, "IPv6 is off on the pod's lo")?;
+    works(&pod, &other, &IPV4)?;
+
+    let late = node.address(Family::Ipv6, 0x3e00);
+    pod.netns().ip(&format!("address add {late}/64 dev eth0 nodad"))?;
+    let (listening, other_listening) = (pod.listen(Stack::V6)?, other.listen(Stack::V6)?);
+    let attempts = [
+        (pod.netns(), other.endpoint(Family::Ipv6, other_listening.port())?, Way::Outbound, Reason::Unmarked),
+        (other.netns(), (late, listening.port()).into(), Way::Inbound, Reason::NoListener),
+    ];
+    for (netns, to, way, reason) in attempts {
+        let outcome = netns.run(|| dial(Stack::V6, to, PATIENCE))?;
+        ensure!(outcome.is_err(), "the {} connection to {to} was made", way.label());
+        let dropped = dropped(&node, Stack::V6, way, reason)?;
+        ensure!(dropped > 0, "nothing was counted as {} {}: {outcome:?}", way.label(), reason.label());
+    }
+    ensure!(listening.accepted().is_empty() && other_listening.accepted().is_empty());
+    Ok(())
+}
+
+/// Half of it could not be steered: it is refused, with what is to be done.
+fn off_on_lo_of_a_pod_with_addresses(context: &Context) -> Result<()> {
+    let node = context.node()?;
+    let pod = pod_with_ipv6_off(&node, Families::Dual, &["lo"])?;
+    let text = restarts::message(pod.enrol())?;
+    let name = pod.identity().to_string();
+    for wanted in [name.as_str(), "IPv6", "net.ipv6.conf.lo.disable_ipv6=0"] {
+        ensure!(text.contains(wanted), "{wanted} is not in {text:?}");
+    }
+    pod.netns().set_sysctl("net.ipv6.conf.lo.disable_ipv6", "0")?;
+    pod.enrol().context("with IPv6 on lo")
+}
+
+fn off_on_the_pods_device(context: &Context) -> Result<()> {
+    let node = context.node()?;
+    let other = node.plain("other", Families::Dual)?;
+    let pod = pod_with_ipv6_off(&node, Families::V4Only, &["eth0"])?;
+    pod.enrol()?;
+    works(&pod, &other, &IPV4)
+}
+
+/// As every pod has one whose node has IPv6 and whose network has not.
+fn link_local_alone(context: &Context) -> Result<()> {
+    let node = context.node()?;
+    let (pod, other) = (node.plain("pod", Families::V4Only)?, node.plain("other", Families::Dual)?);
+    let text = pod.netns().ip("-6 address show dev eth0")?;
+    ensure!(text.contains("fe80::") && !text.contains("global"), "{text}");
+    pod.enrol()?;
+    works(&pod, &other, &IPV4)
+}
+
+fn off_on_the_node(context: &Context) -> Result<()> {
+    let options = NodeOptions { agent: false, proxy: false, ..NodeOptions::default() };
+    let node = Node::with(&context.session()?, options)?;
+    for scope in ["all", "default", "lo"] {
+        node.netns().set_sysctl(&format!("net.ipv6.conf.{scope}.disable_ipv6"), "1")?;
+    }
+    node.start_agent(&[])?;
+    node.start_proxy()?;
+    let pod = node.enrolled("pod", Families::V4Only)?;
+    let other = node.plain("other", Families::V4Only)?;
+    works(&pod, &other, &IPV4)
+}
+
+/// But 127.0.0.1, which the kernel gives every namespace.
+fn without_ipv4(context: &Context) -> Result<()> {
+    let node = context.node()?;
+    let (pod, other) = (node.plain("pod", Families::V6Only)?, node.plain("other", Families::Dual)?);
+    let text = pod.netns().ip("-4 address show")?;
+    ensure!(text.matches("inet ").count() == 1 && text.contains("127.0.0.1/8"), "{text}");
+    pod.enrol()?;
+    works(&pod, &other, &[Stack::V6])?;
+    let report = node.report(&pod)?.context("the agent does not know the pod")?;
+    ensure!(report.steered == ["IPv6"], "{:?}", report.steered);
+    pod.unenrol()
+}

@@ -1,0 +1,137 @@
+//! What becomes of connections while no proxy listens: held or refused, and never plaintext past the proxy.
+
+use std::io::ErrorKind;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use libtest_mimic::Trial;
+use redirect_ebpf::Verdict;
+use redirect_ebpf::count::{self, Reason};
+use redirect_tests::connection::{dial, io_kind};
+use redirect_tests::{Connection, Direction, Families, Node, Pod, Server, Stack};
+
+use crate::context::{Context, for_every_kind};
+use crate::reports::counted;
+use crate::{inbound, outbound};
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for direction in [Direction::Outbound, Direction::Inbound] {
+        let word = label(direction);
+        let hold = move |context: &Context, families: Families, stack: Stack| {
+            held(context, families, stack, direction)
+        };
+        trials.extend(for_every_kind(context, &format!("without_proxy::{word}_is_held"), hold));
+        let refuse = move |context: &Context, families: Families, stack: Stack| {
+            refused(context, families, stack, direction)
+        };
+        trials.extend(for_every_kind(context, &format!("without_proxy::{word}_is_refused"), refuse));
+    }
+    trials
+}
+
+fn label(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Outbound => "outbound",
+        Direction::Inbound => "inbound",
+    }
+}
+
+/// An enrolled pod without its proxy, and a server at the far end of connections of a direction.
+struct Scene {
+    node: Arc<Node>,
+    pod: Pod,
+    other: Pod,
+    listening: Server,
+    to: std::net::SocketAddr,
+    direction: Direction,
+    stack: Stack,
+}
+
+impl Scene {
+    fn new(
+        context: &Context,
+        families: Families,
+        stack: Stack,
+        direction: Direction,
+        arguments: &[&str],
+    ) -> Result<Self> {
+        let node = Node::with_arguments(&context.session()?, arguments)?;
+        let (pod, other) = (node.enrolled("pod", families)?, node.plain("other", Families::Dual)?);
+        let server = if direction == Direction::Outbound { &other } else { &pod };
+        let listening = server.listen(stack)?;
+        let to = server.endpoint(stack.family(), listening.port())?;
+        node.kill_proxy()?;
+        Ok(Self { node, pod, other, listening, to, direction, stack })
+    }
+
+    fn client(&self) -> &Pod {
+        if self.direction == Direction::Outbound { &self.pod } else { &self.other }
+    }
+
+    fn dropped(&self) -> Result<u64> {
+        let direction = match self.direction {
+            Direction::Outbound => count::Direction::Outbound,
+            Direction::Inbound => count::Direction::Inbound,
+        };
+        let status = self.node.status()?;
+        Ok(counted(&status, self.stack.family(), direction, Verdict::Dropped, Reason::NoListener))
+    }
+
+    /// With a proxy again.
+    fn works(&self) -> Result<()> {
+        match self.direction {
+            Direction::Outbound => outbound::passes_the_proxy_once(&self.pod, &self.other, self.stack),
+            Direction::Inbound => inbound::passes_the_proxy_once(self.other.netns(), &self.pod, self.stack),
+        }
+    }
+}
+
+fn held(context: &Context, families: Families, stack: Stack, direction: Direction) -> Result<()> {
+    const DOWN: Duration = Duration::from_millis(500);
+    let scene = Scene::new(context, families, stack, direction, &["--without-proxy", "hold"])?;
+    let connection = thread::scope(|scope| {
+        let netns = scene.client().netns();
+        let attempt =
+            scope.spawn(|| Connection::open_within(netns, stack, scene.to, Duration::from_secs(15)));
+        thread::sleep(DOWN);
+        ensure!(!attempt.is_finished(), "an answer without a proxy: {:?}", attempt.join());
+        ensure!(scene.dropped()? >= 1, "not counted: {:#?}", scene.node.status()?.counters);
+        scene.node.start_proxy()?;
+        attempt.join().map_err(|_| anyhow!("the client panicked"))?
+    })?;
+    ensure!(scene.listening.accepted() == [connection.heard], "{:?}", scene.listening.accepted());
+    scene.pod.proxied_times(direction, scene.to, 1)?;
+    scene.works()
+}
+
+fn refused(context: &Context, families: Families, stack: Stack, direction: Direction) -> Result<()> {
+    const ATTEMPTS: u64 = 3;
+    let scene = Scene::new(context, families, stack, direction, &["--without-proxy", "refuse"])?;
+    for attempt in 1..=ATTEMPTS {
+        let start = Instant::now();
+        let outcome = scene.client().netns().run(|| dial(stack, scene.to, Duration::from_secs(5)))?;
+        let error = outcome.err().context("an answer without a proxy")?;
+        ensure!(error.kind() == ErrorKind::ConnectionRefused, "attempt {attempt}: {error}");
+        ensure!(start.elapsed() < Duration::from_millis(500), "only after {:?}", start.elapsed());
+        let dropped = scene.dropped()?;
+        ensure!(dropped == attempt, "counted {dropped}: {:#?}", scene.node.status()?.counters);
+    }
+    ensure!(scene.listening.accepted().is_empty(), "past the proxy: {:?}", scene.listening.accepted());
+
+    scene.node.start_proxy()?;
+    scene.works()?;
+    // A closed port is refused as ever.
+    let (client, server) = match direction {
+        Direction::Outbound => (&scene.pod, &scene.other),
+        Direction::Inbound => (&scene.other, &scene.pod),
+    };
+    let error = client.connect(stack, server.endpoint(stack.family(), 9)?).err().context("a closed port")?;
+    ensure!(
+        matches!(io_kind(&error), Some(ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset)),
+        "{error:#}"
+    );
+    Ok(())
+}

@@ -1,0 +1,243 @@
+//! Loaded programs, and namespaces to run them in.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::{Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use aya::maps::{HashMap, Map, MapData, PerCpuArray};
+use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
+use aya::{Ebpf, Pod};
+use redirect_ebpf::constants::{MARK_PROXY, PORT_INBOUND, PORT_OUTBOUND};
+use redirect_ebpf::count::{self, Direction, Reason, Verdict};
+use redirect_ebpf::family::Family;
+use redirect_ebpf::maps::{PodAddress, PodFlags};
+use redirect_tests::Netns;
+use redirect_user::agent::linux::{self, Capacities, Settings, TcMethod};
+use socket2::{Domain, Socket, Type};
+
+use crate::packets::{POD_IPV4, POD_IPV6};
+
+/// The TC programs.
+pub(crate) const PROGRAMS: [&str; 6] =
+    ["inbound_ipv4", "inbound_ipv6", "loopback_ipv4", "loopback_ipv6", "egress_ipv4", "egress_ipv6"];
+
+/// The programs and their surroundings.
+pub(crate) struct Bench {
+    programs: Mutex<Ebpf>,
+    counters: PerCpuArray<MapData, u64>,
+    /// A namespace with listeners as a proxy has them.
+    served: Netns,
+    /// One without.
+    deserted: Netns,
+    _listeners: Vec<Socket>,
+}
+
+/// Whether a proxy listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Proxy {
+    /// It does.
+    Listens,
+    /// It does not.
+    Absent,
+}
+
+/// What became of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// The proxy gets it, as an enrolled pod's connection.
+    Steered,
+    /// It goes on, and nobody counted it.
+    Untouched,
+    /// It goes on, and was counted.
+    Passed(Reason),
+    /// It is dropped, and was counted.
+    Dropped(Reason),
+}
+
+/// `TC_ACT_UNSPEC` and `TC_ACT_SHOT`.
+const UNSPEC: u32 = u32::MAX;
+const SHOT: u32 = 2;
+
+/// A count: the family, the way, the verdict and the reason.
+type Counted = (Family, Direction, Verdict, Reason);
+
+impl Bench {
+    pub(crate) fn new() -> Result<Self> {
+        let mut programs = linux::load(&Settings {
+            cgroup: PathBuf::new(),
+            capacities: Capacities { pods: 4, addresses: 4, exclusions: 4 },
+            tc: TcMethod::Clsact,
+            refuse: false,
+            host_cookie: 0,
+            exclusions: BTreeSet::new(),
+        })?;
+        for name in PROGRAMS {
+            let program: &mut SchedClassifier = programs.program_mut(name).context(name)?.try_into()?;
+            program.load().context(name)?;
+        }
+        let (served, deserted) = (Netns::new("served")?, Netns::new("deserted")?);
+        let listeners = [PORT_OUTBOUND, PORT_INBOUND].map(|port| served.run(|| listener(port)));
+        let _listeners = listeners.into_iter().map(|listener| Ok(listener??)).collect::<Result<_>>()?;
+
+        // Which namespace the addresses are of makes no difference here, but that they are a pod's.
+        let cookie = served.cookie()?;
+        insert(&mut programs, "PODS", cookie, redirect_ebpf::maps::Pod { flags: PodFlags::default().0 })?;
+        insert(&mut programs, "POD_IPV4", POD_IPV4, PodAddress { netns_cookie: cookie })?;
+        insert(&mut programs, "POD_IPV6", POD_IPV6, PodAddress { netns_cookie: cookie })?;
+        let counters = PerCpuArray::try_from(take(&mut programs, "COUNTERS")?)?;
+        Ok(Self { programs: Mutex::new(programs), counters, served, deserted, _listeners })
+    }
+
+    /// Runs a program on a packet and tells what became of it. An error if that does not fit together.
+    pub(crate) fn run(&self, name: &str, proxy: Proxy, packet: &[u8], mark: u32) -> Result<Fate> {
+        let programs = self.lock();
+        let before = self.counts()?;
+        let code = self.netns(proxy).run(|| run(&programs, name, packet, mark))??;
+        let after = self.counts()?;
+        let grown: Vec<Counted> = places()
+            .zip(before.iter().zip(&after))
+            .flat_map(|(place, (before, after))| {
+                std::iter::repeat_n(place, usize::try_from(after - before).unwrap_or(usize::MAX))
+            })
+            .collect();
+        let way = if name.starts_with("inbound") { Direction::Inbound } else { Direction::Outbound };
+        let family = if name.ends_with('4') { Family::Ipv4 } else { Family::Ipv6 };
+        match (code, &grown[..]) {
+            (UNSPEC, []) => Ok(Fate::Untouched),
+            (UNSPEC, &[(f, w, Verdict::Steered, Reason::Enrolled)]) if (f, w) == (family, way) => {
+                Ok(Fate::Steered)
+            }
+            (UNSPEC, &[(f, w, Verdict::Passed, reason)]) if (f, w) == (family, way) => {
+                Ok(Fate::Passed(reason))
+            }
+            (SHOT, &[(f, w, Verdict::Dropped, reason)]) if (f, w) == (family, way) => {
+                Ok(Fate::Dropped(reason))
+            }
+            other => anyhow::bail!("{name} returned and counted {other:?}"),
+        }
+    }
+
+    /// Runs a program on many packets: how often it dropped one, and how much it counted.
+    pub(crate) fn run_many(
+        &self,
+        name: &str,
+        proxy: Proxy,
+        mut next: impl FnMut(&mut Vec<u8>) -> Option<u32> + Send,
+    ) -> Result<Many> {
+        let programs = self.lock();
+        let before: u64 = self.counts()?.iter().sum();
+        let mut many = Many::default();
+        self.netns(proxy).run(|| -> Result<()> {
+            let mut packet = Vec::new();
+            while let Some(mark) = next(&mut packet) {
+                match run(&programs, name, &packet, mark)? {
+                    UNSPEC => {}
+                    SHOT => many.dropped += 1,
+                    code => anyhow::bail!("{name} returned {code} on {packet:02x?}"),
+                }
+                many.packets += 1;
+            }
+            Ok(())
+        })??;
+        many.counted = self.counts()?.iter().sum::<u64>() - before;
+        Ok(many)
+    }
+
+    /// How long a program takes for a packet.
+    pub(crate) fn time(&self, name: &str, proxy: Proxy, packet: &[u8], mark: u32) -> Result<Duration> {
+        let programs = self.lock();
+        self.netns(proxy).run(|| test_run(&programs, name, packet, mark, 200_000).map(|(_, time)| time))?
+    }
+
+    fn netns(&self, proxy: Proxy) -> &Netns {
+        match proxy {
+            Proxy::Listens => &self.served,
+            Proxy::Absent => &self.deserted,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Ebpf> {
+        self.programs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn counts(&self) -> Result<Vec<u64>> {
+        places()
+            .map(|(family, way, verdict, reason)| {
+                let place = count::index(family, way, verdict, reason);
+                Ok(self.counters.get(&place, 0)?.iter().sum())
+            })
+            .collect()
+    }
+}
+
+/// What [`Bench::run_many`] saw.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Many {
+    pub(crate) packets: u64,
+    pub(crate) dropped: u64,
+    pub(crate) counted: u64,
+}
+
+impl fmt::Display for Many {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} packets, {} dropped, {} counted", self.packets, self.dropped, self.counted)
+    }
+}
+
+fn places() -> impl Iterator<Item = Counted> {
+    Family::ALL.into_iter().flat_map(|family| {
+        Direction::ALL.iter().flat_map(move |&way| {
+            Verdict::ALL.iter().flat_map(move |&verdict| {
+                Reason::ALL.iter().map(move |&reason| (family, way, verdict, reason))
+            })
+        })
+    })
+}
+
+/// In the namespace of the calling thread.
+fn run(programs: &Ebpf, name: &str, packet: &[u8], mark: u32) -> Result<u32> {
+    test_run(programs, name, packet, mark, 1).map(|(code, _)| code)
+}
+
+fn test_run(programs: &Ebpf, name: &str, packet: &[u8], mark: u32, repeat: u32) -> Result<(u32, Duration)> {
+    let program: &SchedClassifier = programs.program(name).context("a program")?.try_into()?;
+    // Of `struct __sk_buff` the mark alone, its third word, may differ from zero.
+    let mut context = [0; 192];
+    context[8..12].copy_from_slice(&mark.to_ne_bytes());
+    let mut output = [0; 2048];
+    let options = TestRunOptions {
+        data_in: Some(packet),
+        data_out: Some(&mut output),
+        ctx_in: Some(&context),
+        repeat,
+        ..TestRunOptions::default()
+    };
+    let result = program.test_run(options).with_context(|| format!("{name} on {packet:02x?}"))?;
+    ensure!(output.get(..packet.len()) == Some(packet), "{name} changed the packet {packet:02x?}");
+    Ok((result.return_value, result.duration))
+}
+
+/// A listener as a node proxy opens it.
+fn listener(port: u16) -> std::io::Result<Socket> {
+    let socket = Socket::new(Domain::IPV6, Type::STREAM, None)?;
+    socket.set_mark(MARK_PROXY)?;
+    socket.set_reuse_port(true)?;
+    socket.set_ip_transparent_v6(true)?;
+    socket.set_only_v6(false)?;
+    socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into())?;
+    socket.listen(16)?;
+    Ok(socket)
+}
+
+fn take(programs: &mut Ebpf, name: &str) -> Result<Map> {
+    programs.take_map(name).with_context(|| format!("map {name}"))
+}
+
+fn insert<K: Pod, V: Pod>(programs: &mut Ebpf, name: &str, key: K, value: V) -> Result<()> {
+    let mut map = HashMap::<_, K, V>::try_from(programs.map_mut(name).context("a map")?)?;
+    Ok(map.insert(key, value, 0)?)
+}

@@ -1,0 +1,96 @@
+//! `egress_*`.
+
+use anyhow::{Result, ensure};
+use libtest_mimic::Trial;
+use redirect_ebpf::Reason;
+use redirect_ebpf::constants::{MARK_CAPTURE, MARK_DELIVERY, MARK_PROXY};
+use redirect_ebpf::family::Family;
+use redirect_ebpf::packet::{ACK, RST, SYN};
+
+use crate::bench::{Bench, Fate, Proxy};
+use crate::packets::{From, Packet, UDP, fragment};
+use crate::{Shared, trial};
+
+pub(crate) fn trials(shared: &Shared) -> Vec<Trial> {
+    type Test = fn(&Bench, &str, Family) -> Result<()>;
+    let tests: [(&str, Test); 4] = [
+        ("connections_past_the_proxy", connections_past_the_proxy),
+        ("what_may_leave", what_may_leave),
+        ("malformed_and_fragments", malformed_and_fragments),
+        ("cost", cost),
+    ];
+    let subjects = [("egress_ipv4", Family::Ipv4), ("egress_ipv6", Family::Ipv6)];
+    subjects
+        .into_iter()
+        .flat_map(|subject| tests.map(|(name, test)| (subject, name, test)))
+        .map(|((program, family), name, test)| {
+            trial(shared, format!("programs::{program}::{name}"), move |bench| test(bench, program, family))
+        })
+        .collect()
+}
+
+fn syn(family: Family) -> Packet {
+    Packet::syn(family, From::Pod)
+}
+
+fn expect(bench: &Bench, program: &str, packet: &Packet, mark: u32, fate: Fate) -> Result<()> {
+    for proxy in [Proxy::Listens, Proxy::Absent] {
+        let actual = bench.run(program, proxy, &packet.bytes(), mark)?;
+        ensure!(actual == fate, "{actual:?}, not {fate:?}, with mark {mark:#x}: {packet:?}");
+    }
+    Ok(())
+}
+
+fn connections_past_the_proxy(bench: &Bench, program: &str, family: Family) -> Result<()> {
+    for mark in [0, MARK_CAPTURE, MARK_DELIVERY, 0x0053_9000] {
+        for tags in [vec![], vec![0x8100]] {
+            let packet = Packet { tags, ..syn(family) };
+            expect(bench, program, &packet, mark, Fate::Dropped(Reason::Unmarked))?;
+        }
+    }
+    // The pod need not be the sender: what it forwards is no better.
+    let forwarded = Packet { from: From::Peer, ..syn(family) };
+    expect(bench, program, &forwarded, 0, Fate::Dropped(Reason::Unmarked))
+}
+
+fn what_may_leave(bench: &Bench, program: &str, family: Family) -> Result<()> {
+    expect(bench, program, &syn(family), MARK_PROXY, Fate::Untouched)?;
+    expect(bench, program, &syn(family), MARK_PROXY | 0x5000, Fate::Untouched)?;
+    for flags in [ACK, SYN | ACK, RST, RST | ACK, 0x11] {
+        expect(bench, program, &Packet { flags, ..syn(family) }, 0, Fate::Untouched)?;
+    }
+    expect(bench, program, &Packet { protocol: UDP, ..syn(family) }, 0, Fate::Untouched)?;
+    let mut link_local = [0; 16];
+    link_local[..2].copy_from_slice(&[0xfe, 0x80]);
+    let near = Packet { peer_ipv6: link_local, peer_ipv4: [224, 0, 0, 1], ..syn(family) };
+    expect(bench, program, &near, 0, Fate::Untouched)?;
+    let other = if family == Family::Ipv4 { Family::Ipv6 } else { Family::Ipv4 };
+    expect(bench, program, &syn(other), 0, Fate::Untouched)
+}
+
+fn malformed_and_fragments(bench: &Bench, program: &str, family: Family) -> Result<()> {
+    let first = match family {
+        Family::Ipv4 => Packet { fragment: 0x2000, ..syn(family) },
+        Family::Ipv6 => Packet { extensions: vec![fragment(0, true)], ..syn(family) },
+    };
+    expect(bench, program, &first, 0, Fate::Dropped(Reason::Fragmented))?;
+    expect(bench, program, &first, MARK_PROXY, Fate::Untouched)?;
+    let short = Packet { payload: Some(vec![0; 3]), ..syn(family) };
+    expect(bench, program, &short, 0, Fate::Dropped(Reason::Malformed))
+}
+
+/// What the gate costs each packet, as the kernel measures it. Not a limit, but a figure to look at.
+fn cost(bench: &Bench, program: &str, family: Family) -> Result<()> {
+    let data = Packet { flags: ACK, ..syn(family) };
+    let other = syn(if family == Family::Ipv4 { Family::Ipv6 } else { Family::Ipv4 });
+    for (what, packet, mark) in [
+        ("segment of the proxy", &data, MARK_PROXY),
+        ("segment of the application", &data, 0),
+        ("SYN of the application, dropped", &syn(family), 0),
+        ("packet of the other family", &other, 0),
+    ] {
+        let time = bench.time(program, Proxy::Listens, &packet.bytes(), mark)?;
+        println!("{program}: {what}: {} ns", time.as_nanos());
+    }
+    Ok(())
+}
