@@ -13,7 +13,7 @@
 //! | [`probe`] | sock_ops of the kubelet's cgroup | notes the kubelet's probes |
 //!
 //! What they share: maps ([`config`], [`pods`], [`proxies`], [`exclusions`], [`counters`]), reading of contexts
-//! ([`sock_addr`], [`skb`]), looking sockets up ([`socket`]), giving a packet to a listener ([`steer`]).
+//! ([`context`], [`sock_addr`], [`skb`]), looking sockets up ([`socket`]), giving a packet to a listener ([`steer`]).
 
 #![expect(
     clippy::multiple_unsafe_ops_per_block,
@@ -22,6 +22,7 @@
 
 mod bind;
 mod config;
+mod context;
 mod counters;
 mod dns;
 mod egress;

@@ -1,6 +1,7 @@
 //! Finds the TCP header of a packet: VLAN tags, IPv4 options, IPv6 extension headers, fragments.
 
 use crate::family::{Family, Ip, Ipv4, Ipv6};
+use crate::maps::Tuple;
 
 /// TCP flag: synchronize.
 pub const SYN: u8 = 0x02;
@@ -200,7 +201,17 @@ fn segment<A>(
     Parsed::Tcp(Segment { flags, ..segment })
 }
 
-impl<A> Segment<A> {
+impl<A: Copy> Segment<A> {
+    /// The segment's addresses and ports, as maps have them.
+    #[inline(always)]
+    pub fn tuple<I: Ip<Address = A>>(&self) -> Tuple {
+        Tuple {
+            source: I::widen(self.source),
+            destination: I::widen(self.destination),
+            source_port: self.source_port,
+            destination_port: self.destination_port,
+        }
+    }
     /// Whether the segment opens a connection.
     #[inline(always)]
     pub const fn opens(&self) -> bool {

@@ -165,10 +165,7 @@ impl Netns {
 
     /// The cookie by which BPF programs know the namespace (`SO_NETNS_COOKIE`).
     pub fn cookie(&self) -> Result<u64> {
-        let cookie = self.run(|| -> std::io::Result<u64> {
-            let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)?;
-            netns_cookie(&socket)
-        })?;
+        let cookie = self.run(redirect_user::netns::current_cookie)?;
         cookie.with_context(|| format!("cookie of {}", self.name))
     }
 }
@@ -176,22 +173,3 @@ impl Netns {
 fn sysctl_path(name: &str) -> PathBuf {
     PathBuf::from(format!("/proc/sys/{}", name.replace('.', "/")))
 }
-
-fn netns_cookie(socket: &socket2::Socket) -> std::io::Result<u64> {
-    let mut cookie = 0u64;
-    let mut length = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: `cookie` and `length` live through the call and `length` is the size of `cookie`.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_NETNS_COOKIE,
-            (&raw mut cookie).cast(),
-            &raw mut length,
-        )
-    };
-    if result == 0 { Ok(cookie) } else { Err(std::io::Error::last_os_error()) }
-}
-
-/// From `asm-generic/socket.h`; not in every version of the `libc` crate.
-const SO_NETNS_COOKIE: libc::c_int = 71;

@@ -10,17 +10,17 @@ use aya_ebpf::macros::{btf_map, cgroup_sock_addr};
 use aya_ebpf::programs::SockAddrContext;
 use redirect_ebpf::constants::PORT_DNS;
 use redirect_ebpf::count::{Direction, Reason, Verdict};
-use redirect_ebpf::decide::{self, Connect, Outbound, Protocol};
+use redirect_ebpf::decide::Outbound;
 use redirect_ebpf::family::{Family, Ip, Ipv4, Ipv6, v4_mapped};
 use redirect_ebpf::maps::{Asked, Server};
 
 use super::counters::count;
-use super::exclusions::{ExcludedIp, excluded};
+use super::exclusions::ExcludedIp;
+use super::outbound;
 use super::pods::PodIp;
-use super::proxies;
 use super::sock_addr::{
-    ALLOW, Caller, DENY, caller, leave_interface, mark, port, raw_port, set_raw_port, set_user_ip4,
-    set_user_ip6, to_raw_port, user_ip4, user_ip6,
+    ALLOW, Caller, DENY, caller, leave_interface, mark, raw_port, set_raw_port, set_user_ip4, set_user_ip6,
+    to_raw_port, user_ip4, user_ip6,
 };
 
 #[btf_map]
@@ -135,22 +135,8 @@ fn is_question<I: PodIp + ExcludedIp>(
     caller: &Caller,
     destination: I::Address,
 ) -> bool {
-    let port = port(ctx);
-    let connect = Connect {
-        protocol: Protocol::Udp,
-        destination,
-        port,
-        proxy: proxies::is_proxy(mark(ctx)),
-        // Only of use for connections that the proxy delivers.
-        source: destination,
-        flags: caller.flags,
-    };
-    let cookie = caller.netns_cookie;
-    let decision = decide::outbound::<I>(
-        &connect,
-        |address| I::owner(&address) == Some(cookie),
-        || excluded::<I>(cookie, caller.flags, Direction::Outbound, destination, port.to_be_bytes()),
-    );
+    // The source is only of use for connections that the proxy delivers.
+    let decision = outbound::decision::<I>(ctx, caller, destination, mark(ctx), destination);
     match decision {
         Outbound::Resolve => count(I::FAMILY, Direction::Outbound, Verdict::Steered, Reason::Dns),
         Outbound::Pass(Reason::NotSteered) => return false,

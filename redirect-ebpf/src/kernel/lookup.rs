@@ -12,10 +12,10 @@ use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_map_update_elem};
 use aya_ebpf::macros::{map, sk_lookup};
 use aya_ebpf::maps::{LruHashMap, SockHash};
 use aya_ebpf::programs::SkLookupContext;
-use redirect_ebpf::family::{Ip as _, Ipv4};
 use redirect_ebpf::maps::{HandedOver, ListenerKey, Tuple};
 use redirect_ebpf::packet::Segment;
 
+use super::context::{End, addresses, word};
 use super::pods::PodIp;
 use super::socket::Socket;
 
@@ -32,7 +32,6 @@ const LIFETIME: u64 = 100_000_000;
 
 const EEXIST: i64 = -17;
 const ENOENT: i64 = -2;
-const AF_INET: u32 = 2;
 
 /// Sends the connection to the proxy's listener by way of the socket lookup, or has it refused where there is none.
 /// `pod` is the pod's end of it.
@@ -48,12 +47,7 @@ pub(super) fn hand_over<I: PodIp>(
     if let Some(listener) = listener {
         remember(&key, listener)?;
     }
-    let tuple = Tuple {
-        source: I::widen(segment.source),
-        destination: I::widen(segment.destination),
-        source_port: segment.source_port,
-        destination_port: segment.destination_port,
-    };
+    let tuple = segment.tuple::<I>();
     // SAFETY: the helper has no preconditions.
     let time = unsafe { bpf_ktime_get_ns() };
     HANDED_OVER.insert(tuple, HandedOver { listener: key, time }, BPF_ANY.into()).map_err(i64::from)
@@ -96,36 +90,13 @@ pub(crate) fn listener_lookup(ctx: SkLookupContext) -> u32 {
 #[inline(always)]
 fn tuple(lookup: *const bpf_sk_lookup) -> Tuple {
     const FAMILY: usize = offset_of!(bpf_sk_lookup, family);
-    const LOCAL_IP4: usize = offset_of!(bpf_sk_lookup, local_ip4);
-    const LOCAL_IP6: usize = offset_of!(bpf_sk_lookup, local_ip6);
-    const REMOTE_IP4: usize = offset_of!(bpf_sk_lookup, remote_ip4);
-    const REMOTE_IP6: usize = offset_of!(bpf_sk_lookup, remote_ip6);
-    // Read without a branch, for the compiler would merge the branches' reads into one at a variable offset, which the
-    // verifier rejects. The fields of the other family read as zero.
-    let ipv4 =
-        [word(lookup, REMOTE_IP4), word(lookup, LOCAL_IP4)].map(|address| Ipv4::widen(address.to_ne_bytes()));
-    let ipv6 = [words(lookup, REMOTE_IP6), words(lookup, LOCAL_IP6)];
-    let [source, destination] = if word(lookup, FAMILY) == AF_INET { ipv4 } else { ipv6 };
+    const LOCAL: End =
+        End { ipv4: offset_of!(bpf_sk_lookup, local_ip4), ipv6: offset_of!(bpf_sk_lookup, local_ip6) };
+    const REMOTE: End =
+        End { ipv4: offset_of!(bpf_sk_lookup, remote_ip4), ipv6: offset_of!(bpf_sk_lookup, remote_ip6) };
+    let [source, destination] = addresses(lookup, FAMILY, [REMOTE, LOCAL]);
     // SAFETY: every sk_lookup context has `remote_port`.
     let source_port = unsafe { (&raw const (*lookup).remote_port).read_volatile() }.to_ne_bytes();
     let destination_port = (word(lookup, offset_of!(bpf_sk_lookup, local_port)) as u16).to_be_bytes();
     Tuple { source, destination, source_port, destination_port }
-}
-
-/// The verifier accepts reads of a context field word by word only.
-#[inline(always)]
-fn word(lookup: *const bpf_sk_lookup, offset: usize) -> u32 {
-    // SAFETY: the offset is that of a word of the context.
-    let field = unsafe { lookup.byte_add(offset) };
-    // SAFETY: as above.
-    unsafe { field.cast::<u32>().read_volatile() }
-}
-
-#[inline(always)]
-fn words(lookup: *const bpf_sk_lookup, offset: usize) -> [u8; 16] {
-    let mut address = [0; 16];
-    for (place, bytes) in address.chunks_exact_mut(4).enumerate() {
-        bytes.copy_from_slice(&word(lookup, offset + 4 * place).to_ne_bytes());
-    }
-    address
 }

@@ -66,21 +66,7 @@ fn steer<I: PodIp + ExcludedIp + BoundIp>(
     destination: I::Address,
 ) -> Call {
     let current = mark(ctx);
-    let port = port(ctx);
-    let connect = Connect {
-        protocol: caller.protocol,
-        destination,
-        port,
-        proxy: proxies::is_proxy(current),
-        source: I::bound(ctx),
-        flags: caller.flags,
-    };
-    let cookie = caller.netns_cookie;
-    let decision = decide::outbound::<I>(
-        &connect,
-        |address| I::owner(&address) == Some(cookie),
-        || excluded::<I>(cookie, caller.flags, Direction::Outbound, destination, port.to_be_bytes()),
-    );
+    let decision = decision::<I>(ctx, caller, destination, current, I::bound(ctx));
     let (direction, counted) = match decision {
         // Captured connections are counted where the proxy gets them.
         Outbound::Capture | Outbound::Pass(Reason::NotSteered) => (Direction::Outbound, None),
@@ -102,6 +88,32 @@ fn steer<I: PodIp + ExcludedIp + BoundIp>(
         Outbound::Capture if is_refused::<I>(ctx, destination) => Call::Refuse,
         _ => Call::Allow,
     }
+}
+
+/// What becomes of a connection, or of a datagram, to `destination`. `mark` is the socket's, `source` the address that it is
+/// bound to.
+#[inline(always)]
+pub(super) fn decision<I: PodIp + ExcludedIp>(
+    ctx: &SockAddrContext,
+    caller: &Caller,
+    destination: I::Address,
+    mark: u32,
+    source: I::Address,
+) -> Outbound {
+    let (cookie, port) = (caller.netns_cookie, port(ctx));
+    let connect = Connect {
+        protocol: caller.protocol,
+        destination,
+        port,
+        proxy: proxies::is_proxy(mark),
+        source,
+        flags: caller.flags,
+    };
+    decide::outbound::<I>(
+        &connect,
+        |address| I::owner(&address) == Some(cookie),
+        || excluded::<I>(cookie, caller.flags, Direction::Outbound, destination, port.to_be_bytes()),
+    )
 }
 
 /// Whether a captured connection is to be refused because no proxy listens. It has to be here: a reset from the

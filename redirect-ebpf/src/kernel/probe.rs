@@ -13,6 +13,7 @@ use redirect_ebpf::maps::Tuple;
 use redirect_ebpf::packet::Segment;
 
 use super::config;
+use super::context::{End, addresses, word};
 use super::pods::PodIp as _;
 
 /// Probes live from connect() to the SYN's arrival, retransmissions included.
@@ -22,18 +23,12 @@ static PROBES: LruHashMap<Tuple, u64> = LruHashMap::with_max_entries(4096, 0);
 /// A SYN is sent again after 1, 3 and 7 seconds; kubelet gives up before the next.
 const LIFETIME: u64 = 10_000_000_000;
 
-const AF_INET: u32 = 2;
 const UNUSED: u32 = 1;
 
 /// Whether the segment opens a connection that the kubelet made.
 #[inline(always)]
 pub(super) fn is_probe<I: Ip>(segment: &Segment<I::Address>) -> bool {
-    let tuple = Tuple {
-        source: I::widen(segment.source),
-        destination: I::widen(segment.destination),
-        source_port: segment.source_port,
-        destination_port: segment.destination_port,
-    };
+    let tuple = segment.tuple::<I>();
     // SAFETY: the entry is only read, and an aligned u64 is never seen half-written.
     let Some(began) = PROBES.get_ptr(tuple).map(|began| unsafe { *began }) else { return false };
     // SAFETY: the helper has no preconditions.
@@ -67,16 +62,11 @@ pub(crate) fn probe(ctx: SockOpsContext) -> u32 {
 #[inline(always)]
 fn tuple(ops: *const bpf_sock_ops) -> Tuple {
     const FAMILY: usize = offset_of!(bpf_sock_ops, family);
-    const LOCAL_IP4: usize = offset_of!(bpf_sock_ops, local_ip4);
-    const LOCAL_IP6: usize = offset_of!(bpf_sock_ops, local_ip6);
-    const REMOTE_IP4: usize = offset_of!(bpf_sock_ops, remote_ip4);
-    const REMOTE_IP6: usize = offset_of!(bpf_sock_ops, remote_ip6);
-    // Read without a branch, for the compiler would merge the branches' reads into one at a variable offset, which the
-    // verifier rejects.
-    let ipv4 =
-        [word(ops, LOCAL_IP4), word(ops, REMOTE_IP4)].map(|address| Ipv4::widen(address.to_ne_bytes()));
-    let ipv6 = [words(ops, LOCAL_IP6), words(ops, REMOTE_IP6)];
-    let [source, destination] = if word(ops, FAMILY) == AF_INET { ipv4 } else { ipv6 };
+    const LOCAL: End =
+        End { ipv4: offset_of!(bpf_sock_ops, local_ip4), ipv6: offset_of!(bpf_sock_ops, local_ip6) };
+    const REMOTE: End =
+        End { ipv4: offset_of!(bpf_sock_ops, remote_ip4), ipv6: offset_of!(bpf_sock_ops, remote_ip6) };
+    let [source, destination] = addresses(ops, FAMILY, [LOCAL, REMOTE]);
     let local_port = word(ops, offset_of!(bpf_sock_ops, local_port)) as u16;
     // Network order in the upper half, as the context has it.
     let remote_port = word(ops, offset_of!(bpf_sock_ops, remote_port)).to_ne_bytes();
@@ -86,22 +76,4 @@ fn tuple(ops: *const bpf_sock_ops) -> Tuple {
         source_port: local_port.to_be_bytes(),
         destination_port: [remote_port[2], remote_port[3]],
     }
-}
-
-/// The verifier accepts reads of a context field word by word only.
-#[inline(always)]
-fn word(ops: *const bpf_sock_ops, offset: usize) -> u32 {
-    // SAFETY: the offset is that of a word of the context.
-    let field = unsafe { ops.byte_add(offset) };
-    // SAFETY: as above.
-    unsafe { field.cast::<u32>().read_volatile() }
-}
-
-#[inline(always)]
-fn words(ops: *const bpf_sock_ops, offset: usize) -> [u8; 16] {
-    let mut address = [0; 16];
-    for (place, bytes) in address.chunks_exact_mut(4).enumerate() {
-        bytes.copy_from_slice(&word(ops, offset + 4 * place).to_ne_bytes());
-    }
-    address
 }

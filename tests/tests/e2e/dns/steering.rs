@@ -59,9 +59,21 @@ fn stays_inside(
     let scene = Scene::new(&context.node()?, families, stack)?;
     let server = SocketAddr::new(address(&scene)?, PORT);
     let inside = DnsServer::start(scene.pod.netns(), server)?;
+    hears_by_udp(&scene, server, &inside)?;
+    let mut stream = scene.pod.netns().run(|| dial(stack, server, SOON))??;
+    let (name, question) = fresh_question("inside")?;
+    write_framed(&mut stream, &question)?;
+    check_answer(&question, &read_framed(&mut stream)?)?;
+    let [heard] = &inside.heard_of(&name)[..] else { bail!("{:?}", inside.heard()) };
+    ensure!(heard.from.port() == stream.local_addr()?.port(), "somebody was in between: {heard:?}");
+    Ok(())
+}
+
+/// Questions by UDP, connected and not, reach this server and nobody in between.
+fn hears_by_udp(scene: &Scene, server: SocketAddr, double: &DnsServer) -> Result<()> {
     for connect in [true, false] {
         let socket = scene.socket()?;
-        let (name, question) = fresh_question("inside")?;
+        let (name, question) = fresh_question("udp")?;
         if connect {
             socket.connect(scene.spell(server))?;
             socket.send(&question)?;
@@ -69,15 +81,9 @@ fn stays_inside(
             socket.send_to(&question, scene.spell(server))?;
         }
         ensure!(answer_to(&question, &socket)? == scene.spell(server));
-        let [heard] = &inside.heard_of(&name)[..] else { bail!("{:?}", inside.heard()) };
+        let [heard] = &double.heard_of(&name)[..] else { bail!("{:?}", double.heard()) };
         ensure!(heard.from.port() == socket.local_addr()?.port(), "somebody was in between: {heard:?}");
     }
-    let mut stream = scene.pod.netns().run(|| dial(stack, server, SOON))??;
-    let (name, question) = fresh_question("inside")?;
-    write_framed(&mut stream, &question)?;
-    check_answer(&question, &read_framed(&mut stream)?)?;
-    let [heard] = &inside.heard_of(&name)[..] else { bail!("{:?}", inside.heard()) };
-    ensure!(heard.from.port() == stream.local_addr()?.port(), "somebody was in between: {heard:?}");
     Ok(())
 }
 
@@ -95,19 +101,7 @@ fn goes_past_the_resolver(
     node.start_proxy()?;
     let scene = Scene::new(&node, Families::Dual, stack)?;
     let server = scene.server()?;
-    for connect in [true, false] {
-        let socket = scene.socket()?;
-        let (name, question) = fresh_question("past")?;
-        if connect {
-            socket.connect(scene.spell(server))?;
-            socket.send(&question)?;
-        } else {
-            socket.send_to(&question, scene.spell(server))?;
-        }
-        ensure!(answer_to(&question, &socket)? == scene.spell(server));
-        let [heard] = &scene.asked.heard_of(&name)[..] else { bail!("{:?}", scene.asked.heard()) };
-        ensure!(heard.from.port() == socket.local_addr()?.port(), "somebody was in between: {heard:?}");
-    }
+    hears_by_udp(&scene, server, &scene.asked)?;
     let mut stream = scene.pod.netns().run(|| dial(stack, server, SOON))??;
     let (name, question) = fresh_question("past")?;
     write_framed(&mut stream, &question)?;
