@@ -24,6 +24,10 @@ use crate::count::Direction;
 pub struct Pod {
     /// [`PodFlags`] as bits.
     pub flags: u32,
+    /// Its first IPv4 address, network order; unspecified without one.
+    pub ipv4: [u8; 4],
+    /// Its first IPv6 address, network order; unspecified without one.
+    pub ipv6: [u8; 16],
 }
 
 /// Who owns an address of an enrolled pod.
@@ -89,7 +93,7 @@ pub struct ListenerKey {
 const _: () = {
     assert!(size_of::<Tuple>() == 36 && align_of::<Tuple>() == 1);
     assert!(size_of::<HandedOver>() == 24 && size_of::<ListenerKey>() == 16);
-    assert!(size_of::<Pod>() == 4 && align_of::<Pod>() == 4);
+    assert!(size_of::<Pod>() == 24 && align_of::<Pod>() == 4);
     assert!(size_of::<PodAddress>() == 8 && align_of::<PodAddress>() == 8);
     assert!(size_of::<ProxyCgroup>() == 4 && align_of::<ProxyCgroup>() == 4);
     assert!(size_of::<Config>() == 16 && align_of::<Config>() == 8);

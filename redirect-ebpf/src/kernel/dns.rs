@@ -17,10 +17,10 @@ use redirect_ebpf::maps::{Asked, Server};
 use super::counters::count;
 use super::exclusions::ExcludedIp;
 use super::outbound;
-use super::pods::PodIp;
+use super::pods::{PodIp, first_address};
 use super::sock_addr::{
-    ALLOW, Caller, DENY, caller, leave_interface, mark, raw_port, set_raw_port, set_user_ip4, set_user_ip6,
-    to_raw_port, user_ip4, user_ip6,
+    ALLOW, Caller, DENY, bind_ip4, bind_ip6, caller, leave_interface, mark, raw_port, set_raw_port,
+    set_user_ip4, set_user_ip6, to_raw_port, user_ip4, user_ip6,
 };
 
 #[btf_map]
@@ -30,20 +30,31 @@ const RESOLVER_IPV6: [u8; 16] = 1u128.to_be_bytes();
 /// 127.0.0.1 in its v4-mapped form.
 const RESOLVER_IPV4: [u8; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 127, 0, 0, 1];
 
-/// Connects the socket to the resolver.
+/// Connects the socket to the resolver, from the pod's address: the kernel would pick the resolver's, which the
+/// application would see, and which would keep an IPv4 socket from being connected to anything else.
 #[inline(always)]
-pub(super) fn connect_ipv4(ctx: &SockAddrContext) -> i32 {
+pub(super) fn connect_ipv4(ctx: &SockAddrContext, caller: &Caller) -> i32 {
     if leave_interface(ctx).is_err() || connect(ctx, Ipv4::widen(user_ip4(ctx))).is_none() {
         return DENY;
+    }
+    if let Some(source) = first_address::<Ipv4>(caller.netns_cookie) {
+        bind_ip4(ctx, source);
     }
     to_resolver_ipv4(ctx)
 }
 
-/// Connects the socket to the resolver.
+/// As [`connect_ipv4`].
 #[inline(always)]
-pub(super) fn connect_ipv6(ctx: &SockAddrContext, destination: [u8; 16]) -> i32 {
+pub(super) fn connect_ipv6(ctx: &SockAddrContext, caller: &Caller, destination: [u8; 16]) -> i32 {
     if leave_interface(ctx).is_err() || connect(ctx, destination).is_none() {
         return DENY;
+    }
+    let source = match v4_mapped(destination) {
+        Some(_) => first_address::<Ipv4>(caller.netns_cookie).map(Ipv4::widen),
+        None => first_address::<Ipv6>(caller.netns_cookie),
+    };
+    if let Some(source) = source {
+        bind_ip6(ctx, source);
     }
     to_resolver_ipv6(ctx, destination)
 }

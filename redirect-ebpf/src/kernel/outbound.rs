@@ -28,7 +28,7 @@ pub(crate) fn outbound_ipv4(ctx: SockAddrContext) -> i32 {
     let Some(caller) = caller(&ctx) else { return ALLOW };
     match steer::<Ipv4>(&ctx, &caller, user_ip4(&ctx)) {
         Call::Allow => ALLOW,
-        Call::Resolve => dns::connect_ipv4(&ctx),
+        Call::Resolve => dns::connect_ipv4(&ctx, &caller),
         Call::Deny => DENY,
         Call::Refuse => fail_with(ECONNREFUSED),
     }
@@ -44,7 +44,7 @@ pub(crate) fn outbound_ipv6(ctx: SockAddrContext) -> i32 {
     };
     match call {
         Call::Allow => ALLOW,
-        Call::Resolve => dns::connect_ipv6(&ctx, address),
+        Call::Resolve => dns::connect_ipv6(&ctx, &caller, address),
         Call::Deny => DENY,
         Call::Refuse => fail_with(ECONNREFUSED),
     }

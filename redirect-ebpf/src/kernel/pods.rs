@@ -20,6 +20,12 @@ static POD_IPV6: HashMap<[u8; 16], PodAddress> = HashMap::with_max_entries(1, BP
 pub(super) trait PodIp: Ip {
     /// Cookie of the network namespace of the pod that owns the address.
     fn owner(address: &Self::Address) -> Option<u64>;
+    /// The first address of a pod, or the unspecified address.
+    ///
+    /// # Safety
+    ///
+    /// `pod` is an entry of [`PODS`].
+    unsafe fn first(pod: *const Pod) -> Self::Address;
 }
 
 impl PodIp for Ipv4 {
@@ -27,6 +33,12 @@ impl PodIp for Ipv4 {
     fn owner(address: &Self::Address) -> Option<u64> {
         // SAFETY: the entry is only read, and an aligned u64 is never seen half-written.
         POD_IPV4.get_ptr(address).map(|owner| unsafe { (*owner).netns_cookie })
+    }
+
+    #[inline(always)]
+    unsafe fn first(pod: *const Pod) -> Self::Address {
+        // SAFETY: the caller passes an entry, and an aligned word is never seen half-written.
+        unsafe { (*pod).ipv4 }
     }
 }
 
@@ -36,6 +48,13 @@ impl PodIp for Ipv6 {
         // SAFETY: as above.
         POD_IPV6.get_ptr(address).map(|owner| unsafe { (*owner).netns_cookie })
     }
+
+    #[inline(always)]
+    unsafe fn first(pod: *const Pod) -> Self::Address {
+        // SAFETY: the caller passes an entry. What is seen while the agent changes it is at worst no address of the pod,
+        // which nobody can be bound to.
+        unsafe { (*pod).ipv6 }
+    }
 }
 
 /// The switches of the pod whose network namespace has this cookie, if it is enrolled.
@@ -43,4 +62,14 @@ impl PodIp for Ipv6 {
 pub(super) fn flags(netns_cookie: u64) -> Option<PodFlags> {
     // SAFETY: the entry is only read, and an aligned u32 is never seen half-written.
     PODS.get_ptr(netns_cookie).map(|pod| PodFlags(unsafe { (*pod).flags }))
+}
+
+/// The first address of the pod whose network namespace has this cookie, if it is enrolled and has one of the family.
+#[inline(always)]
+pub(super) fn first_address<I: PodIp>(netns_cookie: u64) -> Option<I::Address> {
+    let pod = PODS.get_ptr(netns_cookie)?;
+    // SAFETY: the pointer is to an entry.
+    let address = unsafe { I::first(pod) };
+    // The unspecified address counts as loopback.
+    (!I::is_loopback(address)).then_some(address)
 }

@@ -3,11 +3,12 @@
 //! The verifier accepts a context field word by word only, and a write of a port as a whole word: hence the volatile
 //! accesses, which the compiler neither merges nor splits.
 
+use core::mem::size_of;
 use core::ptr::{addr_of, addr_of_mut};
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::bpf_sock;
-use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_set_retval, bpf_setsockopt};
+use aya_ebpf::helpers::{bpf_bind, bpf_get_netns_cookie, bpf_set_retval, bpf_setsockopt};
 use aya_ebpf::programs::SockAddrContext;
 use redirect_ebpf::decide::Protocol;
 use redirect_ebpf::family::{Ip, Ipv4, Ipv6};
@@ -150,6 +151,48 @@ impl BoundIp for Ipv6 {
         }
         address
     }
+}
+
+/// `struct sockaddr_in`, with port 0.
+#[repr(C)]
+struct Sockaddr4 {
+    family: u16,
+    port: u16,
+    address: [u8; 4],
+    zero: [u8; 8],
+}
+
+/// `struct sockaddr_in6`, with port 0.
+#[repr(C)]
+struct Sockaddr6 {
+    family: u16,
+    port: u16,
+    flow_information: u32,
+    address: [u8; 16],
+    scope: u32,
+}
+
+/// For connect hooks on IPv4 addresses. Gives a socket without one a source address; its port is still the kernel's
+/// choice.
+#[inline(always)]
+pub(super) fn bind_ip4(ctx: &SockAddrContext, address: [u8; 4]) {
+    const AF_INET: u16 = 2;
+    bind(ctx, Sockaddr4 { family: AF_INET, port: 0, address, zero: [0; 8] });
+}
+
+/// For connect hooks on IPv6 addresses. Gives a socket without one a source address; its port is still the kernel's
+/// choice.
+#[inline(always)]
+pub(super) fn bind_ip6(ctx: &SockAddrContext, address: [u8; 16]) {
+    const AF_INET6: u16 = 10;
+    bind(ctx, Sockaddr6 { family: AF_INET6, port: 0, flow_information: 0, address, scope: 0 });
+}
+
+/// Fails where the socket has an address, or the address is none of the pod's: then the socket stays as it is.
+#[inline(always)]
+fn bind<A>(ctx: &SockAddrContext, mut address: A) {
+    // SAFETY: the address lives on the stack for the length of the call, and its size is right.
+    let _ = unsafe { bpf_bind(ctx.sock_addr, (&raw mut address).cast(), size_of::<A>() as i32) };
 }
 
 /// The socket's mark.

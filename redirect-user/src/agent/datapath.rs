@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr};
 
-use redirect_ebpf::maps::Pod;
+use redirect_ebpf::maps::PodFlags;
 
 use super::facts::{Fact, Namespace, Op, Wanted, desired, diff};
 use crate::netns::NetNs;
@@ -22,8 +22,8 @@ pub struct Target {
     pub netns_cookie: u64,
     /// Its addresses.
     pub addresses: PodAddresses,
-    /// What the kernel side is to know about it.
-    pub pod: Pod,
+    /// Its switches.
+    pub flags: PodFlags,
     /// See [`PodSettings::virtual_interfaces`](crate::pod::PodSettings::virtual_interfaces).
     pub virtual_interfaces: Vec<String>,
     /// What is not to be steered.
@@ -33,7 +33,7 @@ pub struct Target {
 impl Target {
     fn desired(&self, namespace: &Namespace) -> BTreeSet<Fact> {
         let wanted = Wanted {
-            pod: self.pod,
+            flags: self.flags,
             addresses: &self.addresses,
             virtual_interfaces: &self.virtual_interfaces,
             exclusions: &self.exclusions,

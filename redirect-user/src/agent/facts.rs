@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use redirect_ebpf::Family;
 use redirect_ebpf::maps::{Pod, PodFlags};
@@ -159,8 +159,8 @@ pub struct Namespace {
 /// What is wanted for a pod.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted<'a> {
-    /// What the kernel side is to know about it.
-    pub pod: Pod,
+    /// Its switches, without [`PodFlags::EXCLUSIONS`].
+    pub flags: PodFlags,
     /// Its addresses.
     pub addresses: &'a PodAddresses,
     /// Interfaces behind which others' connections begin that count as the pod's own.
@@ -175,9 +175,12 @@ pub struct Wanted<'a> {
 /// address that appears later must not be a way around the proxy.
 #[must_use]
 pub fn desired(wanted: &Wanted<'_>, namespace: &Namespace) -> BTreeSet<Fact> {
-    let Wanted { pod, addresses, virtual_interfaces, exclusions } = wanted;
-    let flags = PodFlags(pod.flags).with(PodFlags::EXCLUSIONS, !exclusions.is_empty());
-    let pod = Pod { flags: flags.0 };
+    let Wanted { flags, addresses, virtual_interfaces, exclusions } = wanted;
+    let pod = Pod {
+        flags: flags.with(PodFlags::EXCLUSIONS, !exclusions.is_empty()).0,
+        ipv4: addresses.ipv4.first().map(Ipv4Addr::octets).unwrap_or_default(),
+        ipv6: addresses.ipv6.first().map(Ipv6Addr::octets).unwrap_or_default(),
+    };
     let mut facts = BTreeSet::from([
         Fact::LoopbackUp,
         Fact::Sysctl(Sysctl::TcpFwmarkAccept),
@@ -328,7 +331,7 @@ mod tests {
         virtual_interfaces: &'a [String],
         exclusions: &'a BTreeSet<Exclusion>,
     ) -> Wanted<'a> {
-        Wanted { pod: Pod::default(), addresses, virtual_interfaces, exclusions }
+        Wanted { flags: PodFlags::default(), addresses, virtual_interfaces, exclusions }
     }
 
     #[test]
@@ -358,7 +361,8 @@ mod tests {
             Exclusion::Network(Direction::Outbound, "fd00:1::/64".parse().unwrap()),
         ]);
         let facts = desired(&wanted(&addresses(&["fd00::2"]), &[], &exclusions), &namespace(true));
-        let pod = Fact::Pod(Pod { flags: PodFlags::EXCLUSIONS.0 });
+        let ipv6 = "fd00::2".parse::<Ipv6Addr>().unwrap().octets();
+        let pod = Fact::Pod(Pod { flags: PodFlags::EXCLUSIONS.0, ipv4: [0; 4], ipv6 });
         let guards = facts.iter().rev().take_while(|fact| matches!(fact, Fact::Guard { .. })).count();
         assert_eq!(facts.iter().rev().nth(guards), Some(&pod));
         assert!(exclusions.into_iter().all(|exclusion| facts.contains(&Fact::Excluded(exclusion))));

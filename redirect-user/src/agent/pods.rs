@@ -16,7 +16,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use redirect_ebpf::maps::{Pod as KernelPod, PodFlags};
+use redirect_ebpf::maps::PodFlags;
 use tokio::sync::watch;
 
 use super::datapath::{self, Datapath, Observation, Removal, Target};
@@ -545,15 +545,14 @@ impl Defaults {
         let flags = PodFlags::default()
             .with(PodFlags::BYPASS_INBOUND, bypass_inbound)
             .with(PodFlags::DNS, dns.unwrap_or(self.dns));
-        let pod = KernelPod { flags: flags.0 };
-        Target { identity, netns, netns_cookie, addresses, pod, virtual_interfaces, exclusions }
+        Target { identity, netns, netns_cookie, addresses, flags, virtual_interfaces, exclusions }
     }
 }
 
 fn differs(a: &Target, b: &Target) -> bool {
     let of = |target: &Target| {
-        let Target { identity, addresses, pod, virtual_interfaces, exclusions, .. } = target.clone();
-        (identity, addresses, pod, virtual_interfaces, exclusions)
+        let Target { identity, addresses, flags, virtual_interfaces, exclusions, .. } = target.clone();
+        (identity, addresses, flags, virtual_interfaces, exclusions)
     };
     of(a) != of(b)
 }

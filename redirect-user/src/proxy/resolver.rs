@@ -76,7 +76,16 @@ impl Resolver {
         }
         let mut resolver = Self { datagrams: Vec::new(), listeners: Vec::new() };
         for address in addresses {
-            resolver.open_at(context, address).await.map_err(|error| OpenError::of(PORT_DNS, error))?;
+            match resolver.open_at(context, address).await {
+                // A pod may have taken the address off its lo: it asks nobody in this family then.
+                Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => tracing::warn!(
+                    "pod {}: no DNS over {}: the pod's lo lacks {}",
+                    context.identity.name,
+                    if address.is_ipv4() { "IPv4" } else { "IPv6" },
+                    address.ip()
+                ),
+                opened => opened.map_err(|error| OpenError::of(PORT_DNS, error))?,
+            }
         }
         Ok(resolver)
     }

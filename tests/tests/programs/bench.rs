@@ -14,7 +14,7 @@ use aya::{Ebpf, Pod};
 use redirect_ebpf::constants::{MARK_PROXY, PORT_INBOUND, PORT_OUTBOUND};
 use redirect_ebpf::count::{self, Direction, Reason, Verdict};
 use redirect_ebpf::family::Family;
-use redirect_ebpf::maps::{PodAddress, PodFlags};
+use redirect_ebpf::maps::PodAddress;
 use redirect_tests::Netns;
 use redirect_user::agent::linux::{self, Capacities, Settings, TcMethod};
 use socket2::{Domain, Socket, Type};
@@ -85,7 +85,7 @@ impl Bench {
 
         // Which namespace the addresses are of makes no difference here, but that they are a pod's.
         let cookie = served.cookie()?;
-        insert(&mut programs, "PODS", cookie, redirect_ebpf::maps::Pod { flags: PodFlags::default().0 })?;
+        insert(&mut programs, "PODS", cookie, redirect_ebpf::maps::Pod::default())?;
         insert(&mut programs, "POD_IPV4", POD_IPV4, PodAddress { netns_cookie: cookie })?;
         insert(&mut programs, "POD_IPV6", POD_IPV6, PodAddress { netns_cookie: cookie })?;
         let counters = PerCpuArray::try_from(take(&mut programs, "COUNTERS")?)?;

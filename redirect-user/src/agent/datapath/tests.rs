@@ -19,7 +19,7 @@ fn target(addresses: &[&str]) -> Target {
         netns: NetNs::current().unwrap(),
         netns_cookie: COOKIE,
         addresses: addresses.iter().map(|text| text.parse::<IpAddr>().unwrap()).collect(),
-        pod: Pod::default(),
+        flags: PodFlags::default(),
         virtual_interfaces: Vec::new(),
         exclusions: BTreeSet::new(),
     }

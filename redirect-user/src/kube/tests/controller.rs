@@ -86,10 +86,9 @@ async fn switches_are_carried_and_followed() {
     let cookie = node.run_sandbox(&uid(1), KINDS[0]);
     let flags = |bits: u32| {
         let facts = node.kernel.facts(cookie);
-        facts
-            .iter()
-            .filter(|fact| matches!(fact, Fact::Pod(_)))
-            .eq([&Fact::Pod(redirect_ebpf::maps::Pod { flags: bits })])
+        let flags =
+            facts.iter().filter_map(|fact| if let Fact::Pod(pod) = fact { Some(pod.flags) } else { None });
+        flags.eq([bits])
     };
     node.api.put_pod(pod(1, Some("ambient"), KINDS[0]));
     eventually("enrolled", || flags(0)).await;

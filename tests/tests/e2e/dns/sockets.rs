@@ -52,6 +52,13 @@ fn connected(context: &Context, families: Families, stack: Stack) -> Result<()> 
         scene.was_resolved(&name, "udp")?;
     }
     ensure!(socket.peer_addr()? == server, "getpeername says {}", socket.peer_addr()?);
+    has_own_address(&scene, socket.local_addr()?)
+}
+
+/// getsockname shows the pod's address, not the resolver's.
+fn has_own_address(scene: &Scene, name: SocketAddr) -> Result<()> {
+    let own = scene.spell(SocketAddr::new(scene.pod.address(scene.stack.family())?, name.port()));
+    ensure!(name == own, "getsockname says {name}");
     Ok(())
 }
 
@@ -74,6 +81,7 @@ fn tcp(context: &Context, families: Families, stack: Stack) -> Result<()> {
     let server = scene.server()?;
     let mut stream = scene.pod.netns().run(|| dial(stack, server, SOON))??;
     ensure!(stream.peer_addr()? == scene.spell(server), "getpeername says {}", stream.peer_addr()?);
+    has_own_address(&scene, stream.local_addr()?)?;
     for _ in 0..2 {
         let (name, question) = fresh_question("tcp")?;
         ask_by_tcp(&mut stream, &question)?;
@@ -226,6 +234,11 @@ fn connected_anew(context: &Context, stack: Stack) -> Result<()> {
         ensure!(from == server, "{server} was asked, {from} answered");
         scene.was_resolved(&name, "udp")?;
     }
+    // Nor does a question keep it from what is not DNS, without a connect(AF_UNSPEC) in between.
+    let elsewhere = SocketAddr::new(scene.server()?.ip(), 7);
+    socket.connect(scene.spell(elsewhere))?;
+    ensure!(socket.peer_addr()? == scene.spell(elsewhere), "getpeername says {}", socket.peer_addr()?);
+    has_own_address(&scene, socket.local_addr()?)?;
     scene.server_heard_nothing()
 }
 

@@ -7,13 +7,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use libtest_mimic::Trial;
+use redirect_ebpf::Family;
 use redirect_tests::connection::dial;
 use redirect_tests::dns::{DnsServer, PORT, check_answer, read_framed, write_framed};
 use redirect_tests::wait::SOON;
 use redirect_tests::{Direction, Families, Node, NodeOptions, Stack};
+use socket2::{Socket, Type};
 
 use super::{A_WHILE, Scene, answer_to, fresh_question};
 use crate::context::{Context, for_every_kind, for_every_stack};
+use crate::{inbound, outbound};
 
 pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     let mut trials = for_every_kind(context, "dns::loopback_is_left_alone", loopback);
@@ -26,20 +29,24 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     }));
     trials.extend(for_every_stack(context, "dns::excluded_network", |context, stack| {
         let networks = |node: &Node| {
-            let networks =
-                [redirect_ebpf::Family::Ipv4, redirect_ebpf::Family::Ipv6].map(|family| node.subnet(family));
+            let networks = [Family::Ipv4, Family::Ipv6].map(|family| node.subnet(family));
             vec![format!("--exclude-outbound-networks={}", networks.join(","))]
         };
         goes_past_the_resolver(context, stack, networks, None)
     }));
     trials.extend(for_every_stack(context, "dns::without_proxy_questions_fail", without_proxy));
     trials.extend(for_every_stack(context, "dns::not_enrolled", not_enrolled));
+    trials.extend(for_every_stack(
+        context,
+        "dns::without_the_resolvers_address",
+        without_the_resolvers_address,
+    ));
     trials
 }
 
 fn loopback(context: &Context, families: Families, stack: Stack) -> Result<()> {
     stays_inside(context, families, stack, |_| Ok(stack.loopback()))?;
-    if stack.family() == redirect_ebpf::Family::Ipv4 {
+    if stack.family() == Family::Ipv4 {
         // Where systemd-resolved is.
         stays_inside(context, families, stack, |_| Ok(IpAddr::from([127, 0, 0, 53])))?;
     }
@@ -168,5 +175,33 @@ fn not_enrolled(context: &Context, stack: Stack) -> Result<()> {
     ensure!(answer_to(&question, &socket)? == scene.spell(scene.server()?));
     let [heard] = &scene.asked.heard_of(&name)[..] else { bail!("{:?}", scene.asked.heard()) };
     ensure!(heard.from.port() == socket.local_addr()?.port());
+    Ok(())
+}
+
+/// A pod whose `lo` lacks the address on which the resolver would listen is steered all the same, and asks in the other
+/// family.
+fn without_the_resolvers_address(context: &Context, stack: Stack) -> Result<()> {
+    let node = context.node()?;
+    let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    let prefix = if stack.loopback().is_ipv4() { 8 } else { 128 };
+    pod.netns().ip(&format!("address delete {}/{prefix} dev lo", stack.loopback()))?;
+    pod.enrol()?;
+    outbound::passes_the_proxy_once(&pod, &other, stack)?;
+    inbound::passes_the_proxy_once(other.netns(), &pod, stack)?;
+    let upstream = node.dns()?;
+    let asks = |stack: Stack| -> Result<bool> {
+        let server = stack.spell(other.endpoint(stack.family(), PORT)?);
+        let socket = pod.netns().run(|| Socket::new(stack.domain(), Type::DGRAM, None))??;
+        socket.set_read_timeout(Some(SOON))?;
+        let (name, question) = fresh_question("lo")?;
+        socket.connect(&server.into())?;
+        socket.send(&question)?;
+        let answered = answer_to(&question, &socket.into()).is_ok();
+        ensure!(answered != upstream.heard_of(&name).is_empty());
+        Ok(answered)
+    };
+    ensure!(!asks(stack)?, "who answered?");
+    let other_family = if stack.family() == Family::Ipv4 { Stack::V6 } else { Stack::V4 };
+    ensure!(asks(other_family)?, "no answer in the other family");
     Ok(())
 }
