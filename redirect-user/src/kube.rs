@@ -26,6 +26,8 @@ mod voice;
 pub use options::Options;
 pub use rules::{EnableLabel, Rules};
 
+#[cfg(any(test, feature = "double"))]
+pub mod double;
 #[cfg(test)]
 mod tests;
 

@@ -2,7 +2,6 @@
 
 mod admission;
 mod controller;
-mod double;
 mod faults;
 mod proxy;
 mod real;
@@ -20,6 +19,7 @@ use tempfile::TempDir;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 
+use super::double::ApiServer;
 use super::informer::Patience;
 use super::{Controller, Rules, Timing, client};
 use crate::agent::datapath::fake::Fake;
@@ -29,7 +29,6 @@ use crate::agent::pods::Pods;
 use crate::agent::thread::Kernel;
 use crate::netns::NetNs;
 use crate::zds::server::{Options, Server};
-use double::ApiServer;
 use proxy::Proxy;
 
 const NODE: &str = "node-1";

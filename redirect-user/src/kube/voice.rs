@@ -75,7 +75,7 @@ impl Voice {
         note.truncate(note.floor_char_boundary(NOTE));
         let event = Event {
             metadata: ObjectMeta {
-                generate_name: Some(format!("{}.", pod.name)),
+                generate_name: Some(format!("{}-", pod.name)),
                 namespace: Some(pod.namespace.clone()),
                 ..ObjectMeta::default()
             },

@@ -2,11 +2,11 @@
 
 use std::time::Instant;
 
-use super::double::Fault;
 use super::*;
 use crate::agent::enrolment::{Enrolment, Verdict};
 use crate::agent::pods::Wanted;
 use crate::kube::admission::Admission;
+use crate::kube::double::Fault;
 use crate::kube::rules::BYPASS_INBOUND;
 use crate::pod::PodIdentity;
 use crate::wire::{Attachment, Error, ErrorKind};

@@ -1,7 +1,7 @@
 //! What an API server can do wrong.
 
-use super::double::Fault;
 use super::*;
+use crate::kube::double::Fault;
 
 /// A node with one enrolled pod.
 async fn with_pod() -> (Node, Proxy, u64) {

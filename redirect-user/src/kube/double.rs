@@ -1,4 +1,6 @@
-//! An API server on loopback: lists, watches, patches, and everything that can go wrong with them.
+//! An API server for tests: lists, watches, patches, and everything that can go wrong with them.
+
+#![expect(clippy::unwrap_used, reason = "for tests alone, which fail where it panics")]
 
 use std::collections::BTreeMap;
 use std::io;
@@ -14,8 +16,10 @@ use tokio::task::JoinHandle;
 
 /// What happens to a request instead of an answer.
 #[derive(Clone, Debug)]
-pub(super) enum Fault {
+pub enum Fault {
+    /// An answer of this status.
     Status(u16),
+    /// An answer of this status that says when to ask again, in seconds.
     RetryAfter(u16, u64),
     /// The headers come, the rest does not.
     Stall,
@@ -25,8 +29,9 @@ pub(super) enum Fault {
     HangUp,
 }
 
+/// What the server knows and has heard.
 #[derive(Debug, Default)]
-pub(super) struct World {
+pub struct World {
     version: u64,
     /// By path.
     objects: BTreeMap<String, Value>,
@@ -40,15 +45,19 @@ pub(super) struct World {
     bookmarks: u64,
     faults: Vec<(String, Fault)>,
     /// Method, path with query.
-    pub(super) requests: Vec<(String, String)>,
-    pub(super) events: Vec<Value>,
+    pub requests: Vec<(String, String)>,
+    /// The events that were made, as they came.
+    pub events: Vec<Value>,
 }
 
 const PODS: &str = "/api/v1/pods";
 const NAMESPACES: &str = "/api/v1/namespaces";
 
-pub(super) struct ApiServer {
-    pub(super) address: SocketAddr,
+/// A running server. It ends with this value.
+#[derive(Debug)]
+pub struct ApiServer {
+    /// Where it listens.
+    pub address: SocketAddr,
     world: Arc<Mutex<World>>,
     changed: watch::Sender<()>,
     task: JoinHandle<()>,
@@ -62,8 +71,14 @@ impl Drop for ApiServer {
 }
 
 impl ApiServer {
-    pub(super) async fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    /// Starts one on loopback.
+    pub async fn start() -> Self {
+        Self::serve(TcpListener::bind("127.0.0.1:0").await.unwrap())
+    }
+
+    /// Serves on a listener of the caller's, in the runtime in which it is called.
+    #[must_use]
+    pub fn serve(listener: TcpListener) -> Self {
         let address = listener.local_addr().unwrap();
         let world: Arc<Mutex<World>> = Arc::new(Mutex::new(World { version: 10, ..World::default() }));
         let changed = watch::Sender::new(());
@@ -83,7 +98,8 @@ impl ApiServer {
         Self { address, world, changed, task }
     }
 
-    pub(super) fn world(&self) -> MutexGuard<'_, World> {
+    /// What it knows; it answers nobody meanwhile.
+    pub fn world(&self) -> MutexGuard<'_, World> {
         self.world.lock().unwrap()
     }
 
@@ -92,7 +108,8 @@ impl ApiServer {
         self.changed.send_replace(());
     }
 
-    pub(super) fn put_namespace(&self, name: &str, labels: Value) {
+    /// Makes a namespace, or replaces it.
+    pub fn put_namespace(&self, name: &str, labels: Value) {
         let object = json!({
             "apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadata",
             "metadata": {"name": name, "labels": labels},
@@ -100,13 +117,14 @@ impl ApiServer {
         self.change(|world| world.put(NAMESPACES, &format!("{NAMESPACES}/{name}"), object));
     }
 
-    pub(super) fn put_pod(&self, pod: Value) {
+    /// Makes a pod, or replaces it.
+    pub fn put_pod(&self, pod: Value) {
         let path = pod_path(&pod);
         self.change(|world| world.put(PODS, &path, pod));
     }
 
     /// Changes a pod that is there, as a merge patch.
-    pub(super) fn patch_pod(&self, namespace: &str, name: &str, patch: &Value) {
+    pub fn patch_pod(&self, namespace: &str, name: &str, patch: &Value) {
         let path = format!("{NAMESPACES}/{namespace}/pods/{name}");
         self.change(|world| {
             let mut pod = world.objects.get(&path).unwrap().clone();
@@ -115,7 +133,8 @@ impl ApiServer {
         });
     }
 
-    pub(super) fn delete_pod(&self, namespace: &str, name: &str) {
+    /// Deletes a pod if it is there.
+    pub fn delete_pod(&self, namespace: &str, name: &str) {
         let path = format!("{NAMESPACES}/{namespace}/pods/{name}");
         self.change(|world| {
             if let Some(mut pod) = world.objects.remove(&path) {
@@ -127,33 +146,36 @@ impl ApiServer {
     }
 
     /// The annotation that the agent writes.
-    pub(super) fn redirection(&self, namespace: &str, name: &str) -> Option<String> {
+    #[must_use]
+    pub fn redirection(&self, namespace: &str, name: &str) -> Option<String> {
         let world = self.world();
         let pod = world.objects.get(&format!("{NAMESPACES}/{namespace}/pods/{name}"))?;
         Some(pod["metadata"]["annotations"]["ambient.istio.io/redirection"].as_str()?.to_owned())
     }
 
     /// Has the next request whose method and path contain this text fail.
-    pub(super) fn fail_next(&self, what: &str, fault: Fault) {
+    pub fn fail_next(&self, what: &str, fault: Fault) {
         self.world().faults.push((what.into(), fault));
     }
 
-    pub(super) fn faults_left(&self) -> usize {
+    /// How many faults have not come to pass yet.
+    #[must_use]
+    pub fn faults_left(&self) -> usize {
         self.world().faults.len()
     }
 
     /// Ends all watches.
-    pub(super) fn cut_watches(&self) {
+    pub fn cut_watches(&self) {
         self.change(|world| world.cuts += 1);
     }
 
     /// Forgets the past, so that watches have to start over (410 Gone).
-    pub(super) fn compact(&self) {
+    pub fn compact(&self) {
         self.change(|world| world.oldest = world.version);
     }
 
     /// Lets time pass that concerns none of the watched objects, and tells watches so.
-    pub(super) fn bookmark(&self) {
+    pub fn bookmark(&self) {
         self.change(|world| {
             world.version += 100;
             world.bookmarks += 1;
@@ -161,20 +183,24 @@ impl ApiServer {
     }
 
     /// Goes away, and comes back.
-    pub(super) fn set_away(&self, away: bool) {
+    pub fn set_away(&self, away: bool) {
         self.change(|world| {
             world.away = away;
             world.cuts += 1;
         });
     }
 
-    pub(super) fn lists_of_pods(&self) -> usize {
+    /// How often pods were listed.
+    #[must_use]
+    pub fn lists_of_pods(&self) -> usize {
         let world = self.world();
         let lists = |path: &str| path.starts_with("/api/v1/pods?") && !path.contains("watch=true");
         world.requests.iter().filter(|(_, path)| lists(path)).count()
     }
 
-    pub(super) fn count(&self, what: &str) -> usize {
+    /// How many requests had this text in method, path and query.
+    #[must_use]
+    pub fn count(&self, what: &str) -> usize {
         self.world()
             .requests
             .iter()
@@ -298,6 +324,11 @@ impl Connection {
                 None => (404, failure(404)),
             },
             ("POST", events) if events.ends_with("/events") => {
+                // Unlike names, what names are generated from must be valid but for a dash at the end.
+                let stem = body["metadata"]["generateName"].as_str().unwrap_or_default();
+                if !stem.trim_end_matches('-').ends_with(|c: char| c.is_ascii_alphanumeric()) {
+                    return (422, failure(422));
+                }
                 world.events.push(body.clone());
                 (201, body)
             }
