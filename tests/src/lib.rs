@@ -17,6 +17,7 @@ pub mod access_log;
 pub mod agent;
 pub mod caller;
 pub mod cgroup;
+pub mod cluster;
 pub mod cni;
 pub mod connection;
 pub mod dns;
@@ -36,6 +37,7 @@ pub mod wait;
 
 pub use access_log::{Direction, Entry};
 pub use caller::Caller;
+pub use cluster::Cluster;
 pub use connection::Connection;
 pub use netns::Netns;
 pub use node::{Node, NodeOptions};

@@ -49,7 +49,7 @@ fn chosen(node: &Arc<Node>, name: &str, number: u16) -> Result<Pod> {
 }
 
 /// A connection that reaches its server without a proxy on the way, and is counted as excluded where `pod` is.
-fn passes_by(
+pub(crate) fn passes_by(
     client: &Netns,
     server: &Server,
     to: (IpAddr, u16),

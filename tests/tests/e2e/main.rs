@@ -13,6 +13,7 @@ mod fragments;
 mod harness;
 mod identity;
 mod inbound;
+mod kubernetes;
 mod leftovers;
 mod limits;
 mod local;
@@ -64,6 +65,7 @@ fn main() -> anyhow::Result<ExitCode> {
         tc_method::trials(&context),
         probes::trials(&context),
         exclusions::trials(&context),
+        kubernetes::trials(&context),
         odd_sockets::trials(&context),
         fragments::trials(&context),
         syn_flood::trials(&context),

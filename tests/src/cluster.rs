@@ -1,0 +1,96 @@
+//! A Kubernetes API server for the agent of a node: a double, in the node's namespace.
+
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Result;
+use redirect_user::kube::double::ApiServer;
+use serde_json::{Value, json};
+use tokio::runtime::Runtime;
+
+use crate::node::{Node, NodeOptions};
+use crate::pod::Pod;
+use crate::session::Session;
+
+const NODE: &str = "node-1";
+
+/// A node whose agent works with Kubernetes, and the API server.
+#[derive(Debug)]
+pub struct Cluster {
+    // Before the runtime, in which it runs.
+    api: ApiServer,
+    node: Arc<Node>,
+    _runtime: Runtime,
+}
+
+impl Cluster {
+    /// Starts both, and a proxy. The agent gets these arguments besides.
+    pub fn start(session: &Arc<Session>, arguments: &[&str]) -> Result<Self> {
+        let node = Node::with(session, NodeOptions { agent: false, proxy: false, ..NodeOptions::default() })?;
+        let listener = node.netns().run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))??;
+        listener.set_nonblocking(true)?;
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let api = {
+            let _entered = runtime.enter();
+            ApiServer::serve(tokio::net::TcpListener::from_std(listener)?)
+        };
+        let cluster = Self { api, node, _runtime: runtime };
+        cluster.api.put_namespace("default", json!({"istio.io/dataplane-mode": "ambient"}));
+        let kubeconfig = cluster.kubeconfig()?.display().to_string();
+        let own = ["--kubernetes", "--node-name", NODE, "--kubeconfig", &kubeconfig];
+        let all: Vec<String> = own.iter().chain(arguments).map(ToString::to_string).collect();
+        cluster.node.start_agent(&all)?;
+        cluster.node.start_proxy()?;
+        Ok(cluster)
+    }
+
+    /// The API server.
+    #[must_use]
+    pub fn api(&self) -> &ApiServer {
+        &self.api
+    }
+
+    /// The node.
+    #[must_use]
+    pub fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+
+    /// Tells the API server of a pod, with these annotations, as it is before its sandbox has been set up. Enrolling it is
+    /// the CNI plugin's.
+    pub fn announce(&self, pod: &Pod, annotations: &[(&str, &str)]) {
+        let annotations: Value =
+            annotations.iter().map(|(key, value)| ((*key).to_owned(), Value::from(*value))).collect();
+        let identity = pod.identity();
+        self.api.put_pod(json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {
+                "name": identity.name, "namespace": identity.namespace, "uid": identity.uid,
+                "annotations": annotations,
+            },
+            "spec": {"nodeName": NODE, "serviceAccountName": "default", "containers": []},
+            "status": {"phase": "Pending"},
+        }));
+    }
+
+    /// The notes of the events about a pod.
+    #[must_use]
+    pub fn events(&self, pod: &Pod) -> Vec<String> {
+        let world = self.api.world();
+        let about = world.events.iter().filter(|event| event["regarding"]["uid"] == pod.identity().uid);
+        about.filter_map(|event| event["note"].as_str().map(str::to_owned)).collect()
+    }
+
+    fn kubeconfig(&self) -> Result<PathBuf> {
+        let path = self.node.dir().join("kubeconfig");
+        let text = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "double",
+            "clusters": [{"name": "double", "cluster": {"server": format!("http://{}", self.api.address)}}],
+            "users": [{"name": "double", "user": {}}],
+            "contexts": [{"name": "double", "context": {"cluster": "double", "user": "double"}}],
+        });
+        std::fs::write(&path, text.to_string())?;
+        Ok(path)
+    }
+}

@@ -1,0 +1,131 @@
+//! What Kubernetes says of a pod, down to the kernel. The API server is a double, all else is real.
+
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, ensure};
+use libtest_mimic::Trial;
+use redirect_ebpf::{Direction, Family};
+use redirect_tests::{Cluster, Families, Pod, Server, Stack, wait};
+
+use crate::context::{Context, for_every_kind, for_every_stack, trial};
+use crate::exclusions::passes_by;
+use crate::{inbound, outbound, restarts};
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    let mut trials = for_every_kind(context, "kubernetes::excluded_port", excluded_port);
+    trials.extend(for_every_stack(context, "kubernetes::excluded_network", excluded_network));
+    trials.extend(for_every_stack(context, "kubernetes::istio_exclusions", istio_exclusions));
+    trials.push(trial(context, "kubernetes::bad_exclusions_are_refused", bad_exclusions));
+    trials
+}
+
+const PORT: u16 = 8443;
+
+/// Enrols a pod with these annotations.
+fn enrolled(cluster: &Cluster, families: Families, annotations: &[(&str, &str)]) -> Result<Pod> {
+    let pod = cluster.node().plain("pod", families)?;
+    cluster.announce(&pod, annotations);
+    pod.enrol()?;
+    Ok(pod)
+}
+
+/// The annotation is its pod's alone, and its direction's.
+fn excluded_port(context: &Context, families: Families, stack: Stack) -> Result<()> {
+    let cluster = Cluster::start(&context.session()?, &[])?;
+    let other = cluster.node().plain("other", Families::Dual)?;
+    let there = Server::start(other.netns(), stack, PORT, "there")?;
+    let to = (other.address(stack.family())?, PORT);
+
+    let pod = enrolled(&cluster, families, &[("ambient-redirect.io/exclude-outbound-ports", "8443, 9999")])?;
+    passes_by(pod.netns(), &there, to, stack, &pod, Direction::Outbound)?;
+    outbound::passes_the_proxy_once(&pod, &other, stack)?;
+    inbound::passes_the_proxy_once(other.netns(), &pod, stack)?;
+
+    let neighbour = enrolled(&cluster, families, &[("ambient-redirect.io/exclude-inbound-ports", "8443")])?;
+    let here = Server::start(neighbour.netns(), stack, PORT, "here")?;
+    let to_here = (neighbour.address(stack.family())?, PORT);
+    passes_by(other.netns(), &here, to_here, stack, &neighbour, Direction::Inbound)?;
+    let connection = neighbour.connect(stack, to.into())?;
+    ensure!(!connection.is_direct(), "{:?}", connection.heard);
+    Ok(())
+}
+
+fn excluded_network(context: &Context, stack: Stack) -> Result<()> {
+    let cluster = Cluster::start(&context.session()?, &[])?;
+    let other = cluster.node().plain("other", Families::Dual)?;
+    let family = stack.family();
+    let single = format!("{}/{}", other.address(family)?, if family == Family::Ipv4 { 32 } else { 128 });
+    for direction in [Direction::Outbound, Direction::Inbound] {
+        let name = format!("ambient-redirect.io/exclude-{}-networks", direction.label());
+        let pod = enrolled(&cluster, Families::Dual, &[(name.as_str(), single.as_str())])?;
+        let (client, server) = if direction == Direction::Outbound { (&pod, &other) } else { (&other, &pod) };
+        let listening = server.listen(stack)?;
+        let to = (server.address(family)?, listening.port());
+        passes_by(client.netns(), &listening, to, stack, &pod, direction)?;
+        // Neither the other direction nor the other family is meant.
+        if direction == Direction::Outbound {
+            inbound::passes_the_proxy_once(other.netns(), &pod, stack)?;
+        } else {
+            outbound::passes_the_proxy_once(&pod, &other, stack)?;
+        }
+        let foreign = if family == Family::Ipv4 { Stack::V6 } else { Stack::V4 };
+        outbound::passes_the_proxy_once(&pod, &other, foreign)?;
+        inbound::passes_the_proxy_once(other.netns(), &pod, foreign)?;
+    }
+    Ok(())
+}
+
+const ISTIO: [(&str, &str); 1] = [("traffic.sidecar.istio.io/excludeOutboundPorts", "8443")];
+
+/// Honoured where that is asked for, and only there.
+fn istio_exclusions(context: &Context, stack: Stack) -> Result<()> {
+    for (arguments, honoured) in [(&["--istio-exclusions"][..], true), (&[], false)] {
+        let cluster = Cluster::start(&context.session()?, arguments)?;
+        let other = cluster.node().plain("other", Families::Dual)?;
+        let there = Server::start(other.netns(), stack, PORT, "there")?;
+        let pod = enrolled(&cluster, Families::Dual, &ISTIO)?;
+        let to = (other.address(stack.family())?, PORT);
+        if honoured {
+            passes_by(pod.netns(), &there, to, stack, &pod, Direction::Outbound)?;
+        } else {
+            let connection = pod.connect(stack, to.into())?;
+            ensure!(!connection.is_direct(), "{:?}", connection.heard);
+        }
+    }
+    Ok(())
+}
+
+/// One bad value among good ones: the pod is refused with a message and an event, and nothing of it is in the kernel.
+fn bad_exclusions(context: &Context) -> Result<()> {
+    let cases = [
+        ("ambient-redirect.io/exclude-outbound-networks", "10.0.0.0/8,10.0.0.0/33", "10.0.0.0/33"),
+        ("ambient-redirect.io/exclude-inbound-networks", "fd00::/64, fd00::/129", "fd00::/129"),
+        ("ambient-redirect.io/exclude-outbound-ports", "80,http", "http"),
+        ("ambient-redirect.io/exclude-inbound-ports", "65536", "65536"),
+    ];
+    let cluster = Cluster::start(&context.session()?, &[])?;
+    for (name, value, bad) in cases {
+        let pod = cluster.node().plain("pod", Families::Dual)?;
+        cluster.announce(&pod, &[(name, value)]);
+        let text = restarts::message(pod.enrol())?;
+        for wanted in [name, bad] {
+            ensure!(text.contains(wanted), "{wanted} is not in {text:?}");
+        }
+        let told = wait::until_true("event", wait::SOON, || {
+            Ok(cluster.events(&pod).iter().any(|note| note.contains(name) && note.contains(bad)))
+        });
+        told.with_context(|| format!("{name}={value}: {:?}", cluster.api().world().events))?;
+        for family in ["-4", "-6"] {
+            let rules = pod.netns().ip(&format!("{family} rule"))?;
+            ensure!(!rules.contains("15001"), "{rules}");
+        }
+        ensure!(cluster.node().report(&pod)?.is_none(), "the agent has it");
+        // With a good value, it is enrolled.
+        cluster
+            .announce(&pod, &[(name, value.split(',').next().filter(|first| *first != bad).unwrap_or(""))]);
+        pod.enrol()?;
+        let other = cluster.node().plain("other", Families::Dual)?;
+        inbound::passes_the_proxy_once(other.netns(), &pod, Stack::V6)?;
+    }
+    Ok(())
+}
