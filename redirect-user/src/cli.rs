@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
-use crate::{agent, proxy, wire};
+use crate::{agent, install, proxy, wire};
 
 /// Steers the TCP connections of pods to the node proxy of an ambient mesh, in IPv4 and IPv6 alike
 #[derive(Debug, Parser)]
@@ -36,6 +36,8 @@ enum LogFormat {
 enum Command {
     /// Run the agent of this node
     Agent(Box<agent::Options>),
+    /// Put the CNI plugin into this node's chain
+    Install(install::Install),
     /// Run the embedded node proxy
     Proxy(proxy::Options),
     /// Show what the agent of this node is doing
@@ -71,6 +73,7 @@ pub fn main() -> ExitCode {
     }
     let result = match cli.command {
         Command::Agent(options) => agent::run(*options),
+        Command::Install(install) => install::run(install),
         Command::Proxy(options) => proxy::run(options),
         Command::Status(query) => show::status(&query),
         Command::Pods(query) => show::pods(&query),

@@ -13,6 +13,7 @@ mod admission;
 mod api;
 mod client;
 mod controller;
+mod daemonset;
 mod exclusions;
 mod informer;
 mod options;
@@ -33,3 +34,4 @@ mod tests;
 
 pub(crate) use client::{client, config};
 pub(crate) use controller::{Controller, Timing};
+pub(crate) use daemonset::is_deleted;

@@ -3,6 +3,7 @@
 //! - [`agent`]: the DaemonSet process. Loads the kernel side, keeps pods in step with it, serves the CNI plugin and
 //!   the node proxy.
 //! - [`cni`]: the CNI plugin (`redirect-cni`), synchronous and without a runtime.
+//! - [`install`]: puts the plugin into the node's CNI chain (`redirect install`).
 //! - [`kube`]: which pods Kubernetes wants enrolled.
 //! - [`wire`]: what plugin, command line and agent say to each other.
 //! - [`zds`]: what agent and node proxy say to each other.
@@ -12,6 +13,7 @@ pub mod agent;
 pub mod cgroup;
 pub mod cli;
 pub mod cni;
+pub mod install;
 pub mod kube;
 pub mod netns;
 pub mod pod;

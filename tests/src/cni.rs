@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{fmt, fs};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -86,6 +86,38 @@ impl Chain {
     #[must_use]
     pub fn new(name: &str, plugins: Vec<Value>, search: Vec<PathBuf>) -> Self {
         Self { name: name.to_owned(), plugins, search }
+    }
+
+    /// What a runtime makes of a configuration directory: the chain of the first file, in lexical order.
+    pub fn of_directory(directory: &Path, search: Vec<PathBuf>) -> Result<Self> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct List {
+            cni_version: String,
+            name: String,
+            plugins: Vec<Value>,
+        }
+        let mut files: Vec<PathBuf> =
+            fs::read_dir(directory)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
+        files.retain(|path| path.extension().is_some_and(|extension| extension == "conflist"));
+        files.sort();
+        let file = files.first().with_context(|| format!("no chain in {}", directory.display()))?;
+        let List { cni_version, name, plugins } =
+            serde_json::from_slice(&fs::read(file)?).with_context(|| file.display().to_string())?;
+        ensure!(cni_version == VERSION, "{} has cniVersion {cni_version}", file.display());
+        Ok(Self { name, plugins, search })
+    }
+
+    /// As it stands in a `.conflist`.
+    #[must_use]
+    pub fn list(&self) -> Value {
+        json!({"cniVersion": VERSION, "name": self.name, "plugins": self.plugins})
+    }
+
+    /// The types of its plugins.
+    #[must_use]
+    pub fn types(&self) -> Vec<&str> {
+        self.plugins.iter().filter_map(|plugin| plugin["type"].as_str()).collect()
     }
 
     /// The same chain, with binaries of this directory in the first place.

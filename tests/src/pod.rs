@@ -97,8 +97,18 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// Makes the namespace and runs the chain.
+    /// Makes the namespace and runs the node's chain.
     pub fn start(node: &Arc<Node>, spec: PodSpec) -> Result<Self> {
+        let chain = if spec.routed {
+            node.routed_chain(spec.families)
+        } else {
+            node.chain(spec.families, &spec.addresses)
+        };
+        Self::through(node, spec, chain)
+    }
+
+    /// Makes the namespace and runs a chain.
+    pub fn through(node: &Arc<Node>, spec: PodSpec, chain: Chain) -> Result<Self> {
         let number = node.next_pod();
         let netns = Netns::new(&format!("pod-{}", spec.name))?;
         if spec.ipv6_disabled {
@@ -113,11 +123,6 @@ impl Pod {
             service_account: String::new(),
         };
         let sandbox = sandbox(&identity, &format!("sandbox-{number}"), netns.path());
-        let chain = if spec.routed {
-            node.routed_chain(spec.families)
-        } else {
-            node.chain(spec.families, &spec.addresses)
-        };
         let wanted = if spec.enrolled { chain.clone() } else { chain.without(REDIRECT) };
         let result =
             wanted.add(node.netns(), &sandbox, None).with_context(|| format!("start of pod {identity}"))?;

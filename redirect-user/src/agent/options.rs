@@ -10,7 +10,7 @@ use super::linux::TcMethod;
 use super::probes::Probers;
 use super::proxies::ProxyIdentity;
 use crate::pod::{Exclusion, network};
-use crate::{kube, wire, zds};
+use crate::{install, kube, wire, zds};
 
 /// Settings of the agent.
 #[derive(Clone, Debug, clap::Args)]
@@ -57,6 +57,12 @@ pub struct Options {
     /// Kubernetes.
     #[command(flatten)]
     pub kubernetes: kube::Options,
+    /// Keep the CNI plugin in this node's chain
+    #[arg(long, help_heading = "CNI chain")]
+    pub install_cni: bool,
+    /// The CNI chain.
+    #[command(flatten)]
+    pub chain: install::Options,
 }
 
 /// What becomes of connections while no node proxy listens. None of it is plaintext past the proxy.

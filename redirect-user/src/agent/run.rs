@@ -19,7 +19,7 @@ use super::thread::Kernel;
 use super::watch::{Event, Watch};
 use crate::kube::{self, Controller, Timing};
 use crate::netns::NetNs;
-use crate::{cgroup, wire, zds};
+use crate::{cgroup, install, wire, zds};
 
 /// How long interfaces that come and go are left alone until the pod is looked at.
 const SETTLE: Duration = Duration::from_millis(20);
@@ -115,7 +115,10 @@ async fn serve(options: Options) -> anyhow::Result<()> {
             _ = interrupt.recv() => terminated = true,
         }
     }
-    let zds_task = tokio::spawn(zds_server.run(until(stopped)));
+    let zds_task = tokio::spawn(zds_server.run(until(stopped.clone())));
+    let chain = options.install_cni.then_some(options.chain);
+    // Not before the plugin is answered.
+    let chain_task = chain.clone().map(|chain| tokio::spawn(install::keep(chain, stopped)));
     let probes_task = tokio::spawn(probes::follow(options.probers, cgroup.clone(), probes_kernel));
     let watch_task = tokio::spawn(follow(events, Arc::clone(&pods)));
     tracing::info!(
@@ -135,6 +138,10 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     }
     let stopping = Instant::now();
     stop.send_replace(true);
+    if let (Some(task), Some(chain)) = (chain_task, chain) {
+        task.await.context("the keeper of the CNI chain")?;
+        unchain(&options.kubernetes, chain).await;
+    }
     watch_task.abort();
     probes_task.abort();
     wire_task.await.context("the server of the CNI plugin")?;
@@ -174,6 +181,30 @@ async fn catch_up(controller: &Controller<Linux>, seconds: u64) {
             seconds,
             "the API server has not told which pods run on this node: node proxies are served without those"
         );
+    }
+}
+
+/// Takes the plugin out of the CNI chain if no other agent will follow on this node. Otherwise pods wait for that one.
+async fn unchain(options: &kube::Options, chain: install::Options) {
+    let (Some(name), Some(namespace)) = (&options.daemonset, &options.pod_namespace) else { return };
+    match kube::is_deleted(options.kubeconfig.as_deref(), namespace, name).await {
+        Ok(true) => {}
+        Ok(false) => return,
+        Err(error) => {
+            tracing::warn!(
+                "the CNI chain keeps the plugin, and pods wait for the next agent: DaemonSet {namespace}/{name} can't \
+                 be read: {error:#}; if there will be none: redirect install --remove"
+            );
+            return;
+        }
+    }
+    match tokio::task::spawn_blocking(move || install::remove(&chain)).await {
+        Ok(Ok(changed)) => {
+            let changed: Vec<_> = changed.iter().map(|path| path.display().to_string()).collect();
+            tracing::info!(changed = changed.join(" "), "the plugin is out of the CNI chain");
+        }
+        Ok(Err(error)) => tracing::error!("the CNI chain keeps the plugin: {error}"),
+        Err(error) => tracing::error!("the CNI chain keeps the plugin: {error}"),
     }
 }
 

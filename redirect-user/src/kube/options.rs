@@ -26,6 +26,9 @@ pub struct Options {
     /// The agent's own namespace
     #[arg(long, env = "POD_NAMESPACE")]
     pub pod_namespace: Option<String>,
+    /// The agent's own DaemonSet: when it is deleted, the agent takes the CNI plugin out of the chain as it ends
+    #[arg(long, env = "DAEMONSET_NAME", requires = "pod_namespace")]
+    pub daemonset: Option<String>,
     /// The label that enrols a pod, or all pods of a namespace; with the value "none" it keeps a pod out
     #[arg(long, default_value_t)]
     pub enable_label: EnableLabel,

@@ -14,6 +14,7 @@ mod harness;
 mod identity;
 mod inbound;
 mod kubernetes;
+mod install;
 mod leftovers;
 mod limits;
 mod local;
@@ -75,6 +76,7 @@ fn main() -> anyhow::Result<ExitCode> {
         time_wait::trials(&context),
         closed_ports::trials(&context),
         without_ipv6::trials(&context),
+        install::trials(&context),
     ];
     let trials: Vec<Trial> = trials.into_iter().flatten().collect();
     let conclusion = libtest_mimic::run(&arguments, trials);

@@ -1,0 +1,165 @@
+//! Puts the plugin into the node's CNI chain, keeps it there, and takes it out again.
+//!
+//! ```text
+//!  directory: what is there ──▶ plan: what is to be done ──▶ files: one atomic step after the other
+//!                                 ▲
+//!  plugin: the binary answers VERSION and STATUS before anything refers to it
+//!  keep: inotify, repairs, and how often
+//! ```
+//!
+//! Invariant: after every single step the directory holds a chain that works, with or without our plugin. So the
+//! binary is in place before a configuration names it, and no configuration names it when it goes.
+
+mod chain;
+mod directory;
+mod error;
+mod files;
+mod keep;
+mod options;
+mod pace;
+mod plan;
+mod plugin;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+pub use error::Error;
+pub use keep::keep;
+pub use options::{Install, Options};
+
+use directory::Directory;
+use files::{Disk, Files};
+use plan::Op;
+
+/// The plugin's file name, which is its type in configurations.
+pub const PLUGIN: &str = "redirect-cni";
+
+/// The configuration of our own, for `--cni-own-conf`. It comes before what primary CNIs write.
+pub const OWN_CONF: &str = "00-ambient-redirect.conflist";
+
+/// What an installation did.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// The configuration that has the plugin now.
+    pub configuration: PathBuf,
+    /// What was written or removed; empty if all was in place.
+    pub changed: Vec<PathBuf>,
+    /// What people should know.
+    pub warnings: Vec<String>,
+}
+
+/// `redirect install`.
+pub fn run(install: Install) -> anyhow::Result<()> {
+    if install.remove {
+        for path in remove(&install.options)? {
+            println!("changed: {}", path.display());
+        }
+        return Ok(());
+    }
+    if install.check {
+        let missing = missing(&install.options)?;
+        anyhow::ensure!(missing.is_empty(), "not in place: {}", missing.join(", "));
+        return Ok(());
+    }
+    if install.watch {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        return runtime.block_on(keep::until_signal(install.options));
+    }
+    let outcome = install_once(&install.options)?;
+    for warning in &outcome.warnings {
+        eprintln!("redirect: {warning}");
+    }
+    for path in &outcome.changed {
+        println!("changed: {}", path.display());
+    }
+    println!("in place: {}", outcome.configuration.display());
+    Ok(())
+}
+
+/// Installs plugin and entry, or repairs them. Changes nothing where all is in place.
+pub fn install_once(options: &Options) -> Result<Outcome, Error> {
+    install(options, &mut Disk)
+}
+
+/// Takes the entry out of every configuration, then removes the plugin. Needs neither agent nor cluster. What was
+/// changed.
+pub fn remove(options: &Options) -> Result<Vec<PathBuf>, Error> {
+    take_out(options, &mut Disk)
+}
+
+/// What an installation would change.
+fn missing(options: &Options) -> Result<Vec<String>, Error> {
+    let mut missing = Vec::new();
+    if !plugin::is_current(options)? {
+        missing.push(options.installed_plugin().display().to_string());
+    }
+    let plan = plan::install(&Directory::read(&options.cni_conf_dir)?, options)?;
+    missing.extend(plan.ops.iter().map(|op| options.cni_conf_dir.join(op.name()).display().to_string()));
+    Ok(missing)
+}
+
+fn install(options: &Options, files: &mut impl Files) -> Result<Outcome, Error> {
+    let _lock = lock(&options.cni_conf_dir)?;
+    // Known to be possible before anything is touched.
+    plan::install(&Directory::read(&options.cni_conf_dir)?, options)?;
+    let mut outcome = Outcome::default();
+    if plugin::install(options, files)? {
+        outcome.changed.push(options.installed_plugin());
+    }
+    // Read again: a primary CNI may have written meanwhile.
+    let plan = plan::install(&Directory::read(&options.cni_conf_dir)?, options)?;
+    outcome.configuration = options.cni_conf_dir.join(&plan.target);
+    if !plan.ops.is_empty() {
+        plan.check_versions(&plugin::versions(&options.installed_plugin())?)?;
+        outcome.warnings.extend(plugin::ready(options)?);
+        outcome.changed.extend(execute(&options.cni_conf_dir, plan.ops, files)?);
+    }
+    outcome.warnings.extend(plan.warnings);
+    Ok(outcome)
+}
+
+fn take_out(options: &Options, files: &mut impl Files) -> Result<Vec<PathBuf>, Error> {
+    let mut changed = Vec::new();
+    // No directory, no entries.
+    if options.cni_conf_dir.is_dir() {
+        let _lock = lock(&options.cni_conf_dir)?;
+        let ops = plan::remove(&Directory::read(&options.cni_conf_dir)?);
+        changed.extend(execute(&options.cni_conf_dir, ops, files)?);
+        files::sweep(&options.cni_conf_dir, files)?;
+    }
+    let plugin = options.installed_plugin();
+    if plugin.exists() {
+        files.remove(&plugin).map_err(|source| Error::write(&plugin, source))?;
+        changed.push(plugin);
+    }
+    if options.cni_bin_dir.is_dir() {
+        files::sweep(&options.cni_bin_dir, files)?;
+    }
+    Ok(changed)
+}
+
+fn execute(directory: &Path, ops: Vec<Op>, files: &mut impl Files) -> Result<Vec<PathBuf>, Error> {
+    let mut changed = Vec::new();
+    for op in ops {
+        let path = directory.join(op.name());
+        let done = match op {
+            Op::Write { document, attributes, .. } => {
+                files::replace(files, &path, format!("{document:#}\n").as_bytes(), attributes)
+            }
+            Op::Remove { .. } => files.remove(&path).and_then(|()| files.sync_directory(directory)),
+        };
+        done.map_err(|source| Error::write(&path, source))?;
+        changed.push(path);
+    }
+    Ok(changed)
+}
+
+/// Two installers must not work at once: a DaemonSet's old and new pod overlap. The lock ends with the file.
+fn lock(directory: &Path) -> Result<File, Error> {
+    let failed = |source| Error::read(directory, source);
+    let file = File::open(directory).map_err(failed)?;
+    file.lock().map_err(failed)?;
+    Ok(file)
+}

@@ -1,0 +1,76 @@
+//! What a configuration directory holds.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::chain::Chain;
+use super::error::Error;
+use super::files::Attributes;
+
+/// The files that runtimes look at, in the order in which they do.
+#[derive(Debug)]
+pub(super) struct Directory {
+    pub(super) path: PathBuf,
+    pub(super) files: Vec<Conf>,
+    /// Names that Cilium gave to configurations of others, to disable them.
+    pub(super) disabled_by_cilium: Vec<String>,
+}
+
+/// One of them.
+#[derive(Debug)]
+pub(super) struct Conf {
+    pub(super) name: String,
+    pub(super) attributes: Attributes,
+    /// The error says why it is no configuration.
+    pub(super) chain: Result<Chain, String>,
+}
+
+impl Directory {
+    pub(super) fn read(path: &Path) -> Result<Self, Error> {
+        let failed = |source| Error::read(path, source);
+        let mut directory = Self { path: path.into(), files: Vec::new(), disabled_by_cilium: Vec::new() };
+        for entry in fs::read_dir(path).map_err(failed)? {
+            let Ok(name) = entry.map_err(failed)?.file_name().into_string() else { continue };
+            if name.ends_with(".cilium_bak") {
+                directory.disabled_by_cilium.push(name);
+            } else if [".conf", ".conflist", ".json"].iter().any(|end| name.ends_with(end)) {
+                directory.files.extend(Conf::read(path, name)?);
+            }
+        }
+        directory.files.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(directory)
+    }
+
+    pub(super) fn get(&self, name: &str) -> Option<&Conf> {
+        self.files.iter().find(|conf| conf.name == name)
+    }
+
+    /// What is wrong with the files that are no configurations.
+    pub(super) fn invalid(&self) -> Vec<String> {
+        let complaint = |conf: &Conf| Some(format!("{} {}", conf.name, conf.chain.as_ref().err()?));
+        self.files.iter().filter_map(complaint).collect()
+    }
+}
+
+impl Conf {
+    /// `None` if it is no file, or has just gone.
+    fn read(directory: &Path, name: String) -> Result<Option<Self>, Error> {
+        let path = directory.join(&name);
+        let gone = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
+        let metadata = match fs::metadata(&path) {
+            Ok(metadata) if metadata.is_file() => metadata,
+            Ok(_) => return Ok(None),
+            Err(error) if gone(&error) => return Ok(None),
+            Err(error) => return Err(Error::read(&path, error)),
+        };
+        let attributes =
+            Attributes { mode: metadata.mode() & 0o7777, uid: metadata.uid(), gid: metadata.gid() };
+        match fs::read(&path) {
+            Ok(bytes) => Ok(Some(Self { chain: Chain::parse(&name, &bytes), name, attributes })),
+            Err(error) if gone(&error) => Ok(None),
+            Err(error) => Err(Error::read(&path, error)),
+        }
+    }
+}

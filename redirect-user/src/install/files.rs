@@ -1,0 +1,104 @@
+//! What is done on the disk, behind a trait: tests let the process die between any two steps.
+
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, fchown};
+use std::path::{Path, PathBuf};
+
+use super::error::Error;
+
+/// Where a file is written before it gets its name. Runtimes look at no file that ends like this; the next run replaces
+/// what a crash left.
+const TEMPORARY: &str = ".ambient-redirect.tmp";
+
+/// Mode and owner of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Attributes {
+    pub(super) mode: u32,
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+}
+
+/// The steps.
+pub(super) trait Files {
+    fn create(&mut self, path: &Path) -> io::Result<File>;
+    fn write(&mut self, file: &mut File, bytes: &[u8]) -> io::Result<()>;
+    fn attribute(&mut self, file: &File, attributes: Attributes) -> io::Result<()>;
+    fn sync(&mut self, file: &File) -> io::Result<()>;
+    fn rename(&mut self, from: &Path, to: &Path) -> io::Result<()>;
+    fn remove(&mut self, path: &Path) -> io::Result<()>;
+    fn sync_directory(&mut self, path: &Path) -> io::Result<()>;
+}
+
+/// The real ones.
+#[derive(Debug)]
+pub(super) struct Disk;
+
+impl Files for Disk {
+    fn create(&mut self, path: &Path) -> io::Result<File> {
+        // A new file each time: somebody may still hold the old one.
+        if let Err(error) = fs::remove_file(path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            return Err(error);
+        }
+        OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
+    }
+
+    fn write(&mut self, file: &mut File, bytes: &[u8]) -> io::Result<()> {
+        file.write_all(bytes)
+    }
+
+    fn attribute(&mut self, file: &File, attributes: Attributes) -> io::Result<()> {
+        fchown(file, Some(attributes.uid), Some(attributes.gid))?;
+        file.set_permissions(Permissions::from_mode(attributes.mode))
+    }
+
+    fn sync(&mut self, file: &File) -> io::Result<()> {
+        file.sync_all()
+    }
+
+    fn rename(&mut self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    fn remove(&mut self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
+    fn sync_directory(&mut self, path: &Path) -> io::Result<()> {
+        File::open(path)?.sync_all()
+    }
+}
+
+/// Replaces a file, or makes it, so that there is never half of one.
+pub(super) fn replace(
+    files: &mut impl Files,
+    path: &Path,
+    bytes: &[u8],
+    attributes: Attributes,
+) -> io::Result<()> {
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let temporary = temporary(directory);
+    let mut file = files.create(&temporary)?;
+    files.write(&mut file, bytes)?;
+    files.attribute(&file, attributes)?;
+    files.sync(&file)?;
+    // An open file that is being written can't be executed.
+    drop(file);
+    files.rename(&temporary, path)?;
+    files.sync_directory(directory)
+}
+
+/// Removes what a crash left.
+pub(super) fn sweep(directory: &Path, files: &mut impl Files) -> Result<(), Error> {
+    let temporary = temporary(directory);
+    if temporary.exists() {
+        files.remove(&temporary).map_err(|source| Error::write(&temporary, source))?;
+    }
+    Ok(())
+}
+
+fn temporary(directory: &Path) -> PathBuf {
+    directory.join(TEMPORARY)
+}

@@ -1,0 +1,167 @@
+//! Stays, and repairs the chain when another process changes it.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use super::directory::Directory;
+use super::pace::Pace;
+use super::plan::{CILIUM, is_cilium_s};
+use super::{Error, Options, Outcome, install_once};
+
+/// Changes come in bursts: a primary CNI copies plugins, then writes configurations.
+const SETTLE: Duration = Duration::from_millis(100);
+
+/// How long the chain goes unwatched at most, where inotify is blind: behind symbolic links, below new mounts.
+const PERIOD: Duration = Duration::from_secs(30);
+
+/// How often a chain that can't be made is tried again.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// Keeps the plugin in the chain until `stop` is true. The chain stays as it is then.
+pub async fn keep(options: Options, mut stop: watch::Receiver<bool>) {
+    let mut keeper = Keeper { options, pace: Pace::default(), complaint: None };
+    loop {
+        // Watched before it is looked at, so that nothing is missed between the two.
+        let changes = keeper.watch();
+        let period = keeper.look().await;
+        tokio::select! {
+            () = wait(changes, period) => {}
+            _ = stop.wait_for(|stop| *stop) => return,
+        }
+        let pause = keeper.pace.wait(Instant::now()).max(SETTLE);
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            _ = stop.wait_for(|stop| *stop) => return,
+        }
+    }
+}
+
+/// `redirect install --watch`.
+pub(super) async fn until_signal(options: Options) -> anyhow::Result<()> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (stop, stopped) = watch::channel(false);
+    let keeper = tokio::spawn(keep(options, stopped));
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    stop.send_replace(true);
+    Ok(keeper.await?)
+}
+
+struct Keeper {
+    options: Options,
+    pace: Pace,
+    /// What was logged last of an installation that does not succeed.
+    complaint: Option<String>,
+}
+
+impl Keeper {
+    /// Installs or repairs. How long to wait for a change.
+    async fn look(&mut self) -> Duration {
+        let options = self.options.clone();
+        let result = tokio::task::spawn_blocking(move || install_once(&options)).await;
+        match result.unwrap_or_else(|error| Err(Error::read(Path::new("CNI chain"), io::Error::other(error))))
+        {
+            Ok(outcome) => {
+                self.report(&outcome);
+                PERIOD
+            }
+            Err(error) => {
+                self.complain(error.to_string());
+                RETRY
+            }
+        }
+    }
+
+    fn report(&mut self, outcome: &Outcome) {
+        let configuration = outcome.configuration.display();
+        if outcome.changed.is_empty() {
+            if self.complaint.take().is_some() {
+                tracing::info!(%configuration, "the CNI chain has the plugin");
+            }
+            return;
+        }
+        self.complaint = None;
+        let repairs = self.pace.repaired(Instant::now()) - 1;
+        let changed: Vec<_> = outcome.changed.iter().map(|path| path.display().to_string()).collect();
+        tracing::info!(%configuration, changed = changed.join(" "), repairs, "the CNI chain has the plugin");
+        for warning in &outcome.warnings {
+            tracing::warn!("{warning}");
+        }
+        if repairs >= 2 {
+            let seconds = self.pace.wait(Instant::now()).as_secs();
+            tracing::warn!(
+                repairs,
+                seconds,
+                "another process changes {configuration} again and again; the next repair waits{}",
+                self.culprit(&outcome.configuration)
+            );
+        }
+    }
+
+    fn culprit(&self, configuration: &Path) -> String {
+        let name = configuration.file_name().unwrap_or_default().to_string_lossy();
+        match Directory::read(&self.options.cni_conf_dir) {
+            Ok(directory) if is_cilium_s(&directory, &name) => format!(". It is Cilium's: {CILIUM}"),
+            _ => String::new(),
+        }
+    }
+
+    fn complain(&mut self, complaint: String) {
+        if self.complaint.as_ref() != Some(&complaint) {
+            tracing::warn!("{complaint}");
+            self.complaint = Some(complaint);
+        }
+    }
+
+    /// Something that is readable when configurations or plugins change.
+    fn watch(&mut self) -> Option<AsyncFd<OwnedFd>> {
+        let directories = [&self.options.cni_conf_dir, &self.options.cni_bin_dir];
+        match changes(directories.map(AsRef::as_ref)) {
+            Ok(changes) => Some(changes),
+            Err(error) => {
+                self.complain(format!("changes of the CNI chain are noticed every {PERIOD:?} only: {error}"));
+                None
+            }
+        }
+    }
+}
+
+fn changes(directories: [&Path; 2]) -> io::Result<AsyncFd<OwnedFd>> {
+    let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+    let flags = AddWatchFlags::IN_CLOSE_WRITE
+        | AddWatchFlags::IN_CREATE
+        | AddWatchFlags::IN_MOVE
+        | AddWatchFlags::IN_DELETE
+        | AddWatchFlags::IN_ATTRIB
+        | AddWatchFlags::IN_DELETE_SELF
+        | AddWatchFlags::IN_MOVE_SELF;
+    for directory in directories {
+        // One that is not there yet announces itself in the first of its parents that is.
+        let mut places = directory.ancestors();
+        places.find(|place| inotify.add_watch(*place, flags).is_ok());
+    }
+    let descriptor = inotify.as_fd().try_clone_to_owned()?;
+    // SAFETY: an owned descriptor stays the same one until it is dropped.
+    Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
+}
+
+async fn wait(changes: Option<AsyncFd<OwnedFd>>, period: Duration) {
+    let changed = async {
+        match &changes {
+            // What it was is of no interest: everything is looked at anew, with a new watch.
+            Some(changes) => drop(changes.readable().await),
+            None => std::future::pending().await,
+        }
+    };
+    let _ = tokio::time::timeout(period, changed).await;
+}

@@ -1,0 +1,187 @@
+//! `redirect install` on a directory of real plugins: the chain that a runtime finds there works at any time.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use libtest_mimic::Trial;
+use redirect_tests::cni::{Chain, REDIRECT};
+use redirect_tests::wait::{self, SOON};
+use redirect_tests::{Families, Node, NodeOptions, Pod, Stack};
+use tempfile::TempDir;
+
+use crate::context::{Context, for_every_kind, trial};
+use crate::{inbound, outbound};
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    let mut trials = for_every_kind(context, "install::steers", steers);
+    trials.push(trial(context, "install::removed", removed));
+    trials.push(trial(context, "install::killed", killed));
+    trials.push(trial(context, "install::by_the_agent", by_the_agent));
+    trials
+}
+
+/// The directories of a node on which the primary CNI has run: Debian's plugins, a chain of theirs.
+struct Directories {
+    directory: TempDir,
+    node: Arc<Node>,
+}
+
+const CONFIGURATION: &str = "10-primary.conflist";
+
+impl Directories {
+    fn new(node: &Arc<Node>, families: Families) -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("cni-").tempdir_in(node.session().directory())?;
+        let directories = Self { directory, node: node.clone() };
+        fs::create_dir(directories.configurations())?;
+        fs::create_dir(directories.plugins())?;
+        for kind in ["bridge", "host-local"] {
+            let places = node.session().plugin_directories().into_iter().map(|place| place.join(kind));
+            let plugin = places.into_iter().find(|path| path.exists()).context("Debian's plugins")?;
+            symlink(plugin, directories.plugins().join(kind))?;
+        }
+        directories.write_primary(families)?;
+        Ok(directories)
+    }
+
+    /// What the primary CNI does when it starts.
+    fn write_primary(&self, families: Families) -> Result<()> {
+        let chain = self.node.chain(families, &[]).without(REDIRECT);
+        Ok(fs::write(self.configurations().join(CONFIGURATION), chain.list().to_string())?)
+    }
+
+    fn configurations(&self) -> PathBuf {
+        self.directory.path().join("net.d")
+    }
+
+    fn plugins(&self) -> PathBuf {
+        self.directory.path().join("bin")
+    }
+
+    fn arguments(&self) -> Vec<String> {
+        [
+            ("--cni-conf-dir", self.configurations().as_path()),
+            ("--cni-bin-dir", &self.plugins()),
+            ("--cni-agent-socket", &self.node.agent_socket()),
+            ("--cni-plugin", &self.node.session().binaries().plugin),
+        ]
+        .into_iter()
+        .flat_map(|(name, value): (_, &Path)| [name.to_owned(), value.display().to_string()])
+        .collect()
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.node.session().binaries().redirect);
+        command.arg("install").args(self.arguments()).args(arguments);
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Result<Output> {
+        let output = self.command(arguments).output()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(output)
+    }
+
+    /// The chain that a runtime finds now, with nothing but what is in the directories.
+    fn chain(&self) -> Result<Chain> {
+        Chain::of_directory(&self.configurations(), vec![self.plugins()])
+    }
+
+    fn pod(&self, name: &str, families: Families) -> Result<Pod> {
+        Pod::through(&self.node, self.node.numbered(name, families), self.chain()?)
+    }
+
+    fn is_chained(&self) -> bool {
+        self.chain().is_ok_and(|chain| chain.types() == ["bridge", REDIRECT])
+    }
+}
+
+fn steers(context: &Context, families: Families, stack: Stack) -> Result<()> {
+    let node = context.node()?;
+    let directories = Directories::new(&node, families)?;
+    ensure!(directories.command(&["--check"]).output()?.status.code() == Some(1), "--check before");
+    directories.run(&[])?;
+    directories.run(&["--check"])?;
+    let pod = directories.pod("installed", families)?;
+    let other = node.plain("other", Families::Dual)?;
+    outbound::passes_the_proxy_once(&pod, &other, stack)?;
+    inbound::passes_the_proxy_once(other.netns(), &pod, stack)
+}
+
+/// Pods of before can go, pods of after are not steered.
+fn removed(context: &Context) -> Result<()> {
+    let node = context.node()?;
+    let directories = Directories::new(&node, Families::Dual)?;
+    directories.run(&[])?;
+    let before = directories.pod("before", Families::Dual)?;
+    directories.run(&["--remove"])?;
+    ensure!(directories.chain()?.types() == ["bridge"], "{:?}", directories.chain()?);
+    ensure!(!directories.plugins().join(REDIRECT).exists(), "the plugin is still there");
+
+    let after = directories.pod("after", Families::Dual)?;
+    ensure!(node.report(&after)?.is_none(), "a pod is steered without the plugin");
+    // The chain of now can end pods of before; the agent is told here by another copy of the plugin.
+    let sandbox = before.sandbox().clone();
+    before.end_without_del()?;
+    node.chain(Families::Dual, &[]).only(REDIRECT).del(node.netns(), &sandbox, None)
+}
+
+/// Whenever the installer is killed, pods start, and the next run completes.
+fn killed(context: &Context) -> Result<()> {
+    let node = context.node()?;
+    let directories = Directories::new(&node, Families::Dual)?;
+    let started = Instant::now();
+    directories.run(&[])?;
+    let whole = started.elapsed();
+    const KILLS: u32 = 12;
+    for kill in 0..KILLS {
+        directories.run(&["--remove"])?;
+        let mut child = directories.command(&[]).stdout(Stdio::null()).spawn()?;
+        std::thread::sleep(whole * kill / KILLS);
+        child.kill()?;
+        child.wait()?;
+        let types = directories.chain()?.types().len();
+        directories.pod("survivor", Families::Dual).with_context(|| format!("a chain of {types} plugins"))?;
+        directories.run(&[])?;
+        ensure!(directories.is_chained(), "after kill {kill}");
+        let names = fs::read_dir(directories.configurations())?.map(|entry| Ok(entry?.file_name()));
+        let names = names.collect::<Result<Vec<_>>>()?;
+        ensure!(names == [CONFIGURATION], "after kill {kill}: {names:?}");
+    }
+    Ok(())
+}
+
+/// The agent itself keeps the plugin in the chain, and leaves it there for its successor.
+fn by_the_agent(context: &Context) -> Result<()> {
+    let node = Node::with(
+        &context.session()?,
+        NodeOptions { agent: false, proxy: false, ..NodeOptions::default() },
+    )?;
+    let directories = Directories::new(&node, Families::Dual)?;
+    let configuration = directories.configurations().join(CONFIGURATION);
+    fs::set_permissions(&configuration, fs::Permissions::from_mode(0o600))?;
+    let mut arguments = vec!["--install-cni".to_owned()];
+    arguments.extend(directories.arguments());
+    node.start_agent(&arguments)?;
+    wait::until_true("chain with the plugin", SOON, || Ok(directories.is_chained()))?;
+    ensure!(fs::metadata(&configuration)?.permissions().mode() & 0o7777 == 0o600, "permissions");
+
+    node.start_proxy()?;
+    let other = node.plain("other", Families::Dual)?;
+    for stack in Stack::ALL {
+        let pod = directories.pod("installed", Families::Dual)?;
+        outbound::passes_the_proxy_once(&pod, &other, stack)?;
+    }
+    directories.write_primary(Families::Dual)?;
+    wait::until_true("repaired chain", Duration::from_secs(10), || Ok(directories.is_chained()))?;
+    node.stop_agent()?;
+    ensure!(
+        directories.is_chained(),
+        "the agent took the plugin out of the chain although another may follow"
+    );
+    Ok(())
+}
