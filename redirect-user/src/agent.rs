@@ -12,6 +12,7 @@ pub(crate) mod enrolment;
 pub mod facts;
 pub mod linux;
 mod options;
+mod peers;
 pub(crate) mod pods;
 mod probes;
 mod proxies;

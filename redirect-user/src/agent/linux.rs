@@ -165,6 +165,12 @@ impl Linux {
         }
     }
 
+    /// Whether the network namespace with this cookie is an enrolled pod's.
+    #[must_use]
+    pub fn is_enrolled(&self, netns_cookie: u64) -> bool {
+        self.maps.has_pod(netns_cookie)
+    }
+
     /// Replaces the set of cgroups whose processes are node proxies. An empty set: the mark alone tells.
     pub fn set_proxy_cgroups(&mut self, cgroups: &[u64]) -> anyhow::Result<()> {
         self.maps.set_proxy_cgroups(cgroups)

@@ -3,6 +3,7 @@
 use std::sync::Mutex;
 
 use super::linux::Linux;
+use super::peers;
 use super::thread::Kernel;
 use crate::zds::server::Peer;
 
@@ -29,6 +30,7 @@ impl Cgroups {
 
     /// Admits a proxy, before it is told any pod.
     pub(super) async fn admit(&self, kernel: &Kernel<Linux>, peer: Peer) -> anyhow::Result<()> {
+        peers::check(kernel, peer.pid).await?;
         if self.identity == ProxyIdentity::Mark {
             return Ok(());
         }

@@ -19,16 +19,14 @@ use super::thread::Kernel;
 use super::watch::{Event, Watch};
 use crate::kube::{self, Controller, Timing};
 use crate::netns::NetNs;
-use crate::{cgroup, install, wire, zds};
+use crate::{cgroup, install, privileges, wire, zds};
 
 /// How long interfaces that come and go are left alone until the pod is looked at.
 const SETTLE: Duration = Duration::from_millis(20);
 
 /// Runs until SIGTERM or SIGINT; then removes everything that it made from the kernel.
 pub fn run(options: Options) -> anyhow::Result<()> {
-    if !nix::unistd::Uid::effective().is_root() {
-        anyhow::bail!("the agent loads eBPF programs and enters pods' namespaces: run it as root");
-    }
+    privileges::keep(privileges::AGENT)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

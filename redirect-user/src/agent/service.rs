@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::enrolment::{self, Enrolment};
 use super::linux::Linux;
+use super::peers;
 use super::pods::{self, Pods, Wanted};
 use super::thread::Kernel;
 use crate::netns::NetNs;
@@ -23,6 +24,11 @@ pub(super) struct Service {
 }
 
 impl Handler for Service {
+    async fn permit(&self, pid: Option<i32>) -> Result<(), Error> {
+        let permitted = peers::check(&self.kernel, pid).await;
+        permitted.map_err(|error| Error::new(ErrorKind::Denied, format!("{error:#}")))
+    }
+
     async fn handle(&self, request: Request, netns: Option<OwnedFd>) -> Vec<Reply> {
         match request {
             Request::Add { attachment, pod, addresses } => {

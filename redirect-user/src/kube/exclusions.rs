@@ -147,4 +147,21 @@ mod tests {
             );
         }
     }
+
+    proptest::proptest! {
+        /// Whatever somebody writes: it is understood in full, or refused with the annotation's name.
+        #[test]
+        fn any_text_is_understood_or_refused(text in ".{0,200}|[0-9a-f:./, -]{0,60}") {
+            for name in ANNOTATIONS.map(|annotation| annotation.name) {
+                match of(&[(name, &text)], true) {
+                    Ok(exclusions) => {
+                        let items = text.split(',').filter(|item| !item.trim().is_empty()).count();
+                        proptest::prop_assert!(exclusions.len() <= items, "{text:?}: {exclusions:?}");
+                        proptest::prop_assert!(items == 0 || !exclusions.is_empty(), "{text:?} excludes nothing");
+                    }
+                    Err(error) => proptest::prop_assert!(error.to_string().contains(name), "{error}"),
+                }
+            }
+        }
+    }
 }

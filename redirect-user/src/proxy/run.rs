@@ -15,6 +15,7 @@ use super::access_log::AccessLog;
 use super::pods::Pods;
 use super::resolver::{Upstreams, parse_upstream};
 use super::sockets::Namespaces;
+use crate::privileges;
 use crate::zds;
 use crate::zds::client::{Backoff, follow};
 
@@ -50,6 +51,7 @@ pub struct Options {
 
 /// Runs the proxy until it is told to stop.
 pub fn run(options: Options) -> anyhow::Result<()> {
+    privileges::keep(privileges::PROXY)?;
     raise_limit();
     let (access_log, writer) = match &options.access_log {
         Some(path) => {

@@ -36,6 +36,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What the agent does with a request.
 pub trait Handler: Send + Sync + 'static {
+    /// Whether a process may ask, if the agent can see it.
+    fn permit(&self, pid: Option<i32>) -> impl Future<Output = Result<(), Error>> + Send;
+
     /// Answers a request. `netns` is there exactly if [`Request::carries_netns`].
     ///
     /// Runs to its end even if the client goes away. Several requests run at once. The last reply should be final
@@ -99,7 +102,13 @@ impl Server {
 /// Serves one connection: one request and its replies.
 async fn converse<H: Handler>(socket: UnixSeqpacket, handler: Arc<H>) {
     let replies = match timeout(CLIENT_DEADLINE, receive(&socket)).await {
-        Ok(Ok(Some((request, netns)))) => handler.handle(request, netns).await,
+        Ok(Ok(Some((request, netns)))) => match permit(&socket, &*handler).await {
+            Ok(()) => handler.handle(request, netns).await,
+            Err(error) => {
+                tracing::warn!(%error, "refused a client");
+                vec![Reply::Error(error)]
+            }
+        },
         // Nothing was asked: a successor that looks whether we live.
         Ok(Ok(None)) => return,
         Ok(Err(error)) => {
@@ -118,6 +127,11 @@ async fn converse<H: Handler>(socket: UnixSeqpacket, handler: Arc<H>) {
             Err(_elapsed) => return tracing::debug!("a client does not read its answer"),
         }
     }
+}
+
+async fn permit<H: Handler>(socket: &UnixSeqpacket, handler: &H) -> Result<(), Error> {
+    let peer = socket.peer_cred().map_err(|error| Error::new(ErrorKind::Internal, error.to_string()))?;
+    handler.permit(peer.pid()).await
 }
 
 /// What the kernel fills with descriptors. Room for two is enough to notice that there are too many; those that do

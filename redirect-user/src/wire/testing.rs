@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use tokio::sync::oneshot;
 
 use super::server::{Handler, Server};
-use super::{Reply, Request};
+use super::{Error, Reply, Request};
 
 type Answer = Box<dyn Fn(&Request) -> Vec<Reply> + Send + Sync>;
 
@@ -26,6 +26,10 @@ struct Recorder {
 }
 
 impl Handler for Recorder {
+    async fn permit(&self, _pid: Option<i32>) -> Result<(), Error> {
+        Ok(())
+    }
+
     async fn handle(&self, request: Request, netns: Option<OwnedFd>) -> Vec<Reply> {
         let inode = netns.map(|fd| {
             let flags = FdFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFD).unwrap());

@@ -10,6 +10,7 @@ mod eaddrinuse;
 mod enrolment;
 mod exclusions;
 mod fragments;
+mod hardening;
 mod harness;
 mod identity;
 mod inbound;
@@ -66,6 +67,7 @@ fn main() -> anyhow::Result<ExitCode> {
         tc_method::trials(&context),
         probes::trials(&context),
         exclusions::trials(&context),
+        hardening::trials(&context),
         kubernetes::trials(&context),
         odd_sockets::trials(&context),
         fragments::trials(&context),

@@ -154,6 +154,10 @@ impl Maps {
     }
 
     /// Leaves the pod alone if its switches are others by now.
+    pub(super) fn has_pod(&self, cookie: u64) -> bool {
+        self.pods.get(&cookie).is_some()
+    }
+
     pub(super) fn remove_pod(&mut self, cookie: u64, pod: Pod) -> anyhow::Result<()> {
         if self.pods.get(&cookie) == Some(pod) { self.pods.remove(&cookie) } else { Ok(()) }
     }

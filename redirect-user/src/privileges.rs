@@ -1,0 +1,79 @@
+//! Gives up what a process does not need, for good.
+//!
+//! Capabilities are a thread's own and pass on to the threads that it starts: this comes before any of those.
+
+use caps::{CapSet, CapsHashSet};
+use nix::errno::Errno;
+use nix::sys::prctl::set_no_new_privs;
+
+pub use caps::Capability;
+
+/// What the agent keeps.
+///
+/// | capability | what for |
+/// |---|---|
+/// | `CAP_BPF`, `CAP_PERFMON` | programs and maps |
+/// | `CAP_NET_ADMIN` | attaching them; rules, routes and TC filters of pods |
+/// | `CAP_NET_BROADCAST` | hearing of changes in all pods' network namespaces (`NETLINK_LISTEN_ALL_NSID`) |
+/// | `CAP_SYS_ADMIN` | entering the network namespaces of pods, bpffs |
+/// | `CAP_SYS_PTRACE` | finding the network namespaces of pods, and the cgroup of the node proxy, in `/proc` |
+pub const AGENT: &[Capability] = &[
+    Capability::CAP_BPF,
+    Capability::CAP_PERFMON,
+    Capability::CAP_NET_ADMIN,
+    Capability::CAP_NET_BROADCAST,
+    Capability::CAP_SYS_ADMIN,
+    Capability::CAP_SYS_PTRACE,
+];
+
+/// What the embedded node proxy keeps.
+///
+/// | capability | what for |
+/// |---|---|
+/// | `CAP_NET_ADMIN` | transparent sockets and their mark |
+/// | `CAP_SYS_ADMIN` | sockets in the network namespaces of pods |
+pub const PROXY: &[Capability] = &[Capability::CAP_NET_ADMIN, Capability::CAP_SYS_ADMIN];
+
+/// Why a process can't run with less.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It lacks some of what it needs.
+    #[error(
+        "this needs the capabilities {0}: run it as root, or add them to the container's securityContext"
+    )]
+    Missing(String),
+    /// The kernel refused.
+    #[error("capabilities can't be given up")]
+    Capabilities(#[from] caps::errors::CapsError),
+    /// The kernel refused.
+    #[error("no_new_privs can't be set")]
+    NoNewPrivileges(#[source] Errno),
+}
+
+/// Gives up all capabilities but these, and the way to get any back.
+///
+/// Must be called while the process has one thread.
+pub fn keep(wanted: &[Capability]) -> Result<(), Error> {
+    let permitted = caps::read(None, CapSet::Permitted)?;
+    let missing: Vec<_> = wanted.iter().filter(|wanted| !permitted.contains(wanted)).map(name).collect();
+    if !missing.is_empty() {
+        return Err(Error::Missing(missing.join(", ")));
+    }
+    let wanted: CapsHashSet = wanted.iter().copied().collect();
+    // The bounding set is what an executed file could give back. Only CAP_SETPCAP may lower it; without that, others of
+    // this process's set are kept from coming back by no_new_privs alone.
+    if permitted.contains(&Capability::CAP_SETPCAP) {
+        for surplus in caps::read(None, CapSet::Bounding)?.difference(&wanted) {
+            caps::drop(None, CapSet::Bounding, *surplus)?;
+        }
+    }
+    caps::clear(None, CapSet::Ambient)?;
+    caps::clear(None, CapSet::Inheritable)?;
+    caps::set(None, CapSet::Effective, &wanted)?;
+    caps::set(None, CapSet::Permitted, &wanted)?;
+    set_no_new_privs().map_err(Error::NoNewPrivileges)
+}
+
+fn name(capability: &Capability) -> String {
+    capability.to_string()
+}
