@@ -166,5 +166,12 @@ pub const fn is_guarded(protocol: Protocol, port: u16) -> bool {
     }
 }
 
+/// Whether the port is of a listener that takes captured connections only.
+#[must_use]
+#[inline(always)]
+pub const fn is_for_captured(port: u16) -> bool {
+    matches!(port, PORT_OUTBOUND | PORT_INBOUND)
+}
+
 #[cfg(test)]
 mod tests;

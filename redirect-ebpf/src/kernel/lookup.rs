@@ -4,6 +4,9 @@
 //! again: only the kernel can retire the TIME_WAIT socket, and when it has, it looks for a listener by address and port
 //! and would find the application's, or none. So [`hand_over`] notes, at the TC hook, where the connection is to go,
 //! and the lookup a moment later, in the same softirq, reads it.
+//!
+//! Connections that were not captured do not reach the listeners for captured ones: from there a proxy would dial the same
+//! address and port again, and so on.
 
 use core::mem::offset_of;
 
@@ -12,12 +15,14 @@ use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_map_update_elem};
 use aya_ebpf::macros::{map, sk_lookup};
 use aya_ebpf::maps::{LruHashMap, SockHash};
 use aya_ebpf::programs::SkLookupContext;
+use redirect_ebpf::decide::{Protocol, is_for_captured};
 use redirect_ebpf::maps::{HandedOver, ListenerKey, Tuple};
 use redirect_ebpf::packet::Segment;
 
 use super::context::{End, addresses, word};
 use super::pods::PodIp;
-use super::socket::Socket;
+use super::sock_addr::protocol;
+use super::socket::{NO_PORT, Socket};
 
 /// Entries live from the TC hook to the socket lookup of the same packet: a few would do.
 #[map]
@@ -72,19 +77,29 @@ fn remember(key: &ListenerKey, listener: &Socket) -> Result<(), i64> {
 #[sk_lookup]
 pub(crate) fn listener_lookup(ctx: SkLookupContext) -> u32 {
     let tuple = tuple(ctx.lookup);
-    let Some(entry) = HANDED_OVER.get_ptr(tuple) else { return sk_action::SK_PASS };
+    let Some(entry) = HANDED_OVER.get_ptr(tuple) else { return not_handed_over(ctx.lookup, &tuple) };
     // SAFETY: the entry is only read; LRU entries may be recycled while they are read, which the time limits.
     let HandedOver { listener, time } = unsafe { *entry };
     let _ = HANDED_OVER.remove(tuple);
     // SAFETY: the helper has no preconditions.
     if unsafe { bpf_ktime_get_ns() }.wrapping_sub(time) > LIFETIME {
-        return sk_action::SK_PASS;
+        return not_handed_over(ctx.lookup, &tuple);
     }
     match LISTENERS.redirect_sk_lookup(&ctx, listener, 0) {
         Ok(()) => sk_action::SK_PASS,
         // No listener, or it has gone in between: the kernel refuses the connection, and nobody else gets it.
         Err(_) => sk_action::SK_DROP,
     }
+}
+
+/// Refuses a connection to a listener that takes captured ones only. The programs that capture ask for it themselves, and
+/// without a source port.
+#[inline(always)]
+fn not_handed_over(lookup: *const bpf_sk_lookup, tuple: &Tuple) -> u32 {
+    let tcp = protocol(word(lookup, offset_of!(bpf_sk_lookup, protocol))) == Some(Protocol::Tcp);
+    let refused =
+        tcp && tuple.source_port != NO_PORT && is_for_captured(u16::from_be_bytes(tuple.destination_port));
+    if refused { sk_action::SK_DROP } else { sk_action::SK_PASS }
 }
 
 #[inline(always)]

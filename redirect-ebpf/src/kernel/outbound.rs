@@ -121,7 +121,7 @@ pub(super) fn decision<I: PodIp + ExcludedIp>(
 #[inline(always)]
 fn is_refused<I: Ip>(ctx: &SockAddrContext, destination: I::Address) -> bool {
     let refused = config::flags().contains(ConfigFlags::REFUSE)
-        && Socket::listener_for(ctx, (destination, [0; 2]), destination, PORT_OUTBOUND).is_none();
+        && Socket::listener_for(ctx, destination, destination, PORT_OUTBOUND).is_none();
     if refused {
         count(I::FAMILY, Direction::Outbound, Verdict::Dropped, Reason::NoListener);
     }

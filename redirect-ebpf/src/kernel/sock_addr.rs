@@ -37,15 +37,21 @@ pub(super) struct Caller {
 #[inline(always)]
 pub(super) fn caller(ctx: &SockAddrContext) -> Option<Caller> {
     // SAFETY: every context has `protocol`.
-    let protocol = match unsafe { addr_of!((*ctx.sock_addr).protocol).read_volatile() } {
-        IPPROTO_TCP => Protocol::Tcp,
-        IPPROTO_UDP => Protocol::Udp,
-        _ => return None,
-    };
+    let protocol = protocol(unsafe { addr_of!((*ctx.sock_addr).protocol).read_volatile() })?;
     // SAFETY: the helper takes the context.
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     let flags = pods::flags(netns_cookie)?;
     Some(Caller { netns_cookie, flags, protocol })
+}
+
+/// What concerns us of the protocols.
+#[inline(always)]
+pub(super) const fn protocol(number: u32) -> Option<Protocol> {
+    match number {
+        IPPROTO_TCP => Some(Protocol::Tcp),
+        IPPROTO_UDP => Some(Protocol::Udp),
+        _ => None,
+    }
 }
 
 /// The call fails with this error.

@@ -33,6 +33,9 @@ pub(super) enum State {
     Open,
 }
 
+/// The source port of our own questions for a listener, which no connection has: [`super::lookup`] sees them as well.
+pub(super) const NO_PORT: [u8; 2] = [0; 2];
+
 const TCP_TIME_WAIT: u32 = 6;
 const TCP_LISTEN: u32 = 10;
 
@@ -67,18 +70,20 @@ impl Socket {
     /// The proxy's listener on `port`, for the segment's connection.
     #[inline(always)]
     pub(super) fn listener<A: Copy>(ctx: &TcContext, segment: &Segment<A>, port: u16) -> Option<Self> {
-        Self::listener_for(ctx, (segment.source, segment.source_port), segment.destination, port)
+        Self::listener_for(ctx, segment.source, segment.destination, port)
     }
 
-    /// The proxy's listener on `port`, for connections from a client (address and port) to an address.
+    /// The proxy's listener on `port`, for connections from a client to an address. Of several proxies' listeners the
+    /// kernel picks one when it takes the connection.
     #[inline(always)]
     pub(super) fn listener_for<A: Copy>(
         ctx: &impl EbpfContext,
-        (source, source_port): (A, [u8; 2]),
+        source: A,
         destination: A,
         port: u16,
     ) -> Option<Self> {
-        let mut tuple = Tuple { source, destination, source_port, destination_port: port.to_be_bytes() };
+        let mut tuple =
+            Tuple { source, destination, source_port: NO_PORT, destination_port: port.to_be_bytes() };
         // SAFETY: the tuple lives for the length of the call, and its size is right.
         let socket = unsafe {
             bpf_sk_lookup_tcp(

@@ -72,6 +72,9 @@ pub enum Sysctl {
     TcpFwmarkAccept,
     /// Answers of the kernel itself carry the mark of what they answer: a closed port refuses at once.
     FwmarkReflect(Family),
+    /// Connections that wait to be accepted by a proxy that closes its listener go over to the next proxy's, in both
+    /// families.
+    TcpMigrateReq,
 }
 
 /// The marks that are routed through `lo`.
@@ -184,6 +187,7 @@ pub fn desired(wanted: &Wanted<'_>, namespace: &Namespace) -> BTreeSet<Fact> {
     let mut facts = BTreeSet::from([
         Fact::LoopbackUp,
         Fact::Sysctl(Sysctl::TcpFwmarkAccept),
+        Fact::Sysctl(Sysctl::TcpMigrateReq),
         Fact::Lookup,
         Fact::Pod(pod),
     ]);
@@ -299,6 +303,7 @@ impl Sysctl {
             Self::TcpFwmarkAccept => "net.ipv4.tcp_fwmark_accept",
             Self::FwmarkReflect(Family::Ipv4) => "net.ipv4.fwmark_reflect",
             Self::FwmarkReflect(Family::Ipv6) => "net.ipv6.fwmark_reflect",
+            Self::TcpMigrateReq => "net.ipv4.tcp_migrate_req",
         }
     }
 }
@@ -392,7 +397,7 @@ mod tests {
                 })
             );
         }
-        assert_eq!(facts.len(), 22);
+        assert_eq!(facts.len(), 23);
     }
 
     #[test]
@@ -422,7 +427,7 @@ mod tests {
         let add = diff(&facts, &BTreeSet::new());
         assert_eq!(add.len(), facts.len());
         let [.., pod, ipv4, ipv6] = &add[..] else { panic!("{add:?}") };
-        assert_eq!(*pod, Op::Ensure(Fact::Pod(Pod::default())));
+        assert!(matches!(pod, Op::Ensure(Fact::Pod(_))));
         assert!([ipv4, ipv6].into_iter().all(|op| matches!(op, Op::Ensure(Fact::Guard { .. }))));
         let remove = diff(&BTreeSet::new(), &facts);
         let mut undone: Vec<Op> = add.iter().map(Op::inverse).collect();
@@ -444,11 +449,21 @@ mod tests {
         let (ensured, removed) = ops.split_at(ops.len() / 2);
         assert!(matches!(
             ensured,
-            [Op::Ensure(Fact::Route { .. }), Op::Ensure(Fact::Route { .. }), Op::Ensure(Fact::Address(_))]
+            [
+                Op::Ensure(Fact::Route { .. }),
+                Op::Ensure(Fact::Route { .. }),
+                Op::Ensure(Fact::Address(_)),
+                Op::Ensure(Fact::Pod(_)),
+            ]
         ));
         assert!(matches!(
             removed,
-            [Op::Remove(Fact::Address(_)), Op::Remove(Fact::Route { .. }), Op::Remove(Fact::Route { .. })]
+            [
+                Op::Remove(Fact::Pod(_)),
+                Op::Remove(Fact::Address(_)),
+                Op::Remove(Fact::Route { .. }),
+                Op::Remove(Fact::Route { .. }),
+            ]
         ));
     }
 }

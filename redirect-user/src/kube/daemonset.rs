@@ -20,8 +20,7 @@ pub(crate) async fn is_deleted(
     name: &str,
 ) -> anyhow::Result<bool> {
     let api: Api<DaemonSet> = Api::namespaced(client(config(kubeconfig).await?)?, namespace);
-    let found =
-        tokio::time::timeout(DEADLINE, api.get(name)).await.context("the API server is silent")?;
+    let found = tokio::time::timeout(DEADLINE, api.get(name)).await.context("the API server is silent")?;
     match found {
         Ok(daemonset) => Ok(daemonset.metadata.deletion_timestamp.is_some()),
         Err(kube::Error::Api(status)) if matches!(status.code, 401 | 403 | 404) => Ok(true),

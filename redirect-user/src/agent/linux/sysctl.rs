@@ -8,8 +8,12 @@ use redirect_ebpf::Family;
 
 use super::super::facts::Sysctl;
 
-pub(super) const ALL: [Sysctl; 3] =
-    [Sysctl::TcpFwmarkAccept, Sysctl::FwmarkReflect(Family::Ipv4), Sysctl::FwmarkReflect(Family::Ipv6)];
+pub(super) const ALL: [Sysctl; 4] = [
+    Sysctl::TcpFwmarkAccept,
+    Sysctl::FwmarkReflect(Family::Ipv4),
+    Sysctl::FwmarkReflect(Family::Ipv6),
+    Sysctl::TcpMigrateReq,
+];
 
 fn path(sysctl: Sysctl) -> PathBuf {
     Path::new("/proc/sys").join(sysctl.name().replace('.', "/"))
