@@ -1,17 +1,22 @@
 //! The proxy's access log: who got the connections.
 
-use std::fs;
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+mod embedded;
+mod ztunnel;
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use redirect_ebpf::Family;
+use redirect_user::pod::PodIdentity;
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
-use serde_json::Value;
 
+use crate::proxy::ProxyKind;
 use crate::wait;
+
+pub(crate) use embedded::FILE as EMBEDDED;
 
 /// Which listener of the proxy a connection came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -33,7 +38,7 @@ pub enum Event {
     Close,
 }
 
-/// A line of the access log.
+/// A line about a connection.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Entry {
     /// What happened.
@@ -41,7 +46,6 @@ pub struct Entry {
     /// `namespace/name` of the pod whose connection it is.
     pub pod: String,
     /// The pod's UID.
-    #[serde(default)]
     pub uid: String,
     /// Which way.
     pub direction: Direction,
@@ -63,6 +67,9 @@ pub struct Entry {
     /// How it ended.
     #[serde(default)]
     pub result: Option<String>,
+    /// Whether it went through the mesh's tunnel.
+    #[serde(default)]
+    pub tunnelled: bool,
 }
 
 impl Entry {
@@ -76,7 +83,7 @@ impl Entry {
     }
 }
 
-/// A line about a DNS question.
+/// A line about a DNS question. What is optional is not in every proxy's log.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct DnsEntry {
     /// `namespace/name` of the pod whose question it is.
@@ -84,11 +91,14 @@ pub struct DnsEntry {
     /// The pod's UID.
     pub uid: String,
     /// `IPv4` or `IPv6`, of the resolver's address.
-    pub family: String,
+    #[serde(default)]
+    pub family: Option<String>,
     /// `udp` or `tcp`.
-    pub transport: String,
+    #[serde(default)]
+    pub transport: Option<String>,
     /// Who asked.
-    pub source: SocketAddr,
+    #[serde(default)]
+    pub source: Option<SocketAddr>,
     /// The name; none if the question was not understood.
     #[serde(default)]
     pub name: Option<String>,
@@ -99,51 +109,46 @@ pub struct DnsEntry {
     #[serde(default)]
     pub upstream: Option<SocketAddr>,
     /// What it answered.
-    pub rcode: String,
+    #[serde(default)]
+    pub rcode: Option<String>,
 }
 
-/// An access log that is being written.
+/// The access log of a node's proxies, which is being written.
 #[derive(Clone, Debug)]
 pub struct AccessLog {
-    path: PathBuf,
+    kind: ProxyKind,
+    dir: PathBuf,
+    pods: Arc<Register>,
 }
 
 impl AccessLog {
-    /// A log in this file, which need not exist yet.
-    #[must_use]
-    pub fn new(path: PathBuf) -> Self {
-        Self { path }
+    pub(crate) fn new(kind: ProxyKind, dir: PathBuf, pods: Arc<Register>) -> Self {
+        Self { kind, dir, pods }
     }
 
-    /// The file.
+    /// The files, as a shell names them.
     #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
+    pub fn files(&self) -> PathBuf {
+        match self.kind {
+            ProxyKind::Embedded => self.dir.join(EMBEDDED),
+            ProxyKind::Ztunnel => self.dir.join("proxy-*.log"),
+        }
     }
 
     /// Every entry about a connection so far.
     pub fn entries(&self) -> Result<Vec<Entry>> {
-        self.lines(|event| event != "dns")
+        match self.kind {
+            ProxyKind::Embedded => embedded::entries(&self.dir),
+            ProxyKind::Ztunnel => ztunnel::entries(&self.dir, &self.pods),
+        }
     }
 
     /// Every entry about a DNS question so far.
     pub fn questions(&self) -> Result<Vec<DnsEntry>> {
-        self.lines(|event| event == "dns")
-    }
-
-    fn lines<T: DeserializeOwned>(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<T>> {
-        let text = fs::read_to_string(&self.path).unwrap_or_default();
-        // The last line may be half written.
-        let complete = text.rsplit_once('\n').map_or("", |(complete, _)| complete);
-        let mut found = Vec::new();
-        for line in complete.lines() {
-            let unreadable = || format!("access log: {line}");
-            let value: Value = serde_json::from_str(line).with_context(unreadable)?;
-            if wanted(value["event"].as_str().unwrap_or_default()) {
-                found.push(serde_json::from_value(value).with_context(unreadable)?);
-            }
+        match self.kind {
+            ProxyKind::Embedded => embedded::questions(&self.dir),
+            ProxyKind::Ztunnel => ztunnel::questions(&self.dir, &self.pods),
         }
-        Ok(found)
     }
 
     /// The connections that match, one entry each, once there is at least one.
@@ -165,4 +170,27 @@ impl AccessLog {
 fn last(entries: Vec<Entry>) -> Vec<Entry> {
     let surplus = entries.len().saturating_sub(5);
     entries.into_iter().skip(surplus).collect()
+}
+
+/// The pods of a node, for logs that say of a pod less than an [`Entry`] does.
+#[derive(Debug, Default)]
+pub(crate) struct Register {
+    pods: Mutex<Vec<(PodIdentity, Vec<IpAddr>)>>,
+}
+
+impl Register {
+    pub(crate) fn enter(&self, pod: &PodIdentity, addresses: &[IpAddr]) {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner).push((pod.clone(), addresses.to_vec()));
+    }
+
+    /// The newest pod that is so.
+    fn find(&self, is_so: impl Fn(&PodIdentity, &[IpAddr]) -> bool) -> Option<PodIdentity> {
+        let pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        pods.iter().rev().find(|(pod, addresses)| is_so(pod, addresses)).map(|(pod, _)| pod.clone())
+    }
+}
+
+/// The lines of a log that are complete: the last may be half written.
+fn complete(text: &str) -> impl Iterator<Item = &str> {
+    text.rsplit_once('\n').map_or("", |(complete, _)| complete).lines()
 }

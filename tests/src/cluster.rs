@@ -69,7 +69,8 @@ impl Cluster {
                 "name": identity.name, "namespace": identity.namespace, "uid": identity.uid,
                 "annotations": annotations,
             },
-            "spec": {"nodeName": NODE, "serviceAccountName": "default", "containers": []},
+            // Without a service account: those pods a ztunnel without a control plane knows.
+            "spec": {"nodeName": NODE, "containers": []},
             "status": {"phase": "Pending"},
         }));
     }

@@ -120,8 +120,12 @@ pub struct Footprint {
     pub sysctls: Vec<(&'static str, String)>,
 }
 
-const SYSCTLS: [&str; 3] =
-    ["net.ipv4.tcp_fwmark_accept", "net.ipv4.fwmark_reflect", "net.ipv6.fwmark_reflect"];
+const SYSCTLS: [&str; 4] = [
+    "net.ipv4.tcp_fwmark_accept",
+    "net.ipv4.fwmark_reflect",
+    "net.ipv6.fwmark_reflect",
+    "net.ipv4.tcp_migrate_req",
+];
 
 impl Footprint {
     /// The present one.

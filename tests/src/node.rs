@@ -11,15 +11,15 @@ use redirect_user::wire::{PodReport, Status};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::access_log::AccessLog;
+use crate::access_log::{AccessLog, Register};
 use crate::agent::{self, Agent};
 use crate::cgroup::Cgroup;
 use crate::cni::{Chain, REDIRECT};
 use crate::dns::{self, DnsServer};
 use crate::netns::Netns;
 use crate::pod::{Pod, PodSpec};
-use crate::proxy::{self, Proxy};
-use crate::session::Session;
+use crate::proxy::{Proxy, Setup, Tunnelled};
+use crate::session::{NodeNumber, Session};
 use crate::stack::Families;
 
 /// The part of the subnet from which addresses can be chosen; the others are numbered as [`Families`] are.
@@ -42,11 +42,26 @@ impl Default for NodeOptions {
     }
 }
 
+/// How a proxy is started.
+#[derive(Debug, Default)]
+pub struct ProxyOptions<'a> {
+    /// Its cgroup, which has to outlive it; by default the one of all proxies of the node.
+    pub cgroup: Option<&'a Cgroup>,
+    /// Pods that are to be reached through the mesh's tunnel.
+    pub tunnelled: Vec<Tunnelled>,
+    /// Variables of its environment.
+    pub environment: Vec<(String, String)>,
+    /// How long its connections may go on when it is told to stop, in seconds.
+    pub drain: u64,
+}
+
 /// A node.
 #[derive(Debug)]
 pub struct Node {
-    number: u8,
     pods: AtomicU32,
+    names: AtomicU32,
+    proxies: AtomicU32,
+    register: Arc<Register>,
     dns: Mutex<Option<Arc<DnsServer>>>,
     // Dropped in this order: proxy, agent, their cgroups, the directory, the namespace.
     proxy: Mutex<Option<Proxy>>,
@@ -56,6 +71,7 @@ pub struct Node {
     dir: TempDir,
     netns: Netns,
     session: Arc<Session>,
+    number: NodeNumber,
 }
 
 impl Node {
@@ -66,7 +82,8 @@ impl Node {
 
     /// A node with what the options say.
     pub fn with(session: &Arc<Session>, options: NodeOptions) -> Result<Arc<Self>> {
-        let number = session.next_node()?;
+        let node_number = session.next_node()?;
+        let number = node_number.get();
         let netns = Netns::new(&format!("node-{number}"))?;
         netns.set_sysctl("net.ipv4.ip_forward", "1")?;
         netns.set_sysctl("net.ipv6.conf.all.forwarding", "1")?;
@@ -77,8 +94,11 @@ impl Node {
             }
         }
         let node = Self {
-            number,
+            number: node_number,
             pods: AtomicU32::new(0),
+            names: AtomicU32::new(0),
+            proxies: AtomicU32::new(0),
+            register: Arc::default(),
             dns: Mutex::default(),
             proxy: Mutex::default(),
             agent: Mutex::default(),
@@ -133,9 +153,9 @@ impl Node {
         match family {
             Family::Ipv4 => {
                 let [high, low] = host.to_be_bytes();
-                Ipv4Addr::new(10, self.number, high, low).into()
+                Ipv4Addr::new(10, self.number.get(), high, low).into()
             }
-            Family::Ipv6 => Ipv6Addr::new(0xfd00, self.number.into(), 0, 0, 0, 0, 0, host).into(),
+            Family::Ipv6 => Ipv6Addr::new(0xfd00, self.number.get().into(), 0, 0, 0, 0, 0, host).into(),
         }
     }
 
@@ -167,20 +187,38 @@ impl Node {
         lock(&self.agent).take().context("no agent is running")?.stop()
     }
 
-    /// Starts a proxy and waits until it knows every pod.
+    /// Starts a proxy and waits until it knows every pod. One that runs already ends then, as in a rolling upgrade.
     pub fn start_proxy(&self) -> Result<()> {
-        self.start_proxy_in(&self.proxy_cgroup)
+        self.start_proxy_with(&ProxyOptions::default())
     }
 
     /// As [`Node::start_proxy`], in a cgroup that has to outlive it.
     pub fn start_proxy_in(&self, cgroup: &Cgroup) -> Result<()> {
-        let servers = Family::ALL.map(|family| SocketAddr::new(self.gateway(family), dns::PORT));
-        let mut proxy = Proxy::start(&self.session, &self.netns, cgroup, self.dir(), &servers)?;
+        self.start_proxy_with(&ProxyOptions { cgroup: Some(cgroup), ..ProxyOptions::default() })
+    }
+
+    /// As [`Node::start_proxy`], with these options.
+    pub fn start_proxy_with(&self, options: &ProxyOptions<'_>) -> Result<()> {
+        self.start_another_proxy(options).map(drop)
+    }
+
+    /// As [`Node::start_proxy_with`]; one that runs already goes on, and is returned.
+    pub fn start_another_proxy(&self, options: &ProxyOptions<'_>) -> Result<Option<Proxy>> {
+        let setup = Setup {
+            number: self.proxies.fetch_add(1, Ordering::Relaxed),
+            netns: &self.netns,
+            cgroup: options.cgroup.unwrap_or(&self.proxy_cgroup),
+            dir: self.dir(),
+            dns_servers: Family::ALL.map(|family| SocketAddr::new(self.gateway(family), dns::PORT)),
+            tunnelled: &options.tunnelled,
+            environment: &options.environment,
+            drain: options.drain,
+        };
+        let mut proxy = Proxy::start(&self.session, &setup)?;
         let pid = proxy.process().pid();
         let ready = self.with_agent(|agent| agent.wait_for_proxy(pid));
         ready.with_context(|| format!("log of the proxy:\n{}", proxy.process().last_lines()))?;
-        *lock(&self.proxy) = Some(proxy);
-        Ok(())
+        Ok(lock(&self.proxy).replace(proxy))
     }
 
     /// Kills the proxy, as a crash does, and waits until the agent noticed.
@@ -224,7 +262,12 @@ impl Node {
     /// The proxies' access log.
     #[must_use]
     pub fn access_log(&self) -> AccessLog {
-        proxy::access_log(self.dir())
+        AccessLog::new(self.session.binaries().kind, self.dir().to_owned(), self.register.clone())
+    }
+
+    /// The pods that the access log may be about.
+    pub(crate) fn register(&self) -> &Register {
+        &self.register
     }
 
     /// A pod with addresses of these families, enrolled. A number makes its name unique on the node.
@@ -240,7 +283,8 @@ impl Node {
     /// What a pod with a name that is unique on the node is made from.
     #[must_use]
     pub fn numbered(&self, name: &str, families: Families) -> PodSpec {
-        PodSpec::new(&format!("{name}-{}", self.next_pod()), families)
+        let number = self.names.fetch_add(1, Ordering::Relaxed);
+        PodSpec::new(&self.session.binaries().kind.pod_name(name, number), families)
     }
 
     /// A number for a pod, unique on the node.
@@ -307,7 +351,7 @@ impl Node {
     /// Joins the node with another namespace by a pair of devices of this name: this side is host 1, the other host 2 of
     /// 172.16.NODE.0/24 and fd01:0:NODE::/64. The other side routes to the pods through the node.
     pub fn attach(&self, other: &Netns, device: &str) -> Result<()> {
-        let number = self.number;
+        let number = self.number.get();
         let peer = other.path();
         self.netns.ip(&format!("link add {device} type veth peer name {device} netns {}", peer.display()))?;
         for (netns, host) in [(&self.netns, 1), (other, 2)] {
@@ -326,7 +370,7 @@ impl Node {
     /// Joins two nodes, so that their pods reach each other.
     pub fn attach_node(&self, other: &Self) -> Result<()> {
         self.attach(&other.netns, "uplink")?;
-        let number = self.number;
+        let number = self.number.get();
         self.netns.ip_batch(&[
             format!("route add {} via 172.16.{number}.2", other.subnet(Family::Ipv4)),
             format!("route add {} via fd01:0:{number:x}::2", other.subnet(Family::Ipv6)),
@@ -337,8 +381,8 @@ impl Node {
     #[must_use]
     pub fn attached(&self, family: Family) -> IpAddr {
         match family {
-            Family::Ipv4 => Ipv4Addr::new(172, 16, self.number, 2).into(),
-            Family::Ipv6 => Ipv6Addr::new(0xfd01, 0, self.number.into(), 0, 0, 0, 0, 2).into(),
+            Family::Ipv4 => Ipv4Addr::new(172, 16, self.number.get(), 2).into(),
+            Family::Ipv6 => Ipv6Addr::new(0xfd01, 0, self.number.get().into(), 0, 0, 0, 0, 2).into(),
         }
     }
 }

@@ -127,6 +127,7 @@ impl Pod {
         let result =
             wanted.add(node.netns(), &sandbox, None).with_context(|| format!("start of pod {identity}"))?;
         let addresses = addresses(&result)?;
+        node.register().enter(&identity, &addresses);
         Ok(Self {
             identity,
             families: spec.families,

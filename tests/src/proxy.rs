@@ -1,55 +1,76 @@
-//! A node proxy process.
+//! A node proxy process: the embedded one or a ztunnel.
 
-use std::net::SocketAddr;
+mod embedded;
+mod kind;
+mod ztunnel;
+
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
-use std::process::Command;
 
 use anyhow::Result;
 
-use crate::access_log::AccessLog;
-use crate::agent;
 use crate::cgroup::Cgroup;
 use crate::netns::Netns;
 use crate::process::Process;
 use crate::session::Session;
 
+pub use kind::ProxyKind;
+
 /// A running proxy, in a cgroup of its own by which the agent recognises it.
 #[derive(Debug)]
 pub struct Proxy {
     process: Process,
+    /// A ztunnel has its own, as it has in Kubernetes: two of them would get in each other's way on the node.
+    _netns: Option<Netns>,
+}
+
+/// What a proxy is started with.
+#[derive(Debug)]
+pub struct Setup<'a> {
+    /// Distinguishes the proxies of a node.
+    pub number: u32,
+    /// The node's namespace.
+    pub netns: &'a Netns,
+    /// The proxy's cgroup.
+    pub cgroup: &'a Cgroup,
+    /// The node's directory of sockets and logs.
+    pub dir: &'a Path,
+    /// Where DNS questions go.
+    pub dns_servers: [SocketAddr; 2],
+    /// Pods that are to be reached through the mesh's tunnel.
+    pub tunnelled: &'a [Tunnelled],
+    /// Variables of its environment.
+    pub environment: &'a [(String, String)],
+    /// How long connections may go on when the proxy is told to stop, in seconds.
+    pub drain: u64,
+}
+
+/// A pod that a ztunnel is told about before it is made. The embedded proxy has no tunnel and ignores it.
+#[derive(Clone, Debug)]
+pub struct Tunnelled {
+    /// Its Kubernetes name, in the namespace `default`.
+    pub name: String,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
 }
 
 impl Proxy {
-    /// Starts a proxy in a node's namespace. It keeps to the access log of the node across restarts. DNS questions go to
-    /// these servers.
-    pub fn start(
-        session: &Session,
-        netns: &Netns,
-        cgroup: &Cgroup,
-        dir: &Path,
-        dns_servers: &[SocketAddr],
-    ) -> Result<Self> {
-        let mut command = Command::new(&session.binaries().proxy);
-        if session.binaries().proxy == session.binaries().redirect {
-            command.arg("proxy");
-            let servers: Vec<_> = dns_servers.iter().map(ToString::to_string).collect();
-            command.arg("--dns-upstream").arg(servers.join(","));
-        }
-        command.arg("--zds-socket").arg(agent::zds_socket(dir));
-        command.arg("--access-log").arg(access_log(dir).path());
-        command.args(["--drain", "0"]);
-        let name = format!("proxy of {}", netns.name());
-        Ok(Self { process: Process::spawn(&name, command, netns, cgroup, &dir.join("proxy.log"))? })
+    /// Starts a proxy of the session's kind. It keeps to the access log of the node across restarts.
+    pub fn start(session: &Session, setup: &Setup<'_>) -> Result<Self> {
+        let name = format!("proxy {} of {}", setup.number, setup.netns.name());
+        let binary = &session.binaries().proxy;
+        let log = setup.dir.join(format!("proxy-{:03}.log", setup.number));
+        let (command, netns) = match session.binaries().kind {
+            ProxyKind::Embedded => (embedded::command(binary, setup), None),
+            ProxyKind::Ztunnel => (ztunnel::command(binary, setup)?, Some(Netns::new(&name)?)),
+        };
+        let home = netns.as_ref().unwrap_or(setup.netns);
+        let process = Process::spawn(&name, command, home, setup.cgroup, &log)?;
+        Ok(Self { process, _netns: netns })
     }
 
     /// Its process.
     pub fn process(&mut self) -> &mut Process {
         &mut self.process
     }
-}
-
-/// The access log of a node's proxies.
-#[must_use]
-pub fn access_log(dir: &Path) -> AccessLog {
-    AccessLog::new(dir.join("access.log"))
 }

@@ -1,9 +1,10 @@
 //! What one test process has in common: its cgroup, the binaries under test, and the check at the end.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU8, Ordering};
+
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, anyhow};
@@ -11,6 +12,7 @@ use tempfile::TempDir;
 
 use crate::cgroup::{self, Cgroup, PREFIX};
 use crate::kernel::Objects;
+use crate::proxy::ProxyKind;
 
 /// The binaries under test.
 #[derive(Clone, Debug)]
@@ -21,6 +23,8 @@ pub struct Binaries {
     pub plugin: PathBuf,
     /// The node proxy; the same as `redirect` for the embedded one.
     pub proxy: PathBuf,
+    /// What kind of proxy that is.
+    pub kind: ProxyKind,
     /// The applications of [`crate::testbed`] as a program.
     pub testbed: PathBuf,
 }
@@ -28,17 +32,18 @@ pub struct Binaries {
 impl Binaries {
     /// Those that `REDIRECT_BIN`, `REDIRECT_CNI_BIN` and `REDIRECT_PROXY_BIN` name, by default the release build of
     /// this workspace.
-    #[must_use]
-    pub fn from_env() -> Self {
+    pub fn from_env() -> Result<Self> {
         let release = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("target").join("release");
         let named = |variable, default: PathBuf| std::env::var_os(variable).map_or(default, PathBuf::from);
         let redirect = named("REDIRECT_BIN", release.join("redirect"));
-        Self {
+        let proxy = named("REDIRECT_PROXY_BIN", redirect.clone());
+        Ok(Self {
             plugin: named("REDIRECT_CNI_BIN", release.join("redirect-cni")),
-            proxy: named("REDIRECT_PROXY_BIN", redirect.clone()),
+            kind: ProxyKind::of(&proxy)?,
+            proxy,
             testbed: named("REDIRECT_TESTBED_BIN", testbed()),
             redirect,
-        }
+        })
     }
 
     /// What is missing of them.
@@ -65,7 +70,7 @@ pub struct Session {
     binaries: Binaries,
     directory: TempDir,
     home: PathBuf,
-    nodes: AtomicU8,
+    nodes: Mutex<Numbers>,
     made: Mutex<Vec<Objects>>,
     // Fields are dropped in this order: the inner cgroup goes before the outer one.
     applications: Cgroup,
@@ -90,7 +95,7 @@ impl Session {
             binaries,
             directory,
             home,
-            nodes: AtomicU8::new(0),
+            nodes: Mutex::default(),
             made: Mutex::default(),
             applications,
             cgroup,
@@ -129,10 +134,16 @@ impl Session {
         [self.directory.path().to_owned()].into_iter().chain(installed).collect()
     }
 
-    /// A number for a node, which its address ranges are made of.
-    pub(crate) fn next_node(&self) -> Result<u8> {
-        let number = self.nodes.fetch_add(1, Ordering::Relaxed);
-        if number == u8::MAX { Err(anyhow!("too many nodes in one run")) } else { Ok(number) }
+    /// A number for a node, which its address ranges are made of; it comes back when it is dropped.
+    pub(crate) fn next_node(self: &Arc<Self>) -> Result<NodeNumber> {
+        let mut numbers = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        // Not at once one that has just become free: somebody may still know the addresses.
+        let next = numbers.next;
+        let free = (next..=u8::MAX).chain(0..next).find(|number| !numbers.taken.contains(number));
+        let number = free.context("too many nodes at once")?;
+        numbers.next = number.wrapping_add(1);
+        numbers.taken.insert(number);
+        Ok(NodeNumber { number, session: self.clone() })
     }
 
     /// Remembers what an agent made, for [`Session::leftovers`].
@@ -154,6 +165,33 @@ impl Session {
         let others = self.applications.processes()?.into_iter().filter(|&pid| pid != std::process::id());
         left.extend(others.map(|pid| format!("process {pid}")));
         Ok(left)
+    }
+}
+
+/// The numbers of nodes.
+#[derive(Debug, Default)]
+struct Numbers {
+    next: u8,
+    taken: BTreeSet<u8>,
+}
+
+/// A number that no other node has while this value lives.
+#[derive(Debug)]
+pub(crate) struct NodeNumber {
+    number: u8,
+    session: Arc<Session>,
+}
+
+impl NodeNumber {
+    pub(crate) fn get(&self) -> u8 {
+        self.number
+    }
+}
+
+impl Drop for NodeNumber {
+    fn drop(&mut self) {
+        let mut numbers = self.session.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        numbers.taken.remove(&self.number);
     }
 }
 

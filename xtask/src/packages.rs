@@ -53,6 +53,7 @@ pub(crate) fn of_the_tests() -> Vec<Package> {
             Evidence::Program("ip"),
             "network namespaces, routes and rules of the tests",
         ),
+        Package::new("nftables", Evidence::Program("nft"), "network address translation of the tests"),
         Package::new("bpftool", Evidence::Program("bpftool"), "tests list programs, links and maps with it"),
         Package::new(
             "containernetworking-plugins",

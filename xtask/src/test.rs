@@ -13,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use crate::tally::Tally;
 use crate::userspace::Programs;
@@ -31,9 +31,21 @@ pub(crate) struct Selection {
     /// Runs the end-to-end tests with this node proxy, such as a ztunnel, instead of the embedded one.
     #[arg(long, value_name = "PATH")]
     proxy: Option<PathBuf>,
+    /// What kind of proxy that is, where its name does not begin with it.
+    #[arg(long, value_name = "KIND", requires = "proxy")]
+    proxy_kind: Option<ProxyKind>,
     /// Arguments of the test binaries, after `--`.
     #[arg(last = true)]
     arguments: Vec<OsString>,
+}
+
+/// The proxies that the tests know how to start, and whose logs they can read.
+#[derive(Clone, Copy, ValueEnum)]
+enum ProxyKind {
+    /// `redirect proxy`.
+    Embedded,
+    /// An unmodified ztunnel.
+    Ztunnel,
 }
 
 pub(crate) fn test(workspace: &Workspace, selection: &Selection) -> Result<ExitCode> {
@@ -49,6 +61,9 @@ pub(crate) fn test(workspace: &Workspace, selection: &Selection) -> Result<ExitC
     let mut run = test_command(workspace, &programs, selection);
     if let Some(proxy) = proxy {
         run.env("REDIRECT_PROXY_BIN", proxy);
+    }
+    if let Some(kind) = selection.proxy_kind.and_then(|kind| kind.to_possible_value()) {
+        run.env("REDIRECT_PROXY_KIND", kind.get_name());
     }
     let tally = stream(&mut run)?;
     Ok(report(&tally, started.elapsed()))

@@ -61,7 +61,7 @@ fn main() -> Result<ExitCode> {
 }
 
 fn binaries(arguments: &Arguments) -> Result<Binaries> {
-    let mut binaries = Binaries::from_env();
+    let mut binaries = Binaries::from_env()?;
     let beside = |name: &str| sibling(name).ok().filter(|path| path.is_file());
     let embedded = binaries.proxy == binaries.redirect;
     if std::env::var_os("REDIRECT_BIN").is_none() || arguments.redirect.is_some() {
@@ -271,7 +271,7 @@ fn hold(node: &Node, sleep: &Pod, servers: &[Application]) {
     println!("\nEverything is up until Ctrl-C. Try:");
     println!("  {redirect} status --socket {socket}");
     println!("  {redirect} pods --socket {socket}");
-    println!("  tail -f {}", node.access_log().path().display());
+    println!("  tail -f {}", node.access_log().files().display());
     let inside = |pod: &Pod| format!("nsenter --net={}", pod.netns().path().display());
     println!("  {} ip rule", inside(sleep));
     if let Some(server) = servers.first()

@@ -1,11 +1,12 @@
 //! What the tests share: one session, and one node for those that do not disturb it.
 
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Result, anyhow, bail};
 use libtest_mimic::{Completion, Failed, Trial};
 use redirect_tests::session::{Binaries, Session};
-use redirect_tests::{Families, Node, Stack, signals};
+use redirect_tests::{Families, Node, ProxyKind, Stack, signals};
 
 /// What a test needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,12 +34,22 @@ impl Context {
 
     /// The session.
     pub(crate) fn session(&self) -> Result<Arc<Session>> {
-        get(&self.session, || Session::start(Binaries::from_env()))
+        get(&self.session, || Session::start(Binaries::from_env()?))
     }
 
     /// The node that tests share. A test that stops something on its node takes one of its own.
     pub(crate) fn node(&self) -> Result<Arc<Node>> {
         get(&self.node, || Node::start(&self.session()?))
+    }
+
+    /// Skips the test unless a proxy of this kind runs. `reason` completes the sentence "needs the … proxy: …".
+    pub(crate) fn needs(&self, kind: ProxyKind, reason: &'static str) -> Result<()> {
+        if self.proxy()? == kind { Ok(()) } else { Err(Skip { kind, reason }.into()) }
+    }
+
+    /// The kind of the proxies.
+    pub(crate) fn proxy(&self) -> Result<ProxyKind> {
+        Ok(self.session()?.binaries().kind)
     }
 
     /// Ends everything; what is left although it should be gone.
@@ -50,6 +61,25 @@ impl Context {
         }
     }
 }
+
+/// A test that does not concern the proxy that runs.
+#[derive(Debug)]
+struct Skip {
+    kind: ProxyKind,
+    reason: &'static str,
+}
+
+impl fmt::Display for Skip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.kind {
+            ProxyKind::Embedded => "the embedded proxy",
+            ProxyKind::Ztunnel => "a ztunnel",
+        };
+        write!(f, "needs {kind}: {}", self.reason)
+    }
+}
+
+impl std::error::Error for Skip {}
 
 fn get<T>(place: &Lazy<T>, make: impl FnOnce() -> Result<Arc<T>>) -> Result<Arc<T>> {
     let mut place = lock(place);
@@ -80,16 +110,26 @@ pub(crate) fn trial_that_needs(
     let (context, name) = (context.clone(), name.into());
     Trial::ignorable_test(name.clone(), move || {
         signals::check()?;
-        if let Err(reason) = check(needs) {
+        if let Err(error) = check(needs) {
+            let reason = format!("{error:#}");
             if std::env::var("REDIRECT_E2E").is_ok_and(|value| value == "require") {
                 return Err(Failed::from(reason));
             }
-            println!("skipped: {name}: {reason}");
-            return Ok(Completion::ignored_with(reason));
+            return Ok(skipped(&name, reason));
         }
-        test(&context).map_err(|error| Failed::from(format!("{error:#}")))?;
-        Ok(Completion::Completed)
+        match test(&context) {
+            Ok(()) => Ok(Completion::Completed),
+            Err(error) => match error.downcast_ref::<Skip>() {
+                Some(skip) => Ok(skipped(&name, skip.to_string())),
+                None => Err(Failed::from(format!("{error:#}"))),
+            },
+        }
     })
+}
+
+fn skipped(name: &str, reason: String) -> Completion {
+    println!("skipped: {name}: {reason}");
+    Completion::ignored_with(reason)
 }
 
 fn check(needs: Needs) -> Result<()> {
@@ -100,7 +140,7 @@ fn check(needs: Needs) -> Result<()> {
     if !plugins.iter().any(|directory| std::path::Path::new(directory).join("bridge").exists()) {
         bail!("needs the CNI plugins (bridge, host-local) in one of {plugins:?}");
     }
-    if needs == Needs::Binaries { Binaries::from_env().check() } else { Ok(()) }
+    if needs == Needs::Binaries { Binaries::from_env()?.check() } else { Ok(()) }
 }
 
 /// One test for every kind of pod and every stack that such a pod can speak: `group::dual::v4_mapped` and so on.

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use caps::CapSet;
 use libtest_mimic::Trial;
 use redirect_tests::process::Process;
-use redirect_tests::{Families, Netns, Node, agent, wait};
+use redirect_tests::{Families, Netns, Node, ProxyKind, agent, wait};
 use redirect_user::privileges::{self, Capability};
 
 use crate::context::{Context, trial};
@@ -31,6 +31,10 @@ fn keep_little(context: &Context) -> Result<()> {
         (node.with_agent(|agent| Ok(agent.process().pid()))?, privileges::AGENT),
         (node.proxy_pid()?, privileges::PROXY),
     ] {
+        if pid == node.proxy_pid()? && context.proxy()? == ProxyKind::Ztunnel {
+            // It keeps what it pleases.
+            continue;
+        }
         let expected = kept.iter().fold(0, |set, capability| set | 1u64 << capability.index());
         for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
             let status = fs::read_to_string(thread?.path().join("status"))?;

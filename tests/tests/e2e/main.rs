@@ -10,12 +10,13 @@ mod eaddrinuse;
 mod enrolment;
 mod exclusions;
 mod fragments;
+mod hand_over;
 mod hardening;
 mod harness;
 mod identity;
 mod inbound;
-mod kubernetes;
 mod install;
+mod kubernetes;
 mod leftovers;
 mod limits;
 mod local;
@@ -28,10 +29,12 @@ mod proxy_ports;
 mod raw;
 mod reports;
 mod restarts;
+mod services;
 mod streams;
 mod syn_flood;
 mod tc_method;
 mod time_wait;
+mod tunnel;
 mod without_ipv6;
 mod without_proxy;
 
@@ -79,6 +82,9 @@ fn main() -> anyhow::Result<ExitCode> {
         closed_ports::trials(&context),
         without_ipv6::trials(&context),
         install::trials(&context),
+        tunnel::trials(&context),
+        services::trials(&context),
+        hand_over::trials(&context),
     ];
     let trials: Vec<Trial> = trials.into_iter().flatten().collect();
     let conclusion = libtest_mimic::run(&arguments, trials);

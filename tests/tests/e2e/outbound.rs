@@ -10,7 +10,7 @@ use redirect_ebpf::constants::{MARK_MASK, MARK_PROXY};
 use redirect_tests::connection::{dial, io_kind};
 use redirect_tests::stack::canonical;
 use redirect_tests::wait::SOON;
-use redirect_tests::{Connection, Direction, Families, Pod, Stack};
+use redirect_tests::{Connection, Direction, Families, Pod, ProxyKind, Stack};
 use socket2::{Socket, Type};
 
 use crate::context::{Context, for_every_kind, for_every_stack, trial};
@@ -145,13 +145,19 @@ pub(crate) fn is_refused_soon(client: &Pod, server: &Pod, stack: Stack) -> Resul
     let start = Instant::now();
     let error = client.connect(stack, to).err().context("a closed port answered")?;
     let elapsed = start.elapsed();
-    let kind = io_kind(&error);
-    ensure!(
-        matches!(kind, Some(ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset)),
-        "neither refused nor reset: {error:#}"
-    );
+    ensure!(is_refusal(client, &error), "neither refused nor reset: {error:#}");
     ensure!(elapsed < Duration::from_millis(900), "only after {elapsed:?}");
     Ok(())
+}
+
+/// Whether an error is what a client gets whose server refused the proxy.
+pub(crate) fn is_refusal(client: &Pod, error: &anyhow::Error) -> bool {
+    match io_kind(error) {
+        Some(ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset) => true,
+        // A ztunnel ends the client's connection without a reset.
+        Some(ErrorKind::UnexpectedEof) => client.node().session().binaries().kind == ProxyKind::Ztunnel,
+        _ => false,
+    }
 }
 
 fn unreachable(context: &Context, families: Families, stack: Stack) -> Result<()> {

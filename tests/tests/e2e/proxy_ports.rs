@@ -1,15 +1,16 @@
 //! Calls to the proxy's own ports: nothing runs in circles, nobody waits for ever.
 
-use std::io::Read;
+use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
+use redirect_ebpf::Family;
 use redirect_ebpf::constants::{PORT_DNS, PORT_INBOUND, PORT_OUTBOUND, PORT_TUNNEL};
 use redirect_tests::connection::dial;
-use redirect_tests::{Families, Netns, Pod, Server, Stack};
+use redirect_tests::{Families, Netns, Node, NodeOptions, Pod, Server, Stack};
 
 use crate::context::{Context, for_every_kind, for_every_stack};
 use crate::outbound;
@@ -19,21 +20,50 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials.extend(for_every_kind(context, "proxy_ports::from_outside", from_outside));
     trials.extend(for_every_kind(context, "proxy_ports::from_another_enrolled_pod", from_enrolled));
     trials.extend(for_every_stack(context, "proxy_ports::of_a_server_elsewhere", elsewhere));
+    trials.extend(for_every_stack(context, "proxy_ports::at_an_unknown_address", unknown_address));
+    trials.extend(for_every_stack(
+        context,
+        "proxy_ports::from_an_excluded_network",
+        from_an_excluded_network,
+    ));
     trials
 }
 
 const PORTS: [u16; 3] = [PORT_OUTBOUND, PORT_INBOUND, PORT_TUNNEL];
 
-/// The call ends soon, without a word from anybody.
+/// Those of its listeners for captured connections.
+const CAPTURED: [u16; 2] = [PORT_OUTBOUND, PORT_INBOUND];
+
+/// Ports that a proxy has in its own namespace: administration, metrics, readiness, SOCKS.
+const ELSEWHERE: [u16; 4] = [15000, 15020, 15021, 15080];
+
+/// The call ends soon. Nobody answers, but for a complaint where TLS is spoken.
 fn ends_soon(client: &Netns, stack: Stack, ip: IpAddr, port: u16) -> Result<()> {
     const SOON: Duration = Duration::from_secs(2);
+    const TLS_ALERT: u8 = 21;
     let start = Instant::now();
+    let mut answer = [0; 16];
     let outcome = client.run(|| -> std::io::Result<usize> {
-        dial(stack, (ip, port).into(), Duration::from_secs(5))?.read(&mut [0; 16])
+        let mut stream = dial(stack, (ip, port).into(), Duration::from_secs(5))?;
+        // The other end may be gone already.
+        let _ = stream.write_all(b"hello\r\n\r\n");
+        stream.read(&mut answer)
     })?;
     let elapsed = start.elapsed();
     ensure!(elapsed < SOON, "{stack} to {ip} port {port}: {outcome:?} only after {elapsed:?}");
-    ensure!(!matches!(outcome, Ok(1..)), "{stack} to {ip} port {port}: someone spoke: {outcome:?}");
+    let complaint = port == PORT_TUNNEL && answer[0] == TLS_ALERT;
+    ensure!(
+        complaint || !matches!(outcome, Ok(1..)),
+        "{stack} to {ip} port {port}: someone spoke: {outcome:?} {answer:?}"
+    );
+    Ok(())
+}
+
+/// Nobody is there.
+fn is_refused(client: &Netns, stack: Stack, ip: IpAddr, port: u16) -> Result<()> {
+    let outcome = client.run(|| dial(stack, (ip, port).into(), Duration::from_secs(5)))?;
+    let error = outcome.err().with_context(|| format!("{stack} to {ip} port {port}: someone answered"))?;
+    ensure!(error.kind() == ErrorKind::ConnectionRefused, "{stack} to {ip} port {port}: {error}");
     Ok(())
 }
 
@@ -49,14 +79,44 @@ fn no_circles(pods: &[&Pod], calls: usize) -> Result<()> {
 fn from_inside(context: &Context, families: Families, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let (pod, other) = (node.enrolled("pod", families)?, node.plain("other", Families::Dual)?);
-    let mut calls = 0;
-    for ip in [stack.loopback(), pod.address(stack.family())?] {
-        for port in PORTS {
-            ends_soon(pod.netns(), stack, ip, port)?;
-            calls += 1;
+    let own = pod.address(stack.family())?;
+    for ip in [stack.loopback(), own] {
+        for port in CAPTURED.into_iter().chain(ELSEWHERE) {
+            is_refused(pod.netns(), stack, ip, port)?;
         }
+        ends_soon(pod.netns(), stack, ip, PORT_TUNNEL)?;
     }
-    no_circles(&[&pod], calls)?;
+    is_refused(pod.netns(), stack, own, PORT_DNS)?;
+    no_circles(&[&pod], 2)?;
+    outbound::passes_the_proxy_once(&pod, &other, stack)
+}
+
+/// An address that the pod gave itself: for the agent it is anywhere. The proxy that dials it meets no listener of its own.
+fn unknown_address(context: &Context, stack: Stack) -> Result<()> {
+    let node = context.node()?;
+    let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    let address = node.address(stack.family(), 0x3f01);
+    let length = if address.is_ipv4() { 32 } else { 128 };
+    pod.netns().ip(&format!("address add {address}/{length} dev lo"))?;
+    for port in CAPTURED {
+        ends_soon(pod.netns(), stack, address, port)?;
+    }
+    no_circles(&[&pod], 2)?;
+    outbound::passes_the_proxy_once(&pod, &other, stack)
+}
+
+/// What is not captured does not come to the proxy by dialling its ports.
+fn from_an_excluded_network(context: &Context, stack: Stack) -> Result<()> {
+    let options = NodeOptions { agent: false, proxy: false, ..NodeOptions::default() };
+    let node = Node::with(&context.session()?, options)?;
+    let networks = Family::ALL.map(|family| node.subnet(family)).join(",");
+    node.start_agent(&[format!("--exclude-inbound-networks={networks}")])?;
+    node.start_proxy()?;
+    let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    for port in CAPTURED {
+        is_refused(other.netns(), stack, pod.address(stack.family())?, port)?;
+    }
+    no_circles(&[&pod], 0)?;
     outbound::passes_the_proxy_once(&pod, &other, stack)
 }
 
@@ -64,21 +124,21 @@ fn from_outside(context: &Context, families: Families, stack: Stack) -> Result<(
     let node = context.node()?;
     let (pod, other) = (node.enrolled("pod", families)?, node.plain("other", Families::Dual)?);
     for client in [other.netns(), node.netns()] {
-        for port in PORTS.into_iter().chain([PORT_DNS]) {
+        for port in PORTS.into_iter().chain([PORT_DNS]).chain(ELSEWHERE) {
             ends_soon(client, stack, pod.address(stack.family())?, port)?;
         }
     }
-    no_circles(&[&pod], 8)?;
+    no_circles(&[&pod], 16)?;
     outbound::passes_the_proxy_once(&pod, &other, stack)
 }
 
 fn from_enrolled(context: &Context, families: Families, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let (pod, client) = (node.enrolled("pod", families)?, node.enrolled("client", families)?);
-    for port in PORTS.into_iter().chain([PORT_DNS]) {
+    for port in PORTS.into_iter().chain([PORT_DNS]).chain(ELSEWHERE) {
         ends_soon(client.netns(), stack, pod.address(stack.family())?, port)?;
     }
-    no_circles(&[&pod, &client], 4)?;
+    no_circles(&[&pod, &client], 8)?;
     outbound::passes_the_proxy_once(&client, &node.plain("other", Families::Dual)?, stack)
 }
 

@@ -1,14 +1,15 @@
 //! One family alone: pods and nodes without IPv6, pods without IPv4.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::{Direction as Way, Family, Reason};
 use redirect_tests::connection::dial;
-use redirect_tests::{Families, Node, NodeOptions, Pod, Stack};
+use redirect_tests::{Connection, Families, Node, NodeOptions, Pod, ProxyKind, ProxyOptions, Stack};
 
 use crate::context::{Context, trial};
 use crate::odd_sockets::dropped;
@@ -25,7 +26,14 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         ("off_on_the_node", off_on_the_node),
         ("without_ipv4", without_ipv4),
     ];
-    tests.into_iter().map(|(name, test)| trial(context, format!("without_ipv6::{name}"), test)).collect()
+    let mut trials: Vec<Trial> =
+        tests.into_iter().map(|(name, test)| trial(context, format!("without_ipv6::{name}"), test)).collect();
+    for (setting, word) in [("hold", "held"), ("refuse", "refused")] {
+        trials.push(trial(context, format!("without_ipv6::off_in_the_proxy_is_{word}"), move |context| {
+            off_in_the_proxy(context, setting)
+        }));
+    }
+    trials
 }
 
 /// Long enough for the neighbours of an address that is new to find each other.
@@ -86,6 +94,12 @@ fn off_on_the_pods_lo(context: &Context) -> Result<()> {
         (other.netns(), (late, listening.port()).into(), Way::Inbound, Reason::NoListener),
     ];
     for (netns, to, way, reason) in attempts {
+        if way == Way::Inbound && context.proxy()? == ProxyKind::Ztunnel {
+            // Such a pod is none without IPv6 for it: it takes the connection, which ends there.
+            let attempt = Connection::open_within(netns, Stack::V6, to, PATIENCE);
+            ensure!(attempt.is_err(), "the application answered: {attempt:?}");
+            continue;
+        }
         let outcome = netns.run(|| dial(Stack::V6, to, PATIENCE))?;
         ensure!(outcome.is_err(), "the {} connection to {to} was made", way.label());
         let dropped = dropped(&node, Stack::V6, way, reason)?;
@@ -150,4 +164,38 @@ fn without_ipv4(context: &Context) -> Result<()> {
     let report = node.report(&pod)?.context("the agent does not know the pod")?;
     ensure!(report.steered == ["IPv6"], "{:?}", report.steered);
     pod.unenrol()
+}
+
+/// The proxy listens for IPv4 alone: what the pod speaks in IPv6 meets no proxy, and gets nowhere.
+fn off_in_the_proxy(context: &Context, setting: &str) -> Result<()> {
+    let session = context.session()?;
+    let options = NodeOptions {
+        proxy: false,
+        agent_arguments: vec![format!("--without-proxy={setting}")],
+        ..NodeOptions::default()
+    };
+    let node = Node::with(&session, options)?;
+    let environment = vec![("IPV6_ENABLED".to_owned(), "false".to_owned())];
+    node.start_proxy_with(&ProxyOptions { environment, ..ProxyOptions::default() })?;
+    let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    works(&pod, &other, &IPV4)?;
+
+    for (direction, client, server) in [(Way::Outbound, &pod, &other), (Way::Inbound, &other, &pod)] {
+        let listening = server.listen(Stack::V6)?;
+        let to = server.endpoint(Family::Ipv6, listening.port())?;
+        let start = Instant::now();
+        let error = client.netns().run(|| dial(Stack::V6, to, PATIENCE))?.err();
+        let error = error.with_context(|| format!("the {} connection was made", direction.label()))?;
+        if setting == "refuse" {
+            ensure!(error.kind() == ErrorKind::ConnectionRefused, "{error}");
+            ensure!(start.elapsed() < Duration::from_millis(500), "only after {:?}", start.elapsed());
+        } else {
+            ensure!(error.kind() == ErrorKind::TimedOut, "{error}");
+        }
+        ensure!(dropped(&node, Stack::V6, direction, Reason::NoListener)? > 0, "not counted");
+        ensure!(listening.accepted().is_empty(), "past the proxy: {:?}", listening.accepted());
+    }
+
+    node.start_proxy()?;
+    works(&pod, &other, &Stack::ALL)
 }

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::Verdict;
 use redirect_ebpf::count::{self, Reason};
-use redirect_tests::connection::{dial, io_kind};
+use redirect_tests::connection::dial;
 use redirect_tests::{Connection, Direction, Families, Node, Pod, Server, Stack};
 
 use crate::context::{Context, for_every_kind};
@@ -129,9 +129,6 @@ fn refused(context: &Context, families: Families, stack: Stack, direction: Direc
         Direction::Inbound => (&scene.other, &scene.pod),
     };
     let error = client.connect(stack, server.endpoint(stack.family(), 9)?).err().context("a closed port")?;
-    ensure!(
-        matches!(io_kind(&error), Some(ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset)),
-        "{error:#}"
-    );
+    ensure!(outbound::is_refusal(client, &error), "{error:#}");
     Ok(())
 }

@@ -11,7 +11,7 @@ use redirect_ebpf::Family;
 use redirect_tests::connection::dial;
 use redirect_tests::dns::{DnsServer, PORT, check_answer, read_framed, write_framed};
 use redirect_tests::wait::SOON;
-use redirect_tests::{Direction, Families, Node, NodeOptions, Stack};
+use redirect_tests::{Direction, Families, Node, NodeOptions, ProxyKind, Stack};
 use socket2::{Socket, Type};
 
 use super::{A_WHILE, Scene, answer_to, fresh_question};
@@ -181,6 +181,7 @@ fn not_enrolled(context: &Context, stack: Stack) -> Result<()> {
 /// A pod whose `lo` lacks the address on which the resolver would listen is steered all the same, and asks in the other
 /// family.
 fn without_the_resolvers_address(context: &Context, stack: Stack) -> Result<()> {
+    context.needs(ProxyKind::Embedded, "a ztunnel refuses a pod in which its resolver cannot listen")?;
     let node = context.node()?;
     let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
     let prefix = if stack.loopback().is_ipv4() { 8 } else { 128 };

@@ -1,0 +1,130 @@
+//! Clients that connect again and again while something happens, and what became of every attempt.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+
+use crate::connection::dial;
+use crate::{Connection, Netns, Stack, signals};
+
+/// Clients for each target.
+const CLIENTS: usize = 2;
+
+/// Between the end of a client's connection and its next.
+const PAUSE: Duration = Duration::from_millis(2);
+
+/// Whom clients in a namespace connect to.
+#[derive(Clone, Copy, Debug)]
+pub struct Target<'a> {
+    /// Where the clients are.
+    pub from: &'a Netns,
+    /// Their sockets.
+    pub stack: Stack,
+    /// The server.
+    pub to: SocketAddr,
+}
+
+/// What became of the attempts.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    /// How many there were.
+    pub tried: usize,
+    /// Those that failed.
+    pub failed: Vec<Failure>,
+    /// Those in which the client itself came to the server.
+    pub bypassed: usize,
+    /// The slowest that succeeded.
+    pub slowest: Duration,
+}
+
+/// An attempt that failed.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    /// When it began.
+    pub start: Instant,
+    /// When it failed.
+    pub end: Instant,
+    /// Why.
+    pub error: String,
+}
+
+impl Tally {
+    /// Those that succeeded.
+    #[must_use]
+    pub fn succeeded(&self) -> usize {
+        self.tried - self.failed.len()
+    }
+
+    fn add(mut self, other: Self) -> Self {
+        self.tried += other.tried;
+        self.failed.extend(other.failed);
+        self.bypassed += other.bypassed;
+        self.slowest = self.slowest.max(other.slowest);
+        self
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { tried, failed, bypassed, slowest } = self;
+        write!(
+            f,
+            "{tried} connections tried, {} failed, {bypassed} bypassed, slowest {slowest:?}",
+            failed.len()
+        )
+    }
+}
+
+/// Does something while clients connect to the targets. An attempt that takes longer than `limit` has failed.
+pub fn during(targets: &[Target<'_>], limit: Duration, act: impl FnOnce() -> Result<()>) -> Result<Tally> {
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let over = &over;
+        let clients: Vec<_> = targets
+            .iter()
+            .flat_map(|target| [target; CLIENTS])
+            .map(|target| scope.spawn(move || target.from.run(|| client(target, limit, over))))
+            .collect();
+        let acted = act();
+        over.store(true, Ordering::Relaxed);
+        let mut sum = Tally::default();
+        for client in clients {
+            sum = sum.add(client.join().map_err(|_| anyhow!("a client panicked"))??);
+        }
+        acted.with_context(|| sum.to_string())?;
+        Ok(sum)
+    })
+}
+
+fn client(target: &Target<'_>, limit: Duration, over: &AtomicBool) -> Tally {
+    let mut tally = Tally::default();
+    while !over.load(Ordering::Relaxed) && !signals::interrupted() {
+        let start = Instant::now();
+        tally.tried += 1;
+        match attempt(target, limit) {
+            Ok(direct) => {
+                tally.bypassed += usize::from(direct);
+                tally.slowest = tally.slowest.max(start.elapsed());
+            }
+            Err(error) => {
+                tally.failed.push(Failure { start, end: Instant::now(), error: format!("{error:#}") });
+            }
+        }
+        thread::sleep(PAUSE);
+    }
+    tally
+}
+
+/// Connects, speaks, and ends. Whether nobody was in between.
+fn attempt(target: &Target<'_>, limit: Duration) -> Result<bool> {
+    let stream = dial(target.stack, target.to, limit).context("connect")?;
+    let mut connection = Connection::greeted(stream).context("greeting")?;
+    connection.exchange("hello").context("exchange")?;
+    let direct = connection.is_direct();
+    connection.finish().context("end")?;
+    Ok(direct)
+}
