@@ -3,13 +3,14 @@
 
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use redirect_ebpf::constants::{MARK_CAPTURE, MARK_MASK, PORT_OUTBOUND};
+use redirect_ebpf::constants::{MARK_CAPTURE, MARK_MASK, MARK_PROXY, PORT_OUTBOUND};
 use redirect_ebpf::count::Direction;
 use redirect_ebpf::decide::Inbound;
 use redirect_ebpf::family::{Ipv4, Ipv6};
-use redirect_ebpf::packet::{Parse, Segment};
+use redirect_ebpf::packet::{Parse, Parsed, Segment, parse};
 
 use super::pods::PodIp;
+use super::skb::Skb;
 use super::steer::{Action, Route, steer};
 
 #[classifier]
@@ -44,8 +45,19 @@ impl<I: Parse> Route<I> for Captured {
 fn loopback<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
     // SAFETY: every TC context has `mark`.
     let mark = unsafe { (*ctx.skb.skb).mark };
-    if mark & MARK_MASK != MARK_CAPTURE {
-        return Action::Continue.into();
+    match mark & MARK_MASK {
+        MARK_CAPTURE => return steer::<I, Captured>(ctx).into(),
+        // The proxy's answer to a captured connection. Where its client is gone the kernel answers with a reset that has
+        // the mark of what it answers (`fwmark_reflect`): with the proxy's it would leave the pod, and the proxy would
+        // never hear of it. What opens a connection has the mark from somebody else.
+        MARK_PROXY => {
+            if let Parsed::Tcp(segment) = parse::<I>(&Skb(ctx))
+                && !segment.opens()
+            {
+                ctx.skb.set_mark(mark & !MARK_MASK | MARK_CAPTURE);
+            }
+        }
+        _ => {}
     }
-    steer::<I, Captured>(ctx).into()
+    Action::Continue.into()
 }
