@@ -18,6 +18,10 @@ use core::mem::{align_of, size_of};
 
 use crate::count::Direction;
 
+/// The meaning of keys and values. A build that changes it without changing their sizes counts up, lest it takes over the
+/// maps of a build that means something else.
+pub const LAYOUT: u32 = 1;
+
 /// An enrolled pod, found by the cookie of its network namespace.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(C)]

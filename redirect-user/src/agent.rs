@@ -16,9 +16,13 @@ mod peers;
 pub(crate) mod pods;
 mod probes;
 mod proxies;
+pub mod records;
+pub mod repairs;
 mod run;
 mod service;
 pub mod thread;
+pub mod uninstall;
+mod upkeep;
 pub(crate) mod watch;
 
 pub use options::Options;

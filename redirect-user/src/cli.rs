@@ -1,6 +1,7 @@
 //! The command line.
 
 mod show;
+mod uninstall;
 
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
@@ -44,6 +45,17 @@ enum Command {
     Status(Query),
     /// Show the pods that the agent of this node steers
     Pods(Query),
+    /// Remove everything of ours from this node's kernel. Needs no agent; refuses (exit code 3) while one runs
+    Uninstall(Uninstall),
+}
+
+#[derive(Debug, clap::Args)]
+struct Uninstall {
+    #[command(flatten)]
+    options: agent::uninstall::Options,
+    /// How to print
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
 }
 
 #[derive(Debug, clap::Args)]
@@ -77,7 +89,12 @@ pub fn main() -> ExitCode {
         Command::Proxy(options) => proxy::run(options),
         Command::Status(query) => show::status(&query),
         Command::Pods(query) => show::pods(&query),
+        Command::Uninstall(command) => return uninstall::run(&command),
     };
+    exit(result)
+}
+
+fn exit(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

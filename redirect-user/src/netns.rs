@@ -5,7 +5,7 @@ use std::io;
 use std::mem::size_of;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
@@ -16,18 +16,27 @@ use socket2::{Domain, Socket, Type};
 
 /// A network namespace that cannot go away while this, or a clone of it, exists.
 #[derive(Clone, Debug)]
-pub struct NetNs(Arc<OwnedFd>);
+pub struct NetNs {
+    fd: Arc<OwnedFd>,
+    path: Option<Arc<Path>>,
+}
 
 impl NetNs {
     /// The namespace behind a descriptor of `/proc/<pid>/ns/net` or of a bind mount of it.
     #[must_use]
     pub fn from_fd(fd: OwnedFd) -> Self {
-        Self(Arc::new(fd))
+        Self { fd: Arc::new(fd), path: None }
+    }
+
+    /// The same, with a path where others find it.
+    #[must_use]
+    pub fn at(self, path: Option<PathBuf>) -> Self {
+        Self { path: path.map(Arc::from), ..self }
     }
 
     /// The namespace behind a path.
     pub fn open(path: &Path) -> io::Result<Self> {
-        Ok(Self::from_fd(File::open(path)?.into()))
+        Ok(Self::from_fd(File::open(path)?.into()).at(Some(path.into())))
     }
 
     /// The calling thread's namespace.
@@ -35,17 +44,23 @@ impl NetNs {
         Self::open(Path::new("/proc/thread-self/ns/net"))
     }
 
+    /// A path where it was found.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
     /// The descriptor, to be passed on.
     #[must_use]
     pub fn descriptor(&self) -> Arc<OwnedFd> {
-        Arc::clone(&self.0)
+        Arc::clone(&self.fd)
     }
 
     /// Moves the calling thread into the namespace.
     ///
     /// Never call it on a thread of an async runtime: whatever runs there next would run in the namespace too.
     pub fn enter(&self) -> io::Result<()> {
-        Ok(setns(self.0.as_fd(), CloneFlags::CLONE_NEWNET)?)
+        Ok(setns(self.fd.as_fd(), CloneFlags::CLONE_NEWNET)?)
     }
 
     /// Runs `work` on a thread of its own inside the namespace.
@@ -61,12 +76,12 @@ impl NetNs {
 
     /// The inode of the namespace: the same namespace has the same inode as long as it exists.
     pub fn inode(&self) -> io::Result<u64> {
-        Ok(fstat(self.0.as_fd())?.st_ino)
+        Ok(fstat(self.fd.as_fd())?.st_ino)
     }
 
     /// Device and inode, which tell namespaces apart.
     fn identity(&self) -> io::Result<(u64, u64)> {
-        let stat = fstat(self.0.as_fd())?;
+        let stat = fstat(self.fd.as_fd())?;
         Ok((stat.st_dev, stat.st_ino))
     }
 
@@ -100,7 +115,7 @@ impl PartialEq for NetNs {
 
 impl AsFd for NetNs {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 }
 

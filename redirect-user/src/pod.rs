@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::str::FromStr;
 
 use ipnet::IpNet;
 use redirect_ebpf::{Direction, Family};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// A pod's identity.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -93,7 +94,7 @@ pub fn family(address: IpAddr) -> Family {
 }
 
 /// What is special about one pod.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodSettings {
     /// Inbound connections reach the application without the proxy.
     pub bypass_inbound: bool,
@@ -135,6 +136,39 @@ impl fmt::Display for Exclusion {
             Self::Network(direction, network) => write!(f, "{} {network}", direction.label()),
             Self::Port(direction, port) => write!(f, "{} port {port}", direction.label()),
         }
+    }
+}
+
+/// Why a text is no exclusion.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{0:?} is no exclusion: it is \"outbound 10.0.0.0/8\" or \"inbound port 80\", say")]
+pub struct NoExclusion(String);
+
+impl FromStr for Exclusion {
+    type Err = NoExclusion;
+
+    fn from_str(text: &str) -> Result<Self, NoExclusion> {
+        let parse = || {
+            let (label, rest) = text.split_once(' ')?;
+            let direction = *Direction::ALL.iter().find(|direction| direction.label() == label)?;
+            match rest.strip_prefix("port ") {
+                Some(port) => Some(Self::Port(direction, port.parse().ok()?)),
+                None => Some(Self::Network(direction, rest.parse().ok()?)),
+            }
+        };
+        parse().ok_or_else(|| NoExclusion(text.into()))
+    }
+}
+
+impl Serialize for Exclusion {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Exclusion {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
     }
 }
 

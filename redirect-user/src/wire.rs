@@ -14,6 +14,7 @@ pub(crate) mod testing;
 mod tests;
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -59,6 +60,9 @@ pub enum Request {
         pod: PodIdentity,
         /// Its addresses, as the plugins before us reported them.
         addresses: Vec<IpAddr>,
+        /// Where the runtime keeps its network namespace.
+        #[serde(default)]
+        netns_path: Option<PathBuf>,
     },
     /// Forget this attachment. Done already is done. Answered by [`Reply::Done`].
     Del {
@@ -189,6 +193,18 @@ pub struct Status {
     pub proxies: Vec<ProxyReport>,
     /// Connections that were counted, non-zero counters only.
     pub counters: Vec<CounterReport>,
+    /// What others had changed and the agent put right, non-zero counters only.
+    #[serde(default)]
+    pub repairs: Vec<RepairReport>,
+}
+
+/// Repairs of one kind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RepairReport {
+    /// See [`crate::agent::repairs::Kind`].
+    pub kind: String,
+    /// How many.
+    pub repairs: u64,
 }
 
 /// A loaded program.

@@ -1,7 +1,7 @@
 //! An agent process, and what its command line says.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 
 use anyhow::{Context, Result, bail};
 use redirect_user::wire::{PodReport, Status};
@@ -32,22 +32,41 @@ impl Agent {
         dir: &Path,
         arguments: &[String],
     ) -> Result<Self> {
-        let socket = socket(dir);
-        let mut command = Command::new(&session.binaries().redirect);
-        command.arg("agent").arg("--socket").arg(&socket);
-        command.arg("--zds-socket").arg(zds_socket(dir));
-        command.arg("--cgroup").arg(session.cgroup().path());
-        // Below the plugin's own deadline in tests, so that it hears why.
-        command.args(["--proxy-deadline", "5"]);
-        command.args(arguments);
-        let name = format!("agent of {}", netns.name());
-        let process = Process::spawn(&name, command, netns, cgroup, &dir.join("agent.log"))?;
-        let mut agent = Self { process, socket, binary: session.binaries().redirect.clone() };
+        let mut agent = Self::begin(session, netns, cgroup, dir, arguments)?;
         let (binary, socket) = (agent.binary.clone(), agent.socket.clone());
         agent
             .process
             .wait_until("ready agent", || Ok(query::<Status>(&binary, &socket, "status").is_ok()))?;
         Ok(agent)
+    }
+
+    /// As [`Agent::start`], without waiting.
+    pub fn begin(
+        session: &Session,
+        netns: &Netns,
+        cgroup: &Cgroup,
+        dir: &Path,
+        arguments: &[String],
+    ) -> Result<Self> {
+        let socket = socket(dir);
+        let mut command = Command::new(&session.binaries().redirect);
+        command.arg("agent").arg("--socket").arg(&socket);
+        command.arg("--zds-socket").arg(zds_socket(dir));
+        command.arg("--cgroup").arg(session.cgroup().path());
+        command.arg("--pin-dir").arg(pin_dir(session, dir));
+        command.arg("--state-dir").arg(state_dir(dir));
+        if !arguments.iter().any(|argument| argument == "--on-exit") {
+            command.args(["--on-exit", "remove"]);
+        }
+        if !arguments.iter().any(|argument| argument == "--check-interval") {
+            command.args(["--check-interval", "1"]);
+        }
+        // Below the plugin's own deadline in tests, so that it hears why.
+        command.args(["--proxy-deadline", "5"]);
+        command.args(arguments);
+        let name = format!("agent of {}", netns.name());
+        let process = Process::spawn(&name, command, netns, cgroup, &dir.join("agent.log"))?;
+        Ok(Self { process, socket, binary: session.binaries().redirect.clone() })
     }
 
     /// Its process.
@@ -87,14 +106,50 @@ impl Agent {
     }
 
     /// Stops it as Kubernetes does. An error if it does not say that all went well, or if it left something.
-    pub fn stop(mut self) -> Result<()> {
+    pub fn stop(self) -> Result<()> {
         let objects = self.objects()?;
+        self.end()?;
+        objects.wait_until_gone()
+    }
+
+    /// As [`Agent::stop`], whatever it leaves.
+    pub fn end(mut self) -> Result<()> {
         let status = self.process.terminate()?;
         if !status.success() {
             bail!("agent: {status}\n{}", self.process.last_lines());
         }
-        objects.wait_until_gone()
+        Ok(())
     }
+
+    /// Kills it, as a crash does.
+    pub fn kill(mut self) -> Result<()> {
+        self.process.kill().map(drop)
+    }
+}
+
+/// Where the agent of a node pins what outlives it.
+#[must_use]
+pub fn pin_dir(session: &Session, dir: &Path) -> PathBuf {
+    session.pins().join(dir.file_name().unwrap_or_default())
+}
+
+/// Where it keeps its records.
+#[must_use]
+pub fn state_dir(dir: &Path) -> PathBuf {
+    dir.join("state")
+}
+
+/// `redirect uninstall` on what belongs to the agent of a node, whether it runs or not.
+pub fn uninstall(session: &Session, dir: &Path, arguments: &[&str]) -> Result<Output> {
+    let mut command = Command::new(&session.binaries().redirect);
+    command.args(["uninstall", "--known-only", "-o", "json"]);
+    command
+        .arg("--pin-dir")
+        .arg(pin_dir(session, dir))
+        .arg("--state-dir")
+        .arg(state_dir(dir))
+        .args(arguments);
+    command.output().context("redirect uninstall")
 }
 
 /// Where the agent of a node listens for the plugin and the command line.

@@ -146,7 +146,14 @@ impl Footprint {
             let name = link["ifname"].as_str().context("an interface has a name")?;
             for hook in ["ingress", "egress"] {
                 let filters = netns.json(&format!("tc -j filter show dev {name} {hook}"));
-                footprint.traffic_control.extend(filters.map(list).unwrap_or_default());
+                let mut filters = filters.map(list).unwrap_or_default();
+                // The next agent's programs are others.
+                for filter in &mut filters {
+                    if let Some(program) = filter["options"]["prog"].as_object_mut() {
+                        program.remove("id");
+                    }
+                }
+                footprint.traffic_control.extend(filters);
             }
         }
         for name in SYSCTLS {

@@ -34,6 +34,7 @@ pub mod session;
 pub mod signals;
 pub mod stack;
 pub mod testbed;
+pub mod traffic;
 pub mod wait;
 
 pub use access_log::{Direction, Entry};

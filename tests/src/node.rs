@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::process::Output;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -63,9 +64,10 @@ pub struct Node {
     proxies: AtomicU32,
     register: Arc<Register>,
     dns: Mutex<Option<Arc<DnsServer>>>,
-    // Dropped in this order: proxy, agent, their cgroups, the directory, the namespace.
+    // Dropped in this order: proxy, agent, what it left, their cgroups, the directory, the namespace.
     proxy: Mutex<Option<Proxy>>,
     agent: Mutex<Option<Agent>>,
+    _leftovers: Leftovers,
     proxy_cgroup: Cgroup,
     agent_cgroup: Cgroup,
     dir: TempDir,
@@ -93,6 +95,7 @@ impl Node {
                 netns.set_sysctl(&name, "0")?;
             }
         }
+        let dir = tempfile::Builder::new().prefix("node-").tempdir_in(session.directory())?;
         let node = Self {
             number: node_number,
             pods: AtomicU32::new(0),
@@ -102,9 +105,10 @@ impl Node {
             dns: Mutex::default(),
             proxy: Mutex::default(),
             agent: Mutex::default(),
+            _leftovers: Leftovers { session: session.clone(), dir: dir.path().to_owned() },
             proxy_cgroup: session.cgroup().child(&format!("proxy-{number}"))?,
             agent_cgroup: session.cgroup().child(&format!("agent-{number}"))?,
-            dir: tempfile::Builder::new().prefix("node-").tempdir_in(session.directory())?,
+            dir,
             netns,
             session: session.clone(),
         };
@@ -182,9 +186,49 @@ impl Node {
         Ok(())
     }
 
+    /// As [`Node::start_agent`], without waiting until it is ready.
+    pub fn begin_agent(&self, arguments: &[String]) -> Result<()> {
+        let agent = Agent::begin(&self.session, &self.netns, &self.agent_cgroup, self.dir(), arguments)?;
+        *lock(&self.agent) = Some(agent);
+        Ok(())
+    }
+
     /// Stops the agent as Kubernetes does; an error if it left something or ended badly.
     pub fn stop_agent(&self) -> Result<()> {
         lock(&self.agent).take().context("no agent is running")?.stop()
+    }
+
+    /// Has the agent end, and leave what it was told to leave.
+    pub fn end_agent(&self) -> Result<()> {
+        lock(&self.agent).take().context("no agent is running")?.end()
+    }
+
+    /// Kills the agent, as a crash does.
+    pub fn kill_agent(&self) -> Result<()> {
+        lock(&self.agent).take().context("no agent is running")?.kill()
+    }
+
+    /// Where the agent pins what outlives it.
+    #[must_use]
+    pub fn pin_dir(&self) -> PathBuf {
+        agent::pin_dir(&self.session, self.dir())
+    }
+
+    /// Where it keeps its records.
+    #[must_use]
+    pub fn state_dir(&self) -> PathBuf {
+        agent::state_dir(self.dir())
+    }
+
+    /// `redirect uninstall` on this node.
+    pub fn uninstall(&self, arguments: &[&str]) -> Result<Output> {
+        agent::uninstall(&self.session, self.dir(), arguments)
+    }
+
+    /// Waits until the proxy that runs is in step with the agent.
+    pub fn wait_for_proxy(&self) -> Result<()> {
+        let pid = self.proxy_pid()?;
+        self.with_agent(|agent| agent.wait_for_proxy(pid))
     }
 
     /// Starts a proxy and waits until it knows every pod. One that runs already ends then, as in a rolling upgrade.
@@ -391,6 +435,22 @@ impl Drop for Node {
     fn drop(&mut self) {
         if let Ok(objects) = self.with_agent(|agent| agent.objects()) {
             self.session.remember(objects);
+        }
+    }
+}
+
+/// Removes what an agent left that was killed, or told to leave it.
+#[derive(Debug)]
+struct Leftovers {
+    session: Arc<Session>,
+    dir: PathBuf,
+}
+
+impl Drop for Leftovers {
+    fn drop(&mut self) {
+        match agent::uninstall(&self.session, &self.dir, &[]) {
+            Ok(output) if output.status.success() => {}
+            outcome => eprintln!("left behind: pins of {}: {outcome:?}", self.dir.display()),
         }
     }
 }

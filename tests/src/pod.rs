@@ -195,6 +195,13 @@ impl Pod {
         self.chain.only(REDIRECT).add(self.node.netns(), &self.sandbox, Some(&self.result)).map(drop)
     }
 
+    /// As [`Pod::enrol`]; the runtime keeps the namespace at this path.
+    pub fn enrol_at(&self, netns: PathBuf) -> Result<()> {
+        self.enrolled.store(true, Ordering::Relaxed);
+        let sandbox = Sandbox { netns: Some(netns), ..self.sandbox.clone() };
+        self.chain.only(REDIRECT).add(self.node.netns(), &sandbox, Some(&self.result)).map(drop)
+    }
+
     /// Runs our plugin's DEL alone; the pod lives on.
     pub fn unenrol(&self) -> Result<()> {
         self.chain.only(REDIRECT).del(self.node.netns(), &self.sandbox, Some(&self.result))

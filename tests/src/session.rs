@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, anyhow};
@@ -82,6 +81,7 @@ impl Session {
     pub fn start(binaries: Binaries) -> Result<Arc<Self>> {
         cgroup::sweep()?;
         sweep_directories()?;
+        sweep_pins()?;
         let directory =
             tempfile::Builder::new().prefix(&format!("{PREFIX}{}-", std::process::id())).tempdir()?;
         if let Ok(plugin) = binaries.plugin.canonicalize() {
@@ -134,6 +134,12 @@ impl Session {
         [self.directory.path().to_owned()].into_iter().chain(installed).collect()
     }
 
+    /// Where agents pin what outlives them.
+    #[must_use]
+    pub fn pins(&self) -> PathBuf {
+        Path::new(BPFFS).join(format!("{PREFIX}{}", std::process::id()))
+    }
+
     /// A number for a node, which its address ranges are made of; it comes back when it is dropped.
     pub(crate) fn next_node(self: &Arc<Self>) -> Result<NodeNumber> {
         let mut numbers = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
@@ -162,6 +168,8 @@ impl Session {
                 left.push(format!("cgroup {}", entry.path().display()));
             }
         }
+        let pins = fs::read_dir(self.pins()).into_iter().flatten().flatten();
+        left.extend(pins.map(|entry| format!("pins {}", entry.path().display())));
         let others = self.applications.processes()?.into_iter().filter(|&pid| pid != std::process::id());
         left.extend(others.map(|pid| format!("process {pid}")));
         Ok(left)
@@ -195,6 +203,23 @@ impl Drop for NodeNumber {
     }
 }
 
+/// Where a bpffs is. Agents mount one if there is none.
+const BPFFS: &str = "/sys/fs/bpf";
+
+/// Removes the pins of tests that were killed.
+fn sweep_pins() -> Result<()> {
+    for entry in fs::read_dir(BPFFS)?.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if let Some(process) = name.strip_prefix(PREFIX)
+            && !Path::new("/proc").join(process).exists()
+        {
+            // Another test may be sweeping as well.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+    Ok(())
+}
+
 /// Removes the directories of tests that were killed.
 fn sweep_directories() -> Result<()> {
     for entry in fs::read_dir(std::env::temp_dir())?.flatten() {
@@ -212,6 +237,8 @@ fn sweep_directories() -> Result<()> {
 
 impl Drop for Session {
     fn drop(&mut self) {
+        // It is there if any agent ran; nodes leave nothing in it.
+        let _ = fs::remove_dir(self.pins());
         if let Err(error) = cgroup::enter(&self.home).context("leave the session's cgroup") {
             eprintln!("{error:#}");
         }

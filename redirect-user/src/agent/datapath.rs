@@ -5,9 +5,9 @@ use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr};
 
-use redirect_ebpf::maps::PodFlags;
+use redirect_ebpf::maps::{Pod, PodFlags};
 
-use super::facts::{Fact, Namespace, Op, Wanted, desired, diff};
+use super::facts::{Fact, Namespace, Op, Sysctl, Wanted, desired, diff};
 use crate::netns::NetNs;
 use crate::pod::{Exclusion, PodAddresses, PodIdentity};
 
@@ -28,18 +28,38 @@ pub struct Target {
     pub virtual_interfaces: Vec<String>,
     /// What is not to be steered.
     pub exclusions: BTreeSet<Exclusion>,
+    /// Sysctls that were on before the pod was enrolled, and stay on after it.
+    pub foreign: BTreeSet<Sysctl>,
 }
 
 impl Target {
-    fn desired(&self, namespace: &Namespace) -> BTreeSet<Fact> {
-        let wanted = Wanted {
+    fn wanted(&self) -> Wanted<'_> {
+        Wanted {
             flags: self.flags,
             addresses: &self.addresses,
             virtual_interfaces: &self.virtual_interfaces,
             exclusions: &self.exclusions,
-        };
-        desired(&wanted, namespace)
+        }
     }
+
+    /// The pod's map entry.
+    #[must_use]
+    pub fn kernel_pod(&self) -> Pod {
+        self.wanted().kernel_pod()
+    }
+
+    fn desired(&self, namespace: &Namespace) -> BTreeSet<Fact> {
+        desired(&self.wanted(), namespace)
+    }
+}
+
+/// What is to be known of a namespace before a pod in it is enrolled.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Introduction {
+    /// The cookie by which the kernel side knows it.
+    pub cookie: u64,
+    /// The sysctls that are on, unless we turned them on.
+    pub sysctls: BTreeSet<Sysctl>,
 }
 
 /// What is in the kernel for a pod.
@@ -49,6 +69,17 @@ pub struct Observation {
     pub namespace: Namespace,
     /// What of ours is there.
     pub facts: BTreeSet<Fact>,
+    /// What is there in the shape that another build gave it: facts that don't hold, but have to be removed.
+    pub stale: BTreeSet<Fact>,
+    /// What is there, but damaged: a link that is detached or no longer pinned.
+    pub damaged: BTreeSet<Fact>,
+}
+
+impl Observation {
+    /// Everything of ours.
+    fn present(&self) -> BTreeSet<Fact> {
+        [&self.facts, &self.stale, &self.damaged].into_iter().flatten().cloned().collect()
+    }
 }
 
 /// Why the kernel is not as it should be.
@@ -87,11 +118,14 @@ pub enum Error {
 
 /// The kernel, or something that behaves like it.
 pub trait Datapath {
-    /// The cookie by which the kernel side knows a namespace.
-    fn cookie(&mut self, netns: &NetNs) -> io::Result<u64>;
+    /// Gets to know a namespace.
+    fn introduce(&mut self, netns: &NetNs) -> io::Result<Introduction>;
 
     /// The addresses on a namespace's interfaces.
     fn addresses(&mut self, netns: &NetNs) -> io::Result<Vec<IpAddr>>;
+
+    /// Reads those facts about a pod whose end nobody tells of: sysctls, map entries, the socket lookup. Cheap.
+    fn glance(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>>;
 
     /// Reads what is there for a pod.
     fn observe(&mut self, target: &Target) -> Result<Observation, Error>;
@@ -99,23 +133,41 @@ pub trait Datapath {
     /// Takes one step.
     fn apply(&mut self, target: &Target, op: &Op) -> Result<(), Error>;
 
+    /// Removes what no fact is about, and a step that was cut short has left.
+    fn tidy(&mut self, target: &Target) -> io::Result<()>;
+
     /// Called between one piece of work and the next: lets go of namespaces, so that they can end.
     fn rest(&mut self) {}
 }
 
-/// Makes the pod steered. On an error everything that this call did is undone.
-///
-/// Returns what is there now.
-pub fn enroll(datapath: &mut impl Datapath, target: &Target) -> Result<Observation, Error> {
+/// What [`enroll`] has come to.
+#[derive(Clone, Debug, Default)]
+pub struct Outcome {
+    /// What is there now.
+    pub observation: Observation,
+    /// The facts that did not hold before, in whatever shape.
+    pub made: Vec<Fact>,
+}
+
+/// Makes the pod steered. On an error everything that this call did is undone, except that what was there in the shape of
+/// another build is not brought back.
+pub fn enroll(datapath: &mut impl Datapath, target: &Target) -> Result<Outcome, Error> {
     let before = datapath.observe(target)?;
     if let (false, Some(address)) = (before.namespace.ipv6, target.addresses.ipv6.first()) {
         return Err(Error::Ipv6Off { pod: target.identity.to_string(), address: *address });
     }
     let wanted = target.desired(&before.namespace);
-    let ops = diff(&wanted, &before.facts);
+    let is_foreign = |fact: &Fact| matches!(fact, Fact::Sysctl(sysctl) if target.foreign.contains(sysctl));
+    let missing = wanted.difference(&before.facts).cloned().map(Op::Ensure);
+    let present = before.present();
+    let surplus =
+        diff(&wanted, &present).into_iter().filter(|op| matches!(op, Op::Remove(fact) if !is_foreign(fact)));
+    let ops: Vec<Op> = missing.chain(surplus).collect();
     for (done, op) in ops.iter().enumerate() {
         if let Err(error) = datapath.apply(target, op) {
-            for undo in ops.iter().take(done).rev().map(Op::inverse) {
+            let replaced = |op: &Op| matches!(op, Op::Remove(fact) if before.stale.contains(fact));
+            let steps = ops.iter().take(done).rev().map(Op::inverse).filter(|undo| !replaced(undo));
+            for undo in steps {
                 if let Err(error) = datapath.apply(target, &undo) {
                     tracing::warn!(pod = %target.identity, %error, "could not undo a step of a failed enrolment");
                 }
@@ -123,7 +175,10 @@ pub fn enroll(datapath: &mut impl Datapath, target: &Target) -> Result<Observati
             return Err(error);
         }
     }
-    Ok(Observation { namespace: before.namespace, facts: wanted })
+    let lacked = |fact: &&Fact| !before.facts.contains(*fact) && !before.stale.contains(*fact);
+    let made = wanted.iter().filter(lacked).cloned().collect();
+    let observation = Observation { namespace: before.namespace, facts: wanted, ..Observation::default() };
+    Ok(Outcome { observation, made })
 }
 
 /// How much of a pod's enrolment is to be removed.
@@ -138,14 +193,15 @@ pub enum Removal {
 /// Removes what is ours for the pod. Goes on after errors and returns them.
 pub fn unenroll(datapath: &mut impl Datapath, target: &Target, removal: Removal) -> Vec<Error> {
     let facts = match datapath.observe(target) {
-        Ok(observation) => observation.facts,
+        Ok(observation) => observation.present(),
         Err(error) => return vec![error],
     };
     let goes = |fact: &Fact| match removal {
         Removal::Capture => {
             matches!(fact, Fact::Program { .. } | Fact::Address(_) | Fact::Pod(_) | Fact::Guard { .. })
         }
-        Removal::Everything => true,
+        // What was on before us stays on.
+        Removal::Everything => !matches!(fact, Fact::Sysctl(sysctl) if target.foreign.contains(sysctl)),
     };
     let stay = facts.iter().filter(|fact| !goes(fact)).cloned().collect();
     diff(&stay, &facts).iter().filter_map(|op| datapath.apply(target, op).err()).collect()

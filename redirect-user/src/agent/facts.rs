@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use redirect_ebpf::Family;
 use redirect_ebpf::maps::{Pod, PodFlags};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::pod::{Exclusion, PodAddresses};
 
@@ -63,6 +64,21 @@ pub enum Fact {
         /// The family.
         family: Family,
     },
+}
+
+impl Fact {
+    /// Whether nobody tells when it ceases to hold.
+    #[must_use]
+    pub const fn is_quiet(&self) -> bool {
+        match self {
+            Self::Sysctl(_) | Self::Excluded(_) | Self::Lookup | Self::Address(_) | Self::Pod(_) => true,
+            Self::LoopbackUp
+            | Self::Route { .. }
+            | Self::Rule { .. }
+            | Self::Program { .. }
+            | Self::Guard { .. } => false,
+        }
+    }
 }
 
 /// A sysctl that a steered pod needs.
@@ -172,24 +188,32 @@ pub struct Wanted<'a> {
     pub exclusions: &'a BTreeSet<Exclusion>,
 }
 
+impl Wanted<'_> {
+    /// The pod's map entry.
+    #[must_use]
+    pub fn kernel_pod(&self) -> Pod {
+        let Self { flags, addresses, exclusions, .. } = self;
+        Pod {
+            flags: flags.with(PodFlags::EXCLUSIONS, !exclusions.is_empty()).0,
+            ipv4: addresses.ipv4.first().map(Ipv4Addr::octets).unwrap_or_default(),
+            ipv6: addresses.ipv6.first().map(Ipv6Addr::octets).unwrap_or_default(),
+        }
+    }
+}
+
 /// The facts that make a pod steered, given what its namespace is like.
 ///
 /// Both families are caught wherever the namespace can speak them, also one that the pod has no address of yet: an
 /// address that appears later must not be a way around the proxy.
 #[must_use]
 pub fn desired(wanted: &Wanted<'_>, namespace: &Namespace) -> BTreeSet<Fact> {
-    let Wanted { flags, addresses, virtual_interfaces, exclusions } = wanted;
-    let pod = Pod {
-        flags: flags.with(PodFlags::EXCLUSIONS, !exclusions.is_empty()).0,
-        ipv4: addresses.ipv4.first().map(Ipv4Addr::octets).unwrap_or_default(),
-        ipv6: addresses.ipv6.first().map(Ipv6Addr::octets).unwrap_or_default(),
-    };
+    let Wanted { addresses, virtual_interfaces, exclusions, .. } = wanted;
     let mut facts = BTreeSet::from([
         Fact::LoopbackUp,
         Fact::Sysctl(Sysctl::TcpFwmarkAccept),
         Fact::Sysctl(Sysctl::TcpMigrateReq),
         Fact::Lookup,
-        Fact::Pod(pod),
+        Fact::Pod(wanted.kernel_pod()),
     ]);
     facts.extend(addresses.iter().map(Fact::Address));
     facts.extend(exclusions.iter().copied().map(Fact::Excluded));
@@ -296,6 +320,14 @@ impl fmt::Display for Fact {
 }
 
 impl Sysctl {
+    /// All of them.
+    pub const ALL: [Self; 4] = [
+        Self::TcpFwmarkAccept,
+        Self::FwmarkReflect(Family::Ipv4),
+        Self::FwmarkReflect(Family::Ipv6),
+        Self::TcpMigrateReq,
+    ];
+
     /// The sysctl's name.
     #[must_use]
     pub const fn name(self) -> &'static str {
@@ -305,6 +337,21 @@ impl Sysctl {
             Self::FwmarkReflect(Family::Ipv6) => "net.ipv6.fwmark_reflect",
             Self::TcpMigrateReq => "net.ipv4.tcp_migrate_req",
         }
+    }
+}
+
+/// By its name, as people write it.
+impl Serialize for Sysctl {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+impl<'de> Deserialize<'de> for Sysctl {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        let known = Self::ALL.into_iter().find(|sysctl| sysctl.name() == name);
+        known.ok_or_else(|| serde::de::Error::custom(format!("{name} is no sysctl of ours")))
     }
 }
 

@@ -4,49 +4,53 @@
 //! Everything here runs on one thread of its own ([`super::thread`]): entering a network namespace is a property of a
 //! thread.
 
+mod bpf;
 mod maps;
 mod netlink;
 mod object;
+mod pins;
+mod strip;
 mod sysctl;
 mod tc;
 
-use std::collections::hash_map::Entry;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::net::IpAddr;
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 
-use aya::programs::links::Link as _;
-use aya::programs::sk_lookup::SkLookupLink;
-use aya::programs::sock_ops::SockOpsLink;
-use aya::programs::{CgroupAttachMode, CgroupSockAddr, Program, SkLookup, SockOps};
 use redirect_ebpf::Family;
 
-use super::datapath::{Datapath, Error, Observation, Target};
-use super::facts::{Fact, Hook, Interface, LOOKUP, LOOPBACK_INDEX, Mark, Namespace, Op, Sysctl};
-use crate::netns::NetNs;
+use super::datapath::{Datapath, Error, Introduction, Observation, Target};
+use super::facts::{Fact, Hook, Interface, LOOKUP, LOOPBACK_INDEX, Mark, Namespace, Op};
+use crate::netns::{NetNs, current_cookie};
 use crate::pod::Exclusion;
 use crate::wire::{CounterReport, MapReport, ProgramReport};
+use bpf::{At, Place, State};
 pub use maps::Capacities;
 use maps::Maps;
 pub(super) use netlink::Netlink;
+use object::Programs;
 pub use object::load;
+pub use pins::{DEFAULT_DIRECTORY, InUse, Pins};
+use pins::{Links, cookie_of_lookup, lookup_name};
+pub use strip::{Stripped, strip};
 pub use tc::TcMethod;
 
 /// The programs that are attached to the root of the cgroup2 hierarchy.
-const CGROUP: [&str; 10] = [
-    "outbound_ipv4",
-    "outbound_ipv6",
-    "bind_ipv4",
-    "bind_ipv6",
-    "sendmsg_ipv4",
-    "sendmsg_ipv6",
-    "recvmsg_ipv4",
-    "recvmsg_ipv6",
-    "getpeername_ipv4",
-    "getpeername_ipv6",
+const CGROUP: [(&str, bpf::Cgroup); 10] = [
+    ("outbound_ipv4", bpf::Cgroup::Connect4),
+    ("outbound_ipv6", bpf::Cgroup::Connect6),
+    ("bind_ipv4", bpf::Cgroup::Bind4),
+    ("bind_ipv6", bpf::Cgroup::Bind6),
+    ("sendmsg_ipv4", bpf::Cgroup::Sendmsg4),
+    ("sendmsg_ipv6", bpf::Cgroup::Sendmsg6),
+    ("recvmsg_ipv4", bpf::Cgroup::Recvmsg4),
+    ("recvmsg_ipv6", bpf::Cgroup::Recvmsg6),
+    ("getpeername_ipv4", bpf::Cgroup::Getpeername4),
+    ("getpeername_ipv6", bpf::Cgroup::Getpeername6),
 ];
 
 /// The program that is attached to the kubelet's cgroup.
@@ -67,22 +71,45 @@ pub struct Settings {
     pub refuse: bool,
     /// What is not steered, in any pod.
     pub exclusions: BTreeSet<Exclusion>,
+    /// The cgroups of the node proxies, as far as they are known from before.
+    pub proxy_cgroups: Vec<u64>,
+    /// Another object than the embedded one.
+    pub object: Option<PathBuf>,
 }
 
-/// Loaded programs and maps, and what they are attached to.
+/// Loaded programs and maps, and what they are attached to. It outlives this value: see [`pins`].
 pub struct Linux {
     maps: Maps,
     tc: tc::Tc,
-    programs: aya::Ebpf,
-    /// The attachments of the socket lookup, by namespace cookie.
-    lookups: HashMap<u64, SkLookupLink>,
-    /// The attachments of the probe program, by the inode of the cgroup's directory.
-    probes: HashMap<u64, SockOpsLink>,
+    programs: Programs,
+    links: Links,
+    /// Root of the cgroup2 hierarchy.
+    cgroup: Directory,
     host: NetNs,
     /// Where the thread is, if it is not in the host's namespace, and a netlink socket there.
     session: Option<Session>,
-    /// What a sysctl was before, by namespace cookie.
-    sysctls: HashMap<(u64, Sysctl), String>,
+    /// Held as long as the agent runs.
+    _pins: Pins,
+}
+
+/// A directory of the cgroup2 hierarchy.
+struct Directory {
+    path: PathBuf,
+    file: File,
+    inode: u64,
+}
+
+impl Directory {
+    fn open(path: &std::path::Path) -> io::Result<Self> {
+        let file = File::open(path)?;
+        let inode = file.metadata()?.ino();
+        Ok(Self { path: path.into(), file, inode })
+    }
+
+    fn place(&self, hook: bpf::Cgroup) -> Place<'_> {
+        let at = At::Descriptor(self.file.as_fd());
+        Place { hook: bpf::Hook::Cgroup(hook), at, id: self.inode }
+    }
 }
 
 struct Session {
@@ -104,42 +131,63 @@ pub struct Report {
 }
 
 impl Linux {
-    /// Loads the programs and attaches those that are for the whole node.
-    pub fn load(settings: &Settings) -> anyhow::Result<Self> {
+    /// Loads the programs and puts them in the place of those of the agent before, if there are any: in the order in which
+    /// nothing is let past in between. `pods` are those that were steered already.
+    pub fn load(settings: &Settings, pins: Pins, pods: &[Target]) -> anyhow::Result<Self> {
         use anyhow::Context as _;
-        let mut programs = object::load(settings)?;
-        let mut maps = Maps::take(&mut programs, settings.capacities)?;
+        let (mut object, paths) = object::load_pinned(settings, &pins)?;
+        let mut maps = Maps::take(&mut object, settings.capacities)?;
+        // Before any program sees the maps: they may be new, and empty.
+        for pod in pods {
+            maps.fill(pod).with_context(|| format!("pod {}", pod.identity))?;
+        }
         maps.configure(settings)?;
         let host = NetNs::current().context("the agent's own network namespace can't be opened")?;
-        for name in CGROUP {
-            let program: &mut CgroupSockAddr = object::program(&mut programs, name)?;
-            program.load().with_context(|| format!("the kernel refuses program {name}"))?;
+        let programs = Programs::load(&mut object)?;
+        let tc = tc::Tc::new(&programs, settings.tc)?;
+        let cgroup = Directory::open(&settings.cgroup)
+            .with_context(|| format!("cgroup2 directory {} can't be opened", settings.cgroup.display()))?;
+        let links = Links::find(&pins)?;
+        pins.remove_other_maps(&paths)?;
+        let mut linux = Self { maps, tc, programs, links, cgroup, host, session: None, _pins: pins };
+        linux.mend()?;
+        Ok(linux)
+    }
+
+    /// Attaches what is for the whole node, as far as it is not. Returns the names of the programs that had to be.
+    pub fn mend(&mut self) -> anyhow::Result<Vec<&'static str>> {
+        use anyhow::Context as _;
+        let mut mended = Vec::new();
+        for (name, hook) in CGROUP {
+            let (program, place) = (self.programs.get(name)?, self.cgroup.place(hook));
+            if self.links.state(name, program, place)? != Some(State::Current) {
+                // Links of cgroup programs are always "multi": others' programs stay attached beside ours.
+                self.links.ensure(name, program, place).with_context(|| {
+                    format!("program {name} can't be attached to {}", self.cgroup.path.display())
+                })?;
+                mended.push(name);
+            }
         }
-        let lookup: &mut SkLookup = object::program(&mut programs, LOOKUP)?;
-        lookup.load().with_context(|| format!("the kernel refuses program {LOOKUP}"))?;
-        let probe: &mut SockOps = object::program(&mut programs, PROBE)?;
-        probe.load().with_context(|| format!("the kernel refuses program {PROBE}"))?;
-        let tc = tc::Tc::load(&mut programs, settings.tc)?;
-        let cgroup = settings.cgroup.display();
-        let directory = File::open(&settings.cgroup)
-            .with_context(|| format!("cgroup2 directory {cgroup} can't be opened"))?;
-        for name in CGROUP {
-            let program: &mut CgroupSockAddr = object::program(&mut programs, name)?;
-            // Links of cgroup programs are always "multi": others' programs stay attached beside ours.
-            program
-                .attach(&directory, CgroupAttachMode::Single)
-                .with_context(|| format!("program {name} can't be attached to {cgroup}"))?;
+        Ok(mended)
+    }
+
+    /// Removes what is about namespaces that are gone. Returns the cookies of the others that no pod is known of.
+    pub fn collect(&mut self, known: &BTreeSet<u64>) -> anyhow::Result<Vec<u64>> {
+        let mut living = Vec::new();
+        let linked = self.links.names().filter_map(cookie_of_lookup);
+        let cookies: BTreeSet<u64> = self.maps.cookies().into_iter().chain(linked).collect();
+        for cookie in cookies.difference(known) {
+            if self.links.is_attached(&lookup_name(*cookie)) {
+                living.push(*cookie);
+                continue;
+            }
+            tracing::info!(netns_cookie = cookie, "what was left of a pod that is gone is removed");
+            self.maps.forget(*cookie)?;
+            for name in tc::Tc::links_of(&self.links, *cookie).into_iter().chain([lookup_name(*cookie)]) {
+                self.links.remove(&name)?;
+            }
         }
-        Ok(Self {
-            maps,
-            tc,
-            programs,
-            lookups: HashMap::new(),
-            probes: HashMap::new(),
-            host,
-            session: None,
-            sysctls: HashMap::new(),
-        })
+        Ok(living)
     }
 
     /// Moves the thread into the pod's namespace, unless it is there already.
@@ -149,10 +197,7 @@ impl Linux {
             target.netns.enter()?;
             self.session = Some(Session { netns_cookie: target.netns_cookie, netlink: Netlink::open()? });
         }
-        match &mut self.session {
-            Some(session) => Ok(&mut session.netlink),
-            None => Err(io::ErrorKind::NotConnected.into()),
-        }
+        Ok(&mut entered(&mut self.session)?.netlink)
     }
 
     /// Moves the thread back into the host's namespace, so that the pod's can go away.
@@ -179,45 +224,39 @@ impl Linux {
     /// Replaces the set of cgroups whose processes' connections to pods are probes.
     pub fn set_probe_cgroups(&mut self, directories: &BTreeSet<PathBuf>) -> anyhow::Result<()> {
         use anyhow::Context as _;
-        let mut wanted = HashMap::new();
-        for directory in directories {
-            let name = || format!("cgroup {}", directory.display());
-            let file = match File::open(directory) {
-                Ok(file) => file,
+        let mut wanted = BTreeMap::new();
+        for path in directories {
+            match Directory::open(path) {
+                Ok(directory) => wanted.insert(format!("{PROBE}-{}", directory.inode), directory),
                 // Gone since it was found.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(error).with_context(name),
+                Err(error) => return Err(error).with_context(|| format!("cgroup {}", path.display())),
             };
-            let inode = file.metadata().with_context(name)?.ino();
-            wanted.insert(inode, file);
         }
-        self.probes.retain(|inode, _| wanted.contains_key(inode));
-        for (inode, directory) in wanted {
-            if let Entry::Vacant(vacant) = self.probes.entry(inode) {
-                let program: &mut SockOps = object::program(&mut self.programs, PROBE)?;
-                let id = program.attach(directory, CgroupAttachMode::Single)?;
-                vacant.insert(program.take_link(id)?);
-            }
+        let program = self.programs.get(PROBE)?;
+        for (name, directory) in &wanted {
+            self.links
+                .ensure(name, program, directory.place(bpf::Cgroup::SockOps))
+                .with_context(|| format!("program {PROBE} on cgroup {}", directory.path.display()))?;
         }
-        Ok(())
+        let others: Vec<String> =
+            self.probes().filter(|name| !wanted.contains_key(*name)).map(str::to_owned).collect();
+        others.iter().try_for_each(|name| Ok(self.links.remove(name)?))
+    }
+
+    fn probes(&self) -> impl Iterator<Item = &str> {
+        self.links.names().filter(|name| name.starts_with("probe-"))
     }
 
     /// What is loaded, and what it counted.
     pub fn report(&self) -> anyhow::Result<Report> {
         let mut programs = Vec::new();
-        for (name, program) in self.programs.programs() {
+        for (name, id) in self.programs.iter() {
             let links = match Hook::ALL.into_iter().find(|hook| hook.program() == name) {
                 Some(hook) => self.tc.attached(hook),
-                None if name == LOOKUP => self.lookups.len(),
-                None if name == PROBE => self.probes.len(),
+                None if name == LOOKUP => self.links.names().filter(|link| link.starts_with(LOOKUP)).count(),
+                None if name == PROBE => self.probes().count(),
                 None => 1,
-            };
-            let id = match program {
-                Program::SchedClassifier(program) => program.info()?.id(),
-                Program::CgroupSockAddr(program) => program.info()?.id(),
-                Program::SkLookup(program) => program.info()?.id(),
-                Program::SockOps(program) => program.info()?.id(),
-                other => anyhow::bail!("program {name} is of an unexpected type {:?}", other.prog_type()),
             };
             programs.push(ProgramReport { name: name.into(), id, links });
         }
@@ -262,28 +301,45 @@ impl Linux {
                 }),
             );
         }
-        for known in sysctl::ALL {
-            if sysctl::is_on(known)? {
-                facts.insert(Fact::Sysctl(known));
-            }
-        }
-        facts.extend(self.tc.facts(target.netns_cookie, interfaces));
-        facts.extend(self.lookups.contains_key(&target.netns_cookie).then_some(Fact::Lookup));
-        facts.extend(self.maps.facts(target));
+        let Session { netlink, netns_cookie } = entered(&mut self.session)?;
+        let attached = self.tc.look(netlink, &self.links, &self.programs, *netns_cookie, interfaces)?;
+        facts.extend(attached.current);
+        observation.stale = attached.stale;
+        observation.damaged = attached.damaged;
+        match self.lookup_state(target)? {
+            Some(State::Stale) => observation.stale.insert(Fact::Lookup),
+            Some(State::Elsewhere) => observation.damaged.insert(Fact::Lookup),
+            Some(State::Current) | None => false,
+        };
+        observation.facts.extend(self.quiet_facts(target)?);
         Ok(observation)
+    }
+
+    fn lookup_state(&self, target: &Target) -> io::Result<Option<State>> {
+        let (name, place) = (lookup_name(target.netns_cookie), lookup_place(&target.netns)?);
+        self.links.state(&name, self.programs.get(LOOKUP)?, place)
+    }
+
+    /// The facts that nobody tells about when they change. In the namespace of the pod.
+    fn quiet_facts(&self, target: &Target) -> io::Result<BTreeSet<Fact>> {
+        let mut facts: BTreeSet<Fact> = sysctl::that_are_on()?.into_iter().map(Fact::Sysctl).collect();
+        facts.extend(self.maps.facts(target));
+        if self.lookup_state(target)? == Some(State::Current) {
+            facts.insert(Fact::Lookup);
+        }
+        Ok(facts)
     }
 
     fn attach(&mut self, target: &Target, interface: &Interface, hook: Hook) -> anyhow::Result<()> {
         self.enter(target)?;
-        self.tc.attach(&mut self.programs, target.netns_cookie, interface, hook)
+        let Session { netlink, netns_cookie } = entered(&mut self.session)?;
+        self.tc.attach(netlink, &mut self.links, &self.programs, *netns_cookie, interface, hook)
     }
 
     fn detach(&mut self, target: &Target, interface: &Interface, hook: Hook) -> anyhow::Result<()> {
         self.enter(target)?;
-        if self.tc.detach(target.netns_cookie, interface.index, hook)? {
-            self.enter(target)?.delete_clsact(interface.index)?;
-        }
-        Ok(())
+        let Session { netlink, netns_cookie } = entered(&mut self.session)?;
+        Ok(self.tc.detach(netlink, &mut self.links, *netns_cookie, interface.index, hook)?)
     }
 
     fn step(&mut self, target: &Target, op: &Op) -> anyhow::Result<()> {
@@ -294,15 +350,11 @@ impl Linux {
             Op::Remove(Fact::LoopbackUp) => {}
             Op::Ensure(Fact::Sysctl(sysctl)) => {
                 self.enter(target)?;
-                let before = sysctl::turn_on(*sysctl)?;
-                self.sysctls.insert((cookie, *sysctl), before);
+                sysctl::turn_on(*sysctl)?;
             }
             Op::Remove(Fact::Sysctl(sysctl)) => {
                 self.enter(target)?;
-                // What was on before us stays on.
-                if let Some(before) = self.sysctls.remove(&(cookie, *sysctl)) {
-                    sysctl::restore(*sysctl, &before)?;
-                }
+                sysctl::turn_off(*sysctl)?;
             }
             Op::Ensure(Fact::Route { family, interface, source }) => {
                 self.enter(target)?.add_route(*family, interface, *source)?;
@@ -315,15 +367,10 @@ impl Linux {
             Op::Ensure(Fact::Excluded(exclusion)) => self.maps.insert_exclusion(cookie, *exclusion)?,
             Op::Remove(Fact::Excluded(exclusion)) => self.maps.remove_exclusion(cookie, *exclusion)?,
             Op::Ensure(Fact::Lookup) => {
-                let program: &mut SkLookup = object::program(&mut self.programs, LOOKUP)?;
-                let id = program.attach(&target.netns)?;
-                self.lookups.insert(cookie, program.take_link(id)?);
+                let (name, place) = (lookup_name(cookie), lookup_place(&target.netns)?);
+                self.links.ensure(&name, self.programs.get(LOOKUP)?, place)?;
             }
-            Op::Remove(Fact::Lookup) => {
-                if let Some(link) = self.lookups.remove(&cookie) {
-                    link.detach()?;
-                }
-            }
+            Op::Remove(Fact::Lookup) => self.links.remove(&lookup_name(cookie))?,
             Op::Ensure(Fact::Program { interface, hook }) => self.attach(target, interface, *hook)?,
             Op::Remove(Fact::Program { interface, hook }) => self.detach(target, interface, *hook)?,
             Op::Ensure(Fact::Guard { interface, family }) => {
@@ -341,13 +388,36 @@ impl Linux {
     }
 }
 
+fn entered(session: &mut Option<Session>) -> io::Result<&mut Session> {
+    session.as_mut().ok_or_else(|| io::ErrorKind::NotConnected.into())
+}
+
+fn lookup_place(netns: &NetNs) -> io::Result<Place<'_>> {
+    Ok(Place { hook: bpf::Hook::Lookup, at: At::Descriptor(netns.as_fd()), id: netns.inode()? })
+}
+
 impl Datapath for Linux {
-    fn cookie(&mut self, netns: &NetNs) -> io::Result<u64> {
-        netns.cookie()
+    fn introduce(&mut self, netns: &NetNs) -> io::Result<Introduction> {
+        let (cookie, sysctls) =
+            netns.run(|| Ok::<_, io::Error>((current_cookie()?, sysctl::that_are_on()?)))??;
+        // Those of a pod that is steered are ours.
+        let sysctls = if self.maps.has_pod(cookie) { BTreeSet::new() } else { sysctls };
+        Ok(Introduction { cookie, sysctls })
+    }
+
+    fn glance(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>> {
+        self.enter(target)?;
+        self.quiet_facts(target)
     }
 
     fn addresses(&mut self, netns: &NetNs) -> io::Result<Vec<IpAddr>> {
         netns.addresses()
+    }
+
+    fn tidy(&mut self, target: &Target) -> io::Result<()> {
+        let netlink = self.enter(target)?;
+        let (interfaces, _) = netlink.interfaces()?;
+        interfaces.iter().try_for_each(|interface| netlink.delete_clsact(interface.index))
     }
 
     fn observe(&mut self, target: &Target) -> Result<Observation, Error> {

@@ -6,9 +6,10 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use redirect_ebpf::Direction;
 
-use super::linux::TcMethod;
+use super::linux::{self, TcMethod};
 use super::probes::Probers;
 use super::proxies::ProxyIdentity;
+use super::records;
 use crate::pod::{Exclusion, network};
 use crate::{install, kube, wire, zds};
 
@@ -24,6 +25,21 @@ pub struct Options {
     /// Root of the cgroup2 hierarchy; found among the mounts by default
     #[arg(long)]
     pub cgroup: Option<PathBuf>,
+    /// Where maps and links are pinned, so that they outlive the agent: a directory of a bpffs
+    #[arg(long, default_value = linux::DEFAULT_DIRECTORY, env = "REDIRECT_PIN_DIR")]
+    pub pin_dir: PathBuf,
+    /// Where the agent writes down which pods it steers, for the agent after it
+    #[arg(long, default_value = records::DEFAULT_DIRECTORY, env = "REDIRECT_STATE_DIR")]
+    pub state_dir: PathBuf,
+    /// What becomes of the pods when the agent is told to end
+    #[arg(long, value_enum, default_value_t)]
+    pub on_exit: OnExit,
+    /// How often it is looked whether others changed what the kernel tells nobody of (pins, sysctls), in seconds
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
+    pub check_interval: u64,
+    /// Another eBPF object than the embedded one, for development
+    #[arg(long, hide = true)]
+    pub object: Option<PathBuf>,
     /// How many pods can be enrolled at once
     #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_pods: u32,
@@ -63,6 +79,18 @@ pub struct Options {
     /// The CNI chain.
     #[command(flatten)]
     pub chain: install::Options,
+}
+
+/// What becomes of the pods when the agent is told to end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum OnExit {
+    /// As `remove` if the agent's DaemonSet is gone or being deleted, else as `keep`.
+    #[default]
+    Auto,
+    /// They stay steered, and the next agent takes them over.
+    Keep,
+    /// Everything is removed.
+    Remove,
 }
 
 /// What becomes of connections while no node proxy listens. None of it is plaintext past the proxy.

@@ -3,13 +3,16 @@
 //!
 //! A pod comes in one of two ways: the CNI plugin brings it with its sandbox ([`Pods::add`]), or it ran before
 //! anybody wanted it steered, and its namespace was found ([`Pods::adopt`]). It goes when its last attachment goes
-//! ([`Pods::del`]), or when it is no longer wanted ([`Pods::forget`]).
+//! ([`Pods::del`]), or when it is no longer wanted ([`Pods::forget`]). Pods that the agent before this one steered are taken
+//! over ([`Pods::restore`]).
 
 mod error;
 mod report;
+mod restore;
 mod slots;
 #[cfg(test)]
 mod tests;
+mod upkeep;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::IpAddr;
@@ -19,7 +22,9 @@ use std::time::{Duration, Instant};
 use redirect_ebpf::maps::PodFlags;
 use tokio::sync::watch;
 
-use super::datapath::{self, Datapath, Observation, Removal, Target};
+use super::datapath::{self, Datapath, Introduction, Observation, Outcome, Removal, Target};
+use super::records::{Phase, Record, Records};
+use super::repairs::Repairs;
 use super::thread::Kernel;
 use super::watch::Watch;
 use crate::netns::NetNs;
@@ -29,6 +34,7 @@ use crate::zds::messages::WorkloadInfo;
 use crate::zds::server::{Handle, Peer, RemoveOutcome, Workload};
 pub(crate) use error::Error;
 pub(crate) use report::Standing;
+pub(crate) use restore::Restored;
 use slots::{Guard, Slots};
 
 /// How long un-enrolling waits for the proxy to let go of a pod before it goes on without.
@@ -46,6 +52,8 @@ pub(crate) struct Pods<D> {
     host_cookie: u64,
     /// Notices interfaces that appear later. Not in tests on a fake kernel.
     watch: Option<Arc<Watch>>,
+    records: Records,
+    repairs: Repairs,
     /// By UID.
     slots: Slots<Enrolled>,
     /// UIDs by container ID, which is how the runtime names what it takes down.
@@ -88,6 +96,7 @@ struct Enrolled {
     declared: Vec<IpAddr>,
     /// The containers that were found in its namespace, if that was looked for.
     containers: BTreeSet<String>,
+    settings: PodSettings,
     observation: Observation,
     /// Whether the kernel was as it should be when it was last looked at.
     steered: bool,
@@ -95,6 +104,36 @@ struct Enrolled {
 }
 
 impl Enrolled {
+    fn new(target: Target) -> Self {
+        Self {
+            target,
+            attachments: BTreeMap::new(),
+            declared: Vec::new(),
+            containers: BTreeSet::new(),
+            settings: PodSettings::default(),
+            observation: Observation::default(),
+            steered: false,
+            since: Instant::now(),
+        }
+    }
+
+    fn record(&self, phase: Phase) -> Record {
+        let target = &self.target;
+        let attachments = self.attachments.iter();
+        Record {
+            phase,
+            identity: target.identity.clone(),
+            netns_cookie: target.netns_cookie,
+            netns_inode: target.netns.inode().unwrap_or_default(),
+            netns_path: target.netns.path().map(Into::into),
+            attachments: attachments.map(|(of, addresses)| (of.clone(), addresses.clone())).collect(),
+            declared: self.declared.clone(),
+            containers: self.containers.clone(),
+            settings: self.settings.clone(),
+            foreign: target.foreign.clone(),
+        }
+    }
+
     fn knows(&self, container_id: &str) -> bool {
         self.containers.contains(container_id)
             || self.attachments.keys().any(|attachment| attachment.container_id == container_id)
@@ -108,6 +147,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         defaults: Defaults,
         host_cookie: u64,
         watch: Option<Arc<Watch>>,
+        records: Records,
     ) -> Self {
         Self {
             kernel,
@@ -115,6 +155,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             defaults,
             host_cookie,
             watch,
+            records,
+            repairs: Repairs::default(),
             slots: Slots::default(),
             containers: Mutex::default(),
             retired: Mutex::default(),
@@ -152,48 +194,56 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let began = Instant::now();
         let Wanted { identity, addresses, settings } = wanted;
         refuse_another(slot.as_ref(), &identity)?;
-        let netns_cookie = self.cookie(&identity, &netns).await?;
-        if let Some(old) = slot.take_if(|known| known.target.netns_cookie != netns_cookie) {
+        let namespace = self.introduce(&identity, &netns).await?;
+        if let Some(old) = slot.take_if(|known| known.target.netns_cookie != namespace.cookie) {
             tracing::info!(pod = %identity, uid = identity.uid, "the pod has a new sandbox");
             self.remove(&old.target).await;
         }
-        let (mut attachments, declared, containers) = match &**slot {
-            Some(known) => (known.attachments.clone(), known.declared.clone(), known.containers.clone()),
-            None => Default::default(),
+        let known = slot.is_some();
+        let mut enrolled = match slot.take() {
+            Some(known) => known,
+            None => Enrolled::new(self.defaults.target(
+                identity.clone(),
+                &settings,
+                PodAddresses::default(),
+                netns.clone(),
+                namespace,
+            )),
         };
-        attachments.insert(attachment, addresses);
-        let addresses = union(&attachments, &declared);
+        enrolled.attachments.insert(attachment, addresses);
+        let addresses = union(&enrolled.attachments, &enrolled.declared);
         if addresses.is_empty() {
             return Err(Error::NoAddresses(identity));
         }
-        let target = self.defaults.target(identity, settings, addresses, netns, netns_cookie);
-        self.follow(&target);
-        match self.steer_and_serve(&target).await {
+        let Target { netns_cookie, ref foreign, .. } = enrolled.target;
+        let namespace = Introduction { cookie: netns_cookie, sysctls: foreign.clone() };
+        enrolled.target = self.defaults.target(identity, &settings, addresses, netns, namespace);
+        enrolled.settings = settings;
+        if !known {
+            self.records.write(&enrolled.record(Phase::Begun));
+        }
+        self.follow(&enrolled.target);
+        match self.steer_and_serve(&enrolled.target).await {
             Ok(observation) => {
-                tell_steered(&target, &observation, began);
-                **slot = Some(Enrolled {
-                    target,
-                    attachments,
-                    declared,
-                    containers,
-                    observation,
-                    steered: true,
-                    since: Instant::now(),
-                });
+                tell_steered(&enrolled.target, &observation, began);
+                enrolled.observation = observation;
+                enrolled.steered = true;
+                enrolled.since = Instant::now();
+                self.records.write(&enrolled.record(Phase::Done));
+                **slot = Some(enrolled);
                 Ok(())
             }
             Err(error) => {
-                self.remove(&target).await;
-                **slot = None;
+                self.remove(&enrolled.target).await;
                 Err(error)
             }
         }
     }
 
     async fn steer_and_serve(&self, target: &Target) -> Result<Observation, Error> {
-        let observation = self.steer(target).await?;
+        let outcome = self.steer(target).await?;
         self.proxies.add(workload(target), self.defaults.proxy_deadline).await?;
-        Ok(observation)
+        Ok(outcome.observation)
     }
 
     /// Steers a pod that runs already, in the one of these namespaces that holds its addresses. The proxy is told, but
@@ -223,44 +273,46 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 foreign = Some(Error::TakenDown(identity.clone()));
                 continue;
             }
-            let netns_cookie = match self.cookie(&identity, &netns).await {
+            let namespace = match self.introduce(&identity, &netns).await {
                 Err(Error::HostNetwork(_)) => continue,
-                cookie => cookie?,
+                namespace => namespace?,
             };
             match self.holds(&identity, &netns, &addresses).await {
-                Ok(()) => found = Some((netns, netns_cookie, containers)),
+                Ok(()) => found = Some((netns, namespace, containers)),
                 Err(error) => foreign = Some(error),
             }
             if found.is_some() {
                 break;
             }
         }
-        let Some((netns, netns_cookie, containers)) = found else {
+        let Some((netns, namespace, containers)) = found else {
             return Err(foreign.unwrap_or(Error::NoNamespace(identity)));
         };
-        let target = self.defaults.target(
-            identity,
-            settings,
-            addresses.iter().copied().collect(),
-            netns,
-            netns_cookie,
-        );
-        let observation = self.steer(&target).await?;
-        if let Err(error) = self.proxies.set(workload(&target)) {
-            self.unenroll(&target, Removal::Everything).await;
-            return Err(error.into());
+        let all = addresses.iter().copied().collect();
+        let target = self.defaults.target(identity, &settings, all, netns, namespace);
+        let mut enrolled = Enrolled { declared: addresses, containers, settings, ..Enrolled::new(target) };
+        self.records.write(&enrolled.record(Phase::Begun));
+        let steered = match self.steer(&enrolled.target).await {
+            Ok(outcome) => self
+                .proxies
+                .set(workload(&enrolled.target))
+                .map(|()| outcome.observation)
+                .map_err(Error::from),
+            Err(error) => Err(error),
+        };
+        match steered {
+            Ok(observation) => enrolled.observation = observation,
+            Err(error) => {
+                self.unenroll(&enrolled.target, Removal::Everything).await;
+                self.records.remove(enrolled.target.netns_cookie);
+                return Err(error);
+            }
         }
-        self.follow(&target);
-        tell_steered(&target, &observation, began);
-        Ok(Enrolled {
-            target,
-            attachments: BTreeMap::new(),
-            declared: addresses,
-            containers,
-            observation,
-            steered: true,
-            since: Instant::now(),
-        })
+        enrolled.steered = true;
+        self.records.write(&enrolled.record(Phase::Done));
+        self.follow(&enrolled.target);
+        tell_steered(&enrolled.target, &enrolled.observation, began);
+        Ok(enrolled)
     }
 
     /// Brings an enrolled pod in line with what Kubernetes says of it. Returns whether the pod is enrolled at all. On an
@@ -280,18 +332,20 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
         // A pod that has ended has no addresses any more in Kubernetes, before it goes.
         let declared = if readdressed { &wanted.addresses } else { &known.declared }.clone();
+        let namespace =
+            Introduction { cookie: known.target.netns_cookie, sysctls: known.target.foreign.clone() };
         let wanted_target = self.defaults.target(
             wanted.identity.clone(),
-            wanted.settings.clone(),
+            &wanted.settings,
             union(&known.attachments, &declared),
             known.target.netns.clone(),
-            known.target.netns_cookie,
+            namespace,
         );
         if !differs(&wanted_target, &known.target) {
             known.declared = declared;
             return Ok(());
         }
-        known.observation = self.steer(&wanted_target).await?;
+        known.observation = self.steer(&wanted_target).await?.observation;
         self.proxies.set(workload(&wanted_target))?;
         tracing::info!(
             pod = %wanted.identity,
@@ -301,8 +355,10 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             "pod has changed"
         );
         known.declared = declared;
+        known.settings = wanted.settings.clone();
         known.target = wanted_target;
         known.steered = true;
+        self.records.write(&known.record(Phase::Done));
         Ok(())
     }
 
@@ -333,6 +389,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             } else {
                 known.target.addresses = union(&known.attachments, &known.declared);
                 self.repair(known).await;
+                self.records.write(&known.record(Phase::Done));
             }
         }
         self.release(slot, &uid).await;
@@ -358,6 +415,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             tracing::warn!(pod = %target.identity, peers, "the proxy does not let go of the pod; going on without");
         }
         self.unenroll(target, Removal::Everything).await;
+        self.records.remove(target.netns_cookie);
     }
 
     async fn unenroll(&self, target: &Target, removal: Removal) {
@@ -405,27 +463,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// Brings a pod's facts about anew: its namespace has changed, by an interface more, say.
-    pub(crate) async fn reconcile(&self, uid: &str) {
-        if let Some(Some(known)) = self.slots.find(uid).await.as_deref_mut() {
-            self.repair(known).await;
-        }
-    }
-
-    async fn repair(&self, known: &mut Enrolled) {
-        match self.steer(&known.target).await {
-            Ok(observation) => {
-                known.observation = observation;
-                known.steered = true;
-            }
-            Err(error) => {
-                tracing::warn!(pod = %known.target.identity, %error, "the pod can't be kept in step");
-                known.steered = false;
-            }
-        }
-    }
-
-    async fn steer(&self, target: &Target) -> Result<Observation, Error> {
+    async fn steer(&self, target: &Target) -> Result<Outcome, Error> {
         let copy = target.clone();
         Ok(self.kernel.run(move |datapath| datapath::enroll(datapath, &copy)).await??)
     }
@@ -435,6 +473,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     pub(crate) async fn shut_down(&self) {
         for known in self.slots.drain().await {
             self.unenroll(&known.target, Removal::Everything).await;
+            self.records.remove(known.target.netns_cookie);
         }
     }
 
@@ -448,12 +487,14 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         self.proxies.connections()
     }
 
-    /// The cookie of a pod's namespace, unless that is the host's.
-    async fn cookie(&self, identity: &PodIdentity, netns: &NetNs) -> Result<u64, Error> {
+    /// Gets to know a pod's namespace, unless that is the host's.
+    async fn introduce(&self, identity: &PodIdentity, netns: &NetNs) -> Result<Introduction, Error> {
         let netns = netns.clone();
-        match self.kernel.run(move |datapath| datapath.cookie(&netns)).await? {
-            Ok(cookie) if cookie == self.host_cookie => Err(Error::HostNetwork(identity.clone())),
-            Ok(cookie) => Ok(cookie),
+        match self.kernel.run(move |datapath| datapath.introduce(&netns)).await? {
+            Ok(namespace) if namespace.cookie == self.host_cookie => {
+                Err(Error::HostNetwork(identity.clone()))
+            }
+            Ok(namespace) => Ok(namespace),
             Err(source) => Err(Error::Cookie { pod: identity.clone(), source }),
         }
     }
@@ -536,16 +577,32 @@ impl Defaults {
     fn target(
         self,
         identity: PodIdentity,
-        settings: PodSettings,
+        settings: &PodSettings,
         addresses: PodAddresses,
         netns: NetNs,
-        netns_cookie: u64,
+        namespace: Introduction,
     ) -> Target {
-        let PodSettings { bypass_inbound, dns, virtual_interfaces, exclusions } = settings;
         let flags = PodFlags::default()
-            .with(PodFlags::BYPASS_INBOUND, bypass_inbound)
-            .with(PodFlags::DNS, dns.unwrap_or(self.dns));
-        Target { identity, netns, netns_cookie, addresses, flags, virtual_interfaces, exclusions }
+            .with(PodFlags::BYPASS_INBOUND, settings.bypass_inbound)
+            .with(PodFlags::DNS, settings.dns.unwrap_or(self.dns));
+        Target {
+            identity,
+            netns,
+            netns_cookie: namespace.cookie,
+            addresses,
+            flags,
+            virtual_interfaces: settings.virtual_interfaces.clone(),
+            exclusions: settings.exclusions.clone(),
+            foreign: namespace.sysctls,
+        }
+    }
+
+    /// The pod that a record is about.
+    pub(crate) fn recorded(self, record: &Record, netns: NetNs) -> Target {
+        let attached = record.attachments.iter().flat_map(|(_, addresses)| addresses);
+        let addresses = attached.chain(&record.declared).copied().collect();
+        let namespace = Introduction { cookie: record.netns_cookie, sysctls: record.foreign.clone() };
+        self.target(record.identity.clone(), &record.settings, addresses, netns, namespace)
     }
 }
 

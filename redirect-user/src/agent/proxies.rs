@@ -1,9 +1,10 @@
 //! Tells the kernel side which cgroups are the node proxies'.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::linux::Linux;
 use super::peers;
+use super::records::Records;
 use super::thread::Kernel;
 use crate::zds::server::Peer;
 
@@ -21,11 +22,22 @@ pub enum ProxyIdentity {
 pub(super) struct Cgroups {
     identity: ProxyIdentity,
     known: Mutex<Vec<u64>>,
+    records: Records,
 }
 
 impl Cgroups {
-    pub(super) fn new(identity: ProxyIdentity) -> Self {
-        Self { identity, known: Mutex::default() }
+    /// Those that the agent before knew are known: their proxies are still at work.
+    pub(super) fn new(identity: ProxyIdentity, records: Records) -> Self {
+        let known = if identity == ProxyIdentity::Mark { Vec::new() } else { records.proxies() };
+        Self { identity, known: known.into(), records }
+    }
+
+    pub(super) fn known(&self) -> Vec<u64> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<u64>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Admits a proxy, before it is told any pod.
@@ -42,13 +54,14 @@ impl Cgroups {
                  which any process with CAP_NET_ADMIN in a pod can set"
             );
         }
+        self.records.set_proxies(&cgroups);
         kernel.run(move |linux| linux.set_proxy_cgroups(&cgroups)).await?
     }
 
     /// Those of earlier proxies stay: they may still be draining, or come back.
     fn with(&self, peer: &Peer) -> Vec<u64> {
         const MOST: usize = redirect_ebpf::constants::MAX_PROXY_CGROUPS as usize / 2;
-        let mut known = self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut known = self.lock();
         match peer.cgroup_id {
             Some(cgroup) => {
                 known.retain(|earlier| *earlier != cgroup);
@@ -71,7 +84,8 @@ mod tests {
 
     #[test]
     fn the_newest_cgroups_are_kept() {
-        let cgroups = Cgroups::new(ProxyIdentity::Cgroup);
+        let directory = tempfile::tempdir().unwrap();
+        let cgroups = Cgroups::new(ProxyIdentity::Cgroup, Records::at(directory.path()));
         assert_eq!(cgroups.with(&peer(Some(5))), [5]);
         assert_eq!(cgroups.with(&peer(Some(6))), [6, 5]);
         assert_eq!(cgroups.with(&peer(Some(5))), [5, 6]);

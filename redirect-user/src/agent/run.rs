@@ -9,14 +9,16 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch as signal_watch};
 
 use super::enrolment::{Enrolment, Everybody};
-use super::linux::{Capacities, Linux, Settings};
-use super::options::{Options, WithoutProxy};
-use super::pods::{Defaults, Pods};
+use super::linux::{Capacities, Linux, Pins, Settings};
+use super::options::{OnExit, Options, WithoutProxy};
+use super::pods::{Defaults, Pods, Restored};
 use super::probes;
 use super::proxies::Cgroups;
+use super::records::{self, Found, Phase, Records};
 use super::service::Service;
 use super::thread::Kernel;
 use super::watch::{Event, Watch};
+use super::{uninstall, upkeep};
 use crate::kube::{self, Controller, Timing};
 use crate::netns::NetNs;
 use crate::{cgroup, install, privileges, wire, zds};
@@ -24,7 +26,7 @@ use crate::{cgroup, install, privileges, wire, zds};
 /// How long interfaces that come and go are left alone until the pod is looked at.
 const SETTLE: Duration = Duration::from_millis(20);
 
-/// Runs until SIGTERM or SIGINT; then removes everything that it made from the kernel.
+/// Runs until SIGTERM or SIGINT. What becomes of the pods then is a setting.
 pub fn run(options: Options) -> anyhow::Result<()> {
     privileges::keep(privileges::AGENT)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -53,6 +55,9 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         addresses: options.max_addresses.unwrap_or(options.max_pods),
         exclusions: options.max_exclusions,
     };
+    let records = Records::open(&options.state_dir)
+        .with_context(|| format!("the state directory {} can't be made", options.state_dir.display()))?;
+    let cgroups = Arc::new(Cgroups::new(options.proxy_identity, records.clone()));
     let settings = Settings {
         cgroup: cgroup.clone(),
         host_cookie,
@@ -60,11 +65,25 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         tc: options.tc,
         refuse: options.without_proxy == WithoutProxy::Refuse,
         exclusions: options.exclude.exclusions(),
+        proxy_cgroups: cgroups.known(),
+        object: options.object,
     };
-    let (kernel, loaded) = Kernel::start(move || Linux::load(&settings)).context("the datapath's thread")?;
+    let defaults = Defaults { proxy_deadline: Duration::from_secs(options.proxy_deadline), dns: options.dns };
+    let (pin_dir, earlier) = (options.pin_dir.clone(), records.clone());
+    let (pins, found) = tokio::task::spawn_blocking(move || {
+        // First the pins: with them, no other agent writes records.
+        let pins = Pins::open(&pin_dir)?;
+        anyhow::Ok((pins, records::find(earlier.read())))
+    })
+    .await??;
+    let steered = found.iter().filter(|found| found.record.phase == Phase::Done);
+    let steered: Vec<_> = steered
+        .filter_map(|Found { record, netns }| Some(defaults.recorded(record, netns.clone()?)))
+        .collect();
+    let (kernel, loaded) =
+        Kernel::start(move || Linux::load(&settings, pins, &steered)).context("the datapath's thread")?;
     loaded.await.context("the datapath's thread ended")??;
 
-    let cgroups = Arc::new(Cgroups::new(options.proxy_identity));
     let admission = kernel.clone();
     let on_connect: zds::server::OnConnect = Arc::new(move |peer| {
         let (cgroups, kernel) = (Arc::clone(&cgroups), admission.clone());
@@ -75,14 +94,10 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         zds::server::Options { on_connect: Some(on_connect), ..zds::server::Options::default() },
     )?;
     let (watch, events) = Watch::start().context("interfaces of pods can't be watched")?;
-    let pods = Arc::new(Pods::new(
-        kernel.clone(),
-        proxies.clone(),
-        Defaults { proxy_deadline: Duration::from_secs(options.proxy_deadline), dns: options.dns },
-        host_cookie,
-        Some(watch),
-    ));
-    let probes_kernel = kernel.clone();
+    let pods =
+        Arc::new(Pods::new(kernel.clone(), proxies.clone(), defaults, host_cookie, Some(watch), records));
+    take_over(&kernel, &pods, found).await?;
+    let (probes_kernel, upkeep_kernel) = (kernel.clone(), kernel.clone());
     let controller = controller(&options.kubernetes, &pods).await?;
     let enrolment: Arc<dyn Enrolment> = match &controller {
         Some(controller) => Arc::new(controller.admission()),
@@ -119,6 +134,8 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     let chain_task = chain.clone().map(|chain| tokio::spawn(install::keep(chain, stopped)));
     let probes_task = tokio::spawn(probes::follow(options.probers, cgroup.clone(), probes_kernel));
     let watch_task = tokio::spawn(follow(events, Arc::clone(&pods)));
+    let every = Duration::from_secs(options.check_interval);
+    let upkeep_task = tokio::spawn(upkeep::keep_up(every, upkeep_kernel, Arc::clone(&pods)));
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         socket = %options.socket.display(),
@@ -136,22 +153,65 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     }
     let stopping = Instant::now();
     stop.send_replace(true);
+    let last = is_last(&options.kubernetes).await;
     if let (Some(task), Some(chain)) = (chain_task, chain) {
         task.await.context("the keeper of the CNI chain")?;
-        unchain(&options.kubernetes, chain).await;
+        if last {
+            unchain(chain).await;
+        }
     }
     watch_task.abort();
+    upkeep_task.abort();
     probes_task.abort();
     wire_task.await.context("the server of the CNI plugin")?;
     zds_task.await.context("the server of the node proxies")?;
     if let Some(task) = controller_task {
         task.await.context("the Kubernetes controller")?;
     }
-    pods.shut_down().await;
-    tracing::info!(
-        milliseconds = stopping.elapsed().as_millis(),
-        "the agent has removed everything and ends"
-    );
+    let remove = match options.on_exit {
+        OnExit::Auto => last,
+        OnExit::Keep => false,
+        OnExit::Remove => true,
+    };
+    if remove {
+        pods.shut_down().await;
+        let (pin_dir, state_dir) = (options.pin_dir, options.state_dir);
+        let everything = uninstall::Options { pin_dir, state_dir, force: true, known_only: true };
+        tokio::task::spawn_blocking(move || uninstall::uninstall(&everything)).await??;
+        tracing::info!(
+            milliseconds = stopping.elapsed().as_millis(),
+            "the agent has removed everything and ends"
+        );
+    } else {
+        tracing::info!(
+            milliseconds = stopping.elapsed().as_millis(),
+            "the agent ends; pods stay steered until `redirect uninstall`"
+        );
+    }
+    Ok(())
+}
+
+/// Takes over the pods of the agent before, and removes what is left of those that are gone.
+async fn take_over(kernel: &Kernel<Linux>, pods: &Pods<Linux>, found: Vec<Found>) -> anyhow::Result<()> {
+    let began = Instant::now();
+    let restored = pods.restore(found).await;
+    let known = pods.cookies().await;
+    for netns_cookie in kernel.run(move |linux| linux.collect(&known)).await?? {
+        tracing::warn!(
+            netns_cookie,
+            "a network namespace is steered, but no record says whose it is: it stays so, and the proxy is not told of it; \
+             restart its pod, or `redirect uninstall`"
+        );
+    }
+    if restored != Restored::default() {
+        tracing::info!(
+            adopted = restored.adopted,
+            undone = restored.undone,
+            gone = restored.gone,
+            milliseconds = began.elapsed().as_millis(),
+            "the pods of the agent before are taken over"
+        );
+    }
     Ok(())
 }
 
@@ -182,20 +242,21 @@ async fn catch_up(controller: &Controller<Linux>, seconds: u64) {
     }
 }
 
-/// Takes the plugin out of the CNI chain if no other agent will follow on this node. Otherwise pods wait for that one.
-async fn unchain(options: &kube::Options, chain: install::Options) {
-    let (Some(name), Some(namespace)) = (&options.daemonset, &options.pod_namespace) else { return };
-    match kube::is_deleted(options.kubeconfig.as_deref(), namespace, name).await {
-        Ok(true) => {}
-        Ok(false) => return,
-        Err(error) => {
-            tracing::warn!(
-                "the CNI chain keeps the plugin, and pods wait for the next agent: DaemonSet {namespace}/{name} can't \
-                 be read: {error:#}; if there will be none: redirect install --remove"
-            );
-            return;
-        }
-    }
+/// Whether no other agent will follow on this node: the DaemonSet is gone, or about to go.
+async fn is_last(options: &kube::Options) -> bool {
+    let (Some(name), Some(namespace)) = (&options.daemonset, &options.pod_namespace) else { return false };
+    kube::is_deleted(options.kubeconfig.as_deref(), namespace, name).await.unwrap_or_else(|error| {
+        tracing::warn!(
+            "pods stay steered, the CNI chain keeps the plugin, and new pods wait for the next agent: DaemonSet \
+             {namespace}/{name} can't be read: {error:#}; if there will be none: redirect install --remove, \
+             redirect uninstall"
+        );
+        false
+    })
+}
+
+/// Takes the plugin out of the CNI chain.
+async fn unchain(chain: install::Options) {
     match tokio::task::spawn_blocking(move || install::remove(&chain)).await {
         Ok(Ok(changed)) => {
             let changed: Vec<_> = changed.iter().map(|path| path.display().to_string()).collect();

@@ -31,10 +31,10 @@ impl Handler for Service {
 
     async fn handle(&self, request: Request, netns: Option<OwnedFd>) -> Vec<Reply> {
         match request {
-            Request::Add { attachment, pod, addresses } => {
+            Request::Add { attachment, pod, addresses, netns_path } => {
                 let Some(netns) = netns else { return vec![no_namespace()] };
                 let wanted = Wanted { identity: pod, addresses, ..Wanted::default() };
-                let netns = NetNs::from_fd(netns);
+                let netns = NetNs::from_fd(netns).at(netns_path);
                 vec![enrolment::add(&self.pods, &*self.enrolment, attachment, wanted, netns).await]
             }
             Request::Del { attachment } => {
@@ -101,6 +101,7 @@ impl Service {
             maps: report.maps,
             proxies: proxies.collect(),
             counters: report.counters,
+            repairs: self.pods.repairs().report(),
         }))
     }
 }

@@ -1,6 +1,7 @@
-//! Notices interfaces that appear in pods after they were enrolled.
+//! Notices interfaces that appear in pods after they were enrolled, and rules, routes and TC filters that others remove
+//! there.
 //!
-//! One netlink socket in the agent's namespace hears of the links of every namespace that has an ID there
+//! One netlink socket in the agent's namespace hears of every namespace that has an ID there
 //! (`NETLINK_LISTEN_ALL_NSID`), so that no pod has to be polled.
 
 use std::collections::HashMap;
@@ -26,11 +27,23 @@ pub(crate) struct Watch {
 /// What was noticed.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Event {
-    /// The links of the namespace of the pod of this UID have changed.
+    /// Something in the namespace of the pod of this UID has changed.
     Changed(String),
     /// Events were lost: any pod may have changed.
     Lost,
 }
+
+const GROUPS: [u32; 6] = [
+    libc::RTNLGRP_LINK,
+    libc::RTNLGRP_TC,
+    libc::RTNLGRP_IPV4_RULE,
+    libc::RTNLGRP_IPV6_RULE,
+    libc::RTNLGRP_IPV4_ROUTE,
+    libc::RTNLGRP_IPV6_ROUTE,
+];
+
+/// Room for what comes while the thread is not running, in bytes.
+const BUFFER: i32 = 1 << 20;
 
 /// How many events may wait; when they are more, they are treated as lost.
 const QUEUE: usize = 256;
@@ -41,7 +54,10 @@ impl Watch {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind(&SocketAddr::new(0, 0))?;
         socket.set_listen_all_namespaces(true)?;
-        socket.add_membership(libc::RTNLGRP_LINK)?;
+        for group in GROUPS {
+            socket.add_membership(group)?;
+        }
+        socket.set_rx_buf_sz(BUFFER)?;
         let watch = Arc::new(Self { netlink: Mutex::new(Netlink::open()?), followed: Mutex::default() });
         let (events, receiver) = mpsc::channel(QUEUE);
         let watcher = Arc::clone(&watch);
@@ -71,7 +87,7 @@ impl Watch {
     fn listen(&self, socket: &Socket, events: &mpsc::Sender<Event>) {
         loop {
             let event = match next_namespace(socket) {
-                // Links of the host's own namespace.
+                // Nothing, or of the host's own namespace.
                 Ok(None) => continue,
                 Ok(Some(id)) => match self.followed().get(&id) {
                     Some(uid) => Event::Changed(uid.clone()),
@@ -80,7 +96,7 @@ impl Watch {
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => Event::Lost,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
-                    tracing::error!(%error, "interfaces that appear in pods are no longer noticed");
+                    tracing::error!(%error, "what changes in pods is no longer noticed");
                     return;
                 }
             };
@@ -97,9 +113,24 @@ impl Watch {
     }
 }
 
+/// Whether a message calls for a look at its namespace: any about a link, and those about what is removed. What it says
+/// beyond that does not matter.
+fn is_of_interest(packet: &[u8]) -> bool {
+    // After the length, the type.
+    let [_, _, _, _, low, high, ..] = *packet else { return false };
+    matches!(
+        u16::from_ne_bytes([low, high]),
+        libc::RTM_NEWLINK
+            | libc::RTM_DELLINK
+            | libc::RTM_DELRULE
+            | libc::RTM_DELROUTE
+            | libc::RTM_DELQDISC
+            | libc::RTM_DELTFILTER
+    )
+}
+
 /// Waits for a message and returns the ID of the namespace that it is about, if it is not the socket's own.
 fn next_namespace(socket: &Socket) -> io::Result<Option<i32>> {
-    // The messages themselves do not matter: whatever they say, the namespace is looked at anew.
     let mut packet = [0u8; 8192];
     let mut control = [0u64; 8];
     let mut part = libc::iovec { iov_base: packet.as_mut_ptr().cast(), iov_len: packet.len() };
@@ -112,6 +143,9 @@ fn next_namespace(socket: &Socket) -> io::Result<Option<i32>> {
     // SAFETY: all buffers live for the length of the call, with the lengths that the header says.
     if unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0) } < 0 {
         return Err(io::Error::last_os_error());
+    }
+    if !is_of_interest(&packet) {
+        return Ok(None);
     }
     // SAFETY: the kernel filled the header in.
     let mut entry = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };

@@ -79,8 +79,13 @@ fn status_text(status: &Status) -> String {
             counter.connections.to_string(),
         ]);
     }
+    let mut repairs = String::new();
+    if !status.repairs.is_empty() {
+        let counted = status.repairs.iter().map(|repair| format!("{} {}", repair.repairs, repair.kind));
+        repairs = format!("\nrepaired after changes by others: {}\n", counted.collect::<Vec<_>>().join(", "));
+    }
     format!(
-        "agent {} (pid {}), up {}, Linux {}\noutbound programs on {}, TC programs by {}\n\n{programs}\n\n{maps}\n\n{}\n\n{}\n",
+        "agent {} (pid {}), up {}, Linux {}\noutbound programs on {}, TC programs by {}\n\n{programs}\n\n{maps}\n\n{}\n\n{}\n{repairs}",
         status.version,
         status.pid,
         duration(status.uptime),
@@ -146,6 +151,7 @@ mod tests {
                 reason: "enrolled".into(),
                 connections: 12,
             }],
+            repairs: Vec::new(),
         }
     }
 

@@ -39,7 +39,8 @@ fn add(invocation: &Invocation, config: &Config) -> Result<Success, Error> {
     let addresses = result::addresses(prev_result)?.iter().collect();
     let netns = open_netns(&invocation.netns)?;
     let (attachment, pod) = (invocation.attachment.clone(), invocation.pod.clone());
-    let request = Request::Add { attachment, pod, addresses };
+    let netns_path = Some(invocation.netns.clone());
+    let request = Request::Add { attachment, pod, addresses, netns_path };
 
     let wait = Wait::of(invocation, config);
     let note = match call(wait.socket, &request, Some(netns.as_fd()), wait.timeout) {

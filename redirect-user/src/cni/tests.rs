@@ -149,7 +149,7 @@ fn add_passes_addresses_of_every_family_on_and_the_result_through() {
             assert_eq!(call.run(), Outcome { stdout: Some(result), failed: false, note: None }, "{version}");
 
             let (request, netns) = agent.requests().pop().unwrap();
-            let Request::Add { attachment, pod, addresses } = request else { panic!("{request:?}") };
+            let Request::Add { attachment, pod, addresses, .. } = request else { panic!("{request:?}") };
             assert_eq!((attachment.container_id.as_str(), attachment.interface.as_str()), ("c1", "eth0"));
             assert_eq!((pod.to_string().as_str(), pod.uid.as_str()), ("shop/cart", "u-1"));
             assert_eq!(addresses.iter().map(ToString::to_string).collect::<Vec<_>>(), expected, "{version}");

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kube::Client;
+use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{interval, timeout};
@@ -21,6 +22,7 @@ use super::store::{Known, Store};
 use super::voice::{Redirection, Voice};
 use crate::agent::datapath::Datapath;
 use crate::agent::pods::{Error, Pods, Standing, Wanted};
+use crate::agent::repairs::Repair;
 use crate::pod::PodSettings;
 use crate::zds::server::PodProxyState;
 
@@ -135,6 +137,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         background.spawn(informer::namespaces(client.clone(), rules.clone(), Arc::clone(store), patience));
         background.spawn(Arc::clone(&self).resync());
         background.spawn(Arc::clone(&self).follow_proxies());
+        background.spawn(Arc::clone(&self).tell_repairs());
         let mut workers = JoinSet::new();
         for _ in 0..WORKERS {
             workers.spawn(Arc::clone(&self).work(stop.clone()));
@@ -153,6 +156,10 @@ impl<D: Datapath + Send + 'static> Controller<D> {
             if changes.changed().await.is_err() {
                 return;
             }
+        }
+        // Pods that the agent before this one steered may be wanted no more.
+        for uid in self.pods.uids().await {
+            self.queue.add(&uid);
         }
         self.queue.idle().await;
     }
@@ -199,6 +206,25 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         while connections.changed().await.is_ok() {
             for uid in self.pods.uids().await {
                 self.queue.add(&uid);
+            }
+        }
+    }
+
+    /// Tells whoever looks at a pod that something else interferes with it.
+    async fn tell_repairs(self: Arc<Self>) {
+        let mut repairs = self.pods.repairs().subscribe();
+        loop {
+            let Repair { pod, what } = match repairs.recv().await {
+                Ok(repair) => repair,
+                Err(RecvError::Lagged(_)) => continue,
+                Err(RecvError::Closed) => return,
+            };
+            let Some(Known { pod, .. }) = self.store.pod(&pod.uid) else { continue };
+            let message = format!("something else on the node had removed and the agent put back: {what}");
+            match timeout(API, self.voice.warn(&pod, "Repaired", &message)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(pod = %pod.identity(), %error, "the event can't be written"),
+                Err(_) => tracing::warn!(pod = %pod.identity(), "the event can't be written in time"),
             }
         }
     }

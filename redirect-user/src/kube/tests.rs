@@ -26,6 +26,7 @@ use crate::agent::datapath::fake::Fake;
 use crate::agent::facts::Fact;
 use crate::agent::pods::Defaults;
 use crate::agent::pods::Pods;
+use crate::agent::records::Records;
 use crate::agent::thread::Kernel;
 use crate::netns::NetNs;
 use crate::zds::server::{Options, Server};
@@ -99,6 +100,7 @@ impl Node {
             Defaults { proxy_deadline: LONG, dns: false },
             host.inode().unwrap(),
             None,
+            Records::open(&directory.path().join("state")).unwrap(),
         ));
         let rules = Rules { excluded: ["kube-system".to_owned()].into(), ..Rules::default() };
         let proc = directory.path().join("proc");

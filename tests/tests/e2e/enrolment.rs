@@ -6,9 +6,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::Family;
-use redirect_ebpf::constants::RULE_PRIORITY_CAPTURE;
 use redirect_tests::kernel::Footprint;
-use redirect_tests::{Direction, Families, Pod, Stack};
+use redirect_tests::{Direction, Families, Node, Pod, Stack};
 
 use crate::context::{Context, for_every_kind, for_every_stack, trial};
 use crate::{inbound, outbound};
@@ -148,15 +147,17 @@ fn works(pod: &Pod, other: &Pod) -> Result<()> {
 }
 
 fn check_tells_the_truth(context: &Context) -> Result<()> {
-    let node = context.node()?;
-    for (family, flag) in [(Family::Ipv4, "-4"), (Family::Ipv6, "-6")] {
+    // An agent that would put it right before it is asked proves nothing.
+    let node = Node::with_arguments(&context.session()?, &["--check-interval", "3600"])?;
+    for (family, sysctl) in
+        [(Family::Ipv4, "net.ipv4.fwmark_reflect"), (Family::Ipv6, "net.ipv6.fwmark_reflect")]
+    {
         let pod = node.enrolled("pod", Families::Dual)?;
         pod.check().context("of a pod in order")?;
-        pod.netns().ip(&format!("{flag} rule del pref {RULE_PRIORITY_CAPTURE}"))?;
-        let error =
-            pod.check().err().with_context(|| format!("{family}: the missing rule went unnoticed"))?;
+        pod.netns().set_sysctl(sysctl, "0")?;
+        let error = pod.check().err().with_context(|| format!("{family}: the change went unnoticed"))?;
         let text = format!("{error:#}");
-        ensure!(text.contains(family.name()), "the family is not in {text:?}");
+        ensure!(text.contains(sysctl), "{sysctl} is not in {text:?}");
     }
     Ok(())
 }

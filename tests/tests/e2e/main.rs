@@ -27,14 +27,17 @@ mod port_guard;
 mod probes;
 mod proxy_ports;
 mod raw;
+mod repairs;
 mod reports;
 mod restarts;
 mod services;
 mod streams;
+mod survival;
 mod syn_flood;
 mod tc_method;
 mod time_wait;
 mod tunnel;
+mod uninstall;
 mod without_ipv6;
 mod without_proxy;
 
@@ -63,6 +66,9 @@ fn main() -> anyhow::Result<ExitCode> {
         nodes::trials(&context),
         enrolment::trials(&context),
         restarts::trials(&context),
+        survival::trials(&context),
+        repairs::trials(&context),
+        uninstall::trials(&context),
         limits::trials(&context),
         reports::trials(&context),
         eaddrinuse::trials(&context),

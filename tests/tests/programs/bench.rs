@@ -74,6 +74,8 @@ impl Bench {
             refuse: false,
             host_cookie: 0,
             exclusions: BTreeSet::new(),
+            proxy_cgroups: Vec::new(),
+            object: None,
         })?;
         for name in PROGRAMS {
             let program: &mut SchedClassifier = programs.program_mut(name).context(name)?.try_into()?;

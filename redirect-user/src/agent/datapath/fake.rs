@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::super::facts::{Fact, Interface, Namespace, Op};
-use super::{Datapath, Error, Observation, Target};
+use super::{Datapath, Error, Introduction, Observation, Target};
 use crate::netns::NetNs;
 
 /// What is in the kernel about one namespace.
@@ -53,8 +53,12 @@ impl Fake {
 }
 
 impl Datapath for Fake {
-    fn cookie(&mut self, netns: &NetNs) -> io::Result<u64> {
-        netns.inode()
+    fn introduce(&mut self, netns: &NetNs) -> io::Result<Introduction> {
+        Ok(Introduction { cookie: netns.inode()?, ..Introduction::default() })
+    }
+
+    fn glance(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>> {
+        Ok(self.facts(target.netns_cookie))
     }
 
     fn addresses(&mut self, netns: &NetNs) -> io::Result<Vec<IpAddr>> {
@@ -62,9 +66,17 @@ impl Datapath for Fake {
         Ok(self.state().namespaces.get(&inode).map(|known| known.addresses.clone()).unwrap_or_default())
     }
 
+    fn tidy(&mut self, _: &Target) -> io::Result<()> {
+        Ok(())
+    }
+
     fn observe(&mut self, target: &Target) -> Result<Observation, Error> {
         match self.state().namespaces.get(&target.netns_cookie) {
-            Some(known) => Ok(Observation { namespace: known.namespace.clone(), facts: known.facts.clone() }),
+            Some(known) => Ok(Observation {
+                namespace: known.namespace.clone(),
+                facts: known.facts.clone(),
+                ..Observation::default()
+            }),
             None => Err(Error::Namespace {
                 pod: target.identity.to_string(),
                 source: io::ErrorKind::NotFound.into(),

@@ -22,6 +22,7 @@ fn target(addresses: &[&str]) -> Target {
         flags: PodFlags::default(),
         virtual_interfaces: Vec::new(),
         exclusions: BTreeSet::new(),
+        foreign: BTreeSet::new(),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::hash::Hash;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::Context as _;
 use aya::Ebpf;
@@ -106,14 +106,79 @@ fn take(programs: &mut Ebpf, name: &str) -> anyhow::Result<Map> {
 }
 
 impl Maps {
-    /// Applies what holds for the whole node.
+    /// Applies what holds for the whole node. Programs of an agent before this one may be at work on these very maps.
     pub(super) fn configure(&mut self, settings: &Settings) -> anyhow::Result<()> {
         self.host_cookie = settings.host_cookie;
         for exclusion in &settings.exclusions {
             self.insert_exclusion(0, *exclusion)?;
         }
-        let flags = self.flags.with(ConfigFlags::REFUSE, settings.refuse);
-        self.set_flags(flags.with(ConfigFlags::EXCLUSIONS, !settings.exclusions.is_empty()))
+        let old: Vec<Exclusion> = self.exclusions.get(&0).into_iter().flatten().copied().collect();
+        for exclusion in old.iter().filter(|old| !settings.exclusions.contains(old)) {
+            self.remove_exclusion(0, *exclusion)?;
+        }
+        self.flags = self
+            .flags
+            .with(ConfigFlags::REFUSE, settings.refuse)
+            .with(ConfigFlags::EXCLUSIONS, !settings.exclusions.is_empty());
+        self.set_proxy_cgroups(&settings.proxy_cgroups)
+    }
+
+    /// Notes what the maps hold.
+    fn index(&mut self) {
+        for (address, owner) in self.ipv4.map.iter().flatten() {
+            let address = Ipv4Addr::from(address).into();
+            self.addresses.entry(owner.netns_cookie).or_default().insert(address);
+        }
+        for (address, owner) in self.ipv6.map.iter().flatten() {
+            let address = Ipv6Addr::from(address).into();
+            self.addresses.entry(owner.netns_cookie).or_default().insert(address);
+        }
+        let ports = self.excluded_ports.map.keys().flatten().filter_map(|key| {
+            let (cookie, direction) = parts(key.scope)?;
+            Some((cookie, Exclusion::Port(direction, u16::from_be_bytes(key.port))))
+        });
+        let network = |scope: Scope, prefix: u32, address: IpAddr| {
+            let (cookie, direction) = parts(scope)?;
+            let length = prefix.checked_sub(Scope::BITS)?.try_into().ok()?;
+            Some((cookie, Exclusion::Network(direction, IpNet::new(address, length).ok()?)))
+        };
+        let ipv4 = self.excluded_ipv4.keys().flatten().filter_map(|key| {
+            let ExcludedAddress { scope, address } = key.data();
+            network(scope, key.prefix_len(), Ipv4Addr::from(address).into())
+        });
+        let ipv6 = self.excluded_ipv6.keys().flatten().filter_map(|key| {
+            let ExcludedAddress { scope, address } = key.data();
+            network(scope, key.prefix_len(), Ipv6Addr::from(address).into())
+        });
+        let mut exclusions: HashMap<u64, BTreeSet<Exclusion>> = HashMap::new();
+        for (cookie, exclusion) in ports.chain(ipv4).chain(ipv6) {
+            exclusions.entry(cookie).or_default().insert(exclusion);
+        }
+        self.exclusions = exclusions;
+    }
+
+    /// The cookies of all namespaces that anything in the maps is about.
+    pub(super) fn cookies(&self) -> BTreeSet<u64> {
+        let pods = self.pods.map.keys().flatten();
+        let others = self.addresses.keys().chain(self.exclusions.keys()).copied();
+        pods.chain(others).filter(|cookie| *cookie != 0).collect()
+    }
+
+    /// Removes everything about a namespace.
+    pub(super) fn forget(&mut self, cookie: u64) -> anyhow::Result<()> {
+        self.pods.remove(&cookie)?;
+        let addresses = self.addresses.get(&cookie).into_iter().flatten().copied().collect::<Vec<_>>();
+        addresses.into_iter().try_for_each(|address| self.remove_address(cookie, address))?;
+        let exclusions = self.exclusions.get(&cookie).into_iter().flatten().copied().collect::<Vec<_>>();
+        exclusions.into_iter().try_for_each(|exclusion| self.remove_exclusion(cookie, exclusion))
+    }
+
+    /// Enters a pod: maps of another layout than before are empty.
+    pub(super) fn fill(&mut self, target: &Target) -> anyhow::Result<()> {
+        let cookie = target.netns_cookie;
+        target.exclusions.iter().try_for_each(|exclusion| self.insert_exclusion(cookie, *exclusion))?;
+        target.addresses.iter().try_for_each(|address| self.insert_address(cookie, address))?;
+        self.insert_pod(cookie, target.kernel_pod())
     }
 
     fn set_flags(&mut self, flags: ConfigFlags) -> anyhow::Result<()> {
@@ -126,7 +191,7 @@ impl Maps {
         const MORE_PODS: &str = "raise the agent's --max-pods";
         const MORE_EXCLUSIONS: &str = "raise the agent's --max-exclusions, or exclude less";
         const MORE_ADDRESSES: &str = "raise the agent's --max-addresses";
-        Ok(Self {
+        let mut maps = Self {
             pods: Table::take(programs, "PODS", capacities.pods, MORE_PODS)?,
             ipv4: Table::take(programs, "POD_IPV4", capacities.addresses, MORE_ADDRESSES)?,
             ipv6: Table::take(programs, "POD_IPV6", capacities.addresses, MORE_ADDRESSES)?,
@@ -146,7 +211,9 @@ impl Maps {
             flags: ConfigFlags::default(),
             exclusions: HashMap::new(),
             addresses: HashMap::new(),
-        })
+        };
+        maps.index();
+        Ok(maps)
     }
 
     pub(super) fn insert_pod(&mut self, cookie: u64, pod: Pod) -> anyhow::Result<()> {
@@ -310,6 +377,12 @@ impl Maps {
         }
         Ok(reports)
     }
+}
+
+/// The cookie and the direction of a scope.
+fn parts(scope: Scope) -> Option<(u64, Direction)> {
+    let direction = Direction::ALL.iter().copied().find(|direction| *direction as u8 == scope.direction)?;
+    Some((u64::from_be_bytes(scope.netns_cookie), direction))
 }
 
 fn ipv4_key(cookie: u64, direction: Direction, network: Ipv4Net) -> Key<ExcludedAddress<[u8; 4]>> {

@@ -18,11 +18,15 @@ use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
 use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
-use rtnetlink::packet_route::tc::{TcHandle, TcMessage};
+use rtnetlink::packet_route::tc::{
+    TcAttribute, TcBpfFlags, TcFilterBpf, TcFilterBpfOption, TcHandle, TcMessage, TcOption,
+};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
 use super::super::facts::{Interface, LOOPBACK_INDEX, Mark};
+use super::bpf::Program;
+use super::tc::HANDLES;
 use crate::netns::NetNs;
 
 /// A route socket in the namespace in which it was opened.
@@ -133,21 +137,99 @@ impl Netlink {
         self.change(RouteNetlinkMessage::SetLink(link), 0)
     }
 
-    /// Removes the clsact qdisc of an interface, unless somebody else's filters are on it.
-    pub(super) fn delete_clsact(&mut self, index: u32) -> io::Result<()> {
-        const CLSACT: TcHandle = TcHandle { major: 0xffff, minor: 0xfff1 };
-        const INGRESS: TcHandle = TcHandle { major: 0xffff, minor: 0xfff2 };
-        const EGRESS: TcHandle = TcHandle { major: 0xffff, minor: 0xfff3 };
-        let mut message = TcMessage::default();
-        message.header.index = index.cast_signed();
-        for parent in [INGRESS, EGRESS] {
-            message.header.parent = parent;
-            if !self.request(RouteNetlinkMessage::GetTrafficFilter(message.clone()), NLM_F_DUMP)?.is_empty() {
+    /// The BPF filters of an interface's clsact qdisc that have handles of ours.
+    pub(super) fn filters(&mut self, interface: u32) -> io::Result<Vec<Filter>> {
+        let mut filters = Vec::new();
+        for side in Side::ALL {
+            let any = traffic_control(interface, side.parent());
+            for answer in self.request(RouteNetlinkMessage::GetTrafficFilter(any), NLM_F_DUMP)? {
+                let RouteNetlinkMessage::NewTrafficFilter(found) = answer else { continue };
+                let handle = found.header.handle.into();
+                let program = found.attributes.iter().find_map(|attribute| match attribute {
+                    TcAttribute::Options(options) => options.iter().find_map(|option| match option {
+                        TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => Some(*id),
+                        _ => None,
+                    }),
+                    _ => None,
+                });
+                if let Some(program) = program
+                    && HANDLES.contains(&handle)
+                {
+                    filters.push(Filter {
+                        side,
+                        priority: (found.header.info >> 16) as u16,
+                        handle,
+                        program,
+                    });
+                }
+            }
+        }
+        Ok(filters)
+    }
+
+    /// Puts a program into a filter's place, in one step if there is another one.
+    pub(super) fn set_filter(
+        &mut self,
+        interface: u32,
+        filter: Filter,
+        program: &Program,
+        name: &str,
+    ) -> io::Result<()> {
+        let mut message = filter.message(interface);
+        message.attributes = vec![
+            TcAttribute::Kind(TcFilterBpf::KIND.into()),
+            TcAttribute::Options(vec![
+                TcOption::Bpf(TcFilterBpfOption::ProgFd(program.fd.as_raw_fd().cast_unsigned())),
+                TcOption::Bpf(TcFilterBpfOption::ProgName(name.into())),
+                TcOption::Bpf(TcFilterBpfOption::Flags(TcBpfFlags::DirectAction)),
+            ]),
+        ];
+        self.change(RouteNetlinkMessage::NewTrafficFilter(message), NLM_F_CREATE)
+    }
+
+    /// Returns whether it was there.
+    pub(super) fn delete_filter(&mut self, interface: u32, filter: Filter) -> io::Result<bool> {
+        let mut message = filter.message(interface);
+        message.attributes = vec![TcAttribute::Kind(TcFilterBpf::KIND.into())];
+        match self.change(RouteNetlinkMessage::DelTrafficFilter(message), 0) {
+            Ok(()) => Ok(true),
+            // No such filter, no filter of this priority, no clsact qdisc, no such interface.
+            Err(error)
+                if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL | libc::ENODEV)) =>
+            {
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Gives an interface a clsact qdisc, unless it has one.
+    pub(super) fn add_clsact(&mut self, interface: u32) -> io::Result<()> {
+        let mut message = traffic_control(interface, CLSACT);
+        message.header.handle = TcHandle { major: 0xffff, minor: 0 };
+        message.attributes = vec![TcAttribute::Kind("clsact".into())];
+        match self.change(RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_CREATE | NLM_F_EXCL) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Removes the clsact qdisc of an interface, if it has one and no filters are on it.
+    pub(super) fn delete_clsact(&mut self, interface: u32) -> io::Result<()> {
+        for side in Side::ALL {
+            let any = traffic_control(interface, side.parent());
+            if !self.request(RouteNetlinkMessage::GetTrafficFilter(any), NLM_F_DUMP)?.is_empty() {
                 return Ok(());
             }
         }
-        message.header.parent = CLSACT;
-        self.change(RouteNetlinkMessage::DelQueueDiscipline(message), 0)
+        match self.change(RouteNetlinkMessage::DelQueueDiscipline(traffic_control(interface, CLSACT)), 0) {
+            Err(error)
+                if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL | libc::ENODEV)) =>
+            {
+                Ok(())
+            }
+            result => result,
+        }
     }
 
     /// Our rules.
@@ -234,6 +316,55 @@ impl Netlink {
             result => result,
         }
     }
+}
+
+const CLSACT: TcHandle = TcHandle { major: 0xffff, minor: 0xfff1 };
+
+/// Which packets of an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Side {
+    Ingress,
+    Egress,
+}
+
+impl Side {
+    const ALL: [Self; 2] = [Self::Ingress, Self::Egress];
+
+    const fn parent(self) -> TcHandle {
+        let minor = match self {
+            Self::Ingress => TcHandle::MIN_INGRESS,
+            Self::Egress => TcHandle::MIN_EGRESS,
+        };
+        TcHandle { major: 0xffff, minor }
+    }
+}
+
+/// A BPF filter of a clsact qdisc.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Filter {
+    pub(super) side: Side,
+    /// Filters of one priority have to be of one protocol; ours look at the family themselves.
+    pub(super) priority: u16,
+    pub(super) handle: u32,
+    /// The program's ID.
+    pub(super) program: u32,
+}
+
+impl Filter {
+    fn message(self, interface: u32) -> TcMessage {
+        let mut message = traffic_control(interface, self.side.parent());
+        message.header.handle = self.handle.into();
+        let every_protocol = (libc::ETH_P_ALL as u16).to_be();
+        message.header.info = u32::from(self.priority) << 16 | u32::from(every_protocol);
+        message
+    }
+}
+
+fn traffic_control(interface: u32, parent: TcHandle) -> TcMessage {
+    let mut message = TcMessage::default();
+    message.header.index = interface.cast_signed();
+    message.header.parent = parent;
+    message
 }
 
 const fn address_family(family: Family) -> AddressFamily {

@@ -1,41 +1,129 @@
-//! The embedded object.
+//! The object: its maps, adopted from the pins or made, and its programs, always its own.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::fd::AsFd as _;
+use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
-use aya::programs::{Program, ProgramError};
+use aya::programs::{CgroupSockAddr, Program, SchedClassifier, SkLookup, SockOps};
 use aya::{Ebpf, EbpfLoader};
 use redirect_ebpf::constants::MAX_PROXY_CGROUPS;
 
-use super::Settings;
+use super::bpf::{self, Layout};
+use super::pins::Pins;
+use super::{CGROUP, PROBE, Settings};
+use crate::agent::facts::{Hook, LOOKUP};
 
 /// The kernel side, as the build script found it. Aligned as an ELF file has to be.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect.o"));
 
 /// Creates the maps and prepares the programs. None of them is loaded yet.
 pub fn load(settings: &Settings) -> anyhow::Result<Ebpf> {
+    loader(settings).load(&bytes(settings)?).context(REMEDY)
+}
+
+const REMEDY: &str =
+    "the eBPF maps can't be created: the agent needs root (CAP_BPF, CAP_NET_ADMIN) and a kernel with BTF";
+
+/// As [`load`], with maps that are pinned. Returns their pins as well.
+pub(super) fn load_pinned(settings: &Settings, pins: &Pins) -> anyhow::Result<(Ebpf, Vec<PathBuf>)> {
+    let bytes = bytes(settings)?;
+    let object = aya_obj::Object::parse(&bytes).context("the eBPF object can't be read")?;
+    let capacities = capacities(settings);
+    let mut loader = loader(settings);
+    let mut paths = Vec::new();
+    for (name, map) in &object.maps {
+        let chosen = capacities.iter().find(|(known, _)| known == name);
+        let layout = Layout {
+            kind: map.map_type(),
+            key_size: map.key_size(),
+            value_size: map.value_size(),
+            max_entries: chosen.map_or(map.max_entries(), |(_, capacity)| *capacity),
+            flags: map.map_flags(),
+        };
+        let Layout { kind, key_size, value_size, max_entries, flags } = layout;
+        let path = pins.maps().join(format!("{name}-{kind}-{key_size}-{value_size}-{max_entries}-{flags}"));
+        match Layout::of_pin(&path) {
+            Ok(found) if found == layout => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            found => {
+                tracing::warn!(pin = %path.display(), ?found, "the pin is not that of our map: it is replaced");
+                fs::remove_file(&path).with_context(|| path.display().to_string())?;
+            }
+        }
+        loader.map_pin_path(name, path.clone());
+        paths.push(path);
+    }
+    Ok((loader.load(&bytes).context(REMEDY)?, paths))
+}
+
+fn bytes(settings: &Settings) -> anyhow::Result<Cow<'static, [u8]>> {
+    if let Some(path) = &settings.object {
+        return Ok(fs::read(path).with_context(|| format!("eBPF object {}", path.display()))?.into());
+    }
     if OBJECT.is_empty() {
         bail!("this binary was built without its eBPF programs: build it with `cargo xtask build`");
     }
-    let capacities = settings.capacities;
-    EbpfLoader::new()
-        .map_max_entries("PODS", capacities.pods)
-        .map_max_entries("POD_IPV4", capacities.addresses)
-        .map_max_entries("POD_IPV6", capacities.addresses)
-        .map_max_entries("EXCLUDED_IPV4", capacities.exclusions)
-        .map_max_entries("EXCLUDED_IPV6", capacities.exclusions)
-        .map_max_entries("EXCLUDED_PORTS", capacities.exclusions)
-        // A pod has two listeners of the proxy; twice that while one proxy takes over from another.
-        .map_max_entries("LISTENERS", capacities.pods.saturating_mul(4))
-        .map_max_entries("PROXY_CGROUPS", MAX_PROXY_CGROUPS)
-        .load(OBJECT)
-        .context("the eBPF maps can't be created: the agent needs root (CAP_BPF, CAP_NET_ADMIN) and a kernel with BTF")
+    Ok(OBJECT.into())
 }
 
-/// A program of the object, by name.
-pub(super) fn program<'a, T>(programs: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut T>
-where
-    &'a mut T: TryFrom<&'a mut Program, Error = ProgramError>,
-{
-    let program =
-        programs.program_mut(name).with_context(|| format!("program {name} is not in the object"))?;
-    Ok(program.try_into()?)
+fn capacities(settings: &Settings) -> [(&'static str, u32); 8] {
+    let capacities = settings.capacities;
+    [
+        ("PODS", capacities.pods),
+        ("POD_IPV4", capacities.addresses),
+        ("POD_IPV6", capacities.addresses),
+        ("EXCLUDED_IPV4", capacities.exclusions),
+        ("EXCLUDED_IPV6", capacities.exclusions),
+        ("EXCLUDED_PORTS", capacities.exclusions),
+        // A pod has two listeners of the proxy; twice that while one proxy takes over from another.
+        ("LISTENERS", capacities.pods.saturating_mul(4)),
+        ("PROXY_CGROUPS", MAX_PROXY_CGROUPS),
+    ]
+}
+
+fn loader<'a>(settings: &Settings) -> EbpfLoader<'a> {
+    let mut loader = EbpfLoader::new();
+    for (name, capacity) in capacities(settings) {
+        loader.map_max_entries(name, capacity);
+    }
+    loader
+}
+
+/// The loaded programs, by name.
+pub(super) struct Programs(BTreeMap<&'static str, bpf::Program>);
+
+impl Programs {
+    /// Has the kernel check all of them.
+    pub(super) fn load(object: &mut Ebpf) -> anyhow::Result<Self> {
+        let cgroup = CGROUP.into_iter().map(|(name, _)| name);
+        let tc = Hook::ALL.into_iter().map(Hook::program);
+        let mut programs = BTreeMap::new();
+        for name in cgroup.chain(tc).chain([LOOKUP, PROBE]) {
+            let program =
+                object.program_mut(name).with_context(|| format!("program {name} is not in the object"))?;
+            let loaded = match program {
+                Program::CgroupSockAddr(program) => CgroupSockAddr::load(program),
+                Program::SchedClassifier(program) => SchedClassifier::load(program),
+                Program::SkLookup(program) => SkLookup::load(program),
+                Program::SockOps(program) => SockOps::load(program),
+                other => bail!("program {name} is of an unexpected type {:?}", other.prog_type()),
+            };
+            loaded.with_context(|| format!("the kernel refuses program {name}"))?;
+            let fd = program.fd()?.as_fd().try_clone_to_owned()?;
+            programs.insert(name, bpf::Program { fd, id: program.info()?.id() });
+        }
+        Ok(Self(programs))
+    }
+
+    pub(super) fn get(&self, name: &str) -> io::Result<&bpf::Program> {
+        self.0.get(name).ok_or_else(|| io::Error::other(format!("program {name} is not loaded")))
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&'static str, u32)> {
+        self.0.iter().map(|(name, program)| (*name, program.id))
+    }
 }

@@ -4,25 +4,28 @@
 //! RCU grace period under the rtnl lock whenever one is made or removed: 8 to 16 ms each, which nobody on the node can
 //! make or change a device in. A pod needs four. A clsact filter takes some 50 µs and is what the agent uses unless it is
 //! told otherwise (`--tc tcx`).
+//!
+//! Each program has its own place on an interface: a side, a priority and a handle. So it is found again by whoever
+//! comes later, and the program of another build is replaced in one step.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
+use std::io;
+use std::ops::RangeInclusive;
 
 use anyhow::Context as _;
-use aya::Ebpf;
-use aya::programs::links::{Link as _, LinkOrder};
-use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError};
-use aya::programs::{ProgramError, SchedClassifier, TcAttachType, tc};
 use nix::sched::{CloneFlags, unshare};
 use redirect_ebpf::Family;
 
-use super::super::facts::{Fact, Hook, Interface};
-use super::object::program;
+use super::super::facts::{Fact, Hook, Interface, LOOPBACK_INDEX};
+use super::bpf::{self, At, Link, Place, State};
+use super::netlink::{Filter, Netlink, Side};
+use super::object::Programs;
+use super::pins::Links;
 
 pub(super) struct Tc {
     method: TcMethod,
-    links: HashMap<Place, SchedClassifierLink>,
-    /// The clsact qdiscs that we made, by namespace cookie and interface.
-    qdiscs: HashSet<(u64, u32)>,
+    /// What was attached when it was last looked at, by namespace cookie.
+    attached: HashMap<u64, BTreeSet<(u32, Hook)>>,
 }
 
 /// How TC programs are attached.
@@ -35,21 +38,66 @@ pub enum TcMethod {
     Tcx,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Place {
-    netns_cookie: u64,
-    interface: u32,
-    hook: Hook,
+/// Our filters' handles.
+pub(super) const HANDLES: RangeInclusive<u32> = 15001..=15008;
+
+impl Hook {
+    pub(super) const fn side(self) -> Side {
+        match self {
+            Self::Loopback(_) | Self::Inbound(_) | Self::Virtual(_) => Side::Ingress,
+            Self::Egress(_) => Side::Egress,
+        }
+    }
+
+    /// Where its filter is, without the program.
+    fn filter(self) -> Filter {
+        let (handle, family) = match self {
+            Self::Loopback(family) => (15001, family),
+            Self::Inbound(family) => (15002, family),
+            Self::Virtual(family) => (15003, family),
+            Self::Egress(family) => (15004, family),
+        };
+        let priority = match family {
+            Family::Ipv4 => 1,
+            Family::Ipv6 => 2,
+        };
+        Filter { side: self.side(), priority, handle, program: 0 }
+    }
+
+    fn place(self, interface: u32) -> Place<'static> {
+        let hook = match self.side() {
+            Side::Ingress => bpf::Hook::TcxIngress,
+            Side::Egress => bpf::Hook::TcxEgress,
+        };
+        Place { hook, at: At::Interface(interface), id: interface.into() }
+    }
+
+    fn fact(self, interface: &Interface) -> Fact {
+        match self {
+            Self::Egress(family) => Fact::Guard { interface: interface.clone(), family },
+            Self::Loopback(_) | Self::Inbound(_) | Self::Virtual(_) => {
+                Fact::Program { interface: interface.clone(), hook: self }
+            }
+        }
+    }
+}
+
+fn link_name(hook: Hook, netns_cookie: u64, interface: u32) -> String {
+    format!("{}-{netns_cookie}-{interface}", hook.program())
+}
+
+/// The TC programs that are attached: those of this build, and those of another build or attached by the other method.
+#[derive(Debug, Default)]
+pub(super) struct Attached {
+    pub(super) current: BTreeSet<Fact>,
+    pub(super) stale: BTreeSet<Fact>,
+    pub(super) damaged: BTreeSet<Fact>,
 }
 
 impl Tc {
-    pub(super) fn load(programs: &mut Ebpf, method: TcMethod) -> anyhow::Result<Self> {
-        for hook in Hook::ALL {
-            let program: &mut SchedClassifier = program(programs, hook.program())?;
-            program.load().with_context(|| format!("the kernel refuses program {}", hook.program()))?;
-        }
+    pub(super) fn new(programs: &Programs, method: TcMethod) -> anyhow::Result<Self> {
         probe(programs, method)?;
-        Ok(Self { method, links: HashMap::new(), qdiscs: HashSet::new() })
+        Ok(Self { method, attached: HashMap::new() })
     }
 
     pub(super) fn uses_links(&self) -> bool {
@@ -58,119 +106,134 @@ impl Tc {
 
     /// How many times a program is attached.
     pub(super) fn attached(&self, hook: Hook) -> usize {
-        self.links.keys().filter(|place| place.hook == hook).count()
+        self.attached.values().flatten().filter(|(_, attached)| *attached == hook).count()
     }
 
     /// In the namespace of the pod.
     pub(super) fn attach(
         &mut self,
-        programs: &mut Ebpf,
+        netlink: &mut Netlink,
+        links: &mut Links,
+        programs: &Programs,
         netns_cookie: u64,
         interface: &Interface,
         hook: Hook,
     ) -> anyhow::Result<()> {
-        let program: &mut SchedClassifier = program(programs, hook.program())?;
-        if self.method == TcMethod::Clsact && add_qdisc(&interface.name)? {
-            self.qdiscs.insert((netns_cookie, interface.index));
+        let program = programs.get(hook.program())?;
+        let context = || format!("{} on {}", hook.program(), interface.name);
+        let name = link_name(hook, netns_cookie, interface.index);
+        let filter = Filter { program: program.id, ..hook.filter() };
+        match self.method {
+            TcMethod::Clsact => {
+                netlink
+                    .add_clsact(interface.index)
+                    .with_context(|| format!("clsact qdisc on {}", interface.name))?;
+                netlink.set_filter(interface.index, filter, program, hook.program()).with_context(context)?;
+                links.remove(&name)?;
+            }
+            TcMethod::Tcx => {
+                links.ensure(&name, program, hook.place(interface.index)).with_context(context)?;
+                netlink.delete_filter(interface.index, filter)?;
+            }
         }
-        let link = attach(program, &interface.name, hook, self.method)?;
-        self.links.insert(Place { netns_cookie, interface: interface.index, hook }, link);
+        self.attached.entry(netns_cookie).or_default().insert((interface.index, hook));
         Ok(())
     }
 
-    /// In the namespace of the pod. Returns whether the interface is left with a clsact qdisc that we made and that no
-    /// program of ours needs any more.
-    pub(super) fn detach(&mut self, netns_cookie: u64, interface: u32, hook: Hook) -> anyhow::Result<bool> {
-        if let Some(link) = self.links.remove(&Place { netns_cookie, interface, hook }) {
-            link.detach()?;
+    /// In the namespace of the pod. The clsact qdisc goes with the last filter.
+    pub(super) fn detach(
+        &mut self,
+        netlink: &mut Netlink,
+        links: &mut Links,
+        netns_cookie: u64,
+        interface: u32,
+        hook: Hook,
+    ) -> io::Result<()> {
+        links.remove(&link_name(hook, netns_cookie, interface))?;
+        if netlink.delete_filter(interface, hook.filter())? {
+            netlink.delete_clsact(interface)?;
         }
-        let used =
-            self.links.keys().any(|place| place.netns_cookie == netns_cookie && place.interface == interface);
-        Ok(!used && self.qdiscs.remove(&(netns_cookie, interface)))
+        if let Some(attached) = self.attached.get_mut(&netns_cookie) {
+            attached.remove(&(interface, hook));
+            if attached.is_empty() {
+                self.attached.remove(&netns_cookie);
+            }
+        }
+        Ok(())
     }
 
-    /// The attachments in a namespace, on interfaces that still exist.
-    pub(super) fn facts(&mut self, netns_cookie: u64, interfaces: &[Interface]) -> Vec<Fact> {
-        self.links.retain(|place, _| {
-            place.netns_cookie != netns_cookie
-                || interfaces.iter().any(|found| found.index == place.interface)
-        });
-        let place = |interface: &Interface, hook| Place { netns_cookie, interface: interface.index, hook };
-        interfaces
-            .iter()
-            .flat_map(|interface| Hook::ALL.map(|hook| (interface, hook)))
-            .filter(|(interface, hook)| self.links.contains_key(&place(interface, *hook)))
-            .map(|(interface, hook)| match hook {
-                Hook::Egress(family) => Fact::Guard { interface: interface.clone(), family },
-                Hook::Loopback(_) | Hook::Inbound(_) | Hook::Virtual(_) => {
-                    Fact::Program { interface: interface.clone(), hook }
-                }
-            })
-            .collect()
+    /// What is attached in the namespace of a pod.
+    pub(super) fn look(
+        &mut self,
+        netlink: &mut Netlink,
+        links: &Links,
+        programs: &Programs,
+        netns_cookie: u64,
+        interfaces: &[Interface],
+    ) -> io::Result<Attached> {
+        let mut found = Attached::default();
+        let mut places = BTreeSet::new();
+        for interface in interfaces {
+            let filters = netlink.filters(interface.index)?;
+            for hook in Hook::ALL {
+                let program = programs.get(hook.program())?;
+                let wanted = hook.filter();
+                let filter = filters.iter().find(|filter| Filter { program: 0, ..**filter } == wanted);
+                let filter = filter
+                    .map(|filter| if filter.program == program.id { State::Current } else { State::Stale });
+                let name = link_name(hook, netns_cookie, interface.index);
+                let link = links.state(&name, program, hook.place(interface.index))?;
+                let (right, wrong) = match self.method {
+                    TcMethod::Clsact => (filter, link),
+                    TcMethod::Tcx => (link, filter),
+                };
+                match (right, wrong) {
+                    (None, None) => continue,
+                    (Some(State::Current), None) => found.current.insert(hook.fact(interface)),
+                    (Some(State::Elsewhere), None) => found.damaged.insert(hook.fact(interface)),
+                    _ => found.stale.insert(hook.fact(interface)),
+                };
+                places.insert((interface.index, hook));
+            }
+        }
+        if places.is_empty() {
+            self.attached.remove(&netns_cookie);
+        } else {
+            self.attached.insert(netns_cookie, places);
+        }
+        Ok(found)
+    }
+
+    /// The names of the links of a namespace.
+    pub(super) fn links_of(links: &Links, netns_cookie: u64) -> Vec<String> {
+        let is_of = |name: &&str| {
+            Hook::ALL.iter().any(|hook| name.starts_with(&format!("{}-{netns_cookie}-", hook.program())))
+        };
+        links.names().filter(is_of).map(str::to_owned).collect()
     }
 }
 
 /// Finds out by trying, in a namespace of its own, whether the kernel can do it.
-fn probe(programs: &mut Ebpf, method: TcMethod) -> anyhow::Result<()> {
+fn probe(programs: &Programs, method: TcMethod) -> anyhow::Result<()> {
     let hook = Hook::Loopback(Family::Ipv4);
-    let program: &mut SchedClassifier = program(programs, hook.program())?;
+    let program = programs.get(hook.program())?;
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET).context("a network namespace for probing can't be made")?;
             match method {
-                TcMethod::Tcx => attach(program, "lo", hook, method)
+                TcMethod::Tcx => Link::create(program, hook.place(LOOPBACK_INDEX))
+                    .map(drop)
                     .context("this kernel has no tcx links (Linux 6.6): use --tc clsact"),
-                TcMethod::Clsact => {
-                    add_qdisc("lo").and_then(|_| attach(program, "lo", hook, method)).context(
+                TcMethod::Clsact => Netlink::open()
+                    .and_then(|mut netlink| {
+                        netlink.add_clsact(LOOPBACK_INDEX)?;
+                        netlink.set_filter(LOOPBACK_INDEX, hook.filter(), program, hook.program())
+                    })
+                    .context(
                         "this kernel can't attach TC programs: it needs cls_bpf and sch_ingress (clsact)",
-                    )
-                }
+                    ),
             }
-            .map(drop)
         });
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
-}
-
-/// Returns whether there was none before.
-fn add_qdisc(interface: &str) -> anyhow::Result<bool> {
-    match tc::qdisc_add_clsact(interface) {
-        Ok(()) => Ok(true),
-        Err(TcError::AlreadyAttached) => Ok(false),
-        Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
-        Err(error) => Err(error).with_context(|| format!("clsact qdisc on {interface}")),
-    }
-}
-
-/// Attaches to an interface of the calling thread's namespace.
-fn attach(
-    program: &mut SchedClassifier,
-    interface: &str,
-    hook: Hook,
-    method: TcMethod,
-) -> anyhow::Result<SchedClassifierLink> {
-    let options = match method {
-        TcMethod::Tcx => TcAttachOptions::TcxOrder(LinkOrder::default()),
-        TcMethod::Clsact => {
-            // Two filters of one priority have to be of one protocol; ours look at the family themselves.
-            let (Hook::Loopback(family)
-            | Hook::Inbound(family)
-            | Hook::Virtual(family)
-            | Hook::Egress(family)) = hook;
-            let priority = match family {
-                Family::Ipv4 => 1,
-                Family::Ipv6 => 2,
-            };
-            TcAttachOptions::Netlink(NlOptions { priority, ..NlOptions::default() })
-        }
-    };
-    let side = match hook {
-        Hook::Loopback(_) | Hook::Inbound(_) | Hook::Virtual(_) => TcAttachType::Ingress,
-        Hook::Egress(_) => TcAttachType::Egress,
-    };
-    let link: Result<_, ProgramError> = (|| {
-        let id = program.attach_with_options(interface, side, options)?;
-        program.take_link(id)
-    })();
-    link.with_context(|| format!("{} on {interface}", hook.program()))
 }

@@ -2,8 +2,13 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::{Mutex, OwnedMutexGuard};
+use tokio::time::{Instant, timeout_at};
+
+/// Longer than it takes to look after a thing; whoever waits for a proxy takes much longer.
+const MOMENT: Duration = Duration::from_millis(100);
 
 type Slot<T> = Arc<Mutex<Option<T>>>;
 
@@ -51,15 +56,21 @@ impl<T> Slots<T> {
         self.0.lock().await.keys().cloned().collect()
     }
 
-    /// Looks at everything that is not being worked on, in the order of the names.
+    /// Looks at everything that is not being worked on for longer than a moment, in the order of the names.
     pub(super) async fn each<R>(&self, mut look: impl FnMut(&str, &T) -> R) -> Vec<R> {
         let mut slots: Vec<(String, Slot<T>)> =
             self.0.lock().await.iter().map(|(name, slot)| (name.clone(), Arc::clone(slot))).collect();
         slots.sort_by(|a, b| a.0.cmp(&b.0));
-        slots
-            .iter()
-            .filter_map(|(name, slot)| slot.try_lock().ok()?.as_ref().map(|thing| look(name, thing)))
-            .collect()
+        let patience = Instant::now() + MOMENT;
+        let mut seen = Vec::new();
+        for (name, slot) in &slots {
+            if let Ok(guard) = timeout_at(patience, slot.lock()).await
+                && let Some(thing) = &*guard
+            {
+                seen.push(look(name, thing));
+            }
+        }
+        seen
     }
 
     /// Takes everything out, waiting for what is being worked on.

@@ -23,7 +23,8 @@ impl Node {
         let copy = kernel.clone();
         let (thread, _) = Kernel::start(move || Ok::<_, Infallible>(copy)).unwrap();
         let (_, handle) = Server::bind(&directory.path().join("zds.sock"), Options::default()).unwrap();
-        let pods = Pods::new(thread, handle, defaults(Duration::from_millis(20)), 1, None);
+        let records = Records::open(&directory.path().join("state")).unwrap();
+        let pods = Pods::new(thread, handle, defaults(Duration::from_millis(20)), 1, None, records);
         Self { directory, kernel, pods }
     }
 

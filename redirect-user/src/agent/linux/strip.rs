@@ -1,0 +1,68 @@
+//! Takes everything of ours out of a network namespace, whoever put it there and whatever is known about it.
+
+use std::collections::BTreeSet;
+use std::io;
+
+use redirect_ebpf::Family;
+
+use super::super::facts::Sysctl;
+use super::netlink::{Netlink, Side};
+use super::sysctl;
+use crate::netns::NetNs;
+
+/// What was removed from a namespace, by kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Stripped {
+    /// TC filters.
+    pub filters: usize,
+    /// Routing rules.
+    pub rules: usize,
+    /// Routes.
+    pub routes: usize,
+    /// Sysctls that were turned off.
+    pub sysctls: usize,
+}
+
+/// Strips a namespace. `foreign` are the sysctls that were on before us, if that is known: then the namespace is a pod's.
+/// In others something of ours has to be found before sysctls and empty queueing disciplines count as ours.
+pub fn strip(netns: &NetNs, foreign: Option<&BTreeSet<Sysctl>>) -> io::Result<Stripped> {
+    netns.run(|| strip_here(foreign))?
+}
+
+fn strip_here(foreign: Option<&BTreeSet<Sysctl>>) -> io::Result<Stripped> {
+    let mut netlink = Netlink::open()?;
+    let mut stripped = Stripped::default();
+    let (interfaces, _) = netlink.interfaces()?;
+    // What guards against bypasses goes first, lest it drops what is no longer marked.
+    for side in [Side::Egress, Side::Ingress] {
+        for interface in &interfaces {
+            let filters = netlink.filters(interface.index)?;
+            let mut removed = false;
+            for filter in filters.into_iter().filter(|filter| filter.side == side) {
+                removed |= netlink.delete_filter(interface.index, filter)?;
+                stripped.filters += 1;
+            }
+            if removed || foreign.is_some() {
+                netlink.delete_clsact(interface.index)?;
+            }
+        }
+    }
+    let ipv6 = sysctl::ipv6_enabled("lo");
+    for family in Family::ALL.into_iter().filter(|family| *family == Family::Ipv4 || ipv6) {
+        for mark in netlink.rules(family)? {
+            netlink.delete_rule(family, mark)?;
+            stripped.rules += 1;
+        }
+        for (interface, source) in netlink.routes(family, &interfaces)? {
+            netlink.delete_route(family, &interface, source)?;
+            stripped.routes += 1;
+        }
+    }
+    if stripped != Stripped::default() || foreign.is_some() {
+        for sysctl in sysctl::that_are_on()?.difference(foreign.unwrap_or(&BTreeSet::new())) {
+            sysctl::turn_off(*sysctl)?;
+            stripped.sysctls += 1;
+        }
+    }
+    Ok(stripped)
+}

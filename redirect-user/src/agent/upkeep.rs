@@ -1,0 +1,52 @@
+//! Looks from time to time for changes that the kernel tells nobody of: pins, links, sysctls, map entries, and namespaces
+//! that end. All others are noticed by [`super::watch`] at once.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::linux::Linux;
+use super::pods::Pods;
+use super::repairs::Kind;
+use super::thread::Kernel;
+
+/// Works for ever.
+pub(super) async fn keep_up(every: Duration, kernel: Kernel<Linux>, pods: Arc<Pods<Linux>>) {
+    let mut ticks = interval(every);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        for uid in pods.uids().await {
+            pods.look_after(&uid).await;
+        }
+        match kernel.run(Linux::mend).await {
+            Ok(Ok(mended)) => {
+                for program in mended {
+                    pods.repairs().count(Kind::Link);
+                    tracing::warn!(
+                        program,
+                        "something else had removed the program's link or pin: it is back"
+                    );
+                }
+            }
+            Ok(Err(error)) => {
+                tracing::error!(
+                    error = format!("{error:#}"),
+                    "a program that is for the whole node is missing"
+                );
+            }
+            Err(error) => {
+                tracing::error!(%error, "nothing is looked after any more");
+                return;
+            }
+        }
+        let known = pods.cookies().await;
+        if let Ok(Err(error)) = kernel.run(move |linux| linux.collect(&known)).await {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "what is left of pods that are gone can't be removed"
+            );
+        }
+    }
+}

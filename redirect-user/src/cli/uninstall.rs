@@ -1,0 +1,47 @@
+//! `redirect uninstall`.
+
+use std::process::ExitCode;
+
+use super::{Output, Uninstall, exit};
+use crate::agent::uninstall::{NamespaceReport, Report, uninstall};
+
+/// The exit code when an agent runs.
+const IN_USE: u8 = 3;
+
+/// Code 0: nothing is left, whether there was something or not; 1: something is.
+pub(super) fn run(command: &Uninstall) -> ExitCode {
+    match uninstall(&command.options) {
+        Ok(Some(report)) => exit(show(&report, command.output)),
+        Ok(None) => {
+            let directory = command.options.pin_dir.display();
+            eprintln!(
+                "redirect: an agent runs and uses {directory}: end it first (its DaemonSet, say), or use --force"
+            );
+            ExitCode::from(IN_USE)
+        }
+        Err(error) => exit(Err(error)),
+    }
+}
+
+fn show(report: &Report, output: Output) -> anyhow::Result<()> {
+    match output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(report)?),
+        Output::Table => {
+            for NamespaceReport { inode, pod, removed } in &report.namespaces {
+                let pod =
+                    pod.as_ref().map_or_else(|| "a pod of no record".into(), |pod| format!("pod {pod}"));
+                println!(
+                    "{pod}, network namespace {inode}: removed {} TC filters, {} rules, {} routes; turned off {} sysctls",
+                    removed.filters, removed.rules, removed.routes, removed.sysctls
+                );
+            }
+            for pin in &report.pins {
+                println!("removed {}", pin.display());
+            }
+            if report.namespaces.is_empty() && report.pins.is_empty() && report.records == 0 {
+                println!("nothing was there");
+            }
+        }
+    }
+    if report.errors.is_empty() { Ok(()) } else { anyhow::bail!("{}", report.errors.join("\n")) }
+}

@@ -1,0 +1,256 @@
+//! What others change in the kernel is found and put right, while the agent runs and when it starts; and told.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use libtest_mimic::Trial;
+use redirect_ebpf::Family;
+use redirect_ebpf::constants::{ROUTE_TABLE, RULE_PRIORITY_CAPTURE, RULE_PRIORITY_DELIVERY};
+use redirect_tests::kernel::Footprint;
+use redirect_tests::{Families, Node, NodeOptions, Pod, Stack, wait};
+
+use crate::context::{Context, trial};
+use crate::{inbound, outbound};
+
+/// What somebody does.
+#[derive(Clone, Copy, Debug)]
+enum Damage {
+    Rule(Family),
+    Route(Family),
+    Filter(Family),
+    Qdisc,
+    Sysctls,
+    LoopbackDown,
+    Pin,
+    Detach,
+    NodePin,
+    NodeDetach,
+    MapEntry,
+}
+
+impl Damage {
+    const ALL: [Self; 14] = [
+        Self::Rule(Family::Ipv4),
+        Self::Rule(Family::Ipv6),
+        Self::Route(Family::Ipv4),
+        Self::Route(Family::Ipv6),
+        Self::Filter(Family::Ipv4),
+        Self::Filter(Family::Ipv6),
+        Self::Qdisc,
+        Self::Sysctls,
+        Self::LoopbackDown,
+        Self::Pin,
+        Self::Detach,
+        Self::NodePin,
+        Self::NodeDetach,
+        Self::MapEntry,
+    ];
+
+    /// The kind of the repair.
+    const fn kind(self) -> &'static str {
+        match self {
+            Self::Rule(_) => "rule",
+            Self::Route(_) => "route",
+            Self::Filter(_) | Self::Qdisc => "program",
+            Self::Sysctls => "sysctl",
+            Self::LoopbackDown => "interface",
+            Self::Pin | Self::Detach | Self::NodePin | Self::NodeDetach => "link",
+            Self::MapEntry => "map",
+        }
+    }
+
+    fn name(self) -> String {
+        let text = format!("{self:?}").to_lowercase().replace('(', "_").replace(')', "");
+        text.replace("node", "node_")
+            .replace("mapentry", "map_entry")
+            .replace("loopbackdown", "loopback_down")
+    }
+
+    fn inflict(self, node: &Node, pod: &Pod) -> Result<()> {
+        let netns = pod.netns();
+        let flag = |family| if family == Family::Ipv4 { "-4" } else { "-6" };
+        let cookie = netns.cookie()?;
+        let link = format!("listener_lookup-{cookie}");
+        match self {
+            Self::Rule(family) => {
+                for priority in [RULE_PRIORITY_CAPTURE, RULE_PRIORITY_DELIVERY] {
+                    netns.ip(&format!("{} rule del pref {priority}", flag(family)))?;
+                }
+            }
+            Self::Route(family) => {
+                netns.ip(&format!("{} route flush table {ROUTE_TABLE}", flag(family)))?;
+            }
+            Self::Filter(family) => {
+                let priority = if family == Family::Ipv4 { 1 } else { 2 };
+                for (device, side) in [("lo", "ingress"), ("eth0", "ingress"), ("eth0", "egress")] {
+                    netns.json(&format!("tc filter del dev {device} {side} pref {priority}")).ok();
+                }
+            }
+            Self::Qdisc => {
+                netns.json("tc qdisc del dev eth0 clsact").ok();
+            }
+            Self::Sysctls => {
+                for name in
+                    ["net.ipv4.tcp_fwmark_accept", "net.ipv4.fwmark_reflect", "net.ipv6.fwmark_reflect"]
+                {
+                    netns.set_sysctl(name, "0")?;
+                }
+            }
+            Self::LoopbackDown => {
+                netns.ip("link set lo down")?;
+            }
+            Self::Pin => fs::remove_file(node.pin_dir().join("links").join(link))?,
+            Self::Detach => detach(node, &link)?,
+            Self::NodePin => fs::remove_file(node.pin_dir().join("links/outbound_ipv4"))?,
+            Self::NodeDetach => detach(node, "outbound_ipv6")?,
+            Self::MapEntry => {
+                let map = fs::read_dir(node.pin_dir().join("maps-v1"))?.flatten().map(|entry| entry.path());
+                let is_pods = |path: &std::path::PathBuf| {
+                    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("PODS-"))
+                };
+                let map = map.into_iter().find(is_pods).context("the map of pods")?;
+                let mut command = Command::new("bpftool");
+                command.args(["map", "delete", "pinned"]).arg(map).args(["key", "hex"]);
+                command.args(cookie.to_ne_bytes().map(|byte| format!("{byte:02x}")));
+                ensure!(command.status()?.success(), "{command:?}");
+            }
+        }
+        Ok(())
+    }
+}
+
+fn detach(node: &Node, link: &str) -> Result<()> {
+    let mut command = Command::new("bpftool");
+    command.args(["link", "detach", "pinned"]).arg(node.pin_dir().join("links").join(link));
+    ensure!(command.status()?.success(), "{command:?}");
+    Ok(())
+}
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for damage in Damage::ALL {
+        trials.push(trial(context, format!("repairs::while_running::{}", damage.name()), move |context| {
+            while_running(context, damage)
+        }));
+    }
+    trials.push(trial(context, "repairs::at_start", at_start));
+    trials.push(trial(context, "repairs::namespace_made_anew::while_running", |context| anew(context, true)));
+    trials.push(trial(context, "repairs::namespace_made_anew::at_start", |context| anew(context, false)));
+    trials
+}
+
+/// How long a repair may take: the interval of the checks, on a busy machine.
+const LIMIT: Duration = Duration::from_secs(10);
+
+fn node(context: &Context) -> Result<Arc<Node>> {
+    let agent_arguments = ["--on-exit", "keep"].map(str::to_owned).to_vec();
+    Node::with(&context.session()?, NodeOptions { agent_arguments, ..NodeOptions::default() })
+}
+
+fn repairs(node: &Node, kind: &str) -> Result<u64> {
+    let repairs = node.status()?.repairs;
+    Ok(repairs.into_iter().find(|report| report.kind == kind).map_or(0, |report| report.repairs))
+}
+
+fn works(pod: &Pod, other: &Pod) -> Result<()> {
+    for stack in Stack::ALL {
+        outbound::passes_the_proxy_once(pod, other, stack)?;
+        inbound::passes_the_proxy_once(other.netns(), pod, stack)?;
+    }
+    Ok(())
+}
+
+fn while_running(context: &Context, damage: Damage) -> Result<()> {
+    let node = node(context)?;
+    let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    let (before, links) = (Footprint::of(pod.netns())?, links(&node)?);
+    ensure!(repairs(&node, damage.kind())? == 0);
+    damage.inflict(&node, &pod)?;
+    wait::until_true("repair", LIMIT, || {
+        Ok(repairs(&node, damage.kind())? > 0 && Footprint::of(pod.netns())? == before)
+    })
+    .with_context(|| format!("{:?}, {:#?}", node.status(), Footprint::of(pod.netns())))?;
+    ensure!(self::links(&node)? == links, "the pins are not what they were");
+    pod.check()?;
+    works(&pod, &other)
+}
+
+fn links(node: &Node) -> Result<Vec<String>> {
+    let entries = fs::read_dir(node.pin_dir().join("links"))?.flatten();
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    Ok(names)
+}
+
+/// Everything at once, while no agent runs.
+fn at_start(context: &Context) -> Result<()> {
+    let node = node(context)?;
+    let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    let (before, links) = (Footprint::of(pod.netns())?, links(&node)?);
+    node.kill_agent()?;
+    for damage in Damage::ALL {
+        // What is detached has to be pinned.
+        if !matches!(damage, Damage::Detach) {
+            damage.inflict(&node, &pod).with_context(|| format!("{damage:?}"))?;
+        }
+    }
+    node.start_agent(&["--on-exit", "keep"].map(str::to_owned))?;
+    node.wait_for_proxy()?;
+    let after = Footprint::of(pod.netns())?;
+    ensure!(after == before, "before: {before:#?}\nafter: {after:#?}");
+    ensure!(self::links(&node)? == links, "the pins are not what they were");
+    for kind in ["rule", "route", "program", "sysctl", "interface", "link"] {
+        ensure!(repairs(&node, kind)? > 0, "no repair of kind {kind} is counted");
+    }
+    pod.check()?;
+    works(&pod, &other)
+}
+
+/// Where the pod's namespace was there is another one, with the same addresses.
+fn anew(context: &Context, running: bool) -> Result<()> {
+    let node = node(context)?;
+    let (addresses, other) = (node.to_choose(5), node.plain("other", Families::Dual)?);
+    let spec = node.numbered("pod", Families::Dual).with_addresses(&addresses).not_enrolled();
+    let old = Pod::start(&node, spec.clone())?;
+    let path = node.dir().join("netns");
+    symlink(old.netns().path(), &path)?;
+    old.enrol_at(path.clone())?;
+    if !running {
+        node.kill_agent()?;
+    }
+    let identity = old.identity().clone();
+    drop(old.end_without_del()?);
+    let new = Pod::start(&node, spec)?;
+    fs::remove_file(&path)?;
+    symlink(new.netns().path(), &path)?;
+    if !running {
+        node.start_agent(&["--on-exit", "keep"].map(str::to_owned))?;
+    }
+    let cookie = new.netns().cookie()?;
+    wait::until_true("pod in its new namespace", LIMIT, || {
+        let pods = node.with_agent(|agent| agent.pods())?;
+        Ok(pods.iter().any(|report| report.pod.uid == identity.uid && report.netns_cookie == cookie))
+    })?;
+    ensure!(repairs(&node, "namespace")? == 1);
+    node.wait_for_proxy()?;
+    node.netns().ip("neighbour flush all")?;
+    other.netns().ip("neighbour flush all")?;
+    wait::until_true("proxy in the new namespace", LIMIT, || {
+        let pods = node.with_agent(|agent| agent.pods())?;
+        Ok(pods.iter().any(|report| report.proxy.is_ok()))
+    })?;
+    for stack in Stack::ALL {
+        let listening = other.listen(stack)?;
+        let to = other.endpoint(stack.family(), listening.port())?;
+        ensure!(!new.connect(stack, to)?.is_direct(), "past the proxy");
+        let listening = new.listen(stack)?;
+        let to = new.endpoint(stack.family(), listening.port())?;
+        ensure!(!other.connect(stack, to)?.is_direct(), "past the proxy");
+    }
+    Ok(())
+}

@@ -1,0 +1,137 @@
+//! `redirect uninstall` leaves nothing, whatever it finds.
+
+use std::process::{Command, Output};
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, ensure};
+use libtest_mimic::Trial;
+use redirect_tests::kernel::Footprint;
+use redirect_tests::{Connection, Families, Node, NodeOptions, Pod};
+use serde_json::Value;
+
+use crate::context::{Context, trial};
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    let case = |name: &str, case: Case| {
+        trial(context, format!("uninstall::{name}"), move |context| leaves_nothing(context, case))
+    };
+    vec![
+        case("after_kill", Case::default()),
+        case("with_tcx_links", Case { tcx: true, ..Case::default() }),
+        case("without_records", Case { without_records: true, ..Case::default() }),
+        case("without_pins", Case { without_pins: true, ..Case::default() }),
+        case("with_another_layout", Case { another_layout: true, ..Case::default() }),
+        trial(context, "uninstall::refuses_while_an_agent_runs", refuses),
+        trial(context, "uninstall::twice_is_as_good_as_once", twice),
+    ]
+}
+
+/// What uninstall finds.
+#[derive(Clone, Copy, Debug, Default)]
+struct Case {
+    tcx: bool,
+    without_records: bool,
+    without_pins: bool,
+    another_layout: bool,
+}
+
+fn leaves_nothing(context: &Context, case: Case) -> Result<()> {
+    let tc = if case.tcx { "tcx" } else { "clsact" };
+    let agent_arguments = ["--on-exit", "keep", "--tc", tc].map(str::to_owned).to_vec();
+    let node = Node::with(&context.session()?, NodeOptions { agent_arguments, ..NodeOptions::default() })?;
+    let pods: Vec<Pod> =
+        Families::ALL.into_iter().map(|families| node.plain("pod", families)).collect::<Result<_>>()?;
+    // One sysctl was on before us, and stays on.
+    pods[0].netns().set_sysctl("net.ipv4.fwmark_reflect", "1")?;
+    let before = pods.iter().map(|pod| Footprint::of(pod.netns())).collect::<Result<Vec<_>>>()?;
+    for pod in &pods {
+        pod.enrol()?;
+    }
+    let objects = node.with_agent(|agent| agent.objects())?;
+    node.kill_agent()?;
+    if case.another_layout {
+        let other = node.pin_dir().join("maps-v0");
+        std::fs::create_dir(&other)?;
+        let map = objects.maps.first().context("a map")?.to_string();
+        let pinned =
+            Command::new("bpftool").args(["map", "pin", "id", &map]).arg(other.join("OLD")).status()?;
+        ensure!(pinned.success());
+    }
+    // Namespaces that are held by descriptors alone are found by records alone.
+    let mut processes = Vec::new();
+    if case.without_records {
+        for pod in &pods {
+            processes.push(Process::start(pod)?);
+        }
+        std::fs::remove_dir_all(node.state_dir())?;
+    }
+    if case.without_pins {
+        std::fs::remove_dir_all(node.pin_dir())?;
+    }
+    let report = report(&node.uninstall(&[])?)?;
+    let found = report["namespaces"].as_array().context("namespaces")?;
+    ensure!(found.len() == pods.len(), "{report:#}");
+    ensure!(!node.pin_dir().exists() && !node.state_dir().exists(), "{report:#}");
+    objects.wait_until_gone()?;
+    let mut after = pods.iter().map(|pod| Footprint::of(pod.netns())).collect::<Result<Vec<_>>>()?;
+    if case.without_records {
+        // Nobody knows that the sysctl was on.
+        after[0].sysctls.clone_from(&before[0].sysctls);
+    }
+    ensure!(after == before, "before: {before:#?}\nafter: {after:#?}");
+    for pod in &pods {
+        for stack in pod.families().stacks() {
+            let listening = pod.listen(stack)?;
+            let to = pod.endpoint(stack.family(), listening.port())?;
+            ensure!(Connection::open(node.netns(), stack, to)?.is_direct(), "still steered");
+        }
+    }
+    Ok(())
+}
+
+/// A process in a pod, so that its namespace shows in `/proc`.
+struct Process(std::process::Child);
+
+impl Process {
+    fn start(pod: &Pod) -> Result<Self> {
+        let child = pod.netns().run(|| Command::new("sleep").arg("60").spawn())??;
+        Ok(Self(child))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn report(output: &Output) -> Result<Value> {
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{}: {errors}", output.status);
+    serde_json::from_slice(&output.stdout).context("the report")
+}
+
+fn refuses(context: &Context) -> Result<()> {
+    let node = Node::start(&context.session()?)?;
+    let pod = node.enrolled("pod", Families::Dual)?;
+    let output = node.uninstall(&[])?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(3) && text.contains("--force"), "{}: {text}", output.status);
+    pod.check().context("after a refusal")?;
+    // The agent goes on, and puts back what it can.
+    let report = report(&node.uninstall(&["--force"])?)?;
+    ensure!(report["pins"].as_array().is_some_and(|pins| !pins.is_empty()), "{report:#}");
+    Ok(())
+}
+
+fn twice(context: &Context) -> Result<()> {
+    let node = Node::start(&context.session()?)?;
+    node.stop_agent()?;
+    for _ in 0..2 {
+        let report = report(&node.uninstall(&[])?)?;
+        ensure!(report["namespaces"] == Value::Array(Vec::new()), "{report:#}");
+        ensure!(report["pins"] == Value::Array(Vec::new()), "{report:#}");
+    }
+    Ok(())
+}
