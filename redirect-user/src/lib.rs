@@ -14,6 +14,7 @@ pub mod agent;
 pub mod cgroup;
 pub mod cli;
 pub mod cni;
+mod descriptors;
 pub mod install;
 pub mod kube;
 pub mod netns;

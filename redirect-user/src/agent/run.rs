@@ -21,7 +21,7 @@ use super::watch::{Event, Watch};
 use super::{uninstall, upkeep};
 use crate::kube::{self, Controller, Timing};
 use crate::netns::NetNs;
-use crate::{cgroup, install, privileges, wire, zds};
+use crate::{cgroup, descriptors, install, privileges, wire, zds};
 
 /// How long interfaces that come and go are left alone until the pod is looked at.
 const SETTLE: Duration = Duration::from_millis(20);
@@ -29,6 +29,7 @@ const SETTLE: Duration = Duration::from_millis(20);
 /// Runs until SIGTERM or SIGINT. What becomes of the pods then is a setting.
 pub fn run(options: Options) -> anyhow::Result<()> {
     privileges::keep(privileges::AGENT)?;
+    descriptors::raise_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

@@ -117,6 +117,20 @@ impl ApiServer {
         self.change(|world| world.put(NAMESPACES, &format!("{NAMESPACES}/{name}"), object));
     }
 
+    /// Makes a DaemonSet, or has it deleted while its pods still run.
+    pub fn put_daemonset(&self, namespace: &str, name: &str, deleted: bool) {
+        const DAEMONSETS: &str = "/apis/apps/v1/daemonsets";
+        let mut object = json!({
+            "apiVersion": "apps/v1", "kind": "DaemonSet",
+            "metadata": {"name": name, "namespace": namespace},
+        });
+        if deleted {
+            object["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
+        }
+        let path = format!("/apis/apps/v1/namespaces/{namespace}/daemonsets/{name}");
+        self.change(|world| world.put(DAEMONSETS, &path, object));
+    }
+
     /// Makes a pod, or replaces it.
     pub fn put_pod(&self, pod: Value) {
         let path = pod_path(&pod);

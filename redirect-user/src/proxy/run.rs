@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -15,9 +14,9 @@ use super::access_log::AccessLog;
 use super::pods::Pods;
 use super::resolver::{Upstreams, parse_upstream};
 use super::sockets::Namespaces;
-use crate::privileges;
 use crate::zds;
 use crate::zds::client::{Backoff, follow};
+use crate::{descriptors, privileges};
 
 /// How long to wait before another attempt to open the listeners of a pod, as ztunnel does.
 const RETRY: Duration = Duration::from_secs(5);
@@ -52,7 +51,7 @@ pub struct Options {
 /// Runs the proxy until it is told to stop.
 pub fn run(options: Options) -> anyhow::Result<()> {
     privileges::keep(privileges::PROXY)?;
-    raise_limit();
+    descriptors::raise_limit();
     let (access_log, writer) = match &options.access_log {
         Some(path) => {
             let opened = AccessLog::open(path);
@@ -111,14 +110,5 @@ impl Stop {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
         }
-    }
-}
-
-/// Each connection takes two descriptors, and the usual soft limit of 1024 is for programs that use select(2).
-fn raise_limit() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    if let Err(error) = raised {
-        tracing::warn!("cannot raise the limit of open files: {error}");
     }
 }

@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::Family;
 use redirect_ebpf::constants::{ROUTE_TABLE, RULE_PRIORITY_CAPTURE, RULE_PRIORITY_DELIVERY};
+use redirect_tests::cluster::Cluster;
 use redirect_tests::kernel::Footprint;
 use redirect_tests::{Families, Node, NodeOptions, Pod, Stack, wait};
 
@@ -138,6 +139,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         }));
     }
     trials.push(trial(context, "repairs::at_start", at_start));
+    trials.push(trial(context, "repairs::are_told_in_kubernetes", event));
     trials.push(trial(context, "repairs::namespace_made_anew::while_running", |context| anew(context, true)));
     trials.push(trial(context, "repairs::namespace_made_anew::at_start", |context| anew(context, false)));
     trials
@@ -185,6 +187,20 @@ fn links(node: &Node) -> Result<Vec<String>> {
         entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     names.sort();
     Ok(names)
+}
+
+fn event(context: &Context) -> Result<()> {
+    let cluster = Cluster::start(&context.session()?, &[])?;
+    let pod = cluster.node().plain("pod", Families::Dual)?;
+    cluster.announce(&pod, &[]);
+    pod.enrol()?;
+    for (family, damage) in Family::ALL.map(|family| (family, Damage::Rule(family))) {
+        damage.inflict(cluster.node(), &pod)?;
+        let rule = format!("{family} rule for captured connections");
+        wait::until_true("event", LIMIT, || Ok(cluster.events(&pod).iter().any(|note| note.contains(&rule))))
+            .with_context(|| format!("{:?}", cluster.events(&pod)))?;
+    }
+    Ok(())
 }
 
 /// Everything at once, while no agent runs.

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use libtest_mimic::Trial;
+use redirect_tests::cluster::Cluster;
 use redirect_tests::kernel::Footprint;
 use redirect_tests::{Families, Node, NodeOptions, Pod, Stack, traffic, wait};
 
@@ -69,6 +70,10 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials.push(trial(context, "survival::kill_in_the_middle_of_adds", kill_in_the_middle_of_adds));
     trials.push(trial(context, "survival::pods_that_end_meanwhile", pods_that_end_meanwhile));
     trials.push(trial(context, "survival::pods_that_leave_and_come_meanwhile", pods_that_come_meanwhile));
+    for deleted in [false, true] {
+        let name = format!("survival::daemonset_{}", if deleted { "is_deleted" } else { "stays" });
+        trials.push(trial(context, name, move |context| daemonset(context, deleted)));
+    }
     trials.push(trial(context, "survival::pin_of_another_map", pin_of_another_map));
     trials.push(trial(context, "survival::second_agent_is_refused", second_agent));
     trials.push(trial(context, "survival::bad_pin_directory", bad_pin_directory));
@@ -297,6 +302,35 @@ fn pods_that_come_meanwhile(context: &Context) -> Result<()> {
     for stack in Stack::ALL {
         outbound::passes_the_proxy_once(&new, &other, stack)?;
         inbound::passes_the_proxy_once(other.netns(), &new, stack)?;
+    }
+    Ok(())
+}
+
+/// An upgrade keeps the pods steered, the end of the DaemonSet removes everything.
+fn daemonset(context: &Context, deleted: bool) -> Result<()> {
+    let arguments =
+        ["--on-exit", "auto", "--daemonset", "redirect", "--pod-namespace", "mesh"].map(str::to_owned);
+    let own: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let cluster = Cluster::start(&context.session()?, &own)?;
+    cluster.api().put_daemonset("mesh", "redirect", deleted);
+    let node = cluster.node();
+    let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    let before = Footprint::of(pod.netns())?;
+    cluster.announce(&pod, &[]);
+    pod.enrol()?;
+    let steered = Footprint::of(pod.netns())?;
+    node.end_agent()?;
+    ensure!(node.pin_dir().exists() != deleted, "pins");
+    ensure!(Footprint::of(pod.netns())? == if deleted { before } else { steered });
+    for stack in Stack::ALL {
+        if deleted {
+            let listening = other.listen(stack)?;
+            let connection = pod.connect(stack, other.endpoint(stack.family(), listening.port())?)?;
+            ensure!(connection.is_direct(), "{:?}", connection.heard);
+        } else {
+            outbound::passes_the_proxy_once(&pod, &other, stack)?;
+            inbound::passes_the_proxy_once(other.netns(), &pod, stack)?;
+        }
     }
     Ok(())
 }
