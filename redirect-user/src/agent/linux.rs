@@ -77,7 +77,7 @@ pub struct Settings {
     pub object: Option<PathBuf>,
 }
 
-/// Loaded programs and maps, and what they are attached to. It outlives this value: see [`pins`].
+/// Loaded programs and maps, and what they are attached to. It outlives this value, by pins.
 pub struct Linux {
     maps: Maps,
     tc: tc::Tc,
