@@ -37,10 +37,7 @@ impl Cluster {
         };
         let cluster = Self { api, node, _runtime: runtime };
         cluster.api.put_namespace("default", json!({"istio.io/dataplane-mode": "ambient"}));
-        let kubeconfig = cluster.kubeconfig()?.display().to_string();
-        let own = ["--kubernetes", "--node-name", NODE, "--kubeconfig", &kubeconfig];
-        let all: Vec<String> = own.iter().chain(arguments).map(ToString::to_string).collect();
-        cluster.node.start_agent(&all)?;
+        cluster.start_agent(arguments)?;
         cluster.node.start_proxy()?;
         Ok(cluster)
     }
@@ -73,6 +70,36 @@ impl Cluster {
             "spec": {"nodeName": NODE, "containers": []},
             "status": {"phase": "Pending"},
         }));
+    }
+
+    /// Tells the API server of a pod that runs, with these labels.
+    pub fn announce_running(&self, pod: &Pod, labels: &[(&str, &str)]) {
+        let labels: Value =
+            labels.iter().map(|(key, value)| ((*key).to_owned(), Value::from(*value))).collect();
+        let ips: Vec<Value> = pod.addresses().iter().map(|ip| json!({"ip": ip})).collect();
+        let identity = pod.identity();
+        self.api.put_pod(json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {
+                "name": identity.name, "namespace": identity.namespace, "uid": identity.uid, "labels": labels,
+            },
+            "spec": {"nodeName": NODE, "containers": []},
+            "status": {"phase": "Running", "podIPs": ips},
+        }));
+    }
+
+    /// What the pod's annotation says of it.
+    #[must_use]
+    pub fn redirection(&self, pod: &Pod) -> Option<String> {
+        self.api.redirection(&pod.identity().namespace, &pod.identity().name)
+    }
+
+    /// Starts the agent again, with these arguments besides.
+    pub fn start_agent(&self, arguments: &[&str]) -> Result<()> {
+        let kubeconfig = self.kubeconfig()?.display().to_string();
+        let own = ["--kubernetes", "--node-name", NODE, "--kubeconfig", &kubeconfig];
+        let all: Vec<String> = own.iter().chain(arguments).map(ToString::to_string).collect();
+        self.node.start_agent(&all)
     }
 
     /// The notes of the events about a pod.

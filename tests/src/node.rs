@@ -127,6 +127,11 @@ impl Node {
         &self.netns
     }
 
+    /// Tells the nodes of a session apart.
+    pub(crate) fn number(&self) -> u8 {
+        self.number.get()
+    }
+
     /// The session.
     #[must_use]
     pub fn session(&self) -> &Session {

@@ -117,7 +117,7 @@ impl Pod {
             }
         }
         let identity = PodIdentity {
-            uid: format!("{:08x}-0000-4000-8000-{number:012x}", std::process::id()),
+            uid: format!("{:08x}-{:04x}-4000-8000-{number:012x}", std::process::id(), node.number()),
             namespace: spec.namespace,
             name: spec.name,
             service_account: String::new(),

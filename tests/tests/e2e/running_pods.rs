@@ -1,0 +1,121 @@
+//! Pods that run already: found by their processes, enrolled by their labels, with what can stand in the way.
+
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use libtest_mimic::Trial;
+use redirect_ebpf::constants::{PORT_INBOUND, PORT_OUTBOUND};
+use redirect_tests::cgroup::Cgroup;
+use redirect_tests::process::Process;
+use redirect_tests::server::listen;
+use redirect_tests::{Cluster, Connection, Families, Pod, Server, Stack, wait};
+
+use crate::context::{Context, for_every_kind, for_every_stack};
+use crate::{inbound, outbound};
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    let mut trials = for_every_kind(context, "running_pods::follow_their_labels", labels);
+    trials.extend(for_every_stack(context, "running_pods::refused_by_the_proxy", refused));
+    trials
+}
+
+/// Their own labels.
+const AMBIENT: [(&str, &str); 1] = [("istio.io/dataplane-mode", "ambient")];
+const NONE: [(&str, &str); 1] = [("istio.io/dataplane-mode", "none")];
+
+/// Longer than a proxy and the agent wait before they try again what failed.
+const RETRIED: Duration = Duration::from_secs(20);
+
+/// A pod that was made without our plugin, and a process in it, as a container runtime runs it.
+struct Running {
+    // In this order: the process ends before its cgroups do.
+    _process: Process,
+    _container: Cgroup,
+    _cgroup: Cgroup,
+    pod: Pod,
+}
+
+impl Running {
+    fn new(cluster: &Cluster, families: Families) -> Result<Self> {
+        let pod = cluster.node().plain("pod", families)?;
+        let session = cluster.node().session();
+        let cgroup = session.cgroup().child(&format!("pod{}", pod.identity().uid))?;
+        let container = cgroup.child(&"c".repeat(64))?;
+        let mut command = Command::new("sleep");
+        command.arg("600");
+        let log = cluster.node().dir().join(format!("{}.log", pod.identity().name));
+        let process = Process::spawn("process of a pod", command, pod.netns(), &container, &log)?;
+        Ok(Self { _process: process, _container: container, _cgroup: cgroup, pod })
+    }
+}
+
+fn becomes(cluster: &Cluster, pod: &Pod, state: Option<&str>) -> Result<()> {
+    let what = format!("annotation {state:?}");
+    let waited = wait::until_true(&what, RETRIED, || Ok(cluster.redirection(pod).as_deref() == state));
+    waited.with_context(|| format!("it is {:?}; events: {:?}", cluster.redirection(pod), cluster.events(pod)))
+}
+
+fn labels(context: &Context, families: Families, stack: Stack) -> Result<()> {
+    let cluster = Cluster::start(&context.session()?, &[])?;
+    let other = cluster.node().plain("other", Families::Dual)?;
+    let Running { pod, .. } = &Running::new(&cluster, families)?;
+    cluster.announce_running(pod, &NONE);
+    let listening = other.listen(stack)?;
+    let to = other.endpoint(stack.family(), listening.port())?;
+    for _ in 0..2 {
+        ensure!(pod.connect(stack, to)?.is_direct(), "enrolled, although it opts out");
+        cluster.announce_running(pod, &AMBIENT);
+        becomes(&cluster, pod, Some("enabled"))?;
+        outbound::passes_the_proxy_once(pod, &other, stack)?;
+        inbound::passes_the_proxy_once(other.netns(), pod, stack)?;
+        cluster.announce_running(pod, &NONE);
+        becomes(&cluster, pod, None)?;
+        // A connection that meets the change may come to nothing.
+        wait::until_true("pod that is steered no longer", RETRIED, || {
+            let attempt = Connection::open_within(pod.netns(), stack, to, Duration::from_secs(1));
+            Ok(attempt.is_ok_and(|connection| connection.is_direct()))
+        })?;
+    }
+    Ok(())
+}
+
+/// An application had one of the proxy's ports before: the pod is steered and held, and served when the port is free.
+fn refused(context: &Context, stack: Stack) -> Result<()> {
+    let cluster = Cluster::start(&context.session()?, &[])?;
+    let other = cluster.node().plain("other", Families::Dual)?;
+    let mut squatted = Vec::new();
+    for port in [PORT_OUTBOUND, PORT_INBOUND] {
+        let running = Running::new(&cluster, Families::Dual)?;
+        let address = stack.spell(running.pod.endpoint(stack.family(), port)?);
+        let squatter = running.pod.netns().run(|| listen(stack, address))??;
+        cluster.announce_running(&running.pod, &AMBIENT);
+        squatted.push((port, running, squatter));
+    }
+    for (port, Running { pod, .. }, _) in &squatted {
+        becomes(&cluster, pod, Some("pending"))?;
+        wait::until_true("refusal in the report", wait::SOON, || {
+            let report = cluster.node().report(pod)?;
+            let refusal = report.and_then(|report| report.proxy.err()).unwrap_or_default();
+            Ok(refusal.contains(&port.to_string()))
+        })?;
+        let listening = Server::start(other.netns(), stack, 0, "other")?;
+        let to = other.endpoint(stack.family(), listening.port())?;
+        let early = Connection::open_within(pod.netns(), stack, to, Duration::from_millis(500));
+        ensure!(early.is_err() && listening.accepted().is_empty(), "past the proxy: {early:?}");
+    }
+    // The others are none the worse.
+    let bystander = Running::new(&cluster, Families::Dual)?;
+    cluster.announce_running(&bystander.pod, &AMBIENT);
+    becomes(&cluster, &bystander.pod, Some("enabled"))?;
+    outbound::passes_the_proxy_once(&bystander.pod, &other, stack)?;
+
+    let freed: Vec<Running> = squatted.into_iter().map(|(_, running, _)| running).collect();
+    for Running { pod, .. } in &freed {
+        becomes(&cluster, pod, Some("enabled"))?;
+        outbound::passes_the_proxy_once(pod, &other, stack)?;
+        inbound::passes_the_proxy_once(other.netns(), pod, stack)?;
+    }
+    Ok(())
+}
