@@ -4,6 +4,7 @@ mod resolvers;
 mod sockets;
 mod steering;
 
+use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -118,9 +119,17 @@ fn fresh_question(label: &str) -> Result<(String, Vec<u8>)> {
 /// Waits for an answer and says from whom it is.
 fn answer_to(question: &[u8], socket: &UdpSocket) -> Result<SocketAddr> {
     let mut buffer = [0; 4096];
-    let (length, from) = socket.recv_from(&mut buffer).context("no answer")?;
-    check_answer(question, &buffer[..length])?;
-    Ok(from)
+    loop {
+        match socket.recv_from(&mut buffer) {
+            // A socket with a time limit is not restarted by the kernel.
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            received => {
+                let (length, from) = received.context("no answer")?;
+                check_answer(question, &buffer[..length])?;
+                return Ok(from);
+            }
+        }
+    }
 }
 
 /// How long to wait for what must not come.

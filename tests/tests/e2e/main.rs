@@ -9,6 +9,7 @@ mod dns;
 mod eaddrinuse;
 mod enrolment;
 mod exclusions;
+mod faults;
 mod fragments;
 mod hand_over;
 mod hardening;
@@ -30,6 +31,7 @@ mod raw;
 mod repairs;
 mod reports;
 mod restarts;
+mod running_pods;
 mod services;
 mod streams;
 mod survival;
@@ -38,6 +40,7 @@ mod tc_method;
 mod time_wait;
 mod tunnel;
 mod uninstall;
+mod virtual_interfaces;
 mod without_ipv6;
 mod without_proxy;
 
@@ -91,6 +94,9 @@ fn main() -> anyhow::Result<ExitCode> {
         tunnel::trials(&context),
         services::trials(&context),
         hand_over::trials(&context),
+        running_pods::trials(&context),
+        virtual_interfaces::trials(&context),
+        faults::trials(&context),
     ];
     let trials: Vec<Trial> = trials.into_iter().flatten().collect();
     let conclusion = libtest_mimic::run(&arguments, trials);

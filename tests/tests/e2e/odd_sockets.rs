@@ -3,7 +3,7 @@
 //! What Istio's iptables rules (OUTPUT and PREROUTING of the pod's `nat` table) do is told for comparison.
 
 mod marks;
-mod nested;
+pub(crate) mod nested;
 mod others;
 mod ways;
 

@@ -99,6 +99,21 @@ async fn a_running_pod_is_steered_without_waiting_for_a_proxy() {
 }
 
 #[tokio::test]
+async fn a_pod_without_addresses_is_refused_and_disturbs_nobody() {
+    let node = Node::start();
+    let (netns, cookie) = node.netns("pod", &[]);
+    let (neighbours, neighbour) = node.netns("neighbour", &["10.0.0.3"]);
+    let sandbox = Sandbox { netns: neighbours, containers: BTreeSet::new() };
+    node.pods.adopt(wanted("v", "b", &["10.0.0.3"]), vec![sandbox]).await.unwrap();
+    let error = node.pods.add(attachment("c"), wanted("u", "a", &[]), netns).await.unwrap_err();
+    assert!(matches!(error, Error::NoAddresses(_)), "{error}");
+    assert!(error.to_string().contains("shop/a"), "{error}");
+    assert!(node.kernel.facts(cookie).is_empty());
+    assert!(node.steers(neighbour));
+    assert_eq!(node.pods.uids().await, ["v"]);
+}
+
+#[tokio::test]
 async fn the_hosts_namespace_is_no_pods() {
     let node = Node::start();
     let (netns, cookie) = node.netns("host", &["10.0.0.2"]);

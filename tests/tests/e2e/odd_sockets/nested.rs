@@ -30,14 +30,14 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 
 /// How the nested namespace's connections go on from the pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Joint {
+pub(crate) enum Joint {
     /// With their own addresses.
     Routed,
     /// With the pod's.
     Masqueraded,
 }
 
-fn address(family: Family, host: u8) -> IpAddr {
+pub(crate) fn address(family: Family, host: u8) -> IpAddr {
     match family {
         Family::Ipv4 => Ipv4Addr::new(192, 168, 77, host).into(),
         Family::Ipv6 => Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, host.into()).into(),
@@ -45,7 +45,7 @@ fn address(family: Family, host: u8) -> IpAddr {
 }
 
 /// A namespace behind the pod, whose packets the pod forwards.
-fn behind(pod: &Pod, joint: Joint) -> Result<Netns> {
+pub(crate) fn behind(pod: &Pod, joint: Joint) -> Result<Netns> {
     let (outer, nested) = (pod.netns(), Netns::new("nested")?);
     let peer = nested.path();
     outer.ip(&format!("link add inner type veth peer name eth0 netns {}", peer.display()))?;
