@@ -127,6 +127,9 @@ pub trait Datapath {
     /// Reads those facts about a pod whose end nobody tells of: sysctls, map entries, the socket lookup. Cheap.
     fn glance(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>>;
 
+    /// Whether a proxy listens for outbound connections in IPv6.
+    fn is_served_in_ipv6(&mut self, netns: &NetNs) -> io::Result<bool>;
+
     /// Reads what is there for a pod.
     fn observe(&mut self, target: &Target) -> Result<Observation, Error>;
 

@@ -22,6 +22,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 
 use redirect_ebpf::Family;
+use redirect_ebpf::constants::PORT_OUTBOUND;
 
 use super::datapath::{Datapath, Error, Introduction, Observation, Target};
 use super::facts::{Fact, Hook, Interface, LOOKUP, LOOPBACK_INDEX, Mark, Namespace, Op};
@@ -418,6 +419,10 @@ impl Datapath for Linux {
         let netlink = self.enter(target)?;
         let (interfaces, _) = netlink.interfaces()?;
         interfaces.iter().try_for_each(|interface| netlink.delete_clsact(interface.index))
+    }
+
+    fn is_served_in_ipv6(&mut self, netns: &NetNs) -> io::Result<bool> {
+        netns.has_ipv6_listener(PORT_OUTBOUND)
     }
 
     fn observe(&mut self, target: &Target) -> Result<Observation, Error> {

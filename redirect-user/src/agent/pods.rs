@@ -243,7 +243,28 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     async fn steer_and_serve(&self, target: &Target) -> Result<Observation, Error> {
         let outcome = self.steer(target).await?;
         self.proxies.add(workload(target), self.defaults.proxy_deadline).await?;
+        if outcome.observation.namespace.ipv6 && !target.addresses.ipv6.is_empty() {
+            self.tell_of_ipv6(target).await;
+        }
         Ok(outcome.observation)
+    }
+
+    /// A proxy that listens for IPv4 alone acknowledges a pod all the same.
+    async fn tell_of_ipv6(&self, target: &Target) {
+        let netns = target.netns.clone();
+        let served = self.kernel.run(move |datapath| datapath.is_served_in_ipv6(&netns)).await;
+        match served {
+            Ok(Ok(true)) | Err(_) => {}
+            Ok(Ok(false)) => tracing::warn!(
+                pod = %target.identity,
+                uid = target.identity.uid,
+                "the node proxy listens for IPv4 alone: the pod's connections in IPv6 get nowhere; was it started with \
+                 IPV6_ENABLED=false?"
+            ),
+            Ok(Err(error)) => {
+                tracing::warn!(pod = %target.identity, %error, "the proxy's listeners can't be looked at");
+            }
+        }
     }
 
     /// Steers a pod that runs already, in the one of these namespaces that holds its addresses. The proxy is told, but

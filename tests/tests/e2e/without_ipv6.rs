@@ -178,6 +178,7 @@ fn off_in_the_proxy(context: &Context, setting: &str) -> Result<()> {
     let environment = vec![("IPV6_ENABLED".to_owned(), "false".to_owned())];
     node.start_proxy_with(&ProxyOptions { environment, ..ProxyOptions::default() })?;
     let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    agent_says(&node, &pod, "the node proxy listens for IPv4 alone")?;
     works(&pod, &other, &IPV4)?;
 
     for (direction, client, server) in [(Way::Outbound, &pod, &other), (Way::Inbound, &other, &pod)] {

@@ -70,6 +70,10 @@ impl Datapath for Fake {
         Ok(())
     }
 
+    fn is_served_in_ipv6(&mut self, _: &NetNs) -> io::Result<bool> {
+        Ok(true)
+    }
+
     fn observe(&mut self, target: &Target) -> Result<Observation, Error> {
         match self.state().namespaces.get(&target.netns_cookie) {
             Some(known) => Ok(Observation {
