@@ -67,7 +67,7 @@ pub struct Entry {
     /// How it ended.
     #[serde(default)]
     pub result: Option<String>,
-    /// Whether it went through the mesh's tunnel.
+    /// Whether it went through the mesh's tunnel, with mutual TLS.
     #[serde(default)]
     pub tunnelled: bool,
 }

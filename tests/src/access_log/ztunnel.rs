@@ -75,8 +75,10 @@ fn of_line(line: &Value, pods: &Register) -> Result<Vec<Entry>> {
         _ => (Direction::Inbound, "dst"),
     };
     let source = canonical(address(line, "src.addr")?);
-    let tunnelled = text(line, "dst.hbone_addr").is_some();
-    let destination = if tunnelled { "dst.hbone_addr" } else { "dst.addr" };
+    // Identities are told of connections with mutual TLS only.
+    let mutual_tls = ["src.identity", "dst.identity"].iter().all(|key| text(line, key).is_some());
+    let hbone = text(line, "dst.hbone_addr").is_some();
+    let destination = if hbone { "dst.hbone_addr" } else { "dst.addr" };
     let original_destination = canonical(address(line, destination)?);
     let pod = match text(line, &format!("{side}.workload")) {
         Some(_) => named(line, side, pods),
@@ -97,7 +99,7 @@ fn of_line(line: &Value, pods: &Register) -> Result<Vec<Entry>> {
         bytes_sent: number(line, "bytes_sent"),
         bytes_received: number(line, "bytes_recv"),
         result: text(line, "error").map(str::to_owned),
-        tunnelled,
+        tunnelled: hbone && mutual_tls,
     };
     Ok(events.iter().map(|&event| Entry { event, ..entry.clone() }).collect())
 }

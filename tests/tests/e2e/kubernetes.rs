@@ -99,7 +99,7 @@ fn istio_exclusions(context: &Context, stack: Stack) -> Result<()> {
 fn bad_exclusions(context: &Context) -> Result<()> {
     let cases = [
         ("ambient-redirect.io/exclude-outbound-networks", "10.0.0.0/8,10.0.0.0/33", "10.0.0.0/33"),
-        ("ambient-redirect.io/exclude-inbound-networks", "fd00::/64, fd00::/129", "fd00::/129"),
+        ("ambient-redirect.io/exclude-inbound-networks", "2001:db8::/64, fd00::/129", "fd00::/129"),
         ("ambient-redirect.io/exclude-outbound-ports", "80,http", "http"),
         ("ambient-redirect.io/exclude-inbound-ports", "65536", "65536"),
     ];
@@ -123,7 +123,13 @@ fn bad_exclusions(context: &Context) -> Result<()> {
         // With a good value, it is enrolled.
         cluster
             .announce(&pod, &[(name, value.split(',').next().filter(|first| *first != bad).unwrap_or(""))]);
-        pod.enrol()?;
+        // The agent may not have heard of it yet.
+        let mut outcome = Ok(());
+        let enrolled = wait::until_true("enrolment with a good value", wait::SOON, || {
+            outcome = pod.enrol();
+            Ok(outcome.is_ok())
+        });
+        outcome.and(enrolled)?;
         let other = cluster.node().plain("other", Families::Dual)?;
         inbound::passes_the_proxy_once(other.netns(), &pod, Stack::V6)?;
     }
