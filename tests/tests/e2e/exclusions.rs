@@ -184,12 +184,15 @@ fn everything_of_a_family(context: &Context, stack: Stack) -> Result<()> {
 /// What an agent says that does not start.
 fn refusal(context: &Context, arguments: &[&str]) -> Result<String> {
     let session = context.session()?;
-    let directory = tempfile::tempdir_in(session.directory())?;
+    // A bpffs has no names with dots.
+    let directory = tempfile::Builder::new().prefix("refused-").tempdir_in(session.directory())?;
     let mut command = Command::new(&session.binaries().redirect);
     command.arg("agent").arg("--cgroup").arg(session.cgroup().path()).args(arguments);
     for socket in ["--socket", "--zds-socket"] {
         command.arg(socket).arg(directory.path().join(&socket[2..]));
     }
+    let pins = session.pins().join(directory.path().file_name().unwrap_or_default());
+    command.arg("--pin-dir").arg(&pins).arg("--state-dir").arg(directory.path().join("state"));
     let log = directory.path().join("log");
     command.stdout(std::process::Stdio::null()).stderr(std::fs::File::create(&log)?);
     let mut child = command.spawn()?;
@@ -201,6 +204,10 @@ fn refusal(context: &Context, arguments: &[&str]) -> Result<String> {
     if ended.is_err() {
         child.kill()?;
         child.wait()?;
+    }
+    // Maps are pinned before they turn out to be too small.
+    if pins.exists() {
+        std::fs::remove_dir_all(&pins)?;
     }
     ended?;
     ensure!(status.is_some_and(|status| !status.success()), "{arguments:?}: {status:?}");
