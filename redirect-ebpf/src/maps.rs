@@ -10,7 +10,7 @@
 //! | `EXCLUDED_PORTS` | hash | [`ExcludedPort`] | `u8`, no meaning |
 //! | `PROBES` | LRU hash | [`Tuple`] | `u64`, when the probe began, in nanoseconds of `bpf_ktime_get_ns` |
 //! | `ASKED` | socket storage | – | [`Asked`] |
-//! | `HANDED_OVER` | LRU hash | [`Tuple`] | [`HandedOver`] |
+//! | `HANDED_OVER` | per-CPU array | 0 | [`HandedOver`] |
 //! | `LISTENERS` | socket hash | [`ListenerKey`] | a listener of a node proxy, put there by the kernel side itself |
 //! | `COUNTERS` | per-CPU array | [`crate::count::index`] | `u64`, connections |
 
@@ -80,8 +80,12 @@ pub struct Tuple {
 pub struct HandedOver {
     /// Where it is to go.
     pub listener: ListenerKey,
-    /// When it was handed over, in nanoseconds of `bpf_ktime_get_ns`.
+    /// When it was handed over, in nanoseconds of `bpf_ktime_get_ns`; zero if the lookup has been, or nothing ever was.
     pub time: u64,
+    /// Which connection it is.
+    pub tuple: Tuple,
+    /// Zero.
+    pub padding: [u8; 4],
 }
 
 /// A node proxy's listener in a pod.
@@ -96,7 +100,7 @@ pub struct ListenerKey {
 
 const _: () = {
     assert!(size_of::<Tuple>() == 36 && align_of::<Tuple>() == 1);
-    assert!(size_of::<HandedOver>() == 24 && size_of::<ListenerKey>() == 16);
+    assert!(size_of::<HandedOver>() == 64 && size_of::<ListenerKey>() == 16);
     assert!(size_of::<Pod>() == 24 && align_of::<Pod>() == 4);
     assert!(size_of::<PodAddress>() == 8 && align_of::<PodAddress>() == 8);
     assert!(size_of::<ProxyCgroup>() == 4 && align_of::<ProxyCgroup>() == 4);

@@ -10,10 +10,10 @@
 
 use core::mem::offset_of;
 
-use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST, bpf_sk_lookup, sk_action};
+use aya_ebpf::bindings::{BPF_NOEXIST, bpf_sk_lookup, sk_action};
 use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_map_update_elem};
 use aya_ebpf::macros::{map, sk_lookup};
-use aya_ebpf::maps::{LruHashMap, SockHash};
+use aya_ebpf::maps::{PerCpuArray, SockHash};
 use aya_ebpf::programs::SkLookupContext;
 use redirect_ebpf::decide::{Protocol, is_for_captured};
 use redirect_ebpf::maps::{HandedOver, ListenerKey, Tuple};
@@ -24,15 +24,16 @@ use super::pods::PodIp;
 use super::sock_addr::protocol;
 use super::socket::{NO_PORT, Socket};
 
-/// Entries live from the TC hook to the socket lookup of the same packet: a few would do.
+/// One note for each processor: it lives from the TC hook to the socket lookup of the same packet, in the same softirq. Every
+/// lookup of a listener in the pod runs our program, so that reading it has to be next to nothing.
 #[map]
-static HANDED_OVER: LruHashMap<Tuple, HandedOver> = LruHashMap::with_max_entries(1024, 0);
+static HANDED_OVER: PerCpuArray<HandedOver> = PerCpuArray::with_max_entries(1, 0);
 
 /// Sockets leave it by themselves when they are closed. The agent sets its capacity.
 #[map]
 static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(1, 0);
 
-/// An entry that no lookup followed (the kernel found the SYN to be an old duplicate) must not catch a later connection.
+/// A note that no lookup followed (the kernel found the SYN to be an old duplicate) must not catch a later connection.
 const LIFETIME: u64 = 100_000_000;
 
 const EEXIST: i64 = -17;
@@ -55,7 +56,10 @@ pub(super) fn hand_over<I: PodIp>(
     let tuple = segment.tuple::<I>();
     // SAFETY: the helper has no preconditions.
     let time = unsafe { bpf_ktime_get_ns() };
-    HANDED_OVER.insert(tuple, HandedOver { listener: key, time }, BPF_ANY.into()).map_err(i64::from)
+    let note = HANDED_OVER.get_ptr_mut(0).ok_or(ENOENT)?;
+    // SAFETY: the pointer is valid, and nobody else writes on this processor meanwhile.
+    unsafe { *note = HandedOver { listener: key, time, tuple, padding: [0; 4] } };
+    Ok(())
 }
 
 /// Puts the listener into the map, if it is not there already.
@@ -76,15 +80,7 @@ fn remember(key: &ListenerKey, listener: &Socket) -> Result<(), i64> {
 
 #[sk_lookup]
 pub(crate) fn listener_lookup(ctx: SkLookupContext) -> u32 {
-    let tuple = tuple(ctx.lookup);
-    let Some(entry) = HANDED_OVER.get_ptr(tuple) else { return not_handed_over(ctx.lookup, &tuple) };
-    // SAFETY: the entry is only read; LRU entries may be recycled while they are read, which the time limits.
-    let HandedOver { listener, time } = unsafe { *entry };
-    let _ = HANDED_OVER.remove(tuple);
-    // SAFETY: the helper has no preconditions.
-    if unsafe { bpf_ktime_get_ns() }.wrapping_sub(time) > LIFETIME {
-        return not_handed_over(ctx.lookup, &tuple);
-    }
+    let Some(listener) = handed_over(ctx.lookup) else { return not_handed_over(ctx.lookup) };
     match LISTENERS.redirect_sk_lookup(&ctx, listener, 0) {
         Ok(()) => sk_action::SK_PASS,
         // No listener, or it has gone in between: the kernel refuses the connection, and nobody else gets it.
@@ -92,14 +88,46 @@ pub(crate) fn listener_lookup(ctx: SkLookupContext) -> u32 {
     }
 }
 
+/// Takes the note about the connection, if there is one. A time of zero: there is none.
+#[inline(always)]
+fn handed_over(lookup: *const bpf_sk_lookup) -> Option<ListenerKey> {
+    let note = HANDED_OVER.get_ptr_mut(0)?;
+    // SAFETY: the pointer is valid, and nobody else writes on this processor meanwhile.
+    let time = unsafe { (*note).time };
+    if time == 0 {
+        return None;
+    }
+    // SAFETY: as above.
+    let HandedOver { tuple: noted, listener, .. } = unsafe { *note };
+    if noted != tuple(lookup) {
+        return None;
+    }
+    // SAFETY: as above.
+    unsafe { (*note).time = 0 };
+    // SAFETY: the helper has no preconditions.
+    (unsafe { bpf_ktime_get_ns() }.wrapping_sub(time) <= LIFETIME).then_some(listener)
+}
+
 /// Refuses a connection to a listener that takes captured ones only. The programs that capture ask for it themselves, and
 /// without a source port.
 #[inline(always)]
-fn not_handed_over(lookup: *const bpf_sk_lookup, tuple: &Tuple) -> u32 {
-    let tcp = protocol(word(lookup, offset_of!(bpf_sk_lookup, protocol))) == Some(Protocol::Tcp);
-    let refused =
-        tcp && tuple.source_port != NO_PORT && is_for_captured(u16::from_be_bytes(tuple.destination_port));
+fn not_handed_over(lookup: *const bpf_sk_lookup) -> u32 {
+    let tcp = || protocol(word(lookup, offset_of!(bpf_sk_lookup, protocol))) == Some(Protocol::Tcp);
+    let refused = is_for_captured(local_port(lookup)) && remote_port(lookup) != NO_PORT && tcp();
     if refused { sk_action::SK_DROP } else { sk_action::SK_PASS }
+}
+
+/// In host order.
+#[inline(always)]
+fn local_port(lookup: *const bpf_sk_lookup) -> u16 {
+    word(lookup, offset_of!(bpf_sk_lookup, local_port)) as u16
+}
+
+/// In network order.
+#[inline(always)]
+fn remote_port(lookup: *const bpf_sk_lookup) -> [u8; 2] {
+    // SAFETY: every sk_lookup context has `remote_port`.
+    unsafe { (&raw const (*lookup).remote_port).read_volatile() }.to_ne_bytes()
 }
 
 #[inline(always)]
@@ -110,8 +138,6 @@ fn tuple(lookup: *const bpf_sk_lookup) -> Tuple {
     const REMOTE: End =
         End { ipv4: offset_of!(bpf_sk_lookup, remote_ip4), ipv6: offset_of!(bpf_sk_lookup, remote_ip6) };
     let [source, destination] = addresses(lookup, FAMILY, [REMOTE, LOCAL]);
-    // SAFETY: every sk_lookup context has `remote_port`.
-    let source_port = unsafe { (&raw const (*lookup).remote_port).read_volatile() }.to_ne_bytes();
-    let destination_port = (word(lookup, offset_of!(bpf_sk_lookup, local_port)) as u16).to_be_bytes();
+    let (source_port, destination_port) = (remote_port(lookup), local_port(lookup).to_be_bytes());
     Tuple { source, destination, source_port, destination_port }
 }
