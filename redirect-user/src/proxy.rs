@@ -29,7 +29,7 @@ mod sockets;
 #[cfg(test)]
 mod tests;
 
-pub use run::{Options, run};
+pub use run::{Options, OriginalDestination, run};
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -44,6 +44,7 @@ struct Shared {
     namespaces: Namespaces,
     access_log: Option<AccessLog>,
     ipv6: bool,
+    original_destination: OriginalDestination,
     /// Where DNS questions go.
     upstreams: Arc<Upstreams>,
     /// How long to wait before another attempt to open the listeners of a pod.

@@ -23,6 +23,11 @@ impl Cgroup {
         Self::create(mount_point()?.join(format!("{PREFIX}{}", std::process::id())))
     }
 
+    /// One beside that, for processes that no agent of this session is to have to do with.
+    pub fn beside_this_process(name: &str) -> Result<Self> {
+        Self::create(mount_point()?.join(format!("{PREFIX}{}-{name}", std::process::id())))
+    }
+
     /// A cgroup inside this one.
     pub fn child(&self, name: &str) -> Result<Self> {
         Self::create(self.path.join(name))
@@ -42,6 +47,14 @@ impl Cgroup {
     /// The file that moves a process here when its ID, or `0` for the writer itself, is written to it.
     pub fn entrance(&self) -> Result<File> {
         entrance(&self.path)
+    }
+
+    /// The CPU time of its processes so far, also of those that have ended.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        let path = self.path.join("cpu.stat");
+        let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        let microseconds = text.lines().find_map(|line| line.strip_prefix("usage_usec ")?.parse().ok());
+        Ok(Duration::from_micros(microseconds.with_context(|| format!("usage_usec in {}", path.display()))?))
     }
 
     /// The processes in it.
@@ -93,7 +106,9 @@ pub fn enter(path: &Path) -> Result<()> {
 pub fn sweep() -> Result<()> {
     for entry in fs::read_dir(mount_point()?)?.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let Some(process) = name.strip_prefix(PREFIX) else { continue };
+        let Some(process) = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next()) else {
+            continue;
+        };
         if Path::new("/proc").join(process).exists() {
             continue;
         }

@@ -15,6 +15,7 @@
 
 pub mod access_log;
 pub mod agent;
+pub mod bench;
 pub mod caller;
 pub mod cgroup;
 pub mod cluster;

@@ -4,10 +4,12 @@ use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use redirect_ebpf::Family;
+use serde::{Deserialize, Serialize};
 use socket2::Domain;
 
 /// How a socket speaks IP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Stack {
     /// An `AF_INET` socket.
     V4,

@@ -1,5 +1,6 @@
 //! `cargo xtask <task>`: everything a contributor or CI does with this repository, from a fresh clone on.
 
+mod bench;
 mod bpf;
 mod demo;
 mod host;
@@ -52,6 +53,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         demo: Vec<OsString>,
     },
+    /// Builds, then measures side by side with iptables, nftables and no redirection; results in target/bench. Needs root.
+    Bench(bench::Options),
     /// Runs unit and end-to-end tests. Needs root.
     Test(test::Selection),
 }
@@ -75,6 +78,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Build => userspace::build_and_show(&workspace)?,
         Task::Load { agent } => load::load(&workspace, &agent)?,
         Task::Demo { demo } => demo::demo(&workspace, &demo)?,
+        Task::Bench(options) => bench::bench(&workspace, &options)?,
         Task::Test(selection) => return test::test(&workspace, &selection),
     }
     Ok(ExitCode::SUCCESS)

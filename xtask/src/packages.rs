@@ -47,6 +47,7 @@ impl Package {
 /// What tests and demo run.
 pub(crate) fn of_the_tests() -> Vec<Package> {
     const CNI: &[&str] = &["/usr/lib/cni/bridge", "/opt/cni/bin/bridge", "/usr/libexec/cni/bridge"];
+    const FONT: &[&str] = &["/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf"];
     vec![
         Package::new(
             "iproute2",
@@ -60,6 +61,9 @@ pub(crate) fn of_the_tests() -> Vec<Package> {
             Evidence::File(CNI),
             "the CNI chain of the end-to-end tests",
         ),
+        Package::new("iptables", Evidence::Program("iptables-restore"), "the benchmark compares with it"),
+        Package::new("nftables", Evidence::Program("nft"), "the benchmark compares with it"),
+        Package::new("fonts-dejavu-core", Evidence::File(FONT), "the font of the benchmark's plots"),
         Package::new("bind9-dnsutils", Evidence::Program("dig"), "tests ask DNS servers with dig"),
         Package::new("ldnsutils", Evidence::Program("drill"), "tests ask DNS servers with drill"),
         Package::new(

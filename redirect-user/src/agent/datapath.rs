@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr};
+use std::time::Instant;
 
 use redirect_ebpf::maps::{Pod, PodFlags};
 
@@ -155,7 +156,9 @@ pub struct Outcome {
 /// Makes the pod steered. On an error everything that this call did is undone, except that what was there in the shape of
 /// another build is not brought back.
 pub fn enroll(datapath: &mut impl Datapath, target: &Target) -> Result<Outcome, Error> {
+    let began = Instant::now();
     let before = datapath.observe(target)?;
+    let read = began.elapsed();
     if let (false, Some(address)) = (before.namespace.ipv6, target.addresses.ipv6.first()) {
         return Err(Error::Ipv6Off { pod: target.identity.to_string(), address: *address });
     }
@@ -178,6 +181,14 @@ pub fn enroll(datapath: &mut impl Datapath, target: &Target) -> Result<Outcome, 
             return Err(error);
         }
     }
+    tracing::debug!(
+        pod = %target.identity,
+        uid = target.identity.uid,
+        read_microseconds = read.as_micros(),
+        write_microseconds = (began.elapsed() - read).as_micros(),
+        steps = ops.len(),
+        "facts are brought about"
+    );
     let lacked = |fact: &&Fact| !before.facts.contains(*fact) && !before.stale.contains(*fact);
     let made = wanted.iter().filter(lacked).cloned().collect();
     let observation = Observation { namespace: before.namespace, facts: wanted, ..Observation::default() };

@@ -224,8 +224,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
         self.follow(&enrolled.target);
         match self.steer_and_serve(&enrolled.target).await {
-            Ok(observation) => {
-                tell_steered(&enrolled.target, &observation, began);
+            Ok((observation, proxy)) => {
+                tell_steered(&enrolled.target, &observation, began, proxy);
                 enrolled.observation = observation;
                 enrolled.steered = true;
                 enrolled.since = Instant::now();
@@ -240,13 +240,16 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    async fn steer_and_serve(&self, target: &Target) -> Result<Observation, Error> {
+    /// Returns how long the proxy took as well.
+    async fn steer_and_serve(&self, target: &Target) -> Result<(Observation, Duration), Error> {
         let outcome = self.steer(target).await?;
+        let handed = Instant::now();
         self.proxies.add(workload(target), self.defaults.proxy_deadline).await?;
+        let proxy = handed.elapsed();
         if outcome.observation.namespace.ipv6 && !target.addresses.ipv6.is_empty() {
             self.tell_of_ipv6(target).await;
         }
-        Ok(outcome.observation)
+        Ok((outcome.observation, proxy))
     }
 
     /// A proxy that listens for IPv4 alone acknowledges a pod all the same.
@@ -332,7 +335,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         enrolled.steered = true;
         self.records.write(&enrolled.record(Phase::Done));
         self.follow(&enrolled.target);
-        tell_steered(&enrolled.target, &enrolled.observation, began);
+        tell_steered(&enrolled.target, &enrolled.observation, began, Duration::ZERO);
         Ok(enrolled)
     }
 
@@ -418,25 +421,30 @@ impl<D: Datapath + Send + 'static> Pods<D> {
 
     async fn end(&self, known: &Enrolled) {
         let began = Instant::now();
-        self.remove(&known.target).await;
+        let proxy = self.remove(&known.target).await;
         tracing::info!(
             pod = %known.target.identity,
             uid = known.target.identity.uid,
-            milliseconds = began.elapsed().as_millis(),
+            microseconds = began.elapsed().as_micros(),
+            proxy_microseconds = proxy.as_micros(),
             "pod is no longer steered"
         );
     }
 
-    /// Takes the pod from the kernel and from the proxy, so that the proxy's connections work until it cuts them.
-    async fn remove(&self, target: &Target) {
+    /// Takes the pod from the kernel and from the proxy, so that the proxy's connections work until it cuts them. Returns
+    /// how long the proxy took.
+    async fn remove(&self, target: &Target) -> Duration {
         self.unenroll(target, Removal::Capture).await;
+        let asked = Instant::now();
         if let RemoveOutcome::Pending(peers) = self.proxies.remove(&target.identity.uid, PROXY_RELEASE).await
         {
             let peers = list(peers.iter());
             tracing::warn!(pod = %target.identity, peers, "the proxy does not let go of the pod; going on without");
         }
+        let proxy = asked.elapsed();
         self.unenroll(target, Removal::Everything).await;
         self.records.remove(target.netns_cookie);
+        proxy
     }
 
     async fn unenroll(&self, target: &Target, removal: Removal) {
@@ -648,13 +656,14 @@ fn workload(target: &Target) -> Workload {
     }
 }
 
-fn tell_steered(target: &Target, observation: &Observation, began: Instant) {
+fn tell_steered(target: &Target, observation: &Observation, began: Instant, proxy: Duration) {
     tracing::info!(
         pod = %target.identity,
         uid = target.identity.uid,
         families = %list(target.addresses.families()),
         addresses = %list(target.addresses.iter()),
-        milliseconds = began.elapsed().as_millis(),
+        microseconds = began.elapsed().as_micros(),
+        proxy_microseconds = proxy.as_micros(),
         "pod is steered"
     );
     if !observation.namespace.ipv6 {

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use super::access_log::{ConnectionLine, End, Event, Line};
 use super::clients::Clients;
 use super::relay::{Connection, Counters, RelayError, relay};
-use super::{Direction, Identity, Shared, sockets};
+use super::{Direction, Identity, OriginalDestination, Shared, sockets};
 use crate::netns::NetNs;
 
 /// How long the destination may take to answer.
@@ -57,13 +57,18 @@ impl Context {
 struct Route {
     direction: Direction,
     source: SocketAddr,
-    /// What the client dialled: nobody rewrites addresses, so that it is the accepted socket's own address.
+    /// What the client dialled.
     destination: SocketAddr,
 }
 
 impl Route {
-    fn of(stream: &TcpStream, peer: SocketAddr, direction: Direction) -> io::Result<Self> {
-        Ok(Self { direction, source: canonical(peer), destination: canonical(stream.local_addr()?) })
+    fn of(context: &Context, stream: &TcpStream, peer: SocketAddr, direction: Direction) -> io::Result<Self> {
+        let remembered = match context.shared.original_destination {
+            OriginalDestination::Socket => None,
+            OriginalDestination::Conntrack => sockets::original_destination(SockRef::from(stream)),
+        };
+        let destination = remembered.map_or_else(|| stream.local_addr(), Ok)?;
+        Ok(Self { direction, source: canonical(peer), destination: canonical(destination) })
     }
 
     fn family(&self) -> &'static str {
@@ -104,7 +109,7 @@ fn canonical(address: SocketAddr) -> SocketAddr {
 /// Serves one accepted connection. When the future is dropped, both sides are reset.
 pub(super) async fn serve(context: Arc<Context>, stream: TcpStream, peer: SocketAddr, direction: Direction) {
     let client = Connection::new(stream);
-    let route = match Route::of(client.stream(), peer, direction) {
+    let route = match Route::of(&context, client.stream(), peer, direction) {
         Ok(route) => route,
         Err(error) => return tracing::debug!("pod {}: getsockname: {error}", context.identity.name),
     };

@@ -39,6 +39,9 @@ pub struct Options {
     /// Whether to listen on IPv6 where a pod has it
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set, env = "IPV6_ENABLED")]
     pub ipv6_enabled: bool,
+    /// Where the original destination of a connection is found
+    #[arg(long, value_enum, default_value_t)]
+    pub original_destination: OriginalDestination,
     /// The servers that DNS questions of pods go to, as seen from the pods, each `address` or `address:port`; those of
     /// the proxy's own /etc/resolv.conf by default
     #[arg(long, value_delimiter = ',', value_parser = parse_upstream, value_name = "SERVER")]
@@ -46,6 +49,16 @@ pub struct Options {
     /// Threads that relay; one per processor by default
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     pub worker_threads: Option<u16>,
+}
+
+/// Where the original destination of a connection is found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum OriginalDestination {
+    /// The accepted socket's own address: nobody rewrote it.
+    #[default]
+    Socket,
+    /// What conntrack remembers, if anything: for pods whose connections rules of netfilter redirect.
+    Conntrack,
 }
 
 /// Runs the proxy until it is told to stop.
@@ -80,7 +93,14 @@ async fn serve(options: Options, access_log: Option<AccessLog>) -> anyhow::Resul
     let mut stop = Stop::new().context("listening for signals")?;
     let namespaces = Namespaces::start().context("starting the thread that enters network namespaces")?;
     let upstreams = Arc::new(Upstreams::new(&options.dns_upstream, Path::new(RESOLV_CONF)));
-    let shared = Shared { namespaces, access_log, ipv6: options.ipv6_enabled, upstreams, retry: RETRY };
+    let shared = Shared {
+        namespaces,
+        access_log,
+        ipv6: options.ipv6_enabled,
+        original_destination: options.original_destination,
+        upstreams,
+        retry: RETRY,
+    };
     let mut pods = Pods::new(shared);
     tokio::select! {
         () = follow(&options.zds_socket, &mut pods, Backoff::default()) => {}

@@ -185,6 +185,12 @@ fn set_transparent(socket: &Socket, address: SocketAddr) -> io::Result<()> {
     socket.set_ip_transparent_v6(true).or(shared)
 }
 
+/// Where a connection that a rule of netfilter redirected was to go.
+pub(super) fn original_destination(socket: SockRef<'_>) -> Option<SocketAddr> {
+    let found = socket.original_dst_v4().or_else(|_| socket.original_dst_v6());
+    found.ok()?.as_socket()
+}
+
 /// Small writes at once, and silent peers noticed.
 pub(super) fn tune(socket: SockRef<'_>) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;

@@ -3,6 +3,7 @@
 //! They need root, the usual CNI plugins, bpftool and the release build of this workspace. Without them they are
 //! skipped, visibly; with `REDIRECT_E2E=require` they fail instead.
 
+mod bench;
 mod closed_ports;
 mod context;
 mod dns;
@@ -97,6 +98,7 @@ fn main() -> anyhow::Result<ExitCode> {
         running_pods::trials(&context),
         virtual_interfaces::trials(&context),
         faults::trials(&context),
+        bench::trials(&context),
     ];
     let trials: Vec<Trial> = trials.into_iter().flatten().collect();
     let conclusion = libtest_mimic::run(&arguments, trials);

@@ -18,7 +18,7 @@ use super::super::access_log::AccessLog;
 use super::super::connection::Context;
 use super::super::resolver::Upstreams;
 use super::super::sockets::Namespaces;
-use super::super::{Identity, Shared};
+use super::super::{Identity, OriginalDestination, Shared};
 use super::{eventually, skip, soon};
 use crate::netns::NetNs;
 
@@ -114,7 +114,9 @@ impl Logged {
         let namespaces = Namespaces::start().unwrap();
         let retry = Duration::from_millis(30);
         let upstreams = Arc::new(Upstreams::new(upstreams, &directory.path().join("resolv.conf")));
-        let shared = Shared { namespaces, access_log: Some(access_log), ipv6, upstreams, retry };
+        let original_destination = OriginalDestination::default();
+        let access_log = Some(access_log);
+        let shared = Shared { namespaces, access_log, ipv6, original_destination, upstreams, retry };
         (Self { _directory: directory, path, writer }, shared)
     }
 

@@ -1,0 +1,195 @@
+//! What it takes to steer a pod, and to let go of it; against writing the rules of netfilter for it.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use serde_json::Value;
+
+use super::crowd::{BarePod, at_once, gather};
+use super::nursery::Nursery;
+use super::rules::Netfilter;
+use crate::{Session, signals};
+
+/// Times of one pod, in microseconds, in the order of the attempts.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Enrolment {
+    /// From the request to the answer.
+    pub request: Vec<f64>,
+    /// Of it the proxy's share, as the agent saw it.
+    pub proxy: Vec<f64>,
+    /// Of it the reading of what is in the kernel.
+    pub read: Vec<f64>,
+    /// Of it the steps that steer the pod.
+    pub write: Vec<f64>,
+    /// From the request to let go to the answer.
+    pub release: Vec<f64>,
+    /// Of it the proxy's share.
+    pub release_proxy: Vec<f64>,
+    /// The plugin's process from start to exit.
+    pub plugin: Vec<f64>,
+    /// Of it what the agent took.
+    pub plugin_agent: Vec<f64>,
+    /// Writing the rules of iptables, rules of routing and routes.
+    pub iptables: Vec<f64>,
+    /// Removing them.
+    pub iptables_release: Vec<f64>,
+    /// The same with nft.
+    pub nft: Vec<f64>,
+    /// Removing them.
+    pub nft_release: Vec<f64>,
+    /// Pods at once.
+    pub crowds: Vec<Crowd>,
+}
+
+/// Time until the last of some pods is steered, in microseconds.
+#[derive(Clone, Debug, Serialize)]
+pub struct Crowd {
+    /// How many at once.
+    pub pods: usize,
+    /// By the CNI plugin.
+    pub ebpf: Vec<f64>,
+    /// By iptables-restore.
+    pub iptables: Vec<f64>,
+    /// By nft.
+    pub nft: Vec<f64>,
+}
+
+/// How much of it.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Attempts with one pod.
+    pub attempts: usize,
+    /// How many pods at once.
+    pub crowds: Vec<usize>,
+    /// How often.
+    pub rounds: usize,
+}
+
+impl Enrolment {
+    /// The part of [`Self::request`] that is ours.
+    #[must_use]
+    pub fn ours(&self) -> Vec<f64> {
+        self.request.iter().zip(&self.proxy).map(|(all, proxy)| all - proxy).collect()
+    }
+
+    /// The part of [`Self::release`] that is ours.
+    #[must_use]
+    pub fn release_ours(&self) -> Vec<f64> {
+        self.release.iter().zip(&self.release_proxy).map(|(all, proxy)| all - proxy).collect()
+    }
+
+    /// The plugin's process without the agent's work.
+    #[must_use]
+    pub fn plugin_alone(&self) -> Vec<f64> {
+        self.plugin.iter().zip(&self.plugin_agent).map(|(all, agent)| all - agent).collect()
+    }
+}
+
+/// So many attempts of each arm follow each other.
+const BLOCK: usize = 10;
+
+/// How long the kernel is left alone between arms.
+const SETTLE: Duration = Duration::from_millis(300);
+
+/// Measures it.
+pub fn measure(session: &Arc<Session>, plan: &Plan) -> Result<Enrolment> {
+    let nursery = Nursery::start(session)?;
+    let agent = nursery.agent_socket();
+    let plugin = session.binaries().plugin.clone();
+    let most = plan.crowds.iter().copied().max().unwrap_or(1);
+    let pods = gather(1, most)?;
+    let one = pods.first().context("a pod")?;
+    let mut times = Enrolment::default();
+    // The first ones fill caches on both sides.
+    for _ in 0..3 {
+        one.enrol(&agent)?;
+        one.unenrol(&agent)?;
+    }
+    for block in 0..plan.attempts.div_ceil(BLOCK) {
+        let attempts = BLOCK.min(plan.attempts - block * BLOCK);
+        for _ in 0..attempts {
+            signals::check()?;
+            times.request.push(microseconds(one.enrol(&agent)?));
+            times.release.push(microseconds(one.unenrol(&agent)?));
+            times.plugin.push(microseconds(one.run_plugin(&plugin, &agent, "ADD")?));
+            one.run_plugin(&plugin, &agent, "DEL")?;
+        }
+        for (netfilter, written, removed) in [
+            (Netfilter::Iptables, &mut times.iptables, &mut times.iptables_release),
+            (Netfilter::Nft, &mut times.nft, &mut times.nft_release),
+        ] {
+            for _ in 0..attempts {
+                signals::check()?;
+                let took = rules(one, netfilter)?;
+                written.push(took[0]);
+                removed.push(took[1]);
+            }
+        }
+        // The kernel cleans up after netfilter for a while, under locks that everybody needs.
+        thread::sleep(SETTLE);
+    }
+    read_log(&nursery.log(), one, &mut times)?;
+    for &count in &plan.crowds {
+        let mut crowd = Crowd { pods: count, ebpf: Vec::new(), iptables: Vec::new(), nft: Vec::new() };
+        let some = pods.get(..count).context("as many pods")?;
+        for _ in 0..plan.rounds {
+            signals::check()?;
+            let run =
+                |verb: &'static str| at_once(some, |pod| pod.run_plugin(&plugin, &agent, verb).map(drop));
+            crowd.ebpf.push(microseconds(run("ADD")?));
+            run("DEL")?;
+            for (netfilter, times) in
+                [(Netfilter::Iptables, &mut crowd.iptables), (Netfilter::Nft, &mut crowd.nft)]
+            {
+                times.push(microseconds(at_once(some, |pod| netfilter.apply(&pod.netns))?));
+                at_once(some, |pod| netfilter.remove(&pod.netns))?;
+            }
+        }
+        times.crowds.push(crowd);
+    }
+    Ok(times)
+}
+
+fn rules(pod: &BarePod, netfilter: Netfilter) -> Result<[f64; 2]> {
+    let began = Instant::now();
+    netfilter.apply(&pod.netns)?;
+    let written = began.elapsed();
+    let began = Instant::now();
+    netfilter.remove(&pod.netns)?;
+    Ok([written, began.elapsed()].map(microseconds))
+}
+
+/// The agent's own account of each attempt: by request and by plugin in turn.
+fn read_log(log: &str, pod: &BarePod, times: &mut Enrolment) -> Result<()> {
+    let uid = pod.uid();
+    let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let lines: Vec<Value> = lines.filter(|line| line["uid"] == uid).collect();
+    let all = |message: &str, field: &str| -> Vec<f64> {
+        let of = lines.iter().filter(|line| line["message"] == message);
+        of.filter_map(|line| number(&line[field])).collect()
+    };
+    let attempts = times.request.len();
+    // Each attempt enrols twice; before the first there are those that fill caches.
+    let share = |values: Vec<f64>, offset: usize| -> Result<Vec<f64>> {
+        let first = values.len().checked_sub(2 * attempts).context("the agent's log lacks enrolments")?;
+        Ok(values.into_iter().skip(first + offset).step_by(2).collect())
+    };
+    times.proxy = share(all("pod is steered", "proxy_microseconds"), 0)?;
+    times.plugin_agent = share(all("pod is steered", "microseconds"), 1)?;
+    times.read = share(all("facts are brought about", "read_microseconds"), 0)?;
+    times.write = share(all("facts are brought about", "write_microseconds"), 0)?;
+    times.release_proxy = share(all("pod is no longer steered", "proxy_microseconds"), 0)?;
+    Ok(())
+}
+
+/// A number of the log, which is a text where it has more than 64 bits.
+fn number(value: &Value) -> Option<f64> {
+    value.as_f64().or_else(|| value.as_str()?.parse().ok())
+}
+
+fn microseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e6
+}

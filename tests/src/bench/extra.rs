@@ -1,0 +1,162 @@
+//! Measurements of connections that are no comparison of arms by time alone: destinations in turn, run time of programs,
+//! many pods and exclusions.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result};
+use aya::programs::loaded_programs;
+use aya::sys::{Stats, enable_stats};
+use serde::Serialize;
+
+use super::crowd::{BarePod, gather};
+use super::load::Work;
+use super::traffic::{self, Case, Length, Sample, Scene, generate};
+use super::world::{Arm, PORT, World};
+use crate::Stack;
+
+/// Connections of one pod to two destinations in turn.
+#[derive(Clone, Debug, Serialize)]
+pub struct Turns {
+    /// How.
+    pub arm: Arm,
+    /// The kind of socket.
+    pub stack: Stack,
+    /// To one destination, in connections per second.
+    pub one: f64,
+    /// To two in turn.
+    pub two: f64,
+    /// Connections that failed.
+    pub errors: u64,
+    /// SYNs that the pod sent again.
+    pub retransmits: u64,
+}
+
+/// Measures them in the arms that redirect.
+pub fn turns(world: &World, length: Length) -> Result<Vec<Turns>> {
+    let mut all = Vec::new();
+    for stack in [Stack::V4, Stack::V6] {
+        for arm in [Arm::Ebpf, Arm::Iptables, Arm::Nft] {
+            let pair = world.of(arm)?;
+            let destinations: Vec<SocketAddr> = [&pair.server, world.outside()]
+                .into_iter()
+                .map(|pod| pod.endpoint(stack.family(), PORT))
+                .collect::<Result<_>>()?;
+            let netns = pair.client.netns();
+            let run =
+                |to: &[SocketAddr]| generate(world, netns, arm, (Work::Connections, 16, stack), to, length);
+            let resent = || netns.statistic("netstat", "TcpExt", "TCPSynRetrans");
+            let one = run(destinations.get(..1).unwrap_or_default())?;
+            let before = resent()?;
+            let two = run(&destinations)?;
+            let rate =
+                |outcome: &super::load::Outcome| outcome.count as f64 * 1e9 / outcome.nanoseconds as f64;
+            all.push(Turns {
+                arm,
+                stack,
+                one: rate(&one),
+                two: rate(&two),
+                errors: two.errors,
+                retransmits: resent()? - before,
+            });
+        }
+    }
+    Ok(all)
+}
+
+/// What a program costs.
+#[derive(Clone, Debug, Serialize)]
+pub struct Hook {
+    /// The program's name.
+    pub program: String,
+    /// What ran meanwhile.
+    pub during: String,
+    /// How often it ran for each connection, or round trip.
+    pub runs: f64,
+    /// How long it took each time, in nanoseconds, with what the measuring takes.
+    pub nanoseconds: f64,
+}
+
+/// Measures the run time of every program while our arm works.
+pub fn hooks(world: &World, length: Length) -> Result<Vec<Hook>> {
+    let mut hooks = Vec::new();
+    let _enabled = enable_stats(Stats::RunTime).context("run time of programs")?;
+    for scene in [Scene::SinkOutbound, Scene::SinkInbound] {
+        for stack in [Stack::V4, Stack::V6] {
+            for work in [Work::Connections, Work::PingPong] {
+                let case = Case { scene, work, clients: 1, stack };
+                let before = run_times(world)?;
+                let sample = traffic::measure(world, case, Arm::Ebpf, 0, length)?;
+                for (program, (runs, time)) in run_times(world)? {
+                    let (old_runs, old_time) = before.get(&program).copied().unwrap_or_default();
+                    let (runs, time) = (runs - old_runs, time - old_time);
+                    if runs > 0 {
+                        hooks.push(Hook {
+                            program,
+                            during: format!("{}, {case}", scene.label()),
+                            runs: runs as f64 / sample.outcome.all as f64,
+                            nanoseconds: time as f64 / runs as f64,
+                        });
+                    }
+                }
+            }
+        }
+    }
+    Ok(hooks)
+}
+
+/// Runs, and nanoseconds, of each of the agent's programs so far.
+fn run_times(world: &World) -> Result<BTreeMap<String, (u64, u64)>> {
+    let status = world.node().status()?;
+    let mut times = BTreeMap::new();
+    for program in loaded_programs() {
+        let program = program?;
+        if let Some(ours) = status.programs.iter().find(|ours| ours.id == program.id()) {
+            times.insert(
+                ours.name.clone(),
+                (program.run_count(), u64::try_from(program.run_time().as_nanos())?),
+            );
+        }
+    }
+    Ok(times)
+}
+
+/// Connections of one enrolled pod while there are many pods, or many exclusions.
+#[derive(Clone, Debug, Serialize)]
+pub struct Many {
+    /// Many of what.
+    pub what: String,
+    /// Samples of ebpf and of floor with few.
+    pub few: Vec<Sample>,
+    /// With many.
+    pub many: Vec<Sample>,
+}
+
+/// Measures connections with few pods, then with many.
+pub fn many_pods(world: &World, count: usize, rounds: usize, length: Length) -> Result<Many> {
+    let few = compare(world, rounds, length)?;
+    let agent = world.node().agent_socket();
+    let pods: Vec<BarePod> = gather(1, count)?;
+    for pod in &pods {
+        pod.enrol(&agent)?;
+    }
+    let many = compare(world, rounds, length)?;
+    for pod in &pods {
+        pod.unenrol(&agent)?;
+    }
+    Ok(Many { what: format!("{count} pods"), few, many })
+}
+
+/// Our arm and the floor in turn.
+pub fn compare(world: &World, rounds: usize, length: Length) -> Result<Vec<Sample>> {
+    let mut samples = Vec::new();
+    for round in 0..rounds {
+        for stack in [Stack::V4, Stack::V6] {
+            let case = Case { scene: Scene::SinkOutbound, work: Work::Connections, clients: 1, stack };
+            for arm in [Arm::Floor, Arm::Ebpf] {
+                samples.push(traffic::measure(world, case, arm, round, length)?);
+            }
+        }
+    }
+    Ok(samples)
+}

@@ -1,0 +1,50 @@
+//! A node on which pods are enrolled: an agent, and a proxy that does nothing but acknowledge them.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Result;
+
+use super::proxies::{Redirection, Running, Serving, spawn};
+use crate::cgroup::Cgroup;
+use crate::{Node, NodeOptions, Session};
+
+/// The node. Fields are dropped in this order.
+#[derive(Debug)]
+pub struct Nursery {
+    _proxy: Running,
+    _cgroup: Cgroup,
+    node: Arc<Node>,
+}
+
+impl Nursery {
+    /// Starts it. The agent's log tells how long each part of an enrolment took.
+    pub fn start(session: &Arc<Session>) -> Result<Self> {
+        let agent_arguments = ["--log", "info,redirect_user::agent=debug", "--log-format", "json"];
+        let agent_arguments = agent_arguments.map(str::to_owned).to_vec();
+        let node =
+            Node::with(session, NodeOptions { proxy: false, agent_arguments, ..NodeOptions::default() })?;
+        let cgroup = session.cgroup().child("nursery-proxy")?;
+        let proxy = spawn(Serving::Nothing, &node, &cgroup, node.dir(), Redirection::Socket)?;
+        node.with_agent(|agent| agent.wait_for_proxy(proxy.process()))?;
+        Ok(Self { _proxy: proxy, _cgroup: cgroup, node })
+    }
+
+    /// The agent's socket.
+    #[must_use]
+    pub fn agent_socket(&self) -> PathBuf {
+        self.node.agent_socket()
+    }
+
+    /// The node.
+    #[must_use]
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// The agent's log.
+    #[must_use]
+    pub fn log(&self) -> String {
+        self.node.with_agent(|agent| Ok(agent.process().log())).unwrap_or_default()
+    }
+}

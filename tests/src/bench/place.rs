@@ -1,0 +1,52 @@
+//! Where a process of a measurement runs: on one processor, and inside or outside of the cgroup that our programs are
+//! attached to.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+
+use crate::cgroup;
+
+/// The processor of clients and servers.
+pub const APPLICATIONS: usize = 0;
+
+/// The processor of node proxies.
+pub const PROXIES: usize = 1;
+
+/// Where the process runs.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Place {
+    /// The processor.
+    #[arg(long)]
+    pub cpu: usize,
+    /// The cgroup; the parent's by default.
+    #[arg(long)]
+    pub cgroup: Option<PathBuf>,
+}
+
+impl Place {
+    /// Goes there, before any thread is started.
+    pub fn take(&self) -> Result<()> {
+        pin(0, self.cpu)?;
+        self.cgroup.as_deref().map_or(Ok(()), cgroup::enter)
+    }
+
+    /// As arguments.
+    #[must_use]
+    pub fn arguments(cpu: usize, cgroup: Option<&Path>) -> Vec<String> {
+        let mut arguments = vec!["--cpu".to_owned(), cpu.to_string()];
+        if let Some(cgroup) = cgroup {
+            arguments.extend(["--cgroup".to_owned(), cgroup.display().to_string()]);
+        }
+        arguments
+    }
+}
+
+/// Keeps a thread on a processor. Threads that it starts stay there as well.
+pub fn pin(thread: i32, cpu: usize) -> Result<()> {
+    let mut set = CpuSet::new();
+    set.set(cpu).with_context(|| format!("processor {cpu}"))?;
+    sched_setaffinity(Pid::from_raw(thread), &set).with_context(|| format!("to processor {cpu}"))
+}

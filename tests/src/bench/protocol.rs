@@ -1,0 +1,94 @@
+//! What client and server of a measurement say to each other, and the server's side of it.
+//!
+//! The client's first message tells what is measured. The server closes first, as servers of short connections do: the
+//! socket in TIME_WAIT is then on its side.
+
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+
+use serde::{Deserialize, Serialize};
+use socket2::SockRef;
+
+/// The length of every request and every response.
+pub const MESSAGE: usize = 64;
+
+/// How much is read at once of a bulk transfer.
+const CHUNK: usize = 256 * 1024;
+
+/// A response. Its content is of no interest.
+const RESPONSE: [u8; MESSAGE] = [b'.'; MESSAGE];
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Kind {
+    /// One request and one response.
+    Request = b'R',
+    /// Requests and responses in turn, until the client has had enough.
+    PingPong = b'P',
+    /// Everything that the client sends, and one response at the end.
+    Bulk = b'B',
+    /// Tells how the server sees the connection, as one line of JSON.
+    Identify = b'I',
+}
+
+impl Kind {
+    /// A request of this kind.
+    #[must_use]
+    pub fn request(self) -> [u8; MESSAGE] {
+        [self as u8; MESSAGE]
+    }
+}
+
+/// How the server sees a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sight {
+    /// The listener's port.
+    pub port: u16,
+    /// The client.
+    pub peer: SocketAddr,
+    /// Where the client wanted to go: what a node proxy takes for the original destination.
+    pub destination: SocketAddr,
+}
+
+impl Sight {
+    fn of(stream: &TcpStream, port: u16) -> io::Result<Self> {
+        Ok(Self { port, peer: stream.peer_addr()?, destination: destination(stream)? })
+    }
+}
+
+/// The original destination as ztunnel finds it: what conntrack remembers, else the socket's own address.
+fn destination(stream: &TcpStream) -> io::Result<SocketAddr> {
+    let socket = SockRef::from(stream);
+    let remembered = socket.original_dst_v4().or_else(|_| socket.original_dst_v6());
+    match remembered.ok().and_then(|address| address.as_socket()) {
+        Some(address) => Ok(address),
+        None => stream.local_addr(),
+    }
+}
+
+/// Serves one connection to its end. `port` is the listener's.
+pub fn serve(mut stream: TcpStream, port: u16) -> io::Result<()> {
+    let mut request = [0; MESSAGE];
+    stream.read_exact(&mut request)?;
+    match request[0] {
+        kind if kind == Kind::Request as u8 => stream.write_all(&RESPONSE),
+        kind if kind == Kind::PingPong as u8 => loop {
+            stream.write_all(&RESPONSE)?;
+            match stream.read_exact(&mut request) {
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+                result => result?,
+            }
+        },
+        kind if kind == Kind::Bulk as u8 => {
+            let mut buffer = vec![0; CHUNK];
+            while stream.read(&mut buffer)? > 0 {}
+            stream.write_all(&RESPONSE)
+        }
+        kind if kind == Kind::Identify as u8 => {
+            serde_json::to_writer(&stream, &Sight::of(&stream, port)?)?;
+            stream.write_all(b"\n")
+        }
+        _ => Err(io::ErrorKind::InvalidData.into()),
+    }
+}

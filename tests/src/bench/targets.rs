@@ -1,0 +1,269 @@
+//! What the project wants to reach, and what was measured of it.
+
+use std::collections::BTreeMap;
+
+use super::load::Work;
+use super::run::Data;
+use super::statistics::{Estimate, percentile};
+use super::traffic::{Case, Sample, Scene};
+use super::world::Arm;
+use crate::Stack;
+
+/// A target.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// Of what.
+    pub measure: String,
+    /// Up to or from which value.
+    pub wanted: String,
+    /// What was found, with its confidence interval.
+    pub measured: String,
+    /// Whether it is met; `None` if it was not measured.
+    pub met: Option<bool>,
+}
+
+/// The samples of one case by arm, in the order of the rounds.
+#[derive(Clone, Debug, Default)]
+pub struct Rounds<'a>(BTreeMap<(Case, Arm), Vec<&'a Sample>>);
+
+impl<'a> Rounds<'a> {
+    /// Sorts samples.
+    #[must_use]
+    pub fn of(samples: &'a [Sample]) -> Self {
+        let mut rounds = Self::default();
+        for sample in samples {
+            rounds.0.entry((sample.case, sample.arm)).or_default().push(sample);
+        }
+        rounds
+    }
+
+    /// The cases of a scene that were measured.
+    #[must_use]
+    pub fn cases(&self, scene: Scene) -> Vec<Case> {
+        let cases = Case::of(scene).into_iter();
+        cases.filter(|case| self.0.keys().any(|(known, _)| known == case)).collect()
+    }
+
+    /// The samples.
+    #[must_use]
+    pub fn samples(&self, case: Case, arm: Arm) -> &[&'a Sample] {
+        self.0.get(&(case, arm)).map_or(&[], Vec::as_slice)
+    }
+
+    /// A value of every round.
+    #[must_use]
+    pub fn values(&self, case: Case, arm: Arm, value: impl Fn(&Sample) -> f64) -> Vec<f64> {
+        self.samples(case, arm).iter().map(|sample| value(sample)).collect()
+    }
+
+    /// How much more one arm costs than another.
+    #[must_use]
+    pub fn ratio(
+        &self,
+        case: Case,
+        arm: Arm,
+        to: Arm,
+        value: impl Fn(&Sample) -> f64 + Copy,
+    ) -> Option<Estimate> {
+        Estimate::ratio(&self.values(case, arm, value), &self.values(case, to, value))
+    }
+}
+
+/// Which side of a bound is wanted.
+#[derive(Clone, Copy)]
+enum Bound {
+    AtMost(f64),
+    AtLeast(f64),
+}
+
+impl Bound {
+    fn text(self, unit: &str) -> String {
+        match self {
+            Self::AtMost(bound) => format!("≤ {bound}{unit}"),
+            Self::AtLeast(bound) => format!("≥ {bound}{unit}"),
+        }
+    }
+
+    fn holds(self, value: f64) -> bool {
+        match self {
+            Self::AtMost(bound) => value <= bound,
+            Self::AtLeast(bound) => value >= bound,
+        }
+    }
+
+    fn target(self, measure: String, unit: &str, estimate: Option<Estimate>) -> Target {
+        Target {
+            measure,
+            wanted: self.text(unit),
+            measured: estimate.map_or_else(|| "not measured".to_owned(), |found| format!("{found}{unit}")),
+            met: estimate.map(|found| self.holds(found.value)),
+        }
+    }
+}
+
+const FAMILIES: [Stack; 2] = [Stack::V4, Stack::V6];
+
+/// The targets, with what was measured of them.
+#[must_use]
+pub fn evaluate(data: &Data) -> Vec<Target> {
+    let rounds = Rounds::of(&data.samples);
+    let mut targets = Vec::new();
+    for stack in FAMILIES {
+        let case = |scene, work, clients| Case { scene, work, clients, stack };
+        let connection = case(Scene::SinkOutbound, Work::Connections, 1);
+        let ping_pong = case(Scene::SinkOutbound, Work::PingPong, 1);
+        let bulk = case(Scene::SinkOutbound, Work::Bulk, 1);
+        let path = case(Scene::Path, Work::Connections, 16);
+        let of = |case, arm, to| rounds.ratio(case, arm, to, Sample::cost);
+        let plan = [
+            ("connection (sink), ebpf : floor", Bound::AtMost(1.05), of(connection, Arm::Ebpf, Arm::Floor)),
+            (
+                "connection (sink), iptables : ebpf",
+                Bound::AtLeast(1.4),
+                of(connection, Arm::Iptables, Arm::Ebpf),
+            ),
+            (
+                "ping-pong (sink), iptables : ebpf",
+                Bound::AtLeast(1.4),
+                of(ping_pong, Arm::Iptables, Arm::Ebpf),
+            ),
+            ("ping-pong (sink), ebpf : floor", Bound::AtMost(1.02), of(ping_pong, Arm::Ebpf, Arm::Floor)),
+            ("throughput (sink), ebpf : iptables", Bound::AtLeast(1.6), of(bulk, Arm::Iptables, Arm::Ebpf)),
+            ("throughput (sink), floor : ebpf", Bound::AtMost(1.02), of(bulk, Arm::Ebpf, Arm::Floor)),
+            (
+                "connections by the whole path, 16 clients, ebpf : iptables",
+                Bound::AtLeast(1.25),
+                of(path, Arm::Iptables, Arm::Ebpf),
+            ),
+        ];
+        targets.extend(plan.map(|(what, bound, found)| bound.target(format!("{what}, {stack}"), "", found)));
+    }
+    targets.extend(turns(data));
+    targets.extend(families(&rounds));
+    targets.extend(enrolment(data));
+    targets.extend(scale(data));
+    targets
+}
+
+fn turns(data: &Data) -> Vec<Target> {
+    let ours = data.turns.iter().filter(|turns| turns.arm == Arm::Ebpf);
+    ours.flat_map(|turns| {
+        let stack = turns.stack;
+        [
+            Bound::AtMost(0.0).target(
+                format!("two destinations in turn, ebpf: SYNs sent again and failures, {stack}"),
+                "",
+                Some(Estimate::exact((turns.retransmits + turns.errors) as f64)),
+            ),
+            Bound::AtLeast(0.9).target(
+                format!("two destinations in turn, ebpf: rate, two : one, {stack}"),
+                "",
+                Some(Estimate { value: turns.two / turns.one, low: f64::NAN, high: f64::NAN }),
+            ),
+        ]
+    })
+    .collect()
+}
+
+/// How much more IPv6 costs than IPv4 with us, compared with the floor's difference; the worst case of a scene.
+fn families(rounds: &Rounds<'_>) -> Vec<Target> {
+    let scenes = [Scene::SinkOutbound, Scene::SinkInbound];
+    let worst = |scene| {
+        let cases = rounds.cases(scene).into_iter().filter(|case| case.stack == Stack::V6);
+        let found = cases.filter_map(|ipv6| {
+            let ipv4 = Case { stack: Stack::V4, ..ipv6 };
+            let quotient = |arm| -> Vec<f64> {
+                let (six, four) =
+                    (rounds.values(ipv6, arm, Sample::cost), rounds.values(ipv4, arm, Sample::cost));
+                six.iter().zip(&four).map(|(six, four)| six / four).collect()
+            };
+            Some((ipv6, Estimate::ratio(&quotient(Arm::Ebpf), &quotient(Arm::Floor))?))
+        });
+        found.max_by(|(_, a), (_, b)| a.value.total_cmp(&b.value))
+    };
+    scenes
+        .into_iter()
+        .map(|scene| {
+            let worst = worst(scene);
+            let name = worst.map_or(String::new(), |(case, _)| format!(" (worst: {case})"));
+            let measure = format!("IPv6 : IPv4, ebpf against floor, {}{name}", scene.label());
+            Bound::AtMost(1.05).target(measure, "", worst.map(|(_, estimate)| estimate))
+        })
+        .collect()
+}
+
+fn enrolment(data: &Data) -> Vec<Target> {
+    let Some(times) = &data.enrolment else { return Vec::new() };
+    let at = |values: &[f64], share| percentile(values, share).map(|value| Estimate::exact(value / 1000.0));
+    [
+        ("enrolment of a pod, both families, our share, p50", 1.0, at(&times.ours(), 0.5)),
+        ("enrolment of a pod, both families, our share, p99", 3.0, at(&times.ours(), 0.99)),
+        ("un-enrolment, our share, p50", 1.0, at(&times.release_ours(), 0.5)),
+        ("plugin process, without the agent's work, p50", 3.0, at(&times.plugin_alone(), 0.5)),
+    ]
+    .into_iter()
+    .map(|(what, bound, found)| milliseconds(Bound::AtMost(bound).target(what.to_owned(), " ms", found)))
+    .collect()
+}
+
+/// An exact value needs no interval.
+fn milliseconds(target: Target) -> Target {
+    let measured = target.measured.split_once(" (").map(|(value, _)| format!("{value} ms"));
+    Target { measured: measured.unwrap_or(target.measured), ..target }
+}
+
+fn scale(data: &Data) -> Vec<Target> {
+    let mut targets = Vec::new();
+    if let Some(scale) = &data.scale {
+        let [taken, returned] = scale.kernel_per_pod;
+        let between = Estimate {
+            value: (taken + returned) / 2048.0,
+            low: taken.min(returned) / 1024.0,
+            high: taken.max(returned) / 1024.0,
+        };
+        targets.push(Bound::AtMost(16.0).target("kernel memory of a pod".to_owned(), " KiB", Some(between)));
+        let level = scale.levels.iter().rev().find(|level| level.pods <= 250);
+        let agent = level.map(|level| (level.pods, level.agent as f64 / 1048576.0));
+        let measure = format!("memory of the agent at {} pods", agent.map_or(250, |(pods, _)| pods));
+        let found = agent.map(|(_, value)| Estimate { value, low: f64::NAN, high: f64::NAN });
+        targets.push(Bound::AtMost(20.0).target(measure, " MiB", found));
+    }
+    for many in &data.many {
+        let (few, crowded) = (Rounds::of(&many.few), Rounds::of(&many.many));
+        for stack in FAMILIES {
+            let case = Case { scene: Scene::SinkOutbound, work: Work::Connections, clients: 1, stack };
+            let against_floor = |rounds: &Rounds<'_>| -> Vec<f64> {
+                let (ours, floor) = (
+                    rounds.values(case, Arm::Ebpf, Sample::cost),
+                    rounds.values(case, Arm::Floor, Sample::cost),
+                );
+                ours.iter().zip(&floor).map(|(ours, floor)| ours / floor).collect()
+            };
+            let found = Estimate::ratio(&against_floor(&crowded), &against_floor(&few));
+            let measure = format!("connection with {} : without, ebpf against floor, {stack}", many.what);
+            targets.push(Bound::AtMost(1.05).target(measure, "", found));
+        }
+    }
+    targets
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bounds_hold_on_their_side() {
+        let estimate = |value| Some(Estimate { value, low: value - 0.1, high: value + 0.1 });
+        let cases = [
+            (Bound::AtMost(1.05), 1.05, true, "≤ 1.05"),
+            (Bound::AtMost(1.05), 1.06, false, "≤ 1.05"),
+            (Bound::AtLeast(1.4), 1.4, true, "≥ 1.4"),
+            (Bound::AtLeast(1.4), 1.3, false, "≥ 1.4"),
+        ];
+        for (bound, value, met, wanted) in cases {
+            let target = bound.target("measure".into(), "", estimate(value));
+            assert_eq!((target.met, target.wanted.as_str()), (Some(met), wanted));
+        }
+        assert_eq!(Bound::AtMost(1.0).target("measure".into(), "", None).met, None);
+    }
+}

@@ -1,0 +1,36 @@
+//! `cargo xtask bench`: this project side by side with iptables, nftables and no redirection.
+
+use std::ffi::OsString;
+use std::process::Command;
+
+use anyhow::Result;
+use clap::Args;
+
+use crate::load::become_it;
+use crate::workspace::Workspace;
+use crate::{host, setup, userspace};
+
+const PACKAGE: [&str; 4] = ["--package", "redirect-tests", "--bin", "redirect-bench"];
+
+/// What is passed on.
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Writes a summary into README.md as well.
+    #[arg(long)]
+    readme: bool,
+    /// Arguments of the benchmark: `--quick`, `--proxy PATH`, `--only sink,path`, `--help`.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    bench: Vec<OsString>,
+}
+
+pub(crate) fn bench(workspace: &Workspace, options: &Options) -> Result<()> {
+    host::check()?;
+    let programs = userspace::build(workspace, &setup::everything(workspace)?, &PACKAGE)?;
+    let mut command = Command::new(workspace.target("release/redirect-bench"));
+    command.env("REDIRECT_BIN", programs.redirect).env("REDIRECT_CNI_BIN", programs.plugin);
+    command.arg("run").arg("--output").arg(workspace.target("bench"));
+    if options.readme {
+        command.arg("--readme").arg(workspace.file("README.md"));
+    }
+    match become_it(command.args(&options.bench))? {}
+}
