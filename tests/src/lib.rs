@@ -28,6 +28,7 @@ pub mod load;
 pub mod netns;
 pub mod node;
 pub mod pod;
+pub mod podman;
 pub mod process;
 pub mod proxy;
 pub mod server;

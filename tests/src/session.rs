@@ -32,7 +32,9 @@ impl Binaries {
     /// Those that `REDIRECT_BIN`, `REDIRECT_CNI_BIN` and `REDIRECT_PROXY_BIN` name, by default the release build of
     /// this workspace.
     pub fn from_env() -> Result<Self> {
-        let release = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("target").join("release");
+        let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+        let release =
+            Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("target").join(triple).join("release");
         let named = |variable, default: PathBuf| std::env::var_os(variable).map_or(default, PathBuf::from);
         let redirect = named("REDIRECT_BIN", release.join("redirect"));
         let proxy = named("REDIRECT_PROXY_BIN", redirect.clone());

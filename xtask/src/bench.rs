@@ -26,7 +26,7 @@ pub(crate) struct Options {
 pub(crate) fn bench(workspace: &Workspace, options: &Options) -> Result<()> {
     host::check()?;
     let programs = userspace::build(workspace, &setup::everything(workspace)?, &PACKAGE)?;
-    let mut command = Command::new(workspace.target("release/redirect-bench"));
+    let mut command = Command::new(programs.redirect.with_file_name("redirect-bench"));
     command.env("REDIRECT_BIN", programs.redirect).env("REDIRECT_CNI_BIN", programs.plugin);
     command.arg("run").arg("--output").arg(workspace.target("bench"));
     if options.readme {

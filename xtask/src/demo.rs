@@ -14,7 +14,7 @@ const PACKAGE: [&str; 4] = ["--package", "redirect-tests", "--bin", "redirect-de
 pub(crate) fn demo(workspace: &Workspace, arguments: &[OsString]) -> Result<()> {
     host::check()?;
     let programs = userspace::build(workspace, &setup::everything(workspace)?, &PACKAGE)?;
-    let mut command = Command::new(workspace.target("release/redirect-demo"));
+    let mut command = Command::new(programs.redirect.with_file_name("redirect-demo"));
     command.arg("--redirect").arg(programs.redirect).arg("--plugin").arg(programs.plugin);
     command.args(arguments);
     match become_it(&mut command)? {}

@@ -3,7 +3,9 @@
 mod bench;
 mod bpf;
 mod demo;
+mod helm;
 mod host;
+mod image;
 mod linker;
 mod load;
 mod packages;
@@ -55,6 +57,10 @@ enum Task {
     },
     /// Builds, then measures side by side with iptables, nftables and no redirection; results in target/bench. Needs root.
     Bench(bench::Options),
+    /// Writes the container image, as an OCI archive, into target/image.
+    Image(image::Settings),
+    /// Writes deploy/manifests from the chart.
+    Manifests(helm::Settings),
     /// Runs unit and end-to-end tests. Needs root.
     Test(test::Selection),
 }
@@ -79,6 +85,8 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Load { agent } => load::load(&workspace, &agent)?,
         Task::Demo { demo } => demo::demo(&workspace, &demo)?,
         Task::Bench(options) => bench::bench(&workspace, &options)?,
+        Task::Image(settings) => image::image(&workspace, &settings)?,
+        Task::Manifests(settings) => helm::manifests(&workspace, &settings)?,
         Task::Test(selection) => return test::test(&workspace, &selection),
     }
     Ok(ExitCode::SUCCESS)

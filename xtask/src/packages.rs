@@ -48,6 +48,7 @@ impl Package {
 pub(crate) fn of_the_tests() -> Vec<Package> {
     const CNI: &[&str] = &["/usr/lib/cni/bridge", "/opt/cni/bin/bridge", "/usr/libexec/cni/bridge"];
     const FONT: &[&str] = &["/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf"];
+    const BUSYBOX: &[&str] = &["/bin/busybox", "/usr/bin/busybox"];
     vec![
         Package::new(
             "iproute2",
@@ -66,6 +67,10 @@ pub(crate) fn of_the_tests() -> Vec<Package> {
         Package::new("fonts-dejavu-core", Evidence::File(FONT), "the font of the benchmark's plots"),
         Package::new("bind9-dnsutils", Evidence::Program("dig"), "tests ask DNS servers with dig"),
         Package::new("ldnsutils", Evidence::Program("drill"), "tests ask DNS servers with drill"),
+        Package::new("podman", Evidence::Program("podman"), "the DaemonSet's pod is run as a container"),
+        Package::new("runc", Evidence::Program("runc"), "podman runs containers with it"),
+        Package::new("busybox-static", Evidence::File(BUSYBOX), "the content of the tests' containers"),
+        Package::new("shellcheck", Evidence::Program("shellcheck"), "lints the scripts in deploy"),
         Package::new(
             "musl-tools",
             Evidence::Program("musl-gcc"),

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
-use crate::linker;
 use crate::packages::{self, Packages};
 use crate::progress;
 use crate::toolchain::{self, Rustc};
 use crate::workspace::Workspace;
+use crate::{helm, linker};
 
 /// What builds the kernel side.
 pub(crate) struct KernelSide {
@@ -20,6 +20,7 @@ pub(crate) struct KernelSide {
 pub(crate) fn everything(workspace: &Workspace) -> Result<KernelSide> {
     let packages = Packages::new(workspace);
     packages.ensure(&packages::of_the_tests())?;
+    helm::ensure(workspace, &packages)?;
     find_kernel_side(workspace, &packages)
 }
 

@@ -18,7 +18,7 @@ use clap::{Args, ValueEnum};
 use crate::tally::Tally;
 use crate::userspace::Programs;
 use crate::workspace::Workspace;
-use crate::{host, progress, setup, userspace};
+use crate::{host, image, progress, setup, userspace};
 
 /// How long output is awaited after cargo ended: a process that a test left behind may hold the pipe for ever.
 const GRACE: Duration = Duration::from_secs(1);
@@ -52,6 +52,7 @@ pub(crate) fn test(workspace: &Workspace, selection: &Selection) -> Result<ExitC
     host::check()?;
     let proxy = selection.proxy.as_ref().map(absolute).transpose()?;
     let programs = userspace::build(workspace, &setup::everything(workspace)?, &[])?;
+    image::write(workspace, &programs, &image::default_name())?;
 
     let mut build = workspace.cargo();
     build.args(["test", "--workspace", "--no-run"]);

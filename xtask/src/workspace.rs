@@ -17,6 +17,11 @@ impl Workspace {
         Self { root }
     }
 
+    /// `<path>` in the repository.
+    pub(crate) fn root(&self, path: impl AsRef<Path>) -> PathBuf {
+        self.root.join(path)
+    }
+
     /// `target/<path>`.
     pub(crate) fn target(&self, path: impl AsRef<Path>) -> PathBuf {
         self.root.join("target").join(path)

@@ -9,6 +9,7 @@ mod maps;
 mod netlink;
 mod object;
 mod pins;
+mod proc_sys;
 mod strip;
 mod sysctl;
 mod tc;
@@ -37,6 +38,7 @@ use object::Programs;
 pub use object::load;
 pub use pins::{DEFAULT_DIRECTORY, InUse, Pins};
 use pins::{Links, cookie_of_lookup, lookup_name};
+pub(super) use proc_sys::make_writable as make_sysctls_writable;
 pub use strip::{Stripped, strip};
 pub use tc::TcMethod;
 

@@ -9,7 +9,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch as signal_watch};
 
 use super::enrolment::{Enrolment, Everybody};
-use super::linux::{Capacities, Linux, Pins, Settings};
+use super::linux::{self, Capacities, Linux, Pins, Settings};
 use super::options::{OnExit, Options, WithoutProxy};
 use super::pods::{Defaults, Pods, Restored};
 use super::probes;
@@ -40,6 +40,9 @@ pub fn run(options: Options) -> anyhow::Result<()> {
 
 async fn serve(options: Options) -> anyhow::Result<()> {
     let started = Instant::now();
+    if let Err(error) = linux::make_sysctls_writable() {
+        tracing::warn!(%error, "/proc/sys is read-only and stays so: pods can't be enrolled");
+    }
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminated = false;

@@ -50,8 +50,12 @@ impl Files for Disk {
     }
 
     fn attribute(&mut self, file: &File, attributes: Attributes) -> io::Result<()> {
-        fchown(file, Some(attributes.uid), Some(attributes.gid))?;
-        file.set_permissions(Permissions::from_mode(attributes.mode))
+        file.set_permissions(Permissions::from_mode(attributes.mode))?;
+        match fchown(file, Some(attributes.uid), Some(attributes.gid)) {
+            // The agent gives up CAP_CHOWN; a configuration that is not root's becomes so.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+            changed => changed,
+        }
     }
 
     fn sync(&mut self, file: &File) -> io::Result<()> {

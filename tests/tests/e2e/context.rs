@@ -15,6 +15,8 @@ pub(crate) enum Needs {
     Root,
     /// The binaries of this workspace too.
     Binaries,
+    /// Podman, the image and the chart as well.
+    Container,
 }
 
 /// What the tests share.
@@ -100,6 +102,15 @@ pub(crate) fn trial(
     trial_that_needs(Needs::Binaries, context, name, test)
 }
 
+/// A test with containers.
+pub(crate) fn trial_in_container(
+    context: &Arc<Context>,
+    name: impl Into<String>,
+    test: impl FnOnce(&Context) -> Result<()> + Send + 'static,
+) -> Trial {
+    trial_that_needs(Needs::Container, context, name, test)
+}
+
 /// A test that needs more or less than usual.
 pub(crate) fn trial_that_needs(
     needs: Needs,
@@ -140,7 +151,10 @@ fn check(needs: Needs) -> Result<()> {
     if !plugins.iter().any(|directory| std::path::Path::new(directory).join("bridge").exists()) {
         bail!("needs the CNI plugins (bridge, host-local) in one of {plugins:?}");
     }
-    if needs == Needs::Binaries { Binaries::from_env()?.check() } else { Ok(()) }
+    if needs != Needs::Root {
+        Binaries::from_env()?.check()?;
+    }
+    if needs == Needs::Container { crate::container::check() } else { Ok(()) }
 }
 
 /// One test for every kind of pod and every stack that such a pod can speak: `group::dual::v4_mapped` and so on.

@@ -26,7 +26,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 }
 
 /// The directories of a node on which the primary CNI has run: Debian's plugins, a chain of theirs.
-struct Directories {
+pub(crate) struct Directories {
     directory: TempDir,
     node: Arc<Node>,
 }
@@ -34,7 +34,7 @@ struct Directories {
 const CONFIGURATION: &str = "10-primary.conflist";
 
 impl Directories {
-    fn new(node: &Arc<Node>, families: Families) -> Result<Self> {
+    pub(crate) fn new(node: &Arc<Node>, families: Families) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("cni-").tempdir_in(node.session().directory())?;
         let directories = Self { directory, node: node.clone() };
         fs::create_dir(directories.configurations())?;
@@ -54,11 +54,11 @@ impl Directories {
         Ok(fs::write(self.configurations().join(CONFIGURATION), chain.list().to_string())?)
     }
 
-    fn configurations(&self) -> PathBuf {
+    pub(crate) fn configurations(&self) -> PathBuf {
         self.directory.path().join("net.d")
     }
 
-    fn plugins(&self) -> PathBuf {
+    pub(crate) fn plugins(&self) -> PathBuf {
         self.directory.path().join("bin")
     }
 
@@ -95,7 +95,7 @@ impl Directories {
         Pod::through(&self.node, self.node.numbered(name, families), self.chain()?)
     }
 
-    fn is_chained(&self) -> bool {
+    pub(crate) fn is_chained(&self) -> bool {
         self.chain().is_ok_and(|chain| chain.types() == ["bridge", REDIRECT])
     }
 }

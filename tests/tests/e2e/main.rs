@@ -5,6 +5,7 @@
 
 mod bench;
 mod closed_ports;
+mod container;
 mod context;
 mod dns;
 mod eaddrinuse;
@@ -99,6 +100,7 @@ fn main() -> anyhow::Result<ExitCode> {
         virtual_interfaces::trials(&context),
         faults::trials(&context),
         bench::trials(&context),
+        container::trials(&context),
     ];
     let trials: Vec<Trial> = trials.into_iter().flatten().collect();
     let conclusion = libtest_mimic::run(&arguments, trials);

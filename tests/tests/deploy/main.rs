@@ -1,0 +1,203 @@
+//! What is deployed: the chart as Helm renders it, for every platform, and the plain manifests, against Kubernetes' own
+//! types. Needs helm and kubectl, which `cargo xtask setup` puts below target/tools; without them the tests are skipped,
+//! visibly; with `REDIRECT_E2E=require` they fail instead.
+
+mod objects;
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use redirect_user::privileges::AGENT;
+use serde_json::Value;
+
+const PLATFORMS: [&str; 9] = ["", "aks", "eks", "gke", "k3d", "k3s", "microk8s", "minikube", "openshift"];
+
+fn main() -> ExitCode {
+    let mut trials = vec![
+        trial("chart::everything_on", everything_on),
+        trial("chart::wrong_values_are_refused", wrong_values_are_refused),
+        trial("chart::rights_are_minimal", rights_are_minimal),
+        trial("manifests::are_valid", manifests_are_valid),
+        trial("samples::are_valid", samples_are_valid),
+        trial("objects::unknown_fields_are_found", unknown_fields_are_found),
+    ];
+    for platform in PLATFORMS {
+        let name = if platform.is_empty() { "default" } else { platform };
+        trials.push(trial(format!("chart::platform::{name}"), move || on_platform(platform)));
+    }
+    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+}
+
+fn trial(name: impl Into<String>, test: impl FnOnce() -> Result<()> + Send + 'static) -> Trial {
+    Trial::ignorable_test(name, move || {
+        if !tool("helm").exists() {
+            let reason = "needs helm and kubectl: cargo xtask setup";
+            if std::env::var("REDIRECT_E2E").is_ok_and(|value| value == "require") {
+                return Err(Failed::from(reason));
+            }
+            return Ok(Completion::ignored_with(reason));
+        }
+        test().map_err(|error| Failed::from(format!("{error:#}")))?;
+        Ok(Completion::Completed)
+    })
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the repository")
+}
+
+fn tool(name: &str) -> PathBuf {
+    root().join("target/tools/kubernetes").join(name)
+}
+
+fn run(command: &mut Command) -> Result<String> {
+    let output = command.current_dir(root()).output().with_context(|| format!("{command:?}"))?;
+    ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// The chart's objects with these values, all of them valid.
+fn render(values: &[&str]) -> Result<Vec<Value>> {
+    let mut helm = Command::new(tool("helm"));
+    helm.args(["template", "mesh", "deploy/chart", "--namespace", "mesh"]);
+    for value in values {
+        helm.args(["--set", value]);
+    }
+    objects::read(&run(&mut helm)?)
+}
+
+fn of_kind<'a>(objects: &'a [Value], kind: &str) -> Result<&'a Value> {
+    objects.iter().find(|object| object["kind"] == kind).with_context(|| format!("no {kind}"))
+}
+
+fn on_platform(platform: &str) -> Result<()> {
+    let objects = render(&[&format!("platform={platform}")])?;
+    let volumes = of_kind(&objects, "DaemonSet")?["spec"]["template"]["spec"]["volumes"].clone();
+    let path = |name: &str| {
+        let volume = volumes.as_array().into_iter().flatten().find(|volume| volume["name"] == name);
+        volume.and_then(|volume| volume["hostPath"]["path"].as_str()).map(str::to_owned)
+    };
+    let (configurations, plugins) =
+        (path("cni-conf").context("cni-conf")?, path("cni-bin").context("cni-bin")?);
+    ensure!(configurations.starts_with('/') && plugins.starts_with('/'), "{volumes}");
+    let usual = matches!(platform, "" | "aks" | "eks" | "minikube");
+    ensure!(usual == (plugins == "/opt/cni/bin"), "{platform}: {plugins}");
+    let quota = objects.iter().any(|object| object["kind"] == "ResourceQuota");
+    ensure!(quota == (platform == "gke"), "{platform}: quota {quota}");
+    Ok(())
+}
+
+fn everything_on() -> Result<()> {
+    let objects = render(&[
+        "podMonitor.enabled=true",
+        "networkPolicy.enabled=true",
+        "resourceQuota=true",
+        "cni.ownConf=true",
+        "cni.timeout=7",
+        "maxAddresses=9",
+        "exclude.outboundNetworks={10.0.0.0/8,fd00::/8}",
+        "exclude.inboundPorts={22,9100}",
+        "exclude.namespaces={a,b}",
+        "istioExclusions=true",
+        "imagePullSecrets[0].name=secret",
+        "podAnnotations.a=b",
+        "affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution[0].weight=1",
+        "affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution[0].preference.matchExpressions[0].key=k",
+        "affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution[0].preference.matchExpressions[0].operator=Exists",
+    ])?;
+    for kind in ["PodMonitor", "NetworkPolicy", "ResourceQuota"] {
+        of_kind(&objects, kind)?;
+    }
+    let arguments = &of_kind(&objects, "DaemonSet")?["spec"]["template"]["spec"]["containers"][0]["args"];
+    let arguments: BTreeSet<&str> =
+        arguments.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    for wanted in [
+        "--cni-own-conf",
+        "--cni-timeout=7",
+        "--max-addresses=9",
+        "--exclude-outbound-networks=10.0.0.0/8,fd00::/8",
+        "--exclude-inbound-ports=22,9100",
+        "--exclude-namespaces=a,b",
+        "--istio-exclusions",
+        "--cni-exclude-namespaces=kube-system,mesh",
+    ] {
+        ensure!(arguments.contains(wanted), "no {wanted} in {arguments:?}");
+    }
+    Ok(())
+}
+
+fn wrong_values_are_refused() -> Result<()> {
+    for wrong in [
+        "platform=mars",
+        "withoutProxy=bypass",
+        "cni.timeout=0",
+        "cni.confDir=relative",
+        "exclude.outboundPorts={65536}",
+        "noSuchValue=1",
+        "cni.noSuchValue=1",
+    ] {
+        if render(&[wrong]).is_ok() {
+            bail!("{wrong} is accepted");
+        }
+    }
+    Ok(())
+}
+
+/// Whoever adds a right changes this list as well.
+fn rights_are_minimal() -> Result<()> {
+    let objects = render(&[])?;
+    let rules = |kind: &str| -> Result<Vec<String>> {
+        let rules = of_kind(&objects, kind)?["rules"].as_array().context("rules")?;
+        let list = |rule: &Value, key: &str| {
+            let words: Vec<_> =
+                rule[key].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+            words.join(",")
+        };
+        Ok(rules.iter().map(|rule| format!("{}: {}", list(rule, "resources"), list(rule, "verbs"))).collect())
+    };
+    ensure!(
+        rules("ClusterRole")? == ["pods,namespaces: get,list,watch", "pods/status: patch", "events: create"]
+    );
+    ensure!(rules("Role")? == ["daemonsets: get"]);
+    let container = &of_kind(&objects, "DaemonSet")?["spec"]["template"]["spec"]["containers"][0];
+    let context = &container["securityContext"];
+    ensure!(context["privileged"] == false && context["readOnlyRootFilesystem"] == true, "{context}");
+    ensure!(context["capabilities"]["drop"] == serde_json::json!(["ALL"]), "{context}");
+    let added = context["capabilities"]["add"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    let added: BTreeSet<String> = added.map(|name| format!("CAP_{name}")).collect();
+    let kept: BTreeSet<String> = AGENT.iter().map(ToString::to_string).collect();
+    ensure!(added == kept, "the chart adds {added:?}, the agent keeps {kept:?}");
+    Ok(())
+}
+
+fn manifests_are_valid() -> Result<()> {
+    let objects =
+        objects::read(&run(Command::new(tool("kubectl")).args(["kustomize", "deploy/manifests"]))?)?;
+    of_kind(&objects, "Namespace")?;
+    of_kind(&objects, "DaemonSet")?;
+    Ok(())
+}
+
+fn samples_are_valid() -> Result<()> {
+    let mut checked = 0;
+    for entry in std::fs::read_dir(root().join("deploy/samples"))? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "yaml") && !path.ends_with("kind.yaml") {
+            let found = objects::read(&std::fs::read_to_string(&path)?)
+                .with_context(|| path.display().to_string())?;
+            checked += found.len();
+        }
+    }
+    ensure!(checked > 0, "no samples");
+    Ok(())
+}
+
+fn unknown_fields_are_found() -> Result<()> {
+    let text = "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: a\n  lables: {}\n";
+    let error = objects::read(text).err().context("a misspelt field is accepted")?;
+    ensure!(format!("{error:#}").contains("lables"), "{error:#}");
+    Ok(())
+}

@@ -1,0 +1,169 @@
+//! The DaemonSet's pod as a container, with the security context, mounts and arguments that the chart renders: it puts
+//! the plugin into the chain by which podman starts containers, and steers them.
+
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, ensure};
+use libtest_mimic::Trial;
+use redirect_ebpf::Family;
+use redirect_tests::podman::{BUSYBOX, Podman, options_of};
+use redirect_tests::process::Process;
+use redirect_tests::wait::{self, SOON};
+use redirect_tests::{Direction, Families, Node, NodeOptions, Server, Stack};
+use serde_json::Value;
+
+use crate::context::{Context, trial_in_container};
+use crate::install::Directories;
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    vec![trial_in_container(context, "container::steers_what_podman_starts", steers)]
+}
+
+/// What the tests here need beyond those of others.
+pub(crate) fn check() -> Result<()> {
+    for path in [helm(), image()] {
+        ensure!(path.exists(), "{} is missing: cargo xtask setup, cargo xtask image", path.display());
+    }
+    let podman = Command::new("podman").arg("--version").output();
+    ensure!(podman.is_ok_and(|output| output.status.success()), "needs podman: cargo xtask setup");
+    Ok(())
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the repository")
+}
+
+fn helm() -> PathBuf {
+    root().join("target/tools/kubernetes/helm")
+}
+
+fn image() -> PathBuf {
+    std::env::var_os("REDIRECT_IMAGE")
+        .map_or_else(|| root().join("target/image/ambient-redirect.tar"), PathBuf::from)
+}
+
+fn daemonset(values: &[(&str, &Path)], image: &str) -> Result<Value> {
+    let mut helm = Command::new(helm());
+    helm.current_dir(root()).args(["template", "ambient-redirect", "deploy/chart"]);
+    helm.args(["--namespace", "ambient-redirect", "--show-only", "templates/daemonset.yaml"]);
+    for (key, value) in values {
+        helm.arg("--set").arg(format!("{key}={}", value.display()));
+    }
+    let (repository, tag) = image.rsplit_once(':').context("a tag")?;
+    helm.args(["--set", &format!("image.repository={repository},image.tag={tag}")]);
+    let output = helm.output()?;
+    ensure!(output.status.success(), "helm: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(serde_saphyr::from_str(&String::from_utf8(output.stdout)?)?)
+}
+
+fn steers(context: &Context) -> Result<()> {
+    let session = context.session()?;
+    let node = Node::with(&session, NodeOptions { agent: false, proxy: false, ..NodeOptions::default() })?;
+    let directories = Directories::new(&node, Families::Dual)?;
+    let podman = Podman::new(&node, &directories.configurations(), &directories.plugins())?;
+    let image = podman.load(&image())?;
+    podman.make_busybox()?;
+
+    let (run, zds) = (node.dir().join("run"), node.dir().join("zds"));
+    let daemonset = daemonset(
+        &[
+            ("cni.confDir", &directories.configurations()),
+            ("cni.binDir", &directories.plugins()),
+            ("runDirectory", &run),
+            ("zds.directory", &zds),
+        ],
+        &image,
+    )?;
+    let (options, mut arguments) = options_of(&daemonset)?;
+    // There is no API server: every pod that comes through the chain is enrolled.
+    arguments.retain(|argument| argument != "--kubernetes");
+    // Nothing is to stay on this machine.
+    let pins = format!("/sys/fs/bpf/ambient-redirect-test-{}", std::process::id());
+    arguments.extend(["--on-exit=remove".to_owned(), format!("--pin-dir={pins}")]);
+    podman.start("agent", &words(&options), &image, &words(&arguments))?;
+    let result = with_agent(&node, &podman, &directories, &zds, &daemonset);
+    result.with_context(|| format!("log of the agent:\n{}", podman.logs("agent")))?;
+
+    podman.stop("agent")?;
+    let log = podman.logs("agent");
+    ensure!(!Path::new(&pins).exists(), "the agent left pins behind\n{log}");
+    ensure!(directories.is_chained(), "the chain is kept for the next agent");
+    Ok(())
+}
+
+fn words(strings: &[String]) -> Vec<&str> {
+    strings.iter().map(String::as_str).collect()
+}
+
+fn with_agent(
+    node: &Arc<Node>,
+    podman: &Podman,
+    directories: &Directories,
+    zds: &Path,
+    daemonset: &Value,
+) -> Result<()> {
+    wait::until_true("chain with the plugin", SOON, || Ok(directories.is_chained()))?;
+    let (log, cgroup) =
+        (node.dir().join("access.log"), node.session().cgroup().child("proxy-of-containers")?);
+    let mut command = Command::new(&node.session().binaries().redirect);
+    command.arg("proxy").arg("--zds-socket").arg(zds.join("ztunnel.sock")).arg("--access-log").arg(&log);
+    command.args(["--drain", "0"]);
+    let mut proxy = Process::spawn("proxy", command, node.netns(), &cgroup, &node.dir().join("proxy.log"))?;
+    let pid = proxy.pid();
+    proxy.wait_until("proxy in step with the agent", || {
+        let status: Value =
+            serde_json::from_str(&podman.run(&["exec", "agent", "/redirect", "status", "-o", "json"])?)?;
+        let proxies = status["proxies"].as_array().cloned().unwrap_or_default();
+        Ok(proxies.iter().any(|proxy| proxy["pid"] == pid && proxy["synced"] == true))
+    })?;
+
+    let network = format!("test-{}", Families::Dual.label());
+    let option = format!("--network={network}");
+    let greeter = ["/bin/busybox", "nc", "-ll", "-p", "9000", "-e", "/bin/busybox", "echo", "hello"];
+    podman.start("pod", &[&option], BUSYBOX, &greeter)?;
+    let addresses = podman.addresses("pod", &network)?;
+    let other = node.plain("other", Families::Dual)?;
+    for stack in Stack::ALL {
+        // From the container.
+        let server = Server::start(other.netns(), stack, 0, "other")?;
+        let to = other.endpoint(stack.family(), server.port())?;
+        let spelt = stack.spell(to);
+        podman.busybox("pod", &["nc", "-w", "5", &spelt.ip().to_string(), &to.port().to_string()])?;
+        passed(node, Direction::Outbound, stack.family(), to)?;
+        // To the container.
+        let to = SocketAddr::new(of_family(addresses, stack.family())?, 9000);
+        let mut client = Command::new("/bin/busybox");
+        client.args(["nc", "-w", "5", &to.ip().to_string(), "9000"]);
+        let heard = other.netns().output(client, b"")?;
+        ensure!(heard == b"hello\n", "heard {:?}", String::from_utf8_lossy(&heard));
+        passed(node, Direction::Inbound, stack.family(), to)?;
+    }
+    podman.run(&["rm", "--force", "--time", "0", "pod"])?;
+    let pods = podman.run(&["exec", "agent", "/redirect", "pods", "-o", "json"])?;
+    ensure!(pods.trim() == "[]", "after DEL: {pods}");
+    let probe = &daemonset["spec"]["template"]["spec"]["containers"][0]["readinessProbe"]["exec"]["command"];
+    let probe = probe.as_array().into_iter().flatten().filter_map(Value::as_str).collect::<Vec<_>>();
+    podman.run(&[&["exec", "agent"], &probe[..]].concat()).context("the readiness probe")?;
+    drop(proxy);
+    fs::remove_file(log)?;
+    Ok(())
+}
+
+fn of_family(addresses: [IpAddr; 2], family: Family) -> Result<IpAddr> {
+    addresses.into_iter().find(|ip| ip.is_ipv4() == (family == Family::Ipv4)).context("an address")
+}
+
+fn passed(node: &Node, direction: Direction, family: Family, to: SocketAddr) -> Result<()> {
+    let what = format!("{direction:?} to {to}");
+    let entries = node.access_log().connections(&what, |entry| {
+        entry.direction == direction
+            && entry.is_of(family)
+            && redirect_tests::stack::canonical(entry.original_destination) == to
+    })?;
+    ensure!(!entries.is_empty(), "{what}");
+    Ok(())
+}

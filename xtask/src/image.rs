@@ -1,0 +1,109 @@
+//! `cargo xtask image`: the container image, written without a container engine.
+//!
+//! One layer with the two programs, their licences and their bill of materials. The same sources give the same bytes:
+//! times are the commit's, owners and order are fixed, paths of this machine are not in the programs.
+
+mod layout;
+mod sbom;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+
+use crate::setup;
+use crate::userspace::{self, Programs};
+use crate::workspace::Workspace;
+use layout::{Entry, Image};
+
+/// Where the image goes.
+const ARCHIVE: &str = "image/ambient-redirect.tar";
+
+/// What the image is called, and how much is checked.
+#[derive(Args)]
+pub(crate) struct Settings {
+    /// Name and tag inside the archive; the package's version by default.
+    #[arg(long, value_name = "NAME:TAG")]
+    name: Option<String>,
+    /// Builds everything once more, in another directory, and compares the digests. Takes minutes.
+    #[arg(long)]
+    verify: bool,
+}
+
+pub(crate) fn image(workspace: &Workspace, settings: &Settings) -> Result<()> {
+    let kernel_side = setup::kernel_side(workspace)?;
+    let programs = userspace::build(workspace, &kernel_side, &[])?;
+    let name = settings.name.clone().unwrap_or_else(default_name);
+    let (image, archive) = write(workspace, &programs, &name)?;
+    for Entry { path, bytes, .. } in &image.entries {
+        println!("{:>9}  /{path}", bytes.len());
+    }
+    println!("{}: {name}, {:.1} MiB", workspace.show(&archive), mebibytes(&archive)?);
+    println!("{}", image.digest()?);
+
+    if settings.verify {
+        let again = workspace.target("image/again");
+        let programs = userspace::build_in(workspace, &again)?;
+        let digest = assemble(workspace, &programs, &name)?.digest()?;
+        ensure!(digest == image.digest()?, "a second build is another image: {digest}");
+        println!("a second build, in {}, is the same image", workspace.show(&again));
+    }
+    Ok(())
+}
+
+/// Writes the archive.
+pub(crate) fn write(workspace: &Workspace, programs: &Programs, name: &str) -> Result<(Image, PathBuf)> {
+    let image = assemble(workspace, programs, name)?;
+    let archive = workspace.target(ARCHIVE);
+    image.write(&archive).with_context(|| format!("cannot write {}", archive.display()))?;
+    Ok((image, archive))
+}
+
+pub(crate) fn default_name() -> String {
+    format!("localhost/ambient-redirect:{}", env!("CARGO_PKG_VERSION"))
+}
+
+fn assemble(workspace: &Workspace, programs: &Programs, name: &str) -> Result<Image> {
+    let mut entries = Vec::new();
+    let mut add =
+        |path: &str, mode: u32, bytes: Vec<u8>| entries.push(Entry { path: path.into(), mode, bytes });
+    for (path, program) in [("redirect", &programs.redirect), ("redirect-cni", &programs.plugin)] {
+        let bytes = read(program)?;
+        ensure!(
+            !has_interpreter(&bytes),
+            "{} is not static: it can't run in an image of its own",
+            program.display()
+        );
+        add(path, 0o755, bytes);
+    }
+    for licence in ["LICENSE-APACHE", "LICENSE-MIT", "LICENSE-GPL-2.0"] {
+        add(&format!("licenses/{licence}"), 0o644, read(&workspace.root(licence))?);
+    }
+    let created = commit_time(workspace)?;
+    add("sbom.spdx.json", 0o644, sbom::spdx(workspace, created)?);
+    Ok(Image { name: name.to_owned(), created, entries })
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// Whether an ELF program asks for a dynamic loader.
+fn has_interpreter(program: &[u8]) -> bool {
+    program.windows(8).take(4096).any(|window| window == b"/lib64/l")
+}
+
+/// Seconds since 1970 of the commit, or what `SOURCE_DATE_EPOCH` says.
+fn commit_time(workspace: &Workspace) -> Result<u64> {
+    if let Some(epoch) = std::env::var_os("SOURCE_DATE_EPOCH") {
+        return epoch.to_string_lossy().parse().context("SOURCE_DATE_EPOCH");
+    }
+    let output = workspace.command("git").args(["log", "-1", "--format=%ct"]).output();
+    let output = output.context("cannot run git: set SOURCE_DATE_EPOCH")?;
+    String::from_utf8_lossy(&output.stdout).trim().parse().context("no commit here: set SOURCE_DATE_EPOCH")
+}
+
+fn mebibytes(path: &Path) -> Result<f64> {
+    Ok(path.metadata()?.len() as f64 / f64::from(1 << 20))
+}
