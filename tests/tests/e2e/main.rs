@@ -5,6 +5,7 @@
 
 mod bench;
 mod closed_ports;
+mod coexistence;
 mod container;
 mod context;
 mod dns;
@@ -80,6 +81,7 @@ fn main() -> anyhow::Result<ExitCode> {
         port_guard::trials(&context),
         tc_method::trials(&context),
         probes::trials(&context),
+        coexistence::trials(&context),
         exclusions::trials(&context),
         hardening::trials(&context),
         kubernetes::trials(&context),
