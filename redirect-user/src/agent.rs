@@ -11,6 +11,7 @@ pub mod datapath;
 pub(crate) mod enrolment;
 pub mod facts;
 pub mod linux;
+mod observed;
 mod options;
 mod peers;
 pub(crate) mod pods;

@@ -7,6 +7,7 @@
 //! - [`kube`]: which pods Kubernetes wants enrolled.
 //! - [`wire`]: what plugin, command line and agent say to each other.
 //! - [`zds`]: what agent and node proxy say to each other.
+//! - [`metrics`]: what the agent tells Prometheus and the kubelet.
 //! - [`privileges`]: what agent and proxy give up when they start.
 //! - [`proxy`]: the embedded node proxy (`redirect proxy`).
 
@@ -17,6 +18,7 @@ pub mod cni;
 mod descriptors;
 pub mod install;
 pub mod kube;
+pub mod metrics;
 pub mod netns;
 pub mod pod;
 pub mod privileges;

@@ -170,6 +170,24 @@ pub enum ErrorKind {
     Internal,
 }
 
+impl ErrorKind {
+    /// The label that metrics show.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Version => "version",
+            Self::Malformed => "malformed",
+            Self::Denied => "denied",
+            Self::TryAgain => "try_again",
+            Self::Unknown => "unknown",
+            Self::Mismatch => "mismatch",
+            Self::Datapath => "datapath",
+            Self::Proxy => "proxy",
+            Self::Internal => "internal",
+        }
+    }
+}
+
 /// What the agent is doing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {

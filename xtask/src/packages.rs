@@ -65,6 +65,11 @@ pub(crate) fn of_the_tests() -> Vec<Package> {
         Package::new("iptables", Evidence::Program("iptables-restore"), "the benchmark compares with it"),
         Package::new("nftables", Evidence::Program("nft"), "the benchmark compares with it"),
         Package::new("fonts-dejavu-core", Evidence::File(FONT), "the font of the benchmark's plots"),
+        Package::new(
+            "prometheus",
+            Evidence::Program("promtool"),
+            "tests check metrics and alerts with promtool",
+        ),
         Package::new("bind9-dnsutils", Evidence::Program("dig"), "tests ask DNS servers with dig"),
         Package::new("ldnsutils", Evidence::Program("drill"), "tests ask DNS servers with drill"),
         Package::new("podman", Evidence::Program("podman"), "the DaemonSet's pod is run as a container"),

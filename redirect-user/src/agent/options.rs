@@ -1,6 +1,7 @@
 //! Settings of the agent.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use ipnet::IpNet;
@@ -11,7 +12,7 @@ use super::probes::Probers;
 use super::proxies::ProxyIdentity;
 use super::records;
 use crate::pod::{Exclusion, network};
-use crate::{install, kube, wire, zds};
+use crate::{install, kube, metrics, wire, zds};
 
 /// Settings of the agent.
 #[derive(Clone, Debug, clap::Args)]
@@ -37,6 +38,9 @@ pub struct Options {
     /// How often it is looked whether others changed what the kernel tells nobody of (pins, sysctls), in seconds
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
     pub check_interval: u64,
+    /// Where /metrics, /healthz and /readyz are served over HTTP
+    #[arg(long, default_value = metrics::DEFAULT_ADDRESS, env = "REDIRECT_METRICS_ADDRESS")]
+    pub metrics_address: SocketAddr,
     /// Another eBPF object than the embedded one, for development
     #[arg(long, hide = true)]
     pub object: Option<PathBuf>,

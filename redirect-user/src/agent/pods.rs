@@ -27,6 +27,7 @@ use super::records::{Phase, Record, Records};
 use super::repairs::Repairs;
 use super::thread::Kernel;
 use super::watch::Watch;
+use crate::metrics::events::events;
 use crate::netns::NetNs;
 use crate::pod::{PodAddresses, PodIdentity, PodSettings};
 use crate::wire::Attachment;
@@ -246,6 +247,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let handed = Instant::now();
         self.proxies.add(workload(target), self.defaults.proxy_deadline).await?;
         let proxy = handed.elapsed();
+        events().enrolled("proxy", proxy);
         if outcome.observation.namespace.ipv6 && !target.addresses.ipv6.is_empty() {
             self.tell_of_ipv6(target).await;
         }
@@ -494,7 +496,12 @@ impl<D: Datapath + Send + 'static> Pods<D> {
 
     async fn steer(&self, target: &Target) -> Result<Outcome, Error> {
         let copy = target.clone();
-        Ok(self.kernel.run(move |datapath| datapath::enroll(datapath, &copy)).await??)
+        let began = Instant::now();
+        let outcome = self.kernel.run(move |datapath| datapath::enroll(datapath, &copy)).await??;
+        if !outcome.made.is_empty() {
+            events().enrolled("kernel", began.elapsed());
+        }
+        Ok(outcome)
     }
 
     /// Removes everything of every pod from the kernel. The proxies keep their pods: an agent that stops is no reason to

@@ -21,7 +21,7 @@ use super::watch::{Event, Watch};
 use super::{uninstall, upkeep};
 use crate::kube::{self, Controller, Timing};
 use crate::netns::NetNs;
-use crate::{cgroup, descriptors, install, privileges, wire, zds};
+use crate::{cgroup, descriptors, install, metrics, privileges, wire, zds};
 
 /// How long interfaces that come and go are left alone until the pod is looked at.
 const SETTLE: Duration = Duration::from_millis(20);
@@ -107,14 +107,16 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         Some(controller) => Arc::new(controller.admission()),
         None => Arc::new(Everybody),
     };
-    let service = Service {
+    let (reconciled_by, reconciled) = signal_watch::channel(controller.is_none());
+    let service = Arc::new(Service {
         pods: Arc::clone(&pods),
         enrolment,
         kernel,
         proxies,
         started,
         cgroup: cgroup.display().to_string(),
-    };
+        reconciled,
+    });
     let wire_server = wire::server::Server::bind(&options.socket)?;
 
     let (stop, stopped) = signal_watch::channel(false);
@@ -122,8 +124,16 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         // An error means that the sender is gone, which is as good.
         let _ = stopped.wait_for(|stop| *stop).await;
     };
-    let wire_task = tokio::spawn(wire_server.serve(Arc::new(service), until(stopped.clone())));
+    let wire_task = tokio::spawn(wire_server.serve(Arc::clone(&service), until(stopped.clone())));
+    let metrics_task =
+        tokio::spawn(metrics::server::serve(options.metrics_address, service, until(stopped.clone())));
     let controller_task = controller.clone().map(|controller| tokio::spawn(controller.run(stopped.clone())));
+    if let Some(controller) = controller.clone() {
+        tokio::spawn(async move {
+            controller.caught_up().await;
+            reconciled_by.send_replace(true);
+        });
+    }
     // A proxy drops every pod that it is not told of at first.
     if let Some(controller) = &controller {
         tokio::select! {
@@ -169,6 +179,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     probes_task.abort();
     wire_task.await.context("the server of the CNI plugin")?;
     zds_task.await.context("the server of the node proxies")?;
+    metrics_task.await.context("the server of metrics")?;
     if let Some(task) = controller_task {
         task.await.context("the Kubernetes controller")?;
     }

@@ -4,11 +4,14 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use tokio::sync::watch;
+
 use super::enrolment::{self, Enrolment};
 use super::linux::Linux;
 use super::peers;
 use super::pods::{self, Pods, Wanted};
 use super::thread::Kernel;
+use crate::metrics::events::events;
 use crate::netns::NetNs;
 use crate::wire::server::Handler;
 use crate::wire::{Error, ErrorKind, ProxyReport, Reply, Request, Status};
@@ -21,6 +24,8 @@ pub(super) struct Service {
     pub(super) proxies: Handle,
     pub(super) started: Instant,
     pub(super) cgroup: String,
+    /// Whether all pods that Kubernetes wants steered are known.
+    pub(super) reconciled: watch::Receiver<bool>,
 }
 
 impl Handler for Service {
@@ -30,6 +35,17 @@ impl Handler for Service {
     }
 
     async fn handle(&self, request: Request, netns: Option<OwnedFd>) -> Vec<Reply> {
+        let command = command(&request);
+        let replies = self.answer(request, netns).await;
+        if let (Some(command), Some(reply)) = (command, replies.last()) {
+            events().cni(command, result(reply));
+        }
+        replies
+    }
+}
+
+impl Service {
+    async fn answer(&self, request: Request, netns: Option<OwnedFd>) -> Vec<Reply> {
         match request {
             Request::Add { attachment, pod, addresses, netns_path } => {
                 let Some(netns) = netns else { return vec![no_namespace()] };
@@ -49,9 +65,31 @@ impl Handler for Service {
                 vec![Reply::Done]
             }
             Request::Ready => vec![self.ready()],
-            Request::Status => vec![self.status().await],
+            Request::Status => {
+                vec![self.status().await.map_or_else(Reply::Error, |status| Reply::Status(Box::new(status)))]
+            }
             Request::Pods => Reply::pods(self.pods.report().await),
         }
+    }
+}
+
+/// What the plugin asks for, as metrics name it.
+fn command(request: &Request) -> Option<&'static str> {
+    match request {
+        Request::Add { .. } => Some("add"),
+        Request::Del { .. } => Some("del"),
+        Request::Check { .. } => Some("check"),
+        Request::Gc { .. } => Some("gc"),
+        Request::Ready => Some("status"),
+        Request::Status | Request::Pods => None,
+    }
+}
+
+fn result(reply: &Reply) -> &'static str {
+    match reply {
+        Reply::Added { enrolled: false } => "not_enrolled",
+        Reply::Error(error) => error.kind.label(),
+        Reply::Added { .. } | Reply::Done | Reply::Status(_) | Reply::Pods { .. } => "ok",
     }
 }
 
@@ -60,7 +98,7 @@ fn no_namespace() -> Reply {
 }
 
 impl Service {
-    fn ready(&self) -> Reply {
+    pub(super) fn ready(&self) -> Reply {
         if self.proxies.proxies().iter().any(|proxy| proxy.synced) {
             return Reply::Done;
         }
@@ -70,16 +108,14 @@ impl Service {
         ))
     }
 
-    async fn status(&self) -> Reply {
+    pub(super) async fn status(&self) -> Result<Status, Error> {
         let report = match self.kernel.run(|linux| linux.report()).await {
             Ok(Ok(report)) => report,
             Ok(Err(error)) => {
-                return Reply::Error(Error::new(
-                    ErrorKind::Datapath,
-                    format!("the kernel can't be read: {error:#}"),
-                ));
+                let message = format!("the kernel can't be read: {error:#}");
+                return Err(Error::new(ErrorKind::Datapath, message));
             }
-            Err(error) => return Reply::Error(Error::new(ErrorKind::Internal, error.to_string())),
+            Err(error) => return Err(Error::new(ErrorKind::Internal, error.to_string())),
         };
         let proxies = self.proxies.proxies().into_iter().map(|proxy| ProxyReport {
             pid: proxy.peer.pid.and_then(|pid| pid.try_into().ok()).unwrap_or_default(),
@@ -88,7 +124,7 @@ impl Service {
             acknowledged: proxy.acknowledged,
             refused: proxy.refused,
         });
-        Reply::Status(Box::new(Status {
+        Ok(Status {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
             uptime: self.started.elapsed().as_secs(),
@@ -102,7 +138,7 @@ impl Service {
             proxies: proxies.collect(),
             counters: report.counters,
             repairs: self.pods.repairs().report(),
-        }))
+        })
     }
 }
 

@@ -15,6 +15,7 @@ use super::directory::Directory;
 use super::pace::Pace;
 use super::plan::{CILIUM, is_cilium_s};
 use super::{Error, Options, Outcome, install_once};
+use crate::metrics::events::events;
 
 /// Changes come in bursts: a primary CNI copies plugins, then writes configurations.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -91,6 +92,7 @@ impl Keeper {
             return;
         }
         self.complaint = None;
+        events().chain_repaired();
         let repairs = self.pace.repaired(Instant::now()) - 1;
         let changed: Vec<_> = outcome.changed.iter().map(|path| path.display().to_string()).collect();
         tracing::info!(%configuration, changed = changed.join(" "), repairs, "the CNI chain has the plugin");

@@ -23,6 +23,7 @@ use super::voice::{Redirection, Voice};
 use crate::agent::datapath::Datapath;
 use crate::agent::pods::{Error, Pods, Standing, Wanted};
 use crate::agent::repairs::Repair;
+use crate::metrics::events::events;
 use crate::pod::PodSettings;
 use crate::zds::server::PodProxyState;
 
@@ -384,6 +385,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
             }
             Err(error) => {
                 memory.failures = memory.failures.saturating_add(1);
+                events().patch_failed();
                 if memory.failures % 10 == 1 {
                     tracing::warn!(pod = %pod.identity(), uid = pod.uid, error, "the pod's annotation can't be written");
                 }
@@ -405,6 +407,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
             return;
         }
         memory.complaint = Some(message.into());
+        events().pod_refused(reason);
         tracing::warn!(pod = %pod.identity(), uid = pod.uid, reason, error = message, "pod can't be enrolled");
         if let Some(Err(error)) = self.call(self.voice.warn(pod, reason, message), stop).await {
             tracing::warn!(pod = %pod.identity(), error, "the event can't be written");

@@ -16,6 +16,7 @@ use tokio::time::{sleep, timeout};
 use super::api::{ApiPod, NamespaceView, PodView};
 use super::rules::Rules;
 use super::store::Store;
+use crate::metrics::events as metrics;
 
 /// How patient the informer is.
 #[derive(Clone, Copy, Debug)]
@@ -80,12 +81,14 @@ where
                 Ok(Some(Ok(event))) => event,
                 Ok(Some(Err(error))) => {
                     failures = failures.saturating_add(1);
+                    metrics::events().watch_failed(sink.name());
                     tell(&error, failures, sink.name());
                     sleep(pause(failures, patience)).await;
                     continue;
                 }
                 Ok(None) | Err(_) => {
                     failures = failures.saturating_add(1);
+                    metrics::events().watch_failed(sink.name());
                     tracing::warn!(of = sink.name(), "the API server does not finish its list: asking anew");
                     sleep(pause(failures, patience)).await;
                     break;

@@ -5,7 +5,6 @@
 
 mod bench;
 mod closed_ports;
-mod coexistence;
 mod container;
 mod context;
 mod dns;
@@ -24,6 +23,7 @@ mod kubernetes;
 mod leftovers;
 mod limits;
 mod local;
+mod metrics;
 mod nodes;
 mod odd_sockets;
 mod outbound;
@@ -77,11 +77,11 @@ fn main() -> anyhow::Result<ExitCode> {
         uninstall::trials(&context),
         limits::trials(&context),
         reports::trials(&context),
+        metrics::trials(&context),
         eaddrinuse::trials(&context),
         port_guard::trials(&context),
         tc_method::trials(&context),
         probes::trials(&context),
-        coexistence::trials(&context),
         exclusions::trials(&context),
         hardening::trials(&context),
         kubernetes::trials(&context),

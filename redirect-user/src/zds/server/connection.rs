@@ -14,6 +14,7 @@ use super::peer::{self, Peer};
 use super::serve::{AdmitError, Options};
 use super::shared::Shared;
 use super::workload::{add_request, pod_name};
+use crate::metrics::events::events;
 use crate::zds::messages::{
     DelWorkload, Hello, KeepWorkload, Request, Response, SnapshotSent, Version, WorkloadRequest,
     WorkloadResponse,
@@ -47,6 +48,20 @@ enum ConnectionError {
     Packet(#[from] PacketError),
 }
 
+impl ConnectionError {
+    /// The label that metrics show.
+    const fn label(&self) -> &'static str {
+        match self {
+            Self::NotPermitted(_) | Self::Credentials(_) => "denied",
+            Self::NoHello(_) | Self::AdmitDeadline(_) | Self::Deadline { .. } => "timeout",
+            Self::Version(_) => "version",
+            Self::Admit(_) => "admission",
+            Self::SnapshotRefused(_) => "refused",
+            Self::Unasked | Self::EmptyAnswer(_) | Self::Packet(_) => "malformed",
+        }
+    }
+}
+
 /// The connection's place in the shared state; taken away however the task ends.
 struct Registration<'a> {
     shared: &'a Shared,
@@ -65,6 +80,7 @@ pub(super) async fn serve(id: u64, socket: UnixSeqpacket, shared: Arc<Shared>, o
     match converse(id, &socket, &shared, &options).await {
         Ok(()) => tracing::info!(connection = id, "the node proxy disconnected"),
         Err(error) => {
+            events().zds_failed(error.label());
             tracing::warn!(connection = id, %error, "the node proxy's connection is closed");
             tokio::time::sleep(options.penalty).await;
         }
@@ -89,6 +105,7 @@ async fn converse(
         Some(Hello { version }) if version == i32::from(Version::V1) => {}
         Some(Hello { version }) => return Err(ConnectionError::Version(version)),
     }
+    events().zds_connected();
     let peer = examine(id, credentials.pid(), socket).await;
     shared.update(|desired| desired.connect(peer.clone()));
     let _registration = Registration { shared, id };
@@ -207,6 +224,7 @@ fn conclude(
     shared: &Shared,
     options: &Options,
 ) -> Result<(), ConnectionError> {
+    events().zds_answered(error.is_empty());
     if matches!(step, Step::SnapshotSent) {
         if !error.is_empty() {
             return Err(ConnectionError::SnapshotRefused(error.to_owned()));

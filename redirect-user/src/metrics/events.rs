@@ -1,0 +1,165 @@
+//! What is counted in this process. There is one set of counters, as there is one agent in a process.
+
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+
+/// The counters of this process.
+pub fn events() -> &'static Events {
+    static EVENTS: LazyLock<Events> = LazyLock::new(Events::new);
+    &EVENTS
+}
+
+/// Counters of what happens in the agent.
+#[derive(Debug)]
+pub struct Events {
+    enrolment: Family<Phase, Histogram>,
+    cni: Family<Cni, Counter>,
+    zds_connections: Counter,
+    zds_answers: Family<Answer, Counter>,
+    zds_failures: Family<Failure, Counter>,
+    chain_repairs: Counter,
+    watch_failures: Family<Watch, Counter>,
+    patch_failures: Counter,
+    refused_pods: Family<Refusal, Counter>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Phase {
+    phase: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Cni {
+    command: &'static str,
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Answer {
+    answer: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Failure {
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Watch {
+    resource: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Refusal {
+    reason: String,
+}
+
+impl Events {
+    fn new() -> Self {
+        Self {
+            // A quarter of a millisecond to 8 seconds.
+            enrolment: Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.00025, 2.0, 16))),
+            cni: Family::default(),
+            zds_connections: Counter::default(),
+            zds_answers: Family::default(),
+            zds_failures: Family::default(),
+            chain_repairs: Counter::default(),
+            watch_failures: Family::default(),
+            patch_failures: Counter::default(),
+            refused_pods: Family::default(),
+        }
+    }
+
+    /// A part of an enrolment, that of the kernel or that of the node proxy, took so long.
+    pub(crate) fn enrolled(&self, phase: &'static str, took: Duration) {
+        self.enrolment.get_or_create(&Phase { phase }).observe(took.as_secs_f64());
+    }
+
+    /// A request of the CNI plugin was answered.
+    pub(crate) fn cni(&self, command: &'static str, result: &'static str) {
+        self.cni.get_or_create(&Cni { command, result }).inc();
+    }
+
+    /// A node proxy has connected.
+    pub(crate) fn zds_connected(&self) {
+        self.zds_connections.inc();
+    }
+
+    /// A node proxy answered a request.
+    pub(crate) fn zds_answered(&self, acknowledged: bool) {
+        self.zds_answers.get_or_create(&Answer { answer: if acknowledged { "ack" } else { "nack" } }).inc();
+    }
+
+    /// A node proxy's connection was closed for this reason.
+    pub(crate) fn zds_failed(&self, reason: &'static str) {
+        self.zds_failures.get_or_create(&Failure { reason }).inc();
+    }
+
+    /// The plugin was put back into the CNI chain.
+    pub(crate) fn chain_repaired(&self) {
+        self.chain_repairs.inc();
+    }
+
+    /// A watch of the API server has failed and is begun anew.
+    pub(crate) fn watch_failed(&self, resource: &'static str) {
+        self.watch_failures.get_or_create(&Watch { resource }).inc();
+    }
+
+    /// A pod's annotation could not be written.
+    pub(crate) fn patch_failed(&self) {
+        self.patch_failures.inc();
+    }
+
+    /// A pod can't be enrolled.
+    pub(crate) fn pod_refused(&self, reason: &str) {
+        self.refused_pods.get_or_create(&Refusal { reason: reason.into() }).inc();
+    }
+
+    /// Under their names.
+    pub(super) fn register(&self, registry: &mut Registry) {
+        let seconds = "Time to enrol a pod, by phase: the kernel, the node proxy's acknowledgement";
+        registry.register_with_unit("enrolment_duration", seconds, Unit::Seconds, self.enrolment.clone());
+        registry.register(
+            "cni_requests",
+            "Requests of the CNI plugin, by command and result",
+            self.cni.clone(),
+        );
+        registry.register(
+            "zds_connections",
+            "Node proxies that have connected",
+            self.zds_connections.clone(),
+        );
+        registry.register("zds_answers", "Answers of node proxies: ack or nack", self.zds_answers.clone());
+        registry.register(
+            "zds_failures",
+            "Connections of node proxies that the agent closed, by reason",
+            self.zds_failures.clone(),
+        );
+        registry.register(
+            "cni_chain_repairs",
+            "How often the plugin was put into the CNI chain, or back into it",
+            self.chain_repairs.clone(),
+        );
+        registry.register(
+            "kubernetes_watch_failures",
+            "Watches of the API server that failed and were begun anew",
+            self.watch_failures.clone(),
+        );
+        registry.register(
+            "kubernetes_patch_failures",
+            "Annotations of pods that could not be written",
+            self.patch_failures.clone(),
+        );
+        registry.register(
+            "kubernetes_refused_pods",
+            "Pods that can't be enrolled, by reason",
+            self.refused_pods.clone(),
+        );
+    }
+}

@@ -1,0 +1,124 @@
+//! What Prometheus and the kubelet hear is what happened.
+
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::process::Command;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, ensure};
+use libtest_mimic::Trial;
+use redirect_tests::{Families, Node, NodeOptions, Stack, wait};
+
+use crate::context::{Context, for_every_stack, trial};
+use crate::outbound;
+
+const PORT: u16 = 15091;
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    let mut trials = vec![
+        trial(context, "metrics::are_what_prometheus_expects", lint),
+        trial(context, "metrics::an_agent_without_a_proxy_is_healthy_but_not_ready", readiness),
+        trial(context, "metrics::enrolments_are_measured", enrolments),
+    ];
+    trials.extend(for_every_stack(context, "metrics::connections_are_counted", connections));
+    trials
+}
+
+/// The status and the body of an answer, over IPv4 and IPv6 alike.
+fn get(node: &Node, path: &str) -> Result<(String, String)> {
+    let over = |address: IpAddr| {
+        node.netns().run(move || -> Result<(String, String)> {
+            let connect = || Ok(TcpStream::connect(SocketAddr::new(address, PORT)).ok());
+            let mut stream = wait::until("server of metrics", wait::SOON, connect)?;
+            stream.set_read_timeout(Some(wait::SOON))?;
+            write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\n\r\n")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP")?;
+            Ok((head.split(' ').nth(1).unwrap_or_default().to_owned(), body.to_owned()))
+        })?
+    };
+    let (status, _) = over(Ipv6Addr::LOCALHOST.into())?;
+    let (again, body) = over(Ipv4Addr::LOCALHOST.into())?;
+    ensure!(status == again, "{path}: {status} over IPv6, {again} over IPv4");
+    Ok((status, body))
+}
+
+fn scrape(node: &Node) -> Result<String> {
+    let (status, body) = get(node, "/metrics")?;
+    ensure!(status == "200", "{status}: {body}");
+    Ok(body)
+}
+
+/// The value of a series; one that is not there is zero.
+fn value(text: &str, series: &str) -> Result<f64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+    line.map_or(Ok(0.0), |value| Ok(value.parse()?))
+}
+
+fn lint(context: &Context) -> Result<()> {
+    let node = context.node()?;
+    let _pod = node.enrolled("pod", Families::Dual)?;
+    let text = scrape(&node)?;
+    let mut promtool = Command::new("promtool");
+    promtool.args(["check", "metrics"]);
+    let output = node.netns().execute(promtool, text.as_bytes())?;
+    let complaints = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success() && complaints.is_empty(), "{complaints}\n{text}");
+    let rules = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/monitoring/alerts.yaml");
+    let output = Command::new("promtool").args(["check", "rules", rules]).output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+fn readiness(context: &Context) -> Result<()> {
+    let options = NodeOptions { proxy: false, ..NodeOptions::default() };
+    let node = Node::with(&context.session()?, options)?;
+    let (status, body) = get(&node, "/healthz")?;
+    ensure!(status == "200" && body.contains("[+] datapath"), "{status}: {body}");
+    let (status, body) = get(&node, "/readyz")?;
+    ensure!(status == "503" && body.contains("[-] proxy: no node proxy is connected"), "{status}: {body}");
+    ensure!(get(&node, "/elsewhere")?.0 == "404");
+    node.start_proxy()?;
+    wait::until_true("ready agent", wait::SOON, || Ok(get(&node, "/readyz")?.0 == "200"))?;
+    ensure!(value(&scrape(&node)?, "redirect_proxies_connected")? == 1.0);
+    node.kill_proxy()?;
+    wait::until_true("agent that is not ready", wait::SOON, || Ok(get(&node, "/readyz")?.0 == "503"))?;
+    ensure!(get(&node, "/healthz")?.0 == "200");
+    Ok(())
+}
+
+fn enrolments(context: &Context) -> Result<()> {
+    let node = Node::start(&context.session()?)?;
+    let _pods = [node.enrolled("one", Families::Dual)?, node.enrolled("two", Families::V6Only)?];
+    let text = scrape(&node)?;
+    for (series, expected) in [
+        (r#"redirect_enrolment_duration_seconds_count{phase="kernel"}"#, 2.0),
+        (r#"redirect_enrolment_duration_seconds_count{phase="proxy"}"#, 2.0),
+        (r#"redirect_cni_requests_total{command="add",result="ok"}"#, 2.0),
+        (r#"redirect_pods_enrolled{ip_family="IPv4"}"#, 1.0),
+        (r#"redirect_pods_enrolled{ip_family="IPv6"}"#, 2.0),
+        ("redirect_pods_unacknowledged", 0.0),
+        ("redirect_zds_connections_total", 1.0),
+        // The end of the snapshot, and two pods.
+        (r#"redirect_zds_answers_total{answer="ack"}"#, 3.0),
+    ] {
+        let found = value(&text, series)?;
+        ensure!(found == expected, "{series} is {found} instead of {expected}:\n{text}");
+    }
+    Ok(())
+}
+
+fn connections(context: &Context, stack: Stack) -> Result<()> {
+    let node = Node::start(&context.session()?)?;
+    let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    let series = format!(
+        r#"redirect_connections_total{{ip_family="{}",direction="outbound",verdict="steered",reason="enrolled"}}"#,
+        stack.family().name()
+    );
+    let before = value(&scrape(&node)?, &series)?;
+    outbound::passes_the_proxy_once(&pod, &other, stack)?;
+    let after = value(&scrape(&node)?, &series)?;
+    ensure!(after == before + 1.0, "{series}: {before}, then {after}");
+    Ok(())
+}
