@@ -27,6 +27,14 @@ pub struct Cluster {
 impl Cluster {
     /// Starts both, and a proxy. The agent gets these arguments besides.
     pub fn start(session: &Arc<Session>, arguments: &[&str]) -> Result<Self> {
+        let cluster = Self::without_agent(session)?;
+        cluster.start_agent(arguments)?;
+        cluster.node.start_proxy()?;
+        Ok(cluster)
+    }
+
+    /// Starts a node without agent and proxy, and the API server.
+    pub fn without_agent(session: &Arc<Session>) -> Result<Self> {
         let node = Node::with(session, NodeOptions { agent: false, proxy: false, ..NodeOptions::default() })?;
         let listener = node.netns().run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))??;
         listener.set_nonblocking(true)?;
@@ -37,8 +45,6 @@ impl Cluster {
         };
         let cluster = Self { api, node, _runtime: runtime };
         cluster.api.put_namespace("default", json!({"istio.io/dataplane-mode": "ambient"}));
-        cluster.start_agent(arguments)?;
-        cluster.node.start_proxy()?;
         Ok(cluster)
     }
 
@@ -94,7 +100,7 @@ impl Cluster {
         self.api.redirection(&pod.identity().namespace, &pod.identity().name)
     }
 
-    /// Starts the agent again, with these arguments besides.
+    /// Starts the agent, or starts it again, with these arguments besides.
     pub fn start_agent(&self, arguments: &[&str]) -> Result<()> {
         let kubeconfig = self.kubeconfig()?.display().to_string();
         let own = ["--kubernetes", "--node-name", NODE, "--kubeconfig", &kubeconfig];

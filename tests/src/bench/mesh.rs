@@ -20,9 +20,9 @@ pub struct Mesh {
 }
 
 impl Mesh {
-    /// Listens for proxies, in a directory of its own.
+    /// Listens for proxies, in a directory that is made if need be.
     pub fn start(dir: &Path) -> Result<Self> {
-        std::fs::create_dir(dir)?;
+        std::fs::create_dir_all(dir)?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let guard = runtime.enter();
         let (server, handle) = Server::bind(&agent::zds_socket(dir), Options::default())?;

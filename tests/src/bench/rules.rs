@@ -48,6 +48,24 @@ impl Netfilter {
         routes(netns, "add")
     }
 
+    /// Has new connections pass them by. Those that they redirect go on, as they would not without the rules: their
+    /// addresses are translated for as long as there is a table.
+    pub fn retire(self, netns: &Netns) -> Result<()> {
+        match self {
+            Self::Iptables => {
+                for family in Family::ALL {
+                    let mut restore = Command::new(program(family, "restore"));
+                    restore.args(["--noflush", "--wait"]);
+                    netns.output(restore, b"*nat\n-I PREROUTING -j ACCEPT\n-I OUTPUT -j ACCEPT\nCOMMIT\n")?;
+                }
+                Ok(())
+            }
+            Self::Nft => {
+                nft(netns, "insert rule inet mesh inbound accept\ninsert rule inet mesh outbound accept\n")
+            }
+        }
+    }
+
     /// Takes them away again.
     pub fn remove(self, netns: &Netns) -> Result<()> {
         match self {

@@ -24,6 +24,7 @@ mod leftovers;
 mod limits;
 mod local;
 mod metrics;
+mod migration;
 mod nodes;
 mod odd_sockets;
 mod outbound;
@@ -82,6 +83,8 @@ fn main() -> anyhow::Result<ExitCode> {
         port_guard::trials(&context),
         tc_method::trials(&context),
         probes::trials(&context),
+        coexistence::trials(&context),
+        migration::trials(&context),
         exclusions::trials(&context),
         hardening::trials(&context),
         kubernetes::trials(&context),

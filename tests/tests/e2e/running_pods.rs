@@ -22,23 +22,23 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 }
 
 /// Their own labels.
-const AMBIENT: [(&str, &str); 1] = [("istio.io/dataplane-mode", "ambient")];
+pub(crate) const AMBIENT: [(&str, &str); 1] = [("istio.io/dataplane-mode", "ambient")];
 const NONE: [(&str, &str); 1] = [("istio.io/dataplane-mode", "none")];
 
 /// Longer than a proxy and the agent wait before they try again what failed.
 const RETRIED: Duration = Duration::from_secs(20);
 
 /// A pod that was made without our plugin, and a process in it, as a container runtime runs it.
-struct Running {
+pub(crate) struct Running {
     // In this order: the process ends before its cgroups do.
     _process: Process,
     _container: Cgroup,
     _cgroup: Cgroup,
-    pod: Pod,
+    pub(crate) pod: Pod,
 }
 
 impl Running {
-    fn new(cluster: &Cluster, families: Families) -> Result<Self> {
+    pub(crate) fn new(cluster: &Cluster, families: Families) -> Result<Self> {
         let pod = cluster.node().plain("pod", families)?;
         let session = cluster.node().session();
         let cgroup = session.cgroup().child(&format!("pod{}", pod.identity().uid))?;
@@ -51,7 +51,7 @@ impl Running {
     }
 }
 
-fn becomes(cluster: &Cluster, pod: &Pod, state: Option<&str>) -> Result<()> {
+pub(crate) fn becomes(cluster: &Cluster, pod: &Pod, state: Option<&str>) -> Result<()> {
     let what = format!("annotation {state:?}");
     let waited = wait::until_true(&what, RETRIED, || Ok(cluster.redirection(pod).as_deref() == state));
     waited.with_context(|| format!("it is {:?}; events: {:?}", cluster.redirection(pod), cluster.events(pod)))
