@@ -78,14 +78,14 @@ fn two_hundred_pods(context: &Context) -> Result<()> {
     Ok(())
 }
 
-fn timed(act: impl FnOnce() -> Result<()>) -> Result<Duration> {
+pub(crate) fn timed(act: impl FnOnce() -> Result<()>) -> Result<Duration> {
     let start = Instant::now();
     act()?;
     Ok(start.elapsed())
 }
 
 /// Does something for every item, several at a time.
-fn at_once<I: Send, T: Send>(
+pub(crate) fn at_once<I: Send, T: Send>(
     threads: usize,
     items: Vec<I>,
     act: impl Fn(I) -> Result<T> + Sync,

@@ -22,6 +22,7 @@ mod install;
 mod kubernetes;
 mod leftovers;
 mod limits;
+mod load;
 mod local;
 mod metrics;
 mod migration;
@@ -84,6 +85,7 @@ fn main() -> anyhow::Result<ExitCode> {
         tc_method::trials(&context),
         probes::trials(&context),
         coexistence::trials(&context),
+        load::trials(&context),
         migration::trials(&context),
         exclusions::trials(&context),
         hardening::trials(&context),

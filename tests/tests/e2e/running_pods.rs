@@ -18,6 +18,7 @@ use crate::{inbound, outbound};
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     let mut trials = for_every_kind(context, "running_pods::follow_their_labels", labels);
     trials.extend(for_every_stack(context, "running_pods::refused_by_the_proxy", refused));
+    trials.extend(for_every_stack(context, "running_pods::known_without_the_api_server", without_api_server));
     trials
 }
 
@@ -118,4 +119,34 @@ fn refused(context: &Context, stack: Stack) -> Result<()> {
         inbound::passes_the_proxy_once(other.netns(), pod, stack)?;
     }
     Ok(())
+}
+
+/// The agent starts again while the API server is away: the pods of its records are in the proxy's snapshot, and stay.
+fn without_api_server(context: &Context, stack: Stack) -> Result<()> {
+    let keep = ["--on-exit", "keep", "--initial-wait", "1"];
+    let cluster = Cluster::start(&context.session()?, &keep)?;
+    let node = cluster.node();
+    let other = node.plain("other", Families::Dual)?;
+    let Running { pod, .. } = &Running::new(&cluster, Families::Dual)?;
+    cluster.announce_running(pod, &AMBIENT);
+    becomes(&cluster, pod, Some("enabled"))?;
+    let listening = other.listen(stack)?;
+    let mut open = pod.connect(stack, other.endpoint(stack.family(), listening.port())?)?;
+    cluster.api().set_away(true);
+    node.end_agent()?;
+    cluster.start_agent(&keep)?;
+    node.wait_for_proxy()?;
+    // The proxy cuts the connections of pods that it is not told of.
+    open.exchange("still there")?;
+    open.finish()?;
+    ensure!(
+        node.report(pod)?.is_some_and(|report| report.proxy.is_ok()),
+        "the agent, or the proxy, forgot the pod"
+    );
+    outbound::passes_the_proxy_once(pod, &other, stack)?;
+    inbound::passes_the_proxy_once(other.netns(), pod, stack)?;
+    cluster.api().set_away(false);
+    // That it is back shows in what is followed again.
+    cluster.announce_running(pod, &NONE);
+    becomes(&cluster, pod, None)
 }
