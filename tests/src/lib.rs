@@ -23,6 +23,7 @@ pub mod cni;
 pub mod connection;
 pub mod dns;
 pub mod echo;
+pub mod foreign;
 pub mod kernel;
 pub mod load;
 pub mod netns;

@@ -5,6 +5,7 @@
 
 mod bench;
 mod closed_ports;
+mod coexistence;
 mod container;
 mod context;
 mod dns;

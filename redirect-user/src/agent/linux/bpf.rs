@@ -11,6 +11,7 @@ use std::path::Path;
 const OBJ_PIN: libc::c_long = 6;
 const OBJ_GET: libc::c_long = 7;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const PROG_QUERY: libc::c_long = 16;
 const LINK_CREATE: libc::c_long = 28;
 const LINK_UPDATE: libc::c_long = 29;
 
@@ -115,9 +116,22 @@ impl Link {
             At::Descriptor(descriptor) => descriptor.as_raw_fd().cast_unsigned(),
             At::Interface(index) => index,
         };
-        let attach_type = place.hook.attach_type();
-        let attributes = [program.fd.as_raw_fd().cast_unsigned(), target, attach_type, 0, 0, 0, 0, 0];
-        descriptor(call(LINK_CREATE, &attributes)?).map(Self)
+        let create = |flags| {
+            let program = program.fd.as_raw_fd().cast_unsigned();
+            call(LINK_CREATE, &[program, target, place.hook.attach_type(), flags, 0, 0, 0, 0])
+        };
+        /// Before all others that are attached to the same place.
+        const BEFORE: u32 = 1 << 3;
+        let created = match place.hook {
+            Hook::Lookup => create(0),
+            Hook::TcxIngress | Hook::TcxEgress => create(BEFORE),
+            // Linux before 6.17 knows no order but that of attachment.
+            Hook::Cgroup(_) => create(BEFORE).or_else(|error| match error.raw_os_error() {
+                Some(libc::EINVAL) => create(0),
+                _ => Err(error),
+            }),
+        };
+        descriptor(created?).map(Self)
     }
 
     /// Opens a pinned link.
@@ -163,6 +177,18 @@ impl Link {
 
     fn info(&self) -> io::Result<Info> {
         info(self.0.as_fd())
+    }
+}
+
+/// How many tcx programs an interface of the calling thread's namespace has at a hook.
+pub(super) fn tcx_programs(interface: u32, hook: Hook) -> io::Result<usize> {
+    const COUNT: usize = 6;
+    let mut attributes = [interface, hook.attach_type(), 0, 0, 0, 0, 0, 0];
+    match query(&mut attributes) {
+        Ok(()) => Ok(attributes[COUNT] as usize),
+        // A kernel without tcx.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(0),
+        Err(error) => Err(error),
     }
 }
 
@@ -224,10 +250,24 @@ fn words(value: u64) -> [u32; 2] {
     [u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h])]
 }
 
-/// The fields are those that the command's part of `union bpf_attr` begins with; the kernel takes the others as zero.
+/// A question whose answer the kernel writes into the fields.
+fn query(fields: &mut [u32; 8]) -> io::Result<()> {
+    let (attributes, result) = ask(PROG_QUERY, fields);
+    for (field, answer) in fields.iter_mut().zip(attributes.0) {
+        *field = answer;
+    }
+    result.map(drop)
+}
+
 fn call(command: libc::c_long, fields: &[u32]) -> io::Result<libc::c_long> {
-    #[repr(C, align(8))]
-    struct Attributes([u32; 16]);
+    ask(command, fields).1
+}
+
+#[repr(C, align(8))]
+struct Attributes([u32; 16]);
+
+/// The fields are those that the command's part of `union bpf_attr` begins with; the kernel takes the others as zero.
+fn ask(command: libc::c_long, fields: &[u32]) -> (Attributes, io::Result<libc::c_long>) {
     let mut attributes = Attributes([0; 16]);
     for (place, field) in attributes.0.iter_mut().zip(fields) {
         *place = *field;
@@ -235,7 +275,7 @@ fn call(command: libc::c_long, fields: &[u32]) -> io::Result<libc::c_long> {
     let length = size_of_val(fields);
     // SAFETY: the attributes, and what they point to, live for the length of the call, and the length is theirs.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut attributes, length) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    (attributes, if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) })
 }
 
 fn descriptor(result: libc::c_long) -> io::Result<OwnedFd> {

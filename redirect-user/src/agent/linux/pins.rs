@@ -230,6 +230,10 @@ impl Links {
         self.links.keys().map(String::as_str)
     }
 
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.links.contains_key(name)
+    }
+
     /// `None`: there is no such link. One that is no longer pinned counts as being elsewhere.
     pub(super) fn state(&self, name: &str, program: &Program, place: Place<'_>) -> io::Result<Option<State>> {
         let Some(link) = self.links.get(name) else { return Ok(None) };

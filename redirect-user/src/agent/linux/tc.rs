@@ -123,7 +123,7 @@ impl Tc {
         let context = || format!("{} on {}", hook.program(), interface.name);
         let name = link_name(hook, netns_cookie, interface.index);
         let filter = Filter { program: program.id, ..hook.filter() };
-        match self.method {
+        match self.method_for(links, netns_cookie, interface.index, hook.side())? {
             TcMethod::Clsact => {
                 netlink
                     .add_clsact(interface.index)
@@ -138,6 +138,25 @@ impl Tc {
         }
         self.attached.entry(netns_cookie).or_default().insert((interface.index, hook));
         Ok(())
+    }
+
+    /// In the namespace of the pod. The kernel runs tcx programs before filters, and filters not at all if one of them
+    /// decides: beside those of others, ours has to be one too, and comes before them.
+    fn method_for(
+        &self,
+        links: &Links,
+        netns_cookie: u64,
+        interface: u32,
+        side: Side,
+    ) -> io::Result<TcMethod> {
+        if self.method == TcMethod::Tcx {
+            return Ok(TcMethod::Tcx);
+        }
+        let hooks = || Hook::ALL.into_iter().filter(|hook| hook.side() == side);
+        let Some(any) = hooks().next() else { return Ok(TcMethod::Clsact) };
+        let all = bpf::tcx_programs(interface, any.place(interface).hook)?;
+        let ours = hooks().filter(|hook| links.has(&link_name(*hook, netns_cookie, interface))).count();
+        Ok(if all > ours { TcMethod::Tcx } else { TcMethod::Clsact })
     }
 
     /// In the namespace of the pod. The clsact qdisc goes with the last filter.
@@ -183,7 +202,8 @@ impl Tc {
                     .map(|filter| if filter.program == program.id { State::Current } else { State::Stale });
                 let name = link_name(hook, netns_cookie, interface.index);
                 let link = links.state(&name, program, hook.place(interface.index))?;
-                let (right, wrong) = match self.method {
+                let method = self.method_for(links, netns_cookie, interface.index, hook.side())?;
+                let (right, wrong) = match method {
                     TcMethod::Clsact => (filter, link),
                     TcMethod::Tcx => (link, filter),
                 };

@@ -1,0 +1,184 @@
+//! Others' programs and filters beside ours.
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use anyhow::{Context as _, Result, ensure};
+use libtest_mimic::Trial;
+use redirect_tests::dns::{self, DnsServer};
+use redirect_tests::foreign::{Hook, Kind, Program};
+use redirect_tests::wait::SOON;
+use redirect_tests::{Direction, Families, Node, NodeOptions, Pod, Stack};
+use socket2::{Socket, Type};
+
+use crate::context::{Context, for_every_stack};
+use crate::{inbound, outbound, restarts};
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for (name, turn) in [("before", Turn::Before), ("after", Turn::After)] {
+        let test = move |context: &Context, stack: Stack| socket_load_balancer(context, stack, turn);
+        trials.extend(for_every_stack(context, &format!("coexistence::socket_load_balancer_{name}"), test));
+        let test = move |context: &Context, stack: Stack| tcx_programs(context, stack, turn);
+        trials.extend(for_every_stack(context, &format!("coexistence::tcx_programs_{name}"), test));
+        let test = move |context: &Context, stack: Stack| filters(context, stack, turn);
+        trials.extend(for_every_stack(context, &format!("coexistence::filters_{name}"), test));
+    }
+    trials.extend(for_every_stack(context, "coexistence::load_balancer_of_dns_servers", dns_load_balancer));
+    trials.extend(for_every_stack(context, "coexistence::filter_in_our_place_is_told", filter_in_our_place));
+    trials
+}
+
+/// When the other is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    Before,
+    After,
+}
+
+/// An address that no test besides has: all their programs are on one cgroup.
+fn service(stack: Stack, port: u16) -> SocketAddr {
+    static NEXT: AtomicU8 = AtomicU8::new(1);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let address: IpAddr = match stack {
+        Stack::V4 | Stack::Mapped => [198, 18, 0, number].into(),
+        Stack::V6 => Ipv6Addr::new(0x2001, 0xdb8, 0x96, 0, 0, 0, 0, number.into()).into(),
+    };
+    SocketAddr::new(address, port)
+}
+
+/// A program that sends connections to a Service's address to one of its pods, as Cilium's does: the proxy gets the
+/// connection, for the pod, whichever program was there first.
+fn socket_load_balancer(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
+    let session = context.session()?;
+    let node = Node::with(&session, NodeOptions { agent: false, proxy: false, ..NodeOptions::default() })?;
+    let server = node.plain("server", Families::Dual)?;
+    let listening = server.listen(stack)?;
+    let service = service(stack, 80);
+    let backend = server.endpoint(stack.family(), listening.port())?;
+    let attach = || {
+        let (from, to) = (stack.spell(service), stack.spell(backend));
+        Program::rewriting(session.cgroup().path(), Kind::Connections, from, to)
+    };
+    let before = (turn == Turn::Before).then(attach).transpose()?;
+    node.start_agent(&[])?;
+    node.start_proxy()?;
+    let after = (turn == Turn::After).then(attach).transpose()?;
+    let client = node.enrolled("client", Families::Dual)?;
+    let mut connection = client.connect(stack, service)?;
+    connection.exchange("hello")?;
+    ensure!(!connection.is_direct(), "past the proxy: {:?}", connection.heard);
+    client.proxied_times(Direction::Outbound, backend, 1)?;
+    drop((before, after));
+    Ok(())
+}
+
+/// The same for DNS. Ours comes first on kernels that let it (6.17), whoever was attached first: the application hears its
+/// answer from the server that it asked.
+fn dns_load_balancer(context: &Context, stack: Stack) -> Result<()> {
+    let session = context.session()?;
+    let node = Node::with(&session, NodeOptions { agent: false, proxy: false, ..NodeOptions::default() })?;
+    let server = node.plain("server", Families::Dual)?;
+    let asked = DnsServer::everywhere(server.netns())?;
+    let service = service(stack, dns::PORT);
+    let backend = server.endpoint(stack.family(), dns::PORT)?;
+    // An unconnected datagram to a v4-mapped address runs the program of IPv4.
+    let plain = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
+    let _program =
+        Program::rewriting(session.cgroup().path(), Kind::Datagrams, plain(service), plain(backend))?;
+    node.start_agent(&[])?;
+    node.start_proxy()?;
+    node.dns()?;
+    let client = node.enrolled("client", Families::Dual)?;
+    let socket = client.netns().run(|| Socket::new(stack.domain(), Type::DGRAM, None))??;
+    socket.set_read_timeout(Some(SOON))?;
+    let socket = std::net::UdpSocket::from(socket);
+    let question = dns::question("balanced.test.", hickory_proto::rr::RecordType::A)?;
+    socket.send_to(&question, stack.spell(service))?;
+    let mut buffer = [0; 512];
+    let (length, from) = socket.recv_from(&mut buffer).context("no answer")?;
+    dns::check_answer(&question, &buffer[..length])?;
+    ensure!(from == stack.spell(service), "{service} was asked, {from} answered");
+    ensure!(asked.heard().is_empty(), "the question went past the proxy: {:?}", asked.heard());
+    Ok(())
+}
+
+fn is_steered_both_ways(pod: &Pod, other: &Pod, stack: Stack) -> Result<()> {
+    outbound::passes_the_proxy_once(pod, other, stack)?;
+    inbound::passes_the_proxy_once(other.netns(), pod, stack)
+}
+
+/// tcx programs on the pod's device that end every packet's way through the hook: filters would never be asked.
+fn tcx_programs(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
+    let node = context.node()?;
+    let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    let index = pod.netns().json("ip -j link show dev eth0")?[0]["ifindex"].as_u64().context("no index")?;
+    let attach = || {
+        /// `TCX_PASS`: the packet goes on, and nobody else is asked.
+        const PASS: i32 = 0;
+        let hooks = [Hook::TcxIngress, Hook::TcxEgress];
+        let attach = || hooks.map(|hook| Program::with_verdict(index as u32, hook, PASS));
+        pod.netns().run(attach)?.into_iter().collect::<Result<Vec<_>>>()
+    };
+    let before = (turn == Turn::Before).then(attach).transpose()?;
+    pod.enrol()?;
+    if turn == Turn::After {
+        let _after = attach()?;
+        // The agent looks at pods anew from time to time, and at once when it is asked to enrol one again.
+        pod.enrol()?;
+        return is_steered_both_ways(&pod, &other, stack);
+    }
+    is_steered_both_ways(&pod, &other, stack)?;
+    drop(before);
+    pod.unenrol()?;
+    let left = pod.netns().json("ip -j link show dev eth0")?;
+    ensure!(left[0]["ifindex"].as_u64() == Some(index));
+    Ok(())
+}
+
+/// A filter that takes every packet of a protocol, and asks nobody after it.
+fn add_filter(pod: &Pod, protocol: &str, priority: &str, side: &str) -> Result<()> {
+    let tc = |arguments: &str, more: &[&str]| {
+        let mut tc = Command::new("tc");
+        tc.args(arguments.split(' ')).args(more);
+        pod.netns().output(tc, b"").map(drop)
+    };
+    tc("qdisc replace dev eth0 clsact", &[])?;
+    let filter =
+        format!("filter add dev eth0 {side} protocol {protocol} pref {priority} bpf classid 1:1 bytecode");
+    // One instruction of classic BPF: return -1, which is the class above.
+    tc(&filter, &["1,6 0 0 4294967295"])
+}
+
+/// Filters that end every packet's way come after ours.
+fn filters(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
+    let node = context.node()?;
+    let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    let add = || ["ingress", "egress"].into_iter().try_for_each(|side| add_filter(&pod, "all", "10", side));
+    if turn == Turn::Before {
+        add()?;
+    }
+    pod.enrol()?;
+    if turn == Turn::After {
+        add()?;
+    }
+    is_steered_both_ways(&pod, &other, stack)
+}
+
+/// Who has our priority has to make room: a pod is not enrolled without its programs.
+fn filter_in_our_place(context: &Context, stack: Stack) -> Result<()> {
+    let node = context.node()?;
+    let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    add_filter(&pod, "arp", "1", "ingress")?;
+    let text = restarts::message(pod.enrol())?;
+    for wanted in [pod.identity().to_string().as_str(), "inbound_ipv4", "eth0"] {
+        ensure!(text.contains(wanted), "{wanted} is not in {text:?}");
+    }
+    let mut tc = Command::new("tc");
+    tc.args(["filter", "del", "dev", "eth0", "ingress", "pref", "1"]);
+    pod.netns().output(tc, b"")?;
+    pod.enrol()?;
+    is_steered_both_ways(&pod, &other, stack)
+}
