@@ -36,7 +36,7 @@ static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(1, 0);
 /// A note that no lookup followed (the kernel found the SYN to be an old duplicate) must not catch a later connection.
 const LIFETIME: u64 = 100_000_000;
 
-const EEXIST: i64 = -17;
+const EEXIST: i32 = -17;
 const ENOENT: i64 = -2;
 
 /// Sends the connection to the proxy's listener by way of the socket lookup, or has it refused where there is none.
@@ -75,7 +75,11 @@ fn remember(key: &ListenerKey, listener: &Socket) -> Result<(), i64> {
             BPF_NOEXIST.into(),
         )
     };
-    if result == 0 || result == EEXIST { Ok(()) } else { Err(result) }
+    // Before Linux 6.4 maps return an `int`, and the verifier calls them directly: the upper half is not set then.
+    match result as i32 {
+        0 | EEXIST => Ok(()),
+        error => Err(error.into()),
+    }
 }
 
 #[sk_lookup]
