@@ -1,5 +1,6 @@
 //! The command line.
 
+mod doctor;
 mod show;
 mod uninstall;
 
@@ -10,6 +11,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
+use crate::doctor::Refusal;
 use crate::{agent, install, proxy, wire};
 
 /// Steers the TCP connections of pods to the node proxy of an ambient mesh, in IPv4 and IPv6 alike
@@ -45,6 +47,8 @@ enum Command {
     Status(Query),
     /// Show the pods that the agent of this node steers
     Pods(Query),
+    /// Examine whether this node can run the data path; exit code 0: it can, 1: with limits, 2: it can't
+    Doctor(doctor::Options),
     /// Remove everything of ours from this node's kernel. Needs no agent; refuses (exit code 3) while one runs
     Uninstall(Uninstall),
 }
@@ -89,6 +93,7 @@ pub fn main() -> ExitCode {
         Command::Proxy(options) => proxy::run(options),
         Command::Status(query) => show::status(&query),
         Command::Pods(query) => show::pods(&query),
+        Command::Doctor(options) => return doctor::doctor(&options).unwrap_or_else(|error| failure(&error)),
         Command::Uninstall(command) => return uninstall::run(&command),
     };
     exit(result)
@@ -97,11 +102,13 @@ pub fn main() -> ExitCode {
 fn exit(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("redirect: {error:#}");
-            ExitCode::FAILURE
-        }
+        Err(error) => failure(&error),
     }
+}
+
+fn failure(error: &anyhow::Error) -> ExitCode {
+    eprintln!("redirect: {error:#}");
+    error.downcast_ref::<Refusal>().map_or(ExitCode::FAILURE, Refusal::exit_code)
 }
 
 fn log(cli: &Cli) -> anyhow::Result<()> {

@@ -3,6 +3,7 @@
 //! - [`agent`]: the DaemonSet process. Loads the kernel side, keeps pods in step with it, serves the CNI plugin and
 //!   the node proxy.
 //! - [`cni`]: the CNI plugin (`redirect-cni`), synchronous and without a runtime.
+//! - [`doctor`]: whether a node can run the data path.
 //! - [`install`]: puts the plugin into the node's CNI chain (`redirect install`).
 //! - [`kube`]: which pods Kubernetes wants enrolled.
 //! - [`wire`]: what plugin, command line and agent say to each other.
@@ -16,6 +17,7 @@ pub mod cgroup;
 pub mod cli;
 pub mod cni;
 mod descriptors;
+pub mod doctor;
 pub mod install;
 pub mod kube;
 pub mod metrics;

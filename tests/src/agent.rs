@@ -62,7 +62,8 @@ impl Agent {
             command.args(["--check-interval", "1"]);
         }
         // Below the plugin's own deadline in tests, so that it hears why.
-        command.args(["--proxy-deadline", "5"]);
+        let deadline = wait::patient(wait::SOON).as_secs().to_string();
+        command.args(["--proxy-deadline", &deadline]);
         command.args(arguments);
         let name = format!("agent of {}", netns.name());
         let process = Process::spawn(&name, command, netns, cgroup, &dir.join("agent.log"))?;

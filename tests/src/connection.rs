@@ -11,7 +11,7 @@ use socket2::{SockAddr, Socket, Type};
 use crate::echo::{Farewell, Hello};
 use crate::netns::Netns;
 use crate::stack::{Stack, canonical};
-use crate::wait::SOON;
+use crate::wait::{self, SOON};
 
 /// A connection that is established and, after [`Connection::open`], greeted.
 #[derive(Debug)]
@@ -108,7 +108,7 @@ impl Connection {
 
     /// Whether the other side ends the connection within a time.
     pub fn is_cut_within(&mut self, limit: Duration) -> Result<bool> {
-        self.stream.get_ref().set_read_timeout(Some(limit))?;
+        self.stream.get_ref().set_read_timeout(Some(wait::patient(limit)))?;
         match self.stream.read(&mut [0; 1]) {
             Ok(0) => Ok(true),
             Ok(_) => bail!("data where an end or nothing was expected"),
@@ -130,6 +130,7 @@ pub fn dial_prepared(
     limit: Duration,
     prepare: impl FnOnce(&Socket) -> std::io::Result<()>,
 ) -> std::io::Result<TcpStream> {
+    let limit = wait::patient(limit);
     let socket = Socket::new(stack.domain(), Type::STREAM, None)?;
     prepare(&socket)?;
     socket.connect_timeout(&SockAddr::from(stack.spell(to)), limit)?;

@@ -5,7 +5,6 @@ use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream,
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use hickory_proto::op::{Edns, Message, MessageType, OpCode, Query, ResponseCode};
@@ -15,6 +14,7 @@ use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
 use crate::netns::Netns;
 use crate::stack::canonical;
+use crate::wait;
 
 /// The port of DNS servers.
 pub const PORT: u16 = 53;
@@ -135,7 +135,7 @@ fn serve_tcp(listener: &TcpListener, heard: &Arc<Mutex<Vec<Heard>>>) {
     while let Ok((mut stream, from)) = listener.accept() {
         let heard = heard.clone();
         thread::spawn(move || {
-            let _ = stream.set_read_timeout(Some(Duration::from_secs(5)));
+            let _ = stream.set_read_timeout(Some(wait::patient(wait::SOON)));
             while let Ok(question) = read_framed(&mut stream) {
                 let Some(answer) = answer(&question, from, true, &heard) else { break };
                 if write_framed(&mut stream, &answer).is_err() {

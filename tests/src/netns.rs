@@ -32,7 +32,7 @@ impl Netns {
             descriptor: descriptor.with_context(|| format!("make network namespace {name}"))?,
         };
         for scope in ["all", "default"] {
-            netns.set_sysctl(&format!("net.ipv6.conf.{scope}.accept_dad"), "0")?;
+            netns.set_sysctl_if_any(&format!("net.ipv6.conf.{scope}.accept_dad"), "0")?;
         }
         netns.ip("link set lo up")?;
         Ok(netns)
@@ -128,6 +128,11 @@ impl Netns {
     pub fn set_sysctl(&self, name: &str, value: &str) -> Result<()> {
         let path = sysctl_path(name);
         self.run(|| fs::write(&path, value))?.with_context(|| format!("{}: {name}={value}", self.name))
+    }
+
+    /// As [`Netns::set_sysctl`], where the kernel has it: IPv6 may be off, and modules may not be loaded.
+    pub fn set_sysctl_if_any(&self, name: &str, value: &str) -> Result<()> {
+        if self.has_sysctl(name)? { self.set_sysctl(name, value) } else { Ok(()) }
     }
 
     /// Reads a sysctl.

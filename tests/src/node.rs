@@ -88,12 +88,9 @@ impl Node {
         let number = node_number.get();
         let netns = Netns::new(&format!("node-{number}"))?;
         netns.set_sysctl("net.ipv4.ip_forward", "1")?;
-        netns.set_sysctl("net.ipv6.conf.all.forwarding", "1")?;
+        netns.set_sysctl_if_any("net.ipv6.conf.all.forwarding", "1")?;
         for family in ["iptables", "ip6tables", "arptables"] {
-            let name = format!("net.bridge.bridge-nf-call-{family}");
-            if netns.has_sysctl(&name)? {
-                netns.set_sysctl(&name, "0")?;
-            }
+            netns.set_sysctl_if_any(&format!("net.bridge.bridge-nf-call-{family}"), "0")?;
         }
         let dir = tempfile::Builder::new().prefix("node-").tempdir_in(session.directory())?;
         let node = Self {

@@ -139,7 +139,7 @@ fn connect(
             Ok(_) => {}
             Err(error) => tally.failed.push(format!("after {:?}: {error:#}", start.elapsed())),
         }
-        tally.slow += u64::from(start.elapsed() > SLOW);
+        tally.slow += u64::from(start.elapsed() > crate::wait::patient(SLOW));
         if tally.connections == 1 {
             begun.fetch_add(1, Ordering::SeqCst);
         }
@@ -176,7 +176,7 @@ fn ask(pod: &Pod, stack: Stack, server: SocketAddr, stop: &AtomicBool, begun: &A
                 socket.connect(&stack.spell(server).into())?;
                 Ok(socket.into())
             })??;
-            socket.set_read_timeout(Some(SOON))?;
+            socket.set_read_timeout(Some(crate::wait::patient(SOON)))?;
             let question = question(&format!("load-{}.test.", tally.questions), RecordType::A)?;
             socket.send(&question)?;
             let mut buffer = [0; 1024];

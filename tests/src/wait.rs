@@ -1,7 +1,8 @@
 //! Waiting for something to become true, with a deadline.
 
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
-use std::{io, thread};
+use std::{env, io, thread};
 
 use anyhow::{Result, bail};
 
@@ -13,11 +14,22 @@ pub const SOON: Duration = Duration::from_secs(5);
 /// How long a child needs from fork to exec on a busy machine.
 const MOMENT: Duration = Duration::from_secs(1);
 
+/// The variable that says how much longer than usual everything may take, as in a virtual machine.
+const PATIENCE: &str = "REDIRECT_TEST_PATIENCE";
+
+/// A deadline, on this machine.
+#[must_use]
+pub fn patient(limit: Duration) -> Duration {
+    static FACTOR: LazyLock<u32> =
+        LazyLock::new(|| env::var(PATIENCE).ok().and_then(|factor| factor.parse().ok()).unwrap_or(1));
+    limit * *FACTOR
+}
+
 const INTERVAL: Duration = Duration::from_millis(5);
 
 /// Asks `ready` again and again until it has an answer. `what` completes the sentence "no … within 5 s".
 pub fn until<T>(what: &str, limit: Duration, mut ready: impl FnMut() -> Result<Option<T>>) -> Result<T> {
-    let start = Instant::now();
+    let (start, limit) = (Instant::now(), patient(limit));
     loop {
         signals::check()?;
         if let Some(answer) = ready()? {
@@ -32,7 +44,7 @@ pub fn until<T>(what: &str, limit: Duration, mut ready: impl FnMut() -> Result<O
 
 /// Waits for something that must be over before the next guard may act: signals do not cut it short.
 pub fn for_cleanup(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
-    let start = Instant::now();
+    let (start, limit) = (Instant::now(), patient(limit));
     while !done() {
         if start.elapsed() > limit {
             return false;
@@ -48,7 +60,7 @@ pub fn until_bound<T>(mut bind: impl FnMut() -> Result<io::Result<T>>) -> Result
     let start = Instant::now();
     loop {
         match bind()? {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse && start.elapsed() < MOMENT => {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && start.elapsed() < patient(MOMENT) => {
                 thread::sleep(INTERVAL);
             }
             bound => return Ok(bound),

@@ -15,6 +15,7 @@ mod tally;
 mod test;
 mod toolchain;
 mod userspace;
+mod vm;
 mod workspace;
 
 use std::ffi::OsString;

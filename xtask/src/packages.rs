@@ -84,6 +84,20 @@ pub(crate) fn of_the_tests() -> Vec<Package> {
     ]
 }
 
+/// What runs tests on other kernels.
+pub(crate) fn of_the_machines() -> Vec<Package> {
+    [
+        ("qemu-system-x86", "qemu-system-x86_64"),
+        ("cpio", "cpio"),
+        ("kmod", "modprobe"),
+        ("xz-utils", "xz"),
+        ("zstd", "zstd"),
+        ("binutils", "strip"),
+    ]
+    .map(|(name, program)| Package::new(name, Evidence::Program(program), "tests boot other kernels with it"))
+    .into()
+}
+
 /// The distribution's package manager, which refreshes its lists at most once.
 pub(crate) struct Packages<'a> {
     workspace: &'a Workspace,

@@ -21,6 +21,7 @@ pub(crate) fn everything(workspace: &Workspace) -> Result<KernelSide> {
     let packages = Packages::new(workspace);
     packages.ensure(&packages::of_the_tests())?;
     helm::ensure(workspace, &packages)?;
+    packages.ensure(&packages::of_the_machines())?;
     find_kernel_side(workspace, &packages)
 }
 

@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use crate::vm::table::{Boot, Outcome};
+
 /// The sum over all test binaries.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Tally {
@@ -67,6 +69,22 @@ impl Tally {
         }
     }
 
+    /// What a boot of another kernel gave.
+    pub(crate) fn boot(&mut self, boot: &Boot) {
+        let counts = boot.counts();
+        self.passed += counts.passed;
+        self.failed += counts.failed;
+        self.skipped += counts.skipped;
+        for (test, outcome) in &boot.tests {
+            let name = format!("{test} on {}", boot.name);
+            match outcome {
+                Outcome::Passed => {}
+                Outcome::Failed => self.failures.push(name),
+                Outcome::Skipped(reason) => self.skips.push((name, reason.clone())),
+            }
+        }
+    }
+
     pub(crate) fn is_success(&self) -> bool {
         self.failed == 0 && self.passed > 0
     }
@@ -124,7 +142,7 @@ fn said_skipped(line: &str) -> Option<(&str, &str)> {
 }
 
 /// `test <name> ... <outcome>`
-fn single(line: &str) -> Option<(&str, &str)> {
+pub(crate) fn single(line: &str) -> Option<(&str, &str)> {
     let (name, outcome) = line.strip_prefix("test ")?.split_once(" ... ")?;
     Some((name.trim(), outcome.trim()))
 }

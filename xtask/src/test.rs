@@ -1,7 +1,7 @@
 //! `cargo xtask test`: unit tests and end-to-end tests, summed up in the last line.
 //!
 //! The tests themselves are built with the development profile, which is quicker to build; the programs under test are
-//! the ones that are shipped.
+//! the ones that are shipped, unless `--dev` is given.
 
 use std::env;
 use std::ffi::OsString;
@@ -17,8 +17,13 @@ use clap::{Args, ValueEnum};
 
 use crate::tally::Tally;
 use crate::userspace::Programs;
+use crate::vm::table::table;
+use crate::vm::{self, Plan, Suite};
 use crate::workspace::Workspace;
 use crate::{host, image, progress, setup, userspace};
+
+/// The kernels and tests that show most in a short time.
+const SMOKE: &str = "smoke";
 
 /// How long output is awaited after cargo ended: a process that a test left behind may hold the pipe for ever.
 const GRACE: Duration = Duration::from_secs(1);
@@ -31,6 +36,17 @@ pub(crate) struct Selection {
     /// Runs the end-to-end tests with this node proxy, such as a ztunnel, instead of the embedded one.
     #[arg(long, value_name = "PATH")]
     proxy: Option<PathBuf>,
+    /// Runs the end-to-end tests on this kernel in a virtual machine, and none on this host: a series of Debian's
+    /// archive, such as 6.1, or `newest`, or an image vmlinuz-<release> beside lib/modules. Can be repeated. `smoke`
+    /// runs a few tests on several kernels.
+    #[arg(long, value_name = "KERNEL", conflicts_with = "proxy")]
+    vm: Vec<String>,
+    /// More arguments of that kernel, such as `ipv6.disable=1`.
+    #[arg(long, value_name = "ARGUMENTS", default_value = "", requires = "vm")]
+    vm_args: String,
+    /// Tests a build for development there, which is ready sooner than the one that is shipped.
+    #[arg(long, requires = "vm")]
+    dev: bool,
     /// What kind of proxy that is, where its name does not begin with it.
     #[arg(long, value_name = "KIND", requires = "proxy")]
     proxy_kind: Option<ProxyKind>,
@@ -51,23 +67,71 @@ enum ProxyKind {
 pub(crate) fn test(workspace: &Workspace, selection: &Selection) -> Result<ExitCode> {
     host::check()?;
     let proxy = selection.proxy.as_ref().map(absolute).transpose()?;
-    let programs = userspace::build(workspace, &setup::everything(workspace)?, &[])?;
-    image::write(workspace, &programs, &image::default_name())?;
+    let kernel_side = setup::everything(workspace)?;
+    let programs = if selection.dev {
+        userspace::build_for_development(workspace, &kernel_side)?
+    } else {
+        userspace::build(workspace, &kernel_side, &[])?
+    };
+    // Tests on this host run it; those in machines do not.
+    if selection.vm.is_empty() {
+        image::write(workspace, &programs, &image::default_name())?;
+    }
 
     let mut build = workspace.cargo();
     build.args(["test", "--workspace", "--no-run"]);
     progress::run(workspace, "building the tests", "build-tests", &mut build)?;
 
     let started = Instant::now();
-    let mut run = test_command(workspace, &programs, selection);
-    if let Some(proxy) = proxy {
-        run.env("REDIRECT_PROXY_BIN", proxy);
+    let mut tally = Tally::default();
+    if selection.vm.is_empty() {
+        let mut run = test_command(workspace, &programs, selection);
+        if let Some(proxy) = proxy {
+            run.env("REDIRECT_PROXY_BIN", proxy);
+        }
+        if let Some(kind) = selection.proxy_kind.and_then(|kind| kind.to_possible_value()) {
+            run.env("REDIRECT_PROXY_KIND", kind.get_name());
+        }
+        tally = stream(&mut run)?;
     }
-    if let Some(kind) = selection.proxy_kind.and_then(|kind| kind.to_possible_value()) {
-        run.env("REDIRECT_PROXY_KIND", kind.get_name());
+    let plans = selection.boots();
+    if !plans.is_empty() {
+        let boots = vm::run(workspace, &suite(workspace, &programs)?, plans)?;
+        boots.iter().for_each(|boot| tally.boot(boot));
+        println!("\n{}\n", table(&boots));
     }
-    let tally = stream(&mut run)?;
     Ok(report(&tally, started.elapsed()))
+}
+
+impl Selection {
+    /// The kernels that are to be booted.
+    fn boots(&self) -> Vec<Plan> {
+        let text = |argument: &OsString| argument.to_string_lossy().into_owned();
+        let plan = |kernel: &String| Plan {
+            kernel: kernel.clone(),
+            arguments: self.vm_args.clone(),
+            only: Vec::new(),
+            environment: Vec::new(),
+            test_arguments: self.filter.iter().cloned().chain(self.arguments.iter().map(text)).collect(),
+        };
+        self.vm
+            .iter()
+            .flat_map(|kernel| if kernel == SMOKE { vm::smoke() } else { vec![plan(kernel)] })
+            .collect()
+    }
+}
+
+/// What machines get to run.
+fn suite(workspace: &Workspace, programs: &Programs) -> Result<Suite> {
+    Ok(Suite {
+        e2e: workspace.test_binary("e2e")?,
+        others: vec![workspace.test_binary("programs")?],
+        programs: vec![
+            ("REDIRECT_BIN", programs.redirect.clone()),
+            ("REDIRECT_CNI_BIN", programs.plugin.clone()),
+            ("REDIRECT_TESTBED_BIN", workspace.target("debug/testbed")),
+        ],
+    })
 }
 
 /// Finds a program from the folder of the caller, before cargo changes it.

@@ -26,6 +26,16 @@ pub(crate) fn build(workspace: &Workspace, kernel_side: &KernelSide, extra: &[&s
     cargo_build(workspace, &workspace.target(""), extra)
 }
 
+/// Builds the kernel side, then user space for development, which is ready sooner.
+pub(crate) fn build_for_development(workspace: &Workspace, kernel_side: &KernelSide) -> Result<Programs> {
+    bpf::build(workspace, kernel_side)?;
+    let mut cargo = workspace.cargo();
+    cargo.args(["build", "--package", "redirect-user", "--bin", "redirect", "--bin", "redirect-cni"]);
+    progress::run(workspace, "building user space for development", "build", &mut cargo)?;
+    let folder = workspace.target("debug");
+    Ok(Programs { redirect: folder.join("redirect"), plugin: folder.join("redirect-cni") })
+}
+
 /// Builds user space alone, below a directory of its own.
 pub(crate) fn build_in(workspace: &Workspace, target: &Path) -> Result<Programs> {
     cargo_build(workspace, target, &[])

@@ -2,7 +2,10 @@
 
 use std::env;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result};
+use serde_json::Value;
 
 /// The repository. Everything that is built goes below its `target`, whatever `CARGO_TARGET_DIR` says, because
 /// `.cargo/config.toml` names the kernel side's object there.
@@ -42,6 +45,21 @@ impl Workspace {
         let mut command = Command::new(program.as_ref());
         command.current_dir(&self.root);
         command
+    }
+
+    /// A test binary, which was built before.
+    pub(crate) fn test_binary(&self, name: &str) -> Result<PathBuf> {
+        let mut cargo = self.cargo();
+        cargo.args(["test", "--package", "redirect-tests", "--test", name, "--no-run"]);
+        cargo.args(["--message-format", "json", "--quiet"]).stderr(Stdio::null());
+        let output = cargo.output().context("cannot run cargo")?;
+        let messages = String::from_utf8_lossy(&output.stdout).into_owned();
+        messages
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+            .filter(|message| message["target"]["name"] == name)
+            .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+            .with_context(|| format!("cargo built no test {name}"))
     }
 
     /// The cargo that runs this task.

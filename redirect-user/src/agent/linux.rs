@@ -13,6 +13,7 @@ mod proc_sys;
 mod strip;
 mod sysctl;
 mod tc;
+mod try_out;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -36,11 +37,12 @@ use maps::Maps;
 pub(super) use netlink::Netlink;
 use object::Programs;
 pub use object::load;
-pub use pins::{DEFAULT_DIRECTORY, InUse, Pins};
+pub use pins::{Bpffs, DEFAULT_DIRECTORY, InUse, NO_BPFFS_REMEDY, Pins, bpffs};
 use pins::{Links, cookie_of_lookup, lookup_name};
 pub(super) use proc_sys::make_writable as make_sysctls_writable;
 pub use strip::{Stripped, strip};
 pub use tc::TcMethod;
+pub use try_out::try_out;
 
 /// The programs that are attached to the root of the cgroup2 hierarchy.
 const CGROUP: [(&str, bpf::Cgroup); 10] = [

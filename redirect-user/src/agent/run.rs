@@ -19,6 +19,7 @@ use super::service::Service;
 use super::thread::Kernel;
 use super::watch::{Event, Watch};
 use super::{uninstall, upkeep};
+use crate::doctor::{self, Requirements};
 use crate::kube::{self, Controller, Timing};
 use crate::netns::NetNs;
 use crate::{cgroup, descriptors, install, metrics, privileges, wire, zds};
@@ -28,6 +29,11 @@ const SETTLE: Duration = Duration::from_millis(20);
 
 /// Runs until SIGTERM or SIGINT. What becomes of the pods then is a setting.
 pub fn run(options: Options) -> anyhow::Result<()> {
+    doctor::require(&Requirements {
+        cgroup: options.cgroup.clone(),
+        pin_dir: options.pin_dir.clone(),
+        tc: options.tc,
+    })?;
     privileges::keep(privileges::AGENT)?;
     descriptors::raise_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -52,7 +58,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     };
     let host_cookie = NetNs::current()
         .and_then(|netns| netns.cookie())
-        .context("network namespaces can't be identified: this needs Linux 5.14")?;
+        .context("network namespaces can't be identified")?;
 
     let capacities = Capacities {
         pods: options.max_pods,

@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::Family;
 use redirect_tests::connection::{dial, io_kind};
+use redirect_tests::wait;
 use redirect_tests::{Connection, Direction, Families, Netns, Node, Pod, Server, Stack};
 
 use crate::context::{Context, for_every_kind, for_every_stack, trial};
@@ -51,7 +52,7 @@ fn is_refused(pod: &Pod, stack: Stack, address: IpAddr) -> Result<()> {
     let outcome = pod.netns().run(|| dial(stack, (address, 9).into(), Duration::from_secs(5)))?;
     let kind = outcome.err().context("a closed port answered")?.kind();
     ensure!(kind == ErrorKind::ConnectionRefused, "{kind:?}");
-    ensure!(start.elapsed() < Duration::from_millis(500), "only after {:?}", start.elapsed());
+    ensure!(start.elapsed() < wait::patient(Duration::from_millis(500)), "only after {:?}", start.elapsed());
     ensure!(pod.proxied_at_all()?.is_empty());
     Ok(())
 }
@@ -77,7 +78,7 @@ fn unreachable(context: &Context, stack: Stack) -> Result<()> {
     let to = SocketAddr::new(address, 80);
     let start = Instant::now();
     let error = client.connect(stack, to).err().context("an unreachable destination answered")?;
-    ensure!(start.elapsed() < Duration::from_secs(2), "only after {:?}", start.elapsed());
+    ensure!(start.elapsed() < wait::patient(Duration::from_secs(2)), "only after {:?}", start.elapsed());
     ensure!(io_kind(&error).is_some_and(|kind| kind != ErrorKind::WouldBlock), "{error:#}");
     let entries = client.node().access_log().entries()?;
     let result = entries.iter().find_map(|entry| entry.result.clone());
@@ -104,7 +105,7 @@ fn no_answer(context: &Context) -> Result<()> {
                 let error = error.context("a destination that does not exist answered")?;
                 let kind = io_kind(&error);
                 ensure!(kind.is_some_and(|kind| kind != ErrorKind::WouldBlock), "{error:#}");
-                ensure!(start.elapsed() < PATIENCE, "only after {:?}", start.elapsed());
+                ensure!(start.elapsed() < wait::patient(PATIENCE), "only after {:?}", start.elapsed());
                 Ok(())
             })
         });
@@ -167,7 +168,7 @@ fn megabyte(mut connection: Connection) -> Result<()> {
     let data: Vec<u8> = (0..1u32 << 18).flat_map(u32::to_ne_bytes).collect();
     let start = Instant::now();
     ensure!(connection.transfer(&data)? == data, "the data came back changed");
-    ensure!(start.elapsed() < Duration::from_secs(4), "only after {:?}", start.elapsed());
+    ensure!(start.elapsed() < wait::patient(Duration::from_secs(4)), "only after {:?}", start.elapsed());
     ensure!(connection.finish()? == data.len() as u64);
     Ok(())
 }

@@ -60,7 +60,7 @@ impl Scene {
     /// A UDP socket of the pod.
     fn socket(&self) -> Result<UdpSocket> {
         let socket = self.pod.netns().run(|| Socket::new(self.stack.domain(), Type::DGRAM, None))??;
-        socket.set_read_timeout(Some(SOON))?;
+        socket.set_read_timeout(Some(wait::patient(SOON)))?;
         Ok(socket.into())
     }
 

@@ -9,6 +9,7 @@ mod coexistence;
 mod container;
 mod context;
 mod dns;
+mod doctor;
 mod eaddrinuse;
 mod enrolment;
 mod exclusions;
@@ -67,6 +68,7 @@ fn main() -> anyhow::Result<ExitCode> {
     let trials = [
         harness::trials(&context),
         leftovers::trials(&context),
+        doctor::trials(&context),
         outbound::trials(&context),
         inbound::trials(&context),
         local::trials(&context),
@@ -110,11 +112,21 @@ fn main() -> anyhow::Result<ExitCode> {
         bench::trials(&context),
         container::trials(&context),
     ];
-    let trials: Vec<Trial> = trials.into_iter().flatten().collect();
+    let wanted = wanted();
+    let chosen = |trial: &Trial| wanted.iter().any(|start| trial.name().starts_with(start));
+    let trials: Vec<Trial> =
+        trials.into_iter().flatten().filter(|trial| wanted.is_empty() || chosen(trial)).collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     let left = context.finish()?;
     for thing in &left {
         eprintln!("left behind: {thing}");
     }
     Ok(if conclusion.has_failed() || !left.is_empty() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// How the names of the tests that are wanted start, from `REDIRECT_TESTS`, separated by commas. All tests, if there is
+/// none.
+fn wanted() -> Vec<String> {
+    let list = std::env::var("REDIRECT_TESTS").unwrap_or_default();
+    list.split(',').filter(|start| !start.is_empty()).map(str::to_owned).collect()
 }

@@ -173,14 +173,14 @@ fn end(socket: Socket, limit: Duration) -> Result<Connection> {
 
 /// Waits for the greeting of the server that the socket is connected to.
 fn greet(socket: Socket) -> Result<Connection> {
-    socket.set_read_timeout(Some(SOON))?;
-    socket.set_write_timeout(Some(SOON))?;
+    socket.set_read_timeout(Some(wait::patient(SOON)))?;
+    socket.set_write_timeout(Some(wait::patient(SOON)))?;
     Connection::greeted(socket.into())
 }
 
 /// Connects within a limit, on a socket as it is.
 fn connect(socket: Socket, to: SocketAddr) -> Result<Connection> {
-    socket.connect_timeout(&to.into(), SOON)?;
+    socket.connect_timeout(&to.into(), wait::patient(SOON))?;
     greet(socket)
 }
 

@@ -9,7 +9,7 @@ use libtest_mimic::Trial;
 use redirect_ebpf::constants::{MARK_MASK, MARK_PROXY};
 use redirect_tests::connection::{dial, io_kind};
 use redirect_tests::stack::canonical;
-use redirect_tests::wait::SOON;
+use redirect_tests::wait::{self, SOON};
 use redirect_tests::{Connection, Direction, Families, Pod, ProxyKind, Stack};
 use socket2::{Socket, Type};
 
@@ -90,7 +90,7 @@ pub(crate) fn marked(context: &Context, stack: Stack, mark: u32) -> Result<u32> 
     let socket = client.netns().run(|| -> std::io::Result<Socket> {
         let socket = Socket::new(stack.domain(), Type::STREAM, None)?;
         socket.set_mark(mark)?;
-        socket.connect_timeout(&stack.spell(to).into(), SOON)?;
+        socket.connect_timeout(&stack.spell(to).into(), wait::patient(SOON))?;
         Ok(socket)
     })??;
     let after = socket.mark()?;
@@ -146,7 +146,7 @@ pub(crate) fn is_refused_soon(client: &Pod, server: &Pod, stack: Stack) -> Resul
     let error = client.connect(stack, to).err().context("a closed port answered")?;
     let elapsed = start.elapsed();
     ensure!(is_refusal(client, &error), "neither refused nor reset: {error:#}");
-    ensure!(elapsed < Duration::from_millis(900), "only after {elapsed:?}");
+    ensure!(elapsed < wait::patient(Duration::from_millis(900)), "only after {elapsed:?}");
     Ok(())
 }
 
@@ -168,7 +168,7 @@ fn unreachable(context: &Context, families: Families, stack: Stack) -> Result<()
     let outcome = client.netns().run(|| dial(stack, to, Duration::from_secs(5)))?;
     let kind = outcome.err().context("a family that the pod does not have answered")?.kind();
     ensure!(matches!(kind, ErrorKind::NetworkUnreachable | ErrorKind::HostUnreachable), "{kind:?}");
-    ensure!(start.elapsed() < Duration::from_secs(1), "only after {:?}", start.elapsed());
+    ensure!(start.elapsed() < wait::patient(Duration::from_secs(1)), "only after {:?}", start.elapsed());
     ensure!(client.proxied_at_all()?.is_empty());
     Ok(())
 }

@@ -10,6 +10,7 @@ use libtest_mimic::Trial;
 use redirect_ebpf::Family;
 use redirect_ebpf::constants::{PORT_DNS, PORT_INBOUND, PORT_OUTBOUND, PORT_TUNNEL};
 use redirect_tests::connection::dial;
+use redirect_tests::wait;
 use redirect_tests::{Families, Netns, Node, NodeOptions, Pod, Server, Stack};
 
 use crate::context::{Context, for_every_kind, for_every_stack};
@@ -50,7 +51,7 @@ fn ends_soon(client: &Netns, stack: Stack, ip: IpAddr, port: u16) -> Result<()> 
         stream.read(&mut answer)
     })?;
     let elapsed = start.elapsed();
-    ensure!(elapsed < SOON, "{stack} to {ip} port {port}: {outcome:?} only after {elapsed:?}");
+    ensure!(elapsed < wait::patient(SOON), "{stack} to {ip} port {port}: {outcome:?} only after {elapsed:?}");
     let complaint = port == PORT_TUNNEL && answer[0] == TLS_ALERT;
     ensure!(
         complaint || !matches!(outcome, Ok(1..)),

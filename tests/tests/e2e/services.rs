@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::Family;
 use redirect_tests::stack::canonical;
+use redirect_tests::wait;
 use redirect_tests::{Direction, Families, Netns, Node, Pod, PodSpec, Server};
 
 use crate::context::{Context, trial};
@@ -135,7 +136,11 @@ fn reach(context: &Context, service: Service) -> Result<()> {
             let start = Instant::now();
             let error = client.connect(stack, to).err().context("a family without endpoints answered")?;
             ensure!(outbound::is_refusal(&client, &error), "{error:#}");
-            ensure!(start.elapsed() < Duration::from_secs(2), "only after {:?}", start.elapsed());
+            ensure!(
+                start.elapsed() < wait::patient(Duration::from_secs(2)),
+                "only after {:?}",
+                start.elapsed()
+            );
             continue;
         }
         let server = Server::start(pod.netns(), stack, TARGET, service.greeting)?;

@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use libtest_mimic::Trial;
 use redirect_tests::connection::dial_prepared;
 use redirect_tests::server::listen;
+use redirect_tests::wait;
 use redirect_tests::{Direction, Families, Netns, Pod, Stack};
 
 use crate::context::{Context, for_every_kind};
@@ -54,7 +55,11 @@ fn one_port(context: &Context, families: Families, stack: Stack, direction: Dire
     for number in 0..CONNECTIONS {
         let start = Instant::now();
         call(client.netns(), stack, from, to).with_context(|| format!("connection {number} from {from}"))?;
-        ensure!(start.elapsed() < LIMIT, "connection {number} only after {:?}", start.elapsed());
+        ensure!(
+            start.elapsed() < wait::patient(LIMIT),
+            "connection {number} only after {:?}",
+            start.elapsed()
+        );
         is_in_time_wait(&pod, from, to).with_context(|| format!("connection {number}"))?;
     }
     serving.join().map_err(|_| anyhow!("the server panicked"))??;

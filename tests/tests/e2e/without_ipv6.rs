@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::ErrorKind;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::{Direction as Way, Family, Reason};
 use redirect_tests::connection::dial;
+use redirect_tests::wait;
 use redirect_tests::{Connection, Families, Node, NodeOptions, Pod, ProxyKind, ProxyOptions, Stack};
 
 use crate::context::{Context, trial};
@@ -16,6 +18,9 @@ use crate::odd_sockets::dropped;
 use crate::{inbound, outbound, restarts};
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    if !Path::new("/proc/net/if_inet6").exists() {
+        return vec![trial(context, "without_ipv6::off_in_the_kernel", off_in_the_kernel)];
+    }
     type Test = fn(&Context) -> Result<()>;
     let tests: [(&str, Test); 7] = [
         ("off_in_the_pod", off_in_the_pod),
@@ -153,6 +158,18 @@ fn off_on_the_node(context: &Context) -> Result<()> {
     works(&pod, &other, &IPV4)
 }
 
+/// Booted with `ipv6.disable=1`: not even sockets of the family can be made.
+fn off_in_the_kernel(context: &Context) -> Result<()> {
+    let node = Node::start(&context.session()?)?;
+    let log = fs::read_to_string(node.dir().join("agent.log"))?;
+    ensure!(log.contains("off in this kernel: pods are steered in IPv4 alone"), "{log}");
+    let (pod, other) = (node.enrolled("pod", Families::V4Only)?, node.plain("other", Families::V4Only)?);
+    works(&pod, &other, &[Stack::V4])?;
+    let report = node.report(&pod)?.context("the agent does not know the pod")?;
+    ensure!(report.steered == ["IPv4"], "{:?}", report.steered);
+    pod.unenrol()
+}
+
 /// But 127.0.0.1, which the kernel gives every namespace.
 fn without_ipv4(context: &Context) -> Result<()> {
     let node = context.node()?;
@@ -189,7 +206,11 @@ fn off_in_the_proxy(context: &Context, setting: &str) -> Result<()> {
         let error = error.with_context(|| format!("the {} connection was made", direction.label()))?;
         if setting == "refuse" {
             ensure!(error.kind() == ErrorKind::ConnectionRefused, "{error}");
-            ensure!(start.elapsed() < Duration::from_millis(500), "only after {:?}", start.elapsed());
+            ensure!(
+                start.elapsed() < wait::patient(Duration::from_millis(500)),
+                "only after {:?}",
+                start.elapsed()
+            );
         } else {
             ensure!(error.kind() == ErrorKind::TimedOut, "{error}");
         }

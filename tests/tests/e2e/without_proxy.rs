@@ -10,6 +10,7 @@ use libtest_mimic::Trial;
 use redirect_ebpf::Verdict;
 use redirect_ebpf::count::{self, Reason};
 use redirect_tests::connection::dial;
+use redirect_tests::wait;
 use redirect_tests::{Connection, Direction, Families, Node, Pod, Server, Stack};
 
 use crate::context::{Context, for_every_kind};
@@ -115,7 +116,11 @@ fn refused(context: &Context, families: Families, stack: Stack, direction: Direc
         let outcome = scene.client().netns().run(|| dial(stack, scene.to, Duration::from_secs(5)))?;
         let error = outcome.err().context("an answer without a proxy")?;
         ensure!(error.kind() == ErrorKind::ConnectionRefused, "attempt {attempt}: {error}");
-        ensure!(start.elapsed() < Duration::from_millis(500), "only after {:?}", start.elapsed());
+        ensure!(
+            start.elapsed() < wait::patient(Duration::from_millis(500)),
+            "only after {:?}",
+            start.elapsed()
+        );
         let dropped = scene.dropped()?;
         ensure!(dropped == attempt, "counted {dropped}: {:#?}", scene.node.status()?.counters);
     }

@@ -53,16 +53,13 @@ impl Pins {
     /// Makes the directory if need be, and takes it.
     pub fn open(directory: &Path) -> anyhow::Result<Self> {
         let shown = directory.display();
-        mount_bpffs(directory)?;
+        match bpffs(directory).with_context(|| format!("the pin directory {shown} can't be examined"))? {
+            Some(Bpffs::Mounted) => {}
+            Some(Bpffs::Mountable) => mount_bpffs()?,
+            None => bail!("the pin directory {shown} is not on a bpffs: {NO_BPFFS_REMEDY}"),
+        }
         let make = |path: &Path| DirBuilder::new().recursive(true).mode(0o700).create(path);
         make(directory).with_context(|| format!("the pin directory {shown} can't be made"))?;
-        let kind =
-            statfs(directory).with_context(|| format!("the pin directory {shown} can't be examined"))?;
-        if kind.filesystem_type() != BPF_FS_MAGIC {
-            bail!(
-                "the pin directory {shown} is not on a bpffs: choose one below {BPFFS} (--pin-dir), or mount a bpffs there"
-            );
-        }
         let waited = Instant::now();
         let lock = loop {
             match Self::lock(directory)? {
@@ -166,25 +163,39 @@ fn is_not_found(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
-/// Mounts the usual bpffs where there is none, as systemd does; but never in a container, whose end would unmount it.
-fn mount_bpffs(directory: &Path) -> anyhow::Result<()> {
+/// What there is for a pin directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bpffs {
+    /// It is on one.
+    Mounted,
+    /// It will be on the one that the agent mounts.
+    Mountable,
+}
+
+/// What to do where there is none.
+pub const NO_BPFFS_REMEDY: &str = "choose a directory below /sys/fs/bpf (--pin-dir), with a bpffs there (mount -t bpf bpf \
+                                   /sys/fs/bpf); in a container, mount the host's at the same path";
+
+/// What there is for a pin directory, which may not be there yet; `None`: nothing that outlives the agent.
+pub fn bpffs(directory: &Path) -> io::Result<Option<Bpffs>> {
     let usual = Path::new(BPFFS);
-    if !directory.starts_with(usual)
-        || statfs(usual).is_ok_and(|found| found.filesystem_type() == BPF_FS_MAGIC)
-    {
-        return Ok(());
+    let there = directory.ancestors().find_map(|path| statfs(path).ok());
+    if there.is_some_and(|found| found.filesystem_type() == BPF_FS_MAGIC) {
+        return Ok(Some(Bpffs::Mounted));
     }
-    // A mount has its number in one mount namespace only.
+    if !directory.starts_with(usual) {
+        return Ok(None);
+    }
+    // In a container, a mount would end with it. A mount has its number in one mount namespace only.
     let mounts = |process: &str| -> io::Result<BTreeSet<String>> {
         let table = fs::read_to_string(format!("/proc/{process}/mountinfo"))?;
         Ok(table.lines().filter_map(|line| Some(line.split_once(' ')?.0.to_owned())).collect())
     };
-    if mounts("self")?.is_disjoint(&mounts("1").context("the mounts of process 1 can't be read")?) {
-        bail!(
-            "no bpffs is mounted on {BPFFS}: mount the host's into the agent's container, at the same path"
-        );
-    }
-    mount(Some("bpf"), usual, Some("bpf"), MsFlags::empty(), Some("mode=700"))
+    Ok((!mounts("self")?.is_disjoint(&mounts("1")?)).then_some(Bpffs::Mountable))
+}
+
+fn mount_bpffs() -> anyhow::Result<()> {
+    mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), Some("mode=700"))
         .with_context(|| format!("a bpffs can't be mounted on {BPFFS}"))?;
     tracing::info!("a bpffs was mounted on {BPFFS}");
     Ok(())

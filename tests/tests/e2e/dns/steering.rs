@@ -10,7 +10,7 @@ use libtest_mimic::Trial;
 use redirect_ebpf::Family;
 use redirect_tests::connection::dial;
 use redirect_tests::dns::{DnsServer, PORT, check_answer, read_framed, write_framed};
-use redirect_tests::wait::SOON;
+use redirect_tests::wait::{self, SOON};
 use redirect_tests::{Direction, Families, Node, NodeOptions, ProxyKind, Stack};
 use socket2::{Socket, Type};
 
@@ -146,13 +146,13 @@ fn without_proxy(context: &Context, stack: Stack) -> Result<()> {
     let error =
         scene.pod.netns().run(|| dial(stack, server, SOON))?.err().context("a connection without a proxy")?;
     ensure!(error.kind() == ErrorKind::ConnectionRefused, "{error}");
-    ensure!(start.elapsed() < Duration::from_secs(1), "only after {:?}", start.elapsed());
+    ensure!(start.elapsed() < wait::patient(Duration::from_secs(1)), "only after {:?}", start.elapsed());
     scene.server_heard_nothing()?;
     ensure!(scene.upstream.heard().is_empty());
 
     node.start_proxy()?;
     for socket in [&connected, &unconnected] {
-        socket.set_read_timeout(Some(SOON))?;
+        socket.set_read_timeout(Some(wait::patient(SOON)))?;
         let (name, question) = fresh_question("again")?;
         if socket.peer_addr().is_ok() {
             socket.send(&question)?;
@@ -193,7 +193,7 @@ fn without_the_resolvers_address(context: &Context, stack: Stack) -> Result<()> 
     let asks = |stack: Stack| -> Result<bool> {
         let server = stack.spell(other.endpoint(stack.family(), PORT)?);
         let socket = pod.netns().run(|| Socket::new(stack.domain(), Type::DGRAM, None))??;
-        socket.set_read_timeout(Some(SOON))?;
+        socket.set_read_timeout(Some(wait::patient(SOON)))?;
         let (name, question) = fresh_question("lo")?;
         socket.connect(&server.into())?;
         socket.send(&question)?;

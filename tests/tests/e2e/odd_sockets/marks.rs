@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::constants::{MARK_CAPTURE, MARK_DELIVERY, MARK_PROXY};
 use redirect_ebpf::{Direction as Way, Reason};
-use redirect_tests::wait::SOON;
+use redirect_tests::wait::{self, SOON};
 use redirect_tests::{Direction, Stack};
 
 use super::{LONG_ENOUGH, Scene, begin, connect, end, fails, let_it_retry, segments_received};
@@ -92,7 +92,7 @@ fn mark_changed_when_connected(context: &Context, stack: Stack, mark: u32) -> Re
     ensure!(scene.dropped(Way::Outbound, Reason::Unmarked)? > 0, "nothing was counted");
     // What the connection was is what it can be again.
     socket2::SockRef::from(connection.stream()).set_mark(MARK_CAPTURE)?;
-    connection.stream().set_read_timeout(Some(SOON))?;
+    connection.stream().set_read_timeout(Some(wait::patient(SOON)))?;
     let mut connection = connection;
     connection.hears("in the open")?;
     scene.came_by_the_proxy(&[connection])

@@ -61,7 +61,7 @@ fn used_by_a_process_of_the_node(context: &Context, stack: Stack) -> Result<()> 
         let user = scope.spawn(|| {
             node.run(|| -> Result<Socket> {
                 let socket = receive(&theirs)?;
-                socket.connect_timeout(&to.into(), SOON)?;
+                socket.connect_timeout(&to.into(), wait::patient(SOON))?;
                 Ok(socket)
             })
         });
@@ -79,7 +79,10 @@ fn of_a_pod_that_is_not_enrolled(context: &Context, stack: Stack) -> Result<()> 
     let other = scene.client.node().plain("other", Families::Dual)?;
     let socket = socket_in(other.netns(), stack)?;
     let to = scene.destination();
-    let socket = scene.client.netns().run(|| socket.connect_timeout(&to.into(), SOON).map(|()| socket))??;
+    let socket = scene
+        .client
+        .netns()
+        .run(|| socket.connect_timeout(&to.into(), wait::patient(SOON)).map(|()| socket))??;
     let connection = greet(socket)?;
     ensure!(connection.heard.peer == canonical(connection.local_name), "{:?}", connection.heard);
     ensure!(connection.heard.peer.ip() == other.address(stack.family())?);
@@ -213,7 +216,7 @@ fn link_local(context: &Context) -> Result<()> {
         let SocketAddr::V6(mut to) = to else { bail!("not an IPv6 address") };
         to.set_scope_id(nix::net::if_::if_nametoindex("eth0")?);
         let socket = Socket::new(socket2::Domain::IPV6, socket2::Type::STREAM, None)?;
-        socket.connect_timeout(&to.into(), SOON)?;
+        socket.connect_timeout(&to.into(), wait::patient(SOON))?;
         greet(socket)
     })??;
     ensure!(connection.heard.peer.port() == connection.local_name.port(), "{:?}", connection.heard);

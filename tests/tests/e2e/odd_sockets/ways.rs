@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_tests::Stack;
 use redirect_tests::stack::canonical;
-use redirect_tests::wait::SOON;
+use redirect_tests::wait::{self, SOON};
 use socket2::{Protocol, SockAddr, Socket, Type};
 
 use super::{Scene, begin, connect, end, greet};
@@ -112,7 +112,7 @@ fn bound_to_device_without_privilege(context: &Context, stack: Stack) -> Result<
         let socket = Socket::new(stack.domain(), Type::STREAM, None)?;
         socket.bind_device(Some(b"eth0"))?;
         ensure!(socket.bind_device(Some(b"lo")).is_err(), "the thread still has CAP_NET_RAW");
-        socket.connect_timeout(&to.into(), SOON)?;
+        socket.connect_timeout(&to.into(), wait::patient(SOON))?;
         Ok(socket)
     })??;
     scene.is_captured(greet(socket)?)

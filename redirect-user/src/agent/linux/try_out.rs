@@ -1,0 +1,26 @@
+//! Gives the kernel side to the kernel without using it.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use super::object::{self, Programs};
+use super::tc::{Tc, TcMethod};
+use super::{Capacities, Settings};
+
+/// Loads and unloads all programs. Returns how many there are.
+pub fn try_out(tc: TcMethod) -> anyhow::Result<usize> {
+    let settings = Settings {
+        cgroup: PathBuf::new(),
+        host_cookie: 0,
+        capacities: Capacities { pods: 1, addresses: 1, exclusions: 1 },
+        tc,
+        refuse: false,
+        exclusions: BTreeSet::new(),
+        proxy_cgroups: Vec::new(),
+        object: None,
+    };
+    let mut object = object::load(&settings)?;
+    let programs = Programs::load(&mut object)?;
+    Tc::new(&programs, tc)?;
+    Ok(object.programs().count())
+}

@@ -1,0 +1,116 @@
+//! bpf(2) as the probes need it.
+
+use std::mem;
+use std::os::fd::{FromRawFd as _, OwnedFd, RawFd};
+
+use aya_obj::generated::{
+    BPF_ALU64, BPF_CALL, BPF_EXIT, BPF_JMP, BPF_K, BPF_MOV, bpf_attach_type, bpf_attr, bpf_cmd, bpf_func_id,
+    bpf_insn, bpf_prog_type,
+};
+use nix::errno::Errno;
+
+/// Where programs run.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Hook {
+    pub(super) program: bpf_prog_type,
+    pub(super) attach: Option<bpf_attach_type>,
+}
+
+/// The kernel may ask for another try while signals are pending.
+const ATTEMPTS: usize = 5;
+
+/// What the verifier says of a helper that it does not know, or not here.
+const REFUSED: [&str; 3] = ["invalid func ", "unknown func ", "program of this type cannot use helper "];
+
+/// Loads a program that does nothing.
+pub(super) fn load(hook: Hook) -> Result<OwnedFd, Errno> {
+    load_with_log(hook, &[set_result_to_one(), exit()], &mut [])
+}
+
+/// Whether programs of this hook may call a helper.
+pub(super) fn has_helper(hook: Hook, helper: bpf_func_id) -> Result<bool, Errno> {
+    let mut log = [0; 4096];
+    let Err(error) = load_with_log(hook, &[call(helper), exit()], &mut log) else { return Ok(true) };
+    let said = String::from_utf8_lossy(&log);
+    let said = said.trim_end_matches('\0');
+    // The arguments, which are missing, are looked at after the helper.
+    if said.is_empty() { Err(error) } else { Ok(!REFUSED.iter().any(|refused| said.contains(refused))) }
+}
+
+/// BPF_LINK_UPDATE.
+pub(super) fn link_update(link: RawFd, program: RawFd) -> Result<(), Errno> {
+    let mut attributes = zeroed();
+    attributes.link_update.link_fd = link.cast_unsigned();
+    attributes.link_update.__bindgen_anon_1.new_prog_fd = program.cast_unsigned();
+    bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attributes).map(drop)
+}
+
+/// BPF_LINK_CREATE on an interface.
+pub(super) fn link_create(program: RawFd, interface: u32, attach: bpf_attach_type) -> Result<OwnedFd, Errno> {
+    let mut attributes = zeroed();
+    attributes.link_create.__bindgen_anon_1.prog_fd = program.cast_unsigned();
+    attributes.link_create.__bindgen_anon_2.target_ifindex = interface;
+    attributes.link_create.attach_type = attach as u32;
+    bpf(bpf_cmd::BPF_LINK_CREATE, &mut attributes).map(descriptor)
+}
+
+fn load_with_log(hook: Hook, instructions: &[bpf_insn], log: &mut [u8]) -> Result<OwnedFd, Errno> {
+    let mut attributes = zeroed();
+    // SAFETY: all of the union was zeroed, which every member allows.
+    let program = unsafe { &mut attributes.__bindgen_anon_3 };
+    program.prog_type = hook.program as u32;
+    program.expected_attach_type = hook.attach.map_or(0, |attach| attach as u32);
+    program.insns = instructions.as_ptr() as u64;
+    program.insn_cnt = instructions.len() as u32;
+    program.license = c"GPL".as_ptr() as u64;
+    if !log.is_empty() {
+        program.log_level = 1;
+        program.log_buf = log.as_mut_ptr() as u64;
+        program.log_size = log.len() as u32;
+    }
+    for _ in 1..ATTEMPTS {
+        match bpf(bpf_cmd::BPF_PROG_LOAD, &mut attributes) {
+            Err(Errno::EAGAIN) => {}
+            result => return result.map(descriptor),
+        }
+    }
+    bpf(bpf_cmd::BPF_PROG_LOAD, &mut attributes).map(descriptor)
+}
+
+fn bpf(command: bpf_cmd, attributes: &mut bpf_attr) -> Result<RawFd, Errno> {
+    // SAFETY: the attributes are as long as is said, and what they point to outlives the call.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, command as libc::c_int, &raw mut *attributes, mem::size_of::<bpf_attr>())
+    };
+    Errno::result(result).map(|descriptor| descriptor as RawFd)
+}
+
+fn descriptor(fd: RawFd) -> OwnedFd {
+    // SAFETY: the kernel has just made it, for us alone.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+fn zeroed() -> bpf_attr {
+    // SAFETY: the attributes are plain numbers, for which zero is valid.
+    unsafe { mem::zeroed() }
+}
+
+fn instruction(code: u32, immediate: i32) -> bpf_insn {
+    // SAFETY: an instruction is plain numbers, for which zero is valid; both registers are r0 then.
+    let mut instruction: bpf_insn = unsafe { mem::zeroed() };
+    instruction.code = code as u8;
+    instruction.imm = immediate;
+    instruction
+}
+
+fn set_result_to_one() -> bpf_insn {
+    instruction(BPF_ALU64 | BPF_MOV | BPF_K, 1)
+}
+
+fn call(helper: bpf_func_id) -> bpf_insn {
+    instruction(BPF_JMP | BPF_CALL, helper as i32)
+}
+
+fn exit() -> bpf_insn {
+    instruction(BPF_JMP | BPF_EXIT, 0)
+}

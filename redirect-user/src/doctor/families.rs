@@ -1,0 +1,17 @@
+//! Address families that the kernel speaks.
+
+use std::path::Path;
+
+use super::{Check, Requirements};
+
+pub(super) fn checks(_: &Requirements) -> Vec<Check> {
+    // It is not there with `ipv6.disable=1`, nor where IPv6 was not built.
+    if Path::new("/proc/net/if_inet6").exists() {
+        return vec![Check::ok("IPv6", "on")];
+    }
+    vec![Check::warn(
+        "IPv6",
+        "off in this kernel: pods are steered in IPv4 alone, and have no other family",
+        "for IPv6, boot without ipv6.disable=1",
+    )]
+}

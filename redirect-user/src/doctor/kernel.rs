@@ -1,0 +1,192 @@
+//! What the data path needs of the kernel's BPF.
+
+use std::os::fd::{AsRawFd as _, RawFd};
+
+use aya::maps::MapType;
+use aya::sys::is_map_supported;
+use aya_obj::generated::bpf_attach_type::{self, *};
+use aya_obj::generated::bpf_func_id::{self, *};
+use aya_obj::generated::bpf_prog_type::{self, *};
+use nix::errno::Errno;
+
+use super::bpf::{self, Hook};
+use super::{Cause, Check, Requirements};
+use crate::netns;
+
+/// A hook, the helpers that our programs there call, and what brings it.
+struct HookNeeds {
+    name: &'static str,
+    hook: Hook,
+    helpers: &'static [(&'static str, bpf_func_id, &'static str)],
+    remedy: &'static str,
+}
+
+const fn hook(program: bpf_prog_type, attach: Option<bpf_attach_type>) -> Hook {
+    Hook { program, attach }
+}
+
+const fn sock_addr(
+    name: &'static str,
+    attach: bpf_attach_type,
+    helpers: &'static [(&'static str, bpf_func_id, &'static str)],
+) -> HookNeeds {
+    let hook = hook(BPF_PROG_TYPE_CGROUP_SOCK_ADDR, Some(attach));
+    HookNeeds { name, hook, helpers, remedy: "CONFIG_CGROUP_BPF=y, Linux 5.8" }
+}
+
+type Helper = (&'static str, bpf_func_id, &'static str);
+
+const COOKIE: Helper = ("bpf_get_netns_cookie", BPF_FUNC_get_netns_cookie, "Linux 5.7; in sock_ops 5.15");
+const CGROUP: Helper =
+    ("bpf_get_current_cgroup_id", BPF_FUNC_get_current_cgroup_id, "CONFIG_CGROUPS=y, Linux 4.18");
+const SETSOCKOPT: Helper = ("bpf_setsockopt", BPF_FUNC_setsockopt, "Linux 5.8; in bind 5.12");
+const RETVAL: Helper = ("bpf_set_retval", BPF_FUNC_set_retval, "Linux 5.18");
+const STORAGE: Helper = ("bpf_sk_storage_get", BPF_FUNC_sk_storage_get, "Linux 5.8");
+const ASSIGN: Helper = ("bpf_sk_assign", BPF_FUNC_sk_assign, "CONFIG_INET=y, Linux 5.7; in sk_lookup 5.9");
+
+const CONNECT: &[Helper] = &[COOKIE, CGROUP, SETSOCKOPT, RETVAL, STORAGE];
+const BIND: &[Helper] = &[COOKIE, CGROUP, SETSOCKOPT, RETVAL];
+const DNS: &[Helper] = &[COOKIE, STORAGE];
+
+/// All hooks of the kernel side.
+const HOOKS: [HookNeeds; 13] = [
+    sock_addr("cgroup/connect4", BPF_CGROUP_INET4_CONNECT, CONNECT),
+    sock_addr("cgroup/connect6", BPF_CGROUP_INET6_CONNECT, CONNECT),
+    sock_addr("cgroup/bind4", BPF_CGROUP_INET4_BIND, BIND),
+    sock_addr("cgroup/bind6", BPF_CGROUP_INET6_BIND, BIND),
+    sock_addr("cgroup/sendmsg4", BPF_CGROUP_UDP4_SENDMSG, DNS),
+    sock_addr("cgroup/sendmsg6", BPF_CGROUP_UDP6_SENDMSG, DNS),
+    sock_addr("cgroup/recvmsg4", BPF_CGROUP_UDP4_RECVMSG, DNS),
+    sock_addr("cgroup/recvmsg6", BPF_CGROUP_UDP6_RECVMSG, DNS),
+    sock_addr("cgroup/getpeername4", BPF_CGROUP_INET4_GETPEERNAME, DNS),
+    sock_addr("cgroup/getpeername6", BPF_CGROUP_INET6_GETPEERNAME, DNS),
+    HookNeeds {
+        name: "TC",
+        hook: hook(BPF_PROG_TYPE_SCHED_CLS, None),
+        helpers: &[
+            ASSIGN,
+            ("bpf_skc_lookup_tcp", BPF_FUNC_skc_lookup_tcp, "Linux 5.2"),
+            ("bpf_tcp_check_syncookie", BPF_FUNC_tcp_check_syncookie, "CONFIG_SYN_COOKIES=y, Linux 5.2"),
+            ("bpf_skb_cgroup_id", BPF_FUNC_skb_cgroup_id, "CONFIG_SOCK_CGROUP_DATA=y, Linux 4.18"),
+            ("bpf_fib_lookup", BPF_FUNC_fib_lookup, "Linux 4.18"),
+        ],
+        remedy: "CONFIG_NET_CLS_BPF, CONFIG_NET_CLS_ACT",
+    },
+    HookNeeds {
+        name: "sk_lookup",
+        hook: hook(BPF_PROG_TYPE_SK_LOOKUP, Some(BPF_SK_LOOKUP)),
+        helpers: &[ASSIGN],
+        remedy: "CONFIG_INET=y, Linux 5.9",
+    },
+    HookNeeds {
+        name: "sock_ops",
+        hook: hook(BPF_PROG_TYPE_SOCK_OPS, None),
+        helpers: &[COOKIE],
+        remedy: "CONFIG_CGROUP_BPF=y",
+    },
+];
+
+const MAPS: [(&str, MapType); 5] = [
+    ("hash", MapType::Hash),
+    ("LRU hash", MapType::LruHash),
+    ("LPM trie", MapType::LpmTrie),
+    ("socket hash", MapType::SockHash),
+    ("socket storage", MapType::SkStorage),
+];
+
+pub(super) fn checks(_: &Requirements) -> Vec<Check> {
+    if let Err(error) = bpf::load(hook(BPF_PROG_TYPE_SOCKET_FILTER, None)) {
+        return vec![not_at_all(error)];
+    }
+    let mut checks: Vec<Check> = HOOKS.iter().map(hook_check).collect();
+    checks.push(maps());
+    checks.push(link_update());
+    checks.push(netns_cookie());
+    checks.push(tcx());
+    checks
+}
+
+/// Nothing can be learnt where `bpf()` is refused altogether.
+fn not_at_all(error: Errno) -> Check {
+    match error {
+        Errno::EPERM | Errno::EACCES => Check::fail(
+            "bpf()",
+            Cause::Privileges,
+            format!("refused: {error}"),
+            "run it as root of the host's user namespace, without a seccomp profile or lockdown that forbids bpf()",
+        ),
+        error => Check::fail("bpf()", Cause::Kernel, error.to_string(), "CONFIG_BPF_SYSCALL=y"),
+    }
+}
+
+fn hook_check(needs: &HookNeeds) -> Check {
+    if let Err(error) = bpf::load(needs.hook) {
+        return missing(needs.name, format!("no programs of this type: {error}"), needs.remedy);
+    }
+    let mut lacking = Vec::new();
+    for (name, helper, remedy) in needs.helpers {
+        match bpf::has_helper(needs.hook, *helper) {
+            Ok(true) => {}
+            Ok(false) => lacking.push((*name, *remedy)),
+            Err(error) => return missing(needs.name, format!("{name} can't be probed: {error}"), remedy),
+        }
+    }
+    if lacking.is_empty() {
+        let names: Vec<_> = needs.helpers.iter().map(|(name, ..)| *name).collect();
+        return Check::ok(needs.name, names.join(", "));
+    }
+    let names: Vec<_> = lacking.iter().map(|(name, _)| *name).collect();
+    let remedies: Vec<_> = lacking.iter().map(|(name, remedy)| format!("{name}: {remedy}")).collect();
+    missing(needs.name, format!("the kernel lacks {}", names.join(", ")), &remedies.join("; "))
+}
+
+fn missing(check: &str, detail: String, brought_by: &str) -> Check {
+    Check::fail(check, Cause::Kernel, detail, format!("a kernel that has it: {brought_by}"))
+}
+
+fn maps() -> Check {
+    let lacking: Vec<_> = MAPS
+        .iter()
+        .filter(|(_, kind)| !is_map_supported(*kind).unwrap_or(false))
+        .map(|(name, _)| *name)
+        .collect();
+    if lacking.is_empty() {
+        return Check::ok("maps", MAPS.map(|(name, _)| name).join(", "));
+    }
+    missing(
+        "maps",
+        format!("the kernel lacks {}", lacking.join(", ")),
+        "CONFIG_BPF_STREAM_PARSER or CONFIG_NET, Linux 5.2",
+    )
+}
+
+/// A kernel that knows the command finds fault with the descriptors, another with the command.
+fn link_update() -> Check {
+    const NOTHING: RawFd = -1;
+    match bpf::link_update(NOTHING, NOTHING) {
+        Err(Errno::EINVAL) => missing("BPF_LINK_UPDATE", "unknown to the kernel".into(), "Linux 5.7"),
+        Ok(()) | Err(_) => Check::ok("BPF_LINK_UPDATE", "programs can be replaced in place"),
+    }
+}
+
+fn netns_cookie() -> Check {
+    match netns::current_cookie() {
+        Ok(_) => Check::ok("SO_NETNS_COOKIE", "network namespaces can be told apart"),
+        Err(error) => missing(
+            "SO_NETNS_COOKIE",
+            format!("network namespaces can't be identified: {error}"),
+            "Linux 5.14",
+        ),
+    }
+}
+
+/// Where it is unknown, so is the attach type: the kernel does not come to see that there is no such interface.
+fn tcx() -> Check {
+    const NO_INTERFACE: u32 = i32::MAX as u32;
+    let tried = bpf::load(hook(BPF_PROG_TYPE_SCHED_CLS, None))
+        .and_then(|program| bpf::link_create(program.as_raw_fd(), NO_INTERFACE, BPF_TCX_INGRESS));
+    if matches!(tried, Err(Errno::ENODEV)) {
+        return Check::ok("tcx links", "can be chosen with --tc tcx");
+    }
+    Check::ok("tcx links", "none (Linux 6.6 has them): clsact filters are used")
+}

@@ -1,0 +1,233 @@
+//! `cargo xtask test --vm <kernel>`: end-to-end tests on other kernels, in virtual machines.
+
+mod apt;
+mod boot;
+mod kernels;
+mod root;
+pub(crate) mod table;
+
+use std::collections::VecDeque;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use self::apt::Archive;
+use self::boot::Machine;
+use self::kernels::Kernel;
+use self::root::Root;
+use self::table::{Boot, Outcome};
+use crate::progress;
+use crate::tally::single;
+use crate::workspace::Workspace;
+
+/// What is run in machines.
+pub(crate) struct Suite {
+    /// The end-to-end tests.
+    pub(crate) e2e: PathBuf,
+    /// What they run besides, unless only some of them are wanted.
+    pub(crate) others: Vec<PathBuf>,
+    /// What they find through environment variables, by the variables' names.
+    pub(crate) programs: Vec<(&'static str, PathBuf)>,
+}
+
+/// What is booted, and what runs in it.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    /// A series, `newest`, or an image.
+    pub(crate) kernel: String,
+    /// More arguments of the kernel.
+    pub(crate) arguments: String,
+    /// Groups of tests, or the beginnings of names; all tests if there is none.
+    pub(crate) only: Vec<String>,
+    /// More environment of the tests.
+    pub(crate) environment: Vec<(&'static str, String)>,
+    /// Arguments of the test binaries.
+    pub(crate) test_arguments: Vec<String>,
+}
+
+/// What shows most in a short time: every hook, in both families and v4-mapped.
+const SMOKE: [&str; 8] = [
+    "doctor",
+    "outbound::captured",
+    "inbound::from_pod",
+    "dns::connected_udp",
+    "enrolment",
+    "port_guard",
+    "dns::tcp",
+    "without_ipv6",
+];
+
+/// Machines that run at once.
+const AT_ONCE: usize = 2;
+
+/// How much longer than on this machine things may take.
+const PATIENCE: &str = "10";
+
+/// A machine that hangs is ended after this.
+const LIMIT: Duration = Duration::from_secs(3600);
+
+/// A few tests on several kernels.
+pub(crate) fn smoke() -> Vec<Plan> {
+    let plan = |kernel: &str| Plan {
+        kernel: kernel.to_owned(),
+        arguments: String::new(),
+        only: SMOKE.map(str::to_owned).to_vec(),
+        environment: Vec::new(),
+        test_arguments: Vec::new(),
+    };
+    let refusal = Plan {
+        only: vec!["doctor::an_old_kernel_is_refused".into()],
+        environment: vec![("REDIRECT_KERNEL", "old".into())],
+        ..plan("5.10")
+    };
+    let without_ipv6 = Plan {
+        arguments: "ipv6.disable=1".into(),
+        only: vec![
+            "without_ipv6::off_in_the_kernel".into(),
+            "outbound::captured::v4_only::v4".into(),
+            "inbound::from_pod::v4_only::v4".into(),
+        ],
+        ..plan("6.12")
+    };
+    vec![plan("6.1"), plan("6.12"), plan(kernels::NEWEST), without_ipv6, refusal]
+}
+
+/// Runs what is planned. A kernel that can't be had is told as a skipped test, and never counts as passed.
+pub(crate) fn run(workspace: &Workspace, suite: &Suite, plans: Vec<Plan>) -> Result<Vec<Boot>> {
+    let archive = if plans.iter().any(|plan| matches!(kernels::is_file(&plan.kernel), Ok(false))) {
+        Some(Archive::open(workspace))
+    } else {
+        None
+    };
+    let mut queue: VecDeque<(usize, Plan, Result<Kernel, String>)> = VecDeque::new();
+    for (number, plan) in plans.into_iter().enumerate() {
+        let kernel = match (kernels::is_file(&plan.kernel)?, &archive) {
+            (true, _) => Kernel::from_files(Path::new(&plan.kernel)),
+            (false, Some(Ok(archive))) => Kernel::from_archive(workspace, archive, &plan.kernel),
+            (false, Some(Err(error))) => Err(anyhow::anyhow!("Debian's archive can't be read: {error:#}")),
+            (false, None) => Err(anyhow::anyhow!("Debian's archive was not asked")),
+        };
+        queue.push_back((number, plan, kernel.map_err(|error| format!("{error:#}"))));
+    }
+    let queue = Mutex::new(queue);
+    let boots = Mutex::new(Vec::new());
+    thread::scope(|scope| {
+        for _ in 0..AT_ONCE {
+            scope.spawn(|| {
+                loop {
+                    let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+                    let Some((number, plan, kernel)) = next else { break };
+                    let boot = boot(workspace, suite, &plan, number, kernel);
+                    boots.lock().unwrap_or_else(PoisonError::into_inner).push((number, boot));
+                }
+            });
+        }
+    });
+    let mut boots = boots.into_inner().unwrap_or_else(PoisonError::into_inner);
+    boots.sort_by_key(|(number, _)| *number);
+    let boots: Vec<Boot> = boots.into_iter().map(|(_, boot)| boot).collect();
+    let report = workspace.target("vm/report.json");
+    fs::create_dir_all(workspace.target("vm"))?;
+    fs::write(&report, serde_json::to_vec_pretty(&boots)?)
+        .with_context(|| format!("cannot write {}", report.display()))?;
+    Ok(boots)
+}
+
+fn boot(
+    workspace: &Workspace,
+    suite: &Suite,
+    plan: &Plan,
+    number: usize,
+    kernel: Result<Kernel, String>,
+) -> Boot {
+    let mut boot =
+        Boot { name: format!("{} {}", plan.kernel, plan.arguments).trim().to_owned(), ..Boot::default() };
+    let kernel = match kernel {
+        Ok(kernel) => kernel,
+        Err(reason) => {
+            progress::say(&format!("skipped: vm::{}: {reason}", boot.name));
+            boot.tests.insert("boot".into(), Outcome::Skipped(reason));
+            return boot;
+        }
+    };
+    boot.release = kernel.release.clone();
+    let started = Instant::now();
+    let name = boot.name.clone();
+    let result = in_machine(workspace, suite, plan, number, &kernel, |line| {
+        println!("{name} | {line}");
+        if let Some((test, outcome)) = single(line) {
+            let outcome = match outcome {
+                "ok" => Outcome::Passed,
+                "FAILED" => Outcome::Failed,
+                // The reason is in what the test says.
+                other => Outcome::Skipped(other.trim_start_matches("ignored").trim().to_owned()),
+            };
+            boot.tests.insert(test.to_owned(), outcome);
+        }
+    });
+    boot.seconds = started.elapsed().as_secs_f32();
+    let failed = boot.counts().failed > 0;
+    match result {
+        Ok(0) if boot.counts().passed > 0 => {}
+        Ok(_) if failed => {}
+        Ok(0) => drop(boot.tests.insert("boot".into(), Outcome::Skipped("no test ran".into()))),
+        Ok(status) => {
+            progress::say(&format!("{}: the tests ended with status {status}", boot.name));
+            boot.tests.insert("boot".into(), Outcome::Failed);
+        }
+        Err(error) => {
+            progress::say(&format!("{}: {error:#}", boot.name));
+            boot.tests.insert("boot".into(), Outcome::Failed);
+        }
+    }
+    boot
+}
+
+fn in_machine(
+    workspace: &Workspace,
+    suite: &Suite,
+    plan: &Plan,
+    number: usize,
+    kernel: &Kernel,
+    line: impl FnMut(&str),
+) -> Result<i32> {
+    let folder = format!("{number}-{}", kernel.release);
+    let root = Root::new(workspace, &folder, kernel)?;
+    let mut script = String::from("export REDIRECT_E2E=require\n");
+    writeln!(script, "export REDIRECT_TEST_PATIENCE={PATIENCE}")?;
+    if !plan.only.is_empty() {
+        writeln!(script, "export REDIRECT_TESTS='{}'", plan.only.join(","))?;
+    }
+    for (variable, value) in &plan.environment {
+        writeln!(script, "export {variable}='{value}'")?;
+    }
+    for (variable, path) in &suite.programs {
+        let place = Path::new("/vm/programs").join(path.file_name().unwrap_or_default());
+        root.built(path, &place)?;
+        writeln!(script, "export {variable}={}", place.display())?;
+    }
+    script.push_str("status=0\n");
+    let others = suite.others.iter().filter(|_| plan.only.is_empty());
+    for (index, path) in [&suite.e2e].into_iter().chain(others).enumerate() {
+        let place = format!("/vm/tests/{index}");
+        root.built(path, Path::new(&place))?;
+        let arguments: Vec<String> =
+            plan.test_arguments.iter().map(|argument| format!("'{argument}'")).collect();
+        writeln!(script, "{place} {} || status=$?", arguments.join(" "))?;
+    }
+    script.push_str("exit $status\n");
+    root.write("vm/run", &script)?;
+    let machine = Machine {
+        kernel,
+        root: root.archive()?,
+        arguments: &plan.arguments,
+        limit: LIMIT,
+        console: workspace.target(format!("vm/{folder}/console.log")),
+    };
+    machine.run(workspace, line)
+}

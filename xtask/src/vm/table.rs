@@ -1,0 +1,123 @@
+//! What tests gave on each kernel.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use serde::Serialize;
+
+/// The results of one boot.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Boot {
+    /// What the user calls the kernel, and what it was booted with.
+    pub(crate) name: String,
+    /// What the kernel calls itself.
+    pub(crate) release: String,
+    pub(crate) seconds: f32,
+    /// By name.
+    pub(crate) tests: BTreeMap<String, Outcome>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Outcome {
+    Passed,
+    Failed,
+    Skipped(String),
+}
+
+/// How many of each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    pub(crate) passed: usize,
+    pub(crate) failed: usize,
+    pub(crate) skipped: usize,
+}
+
+impl Counts {
+    fn of<'a>(outcomes: impl Iterator<Item = &'a Outcome>) -> Self {
+        let mut counts = Self::default();
+        for outcome in outcomes {
+            match outcome {
+                Outcome::Passed => counts.passed += 1,
+                Outcome::Failed => counts.failed += 1,
+                Outcome::Skipped(_) => counts.skipped += 1,
+            }
+        }
+        counts
+    }
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self { passed: 0, failed: 0, skipped: 0 } => f.pad("-"),
+            Self { passed, failed: 0, skipped: 0 } => f.pad(&passed.to_string()),
+            Self { passed, failed: 0, skipped } => f.pad(&format!("{passed}, {skipped} skipped")),
+            Self { passed, failed, skipped: 0 } => f.pad(&format!("{passed}, {failed} FAILED")),
+            Self { passed, failed, skipped } => {
+                f.pad(&format!("{passed}, {failed} FAILED, {skipped} skipped"))
+            }
+        }
+    }
+}
+
+impl Boot {
+    pub(crate) fn counts(&self) -> Counts {
+        Counts::of(self.tests.values())
+    }
+
+    fn of_group(&self, group: &str) -> Counts {
+        Counts::of(self.tests.iter().filter(|(name, _)| group_of(name) == group).map(|(_, outcome)| outcome))
+    }
+}
+
+/// Tests are grouped by the first part of their names.
+fn group_of(name: &str) -> &str {
+    name.split("::").next().unwrap_or(name)
+}
+
+/// Groups of tests down, boots across: how many passed.
+pub(crate) fn table(boots: &[Boot]) -> String {
+    let groups: BTreeSet<&str> =
+        boots.iter().flat_map(|boot| boot.tests.keys().map(|name| group_of(name))).collect();
+    let mut rows: Vec<Vec<String>> = Vec::new();
+    let row = |name: &str, cell: &dyn Fn(&Boot) -> String| -> Vec<String> {
+        [name.to_owned()].into_iter().chain(boots.iter().map(cell)).collect()
+    };
+    rows.push(row("kernel", &|boot| boot.name.clone()));
+    rows.push(row("", &|boot| boot.release.clone()));
+    for group in groups {
+        rows.push(row(group, &|boot| boot.of_group(group).to_string()));
+    }
+    rows.push(row("all", &|boot| boot.counts().to_string()));
+    rows.push(row("seconds", &|boot| format!("{:.0}", boot.seconds)));
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..=boots.len()).map(width).collect();
+    let line = |row: &Vec<String>| {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    };
+    rows.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_go_down_and_kernels_across() {
+        let boot = |name: &str, tests: &[(&str, Outcome)]| Boot {
+            name: name.into(),
+            release: format!("{name}.0"),
+            seconds: 2.0,
+            tests: tests.iter().map(|(name, outcome)| ((*name).to_owned(), outcome.clone())).collect(),
+        };
+        let boots = [
+            boot("6.1", &[("dns::v4", Outcome::Passed), ("dns::v6", Outcome::Failed)]),
+            boot("7", &[("dns::v4", Outcome::Passed), ("tc::v4", Outcome::Skipped("no".into()))]),
+        ];
+        let expected = "kernel   6.1          7\n         6.1.0        7.0\ndns      1, 1 FAILED  1\n\
+                        tc       -            0, 1 skipped\nall      1, 1 FAILED  1, 1 skipped\nseconds  2            2";
+        assert_eq!(table(&boots), expected);
+    }
+}
