@@ -1,14 +1,16 @@
 //! The command line.
 
 mod doctor;
+mod inspect;
 mod show;
 mod uninstall;
+mod validate;
 
 use std::io::IsTerminal as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
 use crate::doctor::Refusal;
@@ -49,6 +51,23 @@ enum Command {
     Pods(Query),
     /// Examine whether this node can run the data path; exit code 0: it can, 1: with limits, 2: it can't
     Doctor(doctor::Options),
+    /// Show what is in the kernel for a pod. Exit code 1 if anything is not as it should be
+    Pod(inspect::PodQuery),
+    /// Show what becomes of a connection, and what is wrong on its way. Exit code 1 if anything is
+    Explain(inspect::ExplainQuery),
+    /// Prove, in a pod, that its connections are steered. Exit code 1 if those of a family are not
+    Validate(validate::Options),
+    /// Write a completion script
+    Completion {
+        /// For which shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages
+    #[command(hide = true)]
+    Man {
+        /// The directory that they go to
+        directory: PathBuf,
+    },
     /// Remove everything of ours from this node's kernel. Needs no agent; refuses (exit code 3) while one runs
     Uninstall(Uninstall),
 }
@@ -94,9 +113,31 @@ pub fn main() -> ExitCode {
         Command::Status(query) => show::status(&query),
         Command::Pods(query) => show::pods(&query),
         Command::Doctor(options) => return doctor::doctor(&options).unwrap_or_else(|error| failure(&error)),
+        Command::Pod(query) => return code(inspect::pod(&query)),
+        Command::Explain(query) => return code(inspect::explain(&query)),
+        Command::Validate(options) => return code(validate::run(&options)),
+        Command::Completion { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "redirect", &mut std::io::stdout());
+            Ok(())
+        }
+        Command::Man { directory } => manual(&directory),
         Command::Uninstall(command) => return uninstall::run(&command),
     };
     exit(result)
+}
+
+/// One page for the program, and one for each command.
+fn manual(directory: &Path) -> anyhow::Result<()> {
+    std::fs::create_dir_all(directory)?;
+    Ok(clap_mangen::generate_to(Cli::command(), directory)?)
+}
+
+/// An error is exit code 2 where 1 says that something is wrong with what was asked about.
+fn code(result: anyhow::Result<ExitCode>) -> ExitCode {
+    result.unwrap_or_else(|error| {
+        eprintln!("redirect: {error:#}");
+        ExitCode::from(2)
+    })
 }
 
 fn exit(result: anyhow::Result<()>) -> ExitCode {

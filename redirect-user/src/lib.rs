@@ -7,6 +7,7 @@
 //! - [`install`]: puts the plugin into the node's CNI chain (`redirect install`).
 //! - [`kube`]: which pods Kubernetes wants enrolled.
 //! - [`wire`]: what plugin, command line and agent say to each other.
+//! - [`validate`]: proves from inside a pod that it is steered (`redirect validate`).
 //! - [`zds`]: what agent and node proxy say to each other.
 //! - [`metrics`]: what the agent tells Prometheus and the kubelet.
 //! - [`privileges`]: what agent and proxy give up when they start.
@@ -26,5 +27,6 @@ pub mod pod;
 pub mod privileges;
 pub mod proxy;
 mod socket_file;
+pub mod validate;
 pub mod wire;
 pub mod zds;

@@ -13,7 +13,7 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -87,6 +87,31 @@ pub enum Request {
     Status,
     /// The pods that the agent knows. Answered by [`Reply::Pods`], several times if they do not fit one packet.
     Pods,
+    /// What is in the kernel for one pod. Answered by [`Reply::Pod`].
+    Pod {
+        /// Its UID, its name, or its namespace and name.
+        name: String,
+    },
+    /// What becomes of a connection. Answered by [`Reply::Explained`].
+    Explain {
+        /// The pod that makes it, as in [`Request::Pod`].
+        from: String,
+        /// Its destination.
+        to: SocketAddr,
+        /// Its protocol.
+        transport: Transport,
+    },
+}
+
+/// A transport protocol.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// TCP.
+    #[default]
+    Tcp,
+    /// UDP.
+    Udp,
 }
 
 impl Request {
@@ -117,6 +142,10 @@ pub enum Reply {
         /// Whether another packet follows.
         more: bool,
     },
+    /// See [`Request::Pod`].
+    Pod(Box<PodDetail>),
+    /// See [`Request::Explain`].
+    Explained(Box<Explanation>),
     /// It could not be done.
     Error(Error),
 }
@@ -275,6 +304,68 @@ pub struct CounterReport {
     pub reason: String,
     /// How many connections.
     pub connections: u64,
+}
+
+/// What is in the kernel for one pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodDetail {
+    /// What the agent knows of it.
+    pub report: PodReport,
+    /// What has to be in the kernel, and how it is.
+    pub expectations: Vec<Expectation>,
+}
+
+/// Something that has to be in the kernel for a pod, or that nobody expects there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Expectation {
+    /// What.
+    pub what: String,
+    /// How it is.
+    pub state: FactState,
+}
+
+/// How a fact is in the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FactState {
+    /// As it should be.
+    Present,
+    /// It is not there.
+    Missing,
+    /// It is there, but detached, without its pin, or of another build.
+    Damaged,
+    /// It is there, and nobody wants it.
+    Surplus,
+}
+
+/// What becomes of a connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Explanation {
+    /// Who makes it.
+    pub pod: PodIdentity,
+    /// Its destination.
+    pub to: SocketAddr,
+    /// Its protocol.
+    pub transport: Transport,
+    /// `IPv4` or `IPv6`: that of the packets.
+    pub family: String,
+    /// How the decision is found.
+    pub steps: Vec<Step>,
+    /// Whether the node proxy gets it.
+    pub steered: bool,
+    /// What becomes of it, in words.
+    pub verdict: String,
+    /// What is wrong on its way, the first thing first.
+    pub wrong: Vec<String>,
+}
+
+/// A question that the kernel side asks about a connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Step {
+    /// The question.
+    pub question: String,
+    /// Its answer.
+    pub answer: bool,
 }
 
 /// What the agent knows of one pod.

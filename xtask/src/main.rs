@@ -8,6 +8,7 @@ mod host;
 mod image;
 mod linker;
 mod load;
+mod man;
 mod packages;
 mod progress;
 mod setup;
@@ -44,6 +45,8 @@ enum Task {
     ClippyEbpf,
     /// Builds both sides, release profile.
     Build,
+    /// Writes the manual pages of `redirect` into target/man.
+    Man,
     /// Builds, then runs the agent on this host in the foreground. Needs root.
     Load {
         /// Arguments of `redirect agent`, after `--`.
@@ -83,6 +86,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::BuildEbpf => bpf::build(&workspace, &setup::kernel_side(&workspace)?)?,
         Task::ClippyEbpf => bpf::clippy(&workspace)?,
         Task::Build => userspace::build_and_show(&workspace)?,
+        Task::Man => man::man(&workspace)?,
         Task::Load { agent } => load::load(&workspace, &agent)?,
         Task::Demo { demo } => demo::demo(&workspace, &demo)?,
         Task::Bench(options) => bench::bench(&workspace, &options)?,

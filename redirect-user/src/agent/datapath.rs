@@ -11,6 +11,7 @@ use redirect_ebpf::maps::{Pod, PodFlags};
 use super::facts::{Fact, Namespace, Op, Sysctl, Wanted, desired, diff};
 use crate::netns::NetNs;
 use crate::pod::{Exclusion, PodAddresses, PodIdentity};
+use crate::wire::FactState;
 
 /// A pod as the datapath sees it.
 #[derive(Clone, Debug)]
@@ -219,6 +220,43 @@ pub fn unenroll(datapath: &mut impl Datapath, target: &Target, removal: Removal)
     };
     let stay = facts.iter().filter(|fact| !goes(fact)).cloned().collect();
     diff(&stay, &facts).iter().filter_map(|op| datapath.apply(target, op).err()).collect()
+}
+
+/// A fact that is expected of a pod, or that nobody expects.
+#[derive(Clone, Debug)]
+pub struct Finding {
+    /// The fact.
+    pub fact: Fact,
+    /// How it is in the kernel.
+    pub state: FactState,
+}
+
+impl Finding {
+    /// What is wrong, if anything is.
+    #[must_use]
+    pub fn complaint(&self) -> Option<String> {
+        match self.state {
+            FactState::Present => None,
+            FactState::Missing => Some(format!("{} is missing", self.fact)),
+            FactState::Damaged => Some(format!("{} is damaged", self.fact)),
+            FactState::Surplus => Some(format!("{} is there but should not be", self.fact)),
+        }
+    }
+}
+
+/// Compares the kernel with what is wanted for the pod, in the order in which facts are brought about.
+pub fn inspect(datapath: &mut impl Datapath, target: &Target) -> Result<Vec<Finding>, Error> {
+    let actual = datapath.observe(target)?;
+    let wanted = target.desired(&actual.namespace);
+    let foreign = |fact: &Fact| matches!(fact, Fact::Sysctl(sysctl) if target.foreign.contains(sysctl));
+    let all = wanted.iter().chain(actual.facts.difference(&wanted).filter(|fact| !foreign(fact)));
+    let state = |fact: &Fact| match (wanted.contains(fact), actual.facts.contains(fact)) {
+        (true, true) => FactState::Present,
+        (true, false) if actual.damaged.contains(fact) || actual.stale.contains(fact) => FactState::Damaged,
+        (true, false) => FactState::Missing,
+        (false, _) => FactState::Surplus,
+    };
+    Ok(all.map(|fact| Finding { fact: fact.clone(), state: state(fact) }).collect())
 }
 
 /// What is missing for the pod to be steered.

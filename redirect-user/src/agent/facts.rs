@@ -67,6 +67,21 @@ pub enum Fact {
 }
 
 impl Fact {
+    /// The family that it is about, if it is one.
+    #[must_use]
+    pub const fn family(&self) -> Option<Family> {
+        match self {
+            Self::Sysctl(Sysctl::FwmarkReflect(family))
+            | Self::Route { family, .. }
+            | Self::Rule { family, .. }
+            | Self::Guard { family, .. } => Some(*family),
+            Self::Program { hook, .. } => Some(hook.family()),
+            Self::Address(IpAddr::V4(_)) => Some(Family::Ipv4),
+            Self::Address(IpAddr::V6(_)) => Some(Family::Ipv6),
+            Self::LoopbackUp | Self::Sysctl(_) | Self::Excluded(_) | Self::Lookup | Self::Pod(_) => None,
+        }
+    }
+
     /// Whether nobody tells when it ceases to hold.
     #[must_use]
     pub const fn is_quiet(&self) -> bool {
@@ -132,6 +147,14 @@ impl Hook {
         Self::Egress(Family::Ipv4),
         Self::Egress(Family::Ipv6),
     ];
+
+    /// The family of the packets that the program sees.
+    #[must_use]
+    pub const fn family(self) -> Family {
+        let (Self::Loopback(family) | Self::Inbound(family) | Self::Virtual(family) | Self::Egress(family)) =
+            self;
+        family
+    }
 
     /// The program's name in the object and in the kernel.
     #[must_use]

@@ -5,6 +5,7 @@
 //! thread.
 
 mod bpf;
+mod decision;
 mod maps;
 mod netlink;
 mod object;

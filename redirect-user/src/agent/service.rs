@@ -7,6 +7,7 @@ use std::time::Instant;
 use tokio::sync::watch;
 
 use super::enrolment::{self, Enrolment};
+use super::inspect;
 use super::linux::Linux;
 use super::peers;
 use super::pods::{self, Pods, Wanted};
@@ -68,6 +69,14 @@ impl Service {
             Request::Status => {
                 vec![self.status().await.map_or_else(Reply::Error, |status| Reply::Status(Box::new(status)))]
             }
+            Request::Pod { name } => {
+                let detail = inspect::pod(&self.pods, &name).await;
+                vec![detail.map_or_else(Reply::Error, |detail| Reply::Pod(Box::new(detail)))]
+            }
+            Request::Explain { from, to, transport } => {
+                let explained = inspect::explain(&self.pods, &self.kernel, &from, to, transport).await;
+                vec![explained.map_or_else(Reply::Error, |explained| Reply::Explained(Box::new(explained)))]
+            }
             Request::Pods => Reply::pods(self.pods.report().await),
         }
     }
@@ -81,7 +90,7 @@ fn command(request: &Request) -> Option<&'static str> {
         Request::Check { .. } => Some("check"),
         Request::Gc { .. } => Some("gc"),
         Request::Ready => Some("status"),
-        Request::Status | Request::Pods => None,
+        Request::Status | Request::Pods | Request::Pod { .. } | Request::Explain { .. } => None,
     }
 }
 
@@ -89,7 +98,7 @@ fn result(reply: &Reply) -> &'static str {
     match reply {
         Reply::Added { enrolled: false } => "not_enrolled",
         Reply::Error(error) => error.kind.label(),
-        Reply::Added { .. } | Reply::Done | Reply::Status(_) | Reply::Pods { .. } => "ok",
+        _ => "ok",
     }
 }
 

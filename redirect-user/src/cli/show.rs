@@ -97,7 +97,7 @@ fn status_text(status: &Status) -> String {
     )
 }
 
-fn pods_table(pods: &[PodReport]) -> Table {
+pub(super) fn pods_table(pods: &[PodReport]) -> Table {
     let mut table = table(&["pod", "families", "addresses", "interfaces", "node proxy", "since"]);
     for report in pods {
         table.add_row([

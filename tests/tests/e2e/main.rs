@@ -20,6 +20,7 @@ mod hardening;
 mod harness;
 mod identity;
 mod inbound;
+mod inspect;
 mod install;
 mod kubernetes;
 mod leftovers;
@@ -47,6 +48,7 @@ mod tc_method;
 mod time_wait;
 mod tunnel;
 mod uninstall;
+mod validate;
 mod virtual_interfaces;
 mod without_ipv6;
 mod without_proxy;
@@ -83,6 +85,8 @@ fn main() -> anyhow::Result<ExitCode> {
         limits::trials(&context),
         reports::trials(&context),
         metrics::trials(&context),
+        validate::trials(&context),
+        inspect::trials(&context),
         eaddrinuse::trials(&context),
         port_guard::trials(&context),
         tc_method::trials(&context),

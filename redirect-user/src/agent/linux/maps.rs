@@ -13,7 +13,7 @@ use redirect_ebpf::constants::MAX_PROXY_CGROUPS;
 use redirect_ebpf::count::{self, Direction, Reason, Verdict};
 use redirect_ebpf::family::Family;
 use redirect_ebpf::maps::{
-    Config, ConfigFlags, ExcludedAddress, ExcludedPort, Pod, PodAddress, ProxyCgroup, Scope,
+    Config, ConfigFlags, ExcludedAddress, ExcludedPort, Pod, PodAddress, PodFlags, ProxyCgroup, Scope,
 };
 
 use super::super::datapath::Target;
@@ -221,6 +221,40 @@ impl Maps {
     }
 
     /// Leaves the pod alone if its switches are others by now.
+    pub(super) fn pod(&self, cookie: u64) -> Option<Pod> {
+        self.pods.get(&cookie)
+    }
+
+    /// Whether an exclusion holds, as the kernel side looks for it.
+    pub(super) fn is_excluded(
+        &self,
+        cookie: u64,
+        flags: PodFlags,
+        direction: Direction,
+        peer: IpAddr,
+        port: u16,
+    ) -> anyhow::Result<bool> {
+        let mut of = Vec::new();
+        if self.config.get(&0, 0)?.flags & u64::from(ConfigFlags::EXCLUSIONS.0) != 0 {
+            of.push(0);
+        }
+        if flags.contains(PodFlags::EXCLUSIONS) {
+            of.push(cookie);
+        }
+        Ok(of.into_iter().any(|cookie| {
+            let port = ExcludedPort { scope: Scope::new(cookie, direction), port: port.to_be_bytes() };
+            self.excluded_ports.get(&port).is_some()
+                || match peer {
+                    IpAddr::V4(v4) => {
+                        self.excluded_ipv4.get(&ipv4_key(cookie, direction, v4.into()), 0).is_ok()
+                    }
+                    IpAddr::V6(v6) => {
+                        self.excluded_ipv6.get(&ipv6_key(cookie, direction, v6.into()), 0).is_ok()
+                    }
+                }
+        }))
+    }
+
     pub(super) fn has_pod(&self, cookie: u64) -> bool {
         self.pods.get(&cookie).is_some()
     }
@@ -277,7 +311,8 @@ impl Maps {
         Ok(())
     }
 
-    fn owner(&self, address: IpAddr) -> Option<u64> {
+    /// The pod that the address is of.
+    pub(super) fn owner(&self, address: IpAddr) -> Option<u64> {
         let entry = match address {
             IpAddr::V4(v4) => self.ipv4.get(&v4.octets()),
             IpAddr::V6(v6) => self.ipv6.get(&v6.octets()),

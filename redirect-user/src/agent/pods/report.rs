@@ -1,6 +1,7 @@
 //! What can be told about pods.
 
-use super::{Enrolled, Pods};
+use super::super::datapath::{self, Datapath, Finding};
+use super::{Enrolled, Error, Pods};
 use crate::pod::PodIdentity;
 use crate::wire::PodReport;
 use crate::zds::server::{Handle, PodProxyState};
@@ -18,6 +19,17 @@ impl<D> Pods<D> {
     /// What is known about all pods.
     pub(crate) async fn report(&self) -> Vec<PodReport> {
         self.slots.each(|_, enrolled| report(enrolled, &self.proxies)).await
+    }
+
+    /// Compares the kernel with what is wanted for an enrolled pod.
+    pub(crate) async fn inspect(&self, uid: &str) -> Result<Vec<Finding>, Error>
+    where
+        D: Datapath + Send + 'static,
+    {
+        let unknown = || Error::Unknown(uid.into());
+        let slot = self.slots.find(uid).await.ok_or_else(unknown)?;
+        let target = slot.as_ref().ok_or_else(unknown)?.target.clone();
+        Ok(self.kernel.run(move |datapath| datapath::inspect(datapath, &target)).await??)
     }
 
     /// How far a pod is; `None` if it is not enrolled.

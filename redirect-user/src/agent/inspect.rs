@@ -1,0 +1,99 @@
+//! What is in the kernel for one pod, and what becomes of one connection of it.
+
+use std::net::SocketAddr;
+
+use redirect_ebpf::Family;
+use redirect_ebpf::decide::{Outbound, Protocol};
+
+use super::datapath::Finding;
+use super::linux::Linux;
+use super::pods::Pods;
+use super::thread::Kernel;
+use crate::wire::{Error, ErrorKind, Expectation, Explanation, PodDetail, PodReport, Transport};
+
+/// Everything about the pod.
+pub(super) async fn pod(pods: &Pods<Linux>, name: &str) -> Result<PodDetail, Error> {
+    let (report, findings) = examine(pods, name).await?;
+    let expectations =
+        findings.iter().map(|Finding { fact, state }| Expectation { what: fact.to_string(), state: *state });
+    Ok(PodDetail { expectations: expectations.collect(), report })
+}
+
+async fn examine(pods: &Pods<Linux>, name: &str) -> Result<(PodReport, Vec<Finding>), Error> {
+    let matches = |report: &PodReport| {
+        let pod = &report.pod;
+        pod.uid == name || pod.name == name || pod.to_string() == name
+    };
+    let mut found: Vec<_> = pods.report().await.into_iter().filter(matches).collect();
+    let report = match (found.pop(), found.is_empty()) {
+        (Some(report), true) => report,
+        (Some(report), false) => {
+            found.push(report);
+            let names: Vec<_> = found.iter().map(|report| report.pod.to_string()).collect();
+            let message =
+                format!("{name} may be any of {}: write NAMESPACE/NAME, or the UID", names.join(", "));
+            return Err(Error::new(ErrorKind::Unknown, message));
+        }
+        (None, _) => {
+            let message = format!(
+                "pod {name} is not enrolled on this node: its connections are left alone. Is it on this node, has it or its \
+                 namespace the label istio.io/dataplane-mode=ambient, and what do its events say?"
+            );
+            return Err(Error::new(ErrorKind::Unknown, message));
+        }
+    };
+    let findings = pods.inspect(&report.pod.uid).await?;
+    Ok((report, findings))
+}
+
+/// The decision on a connection of the pod, and the first thing that is wrong on its way.
+pub(super) async fn explain(
+    pods: &Pods<Linux>,
+    kernel: &Kernel<Linux>,
+    from: &str,
+    to: SocketAddr,
+    transport: Transport,
+) -> Result<Explanation, Error> {
+    let (report, findings) = examine(pods, from).await?;
+    let protocol = match transport {
+        Transport::Tcp => Protocol::Tcp,
+        Transport::Udp => Protocol::Udp,
+    };
+    let cookie = report.netns_cookie;
+    let decision = kernel.run(move |linux| linux.decide(cookie, to, protocol)).await;
+    let decision = decision
+        .map_err(|error| Error::new(ErrorKind::Internal, error.to_string()))?
+        .map_err(|error| Error::new(ErrorKind::Datapath, format!("the kernel can't be read: {error:#}")))?;
+    let family = if to.ip().to_canonical().is_ipv4() { Family::Ipv4 } else { Family::Ipv6 };
+    let mut wrong: Vec<String> = findings
+        .iter()
+        .filter(|finding| finding.fact.family().is_none_or(|of| of == family))
+        .filter_map(Finding::complaint)
+        .collect();
+    let steered = decision
+        .as_ref()
+        .is_some_and(|decision| matches!(decision.outbound, Outbound::Capture | Outbound::Resolve));
+    if steered && !report.steered.iter().any(|name| name == family.name()) {
+        wrong.push(format!("the pod has no {family} address: it can't connect"));
+    }
+    if steered && let Err(why) = &report.proxy {
+        wrong.push(why.clone());
+    }
+    let verdict = match decision.as_ref().map(|decision| decision.outbound) {
+        None => "it leaves the pod past the proxy: the kernel side does not know the pod".into(),
+        Some(Outbound::Capture) => "it is given to the node proxy".into(),
+        Some(Outbound::Resolve) => "it is sent to the node proxy's resolver".into(),
+        Some(Outbound::Deliver) => "it is the proxy's own, to the application".into(),
+        Some(Outbound::Pass(reason)) => format!("it is left alone ({})", reason.label()),
+    };
+    Ok(Explanation {
+        pod: report.pod,
+        to,
+        transport,
+        family: family.name().into(),
+        steps: decision.map(|decision| decision.steps).unwrap_or_default(),
+        steered,
+        verdict,
+        wrong,
+    })
+}

@@ -1,0 +1,108 @@
+//! What the kernel side would decide about a connection: the code that it runs, on the maps that it reads.
+
+use std::cell::RefCell;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use redirect_ebpf::Direction;
+use redirect_ebpf::decide::{self, Connect, Outbound, Protocol};
+use redirect_ebpf::family::{Ip, Ipv4, Ipv6};
+use redirect_ebpf::maps::{Pod, PodFlags};
+
+use super::Linux;
+use super::maps::Maps;
+use crate::wire::Step;
+
+/// What is decided, and what was asked on the way to it.
+#[derive(Clone, Debug)]
+pub struct Decision {
+    /// What becomes of the connection.
+    pub outbound: Outbound,
+    /// The questions and their answers, in the order in which they were asked.
+    pub steps: Vec<Step>,
+}
+
+impl Linux {
+    /// Decides on a connection of an application. `None`: the kernel side does not know the pod.
+    pub fn decide(
+        &self,
+        netns_cookie: u64,
+        to: SocketAddr,
+        protocol: Protocol,
+    ) -> anyhow::Result<Option<Decision>> {
+        let maps = &self.maps;
+        let Some(pod) = maps.pod(netns_cookie) else { return Ok(None) };
+        let asked = Asked { maps, netns_cookie, pod, port: to.port(), protocol };
+        match to.ip().to_canonical() {
+            IpAddr::V4(address) => {
+                asked.decide::<Ipv4>(address.octets(), |octets| Ipv4Addr::from(octets).into())
+            }
+            IpAddr::V6(address) => {
+                asked.decide::<Ipv6>(address.octets(), |octets| Ipv6Addr::from(octets).into())
+            }
+        }
+        .map(Some)
+    }
+}
+
+struct Asked<'a> {
+    maps: &'a Maps,
+    netns_cookie: u64,
+    pod: Pod,
+    port: u16,
+    protocol: Protocol,
+}
+
+impl Asked<'_> {
+    fn decide<I: Ip<Address: Default>>(
+        &self,
+        destination: I::Address,
+        address: impl Fn(I::Address) -> IpAddr,
+    ) -> anyhow::Result<Decision> {
+        let flags = PodFlags(self.pod.flags);
+        let steps = RefCell::new(Vec::new());
+        let failed = RefCell::new(None);
+        let ask = |question: String, answer: bool| {
+            steps.borrow_mut().push(Step { question, answer });
+            answer
+        };
+        ask("the pod is in the kernel's map of pods".into(), true);
+        if self.port == redirect_ebpf::constants::PORT_DOMAIN {
+            ask("the pod's DNS questions go to the proxy".into(), flags.contains(PodFlags::DNS));
+        }
+        ask("it is to 127.0.0.1 or ::1".into(), I::is_loopback(destination));
+        let connect = Connect {
+            protocol: self.protocol,
+            destination,
+            port: self.port,
+            proxy: false,
+            source: I::Address::default(),
+            flags,
+        };
+        let own = |of: I::Address| {
+            let owned = self.maps.owner(address(of)) == Some(self.netns_cookie);
+            ask(format!("{} is an address of the pod", address(of)), owned)
+        };
+        let excluded = || {
+            let excluded = self.maps.is_excluded(
+                self.netns_cookie,
+                flags,
+                Direction::Outbound,
+                address(destination),
+                self.port,
+            );
+            let excluded = excluded.unwrap_or_else(|error| {
+                *failed.borrow_mut() = Some(error);
+                false
+            });
+            ask("an exclusion of the node or of the pod holds".into(), excluded)
+        };
+        let outbound = decide::outbound::<I>(&connect, own, excluded);
+        if let Some(error) = failed.into_inner() {
+            return Err(error);
+        }
+        if matches!(outbound, Outbound::Capture | Outbound::Pass(redirect_ebpf::count::Reason::LinkScoped)) {
+            ask("it is link-local (IPv6), or to a group".into(), I::is_link_scoped(destination));
+        }
+        Ok(Decision { outbound, steps: steps.into_inner() })
+    }
+}

@@ -1,0 +1,141 @@
+//! `redirect pod` and `redirect explain` say what `ip` and the sockets show.
+
+use std::process::{Command, Output};
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, ensure};
+use libtest_mimic::Trial;
+use redirect_ebpf::Family;
+use redirect_ebpf::constants::ROUTE_TABLE;
+use redirect_tests::kernel::Footprint;
+use redirect_tests::{Families, Node, Pod, Stack};
+use redirect_user::wire::{Explanation, FactState, PodDetail};
+
+use crate::context::{Context, for_every_stack, trial};
+
+/// A network that no test routes.
+const V4: &str = "192.0.2.1:80";
+const V6: &str = "[2001:db8::1]:80";
+const MAPPED: &str = "[::ffff:192.0.2.1]:80";
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    let mut trials = vec![
+        trial(context, "inspect::a_pod_is_shown_as_ip_shows_it", pod),
+        trial(context, "inspect::a_pod_that_is_not_enrolled_is_an_error", absent),
+        trial(context, "inspect::completion_names_the_commands", completion),
+    ];
+    trials.extend(for_every_stack(context, "inspect::a_decision_is_the_kernel_s", decisions));
+    trials.extend(for_every_stack(context, "inspect::what_is_broken_is_named", broken));
+    trials
+}
+
+fn redirect(node: &Node, arguments: &[&str]) -> Result<Output> {
+    let mut command = Command::new(&node.session().binaries().redirect);
+    command.args(arguments).arg("--socket").arg(node.agent_socket()).args(["-o", "json"]);
+    Ok(command.output()?)
+}
+
+fn explain(node: &Node, pod: &Pod, to: &str) -> Result<(Explanation, Option<i32>)> {
+    let output = redirect(node, &["explain", "--from", &pod.identity().to_string(), "--to", to])?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    Ok((serde_json::from_slice(&output.stdout).with_context(|| stderr.into_owned())?, output.status.code()))
+}
+
+fn show(node: &Node, pod: &Pod) -> Result<(PodDetail, Option<i32>)> {
+    let output = redirect(node, &["pod", &pod.identity().to_string()])?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    Ok((serde_json::from_slice(&output.stdout).with_context(|| stderr.into_owned())?, output.status.code()))
+}
+
+fn pod(context: &Context) -> Result<()> {
+    let node = context.node()?;
+    for families in Families::ALL {
+        let pod = node.enrolled("pod", families)?;
+        let (detail, code) = show(&node, &pod)?;
+        ensure!(code == Some(0), "{detail:#?}");
+        ensure!(detail.expectations.iter().all(|expectation| expectation.state == FactState::Present));
+        let named = |part: &str| detail.expectations.iter().filter(|of| of.what.contains(part)).count();
+        let footprint = Footprint::of(pod.netns())?;
+        let table = ROUTE_TABLE.to_string();
+        let rules = footprint.rules.iter().filter(|rule| rule["table"] == table).count();
+        ensure!(named(" rule for ") == rules, "{detail:#?}\n{footprint:#?}");
+        ensure!(named(" route ") == footprint.routes.len(), "{detail:#?}\n{footprint:#?}");
+        for address in pod.addresses() {
+            ensure!(named(&format!("map entry of address {address}")) == 1, "{detail:#?}");
+        }
+    }
+    Ok(())
+}
+
+fn absent(context: &Context) -> Result<()> {
+    let node = context.node()?;
+    let plain = node.plain("plain", Families::Dual)?;
+    let name = plain.identity().to_string();
+    for arguments in [&["pod", &name][..], &["explain", "--from", &name, "--to", V6]] {
+        let output = redirect(&node, arguments)?;
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.code() == Some(2) && text.contains("is not enrolled"), "{arguments:?}: {text}");
+    }
+    Ok(())
+}
+
+fn completion(context: &Context) -> Result<()> {
+    for shell in ["bash", "zsh", "fish"] {
+        let session = context.session()?;
+        let output = Command::new(&session.binaries().redirect).args(["completion", shell]).output()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        ensure!(output.status.success() && text.contains("explain"), "{shell}: {text}");
+    }
+    Ok(())
+}
+
+fn destination(stack: Stack) -> &'static str {
+    match stack {
+        Stack::V4 => V4,
+        Stack::V6 => V6,
+        Stack::Mapped => MAPPED,
+    }
+}
+
+fn decisions(context: &Context, stack: Stack) -> Result<()> {
+    let node = context.node()?;
+    let pod = node.enrolled("pod", Families::Dual)?;
+    let own = stack.spell(pod.endpoint(stack.family(), 80)?).to_string();
+    for (to, steered, word) in
+        [(destination(stack), true, "given to the node proxy"), (&own, false, "own_address")]
+    {
+        let (explanation, code) = explain(&node, &pod, to)?;
+        ensure!(code == Some(0), "{explanation:#?}");
+        ensure!(explanation.family == stack.family().name(), "{explanation:#?}");
+        ensure!(explanation.steered == steered && explanation.verdict.contains(word), "{explanation:#?}");
+    }
+    Ok(())
+}
+
+/// What the agent has not noticed yet: a sysctl that somebody turned off. Of the other family, all is well.
+fn broken(context: &Context, stack: Stack) -> Result<()> {
+    let node = Node::with_arguments(&context.session()?, &["--check-interval", "3600"])?;
+    let pod = node.enrolled("pod", Families::Dual)?;
+    let sysctl = match stack.family() {
+        Family::Ipv4 => "net.ipv4.fwmark_reflect",
+        Family::Ipv6 => "net.ipv6.fwmark_reflect",
+    };
+    pod.netns().set_sysctl(sysctl, "0")?;
+    let complaint = format!("sysctl {sysctl} is missing");
+    for other in Stack::ALL {
+        let (explanation, code) = explain(&node, &pod, destination(other))?;
+        let wrong = other.family() == stack.family();
+        ensure!(code == Some(i32::from(wrong)) && explanation.steered, "{other:?}: {explanation:#?}");
+        ensure!(explanation.wrong.first() == wrong.then_some(&complaint), "{other:?}: {explanation:#?}");
+    }
+    let (detail, code) = show(&node, &pod)?;
+    let missing: Vec<_> =
+        detail.expectations.iter().filter(|of| of.state != FactState::Present).map(|of| &of.what).collect();
+    ensure!(code == Some(1) && missing == [&format!("sysctl {sysctl}")], "{detail:#?}");
+
+    node.kill_proxy()?;
+    node.with_agent(|agent| agent.wait_for_no_proxy())?;
+    let (explanation, _) = explain(&node, &pod, destination(stack))?;
+    ensure!(explanation.wrong == [complaint, "no node proxy is connected".to_owned()], "{explanation:#?}");
+    Ok(())
+}
