@@ -1,6 +1,6 @@
 //! Whether this node can run the data path, found by trying, never by the kernel's version.
 //!
-//! `redirect doctor` prints every [`Check`]; the agent refuses to start when one of [`REQUIRED`] fails. One file per
+//! `redirect doctor` prints every [`Check`]; the agent refuses to start when one of `REQUIRED` fails. One file per
 //! group of checks.
 
 mod bpf;

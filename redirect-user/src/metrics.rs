@@ -1,6 +1,6 @@
 //! What the agent tells Prometheus and the kubelet: `/metrics`, `/healthz`, `/readyz`.
 //!
-//! What the kernel counts is read at each scrape ([`snapshot`]); what happens in this process is counted where it happens
+//! What the kernel counts is read at each scrape (`snapshot`); what happens in this process is counted where it happens
 //! ([`events`]). Nothing is counted per pod: the number of series does not grow with the pods.
 
 pub mod events;
