@@ -128,14 +128,17 @@ fn squatter(context: &Context, stack: Stack) -> Result<()> {
         let address = (pod.address(stack.family())?, port).into();
         let socket = can_bind(pod.netns(), stack, Type::STREAM, address)?;
         socket.listen(1)?;
-        let text = restarts::message(pod.enrol())?;
-        for wanted in [port.to_string(), pod.identity().to_string()] {
-            ensure!(text.contains(&wanted), "{wanted} is not in {text:?}");
-        }
+        // A child that another test just forked may still hold a copy of the socket before.
+        let mut text = String::new();
+        let told = wait::until_true("refusal with the port", wait::SOON, || {
+            text = restarts::message(pod.enrol())?;
+            Ok(text.contains(&port.to_string()))
+        });
+        told.with_context(|| text.clone())?;
+        ensure!(text.contains(&pod.identity().to_string()), "{text:?}");
         let after = Footprint::of(pod.netns())?;
         ensure!(after == before, "before: {before:#?}\nafter: {after:#?}");
     }
-    // A child that another test just forked may still hold a copy of the application's socket.
     let mut outcome = Ok(());
     let enrolled = wait::until_true("enrolment with the ports free", wait::SOON, || {
         outcome = pod.enrol();
