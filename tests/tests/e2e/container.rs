@@ -13,7 +13,7 @@ use redirect_ebpf::Family;
 use redirect_tests::podman::{BUSYBOX, Podman, options_of};
 use redirect_tests::process::Process;
 use redirect_tests::wait::{self, SOON};
-use redirect_tests::{Direction, Families, Node, NodeOptions, Server, Stack};
+use redirect_tests::{Direction, Families, Node, NodeOptions, ProxyKind, Server, Stack};
 use serde_json::Value;
 
 use crate::context::{Context, trial_in_container};
@@ -61,6 +61,7 @@ fn daemonset(values: &[(&str, &Path)], image: &str) -> Result<Value> {
 }
 
 fn steers(context: &Context) -> Result<()> {
+    context.needs(ProxyKind::Embedded, "a ztunnel knows no pod of podman's")?;
     let session = context.session()?;
     let node = Node::with(&session, NodeOptions { agent: false, proxy: false, ..NodeOptions::default() })?;
     let directories = Directories::new(&node, Families::Dual)?;

@@ -133,7 +133,8 @@ fn without_root(context: &Context) -> Result<()> {
     // Nobody may look into the folders of this user.
     let directory = tempfile::tempdir()?;
     let copy = directory.path().join("redirect");
-    std::fs::copy(redirect, &copy)?;
+    // A file that a process writes can't be run, also while a child that was forked meanwhile has it: not this process, then.
+    ensure!(Command::new("cp").args([&redirect, &copy]).status()?.success());
     std::fs::set_permissions(directory.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     let command = |arguments: &[&str]| {
         let mut command = Command::new(&copy);
