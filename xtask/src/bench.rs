@@ -30,7 +30,7 @@ pub(crate) fn bench(workspace: &Workspace, options: &Options) -> Result<()> {
     command.env("REDIRECT_BIN", programs.redirect).env("REDIRECT_CNI_BIN", programs.plugin);
     command.arg("run").arg("--output").arg(workspace.target("bench"));
     if options.readme {
-        command.arg("--readme").arg(workspace.file("README.md"));
+        command.arg("--readme").arg(workspace.root("README.md"));
     }
     match become_it(command.args(&options.bench))? {}
 }

@@ -30,11 +30,6 @@ impl Workspace {
         self.root.join("target").join(path)
     }
 
-    /// A file of the repository.
-    pub(crate) fn file(&self, path: impl AsRef<Path>) -> PathBuf {
-        self.root.join(path)
-    }
-
     /// A path as people read it: below the repository if it is.
     pub(crate) fn show<'a>(&self, path: &'a Path) -> std::path::Display<'a> {
         path.strip_prefix(&self.root).unwrap_or(path).display()

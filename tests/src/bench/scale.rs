@@ -112,7 +112,8 @@ fn look(nursery: &Nursery, pods: usize, span: Duration) -> Result<Level> {
     })
 }
 
-fn resident(process: u32) -> Result<u64> {
+/// The resident memory of a process, in bytes.
+pub fn resident(process: u32) -> Result<u64> {
     field(&fs::read_to_string(format!("/proc/{process}/status"))?, "VmRSS:")
 }
 

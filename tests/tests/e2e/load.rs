@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, ensure};
 use libtest_mimic::Trial;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use redirect_tests::bench::scale::resident;
 use redirect_tests::load::{self, Target};
 use redirect_tests::{Families, Netns, Node, NodeOptions, Stack};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -38,10 +39,10 @@ fn pods_come_and_go(context: &Context) -> Result<()> {
     let (pods, changes) = if is_full() { (1000, 6000) } else { (30, 200) };
     let agent_arguments = vec!["--max-pods".to_owned(), "1100".to_owned()];
     let node = Node::with(&context.session()?, NodeOptions { agent_arguments, ..NodeOptions::default() })?;
-    let resident = || node.with_agent(|agent| resident_memory(agent.process().pid()));
-    let empty = resident()?;
+    let memory = || -> Result<u64> { Ok(node.with_agent(|agent| resident(agent.process().pid()))? / 1024) };
+    let empty = memory()?;
     let staying = at_once(WORKERS, (0..pods).collect(), |_| node.enrolled("pod", Families::Dual))?;
-    let full = resident()?;
+    let full = memory()?;
     let other = node.plain("other", Families::Dual)?;
     let changing = at_once(WORKERS, (0..WORKERS).collect(), |_| node.plain("changing", Families::Dual))?;
 
@@ -92,13 +93,6 @@ fn pods_come_and_go(context: &Context) -> Result<()> {
     ensure!(status.proxies.iter().any(|proxy| proxy.acknowledged == pods), "{:#?}", status.proxies);
     at_once(WORKERS, staying.into_iter().chain(changing).collect(), |mut pod| pod.delete())?;
     Ok(())
-}
-
-/// The resident memory of a process, in KiB.
-fn resident_memory(pid: u32) -> Result<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-    Ok(line.trim().trim_end_matches(" kB").parse()?)
 }
 
 /// Connections through the proxy that are all open at once.
