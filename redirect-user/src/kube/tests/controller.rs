@@ -192,7 +192,7 @@ async fn annotations_are_corrected_to_what_is() {
 
 #[tokio::test]
 async fn a_pod_stays_enabled_for_a_while_without_its_proxy_but_not_when_it_refuses() {
-    let node = Node::start_with(Timing { grace: Duration::from_millis(300), ..quick() }, |_| {}).await;
+    let node = Node::start_with(Timing { grace: Duration::from_secs(2), ..quick() }, |_| {}).await;
     let is = |value: &str| node.api.redirection("shop", "pod-1").as_deref() == Some(value);
     let cookie = node.run_sandbox(&uid(1), KINDS[0]);
     let proxy = node.proxy().await;
