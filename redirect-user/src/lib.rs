@@ -26,6 +26,8 @@ pub mod netns;
 pub mod pod;
 pub mod privileges;
 pub mod proxy;
+#[cfg(test)]
+mod skip;
 mod socket_file;
 pub mod validate;
 pub mod wire;

@@ -12,6 +12,7 @@ use tempfile::TempDir;
 use crate::cgroup::{self, Cgroup, PREFIX};
 use crate::kernel::Objects;
 use crate::proxy::ProxyKind;
+use crate::wait;
 
 /// The binaries under test.
 #[derive(Clone, Debug)]
@@ -159,12 +160,24 @@ impl Session {
         self.made.lock().unwrap_or_else(PoisonError::into_inner).push(objects);
     }
 
-    /// Whatever should be gone once every node is: BPF objects, cgroups, child processes.
+    /// Whatever should be gone once every node is, and does not go: BPF objects, cgroups, pins, processes.
     pub fn leftovers(&self) -> Result<Vec<String>> {
         let mut left = Vec::new();
         for objects in self.made.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             left.extend(objects.wait_until_gone().err().map(|error| format!("{error:#}")));
         }
+        let mut others = Ok(Vec::new());
+        // What was just told to end, such as the helpers of a container runtime, may take a moment.
+        wait::for_cleanup(wait::SOON, || {
+            others = self.outside_the_kernel();
+            others.as_ref().is_ok_and(Vec::is_empty)
+        });
+        left.extend(others?);
+        Ok(left)
+    }
+
+    fn outside_the_kernel(&self) -> Result<Vec<String>> {
+        let mut left = Vec::new();
         for entry in fs::read_dir(self.cgroup.path())?.flatten().filter(|entry| entry.path().is_dir()) {
             if entry.path() != self.applications.path() {
                 left.push(format!("cgroup {}", entry.path().display()));
@@ -173,7 +186,10 @@ impl Session {
         let pins = fs::read_dir(self.pins()).into_iter().flatten().flatten();
         left.extend(pins.map(|entry| format!("pins {}", entry.path().display())));
         let others = self.applications.processes()?.into_iter().filter(|&pid| pid != std::process::id());
-        left.extend(others.map(|pid| format!("process {pid}")));
+        left.extend(others.map(|pid| {
+            let command = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            format!("process {pid} ({})", command.replace('\0', " ").trim_end())
+        }));
         Ok(left)
     }
 }

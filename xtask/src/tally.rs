@@ -14,6 +14,8 @@ pub(crate) struct Tally {
     pub(crate) skipped: usize,
     /// Tests that failed, and binaries that died before they reported.
     pub(crate) failures: Vec<String>,
+    /// What they said.
+    pub(crate) details: Vec<String>,
     /// Name and reason of each skipped test.
     pub(crate) skips: Vec<(String, String)>,
     /// The binary that is running.
@@ -24,6 +26,8 @@ pub(crate) struct Tally {
 struct Binary {
     name: String,
     reported: bool,
+    /// Whether it is telling why tests failed.
+    explaining: bool,
     passed: usize,
     failed: usize,
     ignored: usize,
@@ -43,8 +47,10 @@ impl Tally {
             return;
         }
         let Some(binary) = &mut self.current else { return };
-        if let Some([passed, failed, ignored]) = result(&line) {
-            binary.reported = true;
+        if line == "failures:" {
+            binary.explaining = true;
+        } else if let Some([passed, failed, ignored]) = result(&line) {
+            (binary.reported, binary.explaining) = (true, false);
             binary.passed += passed;
             binary.failed += failed;
             binary.ignored += ignored;
@@ -57,6 +63,8 @@ impl Tally {
                 let reason = reason.trim_matches([',', ' ', '(', ')']);
                 binary.ignored_reasons.insert(name.to_owned(), reason.to_owned());
             }
+        } else if binary.explaining {
+            self.details.push(line);
         }
     }
 
@@ -171,6 +179,7 @@ mod tests {
         test dns::udp  ... ignored (kernel 6.1 lacks it)\n\
         test steer::v4 ... FAILED\n\
         test steer::v6 ... ok\n\n\
+        failures:\n\n---- steer::v4 ----\nno answer\n\nfailures:\n    steer::v4\n\n\
         test result: FAILED. 1 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; finished in 2.50s\n";
     const CRASH: &str = "     Running tests/hooks.rs (target/debug/deps/hooks-0c)\n\nrunning 3 tests\n\
         error: test failed, to rerun pass `-p redirect-tests --test hooks`\n";
@@ -212,6 +221,12 @@ mod tests {
             assert_eq!(tally.to_string(), line);
             assert_eq!(tally.failures, failures, "{line}");
         }
+    }
+
+    #[test]
+    fn what_failed_is_explained() {
+        let tally = tally(&[UNIT, MIMIC, DOC], false);
+        assert_eq!(tally.details, ["", "---- steer::v4 ----", "no answer", "", "    steer::v4", ""]);
     }
 
     #[test]

@@ -203,6 +203,9 @@ fn report(tally: &Tally, took: Duration) -> ExitCode {
     for (name, reason) in &tally.skips {
         println!("skipped: {name}: {reason}");
     }
+    for line in &tally.details {
+        println!("{line}");
+    }
     for name in &tally.failures {
         println!("failed: {name}");
     }

@@ -49,7 +49,3 @@ async fn expect_reset(stream: &mut TcpStream) {
     let error = read_all(stream).await.expect_err("a reset");
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
 }
-
-fn skip(name: &str, reason: impl std::fmt::Display) {
-    eprintln!("skipped: {name}: {reason}");
-}

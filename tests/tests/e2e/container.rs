@@ -83,15 +83,15 @@ fn steers(context: &Context) -> Result<()> {
     // There is no API server: every pod that comes through the chain is enrolled.
     arguments.retain(|argument| argument != "--kubernetes");
     // Nothing is to stay on this machine.
-    let pins = format!("/sys/fs/bpf/ambient-redirect-test-{}", std::process::id());
-    arguments.extend(["--on-exit=remove".to_owned(), format!("--pin-dir={pins}")]);
+    let pins = session.pins().join("container");
+    arguments.extend(["--on-exit=remove".to_owned(), format!("--pin-dir={}", pins.display())]);
     podman.start("agent", &words(&options), &image, &words(&arguments))?;
     let result = with_agent(&node, &podman, &directories, &zds, &daemonset);
     result.with_context(|| format!("log of the agent:\n{}", podman.logs("agent")))?;
 
     podman.stop("agent")?;
     let log = podman.logs("agent");
-    ensure!(!Path::new(&pins).exists(), "the agent left pins behind\n{log}");
+    ensure!(!pins.exists(), "the agent left pins behind\n{log}");
     ensure!(directories.is_chained(), "the chain is kept for the next agent");
     Ok(())
 }

@@ -118,29 +118,24 @@ pub(crate) fn trial_that_needs(
     name: impl Into<String>,
     test: impl FnOnce(&Context) -> Result<()> + Send + 'static,
 ) -> Trial {
-    let (context, name) = (context.clone(), name.into());
-    Trial::ignorable_test(name.clone(), move || {
+    let context = context.clone();
+    Trial::ignorable_test(name, move || {
         signals::check()?;
         if let Err(error) = check(needs) {
             let reason = format!("{error:#}");
             if std::env::var("REDIRECT_E2E").is_ok_and(|value| value == "require") {
                 return Err(Failed::from(reason));
             }
-            return Ok(skipped(&name, reason));
+            return Ok(Completion::ignored_with(reason));
         }
         match test(&context) {
             Ok(()) => Ok(Completion::Completed),
             Err(error) => match error.downcast_ref::<Skip>() {
-                Some(skip) => Ok(skipped(&name, skip.to_string())),
+                Some(skip) => Ok(Completion::ignored_with(skip.to_string())),
                 None => Err(Failed::from(format!("{error:#}"))),
             },
         }
     })
-}
-
-fn skipped(name: &str, reason: String) -> Completion {
-    println!("skipped: {name}: {reason}");
-    Completion::ignored_with(reason)
 }
 
 fn check(needs: Needs) -> Result<()> {

@@ -5,13 +5,22 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
-use libtest_mimic::Trial;
+use libtest_mimic::{Failed, Trial};
 use redirect_tests::kernel::Objects;
 
 use crate::context::{Context, Needs, trial_that_needs};
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     vec![trial_that_needs(Needs::Root, context, "leftovers::bpf_objects_are_found", bpf_objects_are_found)]
+}
+
+/// Ends what the tests shared, and looks for what is left of all of them.
+pub(crate) fn nothing_is_left(context: &Arc<Context>) -> Trial {
+    let context = context.clone();
+    Trial::test("leftovers::nothing_is_left", move || {
+        let left = context.finish()?;
+        if left.is_empty() { Ok(()) } else { Err(Failed::from(format!("left behind: {}", left.join(", ")))) }
+    })
 }
 
 fn bpf_objects_are_found(context: &Context) -> Result<()> {

@@ -56,7 +56,7 @@ mod without_proxy;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use libtest_mimic::{Arguments, Trial};
+use libtest_mimic::{Arguments, Conclusion, Trial};
 use redirect_tests::signals;
 
 use crate::context::Context;
@@ -120,12 +120,13 @@ fn main() -> anyhow::Result<ExitCode> {
     let chosen = |trial: &Trial| wanted.iter().any(|start| trial.name().starts_with(start));
     let trials: Vec<Trial> =
         trials.into_iter().flatten().filter(|trial| wanted.is_empty() || chosen(trial)).collect();
-    let conclusion = libtest_mimic::run(&arguments, trials);
-    let left = context.finish()?;
-    for thing in &left {
-        eprintln!("left behind: {thing}");
+    let mut conclusions = vec![libtest_mimic::run(&arguments, trials)];
+    if !arguments.list {
+        // A test as well, the last one, so that it is counted and reported as the others are.
+        let last = vec![leftovers::nothing_is_left(&context)];
+        conclusions.push(libtest_mimic::run(&Arguments::default(), last));
     }
-    Ok(if conclusion.has_failed() || !left.is_empty() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    Ok(if conclusions.iter().any(Conclusion::has_failed) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 /// How the names of the tests that are wanted start, from `REDIRECT_TESTS`, separated by commas. All tests, if there is

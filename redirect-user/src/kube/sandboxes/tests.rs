@@ -5,6 +5,7 @@ use tempfile::TempDir;
 
 use super::super::process_cgroup::tests::{SHAPES, fill};
 use super::*;
+use crate::skip::skip;
 
 const UID: &str = "8a3b1c2d-0e4f-4a5b-9c6d-7e8f90a1b2c3";
 
@@ -150,13 +151,13 @@ impl Drop for Process {
 fn a_real_process_leads_to_its_real_namespace_and_addresses() {
     const NAME: &str = "a_real_process_leads_to_its_real_namespace_and_addresses";
     if !nix::unistd::geteuid().is_root() {
-        eprintln!("skipped: {NAME}: it needs root");
+        skip(NAME, "it needs root");
         return;
     }
     let process = match Process::start(UID) {
         Ok(process) => process,
         Err(reason) => {
-            eprintln!("skipped: {NAME}: {reason}");
+            skip(NAME, reason);
             return;
         }
     };

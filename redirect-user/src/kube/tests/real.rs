@@ -11,6 +11,7 @@ use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
 
 use super::*;
 use crate::kube::api::REDIRECTION;
+use crate::skip::skip;
 
 const TOKEN: &str = "token-of-the-tests";
 /// A cold API server takes its time.
@@ -119,7 +120,7 @@ where
 async fn a_real_api_server_is_followed_and_annotated() {
     const NAME: &str = "a_real_api_server_is_followed_and_annotated";
     let Some(assets) = std::env::var_os("KUBEBUILDER_ASSETS") else {
-        eprintln!("skipped: {NAME}: KUBEBUILDER_ASSETS names no directory with etcd and kube-apiserver");
+        skip(NAME, "KUBEBUILDER_ASSETS names no directory with etcd and kube-apiserver");
         return;
     };
     let directory = tempfile::tempdir().unwrap();

@@ -19,8 +19,9 @@ use super::super::connection::Context;
 use super::super::resolver::Upstreams;
 use super::super::sockets::Namespaces;
 use super::super::{Identity, OriginalDestination, Shared};
-use super::{eventually, skip, soon};
+use super::{eventually, soon};
 use crate::netns::NetNs;
+use crate::skip::skip;
 
 /// The `lo` of every IPv6 namespace has both; in IPv4 all of 127.0.0.0/8 is there anyway.
 pub(super) const CLIENT_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 5);

@@ -11,7 +11,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
 use super::super::relay::{Connection, Counters, RelayError, relay};
-use super::{expect_reset, read_all, send_and_end, skip, soon};
+use super::{expect_reset, read_all, send_and_end, soon};
+use crate::skip::skip;
 
 /// A client and a server with a relay between them.
 struct Pair {
