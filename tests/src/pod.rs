@@ -1,9 +1,10 @@
 //! A pod: a network namespace that the CNI chain attached to a node.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -92,6 +93,8 @@ pub struct Pod {
     attached: bool,
     /// Whether our plugin ever had to do with the pod.
     enrolled: AtomicBool,
+    /// Where it has listened.
+    ports: Mutex<BTreeSet<u16>>,
     netns: Netns,
     node: Arc<Node>,
 }
@@ -137,6 +140,7 @@ impl Pod {
             result,
             attached: true,
             enrolled: AtomicBool::new(spec.enrolled),
+            ports: Mutex::default(),
             netns,
             node: node.clone(),
         })
@@ -237,9 +241,15 @@ impl Pod {
         Connection::open(&self.netns, stack, to)
     }
 
-    /// Listens in the pod on a free port; the server's greeting is the pod's name.
+    /// Listens in the pod on a free port; the server's greeting is the pod's name. The pod has not listened there before:
+    /// the port tells the server's connections from those of earlier ones.
     pub fn listen(&self, stack: Stack) -> Result<Server> {
-        Server::start(&self.netns, stack, 0, &self.identity.name)
+        loop {
+            let server = Server::start(&self.netns, stack, 0, &self.identity.name)?;
+            if self.ports.lock().unwrap_or_else(PoisonError::into_inner).insert(server.port()) {
+                return Ok(server);
+            }
+        }
     }
 
     /// The proxy's connections of this pod to a destination, at least one.
