@@ -7,10 +7,10 @@ use redirect_ebpf::constants::{MARK_CAPTURE, MARK_MASK, MARK_PROXY, PORT_OUTBOUN
 use redirect_ebpf::count::Direction;
 use redirect_ebpf::decide::Inbound;
 use redirect_ebpf::family::{Ipv4, Ipv6};
-use redirect_ebpf::packet::{Parse, Parsed, Segment, parse};
+use redirect_ebpf::packet::{Packet, Parse, Parsed, Segment, parse};
 
 use super::pods::PodIp;
-use super::skb::Skb;
+use super::skb::LoopbackSkb;
 use super::steer::{Action, Route, steer};
 
 #[classifier]
@@ -29,6 +29,15 @@ pub(super) struct Captured;
 impl<I: Parse> Route<I> for Captured {
     const DIRECTION: Direction = Direction::Outbound;
     const PORT: u16 = PORT_OUTBOUND;
+
+    /// A packet on `lo` has its route from its sender: there is nothing that the stack would learn by looking for the
+    /// socket itself.
+    const ASSIGN_CONNECTED: bool = true;
+
+    #[inline(always)]
+    fn packet(ctx: &TcContext) -> impl Packet {
+        LoopbackSkb(ctx)
+    }
 
     #[inline(always)]
     fn decide(_: &TcContext, _: &Segment<I::Address>) -> Inbound {
@@ -51,7 +60,7 @@ fn loopback<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
         // the mark of what it answers (`fwmark_reflect`): with the proxy's it would leave the pod, and the proxy would
         // never hear of it. What opens a connection has the mark from somebody else.
         MARK_PROXY => {
-            if let Parsed::Tcp(segment) = parse::<I>(&Skb(ctx))
+            if let Parsed::Tcp(segment) = parse::<I>(&LoopbackSkb(ctx))
                 && !segment.opens()
             {
                 ctx.skb.set_mark(mark & !MARK_MASK | MARK_CAPTURE);

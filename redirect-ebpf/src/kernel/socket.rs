@@ -38,35 +38,53 @@ pub(super) const NO_PORT: [u8; 2] = [0; 2];
 
 const TCP_TIME_WAIT: u32 = 6;
 const TCP_LISTEN: u32 = 10;
+const TCP_NEW_SYN_RECV: u32 = 12;
 
 /// The state of a segment's 4-tuple.
 #[inline(always)]
 pub(super) fn state<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> State {
-    let mut tuple = Tuple {
-        source: segment.source,
-        destination: segment.destination,
-        source_port: segment.source_port,
-        destination_port: segment.destination_port,
-    };
-    // SAFETY: the tuple lives for the length of the call, and its size is right.
-    let socket = unsafe {
-        bpf_skc_lookup_tcp(
-            ctx.as_ptr(),
-            (&raw mut tuple).cast(),
-            size_of::<Tuple<A>>() as u32,
-            BPF_F_CURRENT_NETNS as u64,
-            0,
-        )
-    };
-    let Some(socket) = NonNull::new(socket).map(Socket) else { return State::Open };
-    match socket.state() {
-        TCP_LISTEN => State::Open,
-        TCP_TIME_WAIT => State::TimeWait,
-        _ => State::Connected,
+    state_of(Socket::existing(ctx, segment).as_ref())
+}
+
+/// The state that an existing socket stands for.
+#[inline(always)]
+pub(super) fn state_of(existing: Option<&Socket>) -> State {
+    match existing.map(Socket::state) {
+        None | Some(TCP_LISTEN) => State::Open,
+        Some(TCP_TIME_WAIT) => State::TimeWait,
+        Some(_) => State::Connected,
     }
 }
 
 impl Socket {
+    /// The socket that the kernel has for a segment's 4-tuple: a connection's, whatever its state, or a listener.
+    #[inline(always)]
+    pub(super) fn existing<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> Option<Self> {
+        let mut tuple = Tuple {
+            source: segment.source,
+            destination: segment.destination,
+            source_port: segment.source_port,
+            destination_port: segment.destination_port,
+        };
+        // SAFETY: the tuple lives for the length of the call, and its size is right.
+        let socket = unsafe {
+            bpf_skc_lookup_tcp(
+                ctx.as_ptr(),
+                (&raw mut tuple).cast(),
+                size_of::<Tuple<A>>() as u32,
+                BPF_F_CURRENT_NETNS as u64,
+                0,
+            )
+        };
+        NonNull::new(socket).map(Self)
+    }
+
+    /// Whether it is neither a handshake nor a TIME_WAIT socket.
+    #[inline(always)]
+    pub(super) fn is_full(&self) -> bool {
+        !matches!(self.state(), TCP_TIME_WAIT | TCP_NEW_SYN_RECV)
+    }
+
     /// The proxy's listener on `port`, for the segment's connection.
     #[inline(always)]
     pub(super) fn listener<A: Copy>(ctx: &TcContext, segment: &Segment<A>, port: u16) -> Option<Self> {

@@ -6,7 +6,7 @@ use aya_ebpf::programs::TcContext;
 use redirect_ebpf::count::{Direction, Reason, Verdict};
 use redirect_ebpf::decide::Inbound;
 use redirect_ebpf::maps::ConfigFlags;
-use redirect_ebpf::packet::{Packet as _, Parse, Parsed, Segment, parse};
+use redirect_ebpf::packet::{Packet, Parse, Parsed, Segment, parse};
 
 use super::config;
 use super::counters::count;
@@ -40,6 +40,12 @@ pub(super) trait Route<I: Parse> {
     /// The proxy's listener.
     const PORT: u16;
 
+    /// Whether the packet of a connection that exists is given to its socket here.
+    const ASSIGN_CONNECTED: bool;
+
+    /// How the packet is read.
+    fn packet(ctx: &TcContext) -> impl Packet;
+
     /// What becomes of a new connection.
     fn decide(ctx: &TcContext, segment: &Segment<I::Address>) -> Inbound;
 
@@ -51,44 +57,52 @@ pub(super) trait Route<I: Parse> {
 /// listener.
 #[inline(always)]
 pub(super) fn steer<I: Parse + PodIp, R: Route<I>>(ctx: &TcContext) -> Action {
-    let drop = |reason| {
+    let dropped = |reason| {
         count(I::FAMILY, R::DIRECTION, Verdict::Dropped, reason);
         Action::Drop
     };
-    let segment = match parse::<I>(&Skb(ctx)) {
+    let segment = match parse::<I>(&R::packet(ctx)) {
         Parsed::Tcp(segment) => segment,
         Parsed::Other => return Action::Continue,
-        Parsed::Malformed => return drop(Reason::Malformed),
+        Parsed::Malformed => return dropped(Reason::Malformed),
         // Its flags may come in a later fragment: only a connection that exists may go on.
         Parsed::Fragment(segment) => {
             return match socket::state(ctx, &segment) {
                 State::Connected => Action::Continue,
-                State::TimeWait | State::Open => drop(Reason::Fragmented),
+                State::TimeWait | State::Open => dropped(Reason::Fragmented),
             };
         }
     };
-    let state = socket::state(ctx, &segment);
+    let existing = Socket::existing(ctx, &segment);
+    let state = socket::state_of(existing.as_ref());
     if state == State::Connected {
+        if R::ASSIGN_CONNECTED
+            && let Some(socket) = existing.filter(Socket::is_full)
+        {
+            // Where this fails the stack looks for the socket itself.
+            let _ = socket.assign(ctx);
+        }
         return Action::Continue;
     }
+    drop(existing);
     if segment.opens() {
         match R::decide(ctx, &segment) {
             Inbound::Capture => {}
-            Inbound::Drop(reason) => return drop(reason),
+            Inbound::Drop(reason) => return dropped(reason),
             Inbound::Pass(reason) => {
                 count(I::FAMILY, R::DIRECTION, Verdict::Passed, reason);
                 return Action::Continue;
             }
         }
         let Some(listener) = Socket::listener(ctx, &segment, R::PORT) else {
-            let held = drop(Reason::NoListener);
+            let held = dropped(Reason::NoListener);
             // Nobody gets a connection that is handed over without a listener: the kernel refuses it.
             let refused = config::flags().contains(ConfigFlags::REFUSE)
                 && lookup::hand_over::<I>(&segment, &R::pod(&segment), R::PORT, None).is_ok();
             return if refused { Action::Continue } else { held };
         };
         if give::<I, R>(ctx, &segment, &listener, state).is_err() {
-            return drop(Reason::AssignFailed);
+            return dropped(Reason::AssignFailed);
         }
         count(I::FAMILY, R::DIRECTION, Verdict::Steered, Reason::Enrolled);
     } else if segment.may_hold_cookie()
@@ -98,7 +112,7 @@ pub(super) fn steer<I: Parse + PodIp, R: Route<I>>(ctx: &TcContext) -> Action {
         && holds_cookie::<I>(ctx, &segment, &listener)
         && give::<I, R>(ctx, &segment, &listener, state).is_err()
     {
-        return drop(Reason::AssignFailed);
+        return dropped(Reason::AssignFailed);
     }
     Action::Continue
 }

@@ -13,11 +13,10 @@ use crate::{Shared, trial};
 
 pub(crate) fn trials(shared: &Shared) -> Vec<Trial> {
     type Test = fn(&Bench, &str, Family) -> Result<()>;
-    let tests: [(&str, Test); 4] = [
+    let tests: [(&str, Test); 3] = [
         ("connections_past_the_proxy", connections_past_the_proxy),
         ("what_may_leave", what_may_leave),
         ("malformed_and_fragments", malformed_and_fragments),
-        ("cost", cost),
     ];
     let subjects = [("egress_ipv4", Family::Ipv4), ("egress_ipv6", Family::Ipv6)];
     subjects
@@ -77,20 +76,4 @@ fn malformed_and_fragments(bench: &Bench, program: &str, family: Family) -> Resu
     expect(bench, program, &first, MARK_PROXY, Fate::Untouched)?;
     let short = Packet { payload: Some(vec![0; 3]), ..syn(family) };
     expect(bench, program, &short, 0, Fate::Dropped(Reason::Malformed))
-}
-
-/// What the gate costs each packet, as the kernel measures it. Not a limit, but a figure to look at.
-fn cost(bench: &Bench, program: &str, family: Family) -> Result<()> {
-    let data = Packet { flags: ACK, ..syn(family) };
-    let other = syn(if family == Family::Ipv4 { Family::Ipv6 } else { Family::Ipv4 });
-    for (what, packet, mark) in [
-        ("segment of the proxy", &data, MARK_PROXY),
-        ("segment of the application", &data, 0),
-        ("SYN of the application, dropped", &syn(family), 0),
-        ("packet of the other family", &other, 0),
-    ] {
-        let time = bench.time(program, Proxy::Listens, &packet.bytes(), mark)?;
-        println!("{program}: {what}: {} ns", time.as_nanos());
-    }
-    Ok(())
 }

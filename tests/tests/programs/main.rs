@@ -5,6 +5,7 @@
 //! to the socket lookup, which counts as steered as well.
 
 mod bench;
+mod cost;
 mod guard;
 mod packets;
 mod random;
@@ -23,7 +24,8 @@ type Shared = Arc<Mutex<Option<Result<Arc<Bench>, String>>>>;
 
 fn main() -> ExitCode {
     let shared = Shared::default();
-    let trials = [steering::trials(&shared), guard::trials(&shared), random::trials(&shared)];
+    let trials =
+        [steering::trials(&shared), guard::trials(&shared), cost::trials(&shared), random::trials(&shared)];
     libtest_mimic::run(&Arguments::from_args(), trials.into_iter().flatten().collect()).exit_code()
 }
 
