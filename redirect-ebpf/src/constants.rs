@@ -11,7 +11,18 @@ pub const MARK_PROXY: u32 = 0x539;
 pub const MARK_DELIVERY: u32 = 0x111;
 
 /// The mark of an application's outbound connection that is to be captured.
+///
+/// In placement `node`: of every packet that the host's stack is to deliver to the proxy.
 pub const MARK_CAPTURE: u32 = 0x112;
+
+/// Placement `node`, of packets on their way to the entrance alone: for the proxy's inbound listener.
+pub const MARK_INBOUND: u32 = 0x113;
+
+/// As [`MARK_INBOUND`], for the proxy's tunnel listener.
+pub const MARK_TUNNEL: u32 = 0x114;
+
+/// As [`MARK_INBOUND`], for the proxy's resolver.
+pub const MARK_RESOLVE: u32 = 0x115;
 
 /// The proxy's listener for captured outbound connections.
 pub const PORT_OUTBOUND: u16 = 15001;
@@ -22,7 +33,7 @@ pub const PORT_INBOUND: u16 = 15006;
 /// The proxy's listener for tunnelled (HBONE, mTLS) connections. Never captured: peers dial it themselves.
 pub const PORT_TUNNEL: u16 = 15008;
 
-/// The proxy's DNS resolver, on the loopback address of each family.
+/// The proxy's DNS resolver: on the loopback address of each family, in placement `node` on every address.
 pub const PORT_DNS: u16 = 15053;
 
 /// The port of DNS servers.
@@ -42,6 +53,12 @@ pub const RULE_PRIORITY_CAPTURE: u32 = 15001;
 
 /// Priority of the rule `fwmark MARK_DELIVERY lookup ROUTE_TABLE`.
 pub const RULE_PRIORITY_DELIVERY: u32 = 15006;
+
+/// The network device, in the host's namespace, through which packets of pods reach the proxy in placement `node`.
+pub const ENTRANCE: &str = "redirect0";
+
+/// The other end of that pair of devices, which is never up.
+pub const ENTRANCE_PEER: &str = "redirect1";
 
 /// How many cgroups of node proxies the kernel side knows at once: a rolling upgrade has two.
 pub const MAX_PROXY_CGROUPS: u32 = 16;

@@ -83,6 +83,8 @@ counted! {
         NoListener = "no_listener",
         /// A listener is there, but the kernel refuses to give it the connection.
         AssignFailed = "assign_failed",
+        /// A source address that is not the pod's.
+        Spoofed = "spoofed",
         /// A TCP header split over fragments, where no established connection is.
         Fragmented = "fragmented",
         /// Headers that end too early or never end.

@@ -56,6 +56,10 @@ pub trait Ip: Copy + 'static {
     /// are. Istio leaves out whatever leaves through `lo`.
     fn is_local_resolver(address: Self::Address) -> bool;
 
+    /// Whether a packet with this source comes from an interface that has no address yet, or from its link-local address,
+    /// which nobody hands out.
+    fn is_unassigned(address: Self::Address) -> bool;
+
     /// Whether the address means something only on its link (IPv6 link-local) or is a group (multicast, broadcast).
     /// IPv4 link-local unicast is not: cloud metadata servers live there and Istio steers connections to them.
     fn is_link_scoped(address: Self::Address) -> bool;
@@ -90,6 +94,11 @@ impl Ip for Ipv4 {
     }
 
     #[inline(always)]
+    fn is_unassigned(address: Self::Address) -> bool {
+        address == [0; 4]
+    }
+
+    #[inline(always)]
     fn is_link_scoped([first, ..]: Self::Address) -> bool {
         first >= 224
     }
@@ -113,6 +122,11 @@ impl Ip for Ipv6 {
     #[inline(always)]
     fn is_local_resolver(address: Self::Address) -> bool {
         Self::is_loopback(address)
+    }
+
+    #[inline(always)]
+    fn is_unassigned(address: Self::Address) -> bool {
+        address == [0; 16] || (address[0] == 0xfe && address[1] & 0xc0 == 0x80)
     }
 
     #[inline(always)]

@@ -10,10 +10,14 @@
 //! | [`lookup`] | sk_lookup of the pod's namespace | what TC can't give to a listener itself |
 //! | [`bind`] | cgroup/bind4, bind6 | guards the proxy's ports |
 //! | [`dns`] | cgroup/sendmsg, recvmsg, getpeername, 4 and 6 | sends DNS questions to the proxy's resolver |
+//! | [`from_pod`] | TC ingress of the host's end of the pod's device, placement `node` | sends what the proxy is to get to the entrance |
+//! | [`to_pod`] | TC egress of the same | the same |
+//! | [`entrance`] | TC ingress of a device of ours in the host's namespace, placement `node` | gives connections to the proxy |
 //! | [`probe`] | sock_ops of the kubelet's cgroup | notes the kubelet's probes |
 //!
 //! What they share: maps ([`config`], [`pods`], [`proxies`], [`exclusions`], [`counters`]), reading of contexts
-//! ([`context`], [`sock_addr`], [`skb`]), looking sockets up ([`socket`]), giving a packet to a listener ([`steer`]).
+//! ([`context`], [`sock_addr`], [`skb`]), looking sockets up ([`socket`]), giving a packet to a listener ([`steer`]), and, in placement `node`, changing packets ([`rewrite`]) and refusing
+//! connections ([`refuse`]).
 
 #![expect(
     clippy::multiple_unsafe_ops_per_block,
@@ -26,7 +30,9 @@ mod context;
 mod counters;
 mod dns;
 mod egress;
+mod entrance;
 mod exclusions;
+mod from_pod;
 mod inbound;
 mod lookup;
 mod loopback;
@@ -34,10 +40,13 @@ mod outbound;
 mod pods;
 mod probe;
 mod proxies;
+mod refuse;
+mod rewrite;
 mod skb;
 mod sock_addr;
 mod socket;
 mod steer;
+mod to_pod;
 mod virtual_interface;
 
 #[panic_handler]

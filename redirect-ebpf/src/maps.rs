@@ -4,6 +4,7 @@
 //! |---|---|---|---|
 //! | `PODS` | hash | network namespace cookie, `u64` in host order as the kernel hands it out | [`Pod`] |
 //! | `POD_IPV4`, `POD_IPV6` | hash | address, network order | [`PodAddress`] |
+//! | `INTERFACES` | hash | index of the host's end of an enrolled pod's device, `u32` in host order; placement `node` | [`PodAddress`] |
 //! | `PROXY_CGROUPS` | hash | cgroup v2 id of a node proxy, `u64` in host order | [`ProxyCgroup`] |
 //! | `CONFIG` | array of one | – | [`Config`] |
 //! | `EXCLUDED_IPV4`, `EXCLUDED_IPV6` | LPM trie | [`ExcludedAddress`] | `u8`, no meaning |
@@ -34,7 +35,7 @@ pub struct Pod {
     pub ipv6: [u8; 16],
 }
 
-/// Who owns an address of an enrolled pod.
+/// Who owns an address, or a device, of an enrolled pod.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(C)]
 pub struct PodAddress {
@@ -58,6 +59,8 @@ pub struct Config {
     pub host_cookie: u64,
     /// [`ConfigFlags`] as bits; 64 bits wide, so that there is no padding.
     pub flags: u64,
+    /// Placement `node`: index of the device through which packets reach the proxy, host order; else zero.
+    pub entrance: u64,
 }
 
 /// The addresses and ports of a connection, as its SYN has them.
@@ -104,7 +107,7 @@ const _: () = {
     assert!(size_of::<Pod>() == 24 && align_of::<Pod>() == 4);
     assert!(size_of::<PodAddress>() == 8 && align_of::<PodAddress>() == 8);
     assert!(size_of::<ProxyCgroup>() == 4 && align_of::<ProxyCgroup>() == 4);
-    assert!(size_of::<Config>() == 16 && align_of::<Config>() == 8);
+    assert!(size_of::<Config>() == 24 && align_of::<Config>() == 8);
 };
 
 /// The key of `EXCLUDED_PORTS`.
@@ -289,6 +292,8 @@ flags! {
         DNS = 1,
         /// There are exclusions for this pod alone.
         EXCLUSIONS = 2,
+        /// The pod may send from addresses that are not its own. Placement `node`.
+        ANY_SOURCE = 3,
     }
 }
 
@@ -301,6 +306,8 @@ flags! {
         REFUSE = 1,
         /// There are exclusions for every pod.
         EXCLUSIONS = 2,
+        /// Placement `node`: sockets of processes in one of `PROXY_CGROUPS` are the proxy's also without its mark.
+        UNMARKED_PROXY = 3,
     }
 }
 

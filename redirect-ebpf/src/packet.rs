@@ -1,4 +1,4 @@
-//! Finds the TCP header of a packet: VLAN tags, IPv4 options, IPv6 extension headers, fragments.
+//! Finds the TCP or UDP header of a packet: VLAN tags, IPv4 options, IPv6 extension headers, fragments.
 
 use crate::family::{Family, Ip, Ipv4, Ipv6};
 use crate::maps::Tuple;
@@ -28,13 +28,15 @@ pub enum Parsed<A> {
     /// The first fragment of a TCP segment. Its flags may be in a later fragment, so that nobody can tell here
     /// whether it opens a connection.
     Fragment(Segment<A>),
+    /// A UDP datagram, or the first fragment of one.
+    Datagram(Segment<A>),
     /// Nothing of ours: another family, another protocol, or a later fragment, which is harmless without the first.
     Other,
     /// Its headers end too early, contradict themselves or go on for too long.
     Malformed,
 }
 
-/// Addresses, ports and flags of a TCP segment.
+/// Addresses, ports and flags of a TCP segment, or of a UDP datagram, which has no flags.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment<A> {
     /// Source address.
@@ -45,15 +47,24 @@ pub struct Segment<A> {
     pub source_port: [u8; 2],
     /// Destination port, network order.
     pub destination_port: [u8; 2],
-    /// [`SYN`], [`ACK`], [`RST`] and the others; zero in [`Parsed::Fragment`].
+    /// [`SYN`], [`ACK`], [`RST`] and the others; zero in all but [`Parsed::Tcp`].
     pub flags: u8,
     /// Where the IP header begins.
     pub network_offset: u32,
-    /// Where the TCP header begins.
+    /// Where the TCP or UDP header begins.
     pub transport_offset: u32,
 }
 
+const IPPROTO_ICMP: u8 = 1;
 const IPPROTO_TCP: u8 = 6;
+const IPPROTO_UDP: u8 = 17;
+const IPPROTO_ICMPV6: u8 = 58;
+
+/// How long the header of an ICMP error is; what it quotes comes next.
+const ICMP_HEADER: u32 = 8;
+
+/// How long the IPv6 header is, without extensions.
+const IPV6_HEADER: u32 = 40;
 
 /// 802.1Q and 802.1ad.
 const VLAN_TYPES: [u16; 2] = [0x8100, 0x88a8];
@@ -71,37 +82,94 @@ pub fn is_of_another_family<I: Ip>(packet: &impl Packet) -> bool {
     ether_type != I::ETHER_TYPE && !VLAN_TYPES.contains(&ether_type)
 }
 
+/// How much of a packet there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// All of it.
+    Whole,
+    /// Its beginning, in an ICMP error: of a TCP header the ports are sure to be there, as in a first fragment.
+    Quoted,
+}
+
 /// A family whose headers can be walked.
 pub trait Parse: Ip {
-    /// Finds the TCP header behind the IP header at `offset`.
-    fn parse_at(packet: &impl Packet, offset: u32) -> Parsed<Self::Address>;
+    /// Where the IP header has its source address.
+    const SOURCE: u32;
+
+    /// Where the IP header has its destination address.
+    const DESTINATION: u32;
+
+    /// Finds the TCP or UDP header behind the IP header at `offset`.
+    fn parse_at(packet: &impl Packet, offset: u32, extent: Extent) -> Parsed<Self::Address>;
+
+    /// Where the packet begins that an ICMP error quotes, if the packet with its IP header at `offset` is such an error.
+    fn quoted_at(packet: &impl Packet, offset: u32) -> Option<u32>;
+
+    /// The address at `offset`.
+    fn load(packet: &impl Packet, offset: u32) -> Option<Self::Address>;
 }
 
 /// Looks at a packet as one of family `I`.
 #[inline(always)]
 pub fn parse<I: Parse>(packet: &impl Packet) -> Parsed<I::Address> {
+    match network_header::<I>(packet) {
+        Ok(offset) => I::parse_at(packet, offset, Extent::Whole),
+        Err(other) => other,
+    }
+}
+
+/// The TCP segment that an ICMP error is about, turned round: as its receiver would send it. So it leads to the socket that
+/// is to hear of the error.
+#[inline(always)]
+pub fn complained_of<I: Parse>(packet: &impl Packet) -> Option<Segment<I::Address>> {
+    let quoted = I::quoted_at(packet, network_header::<I>(packet).ok()?)?;
+    match I::parse_at(packet, quoted, Extent::Quoted) {
+        Parsed::Fragment(segment) => Some(Segment {
+            source: segment.destination,
+            destination: segment.source,
+            source_port: segment.destination_port,
+            destination_port: segment.source_port,
+            ..segment
+        }),
+        _ => None,
+    }
+}
+
+/// The source address of a packet of family `I`, whatever its protocol.
+#[inline(always)]
+pub fn source<I: Parse>(packet: &impl Packet) -> Option<I::Address> {
+    I::load(packet, network_header::<I>(packet).ok()? + I::SOURCE)
+}
+
+/// Where the IP header begins, or what the packet is instead of one of family `I`.
+#[inline(always)]
+fn network_header<I: Parse>(packet: &impl Packet) -> Result<u32, Parsed<I::Address>> {
     let mut ether_type = packet.ether_type();
     let mut offset = 0;
     for _ in 0..MAX_VLAN_TAGS {
         if !VLAN_TYPES.contains(&ether_type) {
             break;
         }
-        let Some([_, _, high, low]) = packet.load::<4>(offset) else { return Parsed::Malformed };
+        let Some([_, _, high, low]) = packet.load::<4>(offset) else { return Err(Parsed::Malformed) };
         ether_type = u16::from_be_bytes([high, low]);
         offset += 4;
     }
-    if ether_type == I::ETHER_TYPE { I::parse_at(packet, offset) } else { Parsed::Other }
+    if ether_type == I::ETHER_TYPE { Ok(offset) } else { Err(Parsed::Other) }
 }
 
 impl Parse for Ipv4 {
+    const SOURCE: u32 = 12;
+    const DESTINATION: u32 = 16;
+
     #[inline(always)]
-    fn parse_at(packet: &impl Packet, offset: u32) -> Parsed<[u8; 4]> {
+    fn parse_at(packet: &impl Packet, offset: u32, extent: Extent) -> Parsed<[u8; 4]> {
         let Some(header) = packet.load::<20>(offset) else { return Parsed::Malformed };
         let length = u32::from(header[0] & 0xf) * 4;
         if header[0] >> 4 != 4 || length < 20 {
             return Parsed::Malformed;
         }
-        if header[9] != IPPROTO_TCP {
+        let protocol = header[9];
+        if protocol != IPPROTO_TCP && protocol != IPPROTO_UDP {
             return Parsed::Other;
         }
         let fragment = u16::from_be_bytes([header[6], header[7]]);
@@ -112,24 +180,51 @@ impl Parse for Ipv4 {
             [header[12], header[13], header[14], header[15]],
             [header[16], header[17], header[18], header[19]],
         );
-        segment(packet, addresses, offset, offset + length, fragment & 0x2000 != 0)
+        let fragmented = extent == Extent::Quoted || fragment & 0x2000 != 0;
+        transport(
+            packet,
+            protocol,
+            addresses,
+            Place { network: offset, transport: offset + length, fragmented },
+        )
+    }
+
+    #[inline(always)]
+    fn quoted_at(packet: &impl Packet, offset: u32) -> Option<u32> {
+        let header: [u8; 20] = packet.load(offset)?;
+        let message = offset + u32::from(header[0] & 0xf) * 4;
+        let fragment = u16::from_be_bytes([header[6], header[7]]);
+        if header[9] != IPPROTO_ICMP || fragment & 0x1fff != 0 {
+            return None;
+        }
+        // Unreachable, which "too big" is a kind of; out of time; a header that is wrong.
+        let [kind] = packet.load(message)?;
+        matches!(kind, 3 | 11 | 12).then_some(message + ICMP_HEADER)
+    }
+
+    #[inline(always)]
+    fn load(packet: &impl Packet, offset: u32) -> Option<[u8; 4]> {
+        packet.load(offset)
     }
 }
 
 impl Parse for Ipv6 {
+    const SOURCE: u32 = 8;
+    const DESTINATION: u32 = 24;
+
     #[inline(always)]
-    fn parse_at(packet: &impl Packet, offset: u32) -> Parsed<[u8; 16]> {
+    fn parse_at(packet: &impl Packet, offset: u32, extent: Extent) -> Parsed<[u8; 16]> {
         let Some(header) = packet.load::<8>(offset) else { return Parsed::Malformed };
         if header[0] >> 4 != 6 {
             return Parsed::Malformed;
         }
         let mut next = header[6];
-        let mut transport = offset + 40;
-        let mut fragmented = false;
+        let fragmented = extent == Extent::Quoted;
+        let mut place = Place { network: offset, transport: offset + IPV6_HEADER, fragmented };
         for _ in 0..MAX_EXTENSION_HEADERS {
             let Some(kind) = Extension::of(next) else { break };
-            let Some(extension) = packet.load::<8>(transport) else { return Parsed::Malformed };
-            transport += match kind {
+            let Some(extension) = packet.load::<8>(place.transport) else { return Parsed::Malformed };
+            place.transport += match kind {
                 Extension::Options => (u32::from(extension[1]) + 1) * 8,
                 Extension::Authentication => (u32::from(extension[1]) + 2) * 4,
                 Extension::Fragment => {
@@ -137,18 +232,32 @@ impl Parse for Ipv6 {
                     if fragment & 0xfff8 != 0 {
                         return Parsed::Other;
                     }
-                    fragmented |= fragment & 1 != 0;
+                    place.fragmented |= fragment & 1 != 0;
                     8
                 }
             };
             next = extension[0];
         }
-        if next != IPPROTO_TCP {
+        if next != IPPROTO_TCP && next != IPPROTO_UDP {
             return if Extension::of(next).is_some() { Parsed::Malformed } else { Parsed::Other };
         }
         let Some(source) = packet.load::<16>(offset + 8) else { return Parsed::Malformed };
         let Some(destination) = packet.load::<16>(offset + 24) else { return Parsed::Malformed };
-        segment(packet, (source, destination), offset, transport, fragmented)
+        transport(packet, next, (source, destination), place)
+    }
+
+    #[inline(always)]
+    fn quoted_at(packet: &impl Packet, offset: u32) -> Option<u32> {
+        let header: [u8; 8] = packet.load(offset)?;
+        let message = offset + IPV6_HEADER;
+        // Unreachable, too big, out of time, a header that is wrong.
+        let [kind] = packet.load(message)?;
+        (header[6] == IPPROTO_ICMPV6 && matches!(kind, 1..=4)).then_some(message + ICMP_HEADER)
+    }
+
+    #[inline(always)]
+    fn load(packet: &impl Packet, offset: u32) -> Option<[u8; 16]> {
+        packet.load(offset)
     }
 }
 
@@ -175,29 +284,39 @@ impl Extension {
     }
 }
 
-#[inline(always)]
-fn segment<A>(
-    packet: &impl Packet,
-    (source, destination): (A, A),
-    network_offset: u32,
-    transport_offset: u32,
+/// Where the headers of a packet begin, and whether it is the first of several fragments.
+#[derive(Clone, Copy)]
+struct Place {
+    network: u32,
+    transport: u32,
     fragmented: bool,
+}
+
+#[inline(always)]
+fn transport<A>(
+    packet: &impl Packet,
+    protocol: u8,
+    (source, destination): (A, A),
+    place: Place,
 ) -> Parsed<A> {
     // The first fragment may be cut right behind the ports and the sequence number: eight bytes are its minimum.
-    let Some(ports) = packet.load::<4>(transport_offset) else { return Parsed::Malformed };
+    let Some(ports) = packet.load::<4>(place.transport) else { return Parsed::Malformed };
     let segment = Segment {
         source,
         destination,
         source_port: [ports[0], ports[1]],
         destination_port: [ports[2], ports[3]],
         flags: 0,
-        network_offset,
-        transport_offset,
+        network_offset: place.network,
+        transport_offset: place.transport,
     };
-    if fragmented {
+    if protocol == IPPROTO_UDP {
+        return Parsed::Datagram(segment);
+    }
+    if place.fragmented {
         return Parsed::Fragment(segment);
     }
-    let Some([_, flags]) = packet.load::<2>(transport_offset + 12) else { return Parsed::Malformed };
+    let Some([_, flags]) = packet.load::<2>(place.transport + 12) else { return Parsed::Malformed };
     Parsed::Tcp(Segment { flags, ..segment })
 }
 

@@ -22,6 +22,7 @@ pub mod records;
 pub mod repairs;
 mod run;
 mod service;
+mod stand_in;
 pub mod thread;
 pub mod uninstall;
 mod upkeep;

@@ -23,6 +23,7 @@ pub mod install;
 pub mod kube;
 pub mod metrics;
 pub mod netns;
+pub mod placement;
 pub mod pod;
 pub mod privileges;
 pub mod proxy;

@@ -1,7 +1,8 @@
 //! The embedded node proxy: passes connections of enrolled pods through, as an ambient mesh's proxy would.
 //!
 //! It keeps ztunnel's contract inside pods (placement `pod`): listeners in each pod's network namespace, sockets marked,
-//! transparent and dual-stack, the original destination read from the accepted socket. It has no tunnel and no policy:
+//! transparent and dual-stack, the original destination read from the accepted socket. In placement `node` it listens once,
+//! in the host's namespace, knows pods by their addresses, and is not connected to the agent. It has no tunnel and no policy:
 //! it is what the redirection is tested and measured with, and it serves clusters that want the access log only.
 //!
 //! | file | |
@@ -34,6 +35,7 @@ pub use run::{Options, OriginalDestination, run};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::placement::Placement;
 use access_log::AccessLog;
 use resolver::Upstreams;
 use sockets::Namespaces;
@@ -45,6 +47,7 @@ struct Shared {
     access_log: Option<AccessLog>,
     ipv6: bool,
     original_destination: OriginalDestination,
+    placement: Placement,
     /// Where DNS questions go.
     upstreams: Arc<Upstreams>,
     /// How long to wait before another attempt to open the listeners of a pod.

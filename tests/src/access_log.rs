@@ -138,7 +138,7 @@ impl AccessLog {
     /// Every entry about a connection so far.
     pub fn entries(&self) -> Result<Vec<Entry>> {
         match self.kind {
-            ProxyKind::Embedded => embedded::entries(&self.dir),
+            ProxyKind::Embedded => embedded::entries(&self.dir, &self.pods),
             ProxyKind::Ztunnel => ztunnel::entries(&self.dir, &self.pods),
         }
     }
@@ -146,7 +146,7 @@ impl AccessLog {
     /// Every entry about a DNS question so far.
     pub fn questions(&self) -> Result<Vec<DnsEntry>> {
         match self.kind {
-            ProxyKind::Embedded => embedded::questions(&self.dir),
+            ProxyKind::Embedded => embedded::questions(&self.dir, &self.pods),
             ProxyKind::Ztunnel => ztunnel::questions(&self.dir, &self.pods),
         }
     }

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use anyhow::{Context, Result, bail};
+use redirect_user::netns::NetNs;
+use redirect_user::placement::Placement;
 use redirect_user::wire::{PodReport, Status};
 use serde::de::DeserializeOwned;
 
@@ -20,6 +22,7 @@ pub struct Agent {
     process: Process,
     socket: PathBuf,
     binary: PathBuf,
+    placement: Placement,
 }
 
 impl Agent {
@@ -55,6 +58,7 @@ impl Agent {
         command.arg("--cgroup").arg(session.cgroup().path());
         command.arg("--pin-dir").arg(pin_dir(session, dir));
         command.arg("--state-dir").arg(state_dir(dir));
+        command.args(["--placement", placement(session)]);
         if !arguments.iter().any(|argument| argument == "--on-exit") {
             command.args(["--on-exit", "remove"]);
         }
@@ -67,7 +71,8 @@ impl Agent {
         command.args(arguments);
         let name = format!("agent of {}", netns.name());
         let process = Process::spawn(&name, command, netns, cgroup, &dir.join("agent.log"))?;
-        Ok(Self { process, socket, binary: session.binaries().redirect.clone() })
+        let binary = session.binaries().redirect.clone();
+        Ok(Self { process, socket, binary, placement: session.placement() })
     }
 
     /// Its process.
@@ -89,6 +94,8 @@ impl Agent {
     /// Waits until a proxy is connected and knows every pod.
     pub fn wait_for_proxy(&mut self, pid: u32) -> Result<()> {
         let (binary, socket) = (self.binary.clone(), self.socket.clone());
+        // There the agent stands in for the proxy.
+        let pid = if self.placement == Placement::Node { self.process.pid() } else { pid };
         self.process.wait_until("proxy in step with the agent", || {
             let status: Status = query(&binary, &socket, "status")?;
             Ok(status.proxies.iter().any(|proxy| proxy.pid == pid && proxy.synced))
@@ -141,7 +148,7 @@ pub fn state_dir(dir: &Path) -> PathBuf {
 }
 
 /// `redirect uninstall` on what belongs to the agent of a node, whether it runs or not.
-pub fn uninstall(session: &Session, dir: &Path, arguments: &[&str]) -> Result<Output> {
+pub fn uninstall(session: &Session, netns: &NetNs, dir: &Path, arguments: &[&str]) -> Result<Output> {
     let mut command = Command::new(&session.binaries().redirect);
     command.args(["uninstall", "--known-only", "-o", "json"]);
     command
@@ -150,7 +157,15 @@ pub fn uninstall(session: &Session, dir: &Path, arguments: &[&str]) -> Result<Ou
         .arg("--state-dir")
         .arg(state_dir(dir))
         .args(arguments);
-    command.output().context("redirect uninstall")
+    netns.run(|| command.output())?.context("redirect uninstall")
+}
+
+/// As the command line spells it.
+pub(crate) fn placement(session: &Session) -> &'static str {
+    match session.placement() {
+        Placement::Pod => "pod",
+        Placement::Node => "node",
+    }
 }
 
 /// Where the agent of a node listens for the plugin and the command line.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::process::Command;
+use std::process::{Command, Output};
 
 use anyhow::{Context, Result, bail};
 use redirect_ebpf::constants::ROUTE_TABLE;
@@ -93,7 +93,14 @@ impl Objects {
 
 /// What `bpftool KIND show` lists.
 pub fn bpftool(kind: &str) -> Result<Vec<Value>> {
-    let output = Command::new("bpftool").args(["-j", kind, "show"]).output().context("run bpftool")?;
+    let mut output = show(kind)?;
+    // A link that somebody is just making fails the whole list.
+    for _ in 0..10 {
+        if output.status.success() {
+            break;
+        }
+        output = show(kind)?;
+    }
     if !output.status.success() {
         bail!("bpftool {kind} show: {}", String::from_utf8_lossy(&output.stdout));
     }
@@ -103,11 +110,15 @@ pub fn bpftool(kind: &str) -> Result<Vec<Value>> {
     serde_json::from_slice(&output.stdout).with_context(|| format!("bpftool -j {kind} show"))
 }
 
+fn show(kind: &str) -> Result<Output> {
+    Command::new("bpftool").args(["-j", kind, "show"]).output().context("run bpftool")
+}
+
 fn id(object: &Value, field: &str) -> Option<u32> {
     u32::try_from(object[field].as_u64()?).ok()
 }
 
-/// What steering a pod changes in its namespace, in a form that can be compared.
+/// What steering changes in a namespace, a pod's or the host's, in a form that can be compared.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Footprint {
     /// Routing rules, both families.
@@ -120,7 +131,8 @@ pub struct Footprint {
     pub sysctls: Vec<(&'static str, String)>,
 }
 
-const SYSCTLS: [&str; 4] = [
+const SYSCTLS: [&str; 5] = [
+    "net.ipv4.tcp_early_demux",
     "net.ipv4.tcp_fwmark_accept",
     "net.ipv4.fwmark_reflect",
     "net.ipv6.fwmark_reflect",
@@ -156,6 +168,8 @@ impl Footprint {
                 footprint.traffic_control.extend(filters);
             }
         }
+        // Devices may have been made anew, in another order.
+        footprint.traffic_control.sort_by_key(Value::to_string);
         for name in SYSCTLS {
             if netns.has_sysctl(name)? {
                 footprint.sysctls.push((name, netns.sysctl(name)?));

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
 use redirect_ebpf::Family;
+use redirect_user::netns::NetNs;
 use redirect_user::wire::{PodReport, Status};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -102,7 +103,11 @@ impl Node {
             dns: Mutex::default(),
             proxy: Mutex::default(),
             agent: Mutex::default(),
-            _leftovers: Leftovers { session: session.clone(), dir: dir.path().to_owned() },
+            _leftovers: Leftovers {
+                session: session.clone(),
+                netns: NetNs::open(&netns.path())?,
+                dir: dir.path().to_owned(),
+            },
             proxy_cgroup: session.cgroup().child(&format!("proxy-{number}"))?,
             agent_cgroup: session.cgroup().child(&format!("agent-{number}"))?,
             dir,
@@ -224,7 +229,7 @@ impl Node {
 
     /// `redirect uninstall` on this node.
     pub fn uninstall(&self, arguments: &[&str]) -> Result<Output> {
-        agent::uninstall(&self.session, self.dir(), arguments)
+        agent::uninstall(&self.session, &NetNs::open(&self.netns.path())?, self.dir(), arguments)
     }
 
     /// Waits until the proxy that runs is in step with the agent.
@@ -445,12 +450,13 @@ impl Drop for Node {
 #[derive(Debug)]
 struct Leftovers {
     session: Arc<Session>,
+    netns: NetNs,
     dir: PathBuf,
 }
 
 impl Drop for Leftovers {
     fn drop(&mut self) {
-        match agent::uninstall(&self.session, &self.dir, &[]) {
+        match agent::uninstall(&self.session, &self.netns, &self.dir, &[]) {
             Ok(output) if output.status.success() => {}
             outcome => eprintln!("left behind: pins of {}: {outcome:?}", self.dir.display()),
         }

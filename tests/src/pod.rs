@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use redirect_ebpf::Family;
+use redirect_user::placement::Placement;
 use redirect_user::pod::PodIdentity;
 use serde_json::Value;
 
@@ -156,6 +157,15 @@ impl Pod {
     #[must_use]
     pub fn families(&self) -> Families {
         self.families
+    }
+
+    /// Where the proxy's sockets of its connections are.
+    #[must_use]
+    pub fn proxy_netns(&self) -> &Netns {
+        match self.node.session().placement() {
+            Placement::Pod => &self.netns,
+            Placement::Node => self.node.netns(),
+        }
     }
 
     /// Its namespace.

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
+use crate::agent;
 use crate::cgroup::Cgroup;
 use crate::netns::Netns;
 use crate::process::Process;
@@ -61,7 +62,7 @@ impl Proxy {
         let binary = &session.binaries().proxy;
         let log = setup.dir.join(format!("proxy-{:03}.log", setup.number));
         let (command, netns) = match session.binaries().kind {
-            ProxyKind::Embedded => (embedded::command(binary, setup), None),
+            ProxyKind::Embedded => (embedded::command(binary, setup, agent::placement(session)), None),
             ProxyKind::Ztunnel => (ztunnel::command(binary, setup)?, Some(Netns::new(&name)?)),
         };
         let home = netns.as_ref().unwrap_or(setup.netns);

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, anyhow};
+use redirect_user::placement::Placement;
 use tempfile::TempDir;
 
 use crate::cgroup::{self, Cgroup, PREFIX};
@@ -67,8 +68,15 @@ fn testbed() -> PathBuf {
 }
 
 /// A run of tests or of the demo.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Session {
+    placement: Placement,
+    run: Arc<Run>,
+}
+
+/// What is there once.
+#[derive(Debug)]
+struct Run {
     binaries: Binaries,
     directory: TempDir,
     home: PathBuf,
@@ -94,7 +102,7 @@ impl Session {
         let cgroup = Cgroup::for_this_process()?;
         let applications = cgroup.child("applications")?;
         cgroup::enter(applications.path())?;
-        Ok(Arc::new(Self {
+        let run = Run {
             binaries,
             directory,
             home,
@@ -102,31 +110,44 @@ impl Session {
             made: Mutex::default(),
             applications,
             cgroup,
-        }))
+        };
+        Ok(Arc::new(Self { placement: Placement::Pod, run: Arc::new(run) }))
+    }
+
+    /// The same run, whose nodes from here on have their proxies in this placement.
+    #[must_use]
+    pub fn placed(&self, placement: Placement) -> Arc<Self> {
+        Arc::new(Self { placement, run: self.run.clone() })
+    }
+
+    /// Where the proxies of nodes are.
+    #[must_use]
+    pub fn placement(&self) -> Placement {
+        self.placement
     }
 
     /// The binaries under test.
     #[must_use]
     pub fn binaries(&self) -> &Binaries {
-        &self.binaries
+        &self.run.binaries
     }
 
     /// The cgroup that holds every process of the session.
     #[must_use]
     pub fn cgroup(&self) -> &Cgroup {
-        &self.cgroup
+        &self.run.cgroup
     }
 
     /// The cgroup of this process and of the applications.
     #[must_use]
     pub fn applications(&self) -> &Cgroup {
-        &self.applications
+        &self.run.applications
     }
 
     /// A directory for files of the session.
     #[must_use]
     pub fn directory(&self) -> &Path {
-        self.directory.path()
+        self.run.directory.path()
     }
 
     /// Where the plugins of the chain are.
@@ -134,36 +155,36 @@ impl Session {
     pub fn plugin_directories(&self) -> Vec<PathBuf> {
         let installed = ["/usr/lib/cni", "/opt/cni/bin", "/usr/libexec/cni"].map(PathBuf::from);
         let installed = installed.into_iter().filter(|path| path.is_dir());
-        [self.directory.path().to_owned()].into_iter().chain(installed).collect()
+        [self.directory().to_owned()].into_iter().chain(installed).collect()
     }
 
     /// Where agents pin what outlives them.
     #[must_use]
     pub fn pins(&self) -> PathBuf {
-        Path::new(BPFFS).join(format!("{PREFIX}{}", std::process::id()))
+        pins()
     }
 
     /// A number for a node, which its address ranges are made of; it comes back when it is dropped.
-    pub(crate) fn next_node(self: &Arc<Self>) -> Result<NodeNumber> {
-        let mut numbers = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(crate) fn next_node(&self) -> Result<NodeNumber> {
+        let mut numbers = self.run.nodes.lock().unwrap_or_else(PoisonError::into_inner);
         // Not at once one that has just become free: somebody may still know the addresses.
         let next = numbers.next;
         let free = (next..=u8::MAX).chain(0..next).find(|number| !numbers.taken.contains(number));
         let number = free.context("too many nodes at once")?;
         numbers.next = number.wrapping_add(1);
         numbers.taken.insert(number);
-        Ok(NodeNumber { number, session: self.clone() })
+        Ok(NodeNumber { number, run: self.run.clone() })
     }
 
     /// Remembers what an agent made, for [`Session::leftovers`].
     pub(crate) fn remember(&self, objects: Objects) {
-        self.made.lock().unwrap_or_else(PoisonError::into_inner).push(objects);
+        self.run.made.lock().unwrap_or_else(PoisonError::into_inner).push(objects);
     }
 
     /// Whatever should be gone once every node is, and does not go: BPF objects, cgroups, pins, processes.
     pub fn leftovers(&self) -> Result<Vec<String>> {
         let mut left = Vec::new();
-        for objects in self.made.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        for objects in self.run.made.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             left.extend(objects.wait_until_gone().err().map(|error| format!("{error:#}")));
         }
         let mut others = Ok(Vec::new());
@@ -178,14 +199,14 @@ impl Session {
 
     fn outside_the_kernel(&self) -> Result<Vec<String>> {
         let mut left = Vec::new();
-        for entry in fs::read_dir(self.cgroup.path())?.flatten().filter(|entry| entry.path().is_dir()) {
-            if entry.path() != self.applications.path() {
+        for entry in fs::read_dir(self.cgroup().path())?.flatten().filter(|entry| entry.path().is_dir()) {
+            if entry.path() != self.applications().path() {
                 left.push(format!("cgroup {}", entry.path().display()));
             }
         }
         let pins = fs::read_dir(self.pins()).into_iter().flatten().flatten();
         left.extend(pins.map(|entry| format!("pins {}", entry.path().display())));
-        let others = self.applications.processes()?.into_iter().filter(|&pid| pid != std::process::id());
+        let others = self.applications().processes()?.into_iter().filter(|&pid| pid != std::process::id());
         left.extend(others.map(|pid| {
             let command = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             format!("process {pid} ({})", command.replace('\0', " ").trim_end())
@@ -205,7 +226,7 @@ struct Numbers {
 #[derive(Debug)]
 pub(crate) struct NodeNumber {
     number: u8,
-    session: Arc<Session>,
+    run: Arc<Run>,
 }
 
 impl NodeNumber {
@@ -216,7 +237,7 @@ impl NodeNumber {
 
 impl Drop for NodeNumber {
     fn drop(&mut self) {
-        let mut numbers = self.session.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut numbers = self.run.nodes.lock().unwrap_or_else(PoisonError::into_inner);
         numbers.taken.remove(&self.number);
     }
 }
@@ -253,10 +274,15 @@ fn sweep_directories() -> Result<()> {
     Ok(())
 }
 
-impl Drop for Session {
+/// Where the agents of this process pin.
+fn pins() -> PathBuf {
+    Path::new(BPFFS).join(format!("{PREFIX}{}", std::process::id()))
+}
+
+impl Drop for Run {
     fn drop(&mut self) {
         // It is there if any agent ran; nodes leave nothing in it.
-        let _ = fs::remove_dir(self.pins());
+        let _ = fs::remove_dir(pins());
         if let Err(error) = cgroup::enter(&self.home).context("leave the session's cgroup") {
             eprintln!("{error:#}");
         }

@@ -13,6 +13,13 @@ pub(super) fn flags() -> ConfigFlags {
     CONFIG.get_ptr(0).map_or(ConfigFlags(0), |config| ConfigFlags(unsafe { (*config).flags } as u32))
 }
 
+/// Placement `node`: the device through which packets reach the proxy.
+#[inline(always)]
+pub(super) fn entrance() -> u32 {
+    // SAFETY: as above.
+    CONFIG.get_ptr(0).map_or(0, |config| unsafe { (*config).entrance } as u32)
+}
+
 /// Cookie of the host's network namespace.
 #[inline(always)]
 pub(super) fn host_cookie() -> Option<u64> {

@@ -36,7 +36,7 @@ fn egress<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
         return Action::Continue;
     }
     let (leaves, reason) = match parse::<I>(&Skb(ctx)) {
-        Parsed::Other => (true, Reason::Unmarked),
+        Parsed::Other | Parsed::Datagram(_) => (true, Reason::Unmarked),
         Parsed::Malformed => (false, Reason::Malformed),
         Parsed::Tcp(segment) if segment.opens() => (is_exempt::<I>(&segment), Reason::Unmarked),
         // What goes on must not change over from the proxy to the network in the middle.

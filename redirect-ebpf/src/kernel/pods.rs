@@ -16,6 +16,18 @@ static POD_IPV4: HashMap<[u8; 4], PodAddress> = HashMap::with_max_entries(1, BPF
 #[map]
 static POD_IPV6: HashMap<[u8; 16], PodAddress> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
 
+/// The host's ends of the devices of enrolled pods, in placement `node`.
+#[map]
+static INTERFACES: HashMap<u32, PodAddress> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
+
+/// The pod behind a device of the host: the cookie of its network namespace, and its switches.
+#[inline(always)]
+pub(super) fn behind(interface: u32) -> Option<(u64, PodFlags)> {
+    // SAFETY: the entry is only read, and an aligned u64 is never seen half-written.
+    let cookie = INTERFACES.get_ptr(interface).map(|owner| unsafe { (*owner).netns_cookie })?;
+    Some((cookie, flags(cookie)?))
+}
+
 /// A family whose pod addresses are in a map.
 pub(super) trait PodIp: Ip {
     /// Cookie of the network namespace of the pod that owns the address.

@@ -4,7 +4,7 @@ use aya_ebpf::helpers::{bpf_get_current_cgroup_id, bpf_skb_cgroup_id};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::HashMap;
 use aya_ebpf::programs::TcContext;
-use redirect_ebpf::constants::MAX_PROXY_CGROUPS;
+use redirect_ebpf::constants::{MARK_DELIVERY, MARK_MASK, MARK_PROXY, MAX_PROXY_CGROUPS};
 use redirect_ebpf::decide;
 use redirect_ebpf::maps::{ConfigFlags, ProxyCgroup};
 
@@ -29,6 +29,37 @@ pub(super) fn sent(ctx: &TcContext) -> bool {
     let mark = unsafe { (*ctx.skb.skb).mark };
     // SAFETY: the helper takes the context. A packet without a socket has the cgroup 0.
     is_mark_of(mark, || unsafe { bpf_skb_cgroup_id(ctx.skb.skb) })
+}
+
+/// Whose a packet is that leaves the host towards a pod, in placement `node`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sender {
+    /// The proxy, to the pod's application.
+    Delivery,
+    /// The proxy, to a client in the pod, or for a client in another one.
+    Proxy,
+    /// Anybody.
+    Other,
+}
+
+/// Whose packet it is. Marks do not cross from one namespace to another: whoever sets one here has `CAP_NET_ADMIN` on the
+/// node itself. A proxy that sets none is known by its cgroup, and delivers.
+#[inline(always)]
+pub(super) fn sender(ctx: &TcContext) -> Sender {
+    // SAFETY: every TC context has `mark`.
+    match unsafe { (*ctx.skb.skb).mark } & MARK_MASK {
+        MARK_DELIVERY => Sender::Delivery,
+        MARK_PROXY => Sender::Proxy,
+        _ if is_in_proxy_cgroup(ctx) => Sender::Delivery,
+        _ => Sender::Other,
+    }
+}
+
+/// Whether the socket that a packet comes from, or that it is assigned to, is of a process in a node proxy's cgroup.
+#[inline(always)]
+pub(super) fn is_in_proxy_cgroup(ctx: &TcContext) -> bool {
+    // SAFETY: the helper takes the context. A packet without a socket has the cgroup 0.
+    PROXY_CGROUPS.get_ptr(unsafe { bpf_skb_cgroup_id(ctx.skb.skb) }).is_some()
 }
 
 #[inline(always)]

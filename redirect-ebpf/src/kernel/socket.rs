@@ -5,10 +5,15 @@ use core::ptr::{NonNull, addr_of};
 
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::{BPF_F_CURRENT_NETNS, bpf_sock};
-use aya_ebpf::helpers::{bpf_sk_assign, bpf_sk_lookup_tcp, bpf_sk_release, bpf_skc_lookup_tcp};
+use aya_ebpf::helpers::{
+    bpf_sk_assign, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp,
+};
 use aya_ebpf::programs::TcContext;
 use redirect_ebpf::decide;
+use redirect_ebpf::maps::ConfigFlags;
 use redirect_ebpf::packet::Segment;
+
+use super::config;
 
 /// A socket with a reference that is dropped with the value.
 pub(super) struct Socket(NonNull<bpf_sock>);
@@ -56,6 +61,13 @@ pub(super) fn state_of(existing: Option<&Socket>) -> State {
     }
 }
 
+/// Whether a connection of the host's namespace has the segment's 4-tuple (placement `node`). Where one end of it is not an
+/// address of the host, that is one of the proxy's.
+#[inline(always)]
+pub(super) fn is_known<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> bool {
+    Socket::existing(ctx, segment).is_some_and(|socket| socket.state() != TCP_LISTEN)
+}
+
 impl Socket {
     /// The socket that the kernel has for a segment's 4-tuple: a connection's, whatever its state, or a listener.
     #[inline(always)]
@@ -85,10 +97,12 @@ impl Socket {
         !matches!(self.state(), TCP_TIME_WAIT | TCP_NEW_SYN_RECV)
     }
 
-    /// The proxy's listener on `port`, for the segment's connection.
+    /// The proxy's listener on `port`, for the segment's connection. One without the proxy's mark has still to prove that it
+    /// is the proxy's, see [`super::steer`].
     #[inline(always)]
     pub(super) fn listener<A: Copy>(ctx: &TcContext, segment: &Segment<A>, port: u16) -> Option<Self> {
-        Self::listener_for(ctx, segment.source, segment.destination, port)
+        let socket = Self::listening(ctx, segment.source, segment.destination, port)?;
+        (socket.is_marked() || config::flags().contains(ConfigFlags::UNMARKED_PROXY)).then_some(socket)
     }
 
     /// The proxy's listener on `port`, for connections from a client to an address. Of several proxies' listeners the
@@ -100,6 +114,12 @@ impl Socket {
         destination: A,
         port: u16,
     ) -> Option<Self> {
+        let socket = Self::listening(ctx, source, destination, port)?;
+        socket.is_marked().then_some(socket)
+    }
+
+    #[inline(always)]
+    fn listening<A: Copy>(ctx: &impl EbpfContext, source: A, destination: A, port: u16) -> Option<Self> {
         let mut tuple =
             Tuple { source, destination, source_port: NO_PORT, destination_port: port.to_be_bytes() };
         // SAFETY: the tuple lives for the length of the call, and its size is right.
@@ -113,7 +133,30 @@ impl Socket {
             )
         };
         let socket = Self(NonNull::new(socket)?);
-        (socket.state() == TCP_LISTEN && decide::is_proxy_mark(socket.mark())).then_some(socket)
+        (socket.state() == TCP_LISTEN).then_some(socket)
+    }
+
+    /// The proxy's socket for datagrams on `port`.
+    #[inline(always)]
+    pub(super) fn datagrams<A: Copy>(ctx: &TcContext, segment: &Segment<A>, port: u16) -> Option<Self> {
+        let mut tuple = Tuple {
+            source: segment.source,
+            destination: segment.destination,
+            source_port: segment.source_port,
+            destination_port: port.to_be_bytes(),
+        };
+        // SAFETY: the tuple lives for the length of the call, and its size is right.
+        let socket = unsafe {
+            bpf_sk_lookup_udp(
+                ctx.as_ptr(),
+                (&raw mut tuple).cast(),
+                size_of::<Tuple<A>>() as u32,
+                BPF_F_CURRENT_NETNS as u64,
+                0,
+            )
+        };
+        let socket = Self(NonNull::new(socket)?);
+        socket.is_marked().then_some(socket)
     }
 
     #[inline(always)]
@@ -122,11 +165,11 @@ impl Socket {
         unsafe { addr_of!((*self.0.as_ptr()).state).read_volatile() }
     }
 
-    /// For full sockets only, as [`Self::listener`] finds them.
+    /// Whether it has the proxy's mark. For full sockets only, as those that listen are.
     #[inline(always)]
-    fn mark(&self) -> u32 {
+    pub(super) fn is_marked(&self) -> bool {
         // SAFETY: the reference is held.
-        unsafe { addr_of!((*self.0.as_ptr()).mark).read_volatile() }
+        decide::is_proxy_mark(unsafe { addr_of!((*self.0.as_ptr()).mark).read_volatile() })
     }
 
     /// For helpers that take the socket.

@@ -12,6 +12,7 @@ use super::config;
 use super::counters::count;
 use super::lookup;
 use super::pods::PodIp;
+use super::proxies;
 use super::skb::Skb;
 use super::socket::{self, Socket, State};
 
@@ -19,6 +20,8 @@ use super::socket::{self, Socket, State};
 pub(super) enum Action {
     /// Leave it to the programs and the stack behind us, with the proxy's listener attached to it or not.
     Continue,
+    /// Send it elsewhere: the code that the kernel's redirect returned.
+    Redirect(i32),
     /// Drop it.
     Drop,
 }
@@ -28,6 +31,7 @@ impl From<Action> for i32 {
     fn from(action: Action) -> Self {
         match action {
             Action::Continue => TC_ACT_UNSPEC,
+            Action::Redirect(code) => code,
             Action::Drop => TC_ACT_SHOT,
         }
     }
@@ -39,6 +43,9 @@ pub(super) trait Route<I: Parse> {
 
     /// The proxy's listener.
     const PORT: u16;
+
+    /// What the connections count as.
+    const REASON: Reason = Reason::Enrolled;
 
     /// Whether the packet of a connection that exists is given to its socket here.
     const ASSIGN_CONNECTED: bool;
@@ -63,7 +70,7 @@ pub(super) fn steer<I: Parse + PodIp, R: Route<I>>(ctx: &TcContext) -> Action {
     };
     let segment = match parse::<I>(&R::packet(ctx)) {
         Parsed::Tcp(segment) => segment,
-        Parsed::Other => return Action::Continue,
+        Parsed::Other | Parsed::Datagram(_) => return Action::Continue,
         Parsed::Malformed => return dropped(Reason::Malformed),
         // Its flags may come in a later fragment: only a connection that exists may go on.
         Parsed::Fragment(segment) => {
@@ -104,18 +111,17 @@ pub(super) fn steer<I: Parse + PodIp, R: Route<I>>(ctx: &TcContext) -> Action {
         if give::<I, R>(ctx, &segment, &listener, state).is_err() {
             return dropped(Reason::AssignFailed);
         }
-        count(I::FAMILY, R::DIRECTION, Verdict::Steered, Reason::Enrolled);
-    } else if segment.may_hold_cookie()
-        && state == State::Open
-        // Under a SYN flood the kernel keeps nothing of a handshake; its last step has to find the listener again.
-        && let Some(listener) = Socket::listener(ctx, &segment, R::PORT)
-        && holds_cookie::<I>(ctx, &segment, &listener)
+        count(I::FAMILY, R::DIRECTION, Verdict::Steered, R::REASON);
+    } else if state == State::Open
+        && let Some(listener) = acknowledged::<I>(ctx, &segment, R::PORT)
         && give::<I, R>(ctx, &segment, &listener, state).is_err()
     {
         return dropped(Reason::AssignFailed);
     }
     Action::Continue
 }
+
+const ENOENT: i64 = -2;
 
 /// Gives the packet to the listener, at once or by way of the socket lookup.
 #[inline(always)]
@@ -125,6 +131,13 @@ fn give<I: Parse + PodIp, R: Route<I>>(
     listener: &Socket,
     state: State,
 ) -> Result<(), i64> {
+    if !listener.is_marked() {
+        // The cgroup of a socket can be asked for only when it is assigned, and it can't be unassigned again.
+        return match (state, listener.assign(ctx)) {
+            (State::Open | State::Connected, Ok(())) if proxies::is_in_proxy_cgroup(ctx) => Ok(()),
+            _ => Err(ENOENT),
+        };
+    }
     // A listener that is assigned a SYN whose tuple is still in TIME_WAIT can't take it: the tuple is not free. The
     // kernel frees it only when it meets the TIME_WAIT socket first, and looks for a listener afterwards.
     if state != State::TimeWait && listener.assign(ctx).is_ok() {
@@ -132,6 +145,20 @@ fn give<I: Parse + PodIp, R: Route<I>>(
     }
     // Kernels before 6.6 refuse to assign listeners with SO_REUSEPORT; the socket lookup takes them on every kernel.
     lookup::hand_over::<I>(segment, &R::pod(segment), R::PORT, Some(listener))
+}
+
+/// The listener whose SYN cookie a segment without a socket acknowledges. Under a SYN flood the kernel keeps nothing of a
+/// handshake; its last step has to find the listener again.
+#[inline(always)]
+pub(super) fn acknowledged<I: Parse>(
+    ctx: &TcContext,
+    segment: &Segment<I::Address>,
+    port: u16,
+) -> Option<Socket> {
+    if !segment.may_hold_cookie() {
+        return None;
+    }
+    Socket::listener(ctx, segment, port).filter(|listener| holds_cookie::<I>(ctx, segment, listener))
 }
 
 /// Whether the segment acknowledges a SYN cookie that `listener` handed out.

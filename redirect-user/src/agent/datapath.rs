@@ -106,6 +106,17 @@ pub enum Error {
         /// One of its IPv6 addresses.
         address: Ipv6Addr,
     },
+    /// Placement `node`, and a device that does not lead to the host.
+    #[error(
+        "pod {pod}: interface {interface} is no veth with its other end in the host's network namespace, so that nothing \
+         on the host sees its packets: leave the pod out of the mesh, or use placement `pod`"
+    )]
+    Unreachable {
+        /// The pod.
+        pod: String,
+        /// The interface.
+        interface: String,
+    },
     /// A step failed.
     #[error("pod {pod}: {fact}: {cause}")]
     Step {
@@ -163,6 +174,11 @@ pub fn enroll(datapath: &mut impl Datapath, target: &Target) -> Result<Outcome, 
     if let (false, Some(address)) = (before.namespace.ipv6, target.addresses.ipv6.first()) {
         return Err(Error::Ipv6Off { pod: target.identity.to_string(), address: *address });
     }
+    if let Some(interface) = before.namespace.devices.as_ref().and_then(|devices| devices.unreachable.first())
+    {
+        let (pod, interface) = (target.identity.to_string(), interface.clone());
+        return Err(Error::Unreachable { pod, interface });
+    }
     let wanted = target.desired(&before.namespace);
     let is_foreign = |fact: &Fact| matches!(fact, Fact::Sysctl(sysctl) if target.foreign.contains(sysctl));
     let missing = wanted.difference(&before.facts).cloned().map(Op::Ensure);
@@ -213,7 +229,10 @@ pub fn unenroll(datapath: &mut impl Datapath, target: &Target, removal: Removal)
     };
     let goes = |fact: &Fact| match removal {
         Removal::Capture => {
-            matches!(fact, Fact::Program { .. } | Fact::Address(_) | Fact::Pod(_) | Fact::Guard { .. })
+            matches!(
+                fact,
+                Fact::Program { .. } | Fact::Address(_) | Fact::Pod(_) | Fact::Guard { .. } | Fact::Device(_)
+            )
         }
         // What was on before us stays on.
         Removal::Everything => !matches!(fact, Fact::Sysctl(sysctl) if target.foreign.contains(sysctl)),

@@ -9,6 +9,7 @@ use redirect_ebpf::Family;
 use redirect_ebpf::maps::{Pod, PodFlags};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::placement::Placement;
 use crate::pod::{Exclusion, PodAddresses};
 
 /// Something that is true in the kernel, about one pod.
@@ -64,6 +65,9 @@ pub enum Fact {
         /// The family.
         family: Family,
     },
+    /// The device of the host is in `INTERFACES` as the end of this pod's (placement `node`). From then on the programs on
+    /// it steer, both families and both directions at once.
+    Device(Interface),
 }
 
 impl Fact {
@@ -78,7 +82,12 @@ impl Fact {
             Self::Program { hook, .. } => Some(hook.family()),
             Self::Address(IpAddr::V4(_)) => Some(Family::Ipv4),
             Self::Address(IpAddr::V6(_)) => Some(Family::Ipv6),
-            Self::LoopbackUp | Self::Sysctl(_) | Self::Excluded(_) | Self::Lookup | Self::Pod(_) => None,
+            Self::LoopbackUp
+            | Self::Sysctl(_)
+            | Self::Excluded(_)
+            | Self::Lookup
+            | Self::Pod(_)
+            | Self::Device(_) => None,
         }
     }
 
@@ -86,7 +95,12 @@ impl Fact {
     #[must_use]
     pub const fn is_quiet(&self) -> bool {
         match self {
-            Self::Sysctl(_) | Self::Excluded(_) | Self::Lookup | Self::Address(_) | Self::Pod(_) => true,
+            Self::Sysctl(_)
+            | Self::Excluded(_)
+            | Self::Lookup
+            | Self::Address(_)
+            | Self::Pod(_)
+            | Self::Device(_) => true,
             Self::LoopbackUp
             | Self::Route { .. }
             | Self::Rule { .. }
@@ -133,11 +147,34 @@ pub enum Hook {
     Virtual(Family),
     /// On the other interfaces, outwards: what would leave past the proxy.
     Egress(Family),
+    /// On the host's end of a pod's device: what the pod sends.
+    FromPod(Family),
+    /// The same: what is sent to the pod.
+    ToPod(Family),
+    /// On the entrance: what the proxy in the host's namespace is to get.
+    Entrance(Family),
 }
 
 impl Hook {
-    /// All of them.
-    pub const ALL: [Self; 8] = [
+    /// Those of a placement.
+    #[must_use]
+    pub const fn of(placement: Placement) -> &'static [Self] {
+        match placement {
+            Placement::Pod => &Self::IN_POD,
+            Placement::Node => &Self::ON_NODE,
+        }
+    }
+
+    const ON_NODE: [Self; 6] = [
+        Self::FromPod(Family::Ipv4),
+        Self::FromPod(Family::Ipv6),
+        Self::ToPod(Family::Ipv4),
+        Self::ToPod(Family::Ipv6),
+        Self::Entrance(Family::Ipv4),
+        Self::Entrance(Family::Ipv6),
+    ];
+
+    const IN_POD: [Self; 8] = [
         Self::Loopback(Family::Ipv4),
         Self::Loopback(Family::Ipv6),
         Self::Inbound(Family::Ipv4),
@@ -151,8 +188,13 @@ impl Hook {
     /// The family of the packets that the program sees.
     #[must_use]
     pub const fn family(self) -> Family {
-        let (Self::Loopback(family) | Self::Inbound(family) | Self::Virtual(family) | Self::Egress(family)) =
-            self;
+        let (Self::Loopback(family)
+        | Self::Inbound(family)
+        | Self::Virtual(family)
+        | Self::Egress(family)
+        | Self::FromPod(family)
+        | Self::ToPod(family)
+        | Self::Entrance(family)) = self;
         family
     }
 
@@ -168,6 +210,12 @@ impl Hook {
             Self::Virtual(Family::Ipv6) => "virtual_ipv6",
             Self::Egress(Family::Ipv4) => "egress_ipv4",
             Self::Egress(Family::Ipv6) => "egress_ipv6",
+            Self::FromPod(Family::Ipv4) => "from_pod_ipv4",
+            Self::FromPod(Family::Ipv6) => "from_pod_ipv6",
+            Self::ToPod(Family::Ipv4) => "to_pod_ipv4",
+            Self::ToPod(Family::Ipv6) => "to_pod_ipv6",
+            Self::Entrance(Family::Ipv4) => "entrance_ipv4",
+            Self::Entrance(Family::Ipv6) => "entrance_ipv6",
         }
     }
 }
@@ -194,8 +242,20 @@ pub struct Namespace {
     pub interfaces: Vec<Interface>,
     /// Which of them can have routes, by family and index.
     pub routable: BTreeSet<(Family, u32)>,
-    /// Whether IPv6 works in it: the kernel has it and `lo` does not have it turned off.
+    /// Whether IPv6 works in it: the kernel has it and `lo` does not have it turned off. In placement `node` it is the
+    /// host's that counts.
     pub ipv6: bool,
+    /// Placement `node`: the devices that lead out of it.
+    pub devices: Option<Devices>,
+}
+
+/// The devices that lead out of a pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Devices {
+    /// Their ends in the host's namespace.
+    pub ends: Vec<Interface>,
+    /// The names, in the pod, of those whose other ends are elsewhere.
+    pub unreachable: Vec<String>,
 }
 
 /// What is wanted for a pod.
@@ -230,6 +290,9 @@ impl Wanted<'_> {
 /// address that appears later must not be a way around the proxy.
 #[must_use]
 pub fn desired(wanted: &Wanted<'_>, namespace: &Namespace) -> BTreeSet<Fact> {
+    if let Some(devices) = &namespace.devices {
+        return desired_on_node(wanted, devices);
+    }
     let Wanted { addresses, virtual_interfaces, exclusions, .. } = wanted;
     let mut facts = BTreeSet::from([
         Fact::LoopbackUp,
@@ -260,6 +323,19 @@ pub fn desired(wanted: &Wanted<'_>, namespace: &Namespace) -> BTreeSet<Fact> {
             facts.extend(routes(addresses, namespace, family));
             facts.extend(Mark::ALL.map(|mark| Fact::Rule { family, mark }));
         }
+    }
+    facts
+}
+
+/// The same in placement `node`: nothing is in the pod.
+fn desired_on_node(wanted: &Wanted<'_>, devices: &Devices) -> BTreeSet<Fact> {
+    let mut facts = BTreeSet::from([Fact::Pod(wanted.kernel_pod())]);
+    facts.extend(wanted.addresses.iter().map(Fact::Address));
+    facts.extend(wanted.exclusions.iter().copied().map(Fact::Excluded));
+    for end in &devices.ends {
+        let hooks = Family::ALL.into_iter().flat_map(|family| [Hook::FromPod(family), Hook::ToPod(family)]);
+        facts.extend(hooks.map(|hook| Fact::Program { interface: end.clone(), hook }));
+        facts.insert(Fact::Device(end.clone()));
     }
     facts
 }
@@ -338,6 +414,7 @@ impl fmt::Display for Fact {
             Self::Guard { interface, family } => {
                 write!(f, "program {} on {}", Hook::Egress(*family).program(), interface.name)
             }
+            Self::Device(interface) => write!(f, "map entry of device {}", interface.name),
         }
     }
 }
@@ -390,7 +467,12 @@ mod tests {
 
     fn namespace(ipv6: bool) -> Namespace {
         let routable = Family::ALL.map(|family| (family, 2)).into();
-        Namespace { interfaces: vec![interface(1, "lo"), interface(2, "eth0")], routable, ipv6 }
+        Namespace {
+            interfaces: vec![interface(1, "lo"), interface(2, "eth0")],
+            routable,
+            ipv6,
+            devices: None,
+        }
     }
 
     fn addresses(list: &[&str]) -> PodAddresses {

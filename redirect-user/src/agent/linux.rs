@@ -6,6 +6,8 @@
 
 mod bpf;
 mod decision;
+mod devices;
+mod entrance;
 mod maps;
 mod netlink;
 mod object;
@@ -25,11 +27,12 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 
 use redirect_ebpf::Family;
-use redirect_ebpf::constants::PORT_OUTBOUND;
+use redirect_ebpf::constants::{ENTRANCE, PORT_OUTBOUND};
 
 use super::datapath::{Datapath, Error, Introduction, Observation, Target};
 use super::facts::{Fact, Hook, Interface, LOOKUP, LOOPBACK_INDEX, Mark, Namespace, Op};
 use crate::netns::{NetNs, current_cookie};
+use crate::placement::Placement;
 use crate::pod::Exclusion;
 use crate::wire::{CounterReport, MapReport, ProgramReport};
 use bpf::{At, Place, State};
@@ -41,7 +44,7 @@ pub use object::load;
 pub use pins::{Bpffs, DEFAULT_DIRECTORY, InUse, NO_BPFFS_REMEDY, Pins, bpffs};
 use pins::{Links, cookie_of_lookup, lookup_name};
 pub(super) use proc_sys::make_writable as make_sysctls_writable;
-pub use strip::{Stripped, strip};
+pub use strip::{HostReport, Stripped, strip, strip_host};
 pub use tc::TcMethod;
 pub use try_out::try_out;
 
@@ -58,6 +61,17 @@ const CGROUP: [(&str, bpf::Cgroup); 10] = [
     ("getpeername_ipv4", bpf::Cgroup::Getpeername4),
     ("getpeername_ipv6", bpf::Cgroup::Getpeername6),
 ];
+
+/// Placement `node` does without: nothing of it is in the pods.
+const fn cgroup_programs(placement: Placement) -> &'static [(&'static str, bpf::Cgroup)] {
+    match placement {
+        Placement::Pod => &CGROUP,
+        Placement::Node => &[],
+    }
+}
+
+/// The name of the socket lookup's link in the host's namespace, in placement `node`.
+const HOST_LOOKUP: &str = "listener_lookup-host";
 
 /// The program that is attached to the kubelet's cgroup.
 const PROBE: &str = "probe";
@@ -79,6 +93,10 @@ pub struct Settings {
     pub exclusions: BTreeSet<Exclusion>,
     /// The cgroups of the node proxies, as far as they are known from before.
     pub proxy_cgroups: Vec<u64>,
+    /// Where the proxy's listeners are.
+    pub placement: Placement,
+    /// Placement `node`: the priority of the host's rule.
+    pub rule_priority: u32,
     /// Another object than the embedded one.
     pub object: Option<PathBuf>,
 }
@@ -91,7 +109,14 @@ pub struct Linux {
     links: Links,
     /// Root of the cgroup2 hierarchy.
     cgroup: Directory,
+    placement: Placement,
+    rule_priority: u32,
     host: NetNs,
+    host_cookie: u64,
+    /// A socket in the host's namespace.
+    host_netlink: Netlink,
+    /// Placement `node`: whether the sysctl that it turns off was on before.
+    early_demux_was_on: bool,
     /// Where the thread is, if it is not in the host's namespace, and a netlink socket there.
     session: Option<Session>,
     /// Held as long as the agent runs.
@@ -147,15 +172,42 @@ impl Linux {
         for pod in pods {
             maps.fill(pod).with_context(|| format!("pod {}", pod.identity))?;
         }
-        maps.configure(settings)?;
         let host = NetNs::current().context("the agent's own network namespace can't be opened")?;
-        let programs = Programs::load(&mut object)?;
-        let tc = tc::Tc::new(&programs, settings.tc)?;
+        let mut host_netlink = Netlink::open()?;
+        let mut early_demux_was_on = false;
+        let Settings { placement, rule_priority, host_cookie, .. } = *settings;
+        if placement == Placement::Node {
+            maps.set_entrance(
+                entrance::ensure(&mut host_netlink, rule_priority, &mut early_demux_was_on)?.interface.index,
+            );
+            for pod in pods {
+                for end in devices::of(&pod.netns, &host, &mut host_netlink)?.ends {
+                    maps.insert_device(pod.netns_cookie, end.index)?;
+                }
+            }
+        }
+        maps.configure(settings)?;
+        let programs = Programs::load(&mut object, placement)?;
+        let tc = tc::Tc::new(&programs, settings.tc, Hook::of(placement))?;
         let cgroup = Directory::open(&settings.cgroup)
             .with_context(|| format!("cgroup2 directory {} can't be opened", settings.cgroup.display()))?;
         let links = Links::find(&pins)?;
         pins.remove_other_maps(&paths)?;
-        let mut linux = Self { maps, tc, programs, links, cgroup, host, session: None, _pins: pins };
+        let mut linux = Self {
+            maps,
+            tc,
+            programs,
+            links,
+            cgroup,
+            placement,
+            rule_priority,
+            host,
+            host_cookie,
+            host_netlink,
+            early_demux_was_on,
+            session: None,
+            _pins: pins,
+        };
         linux.mend()?;
         Ok(linux)
     }
@@ -164,7 +216,7 @@ impl Linux {
     pub fn mend(&mut self) -> anyhow::Result<Vec<&'static str>> {
         use anyhow::Context as _;
         let mut mended = Vec::new();
-        for (name, hook) in CGROUP {
+        for &(name, hook) in cgroup_programs(self.placement) {
             let (program, place) = (self.programs.get(name)?, self.cgroup.place(hook));
             if self.links.state(name, program, place)? != Some(State::Current) {
                 // Links of cgroup programs are always "multi": others' programs stay attached beside ours.
@@ -174,7 +226,35 @@ impl Linux {
                 mended.push(name);
             }
         }
+        if self.placement == Placement::Node {
+            self.mend_host(&mut mended)?;
+        }
         Ok(mended)
+    }
+
+    /// The entrance, what is attached to it, and the socket lookup in the host's namespace.
+    fn mend_host(&mut self, mended: &mut Vec<&'static str>) -> anyhow::Result<()> {
+        let Self { tc, links, programs, host_netlink, host_cookie, .. } = self;
+        let entrance = entrance::ensure(host_netlink, self.rule_priority, &mut self.early_demux_was_on)?;
+        if entrance.mended {
+            mended.push(ENTRANCE);
+        }
+        let interface = entrance.interface;
+        self.maps.change_entrance(interface.index)?;
+        let attached =
+            tc.look(host_netlink, links, programs, *host_cookie, std::slice::from_ref(&interface))?.current;
+        for hook in Family::ALL.map(Hook::Entrance) {
+            if !attached.contains(&Fact::Program { interface: interface.clone(), hook }) {
+                tc.attach(host_netlink, links, programs, *host_cookie, &interface, hook)?;
+                mended.push(hook.program());
+            }
+        }
+        let (program, place) = (programs.get(LOOKUP)?, lookup_place(&self.host)?);
+        if links.state(HOST_LOOKUP, program, place)? != Some(State::Current) {
+            links.ensure(HOST_LOOKUP, program, place)?;
+            mended.push(LOOKUP);
+        }
+        Ok(())
     }
 
     /// Removes what is about namespaces that are gone. Returns the cookies of the others that no pod is known of.
@@ -183,13 +263,15 @@ impl Linux {
         let linked = self.links.names().filter_map(cookie_of_lookup);
         let cookies: BTreeSet<u64> = self.maps.cookies().into_iter().chain(linked).collect();
         for cookie in cookies.difference(known) {
-            if self.links.is_attached(&lookup_name(*cookie)) {
+            let devices = self.maps.devices(*cookie);
+            let leads = |index: u32| self.host_netlink.interface(index).is_ok_and(|found| found.is_some());
+            if self.links.is_attached(&lookup_name(*cookie)) || devices.into_iter().any(leads) {
                 living.push(*cookie);
                 continue;
             }
             tracing::info!(netns_cookie = cookie, "what was left of a pod that is gone is removed");
             self.maps.forget(*cookie)?;
-            for name in tc::Tc::links_of(&self.links, *cookie).into_iter().chain([lookup_name(*cookie)]) {
+            for name in self.tc.links_of(&self.links, *cookie).into_iter().chain([lookup_name(*cookie)]) {
                 self.links.remove(&name)?;
             }
         }
@@ -258,8 +340,8 @@ impl Linux {
     pub fn report(&self) -> anyhow::Result<Report> {
         let mut programs = Vec::new();
         for (name, id) in self.programs.iter() {
-            let links = match Hook::ALL.into_iter().find(|hook| hook.program() == name) {
-                Some(hook) => self.tc.attached(hook),
+            let links = match Hook::of(self.placement).iter().find(|hook| hook.program() == name) {
+                Some(hook) => self.tc.attached(*hook),
                 None if name == LOOKUP => self.links.names().filter(|link| link.starts_with(LOOKUP)).count(),
                 None if name == PROBE => self.probes().count(),
                 None => 1,
@@ -276,6 +358,38 @@ impl Linux {
     }
 
     fn look(&mut self, target: &Target) -> io::Result<Observation> {
+        match self.placement {
+            Placement::Pod => self.look_into_pod(target),
+            Placement::Node => self.look_at_devices(target),
+        }
+    }
+
+    fn look_at_devices(&mut self, target: &Target) -> io::Result<Observation> {
+        self.leave();
+        let devices = devices::of(&target.netns, &self.host, &mut self.host_netlink)?;
+        let cookie = target.netns_cookie;
+        let attached =
+            self.tc.look(&mut self.host_netlink, &self.links, &self.programs, cookie, &devices.ends)?;
+        let mut facts = attached.current;
+        facts.extend(self.maps.facts(target));
+        for index in self.maps.devices(cookie) {
+            let known = devices.ends.iter().find(|end| end.index == index).cloned();
+            // One that is gone has no name any more.
+            facts.insert(Fact::Device(known.unwrap_or(Interface { index, name: index.to_string() })));
+        }
+        Ok(Observation {
+            namespace: Namespace {
+                ipv6: sysctl::ipv6_enabled("lo"),
+                devices: Some(devices),
+                ..Namespace::default()
+            },
+            facts,
+            stale: attached.stale,
+            damaged: attached.damaged,
+        })
+    }
+
+    fn look_into_pod(&mut self, target: &Target) -> io::Result<Observation> {
         let netlink = self.enter(target)?;
         let (interfaces, up) = netlink.interfaces()?;
         let ipv6 = sysctl::ipv6_enabled("lo");
@@ -289,8 +403,10 @@ impl Linux {
             .filter(|(interface, family)| routable(interface, *family))
             .map(|(interface, family)| (family, interface.index))
             .collect();
-        let mut observation =
-            Observation { namespace: Namespace { interfaces, routable, ipv6 }, ..Observation::default() };
+        let mut observation = Observation {
+            namespace: Namespace { interfaces, routable, ipv6, devices: None },
+            ..Observation::default()
+        };
         let interfaces = &observation.namespace.interfaces;
         let facts = &mut observation.facts;
         if up.contains(&LOOPBACK_INDEX) {
@@ -337,12 +453,22 @@ impl Linux {
     }
 
     fn attach(&mut self, target: &Target, interface: &Interface, hook: Hook) -> anyhow::Result<()> {
+        if self.placement == Placement::Node {
+            self.leave();
+            let Self { tc, links, programs, host_netlink, .. } = self;
+            return tc.attach(host_netlink, links, programs, target.netns_cookie, interface, hook);
+        }
         self.enter(target)?;
         let Session { netlink, netns_cookie } = entered(&mut self.session)?;
         self.tc.attach(netlink, &mut self.links, &self.programs, *netns_cookie, interface, hook)
     }
 
     fn detach(&mut self, target: &Target, interface: &Interface, hook: Hook) -> anyhow::Result<()> {
+        if self.placement == Placement::Node {
+            self.leave();
+            let Self { tc, links, host_netlink, .. } = self;
+            return Ok(tc.detach(host_netlink, links, target.netns_cookie, interface.index, hook)?);
+        }
         self.enter(target)?;
         let Session { netlink, netns_cookie } = entered(&mut self.session)?;
         Ok(self.tc.detach(netlink, &mut self.links, *netns_cookie, interface.index, hook)?)
@@ -389,6 +515,8 @@ impl Linux {
             Op::Remove(Fact::Address(address)) => self.maps.remove_address(cookie, *address)?,
             Op::Ensure(Fact::Pod(pod)) => self.maps.insert_pod(cookie, *pod)?,
             Op::Remove(Fact::Pod(pod)) => self.maps.remove_pod(cookie, *pod)?,
+            Op::Ensure(Fact::Device(interface)) => self.maps.insert_device(cookie, interface.index)?,
+            Op::Remove(Fact::Device(interface)) => self.maps.remove_device(cookie, interface.index)?,
         }
         Ok(())
     }
@@ -404,6 +532,7 @@ fn lookup_place(netns: &NetNs) -> io::Result<Place<'_>> {
 
 impl Datapath for Linux {
     fn introduce(&mut self, netns: &NetNs) -> io::Result<Introduction> {
+        // In placement `node` none of them is touched.
         let (cookie, sysctls) =
             netns.run(|| Ok::<_, io::Error>((current_cookie()?, sysctl::that_are_on()?)))??;
         // Those of a pod that is steered are ours.
@@ -412,6 +541,9 @@ impl Datapath for Linux {
     }
 
     fn glance(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>> {
+        if self.placement == Placement::Node {
+            return Ok(self.look_at_devices(target)?.facts);
+        }
         self.enter(target)?;
         self.quiet_facts(target)
     }
@@ -421,6 +553,9 @@ impl Datapath for Linux {
     }
 
     fn tidy(&mut self, target: &Target) -> io::Result<()> {
+        if self.placement == Placement::Node {
+            return Ok(());
+        }
         let netlink = self.enter(target)?;
         let (interfaces, _) = netlink.interfaces()?;
         interfaces.iter().try_for_each(|interface| netlink.delete_clsact(interface.index))

@@ -11,6 +11,7 @@ use super::linux::{self, TcMethod};
 use super::probes::Probers;
 use super::proxies::ProxyIdentity;
 use super::records;
+use crate::placement::Placement;
 use crate::pod::{Exclusion, network};
 use crate::{install, kube, metrics, wire, zds};
 
@@ -23,6 +24,18 @@ pub struct Options {
     /// Where node proxies find the agent
     #[arg(long, default_value = zds::DEFAULT_SOCKET, env = "REDIRECT_ZDS_SOCKET")]
     pub zds_socket: PathBuf,
+    /// Where the node proxy's listeners are
+    #[arg(long, value_enum, default_value_t, env = "REDIRECT_PLACEMENT")]
+    pub placement: Placement,
+    /// Placement `node`: the priority of the host's routing rule; rules that look pods' addresses up have to come later
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pub rule_priority: u32,
+    /// Placement `node`: a cgroup whose processes are the node proxy, for proxies that do not mark their sockets
+    #[arg(long, value_name = "DIRECTORY")]
+    pub proxy_cgroup: Vec<PathBuf>,
+    /// Placement `node`: drop what pods send from addresses that are not theirs
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
+    pub source_ip_verification: bool,
     /// Root of the cgroup2 hierarchy; found among the mounts by default
     #[arg(long)]
     pub cgroup: Option<PathBuf>,

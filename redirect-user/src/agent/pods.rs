@@ -71,6 +71,8 @@ pub(crate) struct Defaults {
     pub(crate) proxy_deadline: Duration,
     /// Whether DNS questions go to the proxy's resolver.
     pub(crate) dns: bool,
+    /// Whether pods may send from addresses that are not theirs, in placement `node`.
+    pub(crate) any_source: bool,
 }
 
 /// A pod that shall be steered.
@@ -620,7 +622,8 @@ impl Defaults {
     ) -> Target {
         let flags = PodFlags::default()
             .with(PodFlags::BYPASS_INBOUND, settings.bypass_inbound)
-            .with(PodFlags::DNS, settings.dns.unwrap_or(self.dns));
+            .with(PodFlags::DNS, settings.dns.unwrap_or(self.dns))
+            .with(PodFlags::ANY_SOURCE, self.any_source);
         Target {
             identity,
             netns,

@@ -81,7 +81,7 @@ impl Kind {
             Fact::Rule { .. } => Self::Rule,
             Fact::Program { .. } | Fact::Guard { .. } => Self::Program,
             Fact::Lookup => Self::Link,
-            Fact::Excluded(_) | Fact::Address(_) | Fact::Pod(_) => Self::Map,
+            Fact::Excluded(_) | Fact::Address(_) | Fact::Pod(_) | Fact::Device(_) => Self::Map,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Puts the agent together, and takes it apart at the end.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,10 +19,11 @@ use super::records::{self, Found, Phase, Records};
 use super::service::Service;
 use super::thread::Kernel;
 use super::watch::{Event, Watch};
-use super::{uninstall, upkeep};
+use super::{stand_in, uninstall, upkeep};
 use crate::doctor::{self, Requirements};
 use crate::kube::{self, Controller, Timing};
 use crate::netns::NetNs;
+use crate::placement::Placement;
 use crate::{cgroup, descriptors, install, metrics, privileges, wire, zds};
 
 /// How long interfaces that come and go are left alone until the pod is looked at.
@@ -75,10 +77,19 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         tc: options.tc,
         refuse: options.without_proxy == WithoutProxy::Refuse,
         exclusions: options.exclude.exclusions(),
-        proxy_cgroups: cgroups.known(),
+        proxy_cgroups: match options.placement {
+            Placement::Pod => cgroups.known(),
+            Placement::Node => named_cgroups(&options.proxy_cgroup)?,
+        },
+        placement: options.placement,
+        rule_priority: options.rule_priority,
         object: options.object,
     };
-    let defaults = Defaults { proxy_deadline: Duration::from_secs(options.proxy_deadline), dns: options.dns };
+    let defaults = Defaults {
+        proxy_deadline: Duration::from_secs(options.proxy_deadline),
+        dns: options.dns,
+        any_source: !options.source_ip_verification,
+    };
     let (pin_dir, earlier) = (options.pin_dir.clone(), records.clone());
     let (pins, found) = tokio::task::spawn_blocking(move || {
         // First the pins: with them, no other agent writes records.
@@ -97,17 +108,24 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     let admission = kernel.clone();
     let on_connect: zds::server::OnConnect = Arc::new(move |peer| {
         let (cgroups, kernel) = (Arc::clone(&cgroups), admission.clone());
-        Box::pin(async move { Ok(cgroups.admit(&kernel, peer).await?) })
+        Box::pin(async move {
+            match options.placement {
+                Placement::Pod => cgroups.admit(&kernel, peer).await?,
+                Placement::Node => stand_in::admit(&peer)?,
+            }
+            Ok(())
+        })
     });
     let (zds_server, proxies) = zds::server::Server::bind(
         &options.zds_socket,
         zds::server::Options { on_connect: Some(on_connect), ..zds::server::Options::default() },
     )?;
-    let (watch, events) = Watch::start().context("interfaces of pods can't be watched")?;
+    let (watch, events) =
+        Watch::start(options.placement == Placement::Node).context("interfaces of pods can't be watched")?;
     let pods =
         Arc::new(Pods::new(kernel.clone(), proxies.clone(), defaults, host_cookie, Some(watch), records));
     take_over(&kernel, &pods, found).await?;
-    let (probes_kernel, upkeep_kernel) = (kernel.clone(), kernel.clone());
+    let (probes_kernel, watch_kernel, upkeep_kernel) = (kernel.clone(), kernel.clone(), kernel.clone());
     let controller = controller(&options.kubernetes, &pods).await?;
     let enrolment: Arc<dyn Enrolment> = match &controller {
         Some(controller) => Arc::new(controller.admission()),
@@ -152,8 +170,11 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     let chain = options.install_cni.then_some(options.chain);
     // Not before the plugin is answered.
     let chain_task = chain.clone().map(|chain| tokio::spawn(install::keep(chain, stopped)));
+    let zds_socket = options.zds_socket.clone();
+    let stand_in_task = (options.placement == Placement::Node)
+        .then(|| tokio::spawn(async move { stand_in::stand_in(&zds_socket).await }));
     let probes_task = tokio::spawn(probes::follow(options.probers, cgroup.clone(), probes_kernel));
-    let watch_task = tokio::spawn(follow(events, Arc::clone(&pods)));
+    let watch_task = tokio::spawn(follow(events, watch_kernel, Arc::clone(&pods)));
     let every = Duration::from_secs(options.check_interval);
     let upkeep_task = tokio::spawn(upkeep::keep_up(every, upkeep_kernel, Arc::clone(&pods)));
     tracing::info!(
@@ -182,6 +203,9 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     }
     watch_task.abort();
     upkeep_task.abort();
+    if let Some(task) = stand_in_task {
+        task.abort();
+    }
     probes_task.abort();
     wire_task.await.context("the server of the CNI plugin")?;
     zds_task.await.context("the server of the node proxies")?;
@@ -210,6 +234,14 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+/// The numbers of cgroups by which the kernel side knows them.
+fn named_cgroups(directories: &[PathBuf]) -> anyhow::Result<Vec<u64>> {
+    let named = directories.iter().map(|directory| {
+        cgroup::id(directory).with_context(|| format!("--proxy-cgroup {}", directory.display()))
+    });
+    named.collect()
 }
 
 /// Takes over the pods of the agent before, and removes what is left of those that are gone.
@@ -289,7 +321,7 @@ async fn unchain(chain: install::Options) {
 }
 
 /// Keeps pods in step with their namespaces.
-async fn follow(mut events: mpsc::Receiver<Event>, pods: Arc<Pods<Linux>>) {
+async fn follow(mut events: mpsc::Receiver<Event>, kernel: Kernel<Linux>, pods: Arc<Pods<Linux>>) {
     while let Some(event) = events.recv().await {
         // Interfaces come with several messages each.
         tokio::time::sleep(SETTLE).await;
@@ -297,7 +329,11 @@ async fn follow(mut events: mpsc::Receiver<Event>, pods: Arc<Pods<Linux>>) {
         while let Ok(more) = events.try_recv() {
             batch.push(more);
         }
-        let changed: BTreeSet<String> = if batch.contains(&Event::Lost) {
+        let on_host = batch.contains(&Event::Host);
+        if on_host && upkeep::mend(&kernel, &pods).await.is_err() {
+            return;
+        }
+        let changed: BTreeSet<String> = if on_host || batch.contains(&Event::Lost) {
             pods.uids().await.into_iter().collect()
         } else {
             batch

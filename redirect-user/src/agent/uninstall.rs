@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use serde::Serialize;
 
-use super::linux::{self, InUse, Pins, Stripped};
+use super::linux::{self, HostReport, InUse, Pins, Stripped};
 use super::records::{self, Records};
 use crate::netns::NetNs;
 use crate::pod::PodIdentity;
@@ -37,6 +37,8 @@ pub struct Options {
 pub struct Report {
     /// The namespaces in which something was.
     pub namespaces: Vec<NamespaceReport>,
+    /// What was in the host's namespace.
+    pub host: HostReport,
     /// Pinned maps and links.
     pub pins: Vec<PathBuf>,
     /// Records of pods.
@@ -82,6 +84,7 @@ pub fn uninstall(options: &Options) -> anyhow::Result<Option<Report>> {
             }),
         }
     }
+    report.host = linux::strip_host().context("the host's network namespace")?;
     if let Some(pins) = pins {
         report.pins = pins.remove()?;
     }

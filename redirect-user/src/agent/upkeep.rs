@@ -9,7 +9,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use super::linux::Linux;
 use super::pods::Pods;
 use super::repairs::Kind;
-use super::thread::Kernel;
+use super::thread::{Gone, Kernel};
 
 /// Works for ever.
 pub(super) async fn keep_up(every: Duration, kernel: Kernel<Linux>, pods: Arc<Pods<Linux>>) {
@@ -20,26 +20,8 @@ pub(super) async fn keep_up(every: Duration, kernel: Kernel<Linux>, pods: Arc<Po
         for uid in pods.uids().await {
             pods.look_after(&uid).await;
         }
-        match kernel.run(Linux::mend).await {
-            Ok(Ok(mended)) => {
-                for program in mended {
-                    pods.repairs().count(Kind::Link);
-                    tracing::warn!(
-                        program,
-                        "something else had removed the program's link or pin: it is back"
-                    );
-                }
-            }
-            Ok(Err(error)) => {
-                tracing::error!(
-                    error = format!("{error:#}"),
-                    "a program that is for the whole node is missing"
-                );
-            }
-            Err(error) => {
-                tracing::error!(%error, "nothing is looked after any more");
-                return;
-            }
+        if mend(&kernel, &pods).await.is_err() {
+            return;
         }
         let known = pods.cookies().await;
         if let Ok(Err(error)) = kernel.run(move |linux| linux.collect(&known)).await {
@@ -49,4 +31,24 @@ pub(super) async fn keep_up(every: Duration, kernel: Kernel<Linux>, pods: Arc<Po
             );
         }
     }
+}
+
+/// Looks after what is for the whole node. An error: nobody does any more.
+pub(super) async fn mend(kernel: &Kernel<Linux>, pods: &Pods<Linux>) -> Result<(), Gone> {
+    match kernel.run(Linux::mend).await {
+        Ok(Ok(mended)) => {
+            for what in mended {
+                pods.repairs().count(Kind::Link);
+                tracing::warn!(what, "something else had removed it from the node: it is back");
+            }
+        }
+        Ok(Err(error)) => {
+            tracing::error!(error = format!("{error:#}"), "something that is for the whole node is missing");
+        }
+        Err(error) => {
+            tracing::error!(%error, "nothing is looked after any more");
+            return Err(error);
+        }
+    }
+    Ok(())
 }

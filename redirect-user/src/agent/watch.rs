@@ -1,5 +1,5 @@
 //! Notices interfaces that appear in pods after they were enrolled, and rules, routes and TC filters that others remove
-//! there.
+//! there; in placement `node`, what they remove on the host.
 //!
 //! One netlink socket in the agent's namespace hears of every namespace that has an ID there
 //! (`NETLINK_LISTEN_ALL_NSID`), so that no pod has to be polled.
@@ -20,6 +20,8 @@ use crate::netns::NetNs;
 /// The namespaces that are watched.
 pub(crate) struct Watch {
     netlink: Mutex<Netlink>,
+    /// Whether what is removed on the host is of interest.
+    host: bool,
     /// UIDs of pods by namespace ID.
     followed: Mutex<HashMap<i32, String>>,
 }
@@ -29,6 +31,8 @@ pub(crate) struct Watch {
 pub(super) enum Event {
     /// Something in the namespace of the pod of this UID has changed.
     Changed(String),
+    /// Something was removed on the host.
+    Host,
     /// Events were lost: any pod may have changed.
     Lost,
 }
@@ -49,8 +53,8 @@ const BUFFER: i32 = 1 << 20;
 const QUEUE: usize = 256;
 
 impl Watch {
-    /// Starts to watch. Events end when the receiver is dropped.
-    pub(super) fn start() -> io::Result<(Arc<Self>, mpsc::Receiver<Event>)> {
+    /// Starts to watch pods, and the host or not. Events end when the receiver is dropped.
+    pub(super) fn start(host: bool) -> io::Result<(Arc<Self>, mpsc::Receiver<Event>)> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind(&SocketAddr::new(0, 0))?;
         socket.set_listen_all_namespaces(true)?;
@@ -58,7 +62,8 @@ impl Watch {
             socket.add_membership(group)?;
         }
         socket.set_rx_buf_sz(BUFFER)?;
-        let watch = Arc::new(Self { netlink: Mutex::new(Netlink::open()?), followed: Mutex::default() });
+        let netlink = Mutex::new(Netlink::open()?);
+        let watch = Arc::new(Self { netlink, host, followed: Mutex::default() });
         let (events, receiver) = mpsc::channel(QUEUE);
         let watcher = Arc::clone(&watch);
         thread::Builder::new().name("watch".into()).spawn(move || watcher.listen(&socket, &events))?;
@@ -86,10 +91,10 @@ impl Watch {
 
     fn listen(&self, socket: &Socket, events: &mpsc::Sender<Event>) {
         loop {
-            let event = match next_namespace(socket) {
-                // Nothing, or of the host's own namespace.
-                Ok(None) => continue,
-                Ok(Some(id)) => match self.followed().get(&id) {
+            let event = match next_change(socket) {
+                Ok(Some(Change::OnHost)) if self.host => Event::Host,
+                Ok(None | Some(Change::OnHost)) => continue,
+                Ok(Some(Change::InNamespace(id))) => match self.followed().get(&id) {
                     Some(uid) => Event::Changed(uid.clone()),
                     None => continue,
                 },
@@ -113,24 +118,41 @@ impl Watch {
     }
 }
 
+/// What a message says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Change {
+    /// Something in the namespace with this ID has changed.
+    InNamespace(i32),
+    /// Something was removed from the socket's own namespace.
+    OnHost,
+}
+
+/// The type of a message.
+fn kind(packet: &[u8]) -> u16 {
+    // After the length.
+    let [_, _, _, _, low, high, ..] = *packet else { return 0 };
+    u16::from_ne_bytes([low, high])
+}
+
 /// Whether a message calls for a look at its namespace: any about a link, and those about what is removed. What it says
 /// beyond that does not matter.
 fn is_of_interest(packet: &[u8]) -> bool {
-    // After the length, the type.
-    let [_, _, _, _, low, high, ..] = *packet else { return false };
-    matches!(
-        u16::from_ne_bytes([low, high]),
-        libc::RTM_NEWLINK
-            | libc::RTM_DELLINK
-            | libc::RTM_DELRULE
-            | libc::RTM_DELROUTE
-            | libc::RTM_DELQDISC
-            | libc::RTM_DELTFILTER
-    )
+    kind(packet) == libc::RTM_NEWLINK || kind(packet) == libc::RTM_DELROUTE || removes(packet)
 }
 
-/// Waits for a message and returns the ID of the namespace that it is about, if it is not the socket's own.
-fn next_namespace(socket: &Socket) -> io::Result<Option<i32>> {
+/// Whether a message says that something was removed that can be ours on the host, where others' routes come and go.
+fn removes(packet: &[u8]) -> bool {
+    const TABLE: usize = 20;
+    match kind(packet) {
+        libc::RTM_DELLINK | libc::RTM_DELRULE | libc::RTM_DELQDISC | libc::RTM_DELTFILTER => true,
+        // Tables whose number does not fit have this one.
+        libc::RTM_DELROUTE => packet.get(TABLE) == Some(&libc::RT_TABLE_COMPAT),
+        _ => false,
+    }
+}
+
+/// Waits for a message and returns what has changed, if that is of interest.
+fn next_change(socket: &Socket) -> io::Result<Option<Change>> {
     let mut packet = [0u8; 8192];
     let mut control = [0u64; 8];
     let mut part = libc::iovec { iov_base: packet.as_mut_ptr().cast(), iov_len: packet.len() };
@@ -156,10 +178,10 @@ fn next_namespace(socket: &Socket) -> io::Result<Option<i32>> {
             // SAFETY: an entry of this type holds an int.
             let data = unsafe { libc::CMSG_DATA(entry) }.cast::<i32>();
             // SAFETY: as above; it need not be aligned.
-            return Ok(Some(unsafe { data.read_unaligned() }));
+            return Ok(Some(Change::InNamespace(unsafe { data.read_unaligned() })));
         }
         // SAFETY: the header and the entry are the kernel's.
         entry = unsafe { libc::CMSG_NXTHDR(&raw const message, entry) };
     }
-    Ok(None)
+    Ok(removes(&packet).then_some(Change::OnHost))
 }

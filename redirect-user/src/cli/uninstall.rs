@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use super::{Output, Uninstall, exit};
+use crate::agent::linux::HostReport;
 use crate::agent::uninstall::{NamespaceReport, Report, uninstall};
 
 /// The exit code when an agent runs.
@@ -35,10 +36,21 @@ fn show(report: &Report, output: Output) -> anyhow::Result<()> {
                     removed.filters, removed.rules, removed.routes, removed.sysctls
                 );
             }
+            let HostReport { filters, rules, entrance } = report.host;
+            if report.host != HostReport::default() {
+                let device = if entrance { "the device redirect0" } else { "no device" };
+                println!(
+                    "the host's network namespace: removed {filters} TC filters, {rules} rules, {device}"
+                );
+            }
             for pin in &report.pins {
                 println!("removed {}", pin.display());
             }
-            if report.namespaces.is_empty() && report.pins.is_empty() && report.records == 0 {
+            if report.namespaces.is_empty()
+                && report.host == HostReport::default()
+                && report.pins.is_empty()
+                && report.records == 0
+            {
                 println!("nothing was there");
             }
         }

@@ -97,7 +97,7 @@ impl Node {
         let pods = Arc::new(Pods::new(
             thread,
             handle,
-            Defaults { proxy_deadline: LONG, dns: false },
+            Defaults { proxy_deadline: LONG, dns: false, any_source: false },
             host.inode().unwrap(),
             None,
             Records::open(&directory.path().join("state")).unwrap(),

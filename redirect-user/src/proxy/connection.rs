@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use redirect_ebpf::constants::PROXY_PORTS;
+use redirect_ebpf::constants::{MARK_DELIVERY, MARK_PROXY, PROXY_PORTS};
 use socket2::{Domain, SockRef, Type};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
@@ -16,6 +16,7 @@ use super::clients::Clients;
 use super::relay::{Connection, Counters, RelayError, relay};
 use super::{Direction, Identity, OriginalDestination, Shared, sockets};
 use crate::netns::NetNs;
+use crate::placement::Placement;
 
 /// How long the destination may take to answer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -50,6 +51,14 @@ impl Context {
     pub(super) fn new(shared: Shared, identity: Identity, netns: NetNs) -> Self {
         Self { shared, identity, netns, clients: Clients::default() }
     }
+
+    /// What the access log calls the pod at this end of a connection: the proxy of a node knows addresses alone.
+    pub(super) fn pod(&self, end: SocketAddr) -> Arc<str> {
+        match self.shared.placement {
+            Placement::Pod => Arc::clone(&self.identity.name),
+            Placement::Node => end.ip().to_string().into(),
+        }
+    }
 }
 
 /// Where a connection comes from and where it was to go.
@@ -79,13 +88,30 @@ impl Route {
     ///
     /// Inbound destinations are always the pod's own. Outbound ones are if the pod dials itself, by whatever address,
     /// which is also what a connection straight to 15001 looks like the second time round.
-    fn is_loop(&self) -> bool {
+    fn is_loop_in_pod(&self) -> bool {
         let to_self = self.direction == Direction::Inbound || self.source.ip() == self.destination.ip();
         to_self && PROXY_PORTS.contains(&self.destination.port())
     }
 
-    /// The address that a delivery borrows, so that the application sees its client.
-    fn borrowed(&self) -> Option<SocketAddr> {
+    /// Whether the client dialled one of the proxy's own listeners, in placement `node`.
+    fn is_loop_on_node(&self) -> bool {
+        // Nobody can be bound to another's address without being transparent.
+        let of_host = || std::net::UdpSocket::bind((self.destination.ip(), 0)).is_ok();
+        PROXY_PORTS.contains(&self.destination.port()) && of_host()
+    }
+
+    /// The mark of the connection to the destination. In placement `pod` the kernel side marks deliveries itself; on the node
+    /// it cannot tell them from what the proxy connects for another pod.
+    fn mark(&self, placement: Placement) -> u32 {
+        match (placement, self.direction) {
+            (Placement::Node, Direction::Inbound) => MARK_DELIVERY,
+            (Placement::Node, Direction::Outbound) | (Placement::Pod, _) => MARK_PROXY,
+        }
+    }
+
+    /// The client's address where the proxy has to borrow it, so that the application sees its client; on the node, where
+    /// no address is the pod's, the same holds for the pod's own connections.
+    fn borrowed(&self, placement: Placement) -> Option<SocketAddr> {
         let link_local = match self.source.ip() {
             IpAddr::V4(_) => false,
             // Means something together with an interface only, and on `lo` it is another one's.
@@ -93,7 +119,8 @@ impl Route {
         };
         // The pod's own address needs no borrowing: the kernel picks it as the source by itself.
         let own = self.source.ip() == self.destination.ip();
-        (self.direction == Direction::Inbound && !link_local && !own).then_some(self.source)
+        let others = self.direction == Direction::Inbound || placement == Placement::Node;
+        (others && !link_local && !own).then_some(self.source)
     }
 }
 
@@ -127,11 +154,15 @@ async fn converse(
     client: Connection,
     journal: &mut Journal<'_>,
 ) -> Result<(), ConnectionError> {
-    if route.is_loop() {
+    let is_loop = match context.shared.placement {
+        Placement::Pod => route.is_loop_in_pod(),
+        Placement::Node => route.is_loop_on_node(),
+    };
+    if is_loop {
         return Err(ConnectionError::Loop);
     }
-    let inbound = route.direction == Direction::Inbound;
-    let _present = inbound.then(|| context.clients.enter(route.source, route.destination));
+    let borrows = route.borrowed(context.shared.placement).is_some();
+    let _present = borrows.then(|| context.clients.enter(route.source, route.destination));
     let connecting = timeout(CONNECT_TIMEOUT, connect(context, route));
     let upstream = connecting.await.map_err(|_| ConnectionError::ConnectTimeout)?;
     let upstream = Connection::new(upstream.map_err(ConnectionError::Connect)?);
@@ -149,13 +180,14 @@ async fn converse(
 
 /// Connects on, in the family of the destination.
 async fn connect(context: &Context, route: Route) -> io::Result<TcpStream> {
-    let borrowed = route.borrowed();
+    let placement = context.shared.placement;
+    let borrowed = route.borrowed(placement);
     let mut attempts_left = ATTEMPTS;
     loop {
         attempts_left -= 1;
         let domain = Domain::for_address(route.destination);
         let socket = context.shared.namespaces.socket(&context.netns, domain, Type::STREAM).await?;
-        sockets::mark_as_own(&socket)?;
+        socket.set_mark(route.mark(placement))?;
         if let Some(client) = borrowed {
             let port = sockets::borrow_address(&socket, client)?;
             let source = SocketAddr::new(client.ip(), port);
@@ -204,7 +236,10 @@ impl<'a> Journal<'a> {
         let Some(log) = &self.context.shared.access_log else { return };
         log.write(Line::Connection(ConnectionLine {
             event,
-            pod: Arc::clone(&self.context.identity.name),
+            pod: self.context.pod(match self.route.direction {
+                Direction::Outbound => self.route.source,
+                Direction::Inbound => self.route.destination,
+            }),
             uid: Arc::clone(&self.context.identity.uid),
             direction: self.route.direction,
             family: self.route.family(),

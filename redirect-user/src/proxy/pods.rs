@@ -37,6 +37,20 @@ impl Pods {
         Self { shared, pods: BTreeMap::new() }
     }
 
+    /// The host in place of pods: its listeners serve all of them.
+    pub(super) async fn on_node(shared: Shared, host: NetNs) -> Self {
+        let identity = Identity { name: "of the node".into(), uid: "".into() };
+        let context = Arc::new(Context::new(shared.clone(), identity, host));
+        let listeners = match Listeners::open(&context).await {
+            Ok(listeners) => Some(listeners),
+            Err(error) => {
+                tracing::error!("{error}; next attempt in {:?}", shared.retry);
+                None
+            }
+        };
+        Self { shared, pods: BTreeMap::from([(String::new(), Pod::start(context, listeners))]) }
+    }
+
     /// Stops accepting; cuts what is still connected after this time.
     pub(super) async fn drain(self, time: Duration) {
         let deadline = Instant::now() + time;

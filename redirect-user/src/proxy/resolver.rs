@@ -1,4 +1,5 @@
-//! One pod's DNS resolver, on port 15053 of the loopback addresses: where the kernel side sends the pod's questions.
+//! One pod's DNS resolver, on port 15053 of the loopback addresses: where the kernel side sends the pod's questions. In
+//! placement `node` it is the resolver of all pods, on every address of the host and of others.
 //!
 //! It forwards, and does no more: a question goes as it is to the upstream servers, from the pod's namespace and with the
 //! proxy's mark, and the answer comes back as it is. There is no cache and no recursion. Whatever happens to a question
@@ -6,10 +7,12 @@
 //!
 //! | file | |
 //! |---|---|
+//! | `datagrams` | questions and answers over UDP |
 //! | `message` | what has to be known of a message. Pure |
 //! | `upstreams` | which servers are asked |
 //! | `exchange` | one question to one upstream server |
 
+mod datagrams;
 mod exchange;
 mod message;
 mod upstreams;
@@ -24,7 +27,7 @@ use hickory_proto::op::ResponseCode;
 use redirect_ebpf::constants::PORT_DNS;
 use serde::Serialize;
 use socket2::{Domain, Type};
-use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
@@ -33,6 +36,8 @@ use super::access_log::{DnsLine, Line};
 use super::connection::Context;
 use super::listener::OpenError;
 use super::sockets;
+use crate::placement::Placement;
+use datagrams::Datagrams;
 use message::{Answer, Question, Received};
 
 pub(super) use upstreams::{Upstreams, parse_upstream};
@@ -63,16 +68,20 @@ pub(super) enum Transport {
 /// The sockets of a pod's resolver.
 #[derive(Debug)]
 pub(super) struct Resolver {
-    datagrams: Vec<UdpSocket>,
+    datagrams: Vec<Datagrams>,
     listeners: Vec<TcpListener>,
 }
 
 impl Resolver {
     /// Opens them in the pod's namespace.
     pub(super) async fn open(context: &Context, ipv6: bool) -> Result<Self, OpenError> {
-        let mut addresses = vec![SocketAddr::from((Ipv4Addr::LOCALHOST, PORT_DNS))];
+        let (ipv4, v6) = match context.shared.placement {
+            Placement::Pod => (Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST),
+            Placement::Node => (Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED),
+        };
+        let mut addresses = vec![SocketAddr::from((ipv4, PORT_DNS))];
         if ipv6 {
-            addresses.push((Ipv6Addr::LOCALHOST, PORT_DNS).into());
+            addresses.push((v6, PORT_DNS).into());
         }
         let mut resolver = Self { datagrams: Vec::new(), listeners: Vec::new() };
         for address in addresses {
@@ -95,7 +104,7 @@ impl Resolver {
         let domain = Domain::for_address(address);
         let socket = namespaces.socket(&context.netns, domain, Type::DGRAM).await?;
         sockets::bind_resolver(&socket, address)?;
-        self.datagrams.push(UdpSocket::from_std(socket.into())?);
+        self.datagrams.push(Datagrams::new(socket, address)?);
         let socket = namespaces.socket(&context.netns, domain, Type::STREAM).await?;
         sockets::bind_resolver(&socket, address)?;
         sockets::start_listening(&socket)?;
@@ -112,7 +121,7 @@ impl Resolver {
             Arc::new(Desk { context, in_flight: Semaphore::new(IN_FLIGHT), warned: AtomicBool::new(false) });
         let mut tasks = JoinSet::new();
         for socket in self.datagrams {
-            tasks.spawn(datagrams(Arc::clone(&desk), Arc::new(socket)));
+            tasks.spawn(answer_datagrams(Arc::clone(&desk), Arc::new(socket)));
         }
         let places = Arc::new(Semaphore::new(CONNECTIONS));
         for listener in self.listeners {
@@ -122,11 +131,11 @@ impl Resolver {
     }
 }
 
-async fn datagrams(desk: Arc<Desk>, socket: Arc<UdpSocket>) {
+async fn answer_datagrams(desk: Arc<Desk>, socket: Arc<Datagrams>) {
     let mut buffer = vec![0; LONGEST_DATAGRAM];
     let mut tasks = JoinSet::new();
     loop {
-        let (length, source) = match socket.recv_from(&mut buffer).await {
+        let (length, ends) = match socket.receive(&mut buffer).await {
             Ok(received) => received,
             Err(error) => {
                 tracing::debug!("pod {}: DNS over UDP: {error}", desk.context.identity.name);
@@ -138,9 +147,9 @@ async fn datagrams(desk: Arc<Desk>, socket: Arc<UdpSocket>) {
         let (desk, socket) = (Arc::clone(&desk), Arc::clone(&socket));
         let bytes = buffer.get(..length).unwrap_or_default().to_vec();
         tasks.spawn(async move {
-            let Some(answer) = desk.answer(bytes, Transport::Udp, source).await else { return };
-            if let Err(error) = socket.send_to(&answer, source).await {
-                tracing::debug!("pod {}: DNS answer to {source}: {error}", desk.context.identity.name);
+            let Some(answer) = desk.answer(bytes, Transport::Udp, ends.client).await else { return };
+            if let Err(error) = socket.answer(&answer, ends).await {
+                tracing::debug!("pod {}: DNS answer to {}: {error}", desk.context.identity.name, ends.client);
             }
         });
     }
@@ -254,7 +263,7 @@ impl Desk {
         let Some(log) = &self.context.shared.access_log else { return };
         log.write(Line::Dns(DnsLine {
             event: "dns",
-            pod: Arc::clone(&self.context.identity.name),
+            pod: self.context.pod(entry.source),
             uid: Arc::clone(&self.context.identity.uid),
             family: if entry.source.is_ipv4() { "IPv4" } else { "IPv6" },
             transport: entry.transport,

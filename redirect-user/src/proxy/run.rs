@@ -14,6 +14,8 @@ use super::access_log::AccessLog;
 use super::pods::Pods;
 use super::resolver::{Upstreams, parse_upstream};
 use super::sockets::Namespaces;
+use crate::netns::NetNs;
+use crate::placement::Placement;
 use crate::zds;
 use crate::zds::client::{Backoff, follow};
 use crate::{descriptors, privileges};
@@ -27,6 +29,9 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// Settings of the node proxy.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
+    /// Where to listen: in each pod that the agent names, or once on this node
+    #[arg(long, value_enum, default_value_t, env = "REDIRECT_PLACEMENT")]
+    pub placement: Placement,
     /// Where the agent listens
     #[arg(long, default_value = zds::DEFAULT_SOCKET, env = "REDIRECT_ZDS_SOCKET")]
     pub zds_socket: PathBuf,
@@ -98,14 +103,26 @@ async fn serve(options: Options, access_log: Option<AccessLog>) -> anyhow::Resul
         access_log,
         ipv6: options.ipv6_enabled,
         original_destination: options.original_destination,
+        placement: options.placement,
         upstreams,
         retry: RETRY,
     };
-    let mut pods = Pods::new(shared);
-    tokio::select! {
-        () = follow(&options.zds_socket, &mut pods, Backoff::default()) => {}
-        () = stop.asked() => {}
-    }
+    let pods = match options.placement {
+        Placement::Pod => {
+            let mut pods = Pods::new(shared);
+            tokio::select! {
+                () = follow(&options.zds_socket, &mut pods, Backoff::default()) => {}
+                () = stop.asked() => {}
+            }
+            pods
+        }
+        Placement::Node => {
+            let host = NetNs::current().context("the host's network namespace")?;
+            let node = Pods::on_node(shared, host).await;
+            stop.asked().await;
+            node
+        }
+    };
     tracing::info!("stopping, connections may go on for {} s", options.drain);
     tokio::select! {
         () = pods.drain(Duration::from_secs(options.drain)) => {}

@@ -14,6 +14,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::thread;
 use std::time::Duration;
 
+use nix::sys::socket::{setsockopt, sockopt};
 use redirect_ebpf::constants::MARK_PROXY;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::sync::{mpsc, oneshot};
@@ -138,7 +139,8 @@ pub(super) fn start_listening(socket: &Socket) -> io::Result<()> {
     socket.listen(BACKLOG)
 }
 
-/// Binds a new socket of the resolver. Questions come to this very address: it is not transparent.
+/// Binds a new socket of the resolver. On an address, questions come to this very one; on the unspecified address they come
+/// to whatever address the pods ask.
 pub(super) fn bind_resolver(socket: &Socket, address: SocketAddr) -> io::Result<()> {
     socket.set_mark(MARK_PROXY)?;
     // Two proxies share the port while one takes over from the other.
@@ -150,7 +152,19 @@ pub(super) fn bind_resolver(socket: &Socket, address: SocketAddr) -> io::Result<
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
     }
+    if address.ip().is_unspecified() {
+        set_transparent(socket, address)?;
+    }
     socket.bind(&address.into())
+}
+
+/// Has a socket for datagrams tell the address that each was sent to.
+pub(super) fn tell_destinations(socket: &Socket, address: SocketAddr) -> io::Result<()> {
+    match address {
+        SocketAddr::V4(_) => setsockopt(socket, sockopt::Ipv4PacketInfo, &true)?,
+        SocketAddr::V6(_) => setsockopt(socket, sockopt::Ipv6RecvPacketInfo, &true)?,
+    }
+    Ok(())
 }
 
 /// Makes a new socket one of the proxy's own connections.

@@ -115,39 +115,48 @@ fn no_answer(context: &Context) -> Result<()> {
     })
 }
 
-/// pod ─1500─ node ─MTU─ router ─1500─ far: neither end knows of the narrow link but by ICMP, which has to find the
-/// proxy's sockets on the pod's side.
+/// pod ─1500─ node ─1500─ near ─MTU─ remote ─1500─ far: neither end knows of the narrow link but by ICMP, which has to find
+/// the proxy's sockets on the pod's side.
 fn narrow_link(context: &Context, stack: Stack, mtu: u32) -> Result<()> {
     let family = stack.family();
     let node = Node::start(&context.session()?)?;
-    let (router, far) = (Netns::new("router")?, Netns::new("far")?);
-    node.attach(&router, "narrow")?;
-    for (netns, sysctl) in [(&router, "net.ipv4.ip_forward"), (&router, "net.ipv6.conf.all.forwarding")] {
-        netns.set_sysctl(sysctl, "1")?;
+    let (near, remote, far) = (Netns::new("near")?, Netns::new("remote")?, Netns::new("far")?);
+    node.attach(&near, "near")?;
+    for router in [&near, &remote] {
+        router.set_sysctl("net.ipv4.ip_forward", "1")?;
+        router.set_sysctl("net.ipv6.conf.all.forwarding", "1")?;
     }
-    let peer = far.path();
-    router.ip(&format!("link add far type veth peer name eth0 netns {}", peer.display()))?;
-    for (netns, device, host) in [(&router, "far", 1), (&far, "eth0", 2)] {
-        netns.ip_batch(&[
-            format!("address add 172.31.0.{host}/24 dev {device}"),
-            format!("address add fd31::{host}/64 dev {device} nodad"),
-            format!("link set {device} up"),
+    for (number, device, left, right) in [(30, "narrow", &near, &remote), (31, "far", &remote, &far)] {
+        let peer = right.path();
+        left.ip(&format!("link add {device} type veth peer name {device} netns {}", peer.display()))?;
+        for (netns, host) in [(left, 1), (right, 2)] {
+            netns.ip_batch(&[
+                format!("address add 172.{number}.0.{host}/24 dev {device}"),
+                format!("address add fd{number}::{host}/64 dev {device} nodad"),
+                format!("link set {device} up"),
+            ])?;
+        }
+        right.ip_batch(&[
+            format!("route add default via 172.{number}.0.1"),
+            format!("route add default via fd{number}::1"),
         ])?;
     }
-    far.ip_batch(&["route add default via 172.31.0.1".into(), "route add default via fd31::1".into()])?;
-    let router_address = node.attached(family);
+    near.ip_batch(&[
+        "route add 172.31.0.0/24 via 172.30.0.2".into(),
+        "route add fd31::/64 via fd30::2".into(),
+    ])?;
     let far_address: IpAddr = match family {
         Family::Ipv4 => [172, 31, 0, 2].into(),
         Family::Ipv6 => [0xfd31, 0, 0, 0, 0, 0, 0, 2].into(),
     };
-    node.netns().ip(&format!("route add {far_address} via {router_address}"))?;
-    for netns in [node.netns(), &router] {
-        netns.ip(&format!("link set narrow mtu {mtu}"))?;
+    node.netns().ip(&format!("route add {far_address} via {}", node.attached(family)))?;
+    for router in [&near, &remote] {
+        router.ip(&format!("link set narrow mtu {mtu}"))?;
     }
 
     let pod = node.enrolled("pod", Families::Dual)?;
     let too_big = |netns: &Netns| too_big(netns, family);
-    let before = (too_big(pod.netns())?, too_big(&far)?);
+    let before = (too_big(pod.proxy_netns())?, too_big(&far)?);
 
     let listening = Server::start(&far, stack, 0, "far")?;
     let to = SocketAddr::new(far_address, listening.port());
@@ -159,7 +168,7 @@ fn narrow_link(context: &Context, stack: Stack, mtu: u32) -> Result<()> {
     megabyte(Connection::open(&far, stack, to)?)?;
     ensure!(pod.proxied(Direction::Inbound, to)?.len() == 1);
 
-    let told = (too_big(pod.netns())? - before.0, too_big(&far)? - before.1);
+    let told = (too_big(pod.proxy_netns())? - before.0, too_big(&far)? - before.1);
     ensure!(told.0 > 0 && told.1 > 0, "the link was not narrow: {told:?} messages came");
     Ok(())
 }

@@ -7,6 +7,9 @@ use anyhow::{Result, anyhow, bail};
 use libtest_mimic::{Completion, Failed, Trial};
 use redirect_tests::session::{Binaries, Session};
 use redirect_tests::{Families, Node, ProxyKind, Stack, signals};
+use redirect_user::placement::Placement;
+
+use crate::on_node;
 
 /// What a test needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,10 +22,10 @@ pub(crate) enum Needs {
     Container,
 }
 
-/// What the tests share.
-#[derive(Default)]
+/// What the tests share: in each placement of the proxy the same tests, on nodes of their own.
 pub(crate) struct Context {
-    session: Lazy<Session>,
+    placement: Placement,
+    session: Arc<Lazy<Session>>,
     node: Lazy<Node>,
 }
 
@@ -30,13 +33,22 @@ pub(crate) struct Context {
 type Lazy<T> = Mutex<Option<Result<Arc<T>, String>>>;
 
 impl Context {
-    pub(crate) fn new() -> Self {
-        Self::default()
+    /// One for each placement.
+    pub(crate) fn each() -> [Arc<Self>; 2] {
+        let session = Arc::new(Lazy::default());
+        [Placement::Pod, Placement::Node]
+            .map(|placement| Arc::new(Self { placement, session: session.clone(), node: Lazy::default() }))
+    }
+
+    /// Where the proxies are.
+    pub(crate) fn placement(&self) -> Placement {
+        self.placement
     }
 
     /// The session.
     pub(crate) fn session(&self) -> Result<Arc<Session>> {
-        get(&self.session, || Session::start(Binaries::from_env()?))
+        let session = get(&self.session, || Session::start(Binaries::from_env()?))?;
+        Ok(session.placed(self.placement))
     }
 
     /// The node that tests share. A test that stops something on its node takes one of its own.
@@ -46,7 +58,16 @@ impl Context {
 
     /// Skips the test unless a proxy of this kind runs. `reason` completes the sentence "needs the … proxy: …".
     pub(crate) fn needs(&self, kind: ProxyKind, reason: &'static str) -> Result<()> {
-        if self.proxy()? == kind { Ok(()) } else { Err(Skip { kind, reason }.into()) }
+        let named = match kind {
+            ProxyKind::Embedded => "the embedded proxy",
+            ProxyKind::Ztunnel => "a ztunnel",
+        };
+        if self.proxy()? == kind { Ok(()) } else { Err(Skip(format!("needs {named}: {reason}")).into()) }
+    }
+
+    /// Skips the test in placement `node`. `reason` says what is different there.
+    pub(crate) fn needs_placement_pod(&self, reason: &'static str) -> Result<()> {
+        if self.placement == Placement::Pod { Ok(()) } else { Err(Skip(reason.into()).into()) }
     }
 
     /// The kind of the proxies.
@@ -54,9 +75,13 @@ impl Context {
         Ok(self.session()?.binaries().kind)
     }
 
-    /// Ends everything; what is left although it should be gone.
-    pub(crate) fn finish(&self) -> Result<Vec<String>> {
+    /// Ends the node that tests share.
+    pub(crate) fn end_node(&self) {
         drop(lock(&self.node).take());
+    }
+
+    /// Ends everything, after the nodes; what is left although it should be gone.
+    pub(crate) fn finish(&self) -> Result<Vec<String>> {
         match lock(&self.session).take() {
             Some(Ok(session)) => session.leftovers(),
             _ => Ok(Vec::new()),
@@ -64,20 +89,13 @@ impl Context {
     }
 }
 
-/// A test that does not concern the proxy that runs.
+/// A test that does not concern the proxy that runs, or its placement.
 #[derive(Debug)]
-struct Skip {
-    kind: ProxyKind,
-    reason: &'static str,
-}
+struct Skip(String);
 
 impl fmt::Display for Skip {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = match self.kind {
-            ProxyKind::Embedded => "the embedded proxy",
-            ProxyKind::Ztunnel => "a ztunnel",
-        };
-        write!(f, "needs {kind}: {}", self.reason)
+        f.write_str(&self.0)
     }
 }
 
@@ -118,7 +136,11 @@ pub(crate) fn trial_that_needs(
     name: impl Into<String>,
     test: impl FnOnce(&Context) -> Result<()> + Send + 'static,
 ) -> Trial {
-    let context = context.clone();
+    let (context, name) = (context.clone(), name.into());
+    let (name, different) = match context.placement {
+        Placement::Pod => (name, None),
+        Placement::Node => (format!("node::{name}"), on_node::reason(&name)),
+    };
     Trial::ignorable_test(name, move || {
         signals::check()?;
         if let Err(error) = check(needs) {
@@ -128,7 +150,14 @@ pub(crate) fn trial_that_needs(
             }
             return Ok(Completion::ignored_with(reason));
         }
-        match test(&context) {
+        if let Some(reason) = different {
+            return Ok(Completion::ignored_with(reason));
+        }
+        let served = match context.placement {
+            Placement::Pod => Ok(()),
+            Placement::Node => context.needs(ProxyKind::Embedded, "a ztunnel's listeners are in pods"),
+        };
+        match served.and_then(|()| test(&context)) {
             Ok(()) => Ok(Completion::Completed),
             Err(error) => match error.downcast_ref::<Skip>() {
                 Some(skip) => Ok(Completion::ignored_with(skip.to_string())),
@@ -177,4 +206,17 @@ pub(crate) fn for_every_stack(
         trial(context, format!("{group}::{}", stack.label()), move |context| test(context, stack))
     };
     Stack::ALL.into_iter().map(trial).collect()
+}
+
+/// As [`for_every_stack`], for what is different in placement `node` for this reason.
+pub(crate) fn for_every_stack_in_pods(
+    context: &Arc<Context>,
+    group: &str,
+    reason: &'static str,
+    test: impl Fn(&Context, Stack) -> Result<()> + Copy + Send + 'static,
+) -> Vec<Trial> {
+    for_every_stack(context, group, move |context, stack| {
+        context.needs_placement_pod(reason)?;
+        test(context, stack)
+    })
 }

@@ -5,7 +5,7 @@ mod sockets;
 mod steering;
 
 use std::io::ErrorKind;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -13,11 +13,14 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use hickory_proto::rr::RecordType;
 use libtest_mimic::Trial;
+use redirect_ebpf::Family;
 use redirect_tests::access_log::DnsEntry;
 use redirect_tests::dns::{DnsServer, PORT, check_answer, question};
 use redirect_tests::wait::{self, SOON};
 use redirect_tests::{Families, Node, Pod, ProxyKind, Stack};
 use socket2::{Socket, Type};
+
+use redirect_user::placement::Placement;
 
 use crate::context::Context;
 
@@ -50,11 +53,15 @@ impl Scene {
         self.other.endpoint(self.stack.family(), PORT)
     }
 
-    /// Three addresses: the asked server's, the gateway's, and one where nobody is.
+    /// Three addresses: the asked server's, the gateway's, and one where nobody is (and no neighbour is asked for).
     fn servers(&self) -> Result<[SocketAddr; 3]> {
         let node = self.pod.node();
-        let of = |host| SocketAddr::new(node.address(self.stack.family(), host), PORT);
-        Ok([self.server()?, SocketAddr::new(node.gateway(self.stack.family()), PORT), of(0x3fee)])
+        let nobody = match self.stack.family() {
+            Family::Ipv4 => IpAddr::from([198, 51, 100, 53]),
+            Family::Ipv6 => IpAddr::from([0x2001, 0xdb8, 0x53, 0, 0, 0, 0, 0x53]),
+        };
+        let at = |address| SocketAddr::new(address, PORT);
+        Ok([self.server()?, at(node.gateway(self.stack.family())), at(nobody)])
     }
 
     /// A UDP socket of the pod.
@@ -84,10 +91,9 @@ impl Scene {
         }
         let heard = self.upstream.heard_of(name);
         ensure!(!heard.is_empty(), "the proxy's server heard nothing of {name}");
-        ensure!(
-            heard.iter().all(|heard| self.pod.addresses().contains(&heard.from.ip())),
-            "the proxy asks from the pod, not so: {heard:?}"
-        );
+        let from_pod = heard.iter().all(|heard| self.pod.addresses().contains(&heard.from.ip()));
+        let in_pod = self.pod.node().session().placement() == Placement::Pod;
+        ensure!(from_pod == in_pod, "the proxy asks from where it is, not so: {heard:?}");
         self.server_heard_nothing()?;
         Ok(entry)
     }

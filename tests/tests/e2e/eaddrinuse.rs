@@ -23,6 +23,11 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         for (reuse, option) in [(false, "without_reuseaddr"), (true, "with_reuseaddr")] {
             for (end, what) in [(End::Listener, "hand_over"), (End::Everything, "restart")] {
                 let test = move |context: &Context, families: Families, stack: Stack| {
+                    if !reuse {
+                        context.needs_placement_pod(
+                            "the connections on the port are the application's alone, as without a mesh",
+                        )?;
+                    }
                     restarts(context, families, stack, address, reuse, end)
                 };
                 let group = format!("eaddrinuse::{what}::{word}::{option}");

@@ -8,13 +8,19 @@ use libtest_mimic::Trial;
 use redirect_ebpf::Family;
 use redirect_tests::kernel::Footprint;
 use redirect_tests::{Direction, Families, Node, Pod, Stack};
+use redirect_user::placement::Placement;
 
-use crate::context::{Context, for_every_kind, for_every_stack, trial};
+use crate::context::{Context, for_every_kind, for_every_stack, for_every_stack_in_pods, trial};
 use crate::{inbound, outbound};
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     let mut trials = for_every_stack(context, "enrolment::spares_open_connections", spares_open_connections);
-    trials.extend(for_every_stack(context, "enrolment::end_cuts_proxied_connections", end_cuts));
+    trials.extend(for_every_stack_in_pods(
+        context,
+        "enrolment::end_cuts_proxied_connections",
+        "the proxy is not told: the next packet that the client sends has its connection reset",
+        end_cuts,
+    ));
     trials.extend(for_every_kind(context, "enrolment::end_leaves_no_trace", end_leaves_no_trace));
     trials.push(trial(context, "enrolment::del_is_idempotent", del_is_idempotent));
     trials.push(trial(context, "enrolment::late_del_spares_the_new_owner", late_del_spares_the_new_owner));
@@ -74,7 +80,8 @@ fn end_leaves_no_trace(context: &Context, families: Families, _: Stack) -> Resul
     let pod = node.plain("pod", families)?;
     let before = Footprint::of(pod.netns())?;
     pod.enrol()?;
-    ensure!(Footprint::of(pod.netns())? != before, "nothing changed by enrolment");
+    let changed = Footprint::of(pod.netns())? != before;
+    ensure!(changed == (context.placement() == Placement::Pod), "changed by enrolment: {changed}");
     ensure!(node.report(&pod)?.is_some());
     pod.unenrol()?;
     let after = Footprint::of(pod.netns())?;
@@ -147,6 +154,7 @@ fn works(pod: &Pod, other: &Pod) -> Result<()> {
 }
 
 fn check_tells_the_truth(context: &Context) -> Result<()> {
+    context.needs_placement_pod("there are no sysctls of ours in the pod")?;
     // An agent that would put it right before it is asked proves nothing.
     let node = Node::with_arguments(&context.session()?, &["--check-interval", "3600"])?;
     for (family, sysctl) in

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::Family;
 use redirect_tests::stack::canonical;
@@ -37,7 +37,8 @@ fn passes_at(client: &Netns, server: &Pod, stack: Stack, address: std::net::IpAd
     ensure!(connection.peer_name == stack.spell(to), "getpeername says {}", connection.peer_name);
     let source = canonical(connection.local_name);
 
-    let entries = server.proxied(Direction::Inbound, to)?;
+    let entries = server.proxied(Direction::Inbound, to);
+    let entries = entries.with_context(|| format!("{source} connected, and heard {:?}", connection.heard))?;
     let [entry] = &entries[..] else { bail!("not one entry but {entries:#?}") };
     ensure!(entry.is_of(stack.family()), "the wrong family: {entry:#?}");
     ensure!(entry.source == source, "{source} is not the source of {entry:#?}");
@@ -90,6 +91,7 @@ fn not_enrolled(context: &Context, stack: Stack) -> Result<()> {
 
 /// Multus and friends give a running pod more interfaces.
 fn interface_added_later(context: &Context, stack: Stack) -> Result<()> {
+    context.needs_placement_pod("the other end of such an interface has to be on the host")?;
     passes_at_a_later_interface(&context.node()?, stack)
 }
 

@@ -15,10 +15,11 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 }
 
 /// Ends what the tests shared, and looks for what is left of all of them.
-pub(crate) fn nothing_is_left(context: &Arc<Context>) -> Trial {
-    let context = context.clone();
+pub(crate) fn nothing_is_left(contexts: &[Arc<Context>; 2]) -> Trial {
+    let contexts = contexts.clone();
     Trial::test("leftovers::nothing_is_left", move || {
-        let left = context.finish()?;
+        contexts.iter().for_each(|context| context.end_node());
+        let left = contexts[0].finish()?;
         if left.is_empty() { Ok(()) } else { Err(Failed::from(format!("left behind: {}", left.join(", ")))) }
     })
 }

@@ -31,6 +31,7 @@ mod metrics;
 mod migration;
 mod nodes;
 mod odd_sockets;
+mod on_node;
 mod outbound;
 mod port_guard;
 mod probes;
@@ -66,67 +67,80 @@ fn main() -> anyhow::Result<ExitCode> {
     // Most tests wait for the kernel or for another process most of the time.
     arguments.test_threads.get_or_insert(4);
     signals::install()?;
-    let context = Arc::new(Context::new());
-    let trials = [
-        harness::trials(&context),
-        leftovers::trials(&context),
-        doctor::trials(&context),
-        outbound::trials(&context),
-        inbound::trials(&context),
-        local::trials(&context),
-        dns::trials(&context),
-        streams::trials(&context),
-        nodes::trials(&context),
-        enrolment::trials(&context),
-        restarts::trials(&context),
-        survival::trials(&context),
-        repairs::trials(&context),
-        uninstall::trials(&context),
-        limits::trials(&context),
-        reports::trials(&context),
-        metrics::trials(&context),
-        validate::trials(&context),
-        inspect::trials(&context),
-        eaddrinuse::trials(&context),
-        port_guard::trials(&context),
-        tc_method::trials(&context),
-        probes::trials(&context),
-        coexistence::trials(&context),
-        load::trials(&context),
-        migration::trials(&context),
-        exclusions::trials(&context),
-        hardening::trials(&context),
-        kubernetes::trials(&context),
-        odd_sockets::trials(&context),
-        fragments::trials(&context),
-        syn_flood::trials(&context),
-        identity::trials(&context),
-        without_proxy::trials(&context),
-        proxy_ports::trials(&context),
-        time_wait::trials(&context),
-        closed_ports::trials(&context),
-        without_ipv6::trials(&context),
-        install::trials(&context),
-        tunnel::trials(&context),
-        services::trials(&context),
-        hand_over::trials(&context),
-        running_pods::trials(&context),
-        virtual_interfaces::trials(&context),
-        faults::trials(&context),
-        bench::trials(&context),
-        container::trials(&context),
-    ];
+    let contexts = Context::each();
+    let [pod, node] = &contexts;
     let wanted = wanted();
     let chosen = |trial: &Trial| wanted.iter().any(|start| trial.name().starts_with(start));
-    let trials: Vec<Trial> =
-        trials.into_iter().flatten().filter(|trial| wanted.is_empty() || chosen(trial)).collect();
+    let trials = everywhere(pod).chain(in_pods(pod)).chain(everywhere(node)).chain(on_node::trials(node));
+    let trials: Vec<Trial> = trials.filter(|trial| wanted.is_empty() || chosen(trial)).collect();
     let mut conclusions = vec![libtest_mimic::run(&arguments, trials)];
     if !arguments.list {
         // A test as well, the last one, so that it is counted and reported as the others are.
-        let last = vec![leftovers::nothing_is_left(&context)];
+        let last = vec![leftovers::nothing_is_left(&contexts)];
         conclusions.push(libtest_mimic::run(&Arguments::default(), last));
     }
     Ok(if conclusions.iter().any(Conclusion::has_failed) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// What holds wherever the proxy's listeners are.
+fn everywhere(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
+    let trials = [
+        outbound::trials(context),
+        inbound::trials(context),
+        local::trials(context),
+        dns::trials(context),
+        streams::trials(context),
+        nodes::trials(context),
+        enrolment::trials(context),
+        restarts::trials(context),
+        eaddrinuse::trials(context),
+        probes::trials(context),
+        exclusions::trials(context),
+        odd_sockets::trials(context),
+        fragments::trials(context),
+        syn_flood::trials(context),
+        without_proxy::trials(context),
+        time_wait::trials(context),
+        closed_ports::trials(context),
+        survival::trials(context),
+        uninstall::trials(context),
+        without_ipv6::trials(context),
+    ];
+    trials.into_iter().flatten()
+}
+
+/// What is about the proxy's sockets in pods, or about neither pods nor proxies.
+fn in_pods(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
+    let trials = [
+        harness::trials(context),
+        leftovers::trials(context),
+        repairs::trials(context),
+        limits::trials(context),
+        reports::trials(context),
+        port_guard::trials(context),
+        tc_method::trials(context),
+        hardening::trials(context),
+        kubernetes::trials(context),
+        identity::trials(context),
+        proxy_ports::trials(context),
+        install::trials(context),
+        tunnel::trials(context),
+        services::trials(context),
+        hand_over::trials(context),
+        running_pods::trials(context),
+        virtual_interfaces::trials(context),
+        faults::trials(context),
+        doctor::trials(context),
+        metrics::trials(context),
+        load::trials(context),
+        migration::trials(context),
+        coexistence::trials(context),
+        bench::trials(context),
+        container::trials(context),
+        validate::trials(context),
+        inspect::trials(context),
+    ];
+    trials.into_iter().flatten()
 }
 
 /// How the names of the tests that are wanted start, from `REDIRECT_TESTS`, separated by commas. All tests, if there is

@@ -58,7 +58,8 @@ pub(crate) fn passes_the_proxy_once(client: &Pod, server: &Pod, stack: Stack) ->
     ensure!(source.ip() == client.address(stack.family())?, "the client's own address is {source}");
 
     // The proxy.
-    let entries = client.proxied(Direction::Outbound, to)?;
+    let entries = client.proxied(Direction::Outbound, to);
+    let entries = entries.with_context(|| format!("{source} connected, and heard {:?}", connection.heard))?;
     let [entry] = &entries[..] else { bail!("not one entry but {entries:#?}") };
     ensure!(entry.is_of(stack.family()), "the wrong family: {entry:#?}");
     ensure!(entry.source == source, "{source} is not the source of {entry:#?}");

@@ -14,6 +14,8 @@ use redirect_tests::stack::canonical;
 use redirect_tests::testbed::Answer;
 use redirect_tests::{Caller, Entry, Families, Netns, Node, NodeOptions, Pod, Stack, wait};
 
+use redirect_user::placement::Placement;
+
 use crate::context::{Context, for_every_kind, for_every_stack, trial};
 use crate::inbound;
 use crate::reports::counted;
@@ -209,7 +211,16 @@ fn link_local_node(context: &Context) -> Result<()> {
         let source = answer.heard.context("no greeting")?.peer.ip();
         ensure!(source.to_string().starts_with("fe80:"), "the application saw {source}");
         let other = Caller::new(node.session(), &format!("service-of-{}", node.netns().name()))?;
-        is_captured(&other, node.netns(), &pod, Stack::V6)?;
+        match context.placement() {
+            Placement::Pod => is_captured(&other, node.netns(), &pod, Stack::V6)?,
+            // The proxy could not answer on the pod's link.
+            Placement::Node => {
+                let listening = pod.listen(Stack::V6)?;
+                let answer =
+                    other.call(node.netns(), Stack::V6, pod.endpoint(Family::Ipv6, listening.port())?)?;
+                ensure!(answer.error.is_some() && listening.accepted().is_empty(), "{answer:?}");
+            }
+        }
     }
     Ok(())
 }

@@ -94,9 +94,11 @@ fn add_without_agent(context: &Context) -> Result<()> {
 /// The runtime's whole chain, on a node where our plugin must fail.
 fn failed_add(context: &Context) -> Result<()> {
     let node = Node::with(&context.session()?, NodeOptions { proxy: false, ..NodeOptions::default() })?;
+    let veths = || node.netns().json("ip -j link show type veth");
+    let before = veths()?;
     message(node.enrolled("pod", Families::Dual))?;
-    let links = node.netns().json("ip -j link show type veth")?;
-    ensure!(links.as_array().is_some_and(Vec::is_empty), "left on the node: {links:#}");
+    let after = veths()?;
+    ensure!(after == before, "left on the node: {after:#}, not {before:#}");
     let status = node.status()?;
     ensure!(node.with_agent(|agent| agent.pods())?.is_empty());
     ensure!(status.proxies.is_empty());
@@ -104,10 +106,17 @@ fn failed_add(context: &Context) -> Result<()> {
 }
 
 fn end_of_the_agent(context: &Context) -> Result<()> {
-    let node = Node::start(&context.session()?)?;
+    let node = Node::with(
+        &context.session()?,
+        NodeOptions { agent: false, proxy: false, ..NodeOptions::default() },
+    )?;
     let pods: Vec<Pod> =
         Families::ALL.into_iter().map(|families| node.plain("pod", families)).collect::<Result<_>>()?;
-    let before = pods.iter().map(|pod| Footprint::of(pod.netns())).collect::<Result<Vec<_>>>()?;
+    let places = || [node.netns()].into_iter().chain(pods.iter().map(Pod::netns));
+    let footprints = || places().map(Footprint::of).collect::<Result<Vec<_>>>();
+    let before = footprints()?;
+    node.start_agent(&[])?;
+    node.start_proxy()?;
     for pod in &pods {
         pod.enrol()?;
         for stack in pod.families().stacks() {
@@ -115,7 +124,7 @@ fn end_of_the_agent(context: &Context) -> Result<()> {
         }
     }
     node.stop_agent()?;
-    let after = pods.iter().map(|pod| Footprint::of(pod.netns())).collect::<Result<Vec<_>>>()?;
+    let after = footprints()?;
     ensure!(after == before, "before: {before:#?}\nafter: {after:#?}");
     ensure!(!node.agent_socket().exists(), "{} is still there", node.agent_socket().display());
     for pod in &pods {

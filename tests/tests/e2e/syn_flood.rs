@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::Family;
+use redirect_tests::node::NodeOptions;
 use redirect_tests::{Connection, Direction, Families, Netns, Node, Stack};
 
 use crate::context::{Context, for_every_stack};
@@ -31,23 +32,37 @@ fn spoofed(family: Family, number: u64) -> IpAddr {
     }
 }
 
+fn spoofed_network(family: Family) -> &'static str {
+    match family {
+        Family::Ipv4 => "198.18.0.0/16",
+        Family::Ipv6 => "2001:db8::/64",
+    }
+}
+
 fn clients_get_in(context: &Context, stack: Stack) -> Result<()> {
-    let node = Node::start(&context.session()?)?;
+    let node = Node::with(&context.session()?, NodeOptions { proxy: false, ..NodeOptions::default() })?;
     let outside = Netns::new("outside")?;
     node.attach(&outside, "outside")?;
+    // Who has no way to a client answers none.
+    for family in Family::ALL {
+        let (network, via) = (spoofed_network(family), node.attached(family));
+        node.netns().ip(&format!("route add {network} via {via}"))?;
+    }
     let pod = node.plain("pod", Families::Dual)?;
     // Before the proxy listens: queues of a few places, and cookies once they are full.
     for (name, value) in
         [("net.core.somaxconn", "8"), ("net.ipv4.tcp_max_syn_backlog", "8"), ("net.ipv4.tcp_syncookies", "1")]
     {
         pod.netns().set_sysctl(name, value)?;
+        node.netns().set_sysctl(name, value)?;
     }
+    node.start_proxy()?;
     pod.enrol()?;
     let listening = pod.listen(stack)?;
     let to = pod.endpoint(stack.family(), listening.port())?;
     drop(Connection::open(&outside, stack, to)?);
 
-    let cookies = |name| pod.netns().statistic("netstat", "TcpExt", name);
+    let cookies = |name| pod.proxy_netns().statistic("netstat", "TcpExt", name);
     let (sent_before, used_before) = (cookies("SyncookiesSent")?, cookies("SyncookiesRecv")?);
     let (sent, stop) = (AtomicU64::new(0), AtomicBool::new(false));
     let began = Instant::now();

@@ -87,7 +87,7 @@ fn call(client: &Netns, stack: Stack, from: SocketAddr, to: SocketAddr) -> Resul
 fn is_in_time_wait(pod: &Pod, client: SocketAddr, server: SocketAddr) -> Result<()> {
     redirect_tests::wait::until_true("TIME_WAIT of the proxy's end", Duration::from_secs(2), || {
         let sockets = pod
-            .netns()
+            .proxy_netns()
             .run(|| std::process::Command::new("ss").args(["-Htn", "state", "time-wait"]).output())??;
         // The proxy's sockets are IPv6 ones.
         let text = String::from_utf8(sockets.stdout)?.replace("::ffff:", "").replace(['[', ']'], "");

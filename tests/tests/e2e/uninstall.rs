@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_tests::kernel::Footprint;
 use redirect_tests::{Connection, Families, Node, NodeOptions, Pod};
+use redirect_user::placement::Placement;
 use serde_json::Value;
 
 use crate::context::{Context, trial};
@@ -38,12 +39,17 @@ struct Case {
 fn leaves_nothing(context: &Context, case: Case) -> Result<()> {
     let tc = if case.tcx { "tcx" } else { "clsact" };
     let agent_arguments = ["--on-exit", "keep", "--tc", tc].map(str::to_owned).to_vec();
-    let node = Node::with(&context.session()?, NodeOptions { agent_arguments, ..NodeOptions::default() })?;
+    let options = NodeOptions { agent: false, proxy: false, ..NodeOptions::default() };
+    let node = Node::with(&context.session()?, options)?;
     let pods: Vec<Pod> =
         Families::ALL.into_iter().map(|families| node.plain("pod", families)).collect::<Result<_>>()?;
     // One sysctl was on before us, and stays on.
     pods[0].netns().set_sysctl("net.ipv4.fwmark_reflect", "1")?;
-    let before = pods.iter().map(|pod| Footprint::of(pod.netns())).collect::<Result<Vec<_>>>()?;
+    let places = || [node.netns()].into_iter().chain(pods.iter().map(Pod::netns));
+    let footprints = || places().map(Footprint::of).collect::<Result<Vec<_>>>();
+    let before = footprints()?;
+    node.start_agent(&agent_arguments)?;
+    node.start_proxy()?;
     for pod in &pods {
         pod.enrol()?;
     }
@@ -69,14 +75,17 @@ fn leaves_nothing(context: &Context, case: Case) -> Result<()> {
         std::fs::remove_dir_all(node.pin_dir())?;
     }
     let report = report(&node.uninstall(&[])?)?;
-    let found = report["namespaces"].as_array().context("namespaces")?;
-    ensure!(found.len() == pods.len(), "{report:#}");
+    let found = report["namespaces"].as_array().context("namespaces")?.len();
+    match context.placement() {
+        Placement::Pod => ensure!(found == pods.len(), "{report:#}"),
+        Placement::Node => ensure!(found == 0 && report["host"]["entrance"] == true, "{report:#}"),
+    }
     ensure!(!node.pin_dir().exists() && !node.state_dir().exists(), "{report:#}");
     objects.wait_until_gone()?;
-    let mut after = pods.iter().map(|pod| Footprint::of(pod.netns())).collect::<Result<Vec<_>>>()?;
+    let mut after = footprints()?;
     if case.without_records {
         // Nobody knows that the sysctl was on.
-        after[0].sysctls.clone_from(&before[0].sysctls);
+        after[1].sysctls.clone_from(&before[1].sysctls);
     }
     ensure!(after == before, "before: {before:#?}\nafter: {after:#?}");
     for pod in &pods {

@@ -17,6 +17,7 @@ use redirect_ebpf::family::Family;
 use redirect_ebpf::maps::PodAddress;
 use redirect_tests::Netns;
 use redirect_user::agent::linux::{self, Capacities, Settings, TcMethod};
+use redirect_user::placement::Placement;
 use socket2::{Domain, Socket, Type};
 
 use crate::packets::{POD_IPV4, POD_IPV6};
@@ -75,6 +76,8 @@ impl Bench {
             host_cookie: 0,
             exclusions: BTreeSet::new(),
             proxy_cgroups: Vec::new(),
+            placement: Placement::Pod,
+            rule_priority: 0,
             object: None,
         })?;
         for name in PROGRAMS {

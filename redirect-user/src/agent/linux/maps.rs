@@ -19,6 +19,7 @@ use redirect_ebpf::maps::{
 use super::super::datapath::Target;
 use super::super::facts::Fact;
 use super::Settings;
+use crate::placement::Placement;
 use crate::pod::Exclusion;
 use crate::wire::{CounterReport, MapReport};
 
@@ -37,6 +38,7 @@ pub(super) struct Maps {
     pods: Table<u64, Pod>,
     ipv4: Table<[u8; 4], PodAddress>,
     ipv6: Table<[u8; 16], PodAddress>,
+    interfaces: Table<u32, PodAddress>,
     proxy_cgroups: Table<u64, ProxyCgroup>,
     config: Array<MapData, Config>,
     counters: PerCpuArray<MapData, u64>,
@@ -45,6 +47,8 @@ pub(super) struct Maps {
     excluded_ipv6: LpmTrie<MapData, ExcludedAddress<[u8; 16]>, u8>,
     capacities: Capacities,
     host_cookie: u64,
+    /// Placement `node`: index of the device through which packets reach the proxy; else zero.
+    entrance: u32,
     flags: ConfigFlags,
     /// The exclusions in the maps, by namespace cookie; zero: for every pod.
     exclusions: HashMap<u64, BTreeSet<Exclusion>>,
@@ -119,6 +123,10 @@ impl Maps {
         self.flags = self
             .flags
             .with(ConfigFlags::REFUSE, settings.refuse)
+            .with(
+                ConfigFlags::UNMARKED_PROXY,
+                settings.placement == Placement::Node && !settings.proxy_cgroups.is_empty(),
+            )
             .with(ConfigFlags::EXCLUSIONS, !settings.exclusions.is_empty());
         self.set_proxy_cgroups(&settings.proxy_cgroups)
     }
@@ -167,6 +175,7 @@ impl Maps {
     /// Removes everything about a namespace.
     pub(super) fn forget(&mut self, cookie: u64) -> anyhow::Result<()> {
         self.pods.remove(&cookie)?;
+        self.devices(cookie).into_iter().try_for_each(|index| self.interfaces.remove(&index))?;
         let addresses = self.addresses.get(&cookie).into_iter().flatten().copied().collect::<Vec<_>>();
         addresses.into_iter().try_for_each(|address| self.remove_address(cookie, address))?;
         let exclusions = self.exclusions.get(&cookie).into_iter().flatten().copied().collect::<Vec<_>>();
@@ -183,7 +192,8 @@ impl Maps {
 
     fn set_flags(&mut self, flags: ConfigFlags) -> anyhow::Result<()> {
         self.flags = flags;
-        let config = Config { host_cookie: self.host_cookie, flags: flags.0.into() };
+        let config =
+            Config { host_cookie: self.host_cookie, flags: flags.0.into(), entrance: self.entrance.into() };
         self.config.set(0, config, 0).context("map CONFIG")
     }
 
@@ -195,6 +205,7 @@ impl Maps {
             pods: Table::take(programs, "PODS", capacities.pods, MORE_PODS)?,
             ipv4: Table::take(programs, "POD_IPV4", capacities.addresses, MORE_ADDRESSES)?,
             ipv6: Table::take(programs, "POD_IPV6", capacities.addresses, MORE_ADDRESSES)?,
+            interfaces: Table::take(programs, "INTERFACES", capacities.addresses, MORE_ADDRESSES)?,
             proxy_cgroups: Table::take(
                 programs,
                 "PROXY_CGROUPS",
@@ -208,12 +219,43 @@ impl Maps {
             excluded_ipv6: LpmTrie::try_from(take(programs, "EXCLUDED_IPV6")?)?,
             capacities,
             host_cookie: 0,
+            entrance: 0,
             flags: ConfigFlags::default(),
             exclusions: HashMap::new(),
             addresses: HashMap::new(),
         };
         maps.index();
         Ok(maps)
+    }
+
+    /// The devices of the host that lead to a pod.
+    pub(super) fn devices(&self, cookie: u64) -> Vec<u32> {
+        let all = self.interfaces.map.iter().flatten();
+        all.filter(|(_, owner)| owner.netns_cookie == cookie).map(|(index, _)| index).collect()
+    }
+
+    pub(super) fn insert_device(&mut self, cookie: u64, index: u32) -> anyhow::Result<()> {
+        self.interfaces.insert(index, PodAddress { netns_cookie: cookie })
+    }
+
+    /// Leaves the device alone if it is another pod's by now.
+    pub(super) fn remove_device(&mut self, cookie: u64, index: u32) -> anyhow::Result<()> {
+        let owner = self.interfaces.get(&index).map(|owner| owner.netns_cookie);
+        if owner == Some(cookie) { self.interfaces.remove(&index) } else { Ok(()) }
+    }
+
+    /// Takes effect with [`Self::configure`].
+    pub(super) fn set_entrance(&mut self, index: u32) {
+        self.entrance = index;
+    }
+
+    /// Takes effect at once.
+    pub(super) fn change_entrance(&mut self, index: u32) -> anyhow::Result<()> {
+        if self.entrance == index {
+            return Ok(());
+        }
+        self.entrance = index;
+        self.set_flags(self.flags)
     }
 
     pub(super) fn insert_pod(&mut self, cookie: u64, pod: Pod) -> anyhow::Result<()> {
@@ -378,6 +420,7 @@ impl Maps {
             self.pods.report(),
             self.ipv4.report(),
             self.ipv6.report(),
+            self.interfaces.report(),
             self.proxy_cgroups.report(),
             self.excluded_ports.report(),
             self.networks("EXCLUDED_IPV4", self.excluded_ipv4.keys().count()),

@@ -7,12 +7,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 
 use redirect_ebpf::Family;
-use redirect_ebpf::constants::{MARK_MASK, ROUTE_METRIC, ROUTE_TABLE};
+use redirect_ebpf::constants::{MARK_CAPTURE, MARK_MASK, ROUTE_METRIC, ROUTE_TABLE};
 use rtnetlink::packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader,
     NetlinkMessage, NetlinkPayload,
 };
-use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use rtnetlink::packet_route::link::{
+    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+};
 use rtnetlink::packet_route::nsid::{NsidAttribute, NsidMessage};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
@@ -112,21 +114,138 @@ impl Netlink {
 
     /// The interfaces that are in the namespace, and the indices of those that are up.
     pub(super) fn interfaces(&mut self) -> io::Result<(Vec<Interface>, BTreeSet<u32>)> {
-        let mut interfaces = Vec::new();
-        let mut up = BTreeSet::new();
-        for answer in self.request(RouteNetlinkMessage::GetLink(LinkMessage::default()), NLM_F_DUMP)? {
-            let RouteNetlinkMessage::NewLink(link) = answer else { continue };
-            let index = link.header.index;
-            if link.header.flags.contains(LinkFlags::Up) {
-                up.insert(index);
-            }
-            let name = link.attributes.into_iter().find_map(|attribute| match attribute {
-                LinkAttribute::IfName(name) => Some(name),
-                _ => None,
-            });
-            interfaces.extend(name.map(|name| Interface { index, name }));
+        let links = self.links()?;
+        let is_up = |link: &&LinkMessage| link.header.flags.contains(LinkFlags::Up);
+        let up = links.iter().filter(is_up).map(|link| link.header.index).collect();
+        Ok((links.into_iter().filter_map(interface).collect(), up))
+    }
+
+    /// The interfaces with all that the kernel tells of them.
+    pub(super) fn links(&mut self) -> io::Result<Vec<LinkMessage>> {
+        let answers = self.request(RouteNetlinkMessage::GetLink(LinkMessage::default()), NLM_F_DUMP)?;
+        let links = answers.into_iter().filter_map(|answer| match answer {
+            RouteNetlinkMessage::NewLink(link) => Some(link),
+            _ => None,
+        });
+        Ok(links.collect())
+    }
+
+    /// The interface with this index.
+    pub(super) fn interface(&mut self, index: u32) -> io::Result<Option<Interface>> {
+        let mut wanted = LinkMessage::default();
+        wanted.header.index = index;
+        self.link(wanted)
+    }
+
+    /// The interface with this name.
+    pub(super) fn find(&mut self, name: &str) -> io::Result<Option<Interface>> {
+        let mut wanted = LinkMessage::default();
+        wanted.attributes = vec![LinkAttribute::IfName(name.into())];
+        self.link(wanted)
+    }
+
+    fn link(&mut self, wanted: LinkMessage) -> io::Result<Option<Interface>> {
+        let answers = match self.request(RouteNetlinkMessage::GetLink(wanted), NLM_F_ACK) {
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(None),
+            answers => answers?,
+        };
+        Ok(answers.into_iter().find_map(|answer| match answer {
+            RouteNetlinkMessage::NewLink(link) => interface(link),
+            _ => None,
+        }))
+    }
+
+    /// Makes a pair of devices.
+    pub(super) fn add_pair(&mut self, name: &str, peer: &str) -> io::Result<()> {
+        let mut other = LinkMessage::default();
+        other.attributes = vec![LinkAttribute::IfName(peer.into())];
+        let mut link = LinkMessage::default();
+        link.attributes = vec![
+            LinkAttribute::IfName(name.into()),
+            LinkAttribute::LinkInfo(vec![
+                LinkInfo::Kind(InfoKind::Veth),
+                LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(other))),
+            ]),
+        ];
+        self.change(RouteNetlinkMessage::NewLink(link), NLM_F_CREATE | NLM_F_EXCL)
+    }
+
+    /// What somebody noted about an interface.
+    pub(super) fn alias(&mut self, index: u32) -> io::Result<Option<String>> {
+        let found = self.links()?.into_iter().find(|link| link.header.index == index);
+        Ok(found.into_iter().flat_map(|link| link.attributes).find_map(|attribute| match attribute {
+            LinkAttribute::IfAlias(alias) => Some(alias),
+            _ => None,
+        }))
+    }
+
+    pub(super) fn set_alias(&mut self, name: &str, alias: &str) -> io::Result<()> {
+        let mut link = LinkMessage::default();
+        link.attributes = vec![LinkAttribute::IfName(name.into()), LinkAttribute::IfAlias(alias.into())];
+        self.change(RouteNetlinkMessage::SetLink(link), 0)
+    }
+
+    pub(super) fn delete_link(&mut self, index: u32) -> io::Result<()> {
+        let mut link = LinkMessage::default();
+        link.header.index = index;
+        self.change(RouteNetlinkMessage::DelLink(link), 0)
+    }
+
+    /// A rule of this priority that is not the entrance's, in words.
+    pub(super) fn other_rule(&mut self, family: Family, priority: u32) -> io::Result<Option<String>> {
+        let at_priority = RuleAttribute::Priority(priority);
+        let others = self.all_rules(family)?.into_iter();
+        Ok(others
+            .filter(|found| found.attributes.contains(&at_priority) && !leads_to_entrance(found))
+            .map(|found| in_words(&found))
+            .next())
+    }
+
+    /// Returns whether it was missing.
+    pub(super) fn ensure_entrance_rule(&mut self, family: Family, priority: u32) -> io::Result<bool> {
+        match self
+            .change(RouteNetlinkMessage::NewRule(entrance_rule(family, priority)), NLM_F_CREATE | NLM_F_EXCL)
+        {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+            Err(error) => Err(error),
         }
-        Ok((interfaces, up))
+    }
+
+    /// Removes the entrance's rules, of whatever priority. Returns how many there were.
+    pub(super) fn delete_entrance_rules(&mut self, family: Family) -> io::Result<usize> {
+        let ours: Vec<_> = self.all_rules(family)?.into_iter().filter(leads_to_entrance).collect();
+        for rule in &ours {
+            self.change(RouteNetlinkMessage::DelRule(rule.clone()), 0)?;
+        }
+        Ok(ours.len())
+    }
+
+    fn all_rules(&mut self, family: Family) -> io::Result<Vec<RuleMessage>> {
+        let mut any = RuleMessage::default();
+        any.header.family = address_family(family);
+        let answers = self.request(RouteNetlinkMessage::GetRule(any), NLM_F_DUMP)?;
+        let rules = answers.into_iter().filter_map(|answer| match answer {
+            RouteNetlinkMessage::NewRule(found) => Some(found),
+            _ => None,
+        });
+        Ok(rules.collect())
+    }
+
+    /// `local default dev ENTRANCE table ROUTE_TABLE`. Of that device, because the reverse path filter takes a source for
+    /// right if the route to it is through the device that the packet came in by.
+    pub(super) fn add_entrance_route(&mut self, family: Family, index: u32) -> io::Result<()> {
+        let mut route = RouteMessage::default();
+        route.header = RouteHeader {
+            address_family: address_family(family),
+            kind: RouteType::Local,
+            scope: RouteScope::Host,
+            protocol: RouteProtocol::Static,
+            ..RouteHeader::default()
+        };
+        route.attributes =
+            vec![everything(family), RouteAttribute::Table(ROUTE_TABLE), RouteAttribute::Oif(index)];
+        self.change(RouteNetlinkMessage::NewRoute(route), NLM_F_CREATE | NLM_F_REPLACE)
     }
 
     pub(super) fn set_up(&mut self, index: u32) -> io::Result<()> {
@@ -234,15 +353,11 @@ impl Netlink {
 
     /// Our rules.
     pub(super) fn rules(&mut self, family: Family) -> io::Result<Vec<Mark>> {
-        let mut any = RuleMessage::default();
-        any.header.family = address_family(family);
-        let answers = self.request(RouteNetlinkMessage::GetRule(any), NLM_F_DUMP)?;
+        let all = self.all_rules(family)?;
         let is_ours = |mark: &Mark| {
             let wanted = rule(family, *mark);
-            answers.iter().any(|answer| {
-                matches!(answer, RouteNetlinkMessage::NewRule(found)
-                    if wanted.attributes.iter().all(|attribute| found.attributes.contains(attribute)))
-            })
+            all.iter()
+                .any(|found| wanted.attributes.iter().all(|attribute| found.attributes.contains(attribute)))
         };
         Ok(Mark::ALL.into_iter().filter(is_ours).collect())
     }
@@ -374,8 +489,53 @@ const fn address_family(family: Family) -> AddressFamily {
     }
 }
 
+/// What an interface is known by.
+pub(super) fn interface(link: LinkMessage) -> Option<Interface> {
+    let index = link.header.index;
+    let name = link.attributes.into_iter().find_map(|attribute| match attribute {
+        LinkAttribute::IfName(name) => Some(name),
+        _ => None,
+    });
+    name.map(|name| Interface { index, name })
+}
+
+/// The destination of a default route.
+const fn everything(family: Family) -> RouteAttribute {
+    RouteAttribute::Destination(match family {
+        Family::Ipv4 => RouteAddress::Inet(Ipv4Addr::UNSPECIFIED),
+        Family::Ipv6 => RouteAddress::Inet6(Ipv6Addr::UNSPECIFIED),
+    })
+}
+
 fn rule(family: Family, mark: Mark) -> RuleMessage {
     let (value, priority) = mark.rule();
+    rule_of(family, value, priority)
+}
+
+fn entrance_rule(family: Family, priority: u32) -> RuleMessage {
+    rule_of(family, MARK_CAPTURE, priority)
+}
+
+fn leads_to_entrance(rule: &RuleMessage) -> bool {
+    [RuleAttribute::FwMark(MARK_CAPTURE), RuleAttribute::FwMask(MARK_MASK), RuleAttribute::Table(ROUTE_TABLE)]
+        .iter()
+        .all(|attribute| rule.attributes.contains(attribute))
+}
+
+fn in_words(rule: &RuleMessage) -> String {
+    let words = rule.attributes.iter().filter_map(|attribute| match attribute {
+        RuleAttribute::FwMark(mark) => Some(format!("fwmark {mark:#x}")),
+        RuleAttribute::FwMask(mask) => Some(format!("mask {mask:#x}")),
+        RuleAttribute::Source(source) => Some(format!("from {source}/{}", rule.header.src_len)),
+        RuleAttribute::Destination(to) => Some(format!("to {to}/{}", rule.header.dst_len)),
+        RuleAttribute::Iifname(name) => Some(format!("iif {name}")),
+        RuleAttribute::Table(table) => Some(format!("lookup {table}")),
+        _ => None,
+    });
+    words.collect::<Vec<_>>().join(" ")
+}
+
+fn rule_of(family: Family, value: u32, priority: u32) -> RuleMessage {
     let mut rule = RuleMessage::default();
     rule.header.family = address_family(family);
     rule.header.action = RuleAction::ToTable;
@@ -397,11 +557,7 @@ fn route(family: Family, interface: &Interface, source: Option<IpAddr>) -> Route
         protocol: RouteProtocol::Static,
         ..RouteHeader::default()
     };
-    let everything = match family {
-        Family::Ipv4 => RouteAddress::Inet(Ipv4Addr::UNSPECIFIED),
-        Family::Ipv6 => RouteAddress::Inet6(Ipv6Addr::UNSPECIFIED),
-    };
-    route.attributes = vec![RouteAttribute::Destination(everything), RouteAttribute::Table(ROUTE_TABLE)];
+    route.attributes = vec![everything(family), RouteAttribute::Table(ROUTE_TABLE)];
     if let Some(source) = source {
         route.attributes.push(RouteAttribute::Oif(interface.index));
         if !interface.is_loopback() {

@@ -14,8 +14,9 @@ use redirect_ebpf::constants::MAX_PROXY_CGROUPS;
 
 use super::bpf::{self, Layout};
 use super::pins::Pins;
-use super::{CGROUP, PROBE, Settings};
+use super::{PROBE, Settings, cgroup_programs};
 use crate::agent::facts::{Hook, LOOKUP};
+use crate::placement::Placement;
 
 /// The kernel side, as the build script found it. Aligned as an ELF file has to be.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect.o"));
@@ -70,12 +71,13 @@ fn bytes(settings: &Settings) -> anyhow::Result<Cow<'static, [u8]>> {
     Ok(OBJECT.into())
 }
 
-fn capacities(settings: &Settings) -> [(&'static str, u32); 8] {
+fn capacities(settings: &Settings) -> [(&'static str, u32); 9] {
     let capacities = settings.capacities;
     [
         ("PODS", capacities.pods),
         ("POD_IPV4", capacities.addresses),
         ("POD_IPV6", capacities.addresses),
+        ("INTERFACES", capacities.addresses),
         ("EXCLUDED_IPV4", capacities.exclusions),
         ("EXCLUDED_IPV6", capacities.exclusions),
         ("EXCLUDED_PORTS", capacities.exclusions),
@@ -97,10 +99,10 @@ fn loader<'a>(settings: &Settings) -> EbpfLoader<'a> {
 pub(super) struct Programs(BTreeMap<&'static str, bpf::Program>);
 
 impl Programs {
-    /// Has the kernel check all of them.
-    pub(super) fn load(object: &mut Ebpf) -> anyhow::Result<Self> {
-        let cgroup = CGROUP.into_iter().map(|(name, _)| name);
-        let tc = Hook::ALL.into_iter().map(Hook::program);
+    /// Has the kernel check all that the placement needs.
+    pub(super) fn load(object: &mut Ebpf, placement: Placement) -> anyhow::Result<Self> {
+        let cgroup = cgroup_programs(placement).iter().map(|(name, _)| *name);
+        let tc = Hook::of(placement).iter().map(|hook| hook.program());
         let mut programs = BTreeMap::new();
         for name in cgroup.chain(tc).chain([LOOKUP, PROBE]) {
             let program =

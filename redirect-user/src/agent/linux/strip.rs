@@ -6,6 +6,7 @@ use std::io;
 use redirect_ebpf::Family;
 
 use super::super::facts::Sysctl;
+use super::entrance;
 use super::netlink::{Netlink, Side};
 use super::sysctl;
 use crate::netns::NetNs;
@@ -21,6 +22,33 @@ pub struct Stripped {
     pub routes: usize,
     /// Sysctls that were turned off.
     pub sysctls: usize,
+}
+
+/// What was removed from the host's namespace (placement `node`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct HostReport {
+    /// TC filters on pods' devices.
+    pub filters: usize,
+    /// Routing rules.
+    pub rules: usize,
+    /// Whether the entrance was there.
+    pub entrance: bool,
+}
+
+/// Takes everything of ours out of the calling thread's namespace, which is the host's.
+pub fn strip_host() -> io::Result<HostReport> {
+    let mut netlink = Netlink::open()?;
+    let mut report = HostReport::default();
+    for interface in netlink.interfaces()?.0 {
+        for filter in netlink.filters(interface.index)? {
+            if netlink.delete_filter(interface.index, filter)? {
+                netlink.delete_clsact(interface.index)?;
+            }
+            report.filters += 1;
+        }
+    }
+    (report.rules, report.entrance) = entrance::remove(&mut netlink)?;
+    Ok(report)
 }
 
 /// Strips a namespace. `foreign` are the sysctls that were on before us, if that is known: then the namespace is a pod's.

@@ -24,6 +24,7 @@ use super::pins::Links;
 
 pub(super) struct Tc {
     method: TcMethod,
+    hooks: &'static [Hook],
     /// What was attached when it was last looked at, by namespace cookie.
     attached: HashMap<u64, BTreeSet<(u32, Hook)>>,
 }
@@ -44,8 +45,12 @@ pub(super) const HANDLES: RangeInclusive<u32> = 15001..=15008;
 impl Hook {
     pub(super) const fn side(self) -> Side {
         match self {
-            Self::Loopback(_) | Self::Inbound(_) | Self::Virtual(_) => Side::Ingress,
-            Self::Egress(_) => Side::Egress,
+            Self::Loopback(_)
+            | Self::Inbound(_)
+            | Self::Virtual(_)
+            | Self::FromPod(_)
+            | Self::Entrance(_) => Side::Ingress,
+            Self::Egress(_) | Self::ToPod(_) => Side::Egress,
         }
     }
 
@@ -56,6 +61,9 @@ impl Hook {
             Self::Inbound(family) => (15002, family),
             Self::Virtual(family) => (15003, family),
             Self::Egress(family) => (15004, family),
+            Self::FromPod(family) => (15005, family),
+            Self::ToPod(family) => (15006, family),
+            Self::Entrance(family) => (15007, family),
         };
         let priority = match family {
             Family::Ipv4 => 1,
@@ -75,9 +83,12 @@ impl Hook {
     fn fact(self, interface: &Interface) -> Fact {
         match self {
             Self::Egress(family) => Fact::Guard { interface: interface.clone(), family },
-            Self::Loopback(_) | Self::Inbound(_) | Self::Virtual(_) => {
-                Fact::Program { interface: interface.clone(), hook: self }
-            }
+            Self::Loopback(_)
+            | Self::Inbound(_)
+            | Self::Virtual(_)
+            | Self::FromPod(_)
+            | Self::ToPod(_)
+            | Self::Entrance(_) => Fact::Program { interface: interface.clone(), hook: self },
         }
     }
 }
@@ -95,9 +106,11 @@ pub(super) struct Attached {
 }
 
 impl Tc {
-    pub(super) fn new(programs: &Programs, method: TcMethod) -> anyhow::Result<Self> {
-        probe(programs, method)?;
-        Ok(Self { method, attached: HashMap::new() })
+    pub(super) fn new(programs: &Programs, method: TcMethod, hooks: &'static [Hook]) -> anyhow::Result<Self> {
+        if let Some(hook) = hooks.first() {
+            probe(programs, method, *hook)?;
+        }
+        Ok(Self { method, hooks, attached: HashMap::new() })
     }
 
     pub(super) fn uses_links(&self) -> bool {
@@ -152,7 +165,7 @@ impl Tc {
         if self.method == TcMethod::Tcx {
             return Ok(TcMethod::Tcx);
         }
-        let hooks = || Hook::ALL.into_iter().filter(|hook| hook.side() == side);
+        let hooks = || self.hooks.iter().copied().filter(|hook| hook.side() == side);
         let Some(any) = hooks().next() else { return Ok(TcMethod::Clsact) };
         let all = bpf::tcx_programs(interface, any.place(interface).hook)?;
         let ours = hooks().filter(|hook| links.has(&link_name(*hook, netns_cookie, interface))).count();
@@ -194,7 +207,7 @@ impl Tc {
         let mut places = BTreeSet::new();
         for interface in interfaces {
             let filters = netlink.filters(interface.index)?;
-            for hook in Hook::ALL {
+            for &hook in self.hooks {
                 let program = programs.get(hook.program())?;
                 let wanted = hook.filter();
                 let filter = filters.iter().find(|filter| Filter { program: 0, ..**filter } == wanted);
@@ -225,17 +238,16 @@ impl Tc {
     }
 
     /// The names of the links of a namespace.
-    pub(super) fn links_of(links: &Links, netns_cookie: u64) -> Vec<String> {
+    pub(super) fn links_of(&self, links: &Links, netns_cookie: u64) -> Vec<String> {
         let is_of = |name: &&str| {
-            Hook::ALL.iter().any(|hook| name.starts_with(&format!("{}-{netns_cookie}-", hook.program())))
+            self.hooks.iter().any(|hook| name.starts_with(&format!("{}-{netns_cookie}-", hook.program())))
         };
         links.names().filter(is_of).map(str::to_owned).collect()
     }
 }
 
 /// Finds out by trying, in a namespace of its own, whether the kernel can do it.
-fn probe(programs: &Programs, method: TcMethod) -> anyhow::Result<()> {
-    let hook = Hook::Loopback(Family::Ipv4);
+fn probe(programs: &Programs, method: TcMethod, hook: Hook) -> anyhow::Result<()> {
     let program = programs.get(hook.program())?;
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {

@@ -3,9 +3,11 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
+use super::super::facts::Hook;
 use super::object::{self, Programs};
 use super::tc::{Tc, TcMethod};
 use super::{Capacities, Settings};
+use crate::placement::Placement;
 
 /// Loads and unloads all programs. Returns how many there are.
 pub fn try_out(tc: TcMethod) -> anyhow::Result<usize> {
@@ -18,9 +20,11 @@ pub fn try_out(tc: TcMethod) -> anyhow::Result<usize> {
         exclusions: BTreeSet::new(),
         proxy_cgroups: Vec::new(),
         object: None,
+        placement: Placement::Pod,
+        rule_priority: 0,
     };
     let mut object = object::load(&settings)?;
-    let programs = Programs::load(&mut object)?;
-    Tc::new(&programs, tc)?;
+    let programs = Programs::load(&mut object, Placement::Pod)?;
+    Tc::new(&programs, tc, Hook::of(Placement::Pod))?;
     Ok(object.programs().count())
 }

@@ -43,7 +43,7 @@ impl Node {
 }
 
 fn defaults(proxy_deadline: Duration) -> Defaults {
-    Defaults { proxy_deadline, dns: false }
+    Defaults { proxy_deadline, dns: false, any_source: false }
 }
 
 fn parse(addresses: &[&str]) -> Vec<IpAddr> {

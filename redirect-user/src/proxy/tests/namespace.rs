@@ -21,6 +21,7 @@ use super::super::sockets::Namespaces;
 use super::super::{Identity, OriginalDestination, Shared};
 use super::{eventually, soon};
 use crate::netns::NetNs;
+use crate::placement::Placement;
 use crate::skip::skip;
 
 /// The `lo` of every IPv6 namespace has both; in IPv4 all of 127.0.0.0/8 is there anyway.
@@ -117,7 +118,9 @@ impl Logged {
         let upstreams = Arc::new(Upstreams::new(upstreams, &directory.path().join("resolv.conf")));
         let original_destination = OriginalDestination::default();
         let access_log = Some(access_log);
-        let shared = Shared { namespaces, access_log, ipv6, original_destination, upstreams, retry };
+        let placement = Placement::Pod;
+        let shared =
+            Shared { namespaces, access_log, ipv6, placement, original_destination, upstreams, retry };
         (Self { _directory: directory, path, writer }, shared)
     }
 

@@ -14,8 +14,11 @@ use redirect_tests::wait::{self, SOON};
 use redirect_tests::{Direction, Stack};
 
 use super::{LONG_ENOUGH, Scene, begin, connect, end, fails, let_it_retry, segments_received};
-use crate::context::{Context, for_every_stack};
+use crate::context::{Context, for_every_stack_in_pods};
 use crate::raw;
+
+/// What is different in placement `node`.
+const ELSEWHERE: &str = "no mark leaves the pod: packets are known by the device that they come from";
 
 pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     type Test = fn(&Context, Stack) -> Result<()>;
@@ -37,7 +40,9 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     ];
     tests
         .into_iter()
-        .flat_map(|(name, test)| for_every_stack(context, &format!("odd_sockets::{name}"), test))
+        .flat_map(|(name, test)| {
+            for_every_stack_in_pods(context, &format!("odd_sockets::{name}"), ELSEWHERE, test)
+        })
         .collect()
 }
 

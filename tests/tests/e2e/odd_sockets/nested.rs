@@ -12,7 +12,11 @@ use redirect_tests::stack::canonical;
 use redirect_tests::{Connection, Direction, Netns, Pod, Stack};
 
 use super::{LONG_ENOUGH, Scene};
-use crate::context::{Context, for_every_stack};
+use crate::context::{Context, for_every_stack_in_pods};
+
+/// What is different in placement `node`.
+const ELSEWHERE: &str =
+    "what the pod forwards is dropped as spoofed, or captured with the address of the pod";
 
 pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     type Test = fn(&Context, Stack) -> Result<()>;
@@ -24,7 +28,9 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     ];
     tests
         .into_iter()
-        .flat_map(|(name, test)| for_every_stack(context, &format!("odd_sockets::{name}"), test))
+        .flat_map(|(name, test)| {
+            for_every_stack_in_pods(context, &format!("odd_sockets::{name}"), ELSEWHERE, test)
+        })
         .collect()
 }
 

@@ -1,0 +1,174 @@
+//! TC ingress of the entrance, placement `node`: a device of the host through which [`super::from_pod`] and
+//! [`super::to_pod`] send what the proxy in the host's namespace is to get. A policy rule delivers what comes in here
+//! locally, whatever its destination.
+//!
+//! A device of our own, because packets to a pod come from anywhere: as if received from the pod's device they would fail
+//! the reverse path filter and mislead the bridge about who is where.
+
+use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_OK, TC_ACT_UNSPEC};
+use aya_ebpf::helpers::bpf_redirect;
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use redirect_ebpf::constants::{
+    MARK_CAPTURE, MARK_INBOUND, MARK_MASK, MARK_RESOLVE, MARK_TUNNEL, PORT_DNS, PORT_INBOUND, PORT_OUTBOUND,
+    PORT_TUNNEL,
+};
+use redirect_ebpf::count::{Direction, Reason, Verdict};
+use redirect_ebpf::decide::Inbound;
+use redirect_ebpf::family::{Ip, Ipv4, Ipv6};
+use redirect_ebpf::packet::{Packet, Parse, Parsed, Segment, complained_of, parse};
+
+use super::counters::count;
+use super::pods::PodIp;
+use super::skb::Skb;
+use super::socket::{self, Socket};
+use super::steer::{Action, Route, steer};
+
+#[classifier]
+pub(crate) fn entrance_ipv4(ctx: TcContext) -> i32 {
+    entrance::<Ipv4>(&ctx)
+}
+
+#[classifier]
+pub(crate) fn entrance_ipv6(ctx: TcContext) -> i32 {
+    entrance::<Ipv6>(&ctx)
+}
+
+/// Sends a packet to the entrance, with one of the marks that tell what it is there for.
+#[inline(always)]
+pub(super) fn enter<I: Ip>(ctx: &TcContext, mark: u32) -> Action {
+    if Skb(ctx).ether_type() != I::ETHER_TYPE {
+        // The host's stack would look for a VLAN on the entrance.
+        count(I::FAMILY, direction(mark), Verdict::Dropped, Reason::Malformed);
+        return Action::Drop;
+    }
+    set_mark(ctx, mark);
+    // SAFETY: the helper has no preconditions: a device that does not exist drops the packet.
+    Action::Redirect(unsafe { bpf_redirect(super::config::entrance(), BPF_F_INGRESS.into()) } as i32)
+}
+
+/// Whether one end is known on its link alone: the proxy's sockets would take such an address for one on the entrance, so
+/// that nobody would get their answers.
+#[inline(always)]
+pub(super) fn is_of_the_link<I: Ip>(segment: &Segment<I::Address>) -> bool {
+    I::is_link_scoped(segment.source) || I::is_link_scoped(segment.destination)
+}
+
+/// Sends an ICMP error about a connection of the proxy to the entrance: it is addressed to the end that the proxy stands in
+/// for. Other packets that are neither TCP nor UDP are left alone.
+#[inline(always)]
+pub(super) fn enter_complaint<I: Parse>(ctx: &TcContext) -> Action {
+    match complained_of::<I>(&Skb(ctx)) {
+        Some(segment) if socket::is_known(ctx, &segment) => enter::<I>(ctx, MARK_CAPTURE),
+        _ => Action::Continue,
+    }
+}
+
+/// Nothing runs behind it: while filters are replaced by tcx links it is there twice, and the mark is not what it was.
+#[inline(always)]
+fn entrance<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
+    if Skb(ctx).ether_type() != I::ETHER_TYPE {
+        return TC_ACT_UNSPEC;
+    }
+    match admit::<I>(ctx) {
+        Action::Continue => TC_ACT_OK,
+        other => other.into(),
+    }
+}
+
+#[inline(always)]
+fn admit<I: Parse + PodIp>(ctx: &TcContext) -> Action {
+    const PACKET_HOST: u32 = 0;
+    // SAFETY: every TC context has `mark`.
+    let mark = unsafe { (*ctx.skb.skb).mark } & MARK_MASK;
+    set_mark(ctx, MARK_CAPTURE);
+    // Its link address is not the entrance's.
+    if ctx.change_type(PACKET_HOST).is_err() {
+        return Action::Drop;
+    }
+    match mark {
+        MARK_CAPTURE => steer::<I, Captured>(ctx),
+        MARK_INBOUND => steer::<I, Inwards>(ctx),
+        MARK_TUNNEL => steer::<I, Tunnelled>(ctx),
+        MARK_RESOLVE => resolve::<I>(ctx),
+        // Nobody else has anything to send here.
+        _ => Action::Drop,
+    }
+}
+
+#[inline(always)]
+fn set_mark(ctx: &TcContext, mark: u32) {
+    // SAFETY: every TC context has `mark`.
+    let current = unsafe { (*ctx.skb.skb).mark };
+    ctx.set_mark((current & !MARK_MASK) | mark);
+}
+
+const fn direction(mark: u32) -> Direction {
+    match mark {
+        MARK_INBOUND | MARK_TUNNEL => Direction::Inbound,
+        _ => Direction::Outbound,
+    }
+}
+
+/// A DNS question goes to the proxy's resolver.
+#[inline(always)]
+fn resolve<I: Parse + PodIp>(ctx: &TcContext) -> Action {
+    let Parsed::Datagram(segment) = parse::<I>(&Skb(ctx)) else { return steer::<I, Question>(ctx) };
+    let Some(socket) = Socket::datagrams(ctx, &segment, PORT_DNS) else {
+        count(I::FAMILY, Direction::Outbound, Verdict::Dropped, Reason::NoListener);
+        return Action::Drop;
+    };
+    if socket.assign(ctx).is_err() {
+        count(I::FAMILY, Direction::Outbound, Verdict::Dropped, Reason::AssignFailed);
+        return Action::Drop;
+    }
+    count(I::FAMILY, Direction::Outbound, Verdict::Steered, Reason::Dns);
+    Action::Continue
+}
+
+/// A route of the entrance: what came here is for the proxy, that is decided.
+macro_rules! route {
+    ($(#[$doc:meta])* $name:ident, $direction:ident, $port:expr, $reason:ident, $pod:ident) => {
+        $(#[$doc])*
+        struct $name;
+
+        impl<I: Parse> Route<I> for $name {
+            const DIRECTION: Direction = Direction::$direction;
+            const PORT: u16 = $port;
+            const REASON: Reason = Reason::$reason;
+            const ASSIGN_CONNECTED: bool = false;
+
+            #[inline(always)]
+            fn packet(ctx: &TcContext) -> impl Packet {
+                Skb(ctx)
+            }
+
+            #[inline(always)]
+            fn decide(_: &TcContext, _: &Segment<I::Address>) -> Inbound {
+                Inbound::Capture
+            }
+
+            #[inline(always)]
+            fn pod(segment: &Segment<I::Address>) -> I::Address {
+                segment.$pod
+            }
+        }
+    };
+}
+
+route!(
+    /// Connections from pods, and packets of connections that exist.
+    Captured, Outbound, PORT_OUTBOUND, Enrolled, source
+);
+route!(
+    /// Connections to pods.
+    Inwards, Inbound, PORT_INBOUND, Enrolled, destination
+);
+route!(
+    /// Connections of the mesh's tunnel.
+    Tunnelled, Inbound, PORT_TUNNEL, Enrolled, destination
+);
+route!(
+    /// DNS over TCP.
+    Question, Outbound, PORT_DNS, Dns, source
+);

@@ -1,0 +1,123 @@
+//! TC ingress of the host's end of an enrolled pod's device, placement `node`: what the pod sends. New connections and DNS
+//! questions go to the proxy by way of the [`super::entrance`], and so do packets of connections that the proxy has.
+
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use redirect_ebpf::constants::{MARK_CAPTURE, MARK_RESOLVE, PORT_DNS, PORT_OUTBOUND};
+use redirect_ebpf::count::{Direction, Reason, Verdict};
+use redirect_ebpf::decide::{self, Connect, Outbound, Protocol};
+use redirect_ebpf::family::{Ipv4, Ipv6};
+use redirect_ebpf::maps::PodFlags;
+use redirect_ebpf::packet::{Parse, Parsed, Segment, is_of_another_family, parse, source};
+
+use super::counters::count;
+use super::entrance::{enter, enter_complaint, is_of_the_link};
+use super::exclusions::{ExcludedIp, excluded};
+use super::pods::{self, PodIp};
+use super::refuse::{Back, is_refused, refuse};
+use super::skb::Skb;
+use super::socket;
+use super::steer::{Action, acknowledged};
+
+#[classifier]
+pub(crate) fn from_pod_ipv4(ctx: TcContext) -> i32 {
+    from_pod::<Ipv4>(&ctx).into()
+}
+
+#[classifier]
+pub(crate) fn from_pod_ipv6(ctx: TcContext) -> i32 {
+    from_pod::<Ipv6>(&ctx).into()
+}
+
+#[inline(always)]
+fn from_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
+    if is_of_another_family::<I>(&Skb(ctx)) {
+        return Action::Continue;
+    }
+    // SAFETY: every TC context has `ifindex`.
+    let interface = unsafe { (*ctx.skb.skb).ifindex };
+    let Some((cookie, flags)) = pods::behind(interface) else { return Action::Continue };
+    // A packet that is too short for an address is dropped below.
+    let spoofs = |source| I::owner(&source) != Some(cookie) && !I::is_unassigned(source);
+    if !flags.contains(PodFlags::ANY_SOURCE) && source::<I>(&Skb(ctx)).is_some_and(spoofs) {
+        return drop::<I>(Reason::Spoofed);
+    }
+    match parse::<I>(&Skb(ctx)) {
+        Parsed::Other => enter_complaint::<I>(ctx),
+        Parsed::Malformed => drop::<I>(Reason::Malformed),
+        Parsed::Tcp(segment) => tcp::<I>(ctx, &segment, cookie, flags),
+        Parsed::Datagram(segment) => match decision::<I>(&segment, Protocol::Udp, cookie, flags) {
+            Outbound::Resolve if is_of_the_link::<I>(&segment) => drop::<I>(Reason::LinkScoped),
+            Outbound::Resolve => enter::<I>(ctx, MARK_RESOLVE),
+            _ => Action::Continue,
+        },
+        // It may open a connection, and nobody can tell; but TCP itself never sends such.
+        Parsed::Fragment(segment) => match decision::<I>(&segment, Protocol::Tcp, cookie, flags) {
+            Outbound::Pass(_) => Action::Continue,
+            _ => drop::<I>(Reason::Fragmented),
+        },
+    }
+}
+
+#[inline(always)]
+fn tcp<I: Parse + PodIp + ExcludedIp>(
+    ctx: &TcContext,
+    segment: &Segment<I::Address>,
+    cookie: u64,
+    flags: PodFlags,
+) -> Action {
+    if socket::is_known(ctx, segment) && !segment.opens() {
+        return enter::<I>(ctx, MARK_CAPTURE);
+    }
+    let captured = match decision::<I>(segment, Protocol::Tcp, cookie, flags) {
+        Outbound::Capture => Some((PORT_OUTBOUND, MARK_CAPTURE)),
+        Outbound::Resolve => Some((PORT_DNS, MARK_RESOLVE)),
+        Outbound::Deliver => None,
+        Outbound::Pass(reason) => {
+            if segment.opens() {
+                count(I::FAMILY, Direction::Outbound, Verdict::Passed, reason);
+            }
+            None
+        }
+    };
+    let Some((port, mark)) = captured else { return Action::Continue };
+    if segment.opens() {
+        if is_of_the_link::<I>(segment) {
+            return drop::<I>(Reason::LinkScoped);
+        }
+        if is_refused(ctx, segment, port) {
+            count(I::FAMILY, Direction::Outbound, Verdict::Dropped, Reason::NoListener);
+            return refuse::<I>(ctx, segment, Back::ToPod);
+        }
+        return enter::<I>(ctx, mark);
+    }
+    if acknowledged::<I>(ctx, segment, port).is_some() { enter::<I>(ctx, mark) } else { Action::Continue }
+}
+
+#[inline(always)]
+fn decision<I: PodIp + ExcludedIp>(
+    segment: &Segment<I::Address>,
+    protocol: Protocol,
+    cookie: u64,
+    flags: PodFlags,
+) -> Outbound {
+    let connect = Connect {
+        protocol,
+        destination: segment.destination,
+        port: u16::from_be_bytes(segment.destination_port),
+        proxy: false,
+        source: segment.source,
+        flags,
+    };
+    decide::outbound::<I>(
+        &connect,
+        |address| I::owner(&address) == Some(cookie),
+        || excluded::<I>(cookie, flags, Direction::Outbound, segment.destination, segment.destination_port),
+    )
+}
+
+#[inline(always)]
+fn drop<I: Parse>(reason: Reason) -> Action {
+    count(I::FAMILY, Direction::Outbound, Verdict::Dropped, reason);
+    Action::Drop
+}

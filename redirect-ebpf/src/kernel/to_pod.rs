@@ -1,0 +1,128 @@
+//! TC egress of the host's end of an enrolled pod's device, placement `node`: what is sent to the pod. New connections go
+//! to the proxy by way of the [`super::entrance`], and so do packets of connections that the proxy has, also those that it
+//! made in the pod's name: their answers come to the pod's address.
+
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use redirect_ebpf::constants::{
+    MARK_CAPTURE, MARK_INBOUND, MARK_TUNNEL, PORT_DNS, PORT_DOMAIN, PORT_INBOUND, PORT_TUNNEL,
+};
+use redirect_ebpf::count::{Direction, Reason, Verdict};
+use redirect_ebpf::decide::{self, Inbound};
+use redirect_ebpf::family::{Ipv4, Ipv6};
+use redirect_ebpf::maps::PodFlags;
+use redirect_ebpf::packet::{Parse, Parsed, Segment, is_of_another_family, parse};
+
+use super::counters::count;
+use super::entrance::{enter, enter_complaint, is_of_the_link};
+use super::exclusions::{ExcludedIp, excluded};
+use super::pods::{self, PodIp};
+use super::probe::is_probe;
+use super::proxies::{Sender, sender};
+use super::refuse::{Back, is_refused, refuse};
+use super::rewrite::set_source_port;
+use super::skb::Skb;
+use super::socket;
+use super::steer::{Action, acknowledged};
+
+#[classifier]
+pub(crate) fn to_pod_ipv4(ctx: TcContext) -> i32 {
+    to_pod::<Ipv4>(&ctx).into()
+}
+
+#[classifier]
+pub(crate) fn to_pod_ipv6(ctx: TcContext) -> i32 {
+    to_pod::<Ipv6>(&ctx).into()
+}
+
+#[inline(always)]
+fn to_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
+    if is_of_another_family::<I>(&Skb(ctx)) {
+        return Action::Continue;
+    }
+    // SAFETY: every TC context has `ifindex`.
+    let interface = unsafe { (*ctx.skb.skb).ifindex };
+    let Some((cookie, flags)) = pods::behind(interface) else { return Action::Continue };
+    let sender = sender(ctx);
+    match parse::<I>(&Skb(ctx)) {
+        Parsed::Other => enter_complaint::<I>(ctx),
+        Parsed::Malformed => drop::<I>(Reason::Malformed),
+        Parsed::Datagram(segment) => {
+            if sender != Sender::Other && u16::from_be_bytes(segment.source_port) == PORT_DNS {
+                return answer(ctx, &segment);
+            }
+            Action::Continue
+        }
+        Parsed::Tcp(_) | Parsed::Fragment(_) if sender == Sender::Delivery => Action::Continue,
+        Parsed::Tcp(segment) => tcp::<I>(ctx, &segment, cookie, flags),
+        // It may open a connection, and nobody can tell; but TCP itself never sends such.
+        Parsed::Fragment(segment) => match decision::<I>(&segment, cookie, flags) {
+            Inbound::Pass(reason) if reason != Reason::TunnelPort => Action::Continue,
+            _ => drop::<I>(Reason::Fragmented),
+        },
+    }
+}
+
+#[inline(always)]
+fn tcp<I: Parse + PodIp + ExcludedIp>(
+    ctx: &TcContext,
+    segment: &Segment<I::Address>,
+    cookie: u64,
+    flags: PodFlags,
+) -> Action {
+    if socket::is_known(ctx, segment) && !segment.opens() {
+        return enter::<I>(ctx, MARK_CAPTURE);
+    }
+    let tunnel = u16::from_be_bytes(segment.destination_port) == PORT_TUNNEL;
+    let (port, mark) = if tunnel { (PORT_TUNNEL, MARK_TUNNEL) } else { (PORT_INBOUND, MARK_INBOUND) };
+    if !segment.opens() {
+        return if acknowledged::<I>(ctx, segment, port).is_some() {
+            enter::<I>(ctx, mark)
+        } else {
+            Action::Continue
+        };
+    }
+    match decision::<I>(segment, cookie, flags) {
+        // The proxy's listener is not in the pod.
+        Inbound::Capture | Inbound::Pass(Reason::TunnelPort) => {}
+        Inbound::Drop(reason) => return drop::<I>(reason),
+        Inbound::Pass(reason) => {
+            count(I::FAMILY, Direction::Inbound, Verdict::Passed, reason);
+            return Action::Continue;
+        }
+    }
+    if is_of_the_link::<I>(segment) {
+        return drop::<I>(Reason::LinkScoped);
+    }
+    if is_refused(ctx, segment, port) {
+        count(I::FAMILY, Direction::Inbound, Verdict::Dropped, Reason::NoListener);
+        return refuse::<I>(ctx, segment, Back::FromPod);
+    }
+    enter::<I>(ctx, mark)
+}
+
+#[inline(always)]
+fn decision<I: PodIp + ExcludedIp>(segment: &Segment<I::Address>, cookie: u64, flags: PodFlags) -> Inbound {
+    decide::inbound(
+        u16::from_be_bytes(segment.destination_port),
+        Some(flags),
+        || is_probe::<I>(segment),
+        || excluded::<I>(cookie, flags, Direction::Inbound, segment.source, segment.destination_port),
+        || false,
+    )
+}
+
+/// The resolver answers from its own port, and the application shall see the server's.
+#[inline(always)]
+fn answer<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> Action {
+    match set_source_port(ctx, segment, PORT_DOMAIN) {
+        Ok(()) => Action::Continue,
+        Err(_) => Action::Drop,
+    }
+}
+
+#[inline(always)]
+fn drop<I: Parse>(reason: Reason) -> Action {
+    count(I::FAMILY, Direction::Inbound, Verdict::Dropped, reason);
+    Action::Drop
+}

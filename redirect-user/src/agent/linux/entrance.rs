@@ -1,0 +1,133 @@
+//! The entrance, placement `node`: a device of the host through which packets of pods reach the proxy, and the rules and
+//! routes that deliver locally whatever comes in there.
+//!
+//! It is one end of a pair of devices. Nothing is ever sent through the pair: packets are put to the end that is ours as
+//! if they had come through.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use anyhow::{Context as _, bail};
+use redirect_ebpf::Family;
+use redirect_ebpf::constants::{ENTRANCE, ENTRANCE_PEER};
+
+use super::super::facts::Interface;
+use super::netlink::Netlink;
+use super::sysctl;
+
+/// What the entrance needs: that packets with any source are taken there, whatever the reverse path filter of the host;
+/// and that nothing else happens on it.
+const IPV4: [(&str, &str); 2] = [("accept_local", "1"), ("src_valid_mark", "1")];
+const IPV6: [(&str, &str); 3] = [("disable_ipv6", "0"), ("addr_gen_mode", "1"), ("accept_ra", "0")];
+const IPV6_OF_PEER: [(&str, &str); 1] = [("disable_ipv6", "1")];
+
+/// Off, because the kernel else finds the proxy's socket before it finds the route, and drops what has a socket and is to
+/// be forwarded: the answers to the proxy, which come to the pods' addresses. It holds for both families.
+const EARLY_DEMUX: &str = "/proc/sys/net/ipv4/tcp_early_demux";
+
+/// The alias of the entrance that says that the sysctl was on before.
+const WAS_ON: &str = "ambient-redirect: net.ipv4.tcp_early_demux was 1";
+
+/// The entrance as it is, and whether anything of it was missing.
+pub(super) struct Entrance {
+    pub(super) interface: Interface,
+    pub(super) mended: bool,
+}
+
+/// Brings the entrance about, in the host's namespace. `was_on` is what is known of the sysctl from before.
+pub(super) fn ensure(netlink: &mut Netlink, priority: u32, was_on: &mut bool) -> anyhow::Result<Entrance> {
+    let families = families();
+    // Before anything is made: a rule of somebody else's in our place is an error of the configuration.
+    for &family in families {
+        if let Some(other) = netlink.other_rule(family, priority)? {
+            bail!(
+                "{family}: rule priority {priority} of the host is taken by `{other}`: choose another with --rule-priority"
+            );
+        }
+    }
+    let mut mended = false;
+    let context = || format!("device {ENTRANCE}");
+    match netlink.find(ENTRANCE)? {
+        Some(found) => *was_on |= netlink.alias(found.index)?.as_deref() == Some(WAS_ON),
+        None => {
+            netlink.add_pair(ENTRANCE, ENTRANCE_PEER).with_context(context)?;
+            mended = true;
+            if *was_on {
+                netlink.set_alias(ENTRANCE, WAS_ON)?;
+            }
+        }
+    }
+    if turn_early_demux_off(netlink)? {
+        mended = true;
+        *was_on = true;
+    }
+    let (ours, peer) = (netlink.find(ENTRANCE)?, netlink.find(ENTRANCE_PEER)?);
+    let (Some(ours), Some(peer)) = (ours, peer) else {
+        bail!(
+            "device {ENTRANCE} or its peer {ENTRANCE_PEER} is gone: something else removes devices of the host"
+        );
+    };
+    mended |= set(4, ENTRANCE, &IPV4)?;
+    if families.contains(&Family::Ipv6) {
+        mended |= set(6, ENTRANCE, &IPV6)? | set(6, ENTRANCE_PEER, &IPV6_OF_PEER)?;
+    }
+    // Both, for the sake of hosts that leave devices without a carrier out of routing.
+    for end in [&ours, &peer] {
+        netlink.set_up(end.index).with_context(context)?;
+    }
+    for &family in families {
+        if netlink.routes(family, std::slice::from_ref(&ours))?.is_empty() {
+            netlink.add_entrance_route(family, ours.index).with_context(|| format!("{family} route"))?;
+            mended = true;
+        }
+        mended |= netlink.ensure_entrance_rule(family, priority).with_context(|| format!("{family} rule"))?;
+    }
+    Ok(Entrance { interface: ours, mended })
+}
+
+/// Removes it from the calling thread's namespace, with the routes through it. Returns how many rules went, and whether
+/// the device was there.
+pub(super) fn remove(netlink: &mut Netlink) -> io::Result<(usize, bool)> {
+    let mut rules = 0;
+    for &family in families() {
+        rules += netlink.delete_entrance_rules(family)?;
+    }
+    let found = netlink.find(ENTRANCE)?;
+    if let Some(found) = &found {
+        if netlink.alias(found.index)?.as_deref() == Some(WAS_ON) {
+            fs::write(EARLY_DEMUX, "1")?;
+        }
+        netlink.delete_link(found.index)?;
+    }
+    Ok((rules, found.is_some()))
+}
+
+fn turn_early_demux_off(netlink: &mut Netlink) -> anyhow::Result<bool> {
+    if fs::read_to_string(EARLY_DEMUX).with_context(|| EARLY_DEMUX)?.trim() == "0" {
+        return Ok(false);
+    }
+    // First the note, lest it is never known again.
+    netlink.set_alias(ENTRANCE, WAS_ON)?;
+    fs::write(EARLY_DEMUX, "0")
+        .with_context(|| format!("{EARLY_DEMUX} can't be written: is /proc/sys read-only?"))?;
+    Ok(true)
+}
+
+fn families() -> &'static [Family] {
+    if sysctl::ipv6_enabled("lo") { &Family::ALL } else { &[Family::Ipv4] }
+}
+
+/// Returns whether anything had to be changed.
+fn set(version: u8, interface: &str, sysctls: &[(&str, &str)]) -> anyhow::Result<bool> {
+    let mut changed = false;
+    for (name, wanted) in sysctls {
+        let path = Path::new("/proc/sys/net").join(format!("ipv{version}/conf/{interface}/{name}"));
+        let context = || format!("{} can't be set: is /proc/sys read-only?", path.display());
+        if fs::read_to_string(&path).with_context(context)?.trim() != *wanted {
+            fs::write(&path, wanted).with_context(context)?;
+            changed = true;
+        }
+    }
+    Ok(changed)
+}

@@ -1,0 +1,48 @@
+//! Placement `node`: what there is in it alone, and which tests of both placements are not run in it, and why.
+
+mod repairs;
+mod rules;
+mod sources;
+
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use libtest_mimic::Trial;
+use redirect_tests::Pod;
+
+use crate::context::Context;
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    [repairs::trials(context), sources::trials(context), rules::trials(context)]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+/// The name of the host's end of a pod's interface.
+fn host_device(pod: &Pod) -> Result<String> {
+    let index = pod.netns().json("ip -j link show eth0")?[0]["link_index"].as_u64().context("no veth")?;
+    let links = pod.node().netns().json("ip -j link show")?;
+    let mut links = links.as_array().into_iter().flatten();
+    let found = links.find(|link| link["ifindex"] == index).and_then(|link| link["ifname"].as_str());
+    Ok(found.context("no device of the host leads to the pod")?.to_owned())
+}
+
+/// What is different there.
+const DIFFERENT: [(&str, &str); 7] = [
+    ("dns::bound_to_a_device", "a socket that is bound to the pod's device is captured like any other"),
+    ("dns::connected_and_then_elsewhere", "a connected socket hears nobody but its peer, as without a mesh"),
+    ("dns::link_local_server", "the resolver could not answer on the pod's link: such questions are dropped"),
+    ("dns::without_the_resolvers_address", "the resolver is not in the pod"),
+    ("dns::without_proxy_questions_fail", "questions are dropped without a proxy: whoever asks waits"),
+    (
+        "dns::sendmmsg_and_recvmmsg",
+        "answers show who gave them, so that they need not come in the order of questions",
+    ),
+    ("without_ipv6::off_", "the host steers IPv6, whatever the pod's lo"),
+];
+
+/// Why a test is not run there.
+pub(crate) fn reason(name: &str) -> Option<&'static str> {
+    DIFFERENT.into_iter().find(|(start, _)| name.starts_with(start)).map(|(_, reason)| reason)
+}
