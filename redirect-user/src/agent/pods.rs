@@ -57,6 +57,9 @@ pub(crate) struct Pods<D> {
     repairs: Repairs,
     /// By UID.
     slots: Slots<Enrolled>,
+    /// UIDs by the cookie of the namespace. A path, and with it what is there, may be another pod's by now: a namespace
+    /// belongs to the pod that was brought with it last.
+    owners: Mutex<HashMap<u64, String>>,
     /// UIDs by container ID, which is how the runtime names what it takes down.
     containers: Mutex<HashMap<String, String>>,
     /// The containers whose sandboxes the runtime has taken down, newest last. Their processes and addresses may show for
@@ -161,6 +164,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             records,
             repairs: Repairs::default(),
             slots: Slots::default(),
+            owners: Mutex::default(),
             containers: Mutex::default(),
             retired: Mutex::default(),
         }
@@ -225,6 +229,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         if !known {
             self.records.write(&enrolled.record(Phase::Begun));
         }
+        self.own(&enrolled.target).await;
         self.follow(&enrolled.target);
         match self.steer_and_serve(&enrolled.target).await {
             Ok((observation, proxy)) => {
@@ -319,6 +324,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let all = addresses.iter().copied().collect();
         let target = self.defaults.target(identity, &settings, all, netns, namespace);
         let mut enrolled = Enrolled { declared: addresses, containers, settings, ..Enrolled::new(target) };
+        self.own(&enrolled.target).await;
         self.records.write(&enrolled.record(Phase::Begun));
         let steered = match self.steer(&enrolled.target).await {
             Ok(outcome) => self
@@ -438,6 +444,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     /// Takes the pod from the kernel and from the proxy, so that the proxy's connections work until it cuts them. Returns
     /// how long the proxy took.
     async fn remove(&self, target: &Target) -> Duration {
+        let owned = self.owns(target);
         self.unenroll(target, Removal::Capture).await;
         let asked = Instant::now();
         if let RemoveOutcome::Pending(peers) = self.proxies.remove(&target.identity.uid, PROXY_RELEASE).await
@@ -447,11 +454,20 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
         let proxy = asked.elapsed();
         self.unenroll(target, Removal::Everything).await;
-        self.records.remove(target.netns_cookie);
+        if owned {
+            self.records.remove(target.netns_cookie);
+        }
         proxy
     }
 
+    /// Leaves a namespace alone that is another pod's by now.
     async fn unenroll(&self, target: &Target, removal: Removal) {
+        if !self.owns(target) {
+            return;
+        }
+        if removal == Removal::Everything {
+            self.owners().remove(&target.netns_cookie);
+        }
         let copy = target.clone();
         match self.kernel.run(move |datapath| datapath::unenroll(datapath, &copy, removal)).await {
             Ok(errors) => {
@@ -546,6 +562,25 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             Some(address) => Err(Error::ForeignAddress { pod: identity.clone(), address }),
             None => Ok(()),
         }
+    }
+
+    /// Makes the namespace the pod's own. The proxy lets go of the pod that had it before.
+    async fn own(&self, target: &Target) {
+        let uid = &target.identity.uid;
+        let before = self.owners().insert(target.netns_cookie, uid.clone());
+        if let Some(before) = before.filter(|before| before != uid) {
+            tracing::info!(pod = %target.identity, before, "the network namespace was taken for another pod's");
+            self.proxies.remove(&before, PROXY_RELEASE).await;
+        }
+    }
+
+    /// Whether the namespace is no other pod's.
+    fn owns(&self, target: &Target) -> bool {
+        self.owners().get(&target.netns_cookie).is_none_or(|uid| *uid == target.identity.uid)
+    }
+
+    fn owners(&self) -> MutexGuard<'_, HashMap<u64, String>> {
+        self.owners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn follow(&self, target: &Target) {

@@ -69,6 +69,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             if let Err(error) = self.proxies.set(workload(&enrolled.target)) {
                 tracing::warn!(pod = %identity, %error, "the proxies are not told of the pod");
             }
+            self.own(&enrolled.target).await;
             self.follow(&enrolled.target);
             if enrolled.target.netns_cookie != cookie {
                 self.repairs.of_namespace(&identity);

@@ -177,6 +177,32 @@ async fn a_late_removal_of_the_sandbox_before_does_not_touch_the_one_after_it() 
     proxy.abort();
 }
 
+#[tokio::test]
+async fn a_namespace_is_the_pods_that_was_brought_with_it_last() {
+    let node = Node::start();
+    let (old, old_cookie) = node.netns("old", &["10.0.0.2"]);
+    let (new, new_cookie) = node.netns("new", &["10.0.0.2"]);
+    let server = Server::bind(&node.directory.path().join("acks.sock"), Options::default()).unwrap();
+    let pods = Pods { proxies: server.1, defaults: defaults(Duration::from_secs(5)), ..node.pods };
+    let task = tokio::spawn(server.0.run(std::future::pending()));
+    let proxy = tokio::spawn(acknowledge(node.directory.path().join("acks.sock")));
+    let steers = |cookie: u64| node.kernel.facts(cookie).iter().any(|fact| matches!(fact, Fact::Pod(_)));
+    pods.add(attachment("1"), wanted("u", "a", &["10.0.0.2"]), old).await.unwrap();
+    // Where the old pod's namespace was is the new pod's, and it is looked there before the new pod is brought.
+    std::fs::rename(node.directory.path().join("new"), node.directory.path().join("old")).unwrap();
+    pods.look_after("u").await;
+    assert!(steers(new_cookie) && !steers(old_cookie));
+    pods.add(attachment("2"), wanted("v", "b", &["10.0.0.2"]), new).await.unwrap();
+    pods.look_after("u").await;
+    pods.del(&attachment("1")).await;
+    assert!(steers(new_cookie));
+    pods.check(&attachment("2"), &parse(&["10.0.0.2"])).await.unwrap();
+    pods.del(&attachment("2")).await;
+    assert!(node.kernel.facts(new_cookie).is_empty());
+    task.abort();
+    proxy.abort();
+}
+
 async fn acknowledge(path: std::path::PathBuf) {
     use crate::zds::messages::{Ack, Hello, Response, WorkloadRequest, WorkloadResponse};
     use crate::zds::packet;

@@ -33,6 +33,10 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 }
             }
         }
+        if !self.owns(&known.target) {
+            known.steered = false;
+            return;
+        }
         let target = known.target.clone();
         let mut quiet = known.observation.facts.iter().filter(|fact| fact.is_quiet());
         let intact = match self.kernel.run(move |datapath| datapath.glance(&target)).await {
@@ -55,9 +59,15 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         known.target.netns = netns;
         known.target.netns_cookie = cookie;
         known.target.foreign = sysctls;
+        if !self.owns(&known.target) {
+            known.target = old;
+            return Err(Error::NoNamespace(identity));
+        }
+        self.own(&known.target).await;
         match self.steer(&known.target).await {
             Ok(outcome) => known.observation = outcome.observation,
             Err(error) => {
+                self.owners().remove(&cookie);
                 known.target = old;
                 return Err(error);
             }
@@ -72,6 +82,10 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     }
 
     pub(super) async fn repair(&self, known: &mut Enrolled) {
+        if !self.owns(&known.target) {
+            known.steered = false;
+            return;
+        }
         match self.steer(&known.target).await {
             Ok(outcome) => {
                 let before = &known.observation.facts;
