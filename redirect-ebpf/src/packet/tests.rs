@@ -86,11 +86,26 @@ fn plain_headers() {
 fn a_family_ignores_the_other_and_other_protocols() {
     assert_eq!(parse::<Ipv6>(&ipv4(&[], 0, 6, &tcp(SYN))), Parsed::Other);
     assert_eq!(parse::<Ipv4>(&ipv6(6, &tcp(SYN))), Parsed::Other);
-    for protocol in [1, 17, 50, 132] {
+    for protocol in [1, 50, 132] {
         assert_eq!(parse::<Ipv4>(&ipv4(&[], 0, protocol, &tcp(SYN))), Parsed::Other);
         assert_eq!(parse::<Ipv6>(&ipv6(protocol, &tcp(SYN))), Parsed::Other);
     }
     assert_eq!(parse::<Ipv6>(&ipv6(58, &tcp(SYN))), Parsed::Other, "neighbour discovery is not touched");
+}
+
+#[test]
+fn datagrams_have_ports_and_no_flags() {
+    fn check<I: Parse<Address: core::fmt::Debug>>(packet: &Bytes) {
+        let Parsed::Datagram(segment) = parse::<I>(packet) else { panic!("expected a datagram") };
+        assert_eq!(segment.flags, 0);
+        assert_eq!(segment.source_port, 12345u16.to_be_bytes());
+        assert_eq!(segment.destination_port, 80u16.to_be_bytes());
+    }
+    // The ports are where those of TCP are. A first fragment has them as well, a later one has not.
+    check::<Ipv4>(&ipv4(&[], 0, 17, &tcp(SYN)));
+    check::<Ipv4>(&ipv4(&[], 0x2000, 17, &tcp(SYN)));
+    check::<Ipv6>(&ipv6(17, &tcp(SYN)));
+    assert_eq!(parse::<Ipv4>(&ipv4(&[], 1, 17, &tcp(SYN))), Parsed::Other);
 }
 
 #[test]
@@ -204,4 +219,42 @@ proptest! {
         let _ = parse::<Ipv4>(&packet);
         let _ = parse::<Ipv6>(&packet);
     }
+}
+
+/// An ICMP error that quotes a packet of TCP from 12345 to 80, as much of it as this.
+fn complaint<I: Parse>(kind: u8, quoted: &Bytes, length: usize) -> Bytes {
+    let mut message = vec![kind, 0, 0, 0, 0, 0, 0, 0];
+    message.extend(&quoted.bytes[..length]);
+    match I::FAMILY {
+        Family::Ipv4 => ipv4(&[], 0, 1, &message),
+        Family::Ipv6 => ipv6(58, &message),
+    }
+}
+
+#[test]
+fn icmp_errors_lead_to_whom_they_concern() {
+    fn check<I: Parse<Address: PartialEq + core::fmt::Debug>>(
+        quoted: &Bytes,
+        header: usize,
+        errors: &[u8],
+        (source, destination): (I::Address, I::Address),
+    ) {
+        for kind in 0..=255 {
+            // The ports and the sequence number are sure to be quoted.
+            for length in [header + 8, quoted.bytes.len()] {
+                let found = complained_of::<I>(&complaint::<I>(kind, quoted, length));
+                assert_eq!(found.is_some(), errors.contains(&kind), "{kind}");
+                if let Some(found) = found {
+                    assert_eq!((found.source, found.destination), (destination, source));
+                    assert_eq!(found.source_port, 80u16.to_be_bytes());
+                    assert_eq!(found.destination_port, 12345u16.to_be_bytes());
+                }
+            }
+            assert!(complained_of::<I>(&complaint::<I>(kind, quoted, header + 3)).is_none());
+        }
+        assert!(complained_of::<I>(quoted).is_none());
+    }
+    check::<Ipv4>(&ipv4(&[], 0, 6, &tcp(ACK)), 20, &[3, 11, 12], V4);
+    check::<Ipv4>(&ipv4(&[1; 8], 0x4000, 6, &tcp(ACK)), 28, &[3, 11, 12], V4);
+    check::<Ipv6>(&ipv6(6, &tcp(ACK)), 40, &[1, 2, 3, 4], V6);
 }
