@@ -68,6 +68,8 @@ enum Command {
         /// The directory that they go to
         directory: PathBuf,
     },
+    /// Mount a bpffs at /sys/fs/bpf unless one is there: for nodes where nothing else does
+    MountBpffs,
     /// Remove everything of ours from this node's kernel. Needs no agent; refuses (exit code 3) while one runs
     Uninstall(Uninstall),
 }
@@ -121,6 +123,7 @@ pub fn main() -> ExitCode {
             Ok(())
         }
         Command::Man { directory } => manual(&directory),
+        Command::MountBpffs => agent::linux::ensure_bpffs(),
         Command::Uninstall(command) => return uninstall::run(&command),
     };
     exit(result)

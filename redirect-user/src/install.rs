@@ -90,7 +90,7 @@ pub fn remove(options: &Options) -> Result<Vec<PathBuf>, Error> {
 }
 
 /// What an installation would change.
-fn missing(options: &Options) -> Result<Vec<String>, Error> {
+pub(crate) fn missing(options: &Options) -> Result<Vec<String>, Error> {
     let mut missing = Vec::new();
     if !plugin::is_current(options)? {
         missing.push(options.installed_plugin().display().to_string());

@@ -55,7 +55,9 @@ impl Agent {
         let mut command = Command::new(&session.binaries().redirect);
         command.arg("agent").arg("--socket").arg(&socket);
         command.arg("--zds-socket").arg(zds_socket(dir));
-        command.arg("--cgroup").arg(session.cgroup().path());
+        if !arguments.iter().any(|argument| argument == "--cgroup") {
+            command.arg("--cgroup").arg(session.cgroup().path());
+        }
         command.arg("--pin-dir").arg(pin_dir(session, dir));
         command.arg("--state-dir").arg(state_dir(dir));
         command.args(["--placement", placement(session)]);

@@ -57,6 +57,16 @@ impl Cgroup {
         Ok(Duration::from_micros(microseconds.with_context(|| format!("usage_usec in {}", path.display()))?))
     }
 
+    /// Kills every process in it and in those inside it, and removes these.
+    pub fn kill(&self) -> Result<()> {
+        fs::write(self.path.join("cgroup.kill"), "1")
+            .with_context(|| format!("kill {}", self.path.display()))?;
+        for inner in fs::read_dir(&self.path)?.flatten().filter(|entry| entry.path().is_dir()) {
+            wait::for_cleanup(Duration::from_secs(5), || fs::remove_dir(inner.path()).is_ok());
+        }
+        Ok(())
+    }
+
     /// The processes in it.
     pub fn processes(&self) -> Result<Vec<u32>> {
         processes(&self.path)

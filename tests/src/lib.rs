@@ -21,6 +21,7 @@ pub mod cgroup;
 pub mod cluster;
 pub mod cni;
 pub mod connection;
+pub mod containerd;
 pub mod dns;
 pub mod echo;
 pub mod foreign;

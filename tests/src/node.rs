@@ -306,8 +306,12 @@ impl Node {
 
     /// What the agent knows of a pod.
     pub fn report(&self, pod: &Pod) -> Result<Option<PodReport>> {
-        let reports = self.with_agent(|agent| agent.pods())?;
-        Ok(reports.into_iter().find(|report| report.pod.uid == pod.identity().uid))
+        Ok(self.reports()?.into_iter().find(|report| report.pod.uid == pod.identity().uid))
+    }
+
+    /// The pods that the agent knows.
+    pub fn reports(&self) -> Result<Vec<PodReport>> {
+        self.with_agent(|agent| agent.pods())
     }
 
     /// The proxies' access log.

@@ -73,8 +73,10 @@ pub(crate) fn of_the_tests() -> Vec<Package> {
         Package::new("bind9-dnsutils", Evidence::Program("dig"), "tests ask DNS servers with dig"),
         Package::new("ldnsutils", Evidence::Program("drill"), "tests ask DNS servers with drill"),
         Package::new("podman", Evidence::Program("podman"), "the DaemonSet's pod is run as a container"),
-        Package::new("runc", Evidence::Program("runc"), "podman runs containers with it"),
+        Package::new("runc", Evidence::Program("runc"), "podman and containerd run containers with it"),
+        Package::new("containerd", Evidence::Program("containerd"), "tests run containers with its ctr"),
         Package::new("busybox-static", Evidence::File(BUSYBOX), "the content of the tests' containers"),
+        Package::new("systemd", Evidence::Program("systemd-analyze"), "tests have it verify units"),
         Package::new("shellcheck", Evidence::Program("shellcheck"), "lints the scripts in deploy"),
         Package::new(
             "musl-tools",

@@ -10,6 +10,10 @@ app.kubernetes.io/name: {{ .Chart.Name }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
+{{- define "redirect.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end }}
+
 {{- define "redirect.platform" -}}
 {{ .Files.Get (printf "platforms/%s.yaml" (.Values.platform | default "default")) }}
 {{- end }}
@@ -40,7 +44,7 @@ seccompProfile:
   type: RuntimeDefault
 {{- end }}
 
-{{- /* Arguments about the CNI chain, for the agent and for its probe. */}}
+{{- /* Arguments about the CNI chain. */}}
 {{- define "redirect.chainArguments" -}}
 {{- $namespaces := append .Values.cni.excludeNamespaces .Release.Namespace | uniq -}}
 - --cni-conf-dir=/host/cni/net.d

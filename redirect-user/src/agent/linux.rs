@@ -41,7 +41,7 @@ use maps::Maps;
 pub(super) use netlink::Netlink;
 use object::Programs;
 pub use object::load;
-pub use pins::{Bpffs, DEFAULT_DIRECTORY, InUse, NO_BPFFS_REMEDY, Pins, bpffs};
+pub use pins::{Bpffs, DEFAULT_DIRECTORY, InUse, NO_BPFFS_REMEDY, Pins, bpffs, ensure_bpffs};
 use pins::{Links, cookie_of_lookup, lookup_name};
 pub(super) use proc_sys::make_writable as make_sysctls_writable;
 pub use strip::{HostReport, Stripped, strip, strip_host};

@@ -5,6 +5,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use super::service::Service;
+use crate::install;
 use crate::metrics::Snapshot;
 use crate::metrics::server::{Check, Source};
 use crate::wire::Reply;
@@ -33,11 +34,27 @@ impl Source for Service {
         } else {
             Err("the API server has not told which pods run on this node".into())
         };
-        vec![("datapath", self.datapath().await), ("proxy", proxy), ("pods", reconciled)]
+        vec![
+            ("datapath", self.datapath().await),
+            ("proxy", proxy),
+            ("pods", reconciled),
+            ("chain", self.chain().await),
+        ]
     }
 }
 
 impl Service {
+    /// Whether the plugin is in the node's CNI chain, if this agent keeps it there.
+    async fn chain(&self) -> Result<(), String> {
+        let Some(options) = self.chain.clone() else { return Ok(()) };
+        match tokio::task::spawn_blocking(move || install::missing(&options)).await {
+            Ok(Ok(missing)) if missing.is_empty() => Ok(()),
+            Ok(Ok(missing)) => Err(format!("not in place: {}", missing.join(", "))),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
     /// Whether the programs are attached and can be worked with.
     async fn datapath(&self) -> Result<(), String> {
         match timeout(PATIENCE, self.kernel.run(|linux| linux.report())).await {

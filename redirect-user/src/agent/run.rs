@@ -140,6 +140,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         started,
         cgroup: cgroup.display().to_string(),
         reconciled,
+        chain: options.install_cni.then(|| options.chain.clone()),
     });
     let wire_server = wire::server::Server::bind(&options.socket)?;
 

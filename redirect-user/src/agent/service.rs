@@ -12,6 +12,7 @@ use super::linux::Linux;
 use super::peers;
 use super::pods::{self, Pods, Wanted};
 use super::thread::Kernel;
+use crate::install;
 use crate::metrics::events::events;
 use crate::netns::NetNs;
 use crate::wire::server::Handler;
@@ -27,6 +28,8 @@ pub(super) struct Service {
     pub(super) cgroup: String,
     /// Whether all pods that Kubernetes wants steered are known.
     pub(super) reconciled: watch::Receiver<bool>,
+    /// The CNI chain that this agent keeps.
+    pub(super) chain: Option<install::Options>,
 }
 
 impl Handler for Service {

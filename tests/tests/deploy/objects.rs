@@ -1,12 +1,15 @@
 //! Objects against the types of Kubernetes' API, strictly: a field that the type does not have is an error.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result, bail, ensure};
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
-use k8s_openapi::api::core::v1::{Namespace, ResourceQuota, Service, ServiceAccount};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, ResourceQuota, Service, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
-use serde::Serialize;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 /// The objects of a YAML stream, all of them valid.
@@ -24,6 +27,7 @@ fn check(object: &Value) -> Result<()> {
     let kind =
         (object["apiVersion"].as_str().unwrap_or_default(), object["kind"].as_str().unwrap_or_default());
     match kind {
+        ("v1", "ConfigMap") => strictly::<ConfigMap>(object),
         ("v1", "Namespace") => strictly::<Namespace>(object),
         ("v1", "ResourceQuota") => strictly::<ResourceQuota>(object),
         ("v1", "Service") => strictly::<Service>(object),
@@ -35,10 +39,58 @@ fn check(object: &Value) -> Result<()> {
         ("rbac.authorization.k8s.io/v1", "ClusterRoleBinding") => strictly::<ClusterRoleBinding>(object),
         ("rbac.authorization.k8s.io/v1", "Role") => strictly::<Role>(object),
         ("rbac.authorization.k8s.io/v1", "RoleBinding") => strictly::<RoleBinding>(object),
-        // A custom resource of the Prometheus operator, whose types are not at hand: its form is not checked.
-        ("monitoring.coreos.com/v1", "PodMonitor") => Ok(()),
+        ("monitoring.coreos.com/v1", "PodMonitor") => custom::<PodMonitor>(object),
+        ("monitoring.coreos.com/v1", "PrometheusRule") => custom::<PrometheusRule>(object),
         (version, kind) => bail!("{version} {kind} is not known here"),
     }
+}
+
+/// A custom resource: metadata as ever, and the specification.
+fn custom<T: DeserializeOwned + Serialize>(object: &Value) -> Result<()> {
+    strictly::<ObjectMeta>(&object["metadata"]).context("metadata")?;
+    strictly::<T>(&object["spec"]).context("spec")
+}
+
+/// What the chart uses of the Prometheus operator's types, as its API reference has them.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct PodMonitor {
+    selector: LabelSelector,
+    pod_metrics_endpoints: Vec<Endpoint>,
+}
+
+/// The port is the name of one of the pod's ports.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Endpoint {
+    port: String,
+    path: String,
+    interval: String,
+}
+
+/// The rules themselves are promtool's business.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PrometheusRule {
+    groups: Vec<Group>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Group {
+    name: String,
+    rules: Vec<Rule>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rule {
+    alert: String,
+    expr: String,
+    #[serde(rename = "for", skip_serializing_if = "Option::is_none")]
+    pending: Option<String>,
+    labels: BTreeMap<String, String>,
+    annotations: BTreeMap<String, String>,
 }
 
 /// What the type keeps of the object must be all of it.

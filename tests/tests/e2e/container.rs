@@ -1,5 +1,6 @@
-//! The DaemonSet's pod as a container, with the security context, mounts and arguments that the chart renders: it puts
-//! the plugin into the chain by which podman starts containers, and steers them.
+//! Containers of real runtimes, through the chain into which the agent put the plugin: those of podman, where the agent is
+//! the DaemonSet's pod, as a container with the security context, mounts and arguments that the chart renders; and those of
+//! containerd's `ctr --cni`.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
@@ -10,6 +11,8 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::Family;
+use redirect_tests::cgroup;
+use redirect_tests::containerd::Containerd;
 use redirect_tests::podman::{BUSYBOX, Podman, options_of};
 use redirect_tests::process::Process;
 use redirect_tests::wait::{self, SOON};
@@ -20,7 +23,10 @@ use crate::context::{Context, trial_in_container};
 use crate::install::Directories;
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
-    vec![trial_in_container(context, "container::steers_what_podman_starts", steers)]
+    vec![
+        trial_in_container(context, "container::steers_what_podman_starts", steers),
+        trial_in_container(context, "container::steers_what_ctr_starts", steers_ctr),
+    ]
 }
 
 /// What the tests here need beyond those of others.
@@ -28,8 +34,10 @@ pub(crate) fn check() -> Result<()> {
     for path in [helm(), image()] {
         ensure!(path.exists(), "{} is missing: cargo xtask setup, cargo xtask image", path.display());
     }
-    let podman = Command::new("podman").arg("--version").output();
-    ensure!(podman.is_ok_and(|output| output.status.success()), "needs podman: cargo xtask setup");
+    for runtime in ["podman", "containerd"] {
+        let version = Command::new(runtime).arg("--version").output();
+        ensure!(version.is_ok_and(|output| output.status.success()), "needs {runtime}: cargo xtask setup");
+    }
     Ok(())
 }
 
@@ -124,16 +132,34 @@ fn with_agent(
 
     let network = format!("test-{}", Families::Dual.label());
     let option = format!("--network={network}");
-    let greeter = ["/bin/busybox", "nc", "-ll", "-p", "9000", "-e", "/bin/busybox", "echo", "hello"];
-    podman.start("pod", &[&option], BUSYBOX, &greeter)?;
+    podman.start("pod", &[&option], BUSYBOX, &GREETER)?;
     let addresses = podman.addresses("pod", &network)?;
+    passes_the_proxy(node, &addresses, |arguments| podman.busybox("pod", arguments).map(drop))?;
+    podman.run(&["rm", "--force", "--time", "0", "pod"])?;
+    let pods = podman.run(&["exec", "agent", "/redirect", "pods", "-o", "json"])?;
+    ensure!(pods.trim() == "[]", "after DEL: {pods}");
+    probes(node, daemonset)?;
+    drop(proxy);
+    fs::remove_file(log)?;
+    Ok(())
+}
+
+/// What serves in the containers.
+const GREETER: [&str; 9] = ["/bin/busybox", "nc", "-ll", "-p", "9000", "-e", "/bin/busybox", "echo", "hello"];
+
+/// Connections from the container and to it, spelt in every way, pass the proxy. Its busybox is run by `busybox`.
+fn passes_the_proxy(
+    node: &Arc<Node>,
+    addresses: &[IpAddr],
+    busybox: impl Fn(&[&str]) -> Result<()>,
+) -> Result<()> {
     let other = node.plain("other", Families::Dual)?;
     for stack in Stack::ALL {
         // From the container.
         let server = Server::start(other.netns(), stack, 0, "other")?;
         let to = other.endpoint(stack.family(), server.port())?;
         let spelt = stack.spell(to);
-        podman.busybox("pod", &["nc", "-w", "5", &spelt.ip().to_string(), &to.port().to_string()])?;
+        busybox(&["nc", "-w", "5", &spelt.ip().to_string(), &to.port().to_string()])?;
         passed(node, Direction::Outbound, stack.family(), to)?;
         // To the container.
         let to = SocketAddr::new(of_family(addresses, stack.family())?, 9000);
@@ -143,19 +169,54 @@ fn with_agent(
         ensure!(heard == b"hello\n", "heard {:?}", String::from_utf8_lossy(&heard));
         passed(node, Direction::Inbound, stack.family(), to)?;
     }
-    podman.run(&["rm", "--force", "--time", "0", "pod"])?;
-    let pods = podman.run(&["exec", "agent", "/redirect", "pods", "-o", "json"])?;
-    ensure!(pods.trim() == "[]", "after DEL: {pods}");
-    let probe = &daemonset["spec"]["template"]["spec"]["containers"][0]["readinessProbe"]["exec"]["command"];
-    let probe = probe.as_array().into_iter().flatten().filter_map(Value::as_str).collect::<Vec<_>>();
-    podman.run(&[&["exec", "agent"], &probe[..]].concat()).context("the readiness probe")?;
-    drop(proxy);
-    fs::remove_file(log)?;
     Ok(())
 }
 
-fn of_family(addresses: [IpAddr; 2], family: Family) -> Result<IpAddr> {
-    addresses.into_iter().find(|ip| ip.is_ipv4() == (family == Family::Ipv4)).context("an address")
+/// The agent, as a process of the node, puts the plugin into the chain by which `ctr` starts containers, and steers them.
+fn steers_ctr(context: &Context) -> Result<()> {
+    context.needs(ProxyKind::Embedded, "a ztunnel knows no container of containerd's")?;
+    let session = context.session()?;
+    let node = Node::with(&session, NodeOptions { agent: false, proxy: false, ..NodeOptions::default() })?;
+    let directories = Directories::new(&node, Families::Dual)?;
+    // Containers are not below the tests' cgroup.
+    let cgroup = ["--cgroup".to_owned(), cgroup::mount_point()?.display().to_string()];
+    node.start_agent(&[&directories.agent_arguments()[..], &cgroup].concat())?;
+    wait::until_true("chain with the plugin", SOON, || Ok(directories.is_chained()))?;
+    node.start_proxy()?;
+
+    let containerd = Containerd::start(&node, &directories.configurations(), &directories.plugins())?;
+    let result = with_containerd(&node, &containerd);
+    result.with_context(|| format!("log of containerd:\n{}", containerd.log()))
+}
+
+fn with_containerd(node: &Arc<Node>, containerd: &Containerd) -> Result<()> {
+    let run = containerd.run("pod", &GREETER)?;
+    let report = wait::until("the container among the pods", SOON, || Ok(node.reports()?.pop()))?;
+    let addresses = report.addresses;
+    passes_the_proxy(node, &addresses, |arguments| containerd.busybox("pod", arguments))?;
+    containerd.end("pod", run)?;
+    ensure!(node.reports()?.is_empty(), "after DEL: {:?}", node.reports()?);
+    Ok(())
+}
+
+/// What the kubelet would ask is answered, and says that all is well.
+fn probes(node: &Node, daemonset: &Value) -> Result<()> {
+    let container = &daemonset["spec"]["template"]["spec"]["containers"][0];
+    for probe in ["readinessProbe", "livenessProbe"] {
+        let path = container[probe]["httpGet"]["path"].as_str().context("a path")?;
+        let mut client = Command::new("/bin/busybox");
+        client.args(["wget", "-q", "-O", "-"]);
+        client.arg(format!("http://127.0.0.1:{}{path}", container["ports"][0]["containerPort"]));
+        let said = node.netns().output(client, b"").with_context(|| format!("{probe} {path}"))?;
+        let said = String::from_utf8(said)?;
+        ensure!(said.contains("[+] datapath") && !said.contains("[-]"), "{probe}: {said}");
+        ensure!((probe == "readinessProbe") == said.contains("[+] chain"), "{probe}: {said}");
+    }
+    Ok(())
+}
+
+fn of_family(addresses: &[IpAddr], family: Family) -> Result<IpAddr> {
+    addresses.iter().copied().find(|ip| ip.is_ipv4() == (family == Family::Ipv4)).context("an address")
 }
 
 fn passed(node: &Node, direction: Direction, family: Family, to: SocketAddr) -> Result<()> {

@@ -74,6 +74,11 @@ impl Directories {
         .collect()
     }
 
+    /// For an agent that keeps the plugin in the chain here.
+    pub(crate) fn agent_arguments(&self) -> Vec<String> {
+        [vec!["--install-cni".to_owned()], self.arguments()].concat()
+    }
+
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.node.session().binaries().redirect);
         command.arg("install").args(self.arguments()).args(arguments);
@@ -164,9 +169,7 @@ fn by_the_agent(context: &Context) -> Result<()> {
     let directories = Directories::new(&node, Families::Dual)?;
     let configuration = directories.configurations().join(CONFIGURATION);
     fs::set_permissions(&configuration, fs::Permissions::from_mode(0o600))?;
-    let mut arguments = vec!["--install-cni".to_owned()];
-    arguments.extend(directories.arguments());
-    node.start_agent(&arguments)?;
+    node.start_agent(&directories.agent_arguments())?;
     wait::until_true("chain with the plugin", SOON, || Ok(directories.is_chained()))?;
     ensure!(fs::metadata(&configuration)?.permissions().mode() & 0o7777 == 0o600, "permissions");
 

@@ -65,7 +65,7 @@ fn lint(context: &Context) -> Result<()> {
     let output = node.netns().execute(promtool, text.as_bytes())?;
     let complaints = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success() && complaints.is_empty(), "{complaints}\n{text}");
-    let rules = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/monitoring/alerts.yaml");
+    let rules = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/chart/monitoring/alerts.yaml");
     let output = Command::new("promtool").args(["check", "rules", rules]).output()?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     Ok(())
@@ -78,6 +78,8 @@ fn readiness(context: &Context) -> Result<()> {
     ensure!(status == "200" && body.contains("[+] datapath"), "{status}: {body}");
     let (status, body) = get(&node, "/readyz")?;
     ensure!(status == "503" && body.contains("[-] proxy: no node proxy is connected"), "{status}: {body}");
+    let (status, body) = get(&node, "/readyz?exclude=proxy")?;
+    ensure!(status == "200" && body.contains("[ ] proxy, excluded: no node proxy"), "{status}: {body}");
     ensure!(get(&node, "/elsewhere")?.0 == "404");
     node.start_proxy()?;
     wait::until_true("ready agent", wait::SOON, || Ok(get(&node, "/readyz")?.0 == "200"))?;

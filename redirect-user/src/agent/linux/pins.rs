@@ -174,7 +174,8 @@ pub enum Bpffs {
 
 /// What to do where there is none.
 pub const NO_BPFFS_REMEDY: &str = "choose a directory below /sys/fs/bpf (--pin-dir), with a bpffs there (mount -t bpf bpf \
-                                   /sys/fs/bpf); in a container, mount the host's at the same path";
+                                   /sys/fs/bpf on the node, which the chart does with mountBpffs=true); in a container, \
+                                   mount the host's at the same path";
 
 /// What there is for a pin directory, which may not be there yet; `None`: nothing that outlives the agent.
 pub fn bpffs(directory: &Path) -> io::Result<Option<Bpffs>> {
@@ -192,6 +193,12 @@ pub fn bpffs(directory: &Path) -> io::Result<Option<Bpffs>> {
         Ok(table.lines().filter_map(|line| Some(line.split_once(' ')?.0.to_owned())).collect())
     };
     Ok((!mounts("self")?.is_disjoint(&mounts("1")?)).then_some(Bpffs::Mountable))
+}
+
+/// Mounts a bpffs at its usual place, unless one is there.
+pub fn ensure_bpffs() -> anyhow::Result<()> {
+    let there = statfs(BPFFS).with_context(|| format!("{BPFFS} can't be examined"))?;
+    if there.filesystem_type() == BPF_FS_MAGIC { Ok(()) } else { mount_bpffs() }
 }
 
 fn mount_bpffs() -> anyhow::Result<()> {
