@@ -1,52 +1,79 @@
 #!/bin/sh
-# Connects from the sleep pod to every address of the tcp-echo Services and compares the greetings, then looks whether
-# the pods are enrolled. KUBECTL names another kubectl, as in KUBECTL="k3s kubectl".
+# Connects from every sleep pod to every address of the tcp-echo Services and pods and compares the greetings, then looks
+# whether the pods are enrolled, unless --plain is given. KUBECTL names another kubectl, as in KUBECTL="k3s kubectl".
 set -eu
 
 kubectl=${KUBECTL:-kubectl}
 namespace=redirect-samples
+# Services choose among their pods.
+tries=4
 failed=0
 
 say() { printf '%s\n' "$*"; }
+
+fail() {
+    say "FAILED  $*"
+    failed=1
+}
 
 # Splits into words on purpose: the variable may hold arguments.
 # shellcheck disable=SC2086
 k() { $kubectl -n "$namespace" "$@"; }
 
-k rollout status deployment --timeout=120s >/dev/null
+k rollout status deployment --timeout=180s >/dev/null
 
+# What a template says of each pod that is there to stay.
+pods() {
+    k get pods -l "$1" -o "go-template={{range .items}}{{if not .metadata.deletionTimestamp}}$2{{end}}{{end}}"
+}
+
+sleepers=$(pods app=sleep '{{.metadata.name}} ')
+
+greets() {
+    what=$1 address=$2 greeting=$3
+    for sleeper in $sleepers; do
+        # Expanded in the pod.
+        # shellcheck disable=SC2016
+        heard=$(k exec "$sleeper" -- sh -c 'for i in $(seq "$2"); do nc -w 5 "$1" 9000 </dev/null 2>&1 || echo "nothing"; done | sort -u' \
+            sh "$address" "$tries" </dev/null 2>&1) || true
+        if [ "$heard" = "$greeting" ]; then
+            say "ok      $sleeper -> $what $address: $heard"
+        else
+            fail "$sleeper -> $what $address: heard '$heard' instead of '$greeting'"
+        fi
+    done
+}
+
+# A Service, what it says, how many families it has at least, and its pods' families.
 expect() {
-    service=$1 greeting=$2 families=$3
+    service=$1 greeting=$2 families=$3 wanted=$4
     addresses=$(k get service "$service" -o 'jsonpath={.spec.clusterIPs[*]}')
     count=0
     for address in $addresses; do
         count=$((count + 1))
-        heard=$(k exec deployment/sleep -- nc -w 5 "$address" 9000 </dev/null 2>&1) || true
-        if [ "$heard" = "$greeting" ]; then
-            say "ok      $service $address: $heard"
-        else
-            say "FAILED  $service $address: heard '$heard' instead of '$greeting'"
-            failed=1
-        fi
+        greets "$service" "$address" "$greeting"
     done
-    if [ "$count" -lt "$families" ]; then
-        say "FAILED  $service has $count addresses, not $families"
-        failed=1
-    fi
+    [ "$count" -ge "$families" ] || fail "$service has $count addresses, not $families"
+    [ -n "$wanted" ] || return 0
+    for address in $(pods "app=$service" '{{range .status.podIPs}}{{.ip}} {{end}}'); do
+        case $wanted:$address in
+        any:* | ipv6:*:* | ipv4:*.*) greets "pod of $service" "$address" "$greeting" ;;
+        esac
+    done
 }
 
-expect tcp-echo-dual-stack "hello from dual-stack" 2
-expect tcp-echo-preferred "hello from dual-stack" 1
-expect tcp-echo-ipv4 "hello from ipv4" 1
-expect tcp-echo-ipv6 "hello from ipv6" 1
+expect tcp-echo-dual-stack "hello dualstack" 2 any
+expect tcp-echo-preferred "hello dualstack" 1 ""
+expect tcp-echo-ipv4 "hello ipv4" 1 ipv4
+expect tcp-echo-ipv6 "hello ipv6" 1 ipv6
 
-for pod in $(k get pods -o 'jsonpath={.items[*].metadata.name}'); do
+[ "${1:-}" != --plain ] || exit "$failed"
+for pod in $(pods "" '{{.metadata.name}} '); do
     state=$(k get pod "$pod" -o 'jsonpath={.metadata.annotations.ambient\.istio\.io/redirection}')
     if [ "$state" = enabled ]; then
         say "ok      $pod is enrolled"
     else
-        say "FAILED  $pod is not enrolled: '$state'"
-        failed=1
+        fail "$pod: ambient.istio.io/redirection is '$state' instead of 'enabled'"
     fi
 done
 exit "$failed"

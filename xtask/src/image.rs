@@ -80,9 +80,13 @@ fn assemble(workspace: &Workspace, programs: &Programs, name: &str) -> Result<Im
     for licence in ["LICENSE-APACHE", "LICENSE-MIT", "LICENSE-GPL-2.0"] {
         add(&format!("licenses/{licence}"), 0o644, read(&workspace.root(licence))?);
     }
-    let created = commit_time(workspace)?;
-    add("sbom.spdx.json", 0o644, sbom::spdx(workspace, created)?);
-    Ok(Image { name: name.to_owned(), created, entries })
+    add("sbom.spdx.json", 0o644, bill_of_materials(workspace)?);
+    Ok(Image { name: name.to_owned(), created: commit_time(workspace)?, entries })
+}
+
+/// What the programs are built from.
+pub(crate) fn bill_of_materials(workspace: &Workspace) -> Result<Vec<u8>> {
+    sbom::spdx(workspace, commit_time(workspace)?)
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
@@ -95,7 +99,7 @@ fn has_interpreter(program: &[u8]) -> bool {
 }
 
 /// Seconds since 1970 of the commit, or what `SOURCE_DATE_EPOCH` says.
-fn commit_time(workspace: &Workspace) -> Result<u64> {
+pub(crate) fn commit_time(workspace: &Workspace) -> Result<u64> {
     if let Some(epoch) = std::env::var_os("SOURCE_DATE_EPOCH") {
         return epoch.to_string_lossy().parse().context("SOURCE_DATE_EPOCH");
     }
@@ -104,6 +108,6 @@ fn commit_time(workspace: &Workspace) -> Result<u64> {
     String::from_utf8_lossy(&output.stdout).trim().parse().context("no commit here: set SOURCE_DATE_EPOCH")
 }
 
-fn mebibytes(path: &Path) -> Result<f64> {
+pub(crate) fn mebibytes(path: &Path) -> Result<f64> {
     Ok(path.metadata()?.len() as f64 / f64::from(1 << 20))
 }

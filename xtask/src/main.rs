@@ -2,7 +2,9 @@
 
 mod bench;
 mod bpf;
+mod deb;
 mod demo;
+mod e2e;
 mod helm;
 mod host;
 mod image;
@@ -63,8 +65,12 @@ enum Task {
     Bench(bench::Options),
     /// Writes the container image, as an OCI archive, into target/image.
     Image(image::Settings),
+    /// Writes a Debian package, for nodes without Kubernetes, into target/deb.
+    Deb,
     /// Writes deploy/manifests from the chart.
     Manifests(helm::Settings),
+    /// Builds, then installs, uses, upgrades and uninstalls all of it on a Kubernetes cluster, with a report.
+    E2e(e2e::Options),
     /// Runs unit and end-to-end tests. Needs root.
     Test(test::Selection),
 }
@@ -91,7 +97,9 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Demo { demo } => demo::demo(&workspace, &demo)?,
         Task::Bench(options) => bench::bench(&workspace, &options)?,
         Task::Image(settings) => image::image(&workspace, &settings)?,
+        Task::Deb => deb::deb(&workspace)?,
         Task::Manifests(settings) => helm::manifests(&workspace, &settings)?,
+        Task::E2e(options) => return e2e::e2e(&workspace, &options),
         Task::Test(selection) => return test::test(&workspace, &selection),
     }
     Ok(ExitCode::SUCCESS)

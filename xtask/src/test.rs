@@ -20,7 +20,7 @@ use crate::userspace::Programs;
 use crate::vm::table::table;
 use crate::vm::{self, Plan, Suite};
 use crate::workspace::Workspace;
-use crate::{host, image, progress, setup, userspace};
+use crate::{deb, host, image, progress, setup, userspace};
 
 /// The kernels and tests that show most in a short time.
 const SMOKE: &str = "smoke";
@@ -76,6 +76,7 @@ pub(crate) fn test(workspace: &Workspace, selection: &Selection) -> Result<ExitC
     // Tests on this host run it; those in machines do not.
     if selection.vm.is_empty() {
         image::write(workspace, &programs, &image::default_name())?;
+        deb::write(workspace, &programs)?;
     }
 
     let mut build = workspace.cargo();

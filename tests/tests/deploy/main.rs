@@ -3,6 +3,7 @@
 //! visibly; with `REDIRECT_E2E=require` they fail instead.
 
 mod objects;
+mod package;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -10,10 +11,11 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
-use redirect_user::privileges::AGENT;
+use redirect_user::privileges::{AGENT, Capability, PROXY};
 use serde_json::Value;
 
-const PLATFORMS: [&str; 9] = ["", "aks", "eks", "gke", "k3d", "k3s", "microk8s", "minikube", "openshift"];
+const PLATFORMS: [&str; 10] =
+    ["", "aks", "eks", "gke", "k3d", "k3s", "kind", "microk8s", "minikube", "openshift"];
 
 fn main() -> ExitCode {
     let mut trials = vec![
@@ -23,6 +25,8 @@ fn main() -> ExitCode {
         trial("manifests::are_valid", manifests_are_valid),
         trial("samples::are_valid", samples_are_valid),
         trial("objects::unknown_fields_are_found", unknown_fields_are_found),
+        trial("package::contents", package::contents),
+        trial("package::installs_and_goes", package::installs_and_goes),
     ];
     for platform in PLATFORMS {
         let name = if platform.is_empty() { "default" } else { platform };
@@ -83,16 +87,31 @@ fn on_platform(platform: &str) -> Result<()> {
     let (configurations, plugins) =
         (path("cni-conf").context("cni-conf")?, path("cni-bin").context("cni-bin")?);
     ensure!(configurations.starts_with('/') && plugins.starts_with('/'), "{volumes}");
-    let usual = matches!(platform, "" | "aks" | "eks" | "minikube");
+    let usual = matches!(platform, "" | "aks" | "eks" | "kind" | "minikube");
     ensure!(usual == (plugins == "/opt/cni/bin"), "{platform}: {plugins}");
     let quota = objects.iter().any(|object| object["kind"] == "ResourceQuota");
     ensure!(quota == (platform == "gke"), "{platform}: quota {quota}");
+    let container_nodes = matches!(platform, "k3d" | "kind" | "minikube");
+    let mounts = path("sys-fs").is_some();
+    ensure!(mounts == container_nodes, "{platform}: mounts a bpffs {mounts}");
+    let sets = |value: &str| -> Result<bool> {
+        let objects = render(&[&format!("platform={platform}"), &format!("mountBpffs={value}")])?;
+        Ok(of_kind(&objects, "DaemonSet")?["spec"]["template"]["spec"]["initContainers"].is_array())
+    };
+    ensure!(sets("true")? && !sets("false")?, "{platform}: mountBpffs");
     Ok(())
 }
 
 fn everything_on() -> Result<()> {
     let objects = render(&[
         "podMonitor.enabled=true",
+        "alerts.enabled=true",
+        "alerts.labels.release=prometheus",
+        "dashboard.enabled=true",
+        "proxy.enabled=true",
+        "proxy.accessLog=true",
+        "metrics.port=15999",
+        "mountBpffs=true",
         "networkPolicy.enabled=true",
         "resourceQuota=true",
         "cni.ownConf=true",
@@ -108,10 +127,15 @@ fn everything_on() -> Result<()> {
         "affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution[0].preference.matchExpressions[0].key=k",
         "affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution[0].preference.matchExpressions[0].operator=Exists",
     ])?;
-    for kind in ["PodMonitor", "NetworkPolicy", "ResourceQuota"] {
+    for kind in ["NetworkPolicy", "ResourceQuota"] {
         of_kind(&objects, kind)?;
     }
-    let arguments = &of_kind(&objects, "DaemonSet")?["spec"]["template"]["spec"]["containers"][0]["args"];
+    monitoring(&objects)?;
+    let proxy = daemonset(&objects, "mesh-proxy")?;
+    let container = &proxy["spec"]["template"]["spec"]["containers"][0];
+    ensure!(capabilities(container) == names(PROXY), "the proxy may do {:?}", capabilities(container));
+    ensure!(proxy["spec"]["selector"] != daemonset(&objects, "mesh")?["spec"]["selector"], "selectors");
+    let arguments = &daemonset(&objects, "mesh")?["spec"]["template"]["spec"]["containers"][0]["args"];
     let arguments: BTreeSet<&str> =
         arguments.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
     for wanted in [
@@ -123,8 +147,50 @@ fn everything_on() -> Result<()> {
         "--exclude-namespaces=a,b",
         "--istio-exclusions",
         "--cni-exclude-namespaces=kube-system,mesh",
+        "--metrics-address=[::]:15999",
     ] {
         ensure!(arguments.contains(wanted), "no {wanted} in {arguments:?}");
+    }
+    Ok(())
+}
+
+fn daemonset<'a>(objects: &'a [Value], name: &str) -> Result<&'a Value> {
+    let found =
+        objects.iter().find(|object| object["kind"] == "DaemonSet" && object["metadata"]["name"] == name);
+    found.with_context(|| format!("no DaemonSet {name}"))
+}
+
+fn capabilities(container: &Value) -> BTreeSet<String> {
+    let added = container["securityContext"]["capabilities"]["add"].as_array().into_iter().flatten();
+    added.filter_map(Value::as_str).map(|name| format!("CAP_{name}")).collect()
+}
+
+fn names(capabilities: &[Capability]) -> BTreeSet<String> {
+    capabilities.iter().map(ToString::to_string).collect()
+}
+
+/// What Prometheus and Grafana are given is what the files have, and refers to what there is.
+fn monitoring(objects: &[Value]) -> Result<()> {
+    let read = |file: &str| std::fs::read_to_string(root().join("deploy/chart/monitoring").join(file));
+    let rule = of_kind(objects, "PrometheusRule")?;
+    let alerts: Value = serde_saphyr::from_str(&read("alerts.yaml")?)?;
+    ensure!(rule["spec"] == alerts, "alerts: {}", rule["spec"]);
+    ensure!(rule["metadata"]["labels"]["release"] == "prometheus", "{}", rule["metadata"]);
+    let config = of_kind(objects, "ConfigMap")?;
+    ensure!(config["metadata"]["labels"]["grafana_dashboard"] == "1", "{}", config["metadata"]);
+    let dashboard = config["data"]["ambient-redirect.json"].as_str().context("a dashboard")?;
+    let (given, there): (Value, Value) =
+        (serde_json::from_str(dashboard)?, serde_json::from_str(&read("dashboard.json")?)?);
+    ensure!(given == there, "the dashboard is another one");
+
+    let monitor = of_kind(objects, "PodMonitor")?;
+    let agent = &daemonset(objects, "mesh")?["spec"]["template"];
+    let port = &agent["spec"]["containers"][0]["ports"][0];
+    ensure!(monitor["spec"]["podMetricsEndpoints"][0]["port"] == port["name"], "{}", monitor["spec"]);
+    ensure!(port["containerPort"] == 15999, "{port}");
+    let labels = &agent["metadata"]["labels"];
+    for (key, value) in monitor["spec"]["selector"]["matchLabels"].as_object().context("a selector")? {
+        ensure!(labels[key] == *value, "{key} is {} of the agent's pods", labels[key]);
     }
     Ok(())
 }
@@ -166,9 +232,7 @@ fn rights_are_minimal() -> Result<()> {
     let context = &container["securityContext"];
     ensure!(context["privileged"] == false && context["readOnlyRootFilesystem"] == true, "{context}");
     ensure!(context["capabilities"]["drop"] == serde_json::json!(["ALL"]), "{context}");
-    let added = context["capabilities"]["add"].as_array().into_iter().flatten().filter_map(Value::as_str);
-    let added: BTreeSet<String> = added.map(|name| format!("CAP_{name}")).collect();
-    let kept: BTreeSet<String> = AGENT.iter().map(ToString::to_string).collect();
+    let (added, kept) = (capabilities(container), names(AGENT));
     ensure!(added == kept, "the chart adds {added:?}, the agent keeps {kept:?}");
     Ok(())
 }
@@ -177,7 +241,20 @@ fn manifests_are_valid() -> Result<()> {
     let objects =
         objects::read(&run(Command::new(tool("kubectl")).args(["kustomize", "deploy/manifests"]))?)?;
     of_kind(&objects, "Namespace")?;
-    of_kind(&objects, "DaemonSet")?;
+    // The rest is the chart's, object for object.
+    let mut helm = Command::new(tool("helm"));
+    helm.args(["template", "ambient-redirect", "deploy/chart", "--namespace", "ambient-redirect"]);
+    let rendered = objects::read(&run(&mut helm)?)?;
+    let others: Vec<&Value> = objects.iter().filter(|object| object["kind"] != "Namespace").collect();
+    ensure!(others.len() == rendered.len(), "{} objects instead of {}", others.len(), rendered.len());
+    for object in &rendered {
+        ensure!(
+            others.contains(&object),
+            "kustomize makes another {} {}",
+            object["kind"],
+            object["metadata"]["name"]
+        );
+    }
     Ok(())
 }
 

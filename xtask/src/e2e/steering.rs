@@ -1,0 +1,127 @@
+//! Whether connections get where they should, and by which way.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::SAMPLES;
+use super::cluster::{self, Cluster};
+
+/// Whether pods are to be enrolled.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Steered {
+    Yes,
+    No,
+}
+
+/// Every sleep pod hears the right greeting at every address of every Service and every server.
+pub(super) fn greetings(cluster: &Cluster<'_>, steered: Steered) -> Result<String> {
+    let mut script = cluster.script("deploy/samples/validate.sh");
+    if steered == Steered::No {
+        script.arg("--plain");
+    }
+    let said = cluster::output(&mut script)?;
+    let heard = |greeting: &str| said.lines().filter(|line| line.ends_with(&format!(": {greeting}"))).count();
+    let greetings = ["hello dualstack", "hello ipv4", "hello ipv6"];
+    let counts = greetings.map(heard);
+    ensure!(counts.iter().all(|count| *count > 0), "not all greetings were heard:\n{said}");
+    let counts: Vec<_> =
+        greetings.iter().zip(counts).map(|(text, count)| format!("{text} {count}x")).collect();
+    Ok(counts.join(", "))
+}
+
+/// By the embedded proxies' logs: each address that was greeted was the destination of a connection that they passed on,
+/// from the client's pod (outbound) and into the server's (inbound); and each that came for a server left a client, so that
+/// the kubelet's probes are not among them.
+pub(super) fn passed_the_proxy(cluster: &Cluster<'_>) -> Result<String> {
+    let mut entries = Vec::new();
+    for pod in cluster.names(cluster.namespace(), "app.kubernetes.io/name=ambient-redirect-proxy")? {
+        let log = cluster.logs(&pod, "proxy")?;
+        entries.extend(log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()));
+    }
+    let seen = |direction: &str, field: &str| -> BTreeSet<SocketAddr> {
+        let entries = entries.iter().filter(|entry| entry["direction"] == direction);
+        entries.filter_map(|entry| entry[field].as_str()?.parse().ok()).map(canonical).collect()
+    };
+    let (outbound, inbound) =
+        (seen("outbound", "original_destination"), seen("inbound", "original_destination"));
+
+    let mut expected = BTreeSet::new();
+    for service in cluster.list(SAMPLES, "services")? {
+        for address in addresses(&service["spec"]["clusterIPs"], "") {
+            expected.insert(SocketAddr::new(address, 9000));
+        }
+    }
+    let missing: Vec<_> = expected.difference(&outbound).collect();
+    ensure!(missing.is_empty(), "no proxy passed on what pods sent to {missing:?}");
+    let families = expected.iter().filter(|address| address.is_ipv6()).count();
+    ensure!(families > 0 && families < expected.len(), "not both families: {expected:?}");
+
+    let mut servers = BTreeSet::new();
+    for pod in cluster.pods(SAMPLES, "sample=tcp-echo")? {
+        let own = addresses(&pod["status"]["podIPs"], "ip").into_iter().map(|ip| SocketAddr::new(ip, 9000));
+        // Those of one family are greeted over this one.
+        let own: Vec<_> = own.filter(|address| outbound.contains(address)).collect();
+        ensure!(!own.is_empty(), "nobody greeted {}", pod["metadata"]["name"]);
+        servers.extend(own);
+    }
+    let missing: Vec<_> = servers.difference(&inbound).collect();
+    ensure!(missing.is_empty(), "no proxy passed on what came for {missing:?}");
+
+    let opened = |direction: &str| {
+        entries.iter().filter(|entry| entry["event"] == "open" && entry["direction"] == direction).count()
+    };
+    let (left, came) = (opened("outbound"), opened("inbound"));
+    ensure!(
+        left == came,
+        "{left} connections left pods, {came} came to pods: probes passed a proxy, or pods by it"
+    );
+    let probes = probes(cluster)?;
+    ensure!(probes > 0, "the agents saw no probe");
+    Ok(format!(
+        "{} Service addresses, {} servers' addresses; {left} connections out and in; {probes} probes by them",
+        expected.len(),
+        servers.len()
+    ))
+}
+
+/// How many connections of kubelets the agents let by.
+fn probes(cluster: &Cluster<'_>) -> Result<u64> {
+    let mut probes = 0;
+    for agent in cluster.agents()? {
+        let status = cluster.redirect(&agent, &["status", "-o", "json"])?;
+        let status: Value = serde_json::from_str(&status)?;
+        let counters = status["counters"].as_array().into_iter().flatten();
+        let of_probes = counters.filter(|counter| counter["reason"] == "probe");
+        probes += of_probes.filter_map(|counter| counter["connections"].as_u64()).sum::<u64>();
+    }
+    Ok(probes)
+}
+
+/// Everything is in the kernel, by the agent's own look at it.
+pub(super) fn in_the_kernel(cluster: &Cluster<'_>) -> Result<String> {
+    let mut checked = 0;
+    let pods = cluster.pods(SAMPLES, "")?;
+    for agent in cluster.agents()? {
+        for pod in pods.iter().filter(|pod| pod["spec"]["nodeName"] == agent["spec"]["nodeName"]) {
+            let pod = format!("{SAMPLES}/{}", pod["metadata"]["name"].as_str().context("a name")?);
+            cluster.redirect(&agent, &["pod", &pod]).with_context(|| pod.clone())?;
+            checked += 1;
+        }
+    }
+    ensure!(checked == pods.len(), "{checked} of {} pods are on nodes with an agent", pods.len());
+    Ok(format!("all is in place for {checked} pods"))
+}
+
+fn addresses(list: &Value, key: &str) -> Vec<IpAddr> {
+    let address = |item: &Value| {
+        if key.is_empty() { item.as_str()?.parse().ok() } else { item[key].as_str()?.parse().ok() }
+    };
+    list.as_array().into_iter().flatten().filter_map(address).collect()
+}
+
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
