@@ -97,8 +97,10 @@ pub struct HandedOver {
 pub struct ListenerKey {
     /// Cookie of the pod's network namespace, host order.
     pub netns_cookie: u64,
-    /// The listener's port, host order; 64 bits wide, so that there is no padding.
-    pub port: u64,
+    /// The listener's port, host order; 32 bits wide, so that there is no padding.
+    pub port: u32,
+    /// The connection's family, as [`crate::packet::address_family`] has it: a proxy may have a listener for each.
+    pub family: u32,
 }
 
 const _: () = {

@@ -5,8 +5,8 @@
 //! and would find the application's, or none. So [`hand_over`] notes, at the TC hook, where the connection is to go,
 //! and the lookup a moment later, in the same softirq, reads it.
 //!
-//! Connections that were not captured do not reach the listeners for captured ones: from there a proxy would dial the same
-//! address and port again, and so on.
+//! A second program keeps connections that were not captured off the listeners for captured ones: from there a proxy would
+//! dial the same address and port again, and so on.
 
 use core::mem::offset_of;
 
@@ -17,7 +17,7 @@ use aya_ebpf::maps::{PerCpuArray, SockHash};
 use aya_ebpf::programs::SkLookupContext;
 use redirect_ebpf::decide::{Protocol, is_for_captured};
 use redirect_ebpf::maps::{HandedOver, ListenerKey, Tuple};
-use redirect_ebpf::packet::Segment;
+use redirect_ebpf::packet::{Segment, address_family};
 
 use super::context::{End, addresses, word};
 use super::pods::PodIp;
@@ -49,7 +49,8 @@ pub(super) fn hand_over<I: PodIp>(
     listener: Option<&Socket>,
 ) -> Result<(), i64> {
     let Some(netns_cookie) = I::owner(pod) else { return Err(ENOENT) };
-    let key = ListenerKey { netns_cookie, port: port.into() };
+    let family = address_family(I::FAMILY).into();
+    let key = ListenerKey { netns_cookie, port: port.into(), family };
     if let Some(listener) = listener {
         remember(&key, listener)?;
     }
@@ -84,7 +85,7 @@ fn remember(key: &ListenerKey, listener: &Socket) -> Result<(), i64> {
 
 #[sk_lookup]
 pub(crate) fn listener_lookup(ctx: SkLookupContext) -> u32 {
-    let Some(listener) = handed_over(ctx.lookup) else { return not_handed_over(ctx.lookup) };
+    let Some(listener) = handed_over(ctx.lookup) else { return sk_action::SK_PASS };
     match LISTENERS.redirect_sk_lookup(&ctx, listener, 0) {
         Ok(()) => sk_action::SK_PASS,
         // No listener, or it has gone in between: the kernel refuses the connection, and nobody else gets it.
@@ -112,10 +113,11 @@ fn handed_over(lookup: *const bpf_sk_lookup) -> Option<ListenerKey> {
     (unsafe { bpf_ktime_get_ns() }.wrapping_sub(time) <= LIFETIME).then_some(listener)
 }
 
-/// Refuses a connection to a listener that takes captured ones only. The programs that capture ask for it themselves, and
-/// without a source port.
-#[inline(always)]
-fn not_handed_over(lookup: *const bpf_sk_lookup) -> u32 {
+/// Refuses a connection to a listener that takes captured ones only; what [`listener_lookup`] gives to it gets there, for the
+/// kernel prefers a program that chose a socket. The programs that capture ask for it themselves, and without a source port.
+#[sk_lookup]
+pub(crate) fn listener_guard(ctx: SkLookupContext) -> u32 {
+    let lookup = ctx.lookup.cast_const();
     let tcp = || protocol(word(lookup, offset_of!(bpf_sk_lookup, protocol))) == Some(Protocol::Tcp);
     let refused = is_for_captured(local_port(lookup)) && remote_port(lookup) != NO_PORT && tcp();
     if refused { sk_action::SK_DROP } else { sk_action::SK_PASS }

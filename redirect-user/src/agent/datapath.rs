@@ -32,6 +32,8 @@ pub struct Target {
     pub exclusions: BTreeSet<Exclusion>,
     /// Sysctls that were on before the pod was enrolled, and stay on after it.
     pub foreign: BTreeSet<Sysctl>,
+    /// Whether its applications ran before it was enrolled: packets are on their way while programs are attached.
+    pub running: bool,
 }
 
 impl Target {

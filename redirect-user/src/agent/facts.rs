@@ -44,7 +44,7 @@ pub enum Fact {
     },
     /// An exclusion is in the maps, for this pod.
     Excluded(Exclusion),
-    /// The socket lookup program is attached to the namespace.
+    /// The program that finds listeners for connections that are handed over is attached to the namespace.
     Lookup,
     /// A TC program is attached to the ingress of an interface.
     Program {
@@ -68,6 +68,9 @@ pub enum Fact {
     /// The device of the host is in `INTERFACES` as the end of this pod's (placement `node`). From then on the programs on
     /// it steer, both families and both directions at once.
     Device(Interface),
+    /// The program that keeps connections that were not captured off the proxy's listeners is attached to the namespace.
+    /// After the pod as well: what other rules redirect to the proxy until then must still get there.
+    ListenerGuard,
 }
 
 impl Fact {
@@ -87,7 +90,8 @@ impl Fact {
             | Self::Excluded(_)
             | Self::Lookup
             | Self::Pod(_)
-            | Self::Device(_) => None,
+            | Self::Device(_)
+            | Self::ListenerGuard => None,
         }
     }
 
@@ -100,7 +104,8 @@ impl Fact {
             | Self::Lookup
             | Self::Address(_)
             | Self::Pod(_)
-            | Self::Device(_) => true,
+            | Self::Device(_)
+            | Self::ListenerGuard => true,
             Self::LoopbackUp
             | Self::Route { .. }
             | Self::Rule { .. }
@@ -229,8 +234,37 @@ pub struct Interface {
     pub name: String,
 }
 
-/// The name of the socket lookup program.
-pub const LOOKUP: &str = "listener_lookup";
+/// The programs on the socket lookup of a namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lookup {
+    /// Finds listeners for connections that are handed over.
+    Listener,
+    /// Refuses connections to the proxy's listeners that were not captured.
+    Guard,
+}
+
+impl Lookup {
+    /// Both of them.
+    pub const ALL: [Self; 2] = [Self::Listener, Self::Guard];
+
+    /// The program's name in the object and in the kernel.
+    #[must_use]
+    pub const fn program(self) -> &'static str {
+        match self {
+            Self::Listener => "listener_lookup",
+            Self::Guard => "listener_guard",
+        }
+    }
+
+    /// That it is attached.
+    #[must_use]
+    pub const fn fact(self) -> Fact {
+        match self {
+            Self::Listener => Fact::Lookup,
+            Self::Guard => Fact::ListenerGuard,
+        }
+    }
+}
 
 /// The index of `lo`, in every network namespace.
 pub const LOOPBACK_INDEX: u32 = 1;
@@ -300,6 +334,7 @@ pub fn desired(wanted: &Wanted<'_>, namespace: &Namespace) -> BTreeSet<Fact> {
         Fact::Sysctl(Sysctl::TcpMigrateReq),
         Fact::Lookup,
         Fact::Pod(wanted.kernel_pod()),
+        Fact::ListenerGuard,
     ]);
     facts.extend(addresses.iter().map(Fact::Address));
     facts.extend(exclusions.iter().copied().map(Fact::Excluded));
@@ -405,7 +440,8 @@ impl fmt::Display for Fact {
                 write!(f, "{family} rule for replies to the proxy")
             }
             Self::Excluded(exclusion) => write!(f, "exclusion of {exclusion}"),
-            Self::Lookup => write!(f, "program {LOOKUP} on the network namespace"),
+            Self::Lookup => write!(f, "program {} on the network namespace", Lookup::Listener.program()),
+            Self::ListenerGuard => write!(f, "program {} on the network namespace", Lookup::Guard.program()),
             Self::Program { interface, hook } => {
                 write!(f, "program {} on {}", hook.program(), interface.name)
             }
@@ -520,7 +556,8 @@ mod tests {
         let facts = desired(&wanted(&addresses(&["fd00::2"]), &[], &exclusions), &namespace(true));
         let ipv6 = "fd00::2".parse::<Ipv6Addr>().unwrap().octets();
         let pod = Fact::Pod(Pod { flags: PodFlags::EXCLUSIONS.0, ipv4: [0; 4], ipv6 });
-        let guards = facts.iter().rev().take_while(|fact| matches!(fact, Fact::Guard { .. })).count();
+        let is_guard = |fact: &&Fact| matches!(fact, Fact::Guard { .. } | Fact::ListenerGuard);
+        let guards = facts.iter().rev().take_while(is_guard).count();
         assert_eq!(facts.iter().rev().nth(guards), Some(&pod));
         assert!(exclusions.into_iter().all(|exclusion| facts.contains(&Fact::Excluded(exclusion))));
     }
@@ -549,7 +586,7 @@ mod tests {
                 })
             );
         }
-        assert_eq!(facts.len(), 23);
+        assert_eq!(facts.len(), 24);
     }
 
     #[test]
@@ -578,7 +615,7 @@ mod tests {
         let facts = desired_plain(&addresses(&["10.0.0.2", "fd00::2"]), &namespace(true));
         let add = diff(&facts, &BTreeSet::new());
         assert_eq!(add.len(), facts.len());
-        let [.., pod, ipv4, ipv6] = &add[..] else { panic!("{add:?}") };
+        let [.., pod, ipv4, ipv6, Op::Ensure(Fact::ListenerGuard)] = &add[..] else { panic!("{add:?}") };
         assert!(matches!(pod, Op::Ensure(Fact::Pod(_))));
         assert!([ipv4, ipv6].into_iter().all(|op| matches!(op, Op::Ensure(Fact::Guard { .. }))));
         let remove = diff(&BTreeSet::new(), &facts);

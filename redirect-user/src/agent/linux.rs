@@ -30,7 +30,7 @@ use redirect_ebpf::Family;
 use redirect_ebpf::constants::{ENTRANCE, PORT_OUTBOUND};
 
 use super::datapath::{Datapath, Error, Introduction, Observation, Target};
-use super::facts::{Fact, Hook, Interface, LOOKUP, LOOPBACK_INDEX, Mark, Namespace, Op};
+use super::facts::{Fact, Hook, Interface, LOOPBACK_INDEX, Lookup, Mark, Namespace, Op};
 use crate::netns::{NetNs, current_cookie};
 use crate::placement::Placement;
 use crate::pod::Exclusion;
@@ -245,14 +245,16 @@ impl Linux {
             tc.look(host_netlink, links, programs, *host_cookie, std::slice::from_ref(&interface))?.current;
         for hook in Family::ALL.map(Hook::Entrance) {
             if !attached.contains(&Fact::Program { interface: interface.clone(), hook }) {
-                tc.attach(host_netlink, links, programs, *host_cookie, &interface, hook)?;
+                let spot =
+                    tc::Spot { netns_cookie: *host_cookie, interface: &interface, carries_traffic: false };
+                tc.attach(host_netlink, links, programs, &spot, hook)?;
                 mended.push(hook.program());
             }
         }
-        let (program, place) = (programs.get(LOOKUP)?, lookup_place(&self.host)?);
+        let (program, place) = (programs.get(Lookup::Listener.program())?, lookup_place(&self.host)?);
         if links.state(HOST_LOOKUP, program, place)? != Some(State::Current) {
             links.ensure(HOST_LOOKUP, program, place)?;
-            mended.push(LOOKUP);
+            mended.push(Lookup::Listener.program());
         }
         Ok(())
     }
@@ -265,13 +267,15 @@ impl Linux {
         for cookie in cookies.difference(known) {
             let devices = self.maps.devices(*cookie);
             let leads = |index: u32| self.host_netlink.interface(index).is_ok_and(|found| found.is_some());
-            if self.links.is_attached(&lookup_name(*cookie)) || devices.into_iter().any(leads) {
+            let lookups = Lookup::ALL.map(|lookup| lookup_name(lookup, *cookie));
+            let attached = lookups.iter().any(|name| self.links.is_attached(name));
+            if attached || devices.into_iter().any(leads) {
                 living.push(*cookie);
                 continue;
             }
             tracing::info!(netns_cookie = cookie, "what was left of a pod that is gone is removed");
             self.maps.forget(*cookie)?;
-            for name in self.tc.links_of(&self.links, *cookie).into_iter().chain([lookup_name(*cookie)]) {
+            for name in self.tc.links_of(&self.links, *cookie).into_iter().chain(lookups) {
                 self.links.remove(&name)?;
             }
         }
@@ -342,8 +346,10 @@ impl Linux {
         for (name, id) in self.programs.iter() {
             let links = match Hook::of(self.placement).iter().find(|hook| hook.program() == name) {
                 Some(hook) => self.tc.attached(*hook),
-                None if name == LOOKUP => self.links.names().filter(|link| link.starts_with(LOOKUP)).count(),
                 None if name == PROBE => self.probes().count(),
+                None if Lookup::ALL.map(Lookup::program).contains(&name) => {
+                    self.links.names().filter(|link| link.starts_with(name)).count()
+                }
                 None => 1,
             };
             programs.push(ProgramReport { name: name.into(), id, links });
@@ -428,26 +434,40 @@ impl Linux {
         facts.extend(attached.current);
         observation.stale = attached.stale;
         observation.damaged = attached.damaged;
-        match self.lookup_state(target)? {
-            Some(State::Stale) => observation.stale.insert(Fact::Lookup),
-            Some(State::Elsewhere) => observation.damaged.insert(Fact::Lookup),
-            Some(State::Current) | None => false,
-        };
+        for lookup in Lookup::ALL {
+            match self.lookup_state(lookup, target)? {
+                Some(State::Stale) => observation.stale.insert(lookup.fact()),
+                Some(State::Elsewhere) => observation.damaged.insert(lookup.fact()),
+                Some(State::Current) | None => false,
+            };
+        }
         observation.facts.extend(self.quiet_facts(target)?);
         Ok(observation)
     }
 
-    fn lookup_state(&self, target: &Target) -> io::Result<Option<State>> {
-        let (name, place) = (lookup_name(target.netns_cookie), lookup_place(&target.netns)?);
-        self.links.state(&name, self.programs.get(LOOKUP)?, place)
+    fn lookup_state(&self, lookup: Lookup, target: &Target) -> io::Result<Option<State>> {
+        let (name, place) = (lookup_name(lookup, target.netns_cookie), lookup_place(&target.netns)?);
+        self.links.state(&name, self.programs.get(lookup.program())?, place)
+    }
+
+    fn attach_lookup(&mut self, lookup: Lookup, target: &Target) -> anyhow::Result<()> {
+        let (name, place) = (lookup_name(lookup, target.netns_cookie), lookup_place(&target.netns)?);
+        self.links.ensure(&name, self.programs.get(lookup.program())?, place)?;
+        Ok(())
+    }
+
+    fn detach_lookup(&mut self, lookup: Lookup, target: &Target) -> anyhow::Result<()> {
+        Ok(self.links.remove(&lookup_name(lookup, target.netns_cookie))?)
     }
 
     /// The facts that nobody tells about when they change. In the namespace of the pod.
     fn quiet_facts(&self, target: &Target) -> io::Result<BTreeSet<Fact>> {
         let mut facts: BTreeSet<Fact> = sysctl::that_are_on()?.into_iter().map(Fact::Sysctl).collect();
         facts.extend(self.maps.facts(target));
-        if self.lookup_state(target)? == Some(State::Current) {
-            facts.insert(Fact::Lookup);
+        for lookup in Lookup::ALL {
+            if self.lookup_state(lookup, target)? == Some(State::Current) {
+                facts.insert(lookup.fact());
+            }
         }
         Ok(facts)
     }
@@ -456,11 +476,14 @@ impl Linux {
         if self.placement == Placement::Node {
             self.leave();
             let Self { tc, links, programs, host_netlink, .. } = self;
-            return tc.attach(host_netlink, links, programs, target.netns_cookie, interface, hook);
+            let spot =
+                tc::Spot { netns_cookie: target.netns_cookie, interface, carries_traffic: target.running };
+            return tc.attach(host_netlink, links, programs, &spot, hook);
         }
         self.enter(target)?;
         let Session { netlink, netns_cookie } = entered(&mut self.session)?;
-        self.tc.attach(netlink, &mut self.links, &self.programs, *netns_cookie, interface, hook)
+        let spot = tc::Spot { netns_cookie: *netns_cookie, interface, carries_traffic: target.running };
+        self.tc.attach(netlink, &mut self.links, &self.programs, &spot, hook)
     }
 
     fn detach(&mut self, target: &Target, interface: &Interface, hook: Hook) -> anyhow::Result<()> {
@@ -498,11 +521,10 @@ impl Linux {
             Op::Remove(Fact::Rule { family, mark }) => self.enter(target)?.delete_rule(*family, *mark)?,
             Op::Ensure(Fact::Excluded(exclusion)) => self.maps.insert_exclusion(cookie, *exclusion)?,
             Op::Remove(Fact::Excluded(exclusion)) => self.maps.remove_exclusion(cookie, *exclusion)?,
-            Op::Ensure(Fact::Lookup) => {
-                let (name, place) = (lookup_name(cookie), lookup_place(&target.netns)?);
-                self.links.ensure(&name, self.programs.get(LOOKUP)?, place)?;
-            }
-            Op::Remove(Fact::Lookup) => self.links.remove(&lookup_name(cookie))?,
+            Op::Ensure(Fact::Lookup) => self.attach_lookup(Lookup::Listener, target)?,
+            Op::Remove(Fact::Lookup) => self.detach_lookup(Lookup::Listener, target)?,
+            Op::Ensure(Fact::ListenerGuard) => self.attach_lookup(Lookup::Guard, target)?,
+            Op::Remove(Fact::ListenerGuard) => self.detach_lookup(Lookup::Guard, target)?,
             Op::Ensure(Fact::Program { interface, hook }) => self.attach(target, interface, *hook)?,
             Op::Remove(Fact::Program { interface, hook }) => self.detach(target, interface, *hook)?,
             Op::Ensure(Fact::Guard { interface, family }) => {

@@ -323,6 +323,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         };
         let all = addresses.iter().copied().collect();
         let target = self.defaults.target(identity, &settings, all, netns, namespace);
+        let target = Target { running: true, ..target };
         let mut enrolled = Enrolled { declared: addresses, containers, settings, ..Enrolled::new(target) };
         self.own(&enrolled.target).await;
         self.records.write(&enrolled.record(Phase::Begun));
@@ -668,6 +669,7 @@ impl Defaults {
             virtual_interfaces: settings.virtual_interfaces.clone(),
             exclusions: settings.exclusions.clone(),
             foreign: namespace.sysctls,
+            running: false,
         }
     }
 

@@ -80,7 +80,7 @@ impl Kind {
             Fact::Route { .. } => Self::Route,
             Fact::Rule { .. } => Self::Rule,
             Fact::Program { .. } | Fact::Guard { .. } => Self::Program,
-            Fact::Lookup => Self::Link,
+            Fact::Lookup | Fact::ListenerGuard => Self::Link,
             Fact::Excluded(_) | Fact::Address(_) | Fact::Pod(_) | Fact::Device(_) => Self::Map,
         }
     }

@@ -158,8 +158,9 @@ impl<D: Datapath + Send + 'static> Controller<D> {
                 return;
             }
         }
-        // Pods that the agent before this one steered may be wanted no more.
-        for uid in self.pods.uids().await {
+        // Whoever fills the queue may not have been told yet. And pods that the agent before this one steered may be wanted
+        // no more.
+        for uid in self.store.uids().into_iter().chain(self.pods.uids().await) {
             self.queue.add(&uid);
         }
         self.queue.idle().await;

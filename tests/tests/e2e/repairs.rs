@@ -75,7 +75,7 @@ impl Damage {
         let netns = pod.netns();
         let flag = |family| if family == Family::Ipv4 { "-4" } else { "-6" };
         let cookie = netns.cookie()?;
-        let link = format!("listener_lookup-{cookie}");
+        let links = ["listener_lookup", "listener_guard"].map(|program| format!("{program}-{cookie}"));
         match self {
             Self::Rule(family) => {
                 for priority in [RULE_PRIORITY_CAPTURE, RULE_PRIORITY_DELIVERY] {
@@ -104,8 +104,12 @@ impl Damage {
             Self::LoopbackDown => {
                 netns.ip("link set lo down")?;
             }
-            Self::Pin => fs::remove_file(node.pin_dir().join("links").join(link))?,
-            Self::Detach => detach(node, &link)?,
+            Self::Pin => {
+                for link in links {
+                    fs::remove_file(node.pin_dir().join("links").join(link))?;
+                }
+            }
+            Self::Detach => links.iter().try_for_each(|link| detach(node, link))?,
             Self::NodePin => fs::remove_file(node.pin_dir().join("links/outbound_ipv4"))?,
             Self::NodeDetach => detach(node, "outbound_ipv6")?,
             Self::MapEntry => {

@@ -23,6 +23,7 @@ fn target(addresses: &[&str]) -> Target {
         virtual_interfaces: Vec::new(),
         exclusions: BTreeSet::new(),
         foreign: BTreeSet::new(),
+        running: false,
     }
 }
 

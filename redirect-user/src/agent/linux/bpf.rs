@@ -14,6 +14,7 @@ const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const PROG_QUERY: libc::c_long = 16;
 const LINK_CREATE: libc::c_long = 28;
 const LINK_UPDATE: libc::c_long = 29;
+const LINK_DETACH: libc::c_long = 34;
 
 /// A loaded program.
 #[derive(Debug)]
@@ -149,6 +150,11 @@ impl Link {
     pub(super) fn update(&self, program: &Program) -> io::Result<()> {
         let (link, program) = (self.0.as_raw_fd().cast_unsigned(), program.fd.as_raw_fd().cast_unsigned());
         call(LINK_UPDATE, &[link, program, 0, 0]).map(drop)
+    }
+
+    /// Detaches the program now. When the last descriptor and pin are gone the kernel does so as well, but some time later.
+    pub(super) fn detach(&self) -> io::Result<()> {
+        call(LINK_DETACH, &[self.0.as_raw_fd().cast_unsigned()]).map(drop)
     }
 
     pub(super) fn state(&self, program: &Program, place: Place<'_>) -> io::Result<State> {

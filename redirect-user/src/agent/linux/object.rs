@@ -15,7 +15,7 @@ use redirect_ebpf::constants::MAX_PROXY_CGROUPS;
 use super::bpf::{self, Layout};
 use super::pins::Pins;
 use super::{PROBE, Settings, cgroup_programs};
-use crate::agent::facts::{Hook, LOOKUP};
+use crate::agent::facts::{Hook, Lookup};
 use crate::placement::Placement;
 
 /// The kernel side, as the build script found it. Aligned as an ELF file has to be.
@@ -104,7 +104,7 @@ impl Programs {
         let cgroup = cgroup_programs(placement).iter().map(|(name, _)| *name);
         let tc = Hook::of(placement).iter().map(|hook| hook.program());
         let mut programs = BTreeMap::new();
-        for name in cgroup.chain(tc).chain([LOOKUP, PROBE]) {
+        for name in cgroup.chain(tc).chain(Lookup::ALL.map(Lookup::program)).chain([PROBE]) {
             let program =
                 object.program_mut(name).with_context(|| format!("program {name} is not in the object"))?;
             let loaded = match program {

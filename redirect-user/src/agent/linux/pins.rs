@@ -5,7 +5,7 @@
 //!      maps-v1/PODS-1-8-4-1024-1 …       each map by name and layout
 //!      links/outbound_ipv4 …             on the root of the cgroup2 hierarchy
 //!      links/probe-CGROUP                on the kubelet's cgroup
-//!      links/listener_lookup-COOKIE      on a pod's namespace
+//!      links/listener_lookup-COOKIE …    on a pod's namespace
 //!      links/inbound_ipv4-COOKIE-INDEX … on an interface of a pod, with `--tc tcx`
 //! ```
 //!
@@ -25,7 +25,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use redirect_ebpf::maps::LAYOUT;
 
-use super::super::facts::LOOKUP;
+use super::super::facts::Lookup;
 use super::bpf::{Link, Place, Program, State};
 
 /// Where maps and links are pinned.
@@ -208,14 +208,16 @@ fn mount_bpffs() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The name of the link of a namespace's socket lookup.
-pub(super) fn lookup_name(netns_cookie: u64) -> String {
-    format!("{LOOKUP}-{netns_cookie}")
+/// The name of a link on a namespace's socket lookup.
+pub(super) fn lookup_name(lookup: Lookup, netns_cookie: u64) -> String {
+    format!("{}-{netns_cookie}", lookup.program())
 }
 
-/// The namespace of the link of this name, if it is that of a socket lookup.
+/// The namespace of the link of this name, if it is one on a socket lookup.
 pub(super) fn cookie_of_lookup(name: &str) -> Option<u64> {
-    name.strip_prefix(LOOKUP)?.strip_prefix('-')?.parse().ok()
+    let (program, cookie) = name.split_once('-')?;
+    Lookup::ALL.into_iter().find(|lookup| lookup.program() == program)?;
+    cookie.parse().ok()
 }
 
 /// The pinned links.
@@ -246,10 +248,6 @@ impl Links {
 
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
         self.links.keys().map(String::as_str)
-    }
-
-    pub(super) fn has(&self, name: &str) -> bool {
-        self.links.contains_key(name)
     }
 
     /// `None`: there is no such link. One that is no longer pinned counts as being elsewhere.
@@ -306,7 +304,9 @@ impl Links {
 
     /// Detaches the link, if it is there.
     pub(super) fn remove(&mut self, name: &str) -> io::Result<()> {
-        self.links.remove(name);
+        if let Some(link) = self.links.remove(name) {
+            link.detach()?;
+        }
         match fs::remove_file(self.directory.join(name)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),

@@ -2,8 +2,10 @@
 //!
 //! A tcx link (Linux 6.6) is the more robust attachment: nobody but its holder can remove it. But the kernel waits for an
 //! RCU grace period under the rtnl lock whenever one is made or removed: 8 to 16 ms each, which nobody on the node can
-//! make or change a device in. A pod needs four. A clsact filter takes some 50 µs and is what the agent uses unless it is
-//! told otherwise (`--tc tcx`).
+//! make or change a device in. A pod needs six. A clsact filter takes some 50 µs and is what the agent uses for new pods,
+//! unless it is told otherwise (`--tc tcx`). But an interface that gets its clsact qdisc, or loses it, drops what is sent
+//! meanwhile (`qdisc_graft` deactivates the device): a connection of a running pod that loses its SYN so stands still for a
+//! second. So pods that are taken on while they run get tcx links, where the kernel has them.
 //!
 //! Each program has its own place on an interface: a side, a priority and a handle. So it is found again by whoever
 //! comes later, and the program of another build is replaced in one step.
@@ -25,6 +27,8 @@ use super::pins::Links;
 pub(super) struct Tc {
     method: TcMethod,
     hooks: &'static [Hook],
+    /// Whether the kernel has tcx links.
+    has_tcx: bool,
     /// What was attached when it was last looked at, by namespace cookie.
     attached: HashMap<u64, BTreeSet<(u32, Hook)>>,
 }
@@ -97,6 +101,15 @@ fn link_name(hook: Hook, netns_cookie: u64, interface: u32) -> String {
     format!("{}-{netns_cookie}-{interface}", hook.program())
 }
 
+/// Where to attach.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Spot<'a> {
+    pub(super) netns_cookie: u64,
+    pub(super) interface: &'a Interface,
+    /// Whether packets of the pod's applications may be on their way.
+    pub(super) carries_traffic: bool,
+}
+
 /// The TC programs that are attached: those of this build, and those of another build or attached by the other method.
 #[derive(Debug, Default)]
 pub(super) struct Attached {
@@ -107,10 +120,12 @@ pub(super) struct Attached {
 
 impl Tc {
     pub(super) fn new(programs: &Programs, method: TcMethod, hooks: &'static [Hook]) -> anyhow::Result<Self> {
+        let mut has_tcx = method == TcMethod::Tcx;
         if let Some(hook) = hooks.first() {
             probe(programs, method, *hook)?;
+            has_tcx = has_tcx || probe(programs, TcMethod::Tcx, *hook).is_ok();
         }
-        Ok(Self { method, hooks, attached: HashMap::new() })
+        Ok(Self { method, hooks, has_tcx, attached: HashMap::new() })
     }
 
     pub(super) fn uses_links(&self) -> bool {
@@ -128,15 +143,18 @@ impl Tc {
         netlink: &mut Netlink,
         links: &mut Links,
         programs: &Programs,
-        netns_cookie: u64,
-        interface: &Interface,
+        &Spot { netns_cookie, interface, carries_traffic }: &Spot<'_>,
         hook: Hook,
     ) -> anyhow::Result<()> {
         let program = programs.get(hook.program())?;
         let context = || format!("{} on {}", hook.program(), interface.name);
         let name = link_name(hook, netns_cookie, interface.index);
         let filter = Filter { program: program.id, ..hook.filter() };
-        match self.method_for(links, netns_cookie, interface.index, hook.side())? {
+        let method = match self.method_for(interface.index, hook)? {
+            TcMethod::Clsact if carries_traffic && self.has_tcx => TcMethod::Tcx,
+            method => method,
+        };
+        match method {
             TcMethod::Clsact => {
                 netlink
                     .add_clsact(interface.index)
@@ -154,22 +172,11 @@ impl Tc {
     }
 
     /// In the namespace of the pod. The kernel runs tcx programs before filters, and filters not at all if one of them
-    /// decides: beside those of others, ours has to be one too, and comes before them.
-    fn method_for(
-        &self,
-        links: &Links,
-        netns_cookie: u64,
-        interface: u32,
-        side: Side,
-    ) -> io::Result<TcMethod> {
-        if self.method == TcMethod::Tcx {
-            return Ok(TcMethod::Tcx);
-        }
-        let hooks = || self.hooks.iter().copied().filter(|hook| hook.side() == side);
-        let Some(any) = hooks().next() else { return Ok(TcMethod::Clsact) };
-        let all = bpf::tcx_programs(interface, any.place(interface).hook)?;
-        let ours = hooks().filter(|hook| links.has(&link_name(*hook, netns_cookie, interface))).count();
-        Ok(if all > ours { TcMethod::Tcx } else { TcMethod::Clsact })
+    /// decides: beside those of others, ours has to be one too, and comes before them. One that is there stays.
+    fn method_for(&self, interface: u32, hook: Hook) -> io::Result<TcMethod> {
+        let links =
+            self.method == TcMethod::Tcx || bpf::tcx_programs(interface, hook.place(interface).hook)? > 0;
+        Ok(if links { TcMethod::Tcx } else { TcMethod::Clsact })
     }
 
     /// In the namespace of the pod. The clsact qdisc goes with the last filter.
@@ -215,7 +222,7 @@ impl Tc {
                     .map(|filter| if filter.program == program.id { State::Current } else { State::Stale });
                 let name = link_name(hook, netns_cookie, interface.index);
                 let link = links.state(&name, program, hook.place(interface.index))?;
-                let method = self.method_for(links, netns_cookie, interface.index, hook.side())?;
+                let method = self.method_for(interface.index, hook)?;
                 let (right, wrong) = match method {
                     TcMethod::Clsact => (filter, link),
                     TcMethod::Tcx => (link, filter),
