@@ -18,7 +18,7 @@ use crate::cgroup::Cgroup;
 use crate::netns::Netns;
 use crate::{signals, wait};
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A child process; ended by SIGTERM with this value, by SIGKILL if it does not heed that.
 #[derive(Debug)]

@@ -72,6 +72,7 @@ pub(crate) fn of_the_tests() -> Vec<Package> {
         ),
         Package::new("bind9-dnsutils", Evidence::Program("dig"), "tests ask DNS servers with dig"),
         Package::new("ldnsutils", Evidence::Program("drill"), "tests ask DNS servers with drill"),
+        Package::new("haproxy", Evidence::Program("haproxy"), "the node proxy of some tests"),
         Package::new("podman", Evidence::Program("podman"), "the DaemonSet's pod is run as a container"),
         Package::new("runc", Evidence::Program("runc"), "podman and containerd run containers with it"),
         Package::new("containerd", Evidence::Program("containerd"), "tests run containers with its ctr"),

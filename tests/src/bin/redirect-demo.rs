@@ -15,7 +15,10 @@ use redirect_tests::echo::Hello;
 use redirect_tests::process::Process;
 use redirect_tests::session::Binaries;
 use redirect_tests::stack::canonical;
-use redirect_tests::{Direction, Entry, Families, Node, Pod, PodSpec, Session, Stack, signals, testbed};
+use redirect_tests::{
+    Direction, Entry, Families, Netns, Node, Pod, PodSpec, Session, Stack, signals, testbed,
+};
+use redirect_user::placement::Placement;
 use serde::Deserialize;
 
 const PORT: u16 = 9000;
@@ -29,6 +32,9 @@ struct Arguments {
     /// The CNI plugin `redirect-cni` [default: next to this one, or $REDIRECT_CNI_BIN].
     #[arg(long)]
     plugin: Option<PathBuf>,
+    /// Where the node proxy's listeners are.
+    #[arg(long, value_enum, default_value_t)]
+    placement: Placement,
     /// Keep everything up until Ctrl-C, to look around.
     #[arg(long)]
     keep: bool,
@@ -52,7 +58,7 @@ fn main() -> Result<ExitCode> {
     }
     signals::install()?;
     let session = Session::start(binaries(&arguments)?)?;
-    let right = demonstrate(&session, arguments.keep);
+    let right = demonstrate(&session.placed(arguments.placement), arguments.keep);
     let left = session.leftovers()?;
     for thing in &left {
         eprintln!("left behind: {thing}");
@@ -272,14 +278,14 @@ fn hold(node: &Node, sleep: &Pod, servers: &[Application]) {
     println!("  {redirect} status --socket {socket}");
     println!("  {redirect} pods --socket {socket}");
     println!("  tail -f {}", node.access_log().files().display());
-    let inside = |pod: &Pod| format!("nsenter --net={}", pod.netns().path().display());
-    println!("  {} ip rule", inside(sleep));
+    let inside = |netns: &Netns| format!("nsenter --net={}", netns.path().display());
+    println!("  {} ip rule", inside(sleep.proxy_netns()));
     if let Some(server) = servers.first()
         && let Ok(program) = std::env::current_exe()
     {
         for (family, kind) in [(redirect_ebpf::Family::Ipv4, "v4"), (redirect_ebpf::Family::Ipv6, "v6")] {
             if let Ok(to) = server.pod.endpoint(family, PORT) {
-                println!("  {}", client_command(&inside(sleep), &program, kind, to, node.session()));
+                println!("  {}", client_command(&inside(sleep.netns()), &program, kind, to, node.session()));
             }
         }
     }

@@ -104,6 +104,7 @@ fn everywhere(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         closed_ports::trials(context),
         survival::trials(context),
         uninstall::trials(context),
+        validate::trials(context),
         without_ipv6::trials(context),
     ];
     trials.into_iter().flatten()
@@ -137,7 +138,6 @@ fn in_pods(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         coexistence::trials(context),
         bench::trials(context),
         container::trials(context),
-        validate::trials(context),
         inspect::trials(context),
     ];
     trials.into_iter().flatten()

@@ -1,6 +1,9 @@
 //! Placement `node`: what there is in it alone, and which tests of both placements are not run in it, and why.
 
+mod haproxy;
+mod others;
 mod repairs;
+mod routed;
 mod rules;
 mod sources;
 
@@ -13,10 +16,17 @@ use redirect_tests::Pod;
 use crate::context::Context;
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
-    [repairs::trials(context), sources::trials(context), rules::trials(context)]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        repairs::trials(context),
+        sources::trials(context),
+        rules::trials(context),
+        haproxy::trials(context),
+        routed::trials(context),
+        others::trials(context),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// The name of the host's end of a pod's interface.

@@ -12,7 +12,7 @@ use redirect_ebpf::{Direction, Family, Verdict};
 use redirect_tests::process::Process;
 use redirect_tests::stack::canonical;
 use redirect_tests::testbed::Answer;
-use redirect_tests::{Caller, Entry, Families, Netns, Node, NodeOptions, Pod, Stack, wait};
+use redirect_tests::{Caller, Entry, Families, Netns, Node, NodeOptions, Pod, PodSpec, Stack, wait};
 
 use redirect_user::placement::Placement;
 
@@ -174,8 +174,14 @@ fn in_a_pod(context: &Context, families: Families, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-fn routed(node: &Arc<Node>, families: Families) -> Result<Pod> {
-    let pod = Pod::start(node, node.numbered("pod", families).routed())?;
+/// A pod that is not on the bridge.
+pub(crate) fn routed(node: &Arc<Node>, families: Families) -> Result<Pod> {
+    start_routed(node, node.numbered("pod", families))
+}
+
+/// As [`routed`], with all that the pod is to be made from.
+pub(crate) fn start_routed(node: &Arc<Node>, spec: PodSpec) -> Result<Pod> {
+    let pod = Pod::start(node, spec.routed())?;
     wait::until_true("addresses of the node in use", wait::SOON, || {
         let tentative = node.netns().json("ip -j -6 address show tentative")?;
         Ok(tentative.as_array().into_iter().flatten().all(|device| device["ifname"].is_null()))

@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::io;
+use std::net::Ipv4Addr;
 use std::path::Path;
 
 use anyhow::{Context as _, bail};
@@ -17,10 +18,14 @@ use super::netlink::Netlink;
 use super::sysctl;
 
 /// What the entrance needs: that packets with any source are taken there, whatever the reverse path filter of the host;
-/// and that nothing else happens on it.
-const IPV4: [(&str, &str); 2] = [("accept_local", "1"), ("src_valid_mark", "1")];
+/// and that nothing else happens on it. The filter has to be loose for what the host itself sends to pods: the way to its own
+/// addresses is never this device. The kernel takes the larger of this value and the host's.
+const IPV4: [(&str, &str); 3] = [("accept_local", "1"), ("src_valid_mark", "1"), ("rp_filter", "2")];
 const IPV6: [(&str, &str); 3] = [("disable_ipv6", "0"), ("addr_gen_mode", "1"), ("accept_ra", "0")];
 const IPV6_OF_PEER: [(&str, &str); 1] = [("disable_ipv6", "1")];
+
+/// On a device without any address the filter lets nothing pass. This one is the host's own in any case.
+const ADDRESS: Ipv4Addr = Ipv4Addr::new(127, 15, 0, 1);
 
 /// Off, because the kernel else finds the proxy's socket before it finds the route, and drops what has a socket and is to
 /// be forwarded: the answers to the proxy, which come to the pods' addresses. It holds for both families.
@@ -69,6 +74,7 @@ pub(super) fn ensure(netlink: &mut Netlink, priority: u32, was_on: &mut bool) ->
         );
     };
     mended |= set(4, ENTRANCE, &IPV4)?;
+    mended |= netlink.ensure_address(ours.index, ADDRESS).with_context(context)?;
     if families.contains(&Family::Ipv6) {
         mended |= set(6, ENTRANCE, &IPV6)? | set(6, ENTRANCE_PEER, &IPV6_OF_PEER)?;
     }

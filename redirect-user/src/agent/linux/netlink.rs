@@ -12,6 +12,7 @@ use rtnetlink::packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader,
     NetlinkMessage, NetlinkPayload,
 };
+use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use rtnetlink::packet_route::link::{
     InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
@@ -203,13 +204,8 @@ impl Netlink {
 
     /// Returns whether it was missing.
     pub(super) fn ensure_entrance_rule(&mut self, family: Family, priority: u32) -> io::Result<bool> {
-        match self
-            .change(RouteNetlinkMessage::NewRule(entrance_rule(family, priority)), NLM_F_CREATE | NLM_F_EXCL)
-        {
-            Ok(()) => Ok(true),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
-            Err(error) => Err(error),
-        }
+        let message = RouteNetlinkMessage::NewRule(entrance_rule(family, priority));
+        made(self.change(message, NLM_F_CREATE | NLM_F_EXCL))
     }
 
     /// Removes the entrance's rules, of whatever priority. Returns how many there were.
@@ -230,6 +226,18 @@ impl Netlink {
             _ => None,
         });
         Ok(rules.collect())
+    }
+
+    /// Gives an interface an address that is known on the host alone. Returns whether it had not got it.
+    pub(super) fn ensure_address(&mut self, index: u32, address: Ipv4Addr) -> io::Result<bool> {
+        let mut message = AddressMessage::default();
+        message.header.family = AddressFamily::Inet;
+        message.header.prefix_len = 32;
+        message.header.scope = AddressScope::Host;
+        message.header.index = index;
+        message.attributes =
+            vec![AddressAttribute::Local(address.into()), AddressAttribute::Address(address.into())];
+        made(self.change(RouteNetlinkMessage::NewAddress(message), NLM_F_CREATE | NLM_F_EXCL))
     }
 
     /// `local default dev ENTRANCE table ROUTE_TABLE`. Of that device, because the reverse path filter takes a source for
@@ -430,6 +438,15 @@ impl Netlink {
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
             result => result,
         }
+    }
+}
+
+/// Whether something was made, or was there.
+fn made(outcome: io::Result<()>) -> io::Result<bool> {
+    match outcome {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
