@@ -70,9 +70,6 @@ const fn cgroup_programs(placement: Placement) -> &'static [(&'static str, bpf::
     }
 }
 
-/// The name of the socket lookup's link in the host's namespace, in placement `node`.
-const HOST_LOOKUP: &str = "listener_lookup-host";
-
 /// The program that is attached to the kubelet's cgroup.
 const PROBE: &str = "probe";
 
@@ -232,7 +229,7 @@ impl Linux {
         Ok(mended)
     }
 
-    /// The entrance, what is attached to it, and the socket lookup in the host's namespace.
+    /// The entrance, what is attached to it, and the socket lookups in the host's namespace.
     fn mend_host(&mut self, mended: &mut Vec<&'static str>) -> anyhow::Result<()> {
         let Self { tc, links, programs, host_netlink, host_cookie, .. } = self;
         let entrance = entrance::ensure(host_netlink, self.rule_priority, &mut self.early_demux_was_on)?;
@@ -251,10 +248,13 @@ impl Linux {
                 mended.push(hook.program());
             }
         }
-        let (program, place) = (programs.get(Lookup::Listener.program())?, lookup_place(&self.host)?);
-        if links.state(HOST_LOOKUP, program, place)? != Some(State::Current) {
-            links.ensure(HOST_LOOKUP, program, place)?;
-            mended.push(Lookup::Listener.program());
+        for lookup in Lookup::ALL {
+            let name = format!("{}-host", lookup.program());
+            let (program, place) = (programs.get(lookup.program())?, lookup_place(&self.host)?);
+            if links.state(&name, program, place)? != Some(State::Current) {
+                links.ensure(&name, program, place)?;
+                mended.push(lookup.program());
+            }
         }
         Ok(())
     }

@@ -2,13 +2,16 @@
 //! cgroup.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::process::Command;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
+use redirect_ebpf::constants::{PORT_INBOUND, PORT_OUTBOUND};
 use redirect_tests::cgroup::Cgroup;
+use redirect_tests::connection::io_kind;
 use redirect_tests::process::Process;
 use redirect_tests::stack::canonical;
 use redirect_tests::wait::{self, SOON};
@@ -113,6 +116,14 @@ fn is_the_node_proxy(context: &Context, stack: Stack) -> Result<()> {
     // What HAProxy connects for one pod it does not tell from a delivery, so that it passes once.
     let neighbour = scene.node.enrolled("neighbour", Families::Dual)?;
     scene.passes("outbound", pod.netns(), &neighbour, stack).context("from pod to pod")?;
+    // It would connect to itself again and again.
+    for port in [PORT_OUTBOUND, PORT_INBOUND] {
+        let to = SocketAddr::new(scene.node.gateway(stack.family()), port);
+        for client in [&outside, other.netns(), scene.node.netns()] {
+            let error = Connection::open(client, stack, to).err().context("HAProxy was dialled itself")?;
+            ensure!(io_kind(&error) == Some(ErrorKind::ConnectionRefused), "{error:#}");
+        }
+    }
     // The client learns of it from HAProxy, which has accepted the connection by then.
     for (client, server) in [(&pod, &other), (&other, &pod)] {
         let to = server.endpoint(stack.family(), 9)?;
