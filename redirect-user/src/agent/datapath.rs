@@ -233,7 +233,12 @@ pub fn unenroll(datapath: &mut impl Datapath, target: &Target, removal: Removal)
         Removal::Capture => {
             matches!(
                 fact,
-                Fact::Program { .. } | Fact::Address(_) | Fact::Pod(_) | Fact::Guard { .. } | Fact::Device(_)
+                Fact::Program { .. }
+                    | Fact::Address(_)
+                    | Fact::Pod(_)
+                    | Fact::Guard { .. }
+                    | Fact::ListenerGuard
+                    | Fact::Device(_)
             )
         }
         // What was on before us stays on.
