@@ -78,6 +78,8 @@ enum Command {
 struct Uninstall {
     #[command(flatten)]
     options: agent::uninstall::Options,
+    #[command(flatten)]
+    chain: install::Directories,
     /// How to print
     #[arg(short, long, value_enum, default_value_t)]
     output: Output,

@@ -27,7 +27,7 @@ use std::path::{Path, PathBuf};
 
 pub use error::Error;
 pub use keep::keep;
-pub use options::{Install, Options};
+pub use options::{Directories, Install, Options};
 
 use directory::Directory;
 use files::{Disk, Files};
@@ -53,7 +53,7 @@ pub struct Outcome {
 /// `redirect install`.
 pub fn run(install: Install) -> anyhow::Result<()> {
     if install.remove {
-        for path in remove(&install.options)? {
+        for path in remove(&install.options.directories)? {
             println!("changed: {}", path.display());
         }
         return Ok(());
@@ -85,57 +85,59 @@ pub fn install_once(options: &Options) -> Result<Outcome, Error> {
 
 /// Takes the entry out of every configuration, then removes the plugin. Needs neither agent nor cluster. What was
 /// changed.
-pub fn remove(options: &Options) -> Result<Vec<PathBuf>, Error> {
-    take_out(options, &mut Disk)
+pub fn remove(directories: &Directories) -> Result<Vec<PathBuf>, Error> {
+    take_out(directories, &mut Disk)
 }
 
 /// What an installation would change.
 pub(crate) fn missing(options: &Options) -> Result<Vec<String>, Error> {
     let mut missing = Vec::new();
     if !plugin::is_current(options)? {
-        missing.push(options.installed_plugin().display().to_string());
+        missing.push(options.directories.installed_plugin().display().to_string());
     }
-    let plan = plan::install(&Directory::read(&options.cni_conf_dir)?, options)?;
-    missing.extend(plan.ops.iter().map(|op| options.cni_conf_dir.join(op.name()).display().to_string()));
+    let plan = plan::install(&Directory::read(&options.directories.cni_conf_dir)?, options)?;
+    missing.extend(
+        plan.ops.iter().map(|op| options.directories.cni_conf_dir.join(op.name()).display().to_string()),
+    );
     Ok(missing)
 }
 
 fn install(options: &Options, files: &mut impl Files) -> Result<Outcome, Error> {
-    let _lock = lock(&options.cni_conf_dir)?;
+    let _lock = lock(&options.directories.cni_conf_dir)?;
     // Known to be possible before anything is touched.
-    plan::install(&Directory::read(&options.cni_conf_dir)?, options)?;
+    plan::install(&Directory::read(&options.directories.cni_conf_dir)?, options)?;
     let mut outcome = Outcome::default();
     if plugin::install(options, files)? {
-        outcome.changed.push(options.installed_plugin());
+        outcome.changed.push(options.directories.installed_plugin());
     }
     // Read again: a primary CNI may have written meanwhile.
-    let plan = plan::install(&Directory::read(&options.cni_conf_dir)?, options)?;
-    outcome.configuration = options.cni_conf_dir.join(&plan.target);
+    let plan = plan::install(&Directory::read(&options.directories.cni_conf_dir)?, options)?;
+    outcome.configuration = options.directories.cni_conf_dir.join(&plan.target);
     if !plan.ops.is_empty() {
-        plan.check_versions(&plugin::versions(&options.installed_plugin())?)?;
+        plan.check_versions(&plugin::versions(&options.directories.installed_plugin())?)?;
         outcome.warnings.extend(plugin::ready(options)?);
-        outcome.changed.extend(execute(&options.cni_conf_dir, plan.ops, files)?);
+        outcome.changed.extend(execute(&options.directories.cni_conf_dir, plan.ops, files)?);
     }
     outcome.warnings.extend(plan.warnings);
     Ok(outcome)
 }
 
-fn take_out(options: &Options, files: &mut impl Files) -> Result<Vec<PathBuf>, Error> {
+fn take_out(directories: &Directories, files: &mut impl Files) -> Result<Vec<PathBuf>, Error> {
     let mut changed = Vec::new();
     // No directory, no entries.
-    if options.cni_conf_dir.is_dir() {
-        let _lock = lock(&options.cni_conf_dir)?;
-        let ops = plan::remove(&Directory::read(&options.cni_conf_dir)?);
-        changed.extend(execute(&options.cni_conf_dir, ops, files)?);
-        files::sweep(&options.cni_conf_dir, files)?;
+    if directories.cni_conf_dir.is_dir() {
+        let _lock = lock(&directories.cni_conf_dir)?;
+        let ops = plan::remove(&Directory::read(&directories.cni_conf_dir)?);
+        changed.extend(execute(&directories.cni_conf_dir, ops, files)?);
+        files::sweep(&directories.cni_conf_dir, files)?;
     }
-    let plugin = options.installed_plugin();
+    let plugin = directories.installed_plugin();
     if plugin.exists() {
         files.remove(&plugin).map_err(|source| Error::write(&plugin, source))?;
         changed.push(plugin);
     }
-    if options.cni_bin_dir.is_dir() {
-        files::sweep(&options.cni_bin_dir, files)?;
+    if directories.cni_bin_dir.is_dir() {
+        files::sweep(&directories.cni_bin_dir, files)?;
     }
     Ok(changed)
 }

@@ -149,11 +149,17 @@ pub fn state_dir(dir: &Path) -> PathBuf {
     dir.join("state")
 }
 
-/// `redirect uninstall` on what belongs to the agent of a node, whether it runs or not.
+/// `redirect uninstall` on what belongs to the agent of a node, whether it runs or not. The CNI chain is the one in the
+/// node's directory, if there is one.
 pub fn uninstall(session: &Session, netns: &NetNs, dir: &Path, arguments: &[&str]) -> Result<Output> {
     let mut command = Command::new(&session.binaries().redirect);
     command.args(["uninstall", "--known-only", "-o", "json"]);
     command
+        // Not this host's.
+        .arg("--cni-conf-dir")
+        .arg(dir.join("net.d"))
+        .arg("--cni-bin-dir")
+        .arg(dir.join("bin"))
         .arg("--pin-dir")
         .arg(pin_dir(session, dir))
         .arg("--state-dir")

@@ -311,7 +311,7 @@ async fn is_last(options: &kube::Options) -> bool {
 
 /// Takes the plugin out of the CNI chain.
 async fn unchain(chain: install::Options) {
-    match tokio::task::spawn_blocking(move || install::remove(&chain)).await {
+    match tokio::task::spawn_blocking(move || install::remove(&chain.directories)).await {
         Ok(Ok(changed)) => {
             let changed: Vec<_> = changed.iter().map(|path| path.display().to_string()).collect();
             tracing::info!(changed = changed.join(" "), "the plugin is out of the CNI chain");

@@ -1,4 +1,5 @@
-//! `redirect uninstall`: takes everything of ours out of the kernel, without an agent and without a cluster.
+//! `redirect uninstall`: takes everything of ours out of the kernel, without an agent and without a cluster. The command
+//! takes the plugin out of the CNI chain as well.
 //!
 //! What is there is found in the kernel: every network namespace of the node is looked at for rules, routes and filters of
 //! ours, and all pins go, whatever their version. Records help with namespaces that no process is in and that are mounted
@@ -43,6 +44,8 @@ pub struct Report {
     pub pins: Vec<PathBuf>,
     /// Records of pods.
     pub records: usize,
+    /// Files of the CNI chain that were changed or removed, the plugin among them.
+    pub chain: Vec<PathBuf>,
     /// What could not be removed.
     pub errors: Vec<String>,
 }

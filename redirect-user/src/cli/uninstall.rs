@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use super::{Output, Uninstall, exit};
 use crate::agent::linux::HostReport;
 use crate::agent::uninstall::{NamespaceReport, Report, uninstall};
+use crate::install;
 
 /// The exit code when an agent runs.
 const IN_USE: u8 = 3;
@@ -12,7 +13,13 @@ const IN_USE: u8 = 3;
 /// Code 0: nothing is left, whether there was something or not; 1: something is.
 pub(super) fn run(command: &Uninstall) -> ExitCode {
     match uninstall(&command.options) {
-        Ok(Some(report)) => exit(show(&report, command.output)),
+        Ok(Some(mut report)) => {
+            match install::remove(&command.chain) {
+                Ok(changed) => report.chain = changed,
+                Err(error) => report.errors.push(format!("the CNI chain keeps the plugin: {error}")),
+            }
+            exit(show(&report, command.output))
+        }
         Ok(None) => {
             let directory = command.options.pin_dir.display();
             eprintln!(
@@ -46,11 +53,11 @@ fn show(report: &Report, output: Output) -> anyhow::Result<()> {
             for pin in &report.pins {
                 println!("removed {}", pin.display());
             }
-            if report.namespaces.is_empty()
-                && report.host == HostReport::default()
-                && report.pins.is_empty()
-                && report.records == 0
-            {
+            for path in &report.chain {
+                println!("CNI chain: changed {}", path.display());
+            }
+            let found = report.namespaces.len() + report.pins.len() + report.records + report.chain.len();
+            if found + report.errors.len() == 0 && report.host == HostReport::default() {
                 println!("nothing was there");
             }
         }

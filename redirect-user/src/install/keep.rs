@@ -112,7 +112,7 @@ impl Keeper {
 
     fn culprit(&self, configuration: &Path) -> String {
         let name = configuration.file_name().unwrap_or_default().to_string_lossy();
-        match Directory::read(&self.options.cni_conf_dir) {
+        match Directory::read(&self.options.directories.cni_conf_dir) {
             Ok(directory) if is_cilium_s(&directory, &name) => format!(". It is Cilium's: {CILIUM}"),
             _ => String::new(),
         }
@@ -127,7 +127,7 @@ impl Keeper {
 
     /// Something that is readable when configurations or plugins change.
     fn watch(&mut self) -> Option<AsyncFd<OwnedFd>> {
-        let directories = [&self.options.cni_conf_dir, &self.options.cni_bin_dir];
+        let directories = [&self.options.directories.cni_conf_dir, &self.options.directories.cni_bin_dir];
         match changes(directories.map(AsRef::as_ref)) {
             Ok(changes) => Some(changes),
             Err(error) => {

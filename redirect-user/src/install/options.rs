@@ -8,18 +8,28 @@ use serde_json::{Map, Value, json};
 use super::PLUGIN;
 use crate::wire;
 
-/// Where the node's CNI chain is, and how the plugin is put into it. All paths but `cni_agent_socket` are as this
-/// process sees them.
+/// Where the node's CNI chain is, as this process sees it.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "CNI chain")]
-#[group(id = "install-options")]
-pub struct Options {
+#[group(id = "chain-directories")]
+pub struct Directories {
     /// Directory of the node's CNI configurations
     #[arg(long, default_value = "/etc/cni/net.d", value_name = "DIR")]
     pub cni_conf_dir: PathBuf,
     /// Directory of the node's CNI plugins
     #[arg(long, default_value = "/opt/cni/bin", value_name = "DIR")]
     pub cni_bin_dir: PathBuf,
+}
+
+/// The node's CNI chain, and how the plugin is put into it. All paths but `cni_agent_socket` are as this process sees
+/// them.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "CNI chain")]
+#[group(id = "install-options")]
+pub struct Options {
+    /// Where it is.
+    #[command(flatten)]
+    pub directories: Directories,
     /// The configuration that gets the plugin; by default the first one, which is the one that container runtimes use
     #[arg(long, value_name = "FILE", conflicts_with = "cni_own_conf")]
     pub cni_conf_name: Option<String>,
@@ -57,14 +67,16 @@ pub struct Install {
     pub check: bool,
 }
 
-impl Options {
-    /// How long the agent is waited for before a configuration names the plugin.
-    pub(super) const PATIENCE: Duration = Duration::from_secs(5);
-
+impl Directories {
     /// Where the plugin is put.
     pub(super) fn installed_plugin(&self) -> PathBuf {
         self.cni_bin_dir.join(PLUGIN)
     }
+}
+
+impl Options {
+    /// How long the agent is waited for before a configuration names the plugin.
+    pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
     /// Our object in the list of plugins.
     pub(super) fn entry(&self) -> Map<String, Value> {

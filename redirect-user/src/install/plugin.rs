@@ -26,9 +26,9 @@ pub(super) fn install(options: &Options, files: &mut impl Files) -> Result<bool,
     // Asked before it replaces one that works.
     versions(&source)?;
     let bytes = fs::read(&source).map_err(|error| Error::read(&source, error))?;
-    let target = options.installed_plugin();
-    let owner =
-        fs::metadata(&options.cni_bin_dir).map_err(|error| Error::read(&options.cni_bin_dir, error))?;
+    let target = options.directories.installed_plugin();
+    let owner = fs::metadata(&options.directories.cni_bin_dir)
+        .map_err(|error| Error::read(&options.directories.cni_bin_dir, error))?;
     let attributes = Attributes { mode: 0o755, uid: owner.uid(), gid: owner.gid() };
     files::replace(files, &target, &bytes, attributes).map_err(|error| Error::write(&target, error))?;
     Ok(true)
@@ -36,7 +36,7 @@ pub(super) fn install(options: &Options, files: &mut impl Files) -> Result<bool,
 
 /// Whether the plugin is there, as it should be.
 pub(super) fn is_current(options: &Options) -> Result<bool, Error> {
-    let (source, target) = (source(options)?, options.installed_plugin());
+    let (source, target) = (source(options)?, options.directories.installed_plugin());
     let wanted = fs::read(&source).map_err(|error| Error::read(&source, error))?;
     match fs::symlink_metadata(&target) {
         Ok(metadata) if !metadata.is_file() || metadata.mode() & 0o111 != 0o111 => return Ok(false),
@@ -80,7 +80,7 @@ pub(super) fn versions(plugin: &Path) -> Result<Vec<SpecVersion>, Error> {
 /// An error if pods could not start with the plugin in the chain; a warning if only enrolled ones could not.
 pub(super) fn ready(options: &Options) -> Result<Option<String>, Error> {
     client::call(&options.cni_agent_socket, &Request::Status, None, Options::PATIENCE)?;
-    let path = options.installed_plugin();
+    let path = options.directories.installed_plugin();
     let mut config = options.entry();
     config.insert("cniVersion".into(), SpecVersion::LATEST.as_str().into());
     config.insert("name".into(), "status".into());

@@ -37,8 +37,7 @@ impl Host {
         let agent = TestAgent::start(|_| vec![Reply::Done]);
         let path = |name: &str| directory.path().join(name);
         let options = Options {
-            cni_conf_dir: path("net.d"),
-            cni_bin_dir: path("bin"),
+            directories: Directories { cni_conf_dir: path("net.d"), cni_bin_dir: path("bin") },
             cni_conf_name: None,
             cni_own_conf: false,
             cni_plugin: Some(path("source")),
@@ -46,12 +45,12 @@ impl Host {
             cni_timeout: None,
             cni_exclude_namespaces: None,
         };
-        for made in [&options.cni_conf_dir, &options.cni_bin_dir] {
+        for made in [&options.directories.cni_conf_dir, &options.directories.cni_bin_dir] {
             fs::create_dir(made).unwrap();
         }
         let host = Self { options, directory, _agent: agent };
         host.plugin(PLUGIN_SCRIPT);
-        fs::write(host.options.cni_bin_dir.join("bridge"), "").unwrap();
+        fs::write(host.options.directories.cni_bin_dir.join("bridge"), "").unwrap();
         for (name, content) in files {
             host.write(name, content);
         }
@@ -65,7 +64,7 @@ impl Host {
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.options.cni_conf_dir.join(name)
+        self.options.directories.cni_conf_dir.join(name)
     }
 
     fn write(&self, name: &str, content: &Value) {
@@ -82,7 +81,10 @@ impl Host {
             let content = serde_json::from_slice(&fs::read(entry.path()).unwrap()).unwrap_or(Value::Null);
             (entry.file_name().into_string().unwrap(), content)
         };
-        fs::read_dir(&self.options.cni_conf_dir).unwrap().map(|entry| read(entry.unwrap())).collect()
+        fs::read_dir(&self.options.directories.cni_conf_dir)
+            .unwrap()
+            .map(|entry| read(entry.unwrap()))
+            .collect()
     }
 
     /// What a runtime makes of the directory: the types of the first configuration's plugins, which must all be there.
@@ -101,7 +103,7 @@ impl Host {
         let types: Vec<String> = types.collect();
         assert_eq!(types[0], "bridge", "{content}");
         for kind in &types {
-            assert!(self.options.cni_bin_dir.join(kind).exists(), "{kind} is not there");
+            assert!(self.options.directories.cni_bin_dir.join(kind).exists(), "{kind} is not there");
         }
         types
     }
@@ -145,7 +147,7 @@ fn the_first_configuration_gets_the_plugin_and_keeps_the_rest() {
     assert_eq!(files["20-c.conflist"], list());
     let after = fs::metadata(host.path("10-b.conflist")).unwrap();
     assert_eq!((after.mode(), after.uid(), after.gid()), (before.mode(), before.uid(), before.gid()));
-    let plugin = fs::metadata(host.options.installed_plugin()).unwrap();
+    let plugin = fs::metadata(host.options.directories.installed_plugin()).unwrap();
     assert_eq!(plugin.mode() & 0o7777, 0o755);
 
     assert!(host.install().unwrap().changed.is_empty(), "nothing is left to do");
@@ -166,7 +168,7 @@ fn settings_that_change_are_carried_over() {
     assert_eq!(plugins[1]["excludeNamespaces"], json!(["kube-system"]));
 
     host.plugin(&format!("{PLUGIN_SCRIPT}# newer\n"));
-    assert_eq!(host.install().unwrap().changed, [host.options.installed_plugin()]);
+    assert_eq!(host.install().unwrap().changed, [host.options.directories.installed_plugin()]);
 }
 
 #[test]
@@ -245,14 +247,14 @@ fn removal_leaves_what_was_there_before() {
         let mut host = Host::new(&[("10-b.conflist", list()), ("20-c.conflist", list())]);
         host.options.cni_own_conf = own;
         host.install().unwrap();
-        let changed = remove(&host.options).unwrap();
+        let changed = remove(&host.options.directories).unwrap();
         assert_eq!(changed.len(), 2, "{changed:?}");
         assert_eq!(
             host.files(),
             BTreeMap::from([("10-b.conflist".into(), list()), ("20-c.conflist".into(), list())])
         );
-        assert!(!host.options.installed_plugin().exists());
-        assert!(remove(&host.options).unwrap().is_empty());
+        assert!(!host.options.directories.installed_plugin().exists());
+        assert!(remove(&host.options.directories).unwrap().is_empty());
     }
 }
 
@@ -262,7 +264,7 @@ fn removal_takes_the_entry_out_wherever_it_is() {
     host.install().unwrap();
     host.options.cni_conf_name = Some("20-c.conflist".into());
     host.install().unwrap();
-    assert_eq!(remove(&host.options).unwrap().len(), 3);
+    assert_eq!(remove(&host.options.directories).unwrap().len(), 3);
     assert!(host.files().values().all(|content| *content == list()));
 }
 
@@ -299,7 +301,7 @@ fn a_broken_plugin_does_not_replace_one_that_works() {
     host.install().unwrap();
     host.plugin("#!/bin/sh\nexit 1\n");
     host.install().unwrap_err();
-    assert_eq!(fs::read_to_string(host.options.installed_plugin()).unwrap(), PLUGIN_SCRIPT);
+    assert_eq!(fs::read_to_string(host.options.directories.installed_plugin()).unwrap(), PLUGIN_SCRIPT);
 }
 
 #[test]

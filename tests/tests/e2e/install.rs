@@ -85,18 +85,18 @@ impl Directories {
         command
     }
 
-    fn run(&self, arguments: &[&str]) -> Result<Output> {
+    pub(crate) fn run(&self, arguments: &[&str]) -> Result<Output> {
         let output = self.command(arguments).output()?;
         ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         Ok(output)
     }
 
     /// The chain that a runtime finds now, with nothing but what is in the directories.
-    fn chain(&self) -> Result<Chain> {
+    pub(crate) fn chain(&self) -> Result<Chain> {
         Chain::of_directory(&self.configurations(), vec![self.plugins()])
     }
 
-    fn pod(&self, name: &str, families: Families) -> Result<Pod> {
+    pub(crate) fn pod(&self, name: &str, families: Families) -> Result<Pod> {
         Pod::through(&self.node, self.node.numbered(name, families), self.chain()?)
     }
 

@@ -1,16 +1,19 @@
 //! `redirect uninstall` leaves nothing, whatever it finds.
 
+use std::os::unix::fs::symlink;
 use std::process::{Command, Output};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
+use redirect_tests::cni::REDIRECT;
 use redirect_tests::kernel::Footprint;
 use redirect_tests::{Connection, Families, Node, NodeOptions, Pod};
 use redirect_user::placement::Placement;
 use serde_json::Value;
 
 use crate::context::{Context, trial};
+use crate::install::Directories;
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     let case = |name: &str, case: Case| {
@@ -24,6 +27,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         case("with_another_layout", Case { another_layout: true, ..Case::default() }),
         trial(context, "uninstall::refuses_while_an_agent_runs", refuses),
         trial(context, "uninstall::twice_is_as_good_as_once", twice),
+        trial(context, "uninstall::takes_the_plugin_out_of_the_chain", takes_the_plugin_out),
     ]
 }
 
@@ -143,4 +147,23 @@ fn twice(context: &Context) -> Result<()> {
         ensure!(report["pins"] == Value::Array(Vec::new()), "{report:#}");
     }
     Ok(())
+}
+
+/// Not while an agent runs. Pods start without us afterwards.
+fn takes_the_plugin_out(context: &Context) -> Result<()> {
+    let node = Node::start(&context.session()?)?;
+    let directories = Directories::new(&node, Families::Dual)?;
+    symlink(directories.configurations(), node.dir().join("net.d"))?;
+    symlink(directories.plugins(), node.dir().join("bin"))?;
+    directories.run(&[])?;
+    ensure!(node.uninstall(&[])?.status.code() == Some(3) && directories.is_chained(), "in use");
+    node.stop_agent()?;
+    for expected in [2, 0] {
+        let report = report(&node.uninstall(&[])?)?;
+        let changed = report["chain"].as_array().context("chain")?;
+        ensure!(changed.len() == expected, "{report:#}");
+        ensure!(directories.chain()?.types() == ["bridge"], "{:?}", directories.chain()?);
+        ensure!(!directories.plugins().join(REDIRECT).exists(), "the plugin is still there");
+    }
+    directories.pod("after", Families::Dual).map(drop)
 }

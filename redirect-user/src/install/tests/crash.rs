@@ -62,7 +62,7 @@ fn install_task(options: &Options, files: &mut Mortal) -> bool {
 }
 
 fn remove_task(options: &Options, files: &mut Mortal) -> bool {
-    take_out(options, files).is_ok()
+    take_out(&options.directories, files).is_ok()
 }
 
 /// Every number of steps until the task needs no more. How many it takes.
@@ -76,7 +76,7 @@ fn die_everywhere(prepare: impl Fn() -> Host, task: Task, types: &[&str]) -> Vec
         let mut next = Mortal { left: usize::MAX, steps: Vec::new() };
         assert!(task(&host.options, &mut next), "after {:?}", mortal.steps);
         assert_eq!(host.runtime_s_view(), types, "after {:?}", mortal.steps);
-        for directory in [&host.options.cni_conf_dir, &host.options.cni_bin_dir] {
+        for directory in [&host.options.directories.cni_conf_dir, &host.options.directories.cni_bin_dir] {
             for entry in fs::read_dir(directory).unwrap() {
                 let name = entry.unwrap().file_name();
                 assert!(!name.to_string_lossy().ends_with(".tmp"), "{name:?} after {:?}", mortal.steps);

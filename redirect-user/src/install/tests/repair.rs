@@ -26,7 +26,7 @@ async fn until(what: &str, condition: impl Fn() -> bool) {
 
 fn is_chained(host: &Host, name: &str) -> bool {
     host.files().get(name).is_some_and(|content| content["plugins"][1]["type"] == PLUGIN)
-        && host.options.installed_plugin().exists()
+        && host.options.directories.installed_plugin().exists()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -51,12 +51,12 @@ async fn a_configuration_that_is_written_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_plugin_that_is_removed_or_replaced() {
     let host = Host::new(&[("10-b.conflist", list())]);
-    let content = || fs::read_to_string(host.options.installed_plugin()).unwrap_or_default();
+    let content = || fs::read_to_string(host.options.directories.installed_plugin()).unwrap_or_default();
     with_keeper(&host, async || {
         until("first", || is_chained(&host, "10-b.conflist")).await;
-        fs::remove_file(host.options.installed_plugin()).unwrap();
+        fs::remove_file(host.options.directories.installed_plugin()).unwrap();
         until("removed", || content() == PLUGIN_SCRIPT).await;
-        fs::write(host.options.installed_plugin(), "other").unwrap();
+        fs::write(host.options.directories.installed_plugin(), "other").unwrap();
         until("replaced", || content() == PLUGIN_SCRIPT).await;
     })
     .await;
@@ -65,10 +65,10 @@ async fn a_plugin_that_is_removed_or_replaced() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_primary_cni_that_comes_later() {
     let host = Host::new(&[]);
-    fs::remove_dir(&host.options.cni_conf_dir).unwrap();
+    fs::remove_dir(&host.options.directories.cni_conf_dir).unwrap();
     with_keeper(&host, async || {
         tokio::time::sleep(Duration::from_millis(50)).await;
-        fs::create_dir(&host.options.cni_conf_dir).unwrap();
+        fs::create_dir(&host.options.directories.cni_conf_dir).unwrap();
         // Half of it at first.
         fs::write(host.path("10-b.conflist"), "{").unwrap();
         tokio::time::sleep(Duration::from_millis(50)).await;
