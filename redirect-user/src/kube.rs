@@ -34,4 +34,4 @@ mod tests;
 
 pub(crate) use client::{client, config};
 pub(crate) use controller::{Controller, Timing};
-pub(crate) use daemonset::is_deleted;
+pub(crate) use daemonset::OwnDaemonSet;

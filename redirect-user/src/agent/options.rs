@@ -101,7 +101,7 @@ pub struct Options {
 /// What becomes of the pods when the agent is told to end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum OnExit {
-    /// As `remove` if the agent's DaemonSet is gone or being deleted, else as `keep`.
+    /// As `remove` if the agent's DaemonSet is gone or being deleted, else, also if that can't be told, as `keep`.
     #[default]
     Auto,
     /// They stay steered, and the next agent takes them over.

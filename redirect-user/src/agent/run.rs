@@ -21,7 +21,7 @@ use super::thread::Kernel;
 use super::watch::{Event, Watch};
 use super::{stand_in, uninstall, upkeep};
 use crate::doctor::{self, Requirements};
-use crate::kube::{self, Controller, Timing};
+use crate::kube::{self, Controller, OwnDaemonSet, Timing};
 use crate::netns::NetNs;
 use crate::placement::Placement;
 use crate::{cgroup, descriptors, install, metrics, privileges, wire, zds};
@@ -127,6 +127,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     take_over(&kernel, &pods, found).await?;
     let (probes_kernel, watch_kernel, upkeep_kernel) = (kernel.clone(), kernel.clone(), kernel.clone());
     let controller = controller(&options.kubernetes, &pods).await?;
+    let daemonset = own_daemonset(&options.kubernetes).await?;
     let enrolment: Arc<dyn Enrolment> = match &controller {
         Some(controller) => Arc::new(controller.admission()),
         None => Arc::new(Everybody),
@@ -195,7 +196,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     }
     let stopping = Instant::now();
     stop.send_replace(true);
-    let last = is_last(&options.kubernetes).await;
+    let last = is_last(daemonset.as_ref()).await;
     if let (Some(task), Some(chain)) = (chain_task, chain) {
         task.await.context("the keeper of the CNI chain")?;
         if last {
@@ -296,14 +297,19 @@ async fn catch_up(controller: &Controller<Linux>, seconds: u64) {
     }
 }
 
+async fn own_daemonset(options: &kube::Options) -> anyhow::Result<Option<OwnDaemonSet>> {
+    let (Some(name), Some(namespace)) = (&options.daemonset, &options.pod_namespace) else { return Ok(None) };
+    Ok(Some(OwnDaemonSet::watch(options.kubeconfig.as_deref(), namespace, name).await?))
+}
+
 /// Whether no other agent will follow on this node: the DaemonSet is gone, or about to go.
-async fn is_last(options: &kube::Options) -> bool {
-    let (Some(name), Some(namespace)) = (&options.daemonset, &options.pod_namespace) else { return false };
-    kube::is_deleted(options.kubeconfig.as_deref(), namespace, name).await.unwrap_or_else(|error| {
+async fn is_last(daemonset: Option<&OwnDaemonSet>) -> bool {
+    let Some(daemonset) = daemonset else { return false };
+    daemonset.is_deleted().await.unwrap_or_else(|error| {
         tracing::warn!(
-            "pods stay steered, the CNI chain keeps the plugin, and new pods wait for the next agent: DaemonSet \
-             {namespace}/{name} can't be read: {error:#}; if there will be none: redirect install --remove, \
-             redirect uninstall"
+            "pods stay steered, the CNI chain keeps the plugin, and new pods wait for the next agent: the agent's \
+             DaemonSet can't be read, and was not seen to go: {error:#}; if there will be no other agent: redirect \
+             uninstall"
         );
         false
     })

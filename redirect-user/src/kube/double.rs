@@ -36,7 +36,7 @@ pub struct World {
     /// By path.
     objects: BTreeMap<String, Value>,
     /// Version, path of the collection, kind of change, object.
-    history: Vec<(u64, &'static str, &'static str, Value)>,
+    history: Vec<(u64, String, &'static str, Value)>,
     /// Watches cannot begin before this version.
     oldest: u64,
     /// How often watches were cut.
@@ -52,6 +52,7 @@ pub struct World {
 
 const PODS: &str = "/api/v1/pods";
 const NAMESPACES: &str = "/api/v1/namespaces";
+const DAEMONSETS: &str = "/daemonsets";
 
 /// A running server. It ends with this value.
 #[derive(Debug)]
@@ -114,12 +115,11 @@ impl ApiServer {
             "apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadata",
             "metadata": {"name": name, "labels": labels},
         });
-        self.change(|world| world.put(NAMESPACES, &format!("{NAMESPACES}/{name}"), object));
+        self.change(|world| world.put(&format!("{NAMESPACES}/{name}"), object));
     }
 
     /// Makes a DaemonSet, or has it deleted while its pods still run.
     pub fn put_daemonset(&self, namespace: &str, name: &str, deleted: bool) {
-        const DAEMONSETS: &str = "/apis/apps/v1/daemonsets";
         let mut object = json!({
             "apiVersion": "apps/v1", "kind": "DaemonSet",
             "metadata": {"name": name, "namespace": namespace},
@@ -127,14 +127,18 @@ impl ApiServer {
         if deleted {
             object["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
         }
-        let path = format!("/apis/apps/v1/namespaces/{namespace}/daemonsets/{name}");
-        self.change(|world| world.put(DAEMONSETS, &path, object));
+        self.change(|world| world.put(&daemonset_path(namespace, name), object));
+    }
+
+    /// Deletes a DaemonSet.
+    pub fn delete_daemonset(&self, namespace: &str, name: &str) {
+        self.change(|world| world.delete(&daemonset_path(namespace, name)));
     }
 
     /// Makes a pod, or replaces it.
     pub fn put_pod(&self, pod: Value) {
         let path = pod_path(&pod);
-        self.change(|world| world.put(PODS, &path, pod));
+        self.change(|world| world.put(&path, pod));
     }
 
     /// Changes a pod that is there, as a merge patch.
@@ -143,20 +147,14 @@ impl ApiServer {
         self.change(|world| {
             let mut pod = world.objects.get(&path).unwrap().clone();
             merge(&mut pod, patch);
-            world.put(PODS, &path, pod);
+            world.put(&path, pod);
         });
     }
 
     /// Deletes a pod if it is there.
     pub fn delete_pod(&self, namespace: &str, name: &str) {
         let path = format!("{NAMESPACES}/{namespace}/pods/{name}");
-        self.change(|world| {
-            if let Some(mut pod) = world.objects.remove(&path) {
-                world.version += 1;
-                pod["metadata"]["resourceVersion"] = json!(world.version.to_string());
-                world.history.push((world.version, PODS, "DELETED", pod));
-            }
-        });
+        self.change(|world| world.delete(&path));
     }
 
     /// The annotation that the agent writes.
@@ -223,18 +221,30 @@ impl ApiServer {
     }
 }
 
+fn daemonset_path(namespace: &str, name: &str) -> String {
+    format!("/apis/apps/v1/namespaces/{namespace}{DAEMONSETS}/{name}")
+}
+
 fn pod_path(pod: &Value) -> String {
     let text = |field: &str| pod["metadata"][field].as_str().unwrap().to_owned();
     format!("{NAMESPACES}/{}/pods/{}", text("namespace"), text("name"))
 }
 
 impl World {
-    fn put(&mut self, collection: &'static str, path: &str, mut object: Value) {
+    fn put(&mut self, path: &str, mut object: Value) {
         self.version += 1;
         object["metadata"]["resourceVersion"] = json!(self.version.to_string());
         let kind = if self.objects.contains_key(path) { "MODIFIED" } else { "ADDED" };
         self.objects.insert(path.into(), object.clone());
-        self.history.push((self.version, collection, kind, object));
+        self.history.push((self.version, collection(path).into(), kind, object));
+    }
+
+    fn delete(&mut self, path: &str) {
+        if let Some(mut object) = self.objects.remove(path) {
+            self.version += 1;
+            object["metadata"]["resourceVersion"] = json!(self.version.to_string());
+            self.history.push((self.version, collection(path).into(), "DELETED", object));
+        }
     }
 
     fn take_fault(&mut self, request: &str) -> Option<Fault> {
@@ -322,12 +332,12 @@ impl Connection {
         let Request { method, path, query, body } = request;
         let mut world = self.world();
         match (method.as_str(), path.as_str()) {
-            ("GET", PODS | NAMESPACES) => {
+            ("GET", list) if matches!(list, PODS | NAMESPACES) || list.ends_with(DAEMONSETS) => {
                 let node = node(&query);
                 let items: Vec<Value> = world
                     .objects
                     .iter()
-                    .filter(|(key, object)| collection(key) == path && on_node(object, node.as_deref()))
+                    .filter(|(key, object)| collection(key) == list && on_node(object, node.as_deref()))
                     .map(|(_, object)| object.clone())
                     .collect();
                 let metadata = json!({"resourceVersion": world.version.to_string()});
@@ -355,7 +365,7 @@ impl Connection {
                     return (409, failure(409));
                 }
                 merge(&mut object, &body);
-                world.put(PODS, key, object.clone());
+                world.put(key, object.clone());
                 drop(world);
                 self.changed.send_replace(());
                 (200, object)
@@ -415,8 +425,12 @@ impl Connection {
     }
 }
 
-fn collection(key: &str) -> &'static str {
-    if key.contains("/pods/") { PODS } else { NAMESPACES }
+fn collection(key: &str) -> &str {
+    match key.rsplit_once('/') {
+        Some((daemonsets, _)) if daemonsets.ends_with(DAEMONSETS) => daemonsets,
+        Some((pods, _)) if pods.ends_with("/pods") => PODS,
+        _ => NAMESPACES,
+    }
 }
 
 fn parameter(query: &str, name: &str) -> Option<String> {
@@ -425,6 +439,10 @@ fn parameter(query: &str, name: &str) -> Option<String> {
 
 fn node(query: &str) -> Option<String> {
     let selector = parameter(query, "fieldSelector")?;
+    // There is no other.
+    if selector.starts_with("metadata.name%3D") {
+        return None;
+    }
     Some(selector.strip_prefix("spec.nodeName%3D").expect("the node's pods only").to_owned())
 }
 

@@ -237,7 +237,7 @@ fn rights_are_minimal() -> Result<()> {
     ensure!(
         rules("ClusterRole")? == ["pods,namespaces: get,list,watch", "pods/status: patch", "events: create"]
     );
-    ensure!(rules("Role")? == ["daemonsets: get"]);
+    ensure!(rules("Role")? == ["daemonsets: get,list,watch"]);
     let container = &of_kind(&objects, "DaemonSet")?["spec"]["template"]["spec"]["containers"][0];
     let context = &container["securityContext"];
     ensure!(context["privileged"] == false && context["readOnlyRootFilesystem"] == true, "{context}");

@@ -13,6 +13,7 @@ use libtest_mimic::Trial;
 use redirect_tests::cluster::Cluster;
 use redirect_tests::kernel::Footprint;
 use redirect_tests::{Families, Node, NodeOptions, Pod, Stack, traffic, wait};
+use redirect_user::kube::double::Fault;
 use redirect_user::placement::Placement;
 
 use crate::context::{Context, for_every_stack, trial};
@@ -71,9 +72,11 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials.push(trial(context, "survival::kill_in_the_middle_of_adds", kill_in_the_middle_of_adds));
     trials.push(trial(context, "survival::pods_that_end_meanwhile", pods_that_end_meanwhile));
     trials.push(trial(context, "survival::pods_that_leave_and_come_meanwhile", pods_that_come_meanwhile));
-    for deleted in [false, true] {
-        let name = format!("survival::daemonset_{}", if deleted { "is_deleted" } else { "stays" });
-        trials.push(trial(context, name, move |context| daemonset(context, deleted)));
+    for (what, deleted, forbidden) in
+        [("stays", false, false), ("is_deleted", true, false), ("may_not_be_read", false, true)]
+    {
+        let name = format!("survival::daemonset_{what}");
+        trials.push(trial(context, name, move |context| daemonset(context, deleted, forbidden)));
     }
     trials.push(trial(context, "survival::pin_of_another_map", pin_of_another_map));
     trials.push(trial(context, "survival::second_agent_is_refused", second_agent));
@@ -308,13 +311,16 @@ fn pods_that_come_meanwhile(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// An upgrade keeps the pods steered, the end of the DaemonSet removes everything.
-fn daemonset(context: &Context, deleted: bool) -> Result<()> {
+/// An upgrade keeps the pods steered, and so do rights that are broken; the end of the DaemonSet removes everything.
+fn daemonset(context: &Context, deleted: bool, forbidden: bool) -> Result<()> {
     let arguments =
         ["--on-exit", "auto", "--daemonset", "redirect", "--pod-namespace", "mesh"].map(str::to_owned);
     let own: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let cluster = Cluster::start(&context.session()?, &own)?;
     cluster.api().put_daemonset("mesh", "redirect", deleted);
+    if forbidden {
+        cluster.api().fail_next("/daemonsets/redirect", Fault::Status(403));
+    }
     let node = cluster.node();
     let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
     let before = Footprint::of(pod.netns())?;
@@ -322,6 +328,7 @@ fn daemonset(context: &Context, deleted: bool) -> Result<()> {
     pod.enrol()?;
     let steered = Footprint::of(pod.netns())?;
     node.end_agent()?;
+    ensure!(cluster.api().faults_left() == 0, "the agent did not ask");
     ensure!(node.pin_dir().exists() != deleted, "pins");
     ensure!(Footprint::of(pod.netns())? == if deleted { before } else { steered });
     for stack in Stack::ALL {
