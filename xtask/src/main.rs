@@ -8,6 +8,7 @@ mod e2e;
 mod helm;
 mod host;
 mod image;
+mod licenses;
 mod linker;
 mod load;
 mod man;
@@ -71,6 +72,8 @@ enum Task {
     Manifests(helm::Settings),
     /// Builds, then installs, uses, upgrades and uninstalls all of it on a Kubernetes cluster, with a report.
     E2e(e2e::Options),
+    /// Refuses packages whose licence or source is not permitted.
+    Licenses,
     /// Runs unit and end-to-end tests. Needs root.
     Test(test::Selection),
 }
@@ -100,6 +103,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Deb => deb::deb(&workspace)?,
         Task::Manifests(settings) => helm::manifests(&workspace, &settings)?,
         Task::E2e(options) => return e2e::e2e(&workspace, &options),
+        Task::Licenses => licenses::check(&workspace)?,
         Task::Test(selection) => return test::test(&workspace, &selection),
     }
     Ok(ExitCode::SUCCESS)

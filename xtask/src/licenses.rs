@@ -1,0 +1,148 @@
+//! `cargo xtask licenses`: every package that is built has a licence that is permitted here, and comes from crates.io.
+//! Works offline, once the packages are there. Advisories, and versions that were yanked, are told by databases that are
+//! not: see CONTRIBUTING.md.
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+use spdx::{Expression, Licensee, ParseMode};
+
+use crate::progress;
+use crate::workspace::Workspace;
+
+/// What may be linked into programs that are licensed under Apache-2.0.
+const PERMITTED: [&str; 11] = [
+    "0BSD",
+    "Apache-2.0",
+    "Apache-2.0 WITH LLVM-exception",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    // The list of certificate authorities.
+    "CDLA-Permissive-2.0",
+    "ISC",
+    "MIT",
+    "Unicode-3.0",
+    "Unlicense",
+    "Zlib",
+];
+
+const CRATES_IO: &str = "registry+https://github.com/rust-lang/crates.io-index";
+
+/// The platforms that programs are built for.
+const PLATFORMS: [&str; 2] = ["x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"];
+
+#[derive(Deserialize)]
+struct Metadata {
+    packages: Vec<Package>,
+}
+
+#[derive(Deserialize)]
+struct Package {
+    name: String,
+    version: String,
+    /// None for what is in this repository.
+    source: Option<String>,
+    license: Option<String>,
+    manifest_path: String,
+}
+
+/// Fails with every package that is not as it has to be.
+pub(crate) fn check(workspace: &Workspace) -> Result<()> {
+    let mut cargo = workspace.cargo();
+    cargo.args(["metadata", "--format-version", "1", "--locked"]);
+    for platform in PLATFORMS {
+        cargo.args(["--filter-platform", platform]);
+    }
+    let output = cargo.output().context("cannot run cargo")?;
+    if !output.status.success() {
+        bail!("cargo metadata failed\n{}", String::from_utf8_lossy(&output.stderr));
+    }
+    let metadata: Metadata = serde_json::from_slice(&output.stdout).context("cargo's metadata")?;
+    let root = workspace.root("").display().to_string();
+    let complaints = complaints(&metadata.packages, &root)?;
+    if !complaints.is_empty() {
+        bail!("{}", complaints.join("\n"));
+    }
+    progress::say(&format!("{} packages: licences and sources are permitted", metadata.packages.len()));
+    Ok(())
+}
+
+/// What is wrong, package by package.
+fn complaints(packages: &[Package], root: &str) -> Result<Vec<String>> {
+    let permitted = PERMITTED.iter().map(|name| Licensee::parse(name)).collect::<Result<Vec<_>, _>>()?;
+    let mut complaints = Vec::new();
+    for package in packages {
+        let mut complain =
+            |what: String| complaints.push(format!("{} {}: {what}", package.name, package.version));
+        match package.source.as_deref() {
+            Some(CRATES_IO) => {}
+            // Our own.
+            None if package.manifest_path.starts_with(root) => continue,
+            None => complain(format!("is not in this repository: {}", package.manifest_path)),
+            Some(other) => complain(format!("comes from {other}, not from crates.io")),
+        }
+        let Some(license) = package.license.as_deref() else {
+            complain("names no licence".into());
+            continue;
+        };
+        match Expression::parse_mode(license, ParseMode::LAX) {
+            Ok(expression) => {
+                if !expression.evaluate(|wanted| permitted.iter().any(|one| one.satisfies(wanted))) {
+                    complain(format!("the licence {license} is not permitted here"));
+                }
+            }
+            Err(error) => complain(format!("the licence {license} can't be read: {}", error.reason)),
+        }
+    }
+    Ok(complaints)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn complaint(license: Option<&str>, source: Option<&str>, manifest_path: &str) -> String {
+        let package = Package {
+            name: "some-crate".into(),
+            version: "1.2.3".into(),
+            source: source.map(str::to_owned),
+            license: license.map(str::to_owned),
+            manifest_path: manifest_path.into(),
+        };
+        complaints(&[package], "/here/").unwrap_or_default().join("\n")
+    }
+
+    #[test]
+    fn permitted_licences_pass() {
+        for license in [
+            "MIT",
+            "MIT/Apache-2.0",
+            "GPL-3.0-only OR MIT",
+            "(MIT OR Apache-2.0) AND Unicode-3.0",
+            "Apache-2.0 WITH LLVM-exception OR GPL-2.0-only",
+        ] {
+            assert_eq!(complaint(Some(license), Some(CRATES_IO), "/x"), "", "{license}");
+        }
+        assert_eq!(complaint(Some("MIT OR GPL-2.0-only"), None, "/here/Cargo.toml"), "");
+    }
+
+    #[test]
+    fn others_are_refused_by_the_crates_name() {
+        for license in
+            ["GPL-3.0-only", "MIT AND AGPL-3.0-only", "LGPL-2.1-or-later", "MIT WITH Bison-exception-2.2"]
+        {
+            let text = complaint(Some(license), Some(CRATES_IO), "/x");
+            assert!(text.starts_with("some-crate 1.2.3: ") && text.contains(license), "{license}: {text}");
+        }
+        assert_eq!(complaint(None, Some(CRATES_IO), "/x"), "some-crate 1.2.3: names no licence");
+        assert!(complaint(Some("mine"), Some(CRATES_IO), "/x").contains("can't be read"));
+    }
+
+    #[test]
+    fn other_sources_are_refused() {
+        let git = "git+https://example.com/some-crate#0123";
+        assert!(complaint(Some("MIT"), Some(git), "/x").contains(git));
+        let mirror = "registry+https://example.com/index";
+        assert!(complaint(Some("MIT"), Some(mirror), "/x").contains("not from crates.io"));
+        assert!(complaint(Some("MIT"), None, "/elsewhere/Cargo.toml").contains("not in this repository"));
+    }
+}
