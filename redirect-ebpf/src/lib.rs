@@ -13,6 +13,7 @@ pub mod constants;
 pub mod count;
 pub mod decide;
 pub mod family;
+pub mod flow;
 pub mod maps;
 pub mod packet;
 

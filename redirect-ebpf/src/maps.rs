@@ -310,6 +310,8 @@ flags! {
         EXCLUSIONS = 2,
         /// Placement `node`: sockets of processes in one of `PROXY_CGROUPS` are the proxy's also without its mark.
         UNMARKED_PROXY = 3,
+        /// Somebody listens to the events of connections.
+        FLOWS = 4,
     }
 }
 

@@ -10,6 +10,7 @@
 pub mod datapath;
 pub(crate) mod enrolment;
 pub mod facts;
+mod flows;
 mod inspect;
 pub mod linux;
 mod observed;

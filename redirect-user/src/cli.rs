@@ -2,6 +2,7 @@
 
 mod doctor;
 mod inspect;
+mod monitor;
 mod show;
 mod uninstall;
 mod validate;
@@ -55,6 +56,8 @@ enum Command {
     Pod(inspect::PodQuery),
     /// Show what becomes of a connection, and what is wrong on its way. Exit code 1 if anything is
     Explain(inspect::ExplainQuery),
+    /// Print connections of pods as they are decided on
+    Monitor(monitor::Options),
     /// Prove, in a pod, that its connections are steered. Exit code 1 if those of a family are not
     Validate(validate::Options),
     /// Write a completion script
@@ -119,6 +122,7 @@ pub fn main() -> ExitCode {
         Command::Doctor(options) => return doctor::doctor(&options).unwrap_or_else(|error| failure(&error)),
         Command::Pod(query) => return code(inspect::pod(&query)),
         Command::Explain(query) => return code(inspect::explain(&query)),
+        Command::Monitor(options) => monitor::run(&options),
         Command::Validate(options) => return code(validate::run(&options)),
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "redirect", &mut std::io::stdout());

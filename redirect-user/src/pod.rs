@@ -23,6 +23,14 @@ pub struct PodIdentity {
     pub service_account: String,
 }
 
+impl PodIdentity {
+    /// Whether people may mean this pod: by its UID, its name, or namespace and name.
+    #[must_use]
+    pub fn is_called(&self, name: &str) -> bool {
+        self.uid == name || self.name == name || self.to_string() == name
+    }
+}
+
 impl fmt::Display for PodIdentity {
     /// `namespace/name`, as people name pods.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -5,6 +5,7 @@
 //! one file descriptor (`SCM_RIGHTS`): the pod's network namespace.
 
 pub mod client;
+mod flows;
 mod packet;
 mod pods;
 pub mod server;
@@ -17,6 +18,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+
+pub use flows::{FlowFilter, FlowReport};
 
 use crate::pod::PodIdentity;
 
@@ -101,6 +104,12 @@ pub enum Request {
         /// Its protocol.
         transport: Transport,
     },
+    /// Connections as they are decided on, until the client leaves. Answered by [`Reply::Flows`] again and again: an empty
+    /// one at first, as soon as nothing is missed any more.
+    Monitor {
+        /// Which of them.
+        filter: FlowFilter,
+    },
 }
 
 /// A transport protocol.
@@ -146,6 +155,13 @@ pub enum Reply {
     Pod(Box<PodDetail>),
     /// See [`Request::Explain`].
     Explained(Box<Explanation>),
+    /// See [`Request::Monitor`].
+    Flows {
+        /// What became of connections.
+        flows: Vec<FlowReport>,
+        /// How many the client missed because it read too slowly.
+        lost: u64,
+    },
     /// It could not be done.
     Error(Error),
 }
@@ -154,7 +170,7 @@ impl Reply {
     /// Whether no other packet follows this one.
     #[must_use]
     pub fn is_final(&self) -> bool {
-        !matches!(self, Self::Pods { more: true, .. })
+        !matches!(self, Self::Pods { more: true, .. } | Self::Flows { .. })
     }
 }
 
@@ -243,6 +259,22 @@ pub struct Status {
     /// What others had changed and the agent put right, non-zero counters only.
     #[serde(default)]
     pub repairs: Vec<RepairReport>,
+    /// The events of connections.
+    #[serde(default)]
+    pub flows: FlowStatus,
+}
+
+/// How it is with the events of connections ([`Request::Monitor`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlowStatus {
+    /// How many listen. The kernel side tells of nothing while nobody does.
+    pub listeners: usize,
+    /// Events that were lost to the limit of events in a second.
+    pub rate_limit: u64,
+    /// Events that were lost because the agent did not read fast enough.
+    pub ring_full: u64,
+    /// Events that listeners lost because they did not read fast enough.
+    pub slow_listener: u64,
 }
 
 /// Repairs of one kind.

@@ -8,6 +8,7 @@ use redirect_ebpf::decide::{self, Protocol};
 use redirect_ebpf::family::{Family, v4_mapped};
 
 use super::counters::count;
+use super::flows::{self, About};
 use super::proxies;
 use super::sock_addr::{ALLOW, caller, fail_with, mark, port, set_reuse_address, user_ip6};
 
@@ -27,7 +28,11 @@ pub(crate) fn bind_ipv6(ctx: SockAddrContext) -> i32 {
 fn bind(ctx: &SockAddrContext, family: impl FnOnce() -> Family) -> i32 {
     let Some(caller) = caller(ctx) else { return ALLOW };
     if decide::is_guarded(caller.protocol, port(ctx)) && !proxies::is_proxy(mark(ctx)) {
-        count(family(), Direction::Bind, Verdict::Dropped, Reason::ProxyPort);
+        count(family(), Direction::Bind, Verdict::Dropped, Reason::ProxyPort, || {
+            let mut about = About::new(caller.netns_cookie, flows::cookie(ctx));
+            about.tuple.source_port = port(ctx).to_be_bytes();
+            about
+        });
         return fail_with(EADDRINUSE);
     }
     if caller.protocol == Protocol::Tcp {

@@ -148,10 +148,11 @@ fn is_question<I: PodIp + ExcludedIp>(
 ) -> bool {
     // The source is only of use for connections that the proxy delivers.
     let decision = outbound::decision::<I>(ctx, caller, destination, mark(ctx), destination);
+    let about = || outbound::about::<I>(ctx, caller, None, destination);
     match decision {
-        Outbound::Resolve => count(I::FAMILY, Direction::Outbound, Verdict::Steered, Reason::Dns),
+        Outbound::Resolve => count(I::FAMILY, Direction::Outbound, Verdict::Steered, Reason::Dns, about),
         Outbound::Pass(Reason::NotSteered) => return false,
-        Outbound::Pass(reason) => count(I::FAMILY, Direction::Outbound, Verdict::Passed, reason),
+        Outbound::Pass(reason) => count(I::FAMILY, Direction::Outbound, Verdict::Passed, reason, about),
         Outbound::Capture | Outbound::Deliver => {}
     }
     decision == Outbound::Resolve

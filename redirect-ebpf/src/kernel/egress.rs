@@ -13,6 +13,7 @@ use redirect_ebpf::packet::{Parse, Parsed, Segment, is_of_another_family, parse}
 
 use super::counters::count;
 use super::exclusions::{ExcludedIp, excluded};
+use super::flows::{self, About};
 use super::pods::{self, PodIp};
 use super::proxies;
 use super::skb::Skb;
@@ -35,7 +36,8 @@ fn egress<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
     if is_of_another_family::<I>(&Skb(ctx)) || proxies::sent(ctx) {
         return Action::Continue;
     }
-    let (leaves, reason) = match parse::<I>(&Skb(ctx)) {
+    let parsed = parse::<I>(&Skb(ctx));
+    let (leaves, reason) = match parsed {
         Parsed::Other | Parsed::Datagram(_) => (true, Reason::Unmarked),
         Parsed::Malformed => (false, Reason::Malformed),
         Parsed::Tcp(segment) if segment.opens() => (is_exempt::<I>(&segment), Reason::Unmarked),
@@ -47,7 +49,12 @@ fn egress<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
     if leaves {
         return Action::Continue;
     }
-    count(I::FAMILY, Direction::Outbound, Verdict::Dropped, reason);
+    count(I::FAMILY, Direction::Outbound, Verdict::Dropped, reason, || match parsed {
+        Parsed::Tcp(segment) | Parsed::Fragment(segment) => {
+            About::segment::<I>(&segment, segment.source, flows::sender(ctx))
+        }
+        Parsed::Malformed | Parsed::Other | Parsed::Datagram(_) => About::unread(ctx),
+    });
     Action::Drop
 }
 

@@ -19,6 +19,7 @@ use redirect_ebpf::family::{Ip, Ipv4, Ipv6};
 use redirect_ebpf::packet::{Packet, Parse, Parsed, Segment, complained_of, parse};
 
 use super::counters::count;
+use super::flows::About;
 use super::pods::PodIp;
 use super::skb::Skb;
 use super::socket::{self, Socket};
@@ -39,7 +40,7 @@ pub(crate) fn entrance_ipv6(ctx: TcContext) -> i32 {
 pub(super) fn enter<I: Ip>(ctx: &TcContext, mark: u32) -> Action {
     if Skb(ctx).ether_type() != I::ETHER_TYPE {
         // The host's stack would look for a VLAN on the entrance.
-        count(I::FAMILY, direction(mark), Verdict::Dropped, Reason::Malformed);
+        count(I::FAMILY, direction(mark), Verdict::Dropped, Reason::Malformed, || About::unread(ctx));
         return Action::Drop;
     }
     set_mark(ctx, mark);
@@ -114,15 +115,16 @@ const fn direction(mark: u32) -> Direction {
 #[inline(always)]
 fn resolve<I: Parse + PodIp>(ctx: &TcContext) -> Action {
     let Parsed::Datagram(segment) = parse::<I>(&Skb(ctx)) else { return steer::<I, Question>(ctx) };
+    let about = || About::segment::<I>(&segment, segment.source, 0);
     let Some(socket) = Socket::datagrams(ctx, &segment, PORT_DNS) else {
-        count(I::FAMILY, Direction::Outbound, Verdict::Dropped, Reason::NoListener);
+        count(I::FAMILY, Direction::Outbound, Verdict::Dropped, Reason::NoListener, about);
         return Action::Drop;
     };
     if socket.assign(ctx).is_err() {
-        count(I::FAMILY, Direction::Outbound, Verdict::Dropped, Reason::AssignFailed);
+        count(I::FAMILY, Direction::Outbound, Verdict::Dropped, Reason::AssignFailed, about);
         return Action::Drop;
     }
-    count(I::FAMILY, Direction::Outbound, Verdict::Steered, Reason::Dns);
+    count(I::FAMILY, Direction::Outbound, Verdict::Steered, Reason::Dns, about);
     Action::Continue
 }
 

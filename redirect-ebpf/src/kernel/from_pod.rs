@@ -13,6 +13,7 @@ use redirect_ebpf::packet::{Parse, Parsed, Segment, is_of_another_family, parse,
 use super::counters::count;
 use super::entrance::{enter, enter_complaint, is_of_the_link};
 use super::exclusions::{ExcludedIp, excluded};
+use super::flows::About;
 use super::pods::{self, PodIp};
 use super::refuse::{Back, is_refused, refuse};
 use super::skb::Skb;
@@ -40,21 +41,23 @@ fn from_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
     // A packet that is too short for an address is dropped below.
     let spoofs = |source| I::owner(&source) != Some(cookie) && !I::is_unassigned(source);
     if !flags.contains(PodFlags::ANY_SOURCE) && source::<I>(&Skb(ctx)).is_some_and(spoofs) {
-        return drop::<I>(Reason::Spoofed);
+        return drop::<I>(Reason::Spoofed, cookie, None);
     }
     match parse::<I>(&Skb(ctx)) {
         Parsed::Other => enter_complaint::<I>(ctx),
-        Parsed::Malformed => drop::<I>(Reason::Malformed),
+        Parsed::Malformed => drop::<I>(Reason::Malformed, cookie, None),
         Parsed::Tcp(segment) => tcp::<I>(ctx, &segment, cookie, flags),
         Parsed::Datagram(segment) => match decision::<I>(&segment, Protocol::Udp, cookie, flags) {
-            Outbound::Resolve if is_of_the_link::<I>(&segment) => drop::<I>(Reason::LinkScoped),
+            Outbound::Resolve if is_of_the_link::<I>(&segment) => {
+                drop::<I>(Reason::LinkScoped, cookie, Some(&segment))
+            }
             Outbound::Resolve => enter::<I>(ctx, MARK_RESOLVE),
             _ => Action::Continue,
         },
         // It may open a connection, and nobody can tell; but TCP itself never sends such.
         Parsed::Fragment(segment) => match decision::<I>(&segment, Protocol::Tcp, cookie, flags) {
             Outbound::Pass(_) => Action::Continue,
-            _ => drop::<I>(Reason::Fragmented),
+            _ => drop::<I>(Reason::Fragmented, cookie, Some(&segment)),
         },
     }
 }
@@ -66,6 +69,7 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
     cookie: u64,
     flags: PodFlags,
 ) -> Action {
+    let about = || About::packet::<I>(cookie, Some(segment));
     if socket::is_known(ctx, segment) && !segment.opens() {
         return enter::<I>(ctx, MARK_CAPTURE);
     }
@@ -75,7 +79,7 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
         Outbound::Deliver => None,
         Outbound::Pass(reason) => {
             if segment.opens() {
-                count(I::FAMILY, Direction::Outbound, Verdict::Passed, reason);
+                count(I::FAMILY, Direction::Outbound, Verdict::Passed, reason, about);
             }
             None
         }
@@ -83,10 +87,10 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
     let Some((port, mark)) = captured else { return Action::Continue };
     if segment.opens() {
         if is_of_the_link::<I>(segment) {
-            return drop::<I>(Reason::LinkScoped);
+            return drop::<I>(Reason::LinkScoped, cookie, Some(segment));
         }
         if is_refused(ctx, segment, port) {
-            count(I::FAMILY, Direction::Outbound, Verdict::Dropped, Reason::NoListener);
+            count(I::FAMILY, Direction::Outbound, Verdict::Dropped, Reason::NoListener, about);
             return refuse::<I>(ctx, segment, Back::ToPod);
         }
         return enter::<I>(ctx, mark);
@@ -117,7 +121,7 @@ fn decision<I: PodIp + ExcludedIp>(
 }
 
 #[inline(always)]
-fn drop<I: Parse>(reason: Reason) -> Action {
-    count(I::FAMILY, Direction::Outbound, Verdict::Dropped, reason);
+fn drop<I: Parse>(reason: Reason, cookie: u64, segment: Option<&Segment<I::Address>>) -> Action {
+    count(I::FAMILY, Direction::Outbound, Verdict::Dropped, reason, || About::packet::<I>(cookie, segment));
     Action::Drop
 }

@@ -9,6 +9,7 @@ use redirect_ebpf::decide::Inbound;
 use redirect_ebpf::family::{Ipv4, Ipv6};
 use redirect_ebpf::packet::{Packet, Parse, Parsed, Segment, parse};
 
+use super::flows;
 use super::pods::PodIp;
 use super::skb::LoopbackSkb;
 use super::steer::{Action, Route, steer};
@@ -47,6 +48,11 @@ impl<I: Parse> Route<I> for Captured {
     #[inline(always)]
     fn pod(segment: &Segment<I::Address>) -> I::Address {
         segment.source
+    }
+
+    #[inline(always)]
+    fn socket(ctx: &TcContext, segment: &Segment<I::Address>) -> u64 {
+        flows::remembered(ctx, segment)
     }
 }
 

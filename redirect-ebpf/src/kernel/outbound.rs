@@ -14,6 +14,7 @@ use super::config;
 use super::counters::count;
 use super::dns;
 use super::exclusions::{ExcludedIp, excluded};
+use super::flows::{self, About};
 use super::pods::PodIp;
 use super::proxies;
 use super::sock_addr::{
@@ -66,7 +67,9 @@ fn steer<I: PodIp + ExcludedIp + BoundIp>(
     destination: I::Address,
 ) -> Call {
     let current = mark(ctx);
-    let decision = decision::<I>(ctx, caller, destination, current, I::bound(ctx));
+    let source = I::bound(ctx);
+    let decision = decision::<I>(ctx, caller, destination, current, source);
+    let about = || about::<I>(ctx, caller, Some(source), destination);
     let (direction, counted) = match decision {
         // Captured connections are counted where the proxy gets them.
         Outbound::Capture | Outbound::Pass(Reason::NotSteered) => (Direction::Outbound, None),
@@ -77,17 +80,41 @@ fn steer<I: PodIp + ExcludedIp + BoundIp>(
     let wanted = decide::mark(decision, current);
     if wanted != current && set_mark(ctx, wanted).is_err() {
         // Without its mark the connection would leave the pod past the proxy.
-        count(I::FAMILY, direction, Verdict::Dropped, Reason::MarkFailed);
+        count(I::FAMILY, direction, Verdict::Dropped, Reason::MarkFailed, about);
         return Call::Deny;
     }
     if let Some((verdict, reason)) = counted {
-        count(I::FAMILY, direction, verdict, reason);
+        count(I::FAMILY, direction, verdict, reason, about);
     }
     match decision {
         Outbound::Resolve => Call::Resolve,
-        Outbound::Capture if is_refused::<I>(ctx, destination) => Call::Refuse,
+        Outbound::Capture if is_refused::<I>(ctx, destination) => {
+            count(I::FAMILY, direction, Verdict::Dropped, Reason::NoListener, about);
+            Call::Refuse
+        }
+        Outbound::Capture => {
+            flows::remember(ctx);
+            Call::Allow
+        }
         _ => Call::Allow,
     }
+}
+
+/// What an event tells of a socket's call. A datagram may leave with another source than the one that its socket has.
+#[inline(always)]
+pub(super) fn about<I: Ip>(
+    ctx: &SockAddrContext,
+    caller: &Caller,
+    source: Option<I::Address>,
+    destination: I::Address,
+) -> About {
+    let mut about = About::new(caller.netns_cookie, flows::cookie(ctx));
+    if let Some(source) = source {
+        about.tuple.source = I::widen(source);
+    }
+    about.tuple.destination = I::widen(destination);
+    about.tuple.destination_port = port(ctx).to_be_bytes();
+    about
 }
 
 /// What becomes of a connection, or of a datagram, to `destination`. `mark` is the socket's, `source` the address that it is
@@ -120,10 +147,6 @@ pub(super) fn decision<I: PodIp + ExcludedIp>(
 /// destination's address, at the SYN, is what the kernel has no route for in IPv4. Which client it is does not matter.
 #[inline(always)]
 fn is_refused<I: Ip>(ctx: &SockAddrContext, destination: I::Address) -> bool {
-    let refused = config::flags().contains(ConfigFlags::REFUSE)
-        && Socket::listener_for(ctx, destination, destination, PORT_OUTBOUND).is_none();
-    if refused {
-        count(I::FAMILY, Direction::Outbound, Verdict::Dropped, Reason::NoListener);
-    }
-    refused
+    config::flags().contains(ConfigFlags::REFUSE)
+        && Socket::listener_for(ctx, destination, destination, PORT_OUTBOUND).is_none()
 }

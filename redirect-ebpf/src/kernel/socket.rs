@@ -91,6 +91,28 @@ impl Socket {
         NonNull::new(socket).map(Self)
     }
 
+    /// The full socket that sent a segment that opens a connection, if it is in this namespace.
+    #[inline(always)]
+    pub(super) fn sender<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> Option<Self> {
+        let mut tuple = Tuple {
+            source: segment.destination,
+            destination: segment.source,
+            source_port: segment.destination_port,
+            destination_port: segment.source_port,
+        };
+        // SAFETY: the tuple lives for the length of the call, and its size is right.
+        let socket = unsafe {
+            bpf_sk_lookup_tcp(
+                ctx.as_ptr(),
+                (&raw mut tuple).cast(),
+                size_of::<Tuple<A>>() as u32,
+                BPF_F_CURRENT_NETNS as u64,
+                0,
+            )
+        };
+        NonNull::new(socket).map(Self)
+    }
+
     /// Whether it is neither a handshake nor a TIME_WAIT socket.
     #[inline(always)]
     pub(super) fn is_full(&self) -> bool {

@@ -10,6 +10,7 @@ use redirect_ebpf::packet::{Packet, Parse, Parsed, Segment, parse};
 
 use super::config;
 use super::counters::count;
+use super::flows::About;
 use super::lookup;
 use super::pods::PodIp;
 use super::proxies;
@@ -58,25 +59,30 @@ pub(super) trait Route<I: Parse> {
 
     /// The pod's end of the connection.
     fn pod(segment: &Segment<I::Address>) -> I::Address;
+
+    /// The cookie of the pod's socket; zero if it has none yet, or it is not known.
+    #[inline(always)]
+    fn socket(_: &TcContext, _: &Segment<I::Address>) -> u64 {
+        0
+    }
 }
 
 /// Steers a packet: what belongs to a connection that exists is left alone; what opens one goes to the proxy's
 /// listener.
 #[inline(always)]
 pub(super) fn steer<I: Parse + PodIp, R: Route<I>>(ctx: &TcContext) -> Action {
-    let dropped = |reason| {
-        count(I::FAMILY, R::DIRECTION, Verdict::Dropped, reason);
-        Action::Drop
-    };
     let segment = match parse::<I>(&R::packet(ctx)) {
         Parsed::Tcp(segment) => segment,
         Parsed::Other | Parsed::Datagram(_) => return Action::Continue,
-        Parsed::Malformed => return dropped(Reason::Malformed),
+        Parsed::Malformed => {
+            count(I::FAMILY, R::DIRECTION, Verdict::Dropped, Reason::Malformed, || About::unread(ctx));
+            return Action::Drop;
+        }
         // Its flags may come in a later fragment: only a connection that exists may go on.
         Parsed::Fragment(segment) => {
             return match socket::state(ctx, &segment) {
                 State::Connected => Action::Continue,
-                State::TimeWait | State::Open => dropped(Reason::Fragmented),
+                State::TimeWait | State::Open => dropped::<I, R>(ctx, &segment, Reason::Fragmented),
             };
         }
     };
@@ -95,33 +101,55 @@ pub(super) fn steer<I: Parse + PodIp, R: Route<I>>(ctx: &TcContext) -> Action {
     if segment.opens() {
         match R::decide(ctx, &segment) {
             Inbound::Capture => {}
-            Inbound::Drop(reason) => return dropped(reason),
+            Inbound::Drop(reason) => return dropped::<I, R>(ctx, &segment, reason),
             Inbound::Pass(reason) => {
-                count(I::FAMILY, R::DIRECTION, Verdict::Passed, reason);
+                counted::<I, R>(ctx, &segment, Verdict::Passed, reason);
                 return Action::Continue;
             }
         }
         let Some(listener) = Socket::listener(ctx, &segment, R::PORT) else {
-            let held = dropped(Reason::NoListener);
+            let held = dropped::<I, R>(ctx, &segment, Reason::NoListener);
             // Nobody gets a connection that is handed over without a listener: the kernel refuses it.
             let refused = config::flags().contains(ConfigFlags::REFUSE)
                 && lookup::hand_over::<I>(&segment, &R::pod(&segment), R::PORT, None).is_ok();
             return if refused { Action::Continue } else { held };
         };
         if give::<I, R>(ctx, &segment, &listener, state).is_err() {
-            return dropped(Reason::AssignFailed);
+            return dropped::<I, R>(ctx, &segment, Reason::AssignFailed);
         }
-        count(I::FAMILY, R::DIRECTION, Verdict::Steered, R::REASON);
+        counted::<I, R>(ctx, &segment, Verdict::Steered, R::REASON);
     } else if state == State::Open
         && let Some(listener) = acknowledged::<I>(ctx, &segment, R::PORT)
         && give::<I, R>(ctx, &segment, &listener, state).is_err()
     {
-        return dropped(Reason::AssignFailed);
+        return dropped::<I, R>(ctx, &segment, Reason::AssignFailed);
     }
     Action::Continue
 }
 
 const ENOENT: i64 = -2;
+
+#[inline(always)]
+fn counted<I: Parse + PodIp, R: Route<I>>(
+    ctx: &TcContext,
+    segment: &Segment<I::Address>,
+    verdict: Verdict,
+    reason: Reason,
+) {
+    count(I::FAMILY, R::DIRECTION, verdict, reason, || {
+        About::segment::<I>(segment, R::pod(segment), R::socket(ctx, segment))
+    });
+}
+
+#[inline(always)]
+fn dropped<I: Parse + PodIp, R: Route<I>>(
+    ctx: &TcContext,
+    segment: &Segment<I::Address>,
+    reason: Reason,
+) -> Action {
+    counted::<I, R>(ctx, segment, Verdict::Dropped, reason);
+    Action::Drop
+}
 
 /// Gives the packet to the listener, at once or by way of the socket lookup.
 #[inline(always)]

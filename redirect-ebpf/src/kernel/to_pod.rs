@@ -16,6 +16,7 @@ use redirect_ebpf::packet::{Parse, Parsed, Segment, is_of_another_family, parse}
 use super::counters::count;
 use super::entrance::{enter, enter_complaint, is_of_the_link};
 use super::exclusions::{ExcludedIp, excluded};
+use super::flows::About;
 use super::pods::{self, PodIp};
 use super::probe::is_probe;
 use super::proxies::{Sender, sender};
@@ -46,7 +47,7 @@ fn to_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
     let sender = sender(ctx);
     match parse::<I>(&Skb(ctx)) {
         Parsed::Other => enter_complaint::<I>(ctx),
-        Parsed::Malformed => drop::<I>(Reason::Malformed),
+        Parsed::Malformed => drop::<I>(Reason::Malformed, cookie, None),
         Parsed::Datagram(segment) => {
             if sender != Sender::Other && u16::from_be_bytes(segment.source_port) == PORT_DNS {
                 return answer(ctx, &segment);
@@ -58,7 +59,7 @@ fn to_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
         // It may open a connection, and nobody can tell; but TCP itself never sends such.
         Parsed::Fragment(segment) => match decision::<I>(&segment, cookie, flags) {
             Inbound::Pass(reason) if reason != Reason::TunnelPort => Action::Continue,
-            _ => drop::<I>(Reason::Fragmented),
+            _ => drop::<I>(Reason::Fragmented, cookie, Some(&segment)),
         },
     }
 }
@@ -70,6 +71,7 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
     cookie: u64,
     flags: PodFlags,
 ) -> Action {
+    let about = || About::packet::<I>(cookie, Some(segment));
     if socket::is_known(ctx, segment) && !segment.opens() {
         return enter::<I>(ctx, MARK_CAPTURE);
     }
@@ -85,17 +87,17 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
     match decision::<I>(segment, cookie, flags) {
         // The proxy's listener is not in the pod.
         Inbound::Capture | Inbound::Pass(Reason::TunnelPort) => {}
-        Inbound::Drop(reason) => return drop::<I>(reason),
+        Inbound::Drop(reason) => return drop::<I>(reason, cookie, Some(segment)),
         Inbound::Pass(reason) => {
-            count(I::FAMILY, Direction::Inbound, Verdict::Passed, reason);
+            count(I::FAMILY, Direction::Inbound, Verdict::Passed, reason, about);
             return Action::Continue;
         }
     }
     if is_of_the_link::<I>(segment) {
-        return drop::<I>(Reason::LinkScoped);
+        return drop::<I>(Reason::LinkScoped, cookie, Some(segment));
     }
     if is_refused(ctx, segment, port) {
-        count(I::FAMILY, Direction::Inbound, Verdict::Dropped, Reason::NoListener);
+        count(I::FAMILY, Direction::Inbound, Verdict::Dropped, Reason::NoListener, about);
         return refuse::<I>(ctx, segment, Back::FromPod);
     }
     enter::<I>(ctx, mark)
@@ -122,7 +124,7 @@ fn answer<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> Action {
 }
 
 #[inline(always)]
-fn drop<I: Parse>(reason: Reason) -> Action {
-    count(I::FAMILY, Direction::Inbound, Verdict::Dropped, reason);
+fn drop<I: Parse>(reason: Reason, cookie: u64, segment: Option<&Segment<I::Address>>) -> Action {
+    count(I::FAMILY, Direction::Inbound, Verdict::Dropped, reason, || About::packet::<I>(cookie, segment));
     Action::Drop
 }

@@ -20,11 +20,8 @@ pub(super) async fn pod(pods: &Pods<Linux>, name: &str) -> Result<PodDetail, Err
 }
 
 async fn examine(pods: &Pods<Linux>, name: &str) -> Result<(PodReport, Vec<Finding>), Error> {
-    let matches = |report: &PodReport| {
-        let pod = &report.pod;
-        pod.uid == name || pod.name == name || pod.to_string() == name
-    };
-    let mut found: Vec<_> = pods.report().await.into_iter().filter(matches).collect();
+    let mut found: Vec<_> =
+        pods.report().await.into_iter().filter(|report| report.pod.is_called(name)).collect();
     let report = match (found.pop(), found.is_empty()) {
         (Some(report), true) => report,
         (Some(report), false) => {

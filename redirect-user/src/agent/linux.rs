@@ -26,8 +26,10 @@ use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 
+use aya::maps::{MapData, RingBuf};
 use redirect_ebpf::Family;
 use redirect_ebpf::constants::{ENTRANCE, PORT_OUTBOUND};
+use redirect_ebpf::flow::FlowLimits;
 
 use super::datapath::{Datapath, Error, Introduction, Observation, Target};
 use super::facts::{Fact, Hook, Interface, LOOPBACK_INDEX, Lookup, Mark, Namespace, Op};
@@ -94,6 +96,8 @@ pub struct Settings {
     pub placement: Placement,
     /// Placement `node`: the priority of the host's rule.
     pub rule_priority: u32,
+    /// How many connections are told of while somebody listens.
+    pub flows: FlowLimits,
     /// Another object than the embedded one.
     pub object: Option<PathBuf>,
 }
@@ -156,6 +160,10 @@ pub struct Report {
     pub counters: Vec<CounterReport>,
     /// Whether TC programs are attached by tcx links.
     pub tcx: bool,
+    /// Events of connections that were lost to the limit.
+    pub flows_limited: u64,
+    /// Events of connections that were lost because the ring buffer was full.
+    pub flows_full: u64,
 }
 
 impl Linux {
@@ -308,6 +316,16 @@ impl Linux {
         self.maps.has_pod(netns_cookie)
     }
 
+    /// The events of connections, for one reader.
+    pub fn take_flows(&mut self) -> Option<RingBuf<MapData>> {
+        self.maps.take_flows()
+    }
+
+    /// Has the kernel side tell of connections, or no longer.
+    pub fn tell_flows(&mut self, on: bool) -> anyhow::Result<()> {
+        self.maps.tell_flows(on)
+    }
+
     /// Replaces the set of cgroups whose processes are node proxies. An empty set: the mark alone tells.
     pub fn set_proxy_cgroups(&mut self, cgroups: &[u64]) -> anyhow::Result<()> {
         self.maps.set_proxy_cgroups(cgroups)
@@ -355,11 +373,14 @@ impl Linux {
             programs.push(ProgramReport { name: name.into(), id, links });
         }
         programs.sort_by(|a, b| a.name.cmp(&b.name));
+        let flows = self.maps.flows()?;
         Ok(Report {
             programs,
             maps: self.maps.report(),
             counters: self.maps.counters()?,
             tcx: self.tc.uses_links(),
+            flows_limited: flows.limited,
+            flows_full: flows.full,
         })
     }
 

@@ -54,6 +54,12 @@ pub struct Options {
     /// Where /metrics, /healthz and /readyz are served over HTTP
     #[arg(long, default_value = metrics::DEFAULT_ADDRESS, env = "REDIRECT_METRICS_ADDRESS")]
     pub metrics_address: SocketAddr,
+    /// Of how many connections one is told to those who listen (`redirect monitor`)
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub flow_sample: u32,
+    /// How many connections are told of in a second, on each CPU
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
+    pub flow_rate: u32,
     /// Another eBPF object than the embedded one, for development
     #[arg(long, hide = true)]
     pub object: Option<PathBuf>,

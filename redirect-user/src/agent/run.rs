@@ -6,10 +6,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use redirect_ebpf::flow::FlowLimits;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch as signal_watch};
 
 use super::enrolment::{Enrolment, Everybody};
+use super::flows::Flows;
 use super::linux::{self, Capacities, Linux, Pins, Settings};
 use super::options::{OnExit, Options, WithoutProxy};
 use super::pods::{Defaults, Pods, Restored};
@@ -83,6 +85,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         },
         placement: options.placement,
         rule_priority: options.rule_priority,
+        flows: FlowLimits { one_of: options.flow_sample, rate: options.flow_rate },
         object: options.object,
     };
     let defaults = Defaults {
@@ -132,6 +135,8 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         Some(controller) => Arc::new(controller.admission()),
         None => Arc::new(Everybody),
     };
+    let (stop, stopped) = signal_watch::channel(false);
+    let flows = Flows::start(kernel.clone(), Arc::clone(&pods), stopped.clone()).await?;
     let (reconciled_by, reconciled) = signal_watch::channel(controller.is_none());
     let service = Arc::new(Service {
         pods: Arc::clone(&pods),
@@ -140,12 +145,12 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         proxies,
         started,
         cgroup: cgroup.display().to_string(),
+        flows,
         reconciled,
         chain: options.install_cni.then(|| options.chain.clone()),
     });
     let wire_server = wire::server::Server::bind(&options.socket)?;
 
-    let (stop, stopped) = signal_watch::channel(false);
     let until = |mut stopped: signal_watch::Receiver<bool>| async move {
         // An error means that the sender is gone, which is as good.
         let _ = stopped.wait_for(|stop| *stop).await;

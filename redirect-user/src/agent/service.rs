@@ -4,9 +4,11 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use futures::stream::BoxStream;
 use tokio::sync::watch;
 
 use super::enrolment::{self, Enrolment};
+use super::flows::Flows;
 use super::inspect;
 use super::linux::Linux;
 use super::peers;
@@ -16,7 +18,7 @@ use crate::install;
 use crate::metrics::events::events;
 use crate::netns::NetNs;
 use crate::wire::server::Handler;
-use crate::wire::{Error, ErrorKind, ProxyReport, Reply, Request, Status};
+use crate::wire::{Error, ErrorKind, FlowFilter, FlowStatus, ProxyReport, Reply, Request, Status};
 use crate::zds::server::{AddError, Handle};
 
 pub(super) struct Service {
@@ -26,6 +28,7 @@ pub(super) struct Service {
     pub(super) proxies: Handle,
     pub(super) started: Instant,
     pub(super) cgroup: String,
+    pub(super) flows: Flows,
     /// Whether all pods that Kubernetes wants steered are known.
     pub(super) reconciled: watch::Receiver<bool>,
     /// The CNI chain that this agent keeps.
@@ -36,6 +39,10 @@ impl Handler for Service {
     async fn permit(&self, pid: Option<i32>) -> Result<(), Error> {
         let permitted = peers::check(&self.kernel, pid).await;
         permitted.map_err(|error| Error::new(ErrorKind::Denied, format!("{error:#}")))
+    }
+
+    async fn monitor(&self, filter: FlowFilter) -> Result<BoxStream<'static, Reply>, Error> {
+        self.flows.listen(filter).await
     }
 
     async fn handle(&self, request: Request, netns: Option<OwnedFd>) -> Vec<Reply> {
@@ -81,6 +88,8 @@ impl Service {
                 vec![explained.map_or_else(Reply::Error, |explained| Reply::Explained(Box::new(explained)))]
             }
             Request::Pods => Reply::pods(self.pods.report().await),
+            // See `monitor`.
+            Request::Monitor { .. } => Vec::new(),
         }
     }
 }
@@ -93,7 +102,11 @@ fn command(request: &Request) -> Option<&'static str> {
         Request::Check { .. } => Some("check"),
         Request::Gc { .. } => Some("gc"),
         Request::Ready => Some("status"),
-        Request::Status | Request::Pods | Request::Pod { .. } | Request::Explain { .. } => None,
+        Request::Status
+        | Request::Pods
+        | Request::Pod { .. }
+        | Request::Explain { .. }
+        | Request::Monitor { .. } => None,
     }
 }
 
@@ -150,6 +163,12 @@ impl Service {
             proxies: proxies.collect(),
             counters: report.counters,
             repairs: self.pods.repairs().report(),
+            flows: FlowStatus {
+                listeners: self.flows.listeners(),
+                rate_limit: report.flows_limited,
+                ring_full: report.flows_full,
+                slow_listener: self.flows.lost_by_listeners(),
+            },
         })
     }
 }

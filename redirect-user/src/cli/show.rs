@@ -131,7 +131,7 @@ mod tests {
 
     use super::*;
     use crate::pod::PodIdentity;
-    use crate::wire::{CounterReport, MapReport, ProgramReport, ProxyReport};
+    use crate::wire::{CounterReport, FlowStatus, MapReport, ProgramReport, ProxyReport};
 
     fn status_of(proxies: Vec<ProxyReport>) -> Status {
         Status {
@@ -152,6 +152,7 @@ mod tests {
                 connections: 12,
             }],
             repairs: Vec::new(),
+            flows: FlowStatus::default(),
         }
     }
 

@@ -44,9 +44,11 @@ const RETVAL: Helper = ("bpf_set_retval", BPF_FUNC_set_retval, "Linux 5.18");
 const STORAGE: Helper = ("bpf_sk_storage_get", BPF_FUNC_sk_storage_get, "Linux 5.8");
 const ASSIGN: Helper = ("bpf_sk_assign", BPF_FUNC_sk_assign, "CONFIG_INET=y, Linux 5.7; in sk_lookup 5.9");
 
-const CONNECT: &[Helper] = &[COOKIE, CGROUP, SETSOCKOPT, RETVAL, STORAGE];
-const BIND: &[Helper] = &[COOKIE, CGROUP, SETSOCKOPT, RETVAL];
-const DNS: &[Helper] = &[COOKIE, STORAGE];
+const SOCKET: Helper = ("bpf_get_socket_cookie", BPF_FUNC_get_socket_cookie, "Linux 4.18");
+
+const CONNECT: &[Helper] = &[COOKIE, CGROUP, SETSOCKOPT, RETVAL, STORAGE, SOCKET];
+const BIND: &[Helper] = &[COOKIE, CGROUP, SETSOCKOPT, RETVAL, SOCKET];
+const DNS: &[Helper] = &[COOKIE, STORAGE, SOCKET];
 
 /// All hooks of the kernel side.
 const HOOKS: [HookNeeds; 13] = [
@@ -65,6 +67,8 @@ const HOOKS: [HookNeeds; 13] = [
         hook: hook(BPF_PROG_TYPE_SCHED_CLS, None),
         helpers: &[
             ASSIGN,
+            SOCKET,
+            STORAGE,
             ("bpf_skc_lookup_tcp", BPF_FUNC_skc_lookup_tcp, "Linux 5.2"),
             ("bpf_tcp_check_syncookie", BPF_FUNC_tcp_check_syncookie, "CONFIG_SYN_COOKIES=y, Linux 5.2"),
             ("bpf_skb_cgroup_id", BPF_FUNC_skb_cgroup_id, "CONFIG_SOCK_CGROUP_DATA=y, Linux 4.18"),
@@ -86,12 +90,13 @@ const HOOKS: [HookNeeds; 13] = [
     },
 ];
 
-const MAPS: [(&str, MapType); 5] = [
+const MAPS: [(&str, MapType); 6] = [
     ("hash", MapType::Hash),
     ("LRU hash", MapType::LruHash),
     ("LPM trie", MapType::LpmTrie),
     ("socket hash", MapType::SockHash),
     ("socket storage", MapType::SkStorage),
+    ("ring buffer", MapType::RingBuf),
 ];
 
 pub(super) fn checks(_: &Requirements) -> Vec<Check> {
@@ -156,7 +161,7 @@ fn maps() -> Check {
     missing(
         "maps",
         format!("the kernel lacks {}", lacking.join(", ")),
-        "CONFIG_BPF_STREAM_PARSER or CONFIG_NET, Linux 5.2",
+        "CONFIG_BPF_STREAM_PARSER or CONFIG_NET, Linux 5.8",
     )
 }
 

@@ -93,6 +93,18 @@ impl Collector for Snapshot {
             ("pods_unacknowledged", "Enrolled pods that the newest node proxy does not serve", None),
             [([], ConstGauge::new(unserved))],
         )?;
+        let lost = [
+            ("rate_limit", status.flows.rate_limit),
+            ("ring_full", status.flows.ring_full),
+            ("slow_listener", status.flows.slow_listener),
+        ];
+        let lost = lost.map(|(reason, lost)| ([("reason", reason.to_owned())], ConstCounter::new(lost)));
+        encode(to, ("flow_events_lost", "Events of connections that listeners did not get", None), lost)?;
+        encode(
+            to,
+            ("flow_listeners", "Who listens to the events of connections", None),
+            [([], ConstGauge::new(status.flows.listeners as u64))],
+        )?;
         let repairs =
             repairs.iter().map(|(kind, count)| ([("kind", (*kind).to_owned())], ConstCounter::new(*count)));
         encode(to, ("repairs", "What others had changed and the agent put right", None), repairs)

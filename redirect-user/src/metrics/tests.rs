@@ -3,7 +3,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::*;
-use crate::wire::{CounterReport, MapReport, ProgramReport, Status};
+use crate::wire::{CounterReport, FlowStatus, MapReport, ProgramReport, Status};
 
 /// Something of everything, so that every metric has a series.
 fn text() -> String {
@@ -36,6 +36,7 @@ fn text() -> String {
         proxies: Vec::new(),
         counters: vec![counter],
         repairs: Vec::new(),
+        flows: FlowStatus { slow_listener: 5, ..FlowStatus::default() },
     };
     let snapshot = Snapshot { status, pods: Vec::new(), repairs: vec![("route", 3)] };
     text::prometheus(&text::open_metrics(&registry(snapshot)).unwrap())
@@ -50,6 +51,8 @@ fn exported(text: &str) -> BTreeSet<&str> {
 fn the_kernel_s_counters_keep_their_labels() {
     let expected = r#"redirect_connections_total{ip_family="IPv6",direction="outbound",verdict="steered",reason="enrolled"} 12"#;
     assert!(text().lines().any(|line| line == expected), "{}", text());
+    let lost = r#"redirect_flow_events_lost_total{reason="slow_listener"} 5"#;
+    assert!(text().lines().any(|line| line == lost), "{}", text());
     assert!(text().lines().any(|line| line == r#"redirect_repairs_total{kind="route"} 3"#), "{}", text());
 }
 

@@ -1,6 +1,7 @@
 //! The calling side: synchronous and without a runtime, because the plugin must start within milliseconds.
 
 use std::io::{self, IoSlice, IoSliceMut};
+use std::ops::ControlFlow;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -115,6 +116,30 @@ pub fn call(
         }
         if replies.last().is_some_and(Reply::is_final) {
             return Ok(replies);
+        }
+    }
+}
+
+/// Sends one request and passes every reply on until `each` has enough or the final reply has been. `timeout` is for the
+/// first one.
+pub fn follow(
+    socket: &Path,
+    request: &Request,
+    timeout: Duration,
+    mut each: impl FnMut(Reply) -> ControlFlow<()>,
+) -> Result<(), Error> {
+    let mut connection = Connection::open(socket, timeout)?;
+    connection.send(request, None)?;
+    let mut buffer = vec![0; MAX_PACKET];
+    loop {
+        let reply = match connection.receive(&mut buffer)? {
+            Reply::Error(refusal) => return Err(refusal.into()),
+            reply => reply,
+        };
+        connection.timeout = Duration::MAX;
+        let last = reply.is_final();
+        if each(reply).is_break() || last {
+            return Ok(());
         }
     }
 }

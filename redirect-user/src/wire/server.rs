@@ -10,6 +10,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::stream::{self, BoxStream, StreamExt as _};
 use nix::unistd::geteuid;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -17,7 +18,7 @@ use tokio_seqpacket::ancillary::OwnedAncillaryMessage;
 use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
 
 use super::packet::{self, PacketError};
-use super::{Error, ErrorKind, MAX_PACKET, Reply, Request, VERSION};
+use super::{Error, ErrorKind, FlowFilter, MAX_PACKET, Reply, Request, VERSION};
 use crate::socket_file::{self, SocketFile};
 
 pub use crate::socket_file::BindError;
@@ -44,6 +45,12 @@ pub trait Handler: Send + Sync + 'static {
     /// Runs to its end even if the client goes away. Several requests run at once. The last reply should be final
     /// ([`Reply::is_final`]), the others not; [`Reply::pods`] makes such a list.
     fn handle(&self, request: Request, netns: Option<OwnedFd>) -> impl Future<Output = Vec<Reply>> + Send;
+
+    /// Answers [`Request::Monitor`]: until the client leaves, or the stream ends with the agent.
+    fn monitor(
+        &self,
+        filter: FlowFilter,
+    ) -> impl Future<Output = Result<BoxStream<'static, Reply>, Error>> + Send;
 }
 
 /// A bound socket.
@@ -103,7 +110,13 @@ impl Server {
 async fn converse<H: Handler>(socket: UnixSeqpacket, handler: Arc<H>) {
     let replies = match timeout(CLIENT_DEADLINE, receive(&socket)).await {
         Ok(Ok(Some((request, netns)))) => match permit(&socket, &*handler).await {
-            Ok(()) => handler.handle(request, netns).await,
+            Ok(()) => match request {
+                Request::Monitor { filter } => match handler.monitor(filter).await {
+                    Ok(replies) => return follow(&socket, replies).await,
+                    Err(error) => vec![Reply::Error(error)],
+                },
+                request => handler.handle(request, netns).await,
+            },
             Err(error) => {
                 tracing::warn!(%error, "refused a client");
                 vec![Reply::Error(error)]
@@ -125,6 +138,31 @@ async fn converse<H: Handler>(socket: UnixSeqpacket, handler: Arc<H>) {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => return tracing::debug!(%error, "a client did not wait for its answer"),
             Err(_elapsed) => return tracing::debug!("a client does not read its answer"),
+        }
+    }
+}
+
+/// Sends what the stream gives, and gives up with a client that leaves, even while there is nothing to send, or that does
+/// not read.
+async fn follow(socket: &UnixSeqpacket, replies: BoxStream<'static, Reply>) {
+    let mut replies = replies.chain(stream::iter([Reply::Done]));
+    let mut nothing = [0; 1];
+    loop {
+        let reply = tokio::select! {
+            // A client has nothing more to say.
+            _ = socket.recv(&mut nothing) => return,
+            reply = replies.next() => reply,
+        };
+        let Some(reply) = reply else { return };
+        let packet = match packet::encode(&reply) {
+            Ok(packet) => Some(packet),
+            Err(error) => failure(&error.to_string()),
+        };
+        let Some(packet) = packet else { return };
+        match timeout(CLIENT_DEADLINE, socket.send(&packet)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => return tracing::debug!(%error, "a listener has left"),
+            Err(_elapsed) => return tracing::debug!("a listener does not read"),
         }
     }
 }

@@ -8,13 +8,14 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use futures::stream::{self, BoxStream, StreamExt as _};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::stat::fstat;
 use tempfile::TempDir;
 use tokio::sync::oneshot;
 
 use super::server::{Handler, Server};
-use super::{Error, Reply, Request};
+use super::{Error, FlowFilter, Reply, Request};
 
 type Answer = Box<dyn Fn(&Request) -> Vec<Reply> + Send + Sync>;
 
@@ -26,6 +27,12 @@ struct Recorder {
 }
 
 impl Handler for Recorder {
+    async fn monitor(&self, filter: FlowFilter) -> Result<BoxStream<'static, Reply>, Error> {
+        let replies = (self.answer)(&Request::Monitor { filter });
+        // As long as nobody stops it.
+        Ok(stream::iter(replies).chain(stream::pending()).boxed())
+    }
+
     async fn permit(&self, _pid: Option<i32>) -> Result<(), Error> {
         Ok(())
     }

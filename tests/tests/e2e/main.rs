@@ -14,6 +14,7 @@ mod eaddrinuse;
 mod enrolment;
 mod exclusions;
 mod faults;
+mod flows;
 mod fragments;
 mod hand_over;
 mod hardening;
@@ -139,6 +140,7 @@ fn in_pods(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         bench::trials(context),
         container::trials(context),
         inspect::trials(context),
+        flows::trials(context),
     ];
     trials.into_iter().flatten()
 }

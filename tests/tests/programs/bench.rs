@@ -14,6 +14,7 @@ use aya::{Ebpf, Pod};
 use redirect_ebpf::constants::{MARK_PROXY, PORT_INBOUND, PORT_OUTBOUND};
 use redirect_ebpf::count::{self, Direction, Reason, Verdict};
 use redirect_ebpf::family::Family;
+use redirect_ebpf::flow::FlowLimits;
 use redirect_ebpf::maps::PodAddress;
 use redirect_tests::Netns;
 use redirect_user::agent::linux::{self, Capacities, Settings, TcMethod};
@@ -78,6 +79,7 @@ impl Bench {
             proxy_cgroups: Vec::new(),
             placement: Placement::Pod,
             rule_priority: 0,
+            flows: FlowLimits::default(),
             object: None,
         })?;
         for name in PROGRAMS {

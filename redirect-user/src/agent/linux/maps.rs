@@ -7,11 +7,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use anyhow::Context as _;
 use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray};
+use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use redirect_ebpf::constants::MAX_PROXY_CGROUPS;
 use redirect_ebpf::count::{self, Direction, Reason, Verdict};
 use redirect_ebpf::family::Family;
+use redirect_ebpf::flow::{FlowLimits, FlowState};
 use redirect_ebpf::maps::{
     Config, ConfigFlags, ExcludedAddress, ExcludedPort, Pod, PodAddress, PodFlags, ProxyCgroup, Scope,
 };
@@ -42,6 +43,10 @@ pub(super) struct Maps {
     proxy_cgroups: Table<u64, ProxyCgroup>,
     config: Array<MapData, Config>,
     counters: PerCpuArray<MapData, u64>,
+    /// Until somebody takes it.
+    flows: Option<RingBuf<MapData>>,
+    flow_limits: Array<MapData, FlowLimits>,
+    flow_state: PerCpuArray<MapData, FlowState>,
     excluded_ports: Table<ExcludedPort, u8>,
     excluded_ipv4: LpmTrie<MapData, ExcludedAddress<[u8; 4]>, u8>,
     excluded_ipv6: LpmTrie<MapData, ExcludedAddress<[u8; 16]>, u8>,
@@ -113,6 +118,7 @@ impl Maps {
     /// Applies what holds for the whole node. Programs of an agent before this one may be at work on these very maps.
     pub(super) fn configure(&mut self, settings: &Settings) -> anyhow::Result<()> {
         self.host_cookie = settings.host_cookie;
+        self.flow_limits.set(0, settings.flows, 0).context("map FLOW_LIMITS")?;
         for exclusion in &settings.exclusions {
             self.insert_exclusion(0, *exclusion)?;
         }
@@ -214,6 +220,9 @@ impl Maps {
             )?,
             config: Array::try_from(take(programs, "CONFIG")?)?,
             counters: PerCpuArray::try_from(take(programs, "COUNTERS")?)?,
+            flows: Some(RingBuf::try_from(take(programs, "FLOWS")?)?),
+            flow_limits: Array::try_from(take(programs, "FLOW_LIMITS")?)?,
+            flow_state: PerCpuArray::try_from(take(programs, "FLOW_STATE")?)?,
             excluded_ports: Table::take(programs, "EXCLUDED_PORTS", capacities.exclusions, MORE_EXCLUSIONS)?,
             excluded_ipv4: LpmTrie::try_from(take(programs, "EXCLUDED_IPV4")?)?,
             excluded_ipv6: LpmTrie::try_from(take(programs, "EXCLUDED_IPV6")?)?,
@@ -413,6 +422,24 @@ impl Maps {
         let stale: Vec<u64> =
             self.proxy_cgroups.map.keys().flatten().filter(|cgroup| !cgroups.contains(cgroup)).collect();
         stale.iter().try_for_each(|cgroup| self.proxy_cgroups.remove(cgroup))
+    }
+
+    pub(super) fn take_flows(&mut self) -> Option<RingBuf<MapData>> {
+        self.flows.take()
+    }
+
+    pub(super) fn tell_flows(&mut self, on: bool) -> anyhow::Result<()> {
+        self.set_flags(self.flags.with(ConfigFlags::FLOWS, on))
+    }
+
+    /// What all CPUs counted together.
+    pub(super) fn flows(&self) -> anyhow::Result<FlowState> {
+        let mut sum = FlowState::default();
+        for state in self.flow_state.get(&0, 0)?.iter() {
+            sum.limited += state.limited;
+            sum.full += state.full;
+        }
+        Ok(sum)
     }
 
     pub(super) fn report(&self) -> Vec<MapReport> {

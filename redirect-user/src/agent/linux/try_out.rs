@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
+use redirect_ebpf::flow::FlowLimits;
+
 use super::super::facts::Hook;
 use super::object::{self, Programs};
 use super::tc::{Tc, TcMethod};
@@ -19,6 +21,7 @@ pub fn try_out(tc: TcMethod) -> anyhow::Result<usize> {
         refuse: false,
         exclusions: BTreeSet::new(),
         proxy_cgroups: Vec::new(),
+        flows: FlowLimits::default(),
         object: None,
         placement: Placement::Pod,
         rule_priority: 0,

@@ -1,0 +1,146 @@
+//! Events of single connections, off until the agent says that somebody listens.
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::btf_maps::SkStorage;
+use aya_ebpf::helpers::{bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_sk_storage_get};
+use aya_ebpf::macros::{btf_map, map};
+use aya_ebpf::maps::{Array, PerCpuArray, RingBuf};
+use aya_ebpf::programs::{SockAddrContext, TcContext};
+use redirect_ebpf::flow::{Flow, FlowLimits, FlowState};
+use redirect_ebpf::maps::{ConfigFlags, Tuple};
+use redirect_ebpf::packet::{Parse, Segment};
+
+use super::config;
+use super::counters::What;
+use super::pods::PodIp;
+use super::socket::Socket;
+
+/// Room for some 3600 events: the agent reads them as they come.
+#[map]
+static FLOWS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
+
+#[map]
+static FLOW_LIMITS: Array<FlowLimits> = Array::with_max_entries(1, 0);
+
+#[map]
+static FLOW_STATE: PerCpuArray<FlowState> = PerCpuArray::with_max_entries(1, 0);
+
+/// A packet on `lo` has lost its socket: what the connect hook knew of it is kept here. Only while somebody listens.
+#[btf_map]
+static COOKIES: SkStorage<u64> = SkStorage::new();
+
+/// Which connection an event is about.
+#[derive(Clone, Copy)]
+pub(super) struct About {
+    pub(super) netns_cookie: u64,
+    pub(super) socket_cookie: u64,
+    pub(super) tuple: Tuple,
+}
+
+impl About {
+    /// No address and no port is known yet. A function, for the compiler would put a constant into a map.
+    #[inline(always)]
+    pub(super) fn new(netns_cookie: u64, socket_cookie: u64) -> Self {
+        let (source, destination) = ([0; 16], [0; 16]);
+        let tuple = Tuple { source, destination, source_port: [0; 2], destination_port: [0; 2] };
+        Self { netns_cookie, socket_cookie, tuple }
+    }
+
+    /// A packet that could not be read.
+    #[inline(always)]
+    pub(super) fn unread(ctx: &TcContext) -> Self {
+        Self::new(0, sender(ctx))
+    }
+
+    /// A packet of a pod, as far as it could be read.
+    #[inline(always)]
+    pub(super) fn packet<I: Parse>(netns_cookie: u64, segment: Option<&Segment<I::Address>>) -> Self {
+        let mut about = Self::new(netns_cookie, 0);
+        if let Some(segment) = segment {
+            about.tuple = segment.tuple::<I>();
+        }
+        about
+    }
+
+    /// A segment of the pod that has the address `pod`.
+    #[inline(always)]
+    pub(super) fn segment<I: Parse + PodIp>(
+        segment: &Segment<I::Address>,
+        pod: I::Address,
+        socket_cookie: u64,
+    ) -> Self {
+        Self { netns_cookie: I::owner(&pod).unwrap_or(0), socket_cookie, tuple: segment.tuple::<I>() }
+    }
+}
+
+#[inline(always)]
+pub(super) fn are_wanted() -> bool {
+    config::flags().contains(ConfigFlags::FLOWS)
+}
+
+/// Tells of a connection, within the limits.
+#[inline(always)]
+pub(super) fn tell(what: What, about: &About) {
+    // SAFETY: the helper has no preconditions.
+    let time = unsafe { bpf_ktime_get_ns() };
+    let Some(limits) = FLOW_LIMITS.get(0) else { return };
+    let Some(state) = FLOW_STATE.get_ptr_mut(0) else { return };
+    // SAFETY: the map hands out a valid pointer into this CPU's array. A program that interrupts another one may make its
+    // count wrong by one.
+    let state = unsafe { &mut *state };
+    if !state.admit(*limits, time) {
+        return;
+    }
+    let Some(mut event) = FLOWS.reserve::<Flow>(0) else {
+        state.full += 1;
+        return;
+    };
+    let What { family, direction, verdict, reason } = what;
+    event.write(Flow {
+        time,
+        netns_cookie: about.netns_cookie,
+        socket_cookie: about.socket_cookie,
+        tuple: about.tuple,
+        family: family as u8,
+        direction: direction as u8,
+        verdict: verdict as u8,
+        reason: reason as u8,
+    });
+    event.submit(0);
+}
+
+/// The cookie of the socket that a hook is about.
+#[inline(always)]
+pub(super) fn cookie(ctx: &SockAddrContext) -> u64 {
+    // SAFETY: the helper takes the context.
+    unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }
+}
+
+/// The cookie of the socket that sent a packet, as long as the packet knows.
+#[inline(always)]
+pub(super) fn sender(ctx: &TcContext) -> u64 {
+    // SAFETY: the helper takes the context.
+    unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }
+}
+
+/// Keeps the cookie for the packet that opens the socket's connection.
+#[inline(always)]
+pub(super) fn remember(ctx: &SockAddrContext) {
+    if are_wanted() {
+        let mut cookie = cookie(ctx);
+        // SAFETY: the socket is the context's own, and the initial value lives for the length of the call.
+        unsafe { COOKIES.get_or_insert_ptr_mut(ctx, Some(&mut cookie)) };
+    }
+}
+
+/// The cookie of the socket that opens a connection on `lo`; zero if it is not known.
+#[inline(always)]
+pub(super) fn remembered<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> u64 {
+    let Some(socket) = Socket::sender(ctx, segment) else { return 0 };
+    // SAFETY: the map and the socket are valid for the length of the call.
+    let cookie = unsafe {
+        bpf_sk_storage_get((&raw const COOKIES).cast_mut().cast(), socket.as_ptr(), core::ptr::null_mut(), 0)
+    };
+    // SAFETY: the kernel returns the value of the socket, or null.
+    unsafe { cookie.cast::<u64>().as_ref() }.copied().unwrap_or(0)
+}

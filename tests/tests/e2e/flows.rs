@@ -1,0 +1,307 @@
+//! `redirect monitor` tells of the very connections that sockets see.
+
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd as _;
+use std::process::Command;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, ensure};
+use libtest_mimic::Trial;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use redirect_ebpf::maps::ConfigFlags;
+use redirect_tests::connection::dial;
+use redirect_tests::stack::canonical;
+use redirect_tests::wait::{self, SOON};
+use redirect_tests::{Connection, Families, Monitor, Node, Pod, Stack};
+use redirect_user::wire::FlowReport;
+
+use crate::context::{Context, for_every_stack, trial};
+use crate::outbound;
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    let mut trials = for_every_stack(context, "flows::steered", steered);
+    trials.extend(for_every_stack(context, "flows::left_alone", left_alone));
+    trials.extend(for_every_stack(context, "flows::refused", refused));
+    trials.push(trial(context, "flows::a_port_of_the_proxy_s", bind));
+    trials.push(trial(context, "flows::filters", filters));
+    trials.push(trial(context, "flows::off_when_the_last_listener_has_left", switch));
+    trials.push(trial(context, "flows::with_the_next_agent", restart));
+    trials.push(trial(context, "flows::a_limit_in_a_second", limit));
+    trials.push(trial(context, "flows::more_than_is_read", full));
+    trials.push(trial(context, "flows::one_of_so_many", sample));
+    trials
+}
+
+fn is(flow: &FlowReport, direction: &str, verdict: &str, reason: &str) -> bool {
+    (&*flow.direction, &*flow.verdict, &*flow.reason) == (direction, verdict, reason)
+}
+
+/// `SO_COOKIE`.
+fn cookie(connection: &Connection) -> Result<u64> {
+    let (mut cookie, mut length) = (0u64, 8);
+    let socket = connection.stream().as_raw_fd();
+    // SAFETY: the value lives for the length of the call, and its size is right.
+    let result = unsafe {
+        libc::getsockopt(socket, libc::SOL_SOCKET, libc::SO_COOKIE, (&raw mut cookie).cast(), &raw mut length)
+    };
+    ensure!(result == 0, std::io::Error::last_os_error());
+    Ok(cookie)
+}
+
+fn steered(context: &Context, stack: Stack) -> Result<()> {
+    let node = context.node()?;
+    let (client, server) =
+        (node.enrolled("client", Families::Dual)?, node.enrolled("server", Families::Dual)?);
+    let monitor = Monitor::start(&node, &["--pod", &client.identity().uid])?;
+    let at_server = Monitor::start(&node, &["--pod", &server.identity().uid])?;
+    let listening = server.listen(stack)?;
+    let to = server.endpoint(stack.family(), listening.port())?;
+    let began = jiff::Timestamp::now();
+    let connection = client.connect(stack, to)?;
+
+    let flow = monitor.hears("outbound connection", |flow| is(flow, "outbound", "steered", "enrolled"))?;
+    ensure!(flow.pod.as_ref() == Some(client.identity()), "{flow:#?}");
+    ensure!(flow.family == stack.family().name() && flow.destination == Some(to), "{flow:#?}");
+    ensure!(flow.source == Some(canonical(connection.local_name)), "{flow:#?}");
+    ensure!(flow.socket_cookie == Some(cookie(&connection)?), "{flow:#?}");
+    let second = jiff::SignedDuration::from_secs(1);
+    ensure!(flow.time > began - second && flow.time < jiff::Timestamp::now() + second, "{flow:#?}");
+
+    let flow = at_server.hears("inbound connection", |flow| is(flow, "inbound", "steered", "enrolled"))?;
+    ensure!(flow.pod.as_ref() == Some(server.identity()), "{flow:#?}");
+    ensure!(flow.family == stack.family().name() && flow.destination == Some(to), "{flow:#?}");
+    ensure!(flow.source.map(|source| source.ip()) == Some(client.address(stack.family())?), "{flow:#?}");
+    ensure!(flow.socket_cookie.is_none(), "there is no socket at the SYN: {flow:#?}");
+    let flow = at_server.hears("delivery", |flow| is(flow, "delivery", "passed", "proxy"))?;
+    ensure!(flow.destination == Some(to), "{flow:#?}");
+    Ok(())
+}
+
+const EXCLUDED: u16 = 8443;
+
+fn left_alone(context: &Context, stack: Stack) -> Result<()> {
+    let node = Node::with_arguments(
+        &context.session()?,
+        &["--exclude-outbound-ports", "8443", "--exclude-inbound-ports", "8443"],
+    )?;
+    let (client, server) =
+        (node.enrolled("client", Families::Dual)?, node.enrolled("server", Families::Dual)?);
+    let monitor = Monitor::start(&node, &[])?;
+    let _listening = redirect_tests::Server::start(server.netns(), stack, EXCLUDED, "excluded")?;
+    let to = server.endpoint(stack.family(), EXCLUDED)?;
+    let connection = client.connect(stack, to)?;
+    let flow = monitor.hears("outbound connection", |flow| is(flow, "outbound", "passed", "excluded"))?;
+    ensure!(flow.pod.as_ref() == Some(client.identity()) && flow.destination == Some(to), "{flow:#?}");
+    ensure!(flow.family == stack.family().name(), "{flow:#?}");
+    ensure!(flow.source.is_none(), "the kernel had not chosen a port yet: {flow:#?}");
+    ensure!(flow.socket_cookie == Some(cookie(&connection)?), "{flow:#?}");
+    let flow = monitor.hears("inbound connection", |flow| is(flow, "inbound", "passed", "excluded"))?;
+    ensure!(flow.pod.as_ref() == Some(server.identity()) && flow.destination == Some(to), "{flow:#?}");
+    ensure!(flow.source == Some(canonical(connection.local_name)), "{flow:#?}");
+    Ok(())
+}
+
+fn refused(context: &Context, stack: Stack) -> Result<()> {
+    let node = Node::with_arguments(&context.session()?, &["--without-proxy", "refuse"])?;
+    let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    let (far, near) = (other.listen(stack)?, pod.listen(stack)?);
+    let outbound = other.endpoint(stack.family(), far.port())?;
+    let inbound = pod.endpoint(stack.family(), near.port())?;
+    node.kill_proxy()?;
+    let monitor = Monitor::start(&node, &["--verdict", "dropped"])?;
+    for (from, to, direction) in [(&pod, outbound, "outbound"), (&other, inbound, "inbound")] {
+        ensure!(from.netns().run(|| dial(stack, to, SOON))?.is_err(), "{direction} is not refused");
+        let flow = monitor.hears(direction, |flow| is(flow, direction, "dropped", "no_listener"))?;
+        ensure!(flow.pod.as_ref() == Some(pod.identity()) && flow.destination == Some(to), "{flow:#?}");
+        ensure!(flow.family == stack.family().name(), "{flow:#?}");
+    }
+    Ok(())
+}
+
+fn bind(context: &Context) -> Result<()> {
+    let node = context.node()?;
+    let pod = node.enrolled("pod", Families::Dual)?;
+    let monitor = Monitor::start(&node, &["--pod", &pod.identity().uid, "--direction", "bind"])?;
+    for address in ["0.0.0.0:15001", "[::]:15001"] {
+        let address: SocketAddr = address.parse()?;
+        ensure!(pod.netns().run(|| std::net::TcpListener::bind(address))?.is_err());
+        let flow = monitor.hears("bind()", |flow| flow.source == Some(address))?;
+        ensure!(is(&flow, "bind", "dropped", "proxy_port") && flow.socket_cookie.is_some(), "{flow:#?}");
+    }
+    Ok(())
+}
+
+/// Of the same connections, each listener hears those that it asked for.
+fn filters(context: &Context) -> Result<()> {
+    let node = context.node()?;
+    let (one, two) = (node.enrolled("one", Families::Dual)?, node.enrolled("two", Families::Dual)?);
+    let server = node.plain("server", Families::Dual)?;
+    let address = server.address(Stack::V6.family())?.to_string();
+    let name = one.identity().to_string();
+    let mine = |flow: &FlowReport| flow.pod.as_ref() == Some(one.identity());
+    let all = Monitor::start(&node, &[])?;
+    let by_pod = Monitor::start(&node, &["--pod", &name])?;
+    let by_namespace = Monitor::start(&node, &["--namespace", "no-such-namespace"])?;
+    let by_family = Monitor::start(&node, &["--pod", &name, "--family", "ipv6"])?;
+    let by_address = Monitor::start(&node, &["--pod", &name, "--address", &address])?;
+    let by_direction = Monitor::start(&node, &["--pod", &name, "--direction", "inbound"])?;
+    for stack in [Stack::V4, Stack::V6] {
+        outbound::passes_the_proxy_once(&two, &server, stack)?;
+        outbound::passes_the_proxy_once(&one, &server, stack)?;
+    }
+    // The last thing that happens: whatever came before has been told when this has.
+    let last: SocketAddr = "[::1]:9".parse()?;
+    ensure!(one.netns().run(|| dial(Stack::V6, last, SOON))?.is_err());
+    let ends = |flow: &FlowReport| mine(flow) && flow.destination == Some(last);
+    for monitor in [&all, &by_pod, &by_family] {
+        monitor.hears("last connection", ends)?;
+    }
+    let two_s = all.heard().iter().filter(|flow| flow.pod.as_ref() == Some(two.identity())).count();
+    ensure!(two_s >= 4, "{:#?}", all.heard());
+    ensure!(by_pod.heard().iter().all(mine), "{:#?}", by_pod.heard());
+    let expected: Vec<_> = by_pod.heard().into_iter().filter(|flow| flow.family == "IPv6").collect();
+    ensure!(by_family.heard() == expected && expected.len() >= 3, "{:#?}", by_family.heard());
+    by_address.hears("proxy's own connection", |flow| is(flow, "outbound", "passed", "proxy"))?;
+    let to_server = |flow: &FlowReport| flow.destination.is_some_and(|to| to.ip().to_string() == address);
+    ensure!(by_address.heard().iter().all(to_server) && by_address.heard().len() >= 2);
+    ensure!(by_namespace.heard().is_empty() && by_direction.heard().is_empty());
+    Ok(())
+}
+
+/// Whether the kernel side tells of connections, as bpftool sees it.
+fn is_on(node: &Node) -> Result<bool> {
+    let maps = std::fs::read_dir(node.pin_dir())?.filter_map(|entry| Some(entry.ok()?.path()));
+    let directory =
+        maps.filter(|path| path.to_string_lossy().contains("/maps-v")).last().context("no maps")?;
+    let mut pins = std::fs::read_dir(directory)?.filter_map(|entry| Some(entry.ok()?.path()));
+    let config = pins.find(|path| path.to_string_lossy().contains("/CONFIG-")).context("no CONFIG")?;
+    let output = Command::new("bpftool").args(["-j", "map", "dump", "pinned"]).arg(config).output()?;
+    let dump: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    // The flags follow the cookie, eight bytes each.
+    let flags = dump[0]["value"][8].as_str().context("no flags")?;
+    let flags = u32::from_str_radix(flags.trim_start_matches("0x"), 16)?;
+    Ok(ConfigFlags(flags).contains(ConfigFlags::FLOWS))
+}
+
+fn listeners(node: &Node, count: usize) -> Result<()> {
+    wait::until_true("listeners", SOON, || Ok(node.status()?.flows.listeners == count))
+}
+
+fn switch(context: &Context) -> Result<()> {
+    let node = Node::start(&context.session()?)?;
+    ensure!(!is_on(&node)?);
+    let mut one = Monitor::start(&node, &[])?;
+    let mut two = Monitor::start(&node, &["--family", "IPv4", "--count", "1"])?;
+    listeners(&node, 2)?;
+    ensure!(is_on(&node)?);
+    one.kill()?;
+    listeners(&node, 1)?;
+    ensure!(is_on(&node)?);
+    // The other one has enough after one connection.
+    let pod = node.enrolled("pod", Families::Dual)?;
+    let closed: SocketAddr = "127.0.0.1:9".parse()?;
+    ensure!(pod.netns().run(|| dial(Stack::V4, closed, SOON))?.is_err());
+    ensure!(two.wait()?.success() && two.heard().len() == 1, "{:#?}", two.heard());
+    wait::until_true("kernel side that tells nothing", SOON, || Ok(!is_on(&node)?))?;
+    listeners(&node, 0)
+}
+
+fn restart(context: &Context) -> Result<()> {
+    let arguments = ["--on-exit".to_owned(), "keep".to_owned()];
+    let node = Node::with_arguments(&context.session()?, &["--on-exit", "keep"])?;
+    let (pod, server) = (node.enrolled("pod", Families::Dual)?, node.plain("server", Families::Dual)?);
+    for killed in [true, false] {
+        let mut monitor = Monitor::start(&node, &[])?;
+        if killed {
+            node.kill_agent()?;
+        } else {
+            node.end_agent()?;
+        }
+        ensure!(!monitor.wait()?.success(), "a listener without an agent should fail");
+        ensure!(is_on(&node)? == killed, "an agent that ends in order turns them off");
+        // Told to nobody, and to no later listener.
+        let closed: SocketAddr = "127.0.0.1:9".parse()?;
+        ensure!(pod.netns().run(|| dial(Stack::V4, closed, SOON))?.is_err());
+        node.start_agent(&arguments)?;
+        node.wait_for_proxy()?;
+        ensure!(!is_on(&node)?);
+        let monitor = Monitor::start(&node, &[])?;
+        for stack in Stack::ALL {
+            outbound::passes_the_proxy_once(&pod, &server, stack)?;
+            monitor.hears("outbound connection", |flow| {
+                is(flow, "outbound", "steered", "enrolled") && flow.family == stack.family().name()
+            })?;
+        }
+        ensure!(
+            !monitor.heard().iter().any(|flow| flow.destination == Some(closed)),
+            "{:#?}",
+            monitor.heard()
+        );
+    }
+    node.uninstall(&["--force"])?;
+    Ok(())
+}
+
+/// Connections that are refused at once, all counted and each worth an event.
+fn burst(pod: &Pod, number: usize) -> Result<()> {
+    pod.netns().run(|| -> Result<()> {
+        let closed: SocketAddr = "[::1]:9".parse()?;
+        for _ in 0..number {
+            ensure!(std::net::TcpStream::connect(closed).is_err());
+        }
+        Ok(())
+    })?
+}
+
+fn limit(context: &Context) -> Result<()> {
+    const MANY: usize = 200;
+    let node = Node::with_arguments(&context.session()?, &["--flow-rate", "2"])?;
+    let pod = node.enrolled("pod", Families::Dual)?;
+    let monitor = Monitor::start(&node, &[])?;
+    burst(&pod, MANY)?;
+    // Each is told or counted as lost.
+    wait::until_true("every connection", SOON, || {
+        let flows = node.status()?.flows;
+        Ok(monitor.heard().len() + usize::try_from(flows.rate_limit)? == MANY && flows.rate_limit > 0)
+    })
+    .with_context(|| {
+        format!("{:?}, {} told", node.status().map(|status| status.flows), monitor.heard().len())
+    })
+}
+
+/// While the agent stands still, events are kept as long as there is room.
+fn full(context: &Context) -> Result<()> {
+    const MANY: usize = 6000;
+    let node = Node::with_arguments(&context.session()?, &["--flow-rate", "1000000"])?;
+    let pod = node.enrolled("pod", Families::Dual)?;
+    let monitor = Monitor::start(&node, &[])?;
+    let agent = Pid::from_raw(node.with_agent(|agent| Ok(agent.process().pid()))?.try_into()?);
+    kill(agent, Signal::SIGSTOP)?;
+    let burst = burst(&pod, MANY);
+    kill(agent, Signal::SIGCONT)?;
+    burst?;
+    wait::until_true("every connection", SOON, || {
+        let flows = node.status()?.flows;
+        let lost = usize::try_from(flows.ring_full + flows.rate_limit + flows.slow_listener)?;
+        Ok(monitor.heard().len() + lost == MANY && flows.ring_full > 0)
+    })
+    .with_context(|| {
+        format!("{:?}, {} told", node.status().map(|status| status.flows), monitor.heard().len())
+    })
+}
+
+fn sample(context: &Context) -> Result<()> {
+    const MANY: usize = 500;
+    let node = Node::with_arguments(&context.session()?, &["--flow-sample", "10"])?;
+    let pod = node.enrolled("pod", Families::Dual)?;
+    let monitor = Monitor::start(&node, &[])?;
+    burst(&pod, MANY)?;
+    // Each CPU chooses by itself, and may have some left over.
+    let cpus = std::thread::available_parallelism()?.get();
+    let least = (MANY / 10).saturating_sub(cpus).max(1);
+    wait::until_true("some connections", SOON, || Ok(monitor.heard().len() >= least))?;
+    ensure!(monitor.heard().len() <= MANY / 10, "{:#?}", monitor.heard());
+    ensure!(node.status()?.flows.rate_limit == 0);
+    Ok(())
+}
