@@ -4,6 +4,7 @@ mod doctor;
 mod inspect;
 mod monitor;
 mod show;
+mod top;
 mod uninstall;
 mod validate;
 
@@ -58,6 +59,8 @@ enum Command {
     Explain(inspect::ExplainQuery),
     /// Print connections of pods as they are decided on
     Monitor(monitor::Options),
+    /// Show live rates of connections: of the node, and by pod
+    Top(top::Options),
     /// Prove, in a pod, that its connections are steered. Exit code 1 if those of a family are not
     Validate(validate::Options),
     /// Write a completion script
@@ -123,6 +126,7 @@ pub fn main() -> ExitCode {
         Command::Pod(query) => return code(inspect::pod(&query)),
         Command::Explain(query) => return code(inspect::explain(&query)),
         Command::Monitor(options) => monitor::run(&options),
+        Command::Top(options) => top::run(&options),
         Command::Validate(options) => return code(validate::run(&options)),
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "redirect", &mut std::io::stdout());

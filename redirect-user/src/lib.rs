@@ -30,6 +30,7 @@ pub mod proxy;
 #[cfg(test)]
 mod skip;
 mod socket_file;
+pub mod top;
 pub mod validate;
 pub mod wire;
 pub mod zds;

@@ -48,6 +48,7 @@ mod survival;
 mod syn_flood;
 mod tc_method;
 mod time_wait;
+mod top;
 mod tunnel;
 mod uninstall;
 mod validate;
@@ -141,6 +142,7 @@ fn in_pods(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         container::trials(context),
         inspect::trials(context),
         flows::trials(context),
+        top::trials(context),
     ];
     trials.into_iter().flatten()
 }
