@@ -130,7 +130,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     take_over(&kernel, &pods, found).await?;
     let (probes_kernel, watch_kernel, upkeep_kernel) = (kernel.clone(), kernel.clone(), kernel.clone());
     let controller = controller(&options.kubernetes, &pods).await?;
-    let daemonset = own_daemonset(&options.kubernetes).await?;
+    let daemonset = own_daemonset(&options.kubernetes).await;
     let enrolment: Arc<dyn Enrolment> = match &controller {
         Some(controller) => Arc::new(controller.admission()),
         None => Arc::new(Everybody),
@@ -302,9 +302,18 @@ async fn catch_up(controller: &Controller<Linux>, seconds: u64) {
     }
 }
 
-async fn own_daemonset(options: &kube::Options) -> anyhow::Result<Option<OwnDaemonSet>> {
-    let (Some(name), Some(namespace)) = (&options.daemonset, &options.pod_namespace) else { return Ok(None) };
-    Ok(Some(OwnDaemonSet::watch(options.kubeconfig.as_deref(), namespace, name).await?))
+async fn own_daemonset(options: &kube::Options) -> Option<OwnDaemonSet> {
+    let (name, namespace) = (options.daemonset.as_ref()?, options.pod_namespace.as_ref()?);
+    match OwnDaemonSet::watch(options.kubeconfig.as_deref(), namespace, name).await {
+        Ok(daemonset) => Some(daemonset),
+        Err(error) => {
+            tracing::warn!(
+                "at the agent's end pods stay steered and the CNI chain keeps the plugin, for DaemonSet {namespace}/{name} \
+                 can't be watched: {error:#}; if there will be no other agent: redirect uninstall"
+            );
+            None
+        }
+    }
 }
 
 /// Whether no other agent will follow on this node: the DaemonSet is gone, or about to go.

@@ -191,8 +191,8 @@ async fn annotations_are_corrected_to_what_is() {
 }
 
 #[tokio::test]
-async fn a_pod_stays_enabled_for_a_while_without_its_proxy_but_not_when_it_refuses() {
-    let node = Node::start_with(Timing { grace: Duration::from_secs(2), ..quick() }, |_| {}).await;
+async fn a_pod_stays_enabled_for_a_while_without_its_proxy() {
+    let node = Node::start_with(Timing { grace: Duration::from_hours(1), ..quick() }, |_| {}).await;
     let is = |value: &str| node.api.redirection("shop", "pod-1").as_deref() == Some(value);
     let cookie = node.run_sandbox(&uid(1), KINDS[0]);
     let proxy = node.proxy().await;
@@ -201,6 +201,18 @@ async fn a_pod_stays_enabled_for_a_while_without_its_proxy_but_not_when_it_refus
     drop(proxy);
     tokio::time::sleep(SHORT).await;
     assert!(is("enabled") && node.steers(cookie, KINDS[0]));
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_pod_is_pending_in_the_end_without_its_proxy_and_when_it_refuses() {
+    let node = Node::start_with(Timing { grace: SHORT, ..quick() }, |_| {}).await;
+    let is = |value: &str| node.api.redirection("shop", "pod-1").as_deref() == Some(value);
+    let cookie = node.run_sandbox(&uid(1), KINDS[0]);
+    let proxy = node.proxy().await;
+    node.api.put_pod(pod(1, Some("ambient"), KINDS[0]));
+    eventually("enabled", || is("enabled")).await;
+    drop(proxy);
     eventually("pending after a while", || is("pending")).await;
     assert!(node.steers(cookie, KINDS[0]), "never past the proxy");
     let proxy = node.proxy().await;
