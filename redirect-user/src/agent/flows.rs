@@ -14,6 +14,7 @@ use redirect_ebpf::flow::Flow;
 use redirect_ebpf::{Direction, Family, Reason, Verdict};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{broadcast, watch};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::linux::Linux;
@@ -46,12 +47,12 @@ pub(super) struct Flows {
 }
 
 impl Flows {
-    /// Reads events from now on, as long as there are listeners, until `stopped`.
+    /// Reads events from now on, as long as there are listeners, until `stopped`. The task ends when they are turned off.
     pub(super) async fn start(
         kernel: Kernel<Linux>,
         pods: Arc<Pods<Linux>>,
         stopped: watch::Receiver<bool>,
-    ) -> anyhow::Result<Self> {
+    ) -> anyhow::Result<(Self, JoinHandle<()>)> {
         let ring =
             kernel.run(Linux::take_flows).await?.context("the events of connections are read twice")?;
         let (events, _) = broadcast::channel(BACKLOG);
@@ -68,7 +69,7 @@ impl Flows {
             names: Names { pods, known: HashMap::new(), asked: HashMap::new() },
         };
         let mut until = stopped.clone();
-        tokio::spawn(async move {
+        let task = tokio::spawn(async move {
             tokio::select! {
                 _ = until.wait_for(|stop| *stop) => {}
                 result = reader.run() => if let Err(error) = result {
@@ -77,7 +78,7 @@ impl Flows {
             }
             reader.turn(false).await;
         });
-        Ok(Self { events, listeners, on, stopped, slow: Arc::default() })
+        Ok((Self { events, listeners, on, stopped, slow: Arc::default() }, task))
     }
 
     pub(super) fn listeners(&self) -> usize {

@@ -136,7 +136,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         None => Arc::new(Everybody),
     };
     let (stop, stopped) = signal_watch::channel(false);
-    let flows = Flows::start(kernel.clone(), Arc::clone(&pods), stopped.clone()).await?;
+    let (flows, flows_task) = Flows::start(kernel.clone(), Arc::clone(&pods), stopped.clone()).await?;
     let (reconciled_by, reconciled) = signal_watch::channel(controller.is_none());
     let service = Arc::new(Service {
         pods: Arc::clone(&pods),
@@ -215,6 +215,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     }
     probes_task.abort();
     wire_task.await.context("the server of the CNI plugin")?;
+    flows_task.await.context("the reader of connections' events")?;
     zds_task.await.context("the server of the node proxies")?;
     metrics_task.await.context("the server of metrics")?;
     if let Some(task) = controller_task {
