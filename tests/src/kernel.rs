@@ -93,14 +93,16 @@ impl Objects {
 
 /// What `bpftool KIND show` lists.
 pub fn bpftool(kind: &str) -> Result<Vec<Value>> {
+    // A link that somebody is just making fails the whole list, for as long as an RCU grace period takes.
     let mut output = show(kind)?;
-    // A link that somebody is just making fails the whole list.
-    for _ in 0..10 {
-        if output.status.success() {
-            break;
+    wait::for_cleanup(2 * wait::SOON, || {
+        if !output.status.success()
+            && let Ok(again) = show(kind)
+        {
+            output = again;
         }
-        output = show(kind)?;
-    }
+        output.status.success()
+    });
     if !output.status.success() {
         bail!("bpftool {kind} show: {}", String::from_utf8_lossy(&output.stdout));
     }
