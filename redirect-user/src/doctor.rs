@@ -4,11 +4,15 @@
 //! group of checks.
 
 mod bpf;
+mod chain;
 mod families;
 mod kernel;
 mod mounts;
+mod netfilter;
+mod others;
 mod privileges;
 mod programs;
+mod sysctls;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -16,6 +20,8 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use crate::agent::linux::{self, TcMethod};
+use crate::agent::records::{self, Found, Records};
+use crate::install;
 
 /// What is asked of the node.
 #[derive(Clone, Debug, clap::Args)]
@@ -29,6 +35,12 @@ pub struct Requirements {
     /// How TC programs are to be attached
     #[arg(long, value_enum, default_value_t)]
     pub tc: TcMethod,
+    /// Where the agent writes down which pods it steers
+    #[arg(long, default_value = records::DEFAULT_DIRECTORY, env = "REDIRECT_STATE_DIR")]
+    pub state_dir: PathBuf,
+    /// Where the node's CNI chain is.
+    #[command(flatten)]
+    pub chain: install::Directories,
 }
 
 /// A group of checks.
@@ -38,7 +50,14 @@ type Group = fn(&Requirements) -> Vec<Check>;
 const REQUIRED: [Group; 4] = [privileges::checks, mounts::checks, kernel::checks, families::checks];
 
 /// What else the doctor looks at.
-const FURTHER: [Group; 1] = [programs::checks];
+const FURTHER: [Group; 6] = [
+    programs::checks,
+    sysctls::checks,
+    others::at_cgroup,
+    others::on_devices,
+    netfilter::checks,
+    chain::checks,
+];
 
 /// One thing that was looked at.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -93,6 +112,11 @@ impl Check {
         Self { state: State::Warn, remedy: Some(remedy.into()), ..Self::ok(check, detail) }
     }
 
+    /// What the agent can start without all the same.
+    fn broken(check: impl Into<String>, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { state: State::Fail, ..Self::warn(check, detail, remedy) }
+    }
+
     fn fail(
         check: impl Into<String>,
         cause: Cause,
@@ -144,6 +168,11 @@ pub fn require(requirements: &Requirements) -> Result<(), Refusal> {
         tracing::warn!(remedy = check.remedy, "{}: {}", check.check, check.detail);
     }
     Ok(())
+}
+
+/// The pods that an agent steers here, as far as their namespaces still exist.
+fn enrolled(requirements: &Requirements) -> std::io::Result<Vec<Found>> {
+    Ok(records::find(Records::at(&requirements.state_dir).read()?))
 }
 
 /// The worst of them.

@@ -89,6 +89,33 @@ pub fn remove(directories: &Directories) -> Result<Vec<PathBuf>, Error> {
     take_out(directories, &mut Disk)
 }
 
+/// What container runtimes find on this node.
+#[derive(Debug)]
+pub struct Found {
+    /// The configuration that they use.
+    pub configuration: PathBuf,
+    /// Whether our plugin is in it.
+    pub chained: bool,
+    /// The plugin, or what is wrong with it.
+    pub plugin: Result<PathBuf, String>,
+}
+
+/// Looks at a node's chain. The plugin is asked for its versions.
+pub fn find(directories: &Directories) -> Result<Found, Error> {
+    let directory = Directory::read(&directories.cni_conf_dir)?;
+    let Some((conf, chain)) = directory.files.iter().find_map(|conf| Some((conf, conf.chain.as_ref().ok()?)))
+    else {
+        let invalid = directory.invalid();
+        return Err(Error::NoConfiguration { directory: directories.cni_conf_dir.clone(), invalid });
+    };
+    let plugin = directories.installed_plugin();
+    Ok(Found {
+        configuration: directories.cni_conf_dir.join(&conf.name),
+        chained: chain.has(PLUGIN),
+        plugin: plugin::versions(&plugin).map(|_| plugin).map_err(|error| error.to_string()),
+    })
+}
+
 /// What an installation would change.
 pub(crate) fn missing(options: &Options) -> Result<Vec<String>, Error> {
     let mut missing = Vec::new();

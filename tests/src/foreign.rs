@@ -12,6 +12,10 @@ use anyhow::{Context, Result};
 const PROG_LOAD: libc::c_long = 5;
 const LINK_CREATE: libc::c_long = 28;
 
+/// The order among programs at a hook (`BPF_F_BEFORE`, nothing).
+const BEFORE: u32 = 1 << 3;
+const LAST: u32 = 0;
+
 /// Where a program is attached; the numbers are the kernel's `enum bpf_attach_type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -46,9 +50,18 @@ pub struct Program {
 }
 
 impl Program {
+    /// As [`Program::rewriting`], before all others that are there (Linux 6.17).
+    pub fn rewriting_first(cgroup: &Path, kind: Kind, from: SocketAddr, to: SocketAddr) -> Result<Self> {
+        Self::rewriting_at(BEFORE, cgroup, kind, from, to)
+    }
+
     /// What a load balancer on sockets does: connections, or datagrams, to one address go to another one. A v4-mapped
     /// address is IPv6's.
     pub fn rewriting(cgroup: &Path, kind: Kind, from: SocketAddr, to: SocketAddr) -> Result<Self> {
+        Self::rewriting_at(LAST, cgroup, kind, from, to)
+    }
+
+    fn rewriting_at(order: u32, cgroup: &Path, kind: Kind, from: SocketAddr, to: SocketAddr) -> Result<Self> {
         /// `user_ip4`, `user_ip6` and `user_port` in `struct bpf_sock_addr`.
         const IP4: i16 = 4;
         const IP6: i16 = 8;
@@ -90,14 +103,14 @@ impl Program {
         const CGROUP_SOCK_ADDR: u32 = 18;
         let program = load(CGROUP_SOCK_ADDR, hook, &code)?;
         let directory = File::open(cgroup)?;
-        Ok(Self { _link: link(&program, directory.as_raw_fd() as u32, hook)? })
+        Ok(Self { _link: link(&program, directory.as_raw_fd() as u32, hook, order)? })
     }
 
     /// A program on an interface of the calling thread's namespace that ends with this verdict for every packet.
     pub fn with_verdict(interface: u32, hook: Hook, verdict: i32) -> Result<Self> {
         const SCHED_CLS: u32 = 3;
         let program = load(SCHED_CLS, hook, &give(verdict))?;
-        Ok(Self { _link: link(&program, interface, hook)? })
+        Ok(Self { _link: link(&program, interface, hook, LAST)? })
     }
 }
 
@@ -161,12 +174,12 @@ struct LinkCreate {
     relative: [u64; 2],
 }
 
-fn link(program: &OwnedFd, target: u32, hook: Hook) -> Result<OwnedFd> {
+fn link(program: &OwnedFd, target: u32, hook: Hook, flags: u32) -> Result<OwnedFd> {
     let attributes = LinkCreate {
         program: program.as_raw_fd(),
         target,
         attach_type: hook as u32,
-        flags: 0,
+        flags,
         relative: [0; 2],
     };
     bpf(LINK_CREATE, &attributes).with_context(|| format!("attach a program to {hook:?}"))

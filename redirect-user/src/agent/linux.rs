@@ -4,6 +4,7 @@
 //! Everything here runs on one thread of its own ([`super::thread`]): entering a network namespace is a property of a
 //! thread.
 
+mod attached;
 mod bpf;
 mod decision;
 mod devices;
@@ -37,6 +38,7 @@ use crate::netns::{NetNs, current_cookie};
 use crate::placement::Placement;
 use crate::pod::Exclusion;
 use crate::wire::{CounterReport, MapReport, ProgramReport};
+pub use attached::{Attached, at_cgroup, on_devices};
 use bpf::{At, Place, State};
 pub use maps::Capacities;
 use maps::Maps;

@@ -86,15 +86,17 @@ impl Records {
         self.pods().join(format!("{netns_cookie}.json"))
     }
 
-    /// Every pod's record. What can't be read is told, and left out.
-    #[must_use]
-    pub fn read(&self) -> Vec<Record> {
-        let entries = fs::read_dir(self.pods()).into_iter().flatten().flatten();
-        let paths = entries.map(|entry| entry.path());
-        paths
+    /// Every pod's record; none where there is no directory. A record that can't be read is told, and left out.
+    pub fn read(&self) -> io::Result<Vec<Record>> {
+        let entries = match fs::read_dir(self.pods()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries?.collect::<io::Result<Vec<_>>>()?,
+        };
+        let paths = entries.into_iter().map(|entry| entry.path());
+        Ok(paths
             .filter(|path| path.extension().is_some_and(|extension| extension == "json"))
             .filter_map(|path| read(&path))
-            .collect()
+            .collect())
     }
 
     /// Writes a pod's record: the whole of it or nothing.
@@ -269,11 +271,11 @@ mod tests {
         let records = Records::open(&directory.path().join("state")).unwrap();
         records.write(&record());
         records.set_proxies(&[5, 6]);
-        assert_eq!(records.read(), [record()]);
+        assert_eq!(records.read().unwrap(), [record()]);
         assert_eq!(records.proxies(), [5, 6]);
         records.remove(7);
         records.remove(7);
-        assert!(records.read().is_empty());
+        assert!(records.read().unwrap().is_empty());
         records.remove_all().unwrap();
         records.remove_all().unwrap();
         assert!(records.proxies().is_empty());
@@ -286,7 +288,7 @@ mod tests {
         records.write(&record());
         fs::write(directory.path().join("pods/8.json"), "{").unwrap();
         fs::write(directory.path().join("pods/9.new"), "{}").unwrap();
-        assert_eq!(records.read().len(), 1);
+        assert_eq!(records.read().unwrap().len(), 1);
     }
 
     #[test]

@@ -37,6 +37,8 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         cgroup: options.cgroup.clone(),
         pin_dir: options.pin_dir.clone(),
         tc: options.tc,
+        state_dir: options.state_dir.clone(),
+        chain: options.chain.directories.clone(),
     })?;
     privileges::keep(privileges::AGENT)?;
     descriptors::raise_limit();
@@ -97,7 +99,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     let (pins, found) = tokio::task::spawn_blocking(move || {
         // First the pins: with them, no other agent writes records.
         let pins = Pins::open(&pin_dir)?;
-        anyhow::Ok((pins, records::find(earlier.read())))
+        anyhow::Ok((pins, records::find(earlier.read().context("the records of pods can't be read")?)))
     })
     .await??;
     let steered = found.iter().filter(|found| found.record.phase == Phase::Done);

@@ -69,8 +69,12 @@ pub fn uninstall(options: &Options) -> anyhow::Result<Option<Report>> {
         pins => pins?,
     };
     let records = Records::at(&options.state_dir);
-    let known = records.read();
-    let mut report = Report { records: known.len(), ..Report::default() };
+    let mut report = Report::default();
+    let known = records.read().unwrap_or_else(|error| {
+        report.errors.push(format!("the records of pods can't be read: {error}"));
+        Vec::new()
+    });
+    report.records = known.len();
     let pinned = options.known_only.then(|| pins.as_ref().map(Pins::cookies).unwrap_or_default());
     for (netns, record) in namespaces(known, pinned.as_ref())? {
         let (pod, foreign) = match record {

@@ -75,15 +75,18 @@ impl Host {
         install_once(&self.options)
     }
 
-    /// Every file by name.
+    /// Every file by name, but for those that a keeper renames meanwhile.
     fn files(&self) -> BTreeMap<String, Value> {
         let read = |entry: fs::DirEntry| {
-            let content = serde_json::from_slice(&fs::read(entry.path()).unwrap()).unwrap_or(Value::Null);
-            (entry.file_name().into_string().unwrap(), content)
+            let content = match fs::read(entry.path()) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
+                content => serde_json::from_slice(&content.unwrap()).unwrap_or(Value::Null),
+            };
+            Some((entry.file_name().into_string().unwrap(), content))
         };
         fs::read_dir(&self.options.directories.cni_conf_dir)
             .unwrap()
-            .map(|entry| read(entry.unwrap()))
+            .filter_map(|entry| read(entry.unwrap()))
             .collect()
     }
 

@@ -62,12 +62,12 @@ impl Context {
             ProxyKind::Embedded => "the embedded proxy",
             ProxyKind::Ztunnel => "a ztunnel",
         };
-        if self.proxy()? == kind { Ok(()) } else { Err(Skip(format!("needs {named}: {reason}")).into()) }
+        if self.proxy()? == kind { Ok(()) } else { Err(skip(format!("needs {named}: {reason}"))) }
     }
 
     /// Skips the test in placement `node`. `reason` says what is different there.
     pub(crate) fn needs_placement_pod(&self, reason: &'static str) -> Result<()> {
-        if self.placement == Placement::Pod { Ok(()) } else { Err(Skip(reason.into()).into()) }
+        if self.placement == Placement::Pod { Ok(()) } else { Err(skip(reason)) }
     }
 
     /// The kind of the proxies.
@@ -89,7 +89,7 @@ impl Context {
     }
 }
 
-/// A test that does not concern the proxy that runs, or its placement.
+/// A test that does not concern the proxy that runs, its placement, or the kernel.
 #[derive(Debug)]
 struct Skip(String);
 
@@ -100,6 +100,11 @@ impl fmt::Display for Skip {
 }
 
 impl std::error::Error for Skip {}
+
+/// Ends a test that can't be run here. `reason` says why.
+pub(crate) fn skip(reason: impl Into<String>) -> anyhow::Error {
+    Skip(reason.into()).into()
+}
 
 fn get<T>(place: &Lazy<T>, make: impl FnOnce() -> Result<Arc<T>>) -> Result<Arc<T>> {
     let mut place = lock(place);

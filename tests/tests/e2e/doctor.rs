@@ -8,17 +8,20 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use libtest_mimic::Trial;
-use redirect_tests::wait;
+use redirect_tests::foreign::{Hook, Kind, Program};
+use redirect_tests::{Families, Node, NodeOptions, Pod, wait};
+use redirect_user::placement::Placement;
 use serde_json::Value;
 
-use crate::context::{Context, trial};
+use crate::context::{Context, skip, trial};
+use crate::on_node;
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     if std::env::var("REDIRECT_KERNEL").is_ok_and(|kernel| kernel == "old") {
         return vec![trial(context, "doctor::an_old_kernel_is_refused", old_kernel)];
     }
     type Test = fn(&Context) -> Result<()>;
-    let tests: [(&str, Test); 8] = [
+    let tests: [(&str, Test); 11] = [
         ("this_node_is_fit", fit),
         ("without_root", without_root),
         ("without_capabilities", without_capabilities),
@@ -27,8 +30,24 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         ("version_1_alone", version_1_alone),
         ("read_only_cgroup2", read_only_cgroup2),
         ("without_bpffs", without_bpffs),
+        ("a_chain_without_the_plugin", chain),
+        ("sysctls_that_are_off_or_missing", sysctls),
+        ("programs_before_ours", others),
     ];
     tests.into_iter().map(|(name, test)| trial(context, format!("doctor::{name}"), test)).collect()
+}
+
+/// What is looked for in pods and on their devices.
+pub(crate) fn trials_with_pods(context: &Arc<Context>) -> Vec<Trial> {
+    let mut trials = vec![
+        trial(context, "doctor::programs_on_the_devices_of_pods", devices),
+        trial(context, "doctor::pods_that_cant_be_read", unread),
+    ];
+    for program in ["iptables-legacy", "ip6tables-legacy", "iptables-nft", "ip6tables-nft"] {
+        let name = format!("doctor::rules_of_another_mesh_agent::{program}");
+        trials.push(trial(context, name, move |context| netfilter(context, program)));
+    }
+    trials
 }
 
 const BTF: i32 = 4;
@@ -205,6 +224,206 @@ fn read_only_cgroup2(context: &Context) -> Result<()> {
 fn without_bpffs(context: &Context) -> Result<()> {
     let hide = "mount -t tmpfs none /sys/fs/bpf";
     in_surroundings(context, hide, nothing)?.refused(BPFFS, "bpffs", &["/sys/fs/bpf", "--pin-dir"])
+}
+
+/// `redirect doctor` with arguments: what it says of one check, and its exit code.
+fn asked(context: &Context, arguments: &[&str], name: &str) -> Result<(Vec<Value>, Option<i32>)> {
+    let redirect = context.session()?.binaries().redirect.clone();
+    check(&Command::new(redirect).args(["doctor", "-o", "json"]).args(arguments).output()?, name)
+}
+
+fn check(output: &Output, name: &str) -> Result<(Vec<Value>, Option<i32>)> {
+    let checks: Vec<Value> = serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("redirect doctor: {}", String::from_utf8_lossy(&output.stderr)))?;
+    let found: Vec<_> = checks.into_iter().filter(|found| found["check"] == name).collect();
+    ensure!(!found.is_empty(), "no check {name}");
+    Ok((found, output.status.code()))
+}
+
+/// Nothing there, a chain without the plugin, one whose plugin is missing, and one that is complete.
+fn chain(context: &Context) -> Result<()> {
+    let session = context.session()?;
+    let directory = tempfile::tempdir_in(session.directory())?;
+    let (conf, bin) = (directory.path().join("net.d"), directory.path().join("bin"));
+    std::fs::create_dir(&bin)?;
+    let says = |state: &str, word: &str| -> Result<()> {
+        let (conf, bin) = (conf.display().to_string(), bin.display().to_string());
+        let (found, code) = asked(context, &["--cni-conf-dir", &conf, "--cni-bin-dir", &bin], "CNI chain")?;
+        let detail = found[0]["detail"].as_str().unwrap_or_default();
+        ensure!(found[0]["state"] == state && detail.contains(word), "{found:#?}");
+        ensure!(found[0]["remedy"].is_string() == (state != "ok"), "{found:#?}");
+        let least = match state {
+            "ok" => 0,
+            "warn" => 1,
+            _ => 2,
+        };
+        ensure!(code.is_some_and(|code| code >= least), "{code:?}: {found:#?}");
+        Ok(())
+    };
+    says("warn", "can't be read")?;
+    std::fs::create_dir(&conf)?;
+    says("warn", "there is no CNI configuration")?;
+    let list = |plugins: &str| {
+        let text = format!(r#"{{"cniVersion":"1.0.0","name":"net","plugins":[{plugins}]}}"#);
+        std::fs::write(conf.join("10-net.conflist"), text)
+    };
+    list(r#"{"type":"bridge"}"#)?;
+    says("warn", "has no redirect-cni")?;
+    list(r#"{"type":"bridge"},{"type":"redirect-cni"}"#)?;
+    says("fail", "no pod starts")?;
+    ensure!(
+        Command::new("cp").arg(&session.binaries().plugin).arg(bin.join("redirect-cni")).status()?.success()
+    );
+    says("ok", "10-net.conflist")
+}
+
+/// As a container's mounts can hide them.
+fn sysctls(context: &Context) -> Result<()> {
+    let directory = tempfile::tempdir_in(context.session()?.directory())?;
+    let zero = directory.path().join("zero");
+    std::fs::write(&zero, "0\n")?;
+    for name in ["net/core/bpf_jit_enable", "net/ipv4/tcp_syncookies"] {
+        let (status, checks) = doctor(context, &format!("mount --bind {} /proc/sys/{name}", zero.display()))?;
+        let found = find(&checks, &name.replace('/', "."))?;
+        ensure!(found["state"] == "warn" && found["remedy"].is_string(), "{status}: {found}");
+        ensure!(find(&checks, "sysctls of pods")?["state"] == "ok", "{checks:#?}");
+    }
+    let (status, checks) = doctor(context, "mount -t tmpfs none /proc/sys/net")?;
+    let found = find(&checks, "sysctls of pods")?;
+    let detail = found["detail"].as_str().unwrap_or_default();
+    ensure!(status.code() == Some(2) && found["state"] == "fail", "{status}: {found}");
+    ensure!(
+        detail.contains("net.ipv4.tcp_fwmark_accept") && detail.contains("net.ipv6.fwmark_reflect"),
+        "{found}"
+    );
+    Ok(())
+}
+
+/// As Istio's agent puts them into a pod. The other pod has none.
+fn netfilter(context: &Context, program: &str) -> Result<()> {
+    let node = context.node()?;
+    let (clean, pod) = (node.enrolled("clean", Families::Dual)?, node.enrolled("pod", Families::Dual)?);
+    let mut command = Command::new(program);
+    command.args(["-w", "-t", "nat", "-N", "ISTIO_OUTPUT"]);
+    let output = pod.netns().execute(command, b"")?;
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    if stderr.contains("Table does not exist") {
+        return Err(skip(format!("the kernel has no {program}")));
+    }
+    ensure!(output.status.success(), "{stderr}");
+    let state = node.state_dir().display().to_string();
+    let (found, code) = asked(context, &["--state-dir", &state], "netfilter rules in pods")?;
+    let of = |pod: &Pod| {
+        let named = pod.identity().to_string();
+        found.iter().find(|found| found["detail"].as_str().is_some_and(|detail| detail.contains(&named)))
+    };
+    let warning = of(&pod).with_context(|| format!("{found:#?}"))?;
+    ensure!(warning["state"] == "warn" && warning["remedy"].is_string() && code >= Some(1), "{found:#?}");
+    ensure!(warning["detail"].as_str().is_some_and(|text| text.contains("ISTIO_OUTPUT")), "{found:#?}");
+    ensure!(of(&clean).is_none(), "{found:#?}");
+    Ok(())
+}
+
+/// Load balancers on sockets that are attached before ours, for each family.
+fn others(context: &Context) -> Result<()> {
+    let session = context.session()?;
+    // No other test's programs are there.
+    let cgroup = session.cgroup().child("programs-before-ours")?;
+    let path = cgroup.path().display().to_string();
+    let agent_arguments = vec!["--cgroup".into(), path.clone()];
+    let _node =
+        Node::with(&session, NodeOptions { agent_arguments, proxy: false, ..NodeOptions::default() })?;
+    let ask = || asked(context, &["--cgroup", &path], "programs of others");
+    let says = |words: &str| {
+        let (found, _) = ask()?;
+        ensure!(found.len() == 1 && found[0]["state"] == "ok", "{found:#?}");
+        ensure!(found[0]["detail"].as_str().is_some_and(|detail| detail.contains(words)), "{found:#?}");
+        Ok(())
+    };
+    let nowhere = ["192.0.2.77:77".parse()?, "[2001:db8::77]:77".parse()?];
+    let mut first = Vec::new();
+    for nowhere in nowhere {
+        match Program::rewriting_first(cgroup.path(), Kind::Connections, nowhere, nowhere) {
+            Err(error) if is_unknown(&error) => {
+                return Err(skip("the kernel has no order among programs of a cgroup (Linux 6.17)"));
+            }
+            program => first.push(program?),
+        }
+    }
+    let (found, code) = ask()?;
+    ensure!(found.len() == 2 && code >= Some(1), "{code:?}: {found:#?}");
+    for (found, ours) in found.iter().zip(["outbound_ipv4", "outbound_ipv6"]) {
+        let detail = found["detail"].as_str().unwrap_or_default();
+        ensure!(found["state"] == "warn" && found["remedy"].is_string(), "{found:#?}");
+        ensure!(detail.starts_with(ours) && detail.contains("foreign runs before ours"), "{found:#?}");
+    }
+    drop(first);
+    // The kernel takes them away a little later.
+    wait::until("no such programs", wait::SOON, || Ok(says("none at our hooks").ok()))?;
+    let attach = |nowhere| Program::rewriting(cgroup.path(), Kind::Connections, nowhere, nowhere);
+    let _last = nowhere.map(attach).into_iter().collect::<Result<Vec<_>>>()?;
+    says("none before ours at our hooks; there are foreign")
+}
+
+/// Whether a kernel does not know a way to attach programs.
+fn is_unknown(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.raw_os_error() == Some(libc::EINVAL))
+}
+
+/// tcx programs that come after the agent has looked: the kernel asks them first, or them alone.
+fn devices(context: &Context) -> Result<()> {
+    let node = Node::with_arguments(&context.session()?, &["--check-interval", "3600"])?;
+    let (_clean, pod) = (node.enrolled("clean", Families::Dual)?, node.enrolled("pod", Families::Dual)?);
+    let state = node.state_dir().display().to_string();
+    let ask = || {
+        let mut command = Command::new(&node.session().binaries().redirect);
+        command.args(["doctor", "-o", "json", "--state-dir", &state]);
+        check(&node.netns().run(move || command.output())??, "TC programs of others")
+    };
+    let (netns, device) = match context.placement() {
+        Placement::Pod => (pod.netns(), "eth0".to_owned()),
+        Placement::Node => (node.netns(), on_node::host_device(&pod)?),
+    };
+    let index = netns.json(&format!("ip -j link show dev {device}"))?[0]["ifindex"].as_u64();
+    let index = u32::try_from(index.context("no index")?)?;
+    let mut programs = Vec::new();
+    for hook in [Hook::TcxIngress, Hook::TcxEgress] {
+        /// `TCX_NEXT`: whoever comes next is asked.
+        const NEXT: i32 = -1;
+        match netns.run(|| Program::with_verdict(index, hook, NEXT))? {
+            Err(error) if is_unknown(&error) => return Err(skip("the kernel has no tcx (Linux 6.6)")),
+            program => programs.push(program?),
+        }
+    }
+    let (found, code) = ask()?;
+    ensure!(found.len() == programs.len() && code >= Some(1), "{code:?}: {found:#?}");
+    for (found, side) in found.iter().zip(["ingress", "egress"]) {
+        let place = format!("pod {}: {device}, {side}: foreign runs before ours", pod.identity());
+        ensure!(found["state"] == "warn" && found["remedy"].is_string(), "{found:#?}");
+        ensure!(found["detail"].as_str().is_some_and(|detail| detail.starts_with(&place)), "{found:#?}");
+    }
+    // The agent looks at the pod anew, and puts its own before the others.
+    pod.enrol()?;
+    let (found, _) = ask()?;
+    ensure!(found.len() == 1 && found[0]["state"] == "ok", "{found:#?}");
+    ensure!(
+        found[0]["detail"].as_str().is_some_and(|detail| detail.contains("there are foreign")),
+        "{found:#?}"
+    );
+    Ok(())
+}
+
+/// What can't be read is not taken for what is not there.
+fn unread(context: &Context) -> Result<()> {
+    let directory = tempfile::tempdir_in(context.session()?.directory())?;
+    std::fs::write(directory.path().join("pods"), "")?;
+    let state = directory.path().display().to_string();
+    for name in ["netfilter rules in pods", "TC programs of others"] {
+        let (found, code) = asked(context, &["--state-dir", &state], name)?;
+        ensure!(found.len() == 1 && found[0]["state"] == "warn" && code >= Some(1), "{code:?}: {found:#?}");
+        ensure!(found[0]["detail"].as_str().is_some_and(|text| text.contains("can't be read")), "{found:#?}");
+    }
+    Ok(())
 }
 
 /// Every feature that is missing is named, and what brings it.

@@ -108,6 +108,7 @@ fn everywhere(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         uninstall::trials(context),
         validate::trials(context),
         without_ipv6::trials(context),
+        doctor::trials_with_pods(context),
     ];
     trials.into_iter().flatten()
 }

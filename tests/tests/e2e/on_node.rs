@@ -30,7 +30,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 }
 
 /// The name of the host's end of a pod's interface.
-fn host_device(pod: &Pod) -> Result<String> {
+pub(crate) fn host_device(pod: &Pod) -> Result<String> {
     let index = pod.netns().json("ip -j link show eth0")?[0]["link_index"].as_u64().context("no veth")?;
     let links = pod.node().netns().json("ip -j link show")?;
     let mut links = links.as_array().into_iter().flatten();

@@ -10,6 +10,7 @@ use std::path::Path;
 
 const OBJ_PIN: libc::c_long = 6;
 const OBJ_GET: libc::c_long = 7;
+const PROG_GET_FD_BY_ID: libc::c_long = 13;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const PROG_QUERY: libc::c_long = 16;
 const LINK_CREATE: libc::c_long = 28;
@@ -89,6 +90,15 @@ pub(super) enum At<'a> {
     Interface(u32),
 }
 
+impl At<'_> {
+    fn number(self) -> u32 {
+        match self {
+            Self::Descriptor(descriptor) => descriptor.as_raw_fd().cast_unsigned(),
+            Self::Interface(index) => index,
+        }
+    }
+}
+
 /// What the kernel tells about a link: the start of `struct bpf_link_info`.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
@@ -113,10 +123,7 @@ pub(super) enum State {
 
 impl Link {
     pub(super) fn create(program: &Program, place: Place<'_>) -> io::Result<Self> {
-        let target = match place.at {
-            At::Descriptor(descriptor) => descriptor.as_raw_fd().cast_unsigned(),
-            At::Interface(index) => index,
-        };
+        let target = place.at.number();
         let create = |flags| {
             let program = program.fd.as_raw_fd().cast_unsigned();
             call(LINK_CREATE, &[program, target, place.hook.attach_type(), flags, 0, 0, 0, 0])
@@ -186,16 +193,40 @@ impl Link {
     }
 }
 
-/// How many tcx programs an interface of the calling thread's namespace has at a hook.
-pub(super) fn tcx_programs(interface: u32, hook: Hook) -> io::Result<usize> {
+/// The IDs of the programs at a hook, in the order in which they run.
+pub(super) fn programs(at: At<'_>, hook: Hook) -> io::Result<Vec<u32>> {
+    /// The kernel allows no more.
+    const MOST: usize = 64;
     const COUNT: usize = 6;
-    let mut attributes = [interface, hook.attach_type(), 0, 0, 0, 0, 0, 0];
+    let mut ids = [0u32; MOST];
+    let [low, high] = words((&raw mut ids).expose_provenance() as u64);
+    let mut attributes = [at.number(), hook.attach_type(), 0, 0, low, high, MOST as u32, 0];
     match query(&mut attributes) {
-        Ok(()) => Ok(attributes[COUNT] as usize),
+        Ok(()) => Ok(ids.into_iter().take(attributes[COUNT] as usize).collect()),
         // A kernel without tcx.
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(0),
+        Err(error) if matches!(at, At::Interface(_)) && error.raw_os_error() == Some(libc::EINVAL) => {
+            Ok(Vec::new())
+        }
         Err(error) => Err(error),
     }
+}
+
+/// The name of a program in the kernel; `None` if the program is gone.
+pub(super) fn program_name(id: u32) -> io::Result<Option<String>> {
+    /// The start of `struct bpf_prog_info`.
+    #[derive(Default)]
+    #[repr(C)]
+    struct ProgramInfo {
+        before: [u64; 8],
+        name: [u8; 16],
+    }
+    let program = match call(PROG_GET_FD_BY_ID, &[id]) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        result => descriptor(result?)?,
+    };
+    let ProgramInfo { name, .. } = info(program.as_fd())?;
+    let length = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
+    Ok(name.get(..length).map(|name| String::from_utf8_lossy(name).into_owned()))
 }
 
 /// What a map is like.

@@ -266,28 +266,36 @@ impl Netlink {
 
     /// The BPF filters of an interface's clsact qdisc that have handles of ours.
     pub(super) fn filters(&mut self, interface: u32) -> io::Result<Vec<Filter>> {
+        let filters = self.all_filters(interface)?.into_iter().map(|(_, filter)| filter);
+        Ok(filters.filter(|filter| filter.program != 0 && HANDLES.contains(&filter.handle)).collect())
+    }
+
+    /// All filters of an interface's clsact qdisc with their kinds, in the order in which they are asked. Those that are no
+    /// BPF programs have the ID zero.
+    pub(super) fn all_filters(&mut self, interface: u32) -> io::Result<Vec<(String, Filter)>> {
         let mut filters = Vec::new();
         for side in Side::ALL {
             let any = traffic_control(interface, side.parent());
             for answer in self.request(RouteNetlinkMessage::GetTrafficFilter(any), NLM_F_DUMP)? {
                 let RouteNetlinkMessage::NewTrafficFilter(found) = answer else { continue };
-                let handle = found.header.handle.into();
-                let program = found.attributes.iter().find_map(|attribute| match attribute {
-                    TcAttribute::Options(options) => options.iter().find_map(|option| match option {
-                        TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => Some(*id),
-                        _ => None,
-                    }),
-                    _ => None,
-                });
-                if let Some(program) = program
-                    && HANDLES.contains(&handle)
-                {
-                    filters.push(Filter {
-                        side,
-                        priority: (found.header.info >> 16) as u16,
-                        handle,
-                        program,
-                    });
+                let (mut kind, mut program) = (String::new(), 0);
+                for attribute in found.attributes {
+                    match attribute {
+                        TcAttribute::Kind(name) => kind = name,
+                        TcAttribute::Options(options) => {
+                            let id = options.iter().find_map(|option| match option {
+                                TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => Some(*id),
+                                _ => None,
+                            });
+                            program = id.unwrap_or(0);
+                        }
+                        _ => {}
+                    }
+                }
+                let (priority, handle) = ((found.header.info >> 16) as u16, found.header.handle.into());
+                // What all filters of a priority have in common has no handle.
+                if handle != 0 {
+                    filters.push((kind, Filter { side, priority, handle, program }));
                 }
             }
         }
@@ -471,7 +479,7 @@ impl Side {
     }
 }
 
-/// A BPF filter of a clsact qdisc.
+/// A filter of a clsact qdisc.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Filter {
     pub(super) side: Side,

@@ -174,8 +174,8 @@ impl Tc {
     /// In the namespace of the pod. The kernel runs tcx programs before filters, and filters not at all if one of them
     /// decides: beside those of others, ours has to be one too, and comes before them. One that is there stays.
     fn method_for(&self, interface: u32, hook: Hook) -> io::Result<TcMethod> {
-        let links =
-            self.method == TcMethod::Tcx || bpf::tcx_programs(interface, hook.place(interface).hook)? > 0;
+        let Place { hook, at, .. } = hook.place(interface);
+        let links = self.method == TcMethod::Tcx || !bpf::programs(at, hook)?.is_empty();
         Ok(if links { TcMethod::Tcx } else { TcMethod::Clsact })
     }
 

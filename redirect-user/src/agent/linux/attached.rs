@@ -1,0 +1,132 @@
+//! What is attached where our programs are, whoever's it is.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd as _;
+use std::path::Path;
+
+use super::super::facts::{Hook, Interface};
+use super::netlink::{Netlink, Side};
+use super::tc::HANDLES;
+use super::{CGROUP, bpf, devices};
+use crate::netns::NetNs;
+use crate::placement::Placement;
+
+/// A hook, and what is attached there.
+#[derive(Clone, Debug)]
+pub struct Attached {
+    /// The hook of a cgroup by the name of our program there, or an interface and the packets' direction.
+    pub place: String,
+    /// The programs, in the order in which they run.
+    programs: Vec<Program>,
+}
+
+#[derive(Clone, Debug)]
+struct Program {
+    /// Its name in the kernel.
+    name: String,
+    /// Whether it is one of ours, by its name.
+    ours: bool,
+}
+
+impl Attached {
+    /// The programs of others that run before one of ours.
+    #[must_use]
+    pub fn before_ours(&self) -> BTreeSet<&str> {
+        let last = self.programs.iter().rposition(|program| program.ours).unwrap_or(0);
+        self.programs.iter().take(last).filter(|program| !program.ours).map(|other| &*other.name).collect()
+    }
+
+    /// All programs of others.
+    pub fn others(&self) -> impl Iterator<Item = &str> {
+        self.programs.iter().filter(|program| !program.ours).map(|other| &*other.name)
+    }
+}
+
+/// What is attached to our hooks of a cgroup.
+pub fn at_cgroup(cgroup: &Path) -> io::Result<Vec<Attached>> {
+    let directory = File::open(cgroup)?;
+    let at = |(name, hook): (&'static str, bpf::Cgroup)| {
+        let hook = bpf::Hook::Cgroup(hook);
+        let ids = bpf::programs(bpf::At::Descriptor(directory.as_fd()), hook)?;
+        Ok(Attached { place: name.into(), programs: named(ids, &[name])? })
+    };
+    CGROUP.into_iter().map(at).collect()
+}
+
+/// What is attached to the interfaces of a pod, and to the ends of its devices that are in the calling thread's namespace.
+pub fn on_devices(pod: &NetNs) -> io::Result<Vec<Attached>> {
+    let mut attached = pod.run(|| {
+        let mut netlink = Netlink::open()?;
+        let (interfaces, _) = netlink.interfaces()?;
+        on(&mut netlink, &interfaces)
+    })??;
+    let mut netlink = Netlink::open()?;
+    let ends = devices::of(pod, &NetNs::current()?, &mut netlink)?.ends;
+    attached.extend(on(&mut netlink, &ends)?);
+    Ok(attached)
+}
+
+/// On interfaces of the calling thread's namespace. The kernel runs tcx programs before filters.
+fn on(netlink: &mut Netlink, interfaces: &[Interface]) -> io::Result<Vec<Attached>> {
+    let ours: Vec<_> =
+        [Placement::Pod, Placement::Node].into_iter().flat_map(Hook::of).map(|hook| hook.program()).collect();
+    let mut attached = Vec::new();
+    for interface in interfaces {
+        let filters = netlink.all_filters(interface.index)?;
+        for (side, hook, label) in [
+            (Side::Ingress, bpf::Hook::TcxIngress, "ingress"),
+            (Side::Egress, bpf::Hook::TcxEgress, "egress"),
+        ] {
+            let mut programs = named(bpf::programs(bpf::At::Interface(interface.index), hook)?, &ours)?;
+            for (kind, filter) in filters.iter().filter(|(_, filter)| filter.side == side) {
+                let name = match filter.program {
+                    0 => None,
+                    id => bpf::program_name(id)?,
+                };
+                let is_ours = |name: &String| ours.contains(&&**name) && HANDLES.contains(&filter.handle);
+                let ours = name.as_ref().is_some_and(is_ours);
+                let name = name.unwrap_or_else(|| format!("a filter of kind {kind}"));
+                programs.push(Program { name, ours });
+            }
+            attached.push(Attached { place: format!("{}, {label}", interface.name), programs });
+        }
+    }
+    Ok(attached)
+}
+
+/// Programs by their IDs, but for those that are gone meanwhile.
+fn named(ids: Vec<u32>, ours: &[&str]) -> io::Result<Vec<Program>> {
+    let mut programs = Vec::new();
+    for id in ids {
+        if let Some(name) = bpf::program_name(id)? {
+            // The kernel cuts names.
+            let is_cut = |own: &&str| !name.is_empty() && own.get(..15).unwrap_or(own) == name;
+            programs.push(Program { ours: ours.iter().any(is_cut), name });
+        }
+    }
+    Ok(programs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_comes_after_the_last_of_ours_does_not_matter() {
+        let attached = |names: &[&str]| {
+            let program = |name: &&str| Program { name: (*name).into(), ours: name.starts_with("our") };
+            Attached { place: "eth0, ingress".into(), programs: names.iter().map(program).collect() }
+        };
+        for (names, before) in [
+            (&["our_4", "our_6", "other"][..], &[][..]),
+            (&["other"], &[]),
+            (&["other", "our_4"], &["other"]),
+            (&["our_4", "x", "our_6", "y"], &["x"]),
+            (&[], &[]),
+        ] {
+            assert_eq!(attached(names).before_ours().into_iter().collect::<Vec<_>>(), before, "{names:?}");
+        }
+    }
+}
