@@ -27,6 +27,7 @@
 mod bind;
 mod config;
 mod context;
+mod cookies;
 mod counters;
 mod dns;
 mod egress;

@@ -13,6 +13,7 @@
 //! | `ASKED` | socket storage | – | [`Asked`] |
 //! | `HANDED_OVER` | per-CPU array | 0 | [`HandedOver`] |
 //! | `LISTENERS` | socket hash | [`ListenerKey`] | a listener of a node proxy, put there by the kernel side itself |
+//! | `SYN_COOKIES` | array of one | – | `u64`, when a proxy last answered with a SYN cookie, in nanoseconds of `bpf_ktime_get_coarse_ns`; zero for never |
 //! | `COUNTERS` | per-CPU array | [`crate::count::index`] | `u64`, connections |
 
 use core::mem::{align_of, size_of};
@@ -83,7 +84,7 @@ pub struct Tuple {
 pub struct HandedOver {
     /// Where it is to go.
     pub listener: ListenerKey,
-    /// When it was handed over, in nanoseconds of `bpf_ktime_get_ns`; zero if the lookup has been, or nothing ever was.
+    /// When it was handed over, in nanoseconds of `bpf_ktime_get_coarse_ns`; zero if the lookup has been, or nothing ever was.
     pub time: u64,
     /// Which connection it is.
     pub tuple: Tuple,
@@ -101,6 +102,14 @@ pub struct ListenerKey {
     pub port: u32,
     /// The connection's family, as [`crate::packet::address_family`] has it: a proxy may have a listener for each.
     pub family: u32,
+}
+
+/// What a TC filter tells its program of the namespace that it is in: the kernel hands out cookies one after the other, and
+/// no 65,536 pods fit on a node. A tcx link tells nothing.
+#[must_use]
+#[inline(always)]
+pub const fn namespace_label(netns_cookie: u64) -> u16 {
+    netns_cookie as u16
 }
 
 const _: () = {

@@ -124,13 +124,7 @@ pub fn parse<I: Parse>(packet: &impl Packet) -> Parsed<I::Address> {
 pub fn complained_of<I: Parse>(packet: &impl Packet) -> Option<Segment<I::Address>> {
     let quoted = I::quoted_at(packet, network_header::<I>(packet).ok()?)?;
     match I::parse_at(packet, quoted, Extent::Quoted) {
-        Parsed::Fragment(segment) => Some(Segment {
-            source: segment.destination,
-            destination: segment.source,
-            source_port: segment.destination_port,
-            destination_port: segment.source_port,
-            ..segment
-        }),
+        Parsed::Fragment(segment) => Some(segment.reversed()),
         _ => None,
     }
 }
@@ -331,10 +325,30 @@ impl<A: Copy> Segment<A> {
             destination_port: self.destination_port,
         }
     }
+
+    /// The other end's segment: source and destination changed over.
+    #[inline(always)]
+    #[must_use]
+    pub const fn reversed(&self) -> Self {
+        Self {
+            source: self.destination,
+            destination: self.source,
+            source_port: self.destination_port,
+            destination_port: self.source_port,
+            ..*self
+        }
+    }
+
     /// Whether the segment opens a connection.
     #[inline(always)]
     pub const fn opens(&self) -> bool {
         self.flags & (SYN | ACK | RST) == SYN
+    }
+
+    /// Whether the segment is the answer to one that opens a connection.
+    #[inline(always)]
+    pub const fn accepts(&self) -> bool {
+        self.flags & (SYN | ACK | RST) == SYN | ACK
     }
 
     /// Whether the segment ends a connection at once.

@@ -138,12 +138,6 @@ macro_rules! route {
             const DIRECTION: Direction = Direction::$direction;
             const PORT: u16 = $port;
             const REASON: Reason = Reason::$reason;
-            const ASSIGN_CONNECTED: bool = false;
-
-            #[inline(always)]
-            fn packet(ctx: &TcContext) -> impl Packet {
-                Skb(ctx)
-            }
 
             #[inline(always)]
             fn decide(_: &TcContext, _: &Segment<I::Address>) -> Inbound {

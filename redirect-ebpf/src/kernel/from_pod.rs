@@ -10,6 +10,7 @@ use redirect_ebpf::family::{Ipv4, Ipv6};
 use redirect_ebpf::maps::PodFlags;
 use redirect_ebpf::packet::{Parse, Parsed, Segment, is_of_another_family, parse, source};
 
+use super::cookies::acknowledged;
 use super::counters::count;
 use super::entrance::{enter, enter_complaint, is_of_the_link};
 use super::exclusions::{ExcludedIp, excluded};
@@ -18,7 +19,7 @@ use super::pods::{self, PodIp};
 use super::refuse::{Back, is_refused, refuse};
 use super::skb::Skb;
 use super::socket;
-use super::steer::{Action, acknowledged};
+use super::steer::Action;
 
 #[classifier]
 pub(crate) fn from_pod_ipv4(ctx: TcContext) -> i32 {

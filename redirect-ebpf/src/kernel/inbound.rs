@@ -10,12 +10,11 @@ use redirect_ebpf::constants::PORT_INBOUND;
 use redirect_ebpf::count::Direction;
 use redirect_ebpf::decide::{self, Inbound};
 use redirect_ebpf::family::{Ip, Ipv4, Ipv6};
-use redirect_ebpf::packet::{Packet, Parse, Segment, address_family};
+use redirect_ebpf::packet::{Parse, Segment, address_family};
 
 use super::exclusions::{ExcludedIp, excluded};
 use super::pods::{self, PodIp};
 use super::probe::is_probe;
-use super::skb::Skb;
 use super::steer::{Route, steer};
 
 #[classifier]
@@ -33,14 +32,6 @@ struct FromOutside;
 impl<I: Parse + PodIp + ExcludedIp + Fib> Route<I> for FromOutside {
     const DIRECTION: Direction = Direction::Inbound;
     const PORT: u16 = PORT_INBOUND;
-
-    /// The stack finds a connection's socket together with its route, which it would have to look for otherwise.
-    const ASSIGN_CONNECTED: bool = false;
-
-    #[inline(always)]
-    fn packet(ctx: &TcContext) -> impl Packet {
-        Skb(ctx)
-    }
 
     #[inline(always)]
     fn decide(ctx: &TcContext, segment: &Segment<I::Address>) -> Inbound {

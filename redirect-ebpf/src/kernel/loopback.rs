@@ -4,15 +4,15 @@
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use redirect_ebpf::constants::{MARK_CAPTURE, MARK_MASK, MARK_PROXY, PORT_OUTBOUND};
-use redirect_ebpf::count::Direction;
+use redirect_ebpf::count::{Direction, Reason, Verdict};
 use redirect_ebpf::decide::Inbound;
 use redirect_ebpf::family::{Ipv4, Ipv6};
-use redirect_ebpf::packet::{Packet, Parse, Parsed, Segment, parse};
+use redirect_ebpf::packet::{Parse, Parsed, Segment, parse};
 
-use super::flows;
 use super::pods::PodIp;
 use super::skb::LoopbackSkb;
-use super::steer::{Action, Route, steer};
+use super::steer::{Action, Route, counted, steer_parsed};
+use super::{cookies, flows, lookup};
 
 #[classifier]
 pub(crate) fn loopback_ipv4(ctx: TcContext) -> i32 {
@@ -30,15 +30,7 @@ pub(super) struct Captured;
 impl<I: Parse> Route<I> for Captured {
     const DIRECTION: Direction = Direction::Outbound;
     const PORT: u16 = PORT_OUTBOUND;
-
-    /// A packet on `lo` has its route from its sender: there is nothing that the stack would learn by looking for the
-    /// socket itself.
-    const ASSIGN_CONNECTED: bool = true;
-
-    #[inline(always)]
-    fn packet(ctx: &TcContext) -> impl Packet {
-        LoopbackSkb(ctx)
-    }
+    const LEARNS: bool = true;
 
     #[inline(always)]
     fn decide(_: &TcContext, _: &Segment<I::Address>) -> Inbound {
@@ -61,7 +53,7 @@ fn loopback<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
     // SAFETY: every TC context has `mark`.
     let mark = unsafe { (*ctx.skb.skb).mark };
     match mark & MARK_MASK {
-        MARK_CAPTURE => return steer::<I, Captured>(ctx).into(),
+        MARK_CAPTURE => return captured::<I>(ctx).into(),
         // The proxy's answer to a captured connection. Where its client is gone the kernel answers with a reset that has
         // the mark of what it answers (`fwmark_reflect`): with the proxy's it would leave the pod, and the proxy would
         // never hear of it. What opens a connection has the mark from somebody else.
@@ -69,10 +61,33 @@ fn loopback<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
             if let Parsed::Tcp(segment) = parse::<I>(&LoopbackSkb(ctx))
                 && !segment.opens()
             {
+                cookies::watch(ctx, &segment);
                 ctx.skb.set_mark(mark & !MARK_MASK | MARK_CAPTURE);
             }
         }
         _ => {}
     }
     Action::Continue.into()
+}
+
+/// A packet of a captured connection has its route from its sender, so that the stack finds its socket by itself. Only who
+/// is to get a connection that does not exist yet it can't know.
+#[inline(always)]
+fn captured<I: Parse + PodIp>(ctx: &TcContext) -> Action {
+    let parsed = parse::<I>(&LoopbackSkb(ctx));
+    if let Parsed::Tcp(segment) = parsed {
+        if segment.opens() {
+            if lookup::hand_over_known::<I>(ctx, &segment, &segment.source, PORT_OUTBOUND) {
+                counted::<I, Captured>(ctx, &segment, Verdict::Steered, Reason::Enrolled);
+                return Action::Continue;
+            }
+        } else {
+            // The proxy's answers have this mark where listeners take it from the SYN (`tcp_fwmark_accept`).
+            cookies::watch(ctx, &segment);
+            if !cookies::are_about() {
+                return Action::Continue;
+            }
+        }
+    }
+    steer_parsed::<I, Captured>(ctx, parsed)
 }

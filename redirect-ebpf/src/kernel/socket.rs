@@ -43,22 +43,21 @@ pub(super) const NO_PORT: [u8; 2] = [0; 2];
 
 const TCP_TIME_WAIT: u32 = 6;
 const TCP_LISTEN: u32 = 10;
-const TCP_NEW_SYN_RECV: u32 = 12;
 
 /// The state of a segment's 4-tuple.
 #[inline(always)]
 pub(super) fn state<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> State {
-    state_of(Socket::existing(ctx, segment).as_ref())
-}
-
-/// The state that an existing socket stands for.
-#[inline(always)]
-pub(super) fn state_of(existing: Option<&Socket>) -> State {
-    match existing.map(Socket::state) {
+    match Socket::existing(ctx, segment).map(|socket| socket.state()) {
         None | Some(TCP_LISTEN) => State::Open,
         Some(TCP_TIME_WAIT) => State::TimeWait,
         Some(_) => State::Connected,
     }
+}
+
+/// The state of the tuple whose other end answers with this segment.
+#[inline(always)]
+pub(super) fn answered<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> State {
+    state(ctx, &segment.reversed())
 }
 
 /// Whether a connection of the host's namespace has the segment's 4-tuple (placement `node`). Where one end of it is not an
@@ -94,12 +93,8 @@ impl Socket {
     /// The full socket that sent a segment that opens a connection, if it is in this namespace.
     #[inline(always)]
     pub(super) fn sender<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> Option<Self> {
-        let mut tuple = Tuple {
-            source: segment.destination,
-            destination: segment.source,
-            source_port: segment.destination_port,
-            destination_port: segment.source_port,
-        };
+        let Segment { source, destination, source_port, destination_port, .. } = segment.reversed();
+        let mut tuple = Tuple { source, destination, source_port, destination_port };
         // SAFETY: the tuple lives for the length of the call, and its size is right.
         let socket = unsafe {
             bpf_sk_lookup_tcp(
@@ -111,12 +106,6 @@ impl Socket {
             )
         };
         NonNull::new(socket).map(Self)
-    }
-
-    /// Whether it is neither a handshake nor a TIME_WAIT socket.
-    #[inline(always)]
-    pub(super) fn is_full(&self) -> bool {
-        !matches!(self.state(), TCP_TIME_WAIT | TCP_NEW_SYN_RECV)
     }
 
     /// The proxy's listener on `port`, for the segment's connection. One without the proxy's mark has still to prove that it
@@ -179,6 +168,12 @@ impl Socket {
         };
         let socket = Self(NonNull::new(socket)?);
         socket.is_marked().then_some(socket)
+    }
+
+    /// A socket that a helper returned with a reference.
+    #[inline(always)]
+    pub(super) fn held(socket: *mut bpf_sock) -> Option<Self> {
+        NonNull::new(socket).map(Self)
     }
 
     #[inline(always)]

@@ -1,14 +1,14 @@
 //! Gives a connection to a listener of the proxy. The same for both families and for both directions.
 
-use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, tcphdr};
-use aya_ebpf::helpers::bpf_tcp_check_syncookie;
+use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::programs::TcContext;
 use redirect_ebpf::count::{Direction, Reason, Verdict};
 use redirect_ebpf::decide::Inbound;
 use redirect_ebpf::maps::ConfigFlags;
-use redirect_ebpf::packet::{Packet, Parse, Parsed, Segment, parse};
+use redirect_ebpf::packet::{Parse, Parsed, Segment, parse};
 
 use super::config;
+use super::cookies::acknowledged;
 use super::counters::count;
 use super::flows::About;
 use super::lookup;
@@ -48,11 +48,8 @@ pub(super) trait Route<I: Parse> {
     /// What the connections count as.
     const REASON: Reason = Reason::Enrolled;
 
-    /// Whether the packet of a connection that exists is given to its socket here.
-    const ASSIGN_CONNECTED: bool;
-
-    /// How the packet is read.
-    fn packet(ctx: &TcContext) -> impl Packet;
+    /// Whether the listener is kept for [`lookup::hand_over_known`].
+    const LEARNS: bool = false;
 
     /// What becomes of a new connection.
     fn decide(ctx: &TcContext, segment: &Segment<I::Address>) -> Inbound;
@@ -67,11 +64,20 @@ pub(super) trait Route<I: Parse> {
     }
 }
 
+/// Steers a packet.
+#[inline(always)]
+pub(super) fn steer<I: Parse + PodIp, R: Route<I>>(ctx: &TcContext) -> Action {
+    steer_parsed::<I, R>(ctx, parse::<I>(&Skb(ctx)))
+}
+
 /// Steers a packet: what belongs to a connection that exists is left alone; what opens one goes to the proxy's
 /// listener.
 #[inline(always)]
-pub(super) fn steer<I: Parse + PodIp, R: Route<I>>(ctx: &TcContext) -> Action {
-    let segment = match parse::<I>(&R::packet(ctx)) {
+pub(super) fn steer_parsed<I: Parse + PodIp, R: Route<I>>(
+    ctx: &TcContext,
+    parsed: Parsed<I::Address>,
+) -> Action {
+    let segment = match parsed {
         Parsed::Tcp(segment) => segment,
         Parsed::Other | Parsed::Datagram(_) => return Action::Continue,
         Parsed::Malformed => {
@@ -86,18 +92,10 @@ pub(super) fn steer<I: Parse + PodIp, R: Route<I>>(ctx: &TcContext) -> Action {
             };
         }
     };
-    let existing = Socket::existing(ctx, &segment);
-    let state = socket::state_of(existing.as_ref());
+    let state = socket::state(ctx, &segment);
     if state == State::Connected {
-        if R::ASSIGN_CONNECTED
-            && let Some(socket) = existing.filter(Socket::is_full)
-        {
-            // Where this fails the stack looks for the socket itself.
-            let _ = socket.assign(ctx);
-        }
         return Action::Continue;
     }
-    drop(existing);
     if segment.opens() {
         match R::decide(ctx, &segment) {
             Inbound::Capture => {}
@@ -130,7 +128,7 @@ pub(super) fn steer<I: Parse + PodIp, R: Route<I>>(ctx: &TcContext) -> Action {
 const ENOENT: i64 = -2;
 
 #[inline(always)]
-fn counted<I: Parse + PodIp, R: Route<I>>(
+pub(super) fn counted<I: Parse + PodIp, R: Route<I>>(
     ctx: &TcContext,
     segment: &Segment<I::Address>,
     verdict: Verdict,
@@ -169,43 +167,11 @@ fn give<I: Parse + PodIp, R: Route<I>>(
     // A listener that is assigned a SYN whose tuple is still in TIME_WAIT can't take it: the tuple is not free. The
     // kernel frees it only when it meets the TIME_WAIT socket first, and looks for a listener afterwards.
     if state != State::TimeWait && listener.assign(ctx).is_ok() {
+        if R::LEARNS {
+            lookup::learn::<I>(ctx, &R::pod(segment), R::PORT, listener);
+        }
         return Ok(());
     }
     // Kernels before 6.6 refuse to assign listeners with SO_REUSEPORT; the socket lookup takes them on every kernel.
     lookup::hand_over::<I>(segment, &R::pod(segment), R::PORT, Some(listener))
-}
-
-/// The listener whose SYN cookie a segment without a socket acknowledges. Under a SYN flood the kernel keeps nothing of a
-/// handshake; its last step has to find the listener again.
-#[inline(always)]
-pub(super) fn acknowledged<I: Parse>(
-    ctx: &TcContext,
-    segment: &Segment<I::Address>,
-    port: u16,
-) -> Option<Socket> {
-    if !segment.may_hold_cookie() {
-        return None;
-    }
-    Socket::listener(ctx, segment, port).filter(|listener| holds_cookie::<I>(ctx, segment, listener))
-}
-
-/// Whether the segment acknowledges a SYN cookie that `listener` handed out.
-#[inline(always)]
-fn holds_cookie<I: Parse>(ctx: &TcContext, segment: &Segment<I::Address>, listener: &Socket) -> bool {
-    const IP_HEADER: usize = 40;
-    const TCP_HEADER: usize = 20;
-    // An IPv4 header is shorter, but what follows it is there as well: a TCP header of twenty bytes.
-    let Some(mut ip) = Skb(ctx).load::<IP_HEADER>(segment.network_offset) else { return false };
-    let Some(mut tcp) = Skb(ctx).load::<TCP_HEADER>(segment.transport_offset) else { return false };
-    // SAFETY: both headers live for the length of the call, and their sizes are right.
-    let result = unsafe {
-        bpf_tcp_check_syncookie(
-            listener.as_ptr(),
-            ip.as_mut_ptr().cast(),
-            IP_HEADER as u32,
-            tcp.as_mut_ptr().cast::<tcphdr>(),
-            TCP_HEADER as u32,
-        )
-    };
-    result == 0
 }

@@ -13,6 +13,7 @@ use redirect_ebpf::family::{Ipv4, Ipv6};
 use redirect_ebpf::maps::PodFlags;
 use redirect_ebpf::packet::{Parse, Parsed, Segment, is_of_another_family, parse};
 
+use super::cookies::acknowledged;
 use super::counters::count;
 use super::entrance::{enter, enter_complaint, is_of_the_link};
 use super::exclusions::{ExcludedIp, excluded};
@@ -24,7 +25,7 @@ use super::refuse::{Back, is_refused, refuse};
 use super::rewrite::set_source_port;
 use super::skb::Skb;
 use super::socket;
-use super::steer::{Action, acknowledged};
+use super::steer::Action;
 
 #[classifier]
 pub(crate) fn to_pod_ipv4(ctx: TcContext) -> i32 {
