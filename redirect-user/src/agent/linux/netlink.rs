@@ -287,7 +287,7 @@ impl Netlink {
                                 match option {
                                     TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => program = id,
                                     TcOption::Bpf(TcFilterBpfOption::ClassId(class)) => {
-                                        namespace = class.minor
+                                        namespace = class.minor;
                                     }
                                     _ => {}
                                 }
