@@ -25,7 +25,7 @@ impl Nursery {
         let node =
             Node::with(session, NodeOptions { proxy: false, agent_arguments, ..NodeOptions::default() })?;
         let cgroup = session.cgroup().child("nursery-proxy")?;
-        let proxy = spawn(Serving::Nothing, &node, &cgroup, node.dir(), Redirection::Socket)?;
+        let proxy = spawn(Serving::Nothing, &[], &node, &cgroup, node.dir(), Redirection::Socket)?;
         node.with_agent(|agent| agent.wait_for_proxy(proxy.process()))?;
         Ok(Self { _proxy: proxy, _cgroup: cgroup, node })
     }

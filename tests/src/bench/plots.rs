@@ -38,6 +38,7 @@ pub fn draw(data: &Data, directory: &Path) -> Result<()> {
         (Scene::SinkOutbound, "outbound", Arm::Floor),
         (Scene::SinkInbound, "inbound", Arm::Floor),
         (Scene::Path, "path", Arm::Ebpf),
+        (Scene::Tunnel, "tunnel", Arm::Ebpf),
     ] {
         let mut bars = Vec::new();
         for case in rounds.cases(scene).into_iter().filter(|case| case.stack != Stack::Mapped) {

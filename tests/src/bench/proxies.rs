@@ -12,7 +12,7 @@ use super::place::{PROXIES, pin};
 use super::world::{own_program, proxy_place};
 use crate::cgroup::Cgroup;
 use crate::process::Process;
-use crate::proxy::{Proxy, ProxyKind, Setup};
+use crate::proxy::{Proxy, ProxyKind, Setup, Tunnelled};
 use crate::{Node, agent};
 
 /// What a proxy does with connections.
@@ -56,11 +56,17 @@ impl Running {
 
 impl Proxies {
     /// Starts them and waits until they serve every pod. The first cgroup is that of ours.
-    pub fn start(serving: Serving, node: &Node, mesh: &Mesh, cgroups: [&Cgroup; 2]) -> Result<Self> {
+    pub fn start(
+        serving: Serving,
+        tunnelled: &[Tunnelled],
+        node: &Node,
+        mesh: &Mesh,
+        cgroups: [&Cgroup; 2],
+    ) -> Result<Self> {
         let [ours, theirs] = cgroups;
-        let ours = spawn(serving, node, ours, node.dir(), Redirection::Socket)?;
+        let ours = spawn(serving, tunnelled, node, ours, node.dir(), Redirection::Socket)?;
         node.with_agent(|agent| agent.wait_for_proxy(ours.process))?;
-        let theirs = spawn(serving, node, theirs, mesh.dir(), Redirection::Conntrack)?;
+        let theirs = spawn(serving, tunnelled, node, theirs, mesh.dir(), Redirection::Conntrack)?;
         mesh.wait_for_proxy(theirs.process)?;
         for process in [&ours, &theirs] {
             for thread in threads(process.process)? {
@@ -95,6 +101,7 @@ pub(super) enum Redirection {
 /// Starts a proxy that takes its pods from the socket in a directory.
 pub(super) fn spawn(
     serving: Serving,
+    tunnelled: &[Tunnelled],
     node: &Node,
     cgroup: &Cgroup,
     dir: &Path,
@@ -119,7 +126,7 @@ pub(super) fn spawn(
                 cgroup,
                 dir,
                 dns_servers: servers,
-                tunnelled: &[],
+                tunnelled,
                 environment: &[("RUST_LOG".to_owned(), "error".to_owned())],
                 drain: 0,
             };

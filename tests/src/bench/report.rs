@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::run::Data;
 use super::statistics::{Estimate, percentile};
-use super::targets::{Rounds, Target, evaluate};
+use super::targets::{Rounds, Target, evaluate, limits};
 use super::traffic::{Case, Sample, Scene};
 use super::world::Arm;
 use crate::bench::load::Work;
@@ -12,7 +12,7 @@ use crate::bench::load::Work;
 /// The part of README.md that a run writes is between these lines.
 pub const MARKERS: [&str; 2] = ["<!-- measured: begin -->", "<!-- measured: end -->"];
 
-const SCENES: [Scene; 3] = [Scene::SinkOutbound, Scene::SinkInbound, Scene::Path];
+const SCENES: [Scene; 4] = [Scene::SinkOutbound, Scene::SinkInbound, Scene::Path, Scene::Tunnel];
 
 /// A table in Markdown.
 fn table(head: &[&str], rows: &[Vec<String>]) -> String {
@@ -64,9 +64,24 @@ fn circumstances(data: &Data) -> String {
 #[must_use]
 pub fn readme(data: &Data) -> String {
     format!(
-        "{}\nRatios of arms that alternate in one run, with confidence intervals of 95 %; a sink is a proxy that answers itself.\n\n{}",
+        "{}\nRatios of arms that alternate in one run, with confidence intervals of 95 %; a sink is a proxy that answers itself.\n\n{}{}",
         circumstances(data),
-        targets(&evaluate(data))
+        targets(&evaluate(data)),
+        bounds(data),
+    )
+}
+
+/// How much better than iptables a redirection can be at all on this machine.
+fn bounds(data: &Data) -> String {
+    let limits = limits(data);
+    if limits.is_empty() {
+        return String::new();
+    }
+    let list: Vec<String> =
+        limits.iter().map(|(case, estimate)| format!("{case}: {:.2}", estimate.value)).collect();
+    format!(
+        "\nWhat iptables costs on this machine, iptables : floor (no redirection can be better than iptables by more): {}.\n",
+        list.join("; ")
     )
 }
 
@@ -85,6 +100,7 @@ pub fn markdown(data: &Data) -> String {
     let rounds = Rounds::of(&data.samples);
     let mut text =
         format!("# Measurements\n\n{}\n## Targets\n\n{}", circumstances(data), targets(&evaluate(data)));
+    text += &bounds(data);
     for scene in SCENES {
         let cases = rounds.cases(scene);
         if !cases.is_empty() {

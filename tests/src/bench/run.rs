@@ -52,7 +52,7 @@ pub struct Options {
 pub enum Experiment {
     /// Connections to a proxy that answers itself.
     Sink,
-    /// Connections through a proxy.
+    /// Connections through a proxy, and where it has one through its tunnel.
     Path,
     /// Connections of a pod to two destinations in turn.
     Turns,
@@ -210,6 +210,10 @@ fn connections(session: &Arc<Session>, options: &Options, plan: Plan, data: &mut
     if options.wants(Path) {
         world.start_proxies(Serving::Pass)?;
         rounds(&world, &[Scene::Path], plan, data)?;
+        if session.binaries().kind == ProxyKind::Ztunnel {
+            world.start_tunnels()?;
+            rounds(&world, &[Scene::Tunnel], plan, data)?;
+        }
     }
     data.machine.disturbance = busy.disturbance(Busy::now()?, world.cpu_time()? - own);
     Ok(())

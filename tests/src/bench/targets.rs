@@ -114,6 +114,7 @@ pub fn evaluate(data: &Data) -> Vec<Target> {
         let ping_pong = case(Scene::SinkOutbound, Work::PingPong, 1);
         let bulk = case(Scene::SinkOutbound, Work::Bulk, 1);
         let path = case(Scene::Path, Work::Connections, 16);
+        let tunnel = case(Scene::Tunnel, Work::Connections, 16);
         let of = |case, arm, to| rounds.ratio(case, arm, to, Sample::cost);
         let plan = [
             ("connection (sink), ebpf : floor", Bound::AtMost(1.05), of(connection, Arm::Ebpf, Arm::Floor)),
@@ -135,6 +136,11 @@ pub fn evaluate(data: &Data) -> Vec<Target> {
                 Bound::AtLeast(1.25),
                 of(path, Arm::Iptables, Arm::Ebpf),
             ),
+            (
+                "connections through a tunnel, 16 clients, ebpf : iptables",
+                Bound::AtLeast(1.15),
+                of(tunnel, Arm::Iptables, Arm::Ebpf),
+            ),
         ];
         targets.extend(plan.map(|(what, bound, found)| bound.target(format!("{what}, {stack}"), "", found)));
     }
@@ -143,6 +149,19 @@ pub fn evaluate(data: &Data) -> Vec<Target> {
     targets.extend(enrolment(data));
     targets.extend(scale(data));
     targets
+}
+
+/// What iptables costs more than the floor: a redirection that costs nothing would be as much better than iptables, and none
+/// can be more.
+#[must_use]
+pub fn limits(data: &Data) -> Vec<(Case, Estimate)> {
+    let rounds = Rounds::of(&data.samples);
+    let cases = rounds.cases(Scene::SinkOutbound).into_iter();
+    cases
+        .filter_map(|case| {
+            rounds.ratio(case, Arm::Iptables, Arm::Floor, Sample::cost).map(|estimate| (case, estimate))
+        })
+        .collect()
 }
 
 fn turns(data: &Data) -> Vec<Target> {

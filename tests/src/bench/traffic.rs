@@ -26,6 +26,8 @@ pub enum Scene {
     SinkInbound,
     /// From a pod by its proxy and the other pod's proxy to that pod.
     Path,
+    /// The same through the tunnel between the proxies (HBONE), where they have one.
+    Tunnel,
 }
 
 impl Scene {
@@ -34,7 +36,7 @@ impl Scene {
     pub fn arms(self) -> &'static [Arm] {
         match self {
             Self::SinkOutbound | Self::SinkInbound => &Arm::ALL,
-            Self::Path => &[Arm::None, Arm::Ebpf, Arm::Iptables, Arm::Nft],
+            Self::Path | Self::Tunnel => &[Arm::None, Arm::Ebpf, Arm::Iptables, Arm::Nft],
         }
     }
 
@@ -45,6 +47,7 @@ impl Scene {
             Self::SinkOutbound => "outbound, to a sink",
             Self::SinkInbound => "inbound, to a sink",
             Self::Path => "pod to proxy to proxy to pod",
+            Self::Tunnel => "pod to proxy, tunnel, proxy to pod",
         }
     }
 }
@@ -146,7 +149,7 @@ impl<'a> Way<'a> {
             (Scene::SinkInbound, Arm::Floor) => {
                 Self { from: world.outside(), to: SocketAddr::new(to.ip(), PORT_INBOUND) }
             }
-            (Scene::SinkOutbound | Scene::Path, _) => Self { from: &pair.client, to },
+            (Scene::SinkOutbound | Scene::Path | Scene::Tunnel, _) => Self { from: &pair.client, to },
             (Scene::SinkInbound, _) => Self { from: world.outside(), to },
         })
     }
@@ -206,7 +209,7 @@ pub fn generate(
 pub fn verify(world: &World, case: Case, arm: Arm) -> Result<()> {
     let way = Way::of(world, case, arm)?;
     let expected_port = match (case.scene, arm) {
-        (Scene::Path, _) | (_, Arm::None) => PORT,
+        (Scene::Path | Scene::Tunnel, _) | (_, Arm::None) => PORT,
         (Scene::SinkOutbound, _) => PORT_OUTBOUND,
         (Scene::SinkInbound, _) => PORT_INBOUND,
     };
@@ -217,7 +220,8 @@ pub fn verify(world: &World, case: Case, arm: Arm) -> Result<()> {
     let destination = crate::stack::canonical(sight.destination);
     ensure!(sight.port == expected_port, "the listener of port {} answered, not {expected_port}", sight.port);
     ensure!(destination == way.to, "the original destination is {destination}, not {}", way.to);
-    let outbound = u64::from(matches!(case.scene, Scene::SinkOutbound | Scene::Path));
+    let outbound = u64::from(case.scene != Scene::SinkInbound);
+    // Tunnels go to the proxy's port as they are.
     let inbound = u64::from(matches!(case.scene, Scene::SinkInbound | Scene::Path));
     let mut expected = before;
     match arm {

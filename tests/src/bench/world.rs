@@ -29,6 +29,7 @@ use super::proxies::{Proxies, Serving};
 use super::rules::Netfilter;
 use crate::cgroup::Cgroup;
 use crate::process::Process;
+use crate::proxy::Tunnelled;
 use crate::{Families, Node, NodeOptions, Pod, Session};
 
 /// The servers' port.
@@ -161,11 +162,25 @@ impl World {
 
     /// Replaces the proxies.
     pub fn start_proxies(&mut self, serving: Serving) -> Result<()> {
+        self.start_proxies_with(serving, &[])
+    }
+
+    /// Replaces the proxies by some that tunnel to every pod.
+    pub fn start_tunnels(&mut self) -> Result<()> {
+        let pods = self.pairs.values().flat_map(|pair| [&pair.client, &pair.server]);
+        let tunnelled =
+            |pod: &Pod| Tunnelled { name: pod.identity().name.clone(), addresses: pod.addresses().to_vec() };
+        let tunnelled: Vec<Tunnelled> = pods.map(tunnelled).collect();
+        self.start_proxies_with(Serving::Pass, &tunnelled)
+    }
+
+    fn start_proxies_with(&mut self, serving: Serving, tunnelled: &[Tunnelled]) -> Result<()> {
         if self.proxies.take().is_some() {
             self.node.with_agent(|agent| agent.wait_for_no_proxy())?;
             self.mesh.wait_for_no_proxy()?;
         }
-        let proxies = Proxies::start(serving, &self.node, &self.mesh, [&self.proxy_cgroup, &self.cgroup])?;
+        let cgroups = [&self.proxy_cgroup, &self.cgroup];
+        let proxies = Proxies::start(serving, tunnelled, &self.node, &self.mesh, cgroups)?;
         self.proxies = Some(proxies);
         Ok(())
     }
