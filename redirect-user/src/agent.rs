@@ -13,6 +13,7 @@ pub mod facts;
 mod flows;
 mod inspect;
 pub mod linux;
+mod listeners;
 mod observed;
 mod options;
 mod peers;

@@ -22,6 +22,7 @@ use serde::Serialize;
 use crate::agent::linux::{self, TcMethod};
 use crate::agent::records::{self, Found, Records};
 use crate::install;
+use crate::wire::FeatureReport;
 
 /// What is asked of the node.
 #[derive(Clone, Debug, clap::Args)]
@@ -157,8 +158,8 @@ pub fn examine(requirements: &Requirements) -> Vec<Check> {
     REQUIRED.iter().chain(&FURTHER).flat_map(|group| group(requirements)).collect()
 }
 
-/// What the agent needs; what is not as it should be and does not hinder it is logged.
-pub fn require(requirements: &Requirements) -> Result<(), Refusal> {
+/// What the agent needs; what is not as it should be and does not hinder it is logged. Returns what was found.
+pub fn require(requirements: &Requirements) -> Result<Vec<FeatureReport>, Refusal> {
     let checks = REQUIRED.iter().flat_map(|group| group(requirements));
     let (failed, fine): (Vec<_>, Vec<_>) = checks.partition(|check| check.state == State::Fail);
     if let Some(cause) = failed.iter().find_map(|check| check.cause) {
@@ -167,7 +168,7 @@ pub fn require(requirements: &Requirements) -> Result<(), Refusal> {
     for check in fine.iter().filter(|check| check.state == State::Warn) {
         tracing::warn!(remedy = check.remedy, "{}: {}", check.check, check.detail);
     }
-    Ok(())
+    Ok(fine.into_iter().map(|check| FeatureReport { name: check.check, found: check.detail }).collect())
 }
 
 /// The pods that an agent steers here, as far as their namespaces still exist.

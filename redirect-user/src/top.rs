@@ -139,6 +139,7 @@ mod tests {
             kernel: "6.12.0".into(),
             cgroup: "/sys/fs/cgroup".into(),
             tcx: false,
+            features: Vec::new(),
             programs: Vec::new(),
             maps: Vec::new(),
             proxies: Vec::new(),

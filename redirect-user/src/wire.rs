@@ -248,6 +248,9 @@ pub struct Status {
     pub cgroup: String,
     /// Whether TC programs are attached by tcx links (else clsact filters).
     pub tcx: bool,
+    /// What the agent found of the kernel when it started, by trying.
+    #[serde(default)]
+    pub features: Vec<FeatureReport>,
     /// The loaded programs.
     pub programs: Vec<ProgramReport>,
     /// The maps.
@@ -275,6 +278,15 @@ pub struct FlowStatus {
     pub ring_full: u64,
     /// Events that listeners lost because they did not read fast enough.
     pub slow_listener: u64,
+}
+
+/// Something that the kernel, or the node, has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FeatureReport {
+    /// What, as `redirect doctor` names it.
+    pub name: String,
+    /// What was found.
+    pub found: String,
 }
 
 /// Repairs of one kind.
@@ -415,8 +427,34 @@ pub struct PodReport {
     pub steered: Vec<String>,
     /// The interfaces whose inbound connections are steered.
     pub interfaces: Vec<String>,
+    /// How it is with the pod.
+    pub state: PodState,
     /// Whether the newest proxy acknowledged the pod; if not, what it said or that it is not connected.
     pub proxy: Result<(), String>,
     /// Seconds since the pod was enrolled.
     pub since: u64,
+}
+
+/// How it is with a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PodState {
+    /// The kernel gives its connections to the node proxy, which knows the pod.
+    Steered,
+    /// The kernel is as it should be, but the node proxy does not serve the pod: connections wait, or are refused.
+    Waiting,
+    /// The kernel was not as it should be when it was last looked at; the agent tries again.
+    Broken,
+}
+
+impl PodState {
+    /// The word that tables show.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Steered => "steered",
+            Self::Waiting => "waiting",
+            Self::Broken => "broken",
+        }
+    }
 }

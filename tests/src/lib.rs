@@ -38,8 +38,10 @@ pub mod server;
 pub mod session;
 pub mod signals;
 pub mod stack;
+pub mod terminal;
 pub mod testbed;
 pub mod traffic;
+pub mod transcript;
 pub mod wait;
 
 pub use access_log::{Direction, Entry};

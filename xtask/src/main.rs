@@ -18,6 +18,7 @@ mod setup;
 mod tally;
 mod test;
 mod toolchain;
+mod transcript;
 mod userspace;
 mod vm;
 mod workspace;
@@ -74,6 +75,8 @@ enum Task {
     E2e(e2e::Options),
     /// Refuses packages whose licence or source is not permitted.
     Licenses,
+    /// Builds, then writes deploy/docs/observe.md: what an operator sees, from a real run. Needs root.
+    Transcript,
     /// Runs unit and end-to-end tests. Needs root.
     Test(test::Selection),
 }
@@ -103,6 +106,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Deb => deb::deb(&workspace)?,
         Task::Manifests(settings) => helm::manifests(&workspace, &settings)?,
         Task::E2e(options) => return e2e::e2e(&workspace, &options),
+        Task::Transcript => transcript::transcript(&workspace)?,
         Task::Licenses => licenses::check(&workspace)?,
         Task::Test(selection) => return test::test(&workspace, &selection),
     }

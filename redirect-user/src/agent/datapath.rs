@@ -203,8 +203,8 @@ pub fn enroll(datapath: &mut impl Datapath, target: &Target) -> Result<Outcome, 
     tracing::debug!(
         pod = %target.identity,
         uid = target.identity.uid,
-        read_microseconds = read.as_micros(),
-        write_microseconds = (began.elapsed() - read).as_micros(),
+        read_microseconds = read.as_micros() as u64,
+        write_microseconds = (began.elapsed() - read).as_micros() as u64,
         steps = ops.len(),
         "facts are brought about"
     );

@@ -15,7 +15,6 @@ use redirect_ebpf::{Direction, Family, Reason, Verdict};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{broadcast, watch};
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
 
 use super::linux::Linux;
 use super::pods::Pods;
@@ -30,9 +29,6 @@ const BACKLOG: usize = 8192;
 const PACKET: usize = 50;
 
 const MAX_LISTENERS: usize = 32;
-
-/// A pod that nobody knows is asked for again after so long.
-const REFRESH: Duration = Duration::from_millis(250);
 
 /// The events' way from the kernel to those who listen.
 pub(super) struct Flows {
@@ -66,7 +62,7 @@ impl Flows {
             events: events.clone(),
             wanted,
             switch,
-            names: Names { pods, known: HashMap::new(), asked: HashMap::new() },
+            names: Names { pods, known: HashMap::new() },
         };
         let mut until = stopped.clone();
         let task = tokio::spawn(async move {
@@ -206,10 +202,10 @@ impl Reader {
                     }
                     self.switch.send_replace(true);
                 }
-                self.read().await;
+                self.read();
             }
             self.turn(false).await;
-            self.names.forget();
+            self.names.known.clear();
         }
     }
 
@@ -225,11 +221,11 @@ impl Reader {
     }
 
     /// Passes on what there is.
-    async fn read(&mut self) {
+    fn read(&mut self) {
         let began = since_boot();
         let now = jiff::Timestamp::now();
         while let Some(flow) = self.ring.get_mut().next().and_then(|event| flow(&event)) {
-            let pod = self.names.of(flow.netns_cookie).await;
+            let pod = self.names.of(flow.netns_cookie);
             let ago = jiff::SignedDuration::from_nanos(began.cast_signed() - flow.time.cast_signed());
             let time = now.checked_sub(ago).unwrap_or(now);
             // An error means that nobody listens any more.
@@ -241,25 +237,16 @@ impl Reader {
 /// The pods by the cookies of their namespaces.
 struct Names {
     pods: Arc<Pods<Linux>>,
+    /// Those that events were about, for the last ones of pods that are gone.
     known: HashMap<u64, PodIdentity>,
-    /// When an unknown one was last asked for.
-    asked: HashMap<u64, Instant>,
 }
 
 impl Names {
-    async fn of(&mut self, netns_cookie: u64) -> Option<PodIdentity> {
-        let recent = self.asked.get(&netns_cookie).is_some_and(|asked| asked.elapsed() < REFRESH);
-        if netns_cookie != 0 && !self.known.contains_key(&netns_cookie) && !recent {
-            let reports = self.pods.report().await.into_iter();
-            self.known.extend(reports.map(|report| (report.netns_cookie, report.pod)));
-            self.asked.insert(netns_cookie, Instant::now());
+    fn of(&mut self, netns_cookie: u64) -> Option<PodIdentity> {
+        if let Some(pod) = self.pods.owner(netns_cookie) {
+            self.known.insert(netns_cookie, pod);
         }
         self.known.get(&netns_cookie).cloned()
-    }
-
-    fn forget(&mut self) {
-        self.known.clear();
-        self.asked.clear();
     }
 }
 

@@ -7,19 +7,37 @@ use redirect_ebpf::decide::{Outbound, Protocol};
 
 use super::datapath::Finding;
 use super::linux::Linux;
+use super::listeners::{self, Listener};
 use super::pods::Pods;
 use super::thread::Kernel;
-use crate::wire::{Error, ErrorKind, Expectation, Explanation, PodDetail, PodReport, Transport};
+use crate::placement::Placement;
+use crate::wire::{Error, ErrorKind, Expectation, Explanation, FactState, PodDetail, PodReport, Transport};
 
-/// Everything about the pod.
-pub(super) async fn pod(pods: &Pods<Linux>, name: &str) -> Result<PodDetail, Error> {
-    let (report, findings) = examine(pods, name).await?;
-    let expectations =
-        findings.iter().map(|Finding { fact, state }| Expectation { what: fact.to_string(), state: *state });
-    Ok(PodDetail { expectations: expectations.collect(), report })
+/// A connection that is asked about.
+pub(super) struct Question {
+    pub(super) from: String,
+    pub(super) to: SocketAddr,
+    pub(super) transport: Transport,
 }
 
-async fn examine(pods: &Pods<Linux>, name: &str) -> Result<(PodReport, Vec<Finding>), Error> {
+/// Everything about the pod.
+pub(super) async fn pod(pods: &Pods<Linux>, placement: Placement, name: &str) -> Result<PodDetail, Error> {
+    let Examined { report, findings, listeners } = examine(pods, placement, name).await?;
+    let facts =
+        findings.iter().map(|Finding { fact, state }| Expectation { what: fact.to_string(), state: *state });
+    let listeners =
+        listeners.iter().map(|(listener, state)| Expectation { what: listener.to_string(), state: *state });
+    Ok(PodDetail { expectations: facts.chain(listeners).collect(), report })
+}
+
+/// What was found out about a pod.
+struct Examined {
+    report: PodReport,
+    findings: Vec<Finding>,
+    listeners: Vec<(Listener, FactState)>,
+}
+
+async fn examine(pods: &Pods<Linux>, placement: Placement, name: &str) -> Result<Examined, Error> {
     let mut found: Vec<_> =
         pods.report().await.into_iter().filter(|report| report.pod.is_called(name)).collect();
     let report = match (found.pop(), found.is_empty()) {
@@ -39,19 +57,24 @@ async fn examine(pods: &Pods<Linux>, name: &str) -> Result<(PodReport, Vec<Findi
             return Err(Error::new(ErrorKind::Unknown, message));
         }
     };
-    let findings = pods.inspect(&report.pod.uid).await?;
-    Ok((report, findings))
+    let (target, findings) = pods.inspect(&report.pod.uid).await?;
+    let unread = |error: &dyn std::fmt::Display| {
+        let message = format!("pod {}: the node proxy's listeners can't be looked at: {error}", report.pod);
+        Error::new(ErrorKind::Internal, message)
+    };
+    let looked = tokio::task::spawn_blocking(move || listeners::look(&target, placement)).await;
+    let listeners = looked.map_err(|error| unread(&error))?.map_err(|error| unread(&error))?;
+    Ok(Examined { report, findings, listeners })
 }
 
 /// The decision on a connection of the pod, and the first thing that is wrong on its way.
 pub(super) async fn explain(
     pods: &Pods<Linux>,
     kernel: &Kernel<Linux>,
-    from: &str,
-    to: SocketAddr,
-    transport: Transport,
+    placement: Placement,
+    Question { from, to, transport }: Question,
 ) -> Result<Explanation, Error> {
-    let (report, findings) = examine(pods, from).await?;
+    let Examined { report, findings, listeners } = examine(pods, placement, &from).await?;
     let protocol = match transport {
         Transport::Tcp => Protocol::Tcp,
         Transport::Udp => Protocol::Udp,
@@ -73,8 +96,17 @@ pub(super) async fn explain(
     if steered && !report.steered.iter().any(|name| name == family.name()) {
         wrong.push(format!("the pod has no {family} address: it can't connect"));
     }
-    if steered && let Err(why) = &report.proxy {
-        wrong.push(why.clone());
+    match &report.proxy {
+        Err(why) if steered => wrong.push(why.clone()),
+        Ok(()) if steered => {
+            let silent = listeners.iter().filter(|(listener, state)| {
+                listener.family == family
+                    && listener.serves_outbound(transport)
+                    && *state == FactState::Missing
+            });
+            wrong.extend(silent.map(|(listener, _)| format!("{listener} is missing")));
+        }
+        _ => {}
     }
     let verdict = match decision.as_ref().map(|decision| decision.outbound) {
         None => "it leaves the pod past the proxy: the kernel side does not know the pod".into(),

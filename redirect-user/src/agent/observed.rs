@@ -8,6 +8,7 @@ use super::service::Service;
 use crate::install;
 use crate::metrics::Snapshot;
 use crate::metrics::server::{Check, Source};
+use crate::placement::Placement;
 use crate::wire::Reply;
 
 /// How long the datapath's thread may take for a word. Enrolments are done in milliseconds; many may wait.
@@ -63,7 +64,11 @@ impl Service {
                     let found = report.programs.iter().find(|program| program.name == **name);
                     found.is_none_or(|program| program.links == 0)
                 };
-                match ["outbound_ipv4", "outbound_ipv6"].iter().find(|name| detached(name)) {
+                let needed = match self.placement {
+                    Placement::Pod => ["outbound_ipv4", "outbound_ipv6"],
+                    Placement::Node => ["entrance_ipv4", "entrance_ipv6"],
+                };
+                match needed.iter().find(|name| detached(name)) {
                     Some(name) => Err(format!("program {name} is not attached")),
                     None => Ok(()),
                 }

@@ -10,6 +10,7 @@ mod error;
 mod report;
 mod restore;
 mod slots;
+mod tell;
 #[cfg(test)]
 mod tests;
 mod upkeep;
@@ -57,9 +58,9 @@ pub(crate) struct Pods<D> {
     repairs: Repairs,
     /// By UID.
     slots: Slots<Enrolled>,
-    /// UIDs by the cookie of the namespace. A path, and with it what is there, may be another pod's by now: a namespace
+    /// Pods by the cookie of the namespace. A path, and with it what is there, may be another pod's by now: a namespace
     /// belongs to the pod that was brought with it last.
-    owners: Mutex<HashMap<u64, String>>,
+    owners: Mutex<HashMap<u64, PodIdentity>>,
     /// UIDs by container ID, which is how the runtime names what it takes down.
     containers: Mutex<HashMap<String, String>>,
     /// The containers whose sandboxes the runtime has taken down, newest last. Their processes and addresses may show for
@@ -182,10 +183,11 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         self.containers().insert(attachment.container_id.clone(), uid.clone());
         self.retired().retain(|container| *container != attachment.container_id);
         let mut slot = self.slots.lock(&uid).await;
-        let identity = wanted.identity.clone();
+        let began = Instant::now();
+        let (identity, addresses) = (wanted.identity.clone(), wanted.addresses.iter().copied().collect());
         let result = self.attach(&mut slot, attachment, wanted, netns).await;
         if let Err(error) = &result {
-            tracing::warn!(pod = %identity, uid, %error, "pod can't be enrolled");
+            tell::not_enrolled(&identity, &addresses, began, error);
         }
         self.release(slot, &uid).await;
         result
@@ -233,7 +235,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         self.follow(&enrolled.target);
         match self.steer_and_serve(&enrolled.target).await {
             Ok((observation, proxy)) => {
-                tell_steered(&enrolled.target, &observation, began, proxy);
+                tell::steered(&enrolled.target, &observation, began, proxy);
                 enrolled.observation = observation;
                 enrolled.steered = true;
                 enrolled.since = Instant::now();
@@ -346,7 +348,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         enrolled.steered = true;
         self.records.write(&enrolled.record(Phase::Done));
         self.follow(&enrolled.target);
-        tell_steered(&enrolled.target, &enrolled.observation, began, Duration::ZERO);
+        tell::steered(&enrolled.target, &enrolled.observation, began, Duration::ZERO);
         Ok(enrolled)
     }
 
@@ -360,6 +362,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     }
 
     async fn change(&self, known: &mut Enrolled, wanted: &Wanted) -> Result<(), Error> {
+        let began = Instant::now();
         refuse_another(Some(known), &wanted.identity)?;
         let readdressed = known.declared != wanted.addresses && !wanted.addresses.is_empty();
         if readdressed {
@@ -382,13 +385,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
         known.observation = self.steer(&wanted_target).await?.observation;
         self.proxies.set(workload(&wanted_target))?;
-        tracing::info!(
-            pod = %wanted.identity,
-            uid = wanted.identity.uid,
-            families = %list(wanted_target.addresses.families()),
-            addresses = %list(wanted_target.addresses.iter()),
-            "pod has changed"
-        );
+        tell::changed(&wanted_target, began);
         known.declared = declared;
         known.settings = wanted.settings.clone();
         known.target = wanted_target;
@@ -433,13 +430,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     async fn end(&self, known: &Enrolled) {
         let began = Instant::now();
         let proxy = self.remove(&known.target).await;
-        tracing::info!(
-            pod = %known.target.identity,
-            uid = known.target.identity.uid,
-            microseconds = began.elapsed().as_micros(),
-            proxy_microseconds = proxy.as_micros(),
-            "pod is no longer steered"
-        );
+        tell::no_longer_steered(&known.target, began, proxy);
     }
 
     /// Takes the pod from the kernel and from the proxy, so that the proxy's connections work until it cuts them. Returns
@@ -567,20 +558,24 @@ impl<D: Datapath + Send + 'static> Pods<D> {
 
     /// Makes the namespace the pod's own. The proxy lets go of the pod that had it before.
     async fn own(&self, target: &Target) {
-        let uid = &target.identity.uid;
-        let before = self.owners().insert(target.netns_cookie, uid.clone());
-        if let Some(before) = before.filter(|before| before != uid) {
-            tracing::info!(pod = %target.identity, before, "the network namespace was taken for another pod's");
-            self.proxies.remove(&before, PROXY_RELEASE).await;
+        let before = self.owners().insert(target.netns_cookie, target.identity.clone());
+        if let Some(before) = before.filter(|before| before.uid != target.identity.uid) {
+            tracing::info!(pod = %target.identity, %before, "the network namespace was taken for another pod's");
+            self.proxies.remove(&before.uid, PROXY_RELEASE).await;
         }
+    }
+
+    /// The pod whose namespace this is, also while it is being worked on.
+    pub(crate) fn owner(&self, netns_cookie: u64) -> Option<PodIdentity> {
+        self.owners().get(&netns_cookie).cloned()
     }
 
     /// Whether the namespace is no other pod's.
     fn owns(&self, target: &Target) -> bool {
-        self.owners().get(&target.netns_cookie).is_none_or(|uid| *uid == target.identity.uid)
+        self.owners().get(&target.netns_cookie).is_none_or(|owner| owner.uid == target.identity.uid)
     }
 
-    fn owners(&self) -> MutexGuard<'_, HashMap<u64, String>> {
+    fn owners(&self) -> MutexGuard<'_, HashMap<u64, PodIdentity>> {
         self.owners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -700,24 +695,6 @@ fn workload(target: &Target) -> Workload {
             service_account: identity.service_account.clone(),
         },
         netns: Some(target.netns.descriptor()),
-    }
-}
-
-fn tell_steered(target: &Target, observation: &Observation, began: Instant, proxy: Duration) {
-    tracing::info!(
-        pod = %target.identity,
-        uid = target.identity.uid,
-        families = %list(target.addresses.families()),
-        addresses = %list(target.addresses.iter()),
-        microseconds = began.elapsed().as_micros(),
-        proxy_microseconds = proxy.as_micros(),
-        "pod is steered"
-    );
-    if !observation.namespace.ipv6 {
-        tracing::info!(
-            pod = %target.identity,
-            "IPv6 is off on the pod's lo: the pod is steered in IPv4 alone, connections in IPv6 are dropped"
-        );
     }
 }
 

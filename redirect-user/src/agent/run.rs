@@ -26,6 +26,7 @@ use crate::doctor::{self, Requirements};
 use crate::kube::{self, Controller, OwnDaemonSet, Timing};
 use crate::netns::NetNs;
 use crate::placement::Placement;
+use crate::wire::FeatureReport;
 use crate::{cgroup, descriptors, install, metrics, privileges, wire, zds};
 
 /// How long interfaces that come and go are left alone until the pod is looked at.
@@ -33,7 +34,7 @@ const SETTLE: Duration = Duration::from_millis(20);
 
 /// Runs until SIGTERM or SIGINT. What becomes of the pods then is a setting.
 pub fn run(options: Options) -> anyhow::Result<()> {
-    doctor::require(&Requirements {
+    let features = doctor::require(&Requirements {
         cgroup: options.cgroup.clone(),
         pin_dir: options.pin_dir.clone(),
         tc: options.tc,
@@ -47,10 +48,10 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("the async runtime can't be started")?;
-    runtime.block_on(serve(options))
+    runtime.block_on(serve(options, features))
 }
 
-async fn serve(options: Options) -> anyhow::Result<()> {
+async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result<()> {
     let started = Instant::now();
     if let Err(error) = linux::make_sysctls_writable() {
         tracing::warn!(%error, "/proc/sys is read-only and stays so: pods can't be enrolled");
@@ -147,6 +148,8 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         proxies,
         started,
         cgroup: cgroup.display().to_string(),
+        features,
+        placement: options.placement,
         flows,
         reconciled,
         chain: options.install_cni.then(|| options.chain.clone()),
@@ -191,7 +194,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         socket = %options.socket.display(),
         zds_socket = %options.zds_socket.display(),
         cgroup = %cgroup.display(),
-        milliseconds = started.elapsed().as_millis(),
+        milliseconds = started.elapsed().as_millis() as u64,
         "the agent is ready"
     );
 
@@ -234,12 +237,12 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         let everything = uninstall::Options { pin_dir, state_dir, force: true, known_only: true };
         tokio::task::spawn_blocking(move || uninstall::uninstall(&everything)).await??;
         tracing::info!(
-            milliseconds = stopping.elapsed().as_millis(),
+            milliseconds = stopping.elapsed().as_millis() as u64,
             "the agent has removed everything and ends"
         );
     } else {
         tracing::info!(
-            milliseconds = stopping.elapsed().as_millis(),
+            milliseconds = stopping.elapsed().as_millis() as u64,
             "the agent ends; pods stay steered until `redirect uninstall`"
         );
     }
@@ -271,7 +274,7 @@ async fn take_over(kernel: &Kernel<Linux>, pods: &Pods<Linux>, found: Vec<Found>
             adopted = restored.adopted,
             undone = restored.undone,
             gone = restored.gone,
-            milliseconds = began.elapsed().as_millis(),
+            milliseconds = began.elapsed().as_millis() as u64,
             "the pods of the agent before are taken over"
         );
     }

@@ -17,8 +17,11 @@ use super::thread::Kernel;
 use crate::install;
 use crate::metrics::events::events;
 use crate::netns::NetNs;
+use crate::placement::Placement;
 use crate::wire::server::Handler;
-use crate::wire::{Error, ErrorKind, FlowFilter, FlowStatus, ProxyReport, Reply, Request, Status};
+use crate::wire::{
+    Error, ErrorKind, FeatureReport, FlowFilter, FlowStatus, ProxyReport, Reply, Request, Status,
+};
 use crate::zds::server::{AddError, Handle};
 
 pub(super) struct Service {
@@ -28,6 +31,9 @@ pub(super) struct Service {
     pub(super) proxies: Handle,
     pub(super) started: Instant,
     pub(super) cgroup: String,
+    /// What was found of the kernel.
+    pub(super) features: Vec<FeatureReport>,
+    pub(super) placement: Placement,
     pub(super) flows: Flows,
     /// Whether all pods that Kubernetes wants steered are known.
     pub(super) reconciled: watch::Receiver<bool>,
@@ -80,11 +86,12 @@ impl Service {
                 vec![self.status().await.map_or_else(Reply::Error, |status| Reply::Status(Box::new(status)))]
             }
             Request::Pod { name } => {
-                let detail = inspect::pod(&self.pods, &name).await;
+                let detail = inspect::pod(&self.pods, self.placement, &name).await;
                 vec![detail.map_or_else(Reply::Error, |detail| Reply::Pod(Box::new(detail)))]
             }
             Request::Explain { from, to, transport } => {
-                let explained = inspect::explain(&self.pods, &self.kernel, &from, to, transport).await;
+                let question = inspect::Question { from, to, transport };
+                let explained = inspect::explain(&self.pods, &self.kernel, self.placement, question).await;
                 vec![explained.map_or_else(Reply::Error, |explained| Reply::Explained(Box::new(explained)))]
             }
             Request::Pods => Reply::pods(self.pods.report().await),
@@ -158,6 +165,7 @@ impl Service {
                 .unwrap_or_default(),
             cgroup: self.cgroup.clone(),
             tcx: report.tcx,
+            features: self.features.clone(),
             programs: report.programs,
             maps: report.maps,
             proxies: proxies.collect(),

@@ -2,15 +2,17 @@
 //! stands in for it: as long as the proxy's listeners are there, it acknowledges every pod in the proxy's name.
 
 use std::collections::BTreeSet;
-use std::fs::File;
-use std::io::{self, BufRead as _, BufReader};
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 
+use redirect_ebpf::Family;
 use redirect_ebpf::constants::{PORT_INBOUND, PORT_OUTBOUND};
 use tokio::time::sleep;
 
+use super::listeners;
 use crate::netns::NetNs;
+use crate::wire::Transport;
 use crate::zds::client::{Backoff, Workloads, follow};
 use crate::zds::messages::WorkloadInfo;
 use crate::zds::server::Peer;
@@ -71,39 +73,8 @@ async fn until(wanted: bool) {
 
 fn listens() -> io::Result<bool> {
     let mut ports = BTreeSet::new();
-    for path in ["/proc/net/tcp", "/proc/net/tcp6"] {
-        match File::open(path) {
-            Ok(file) => ports.extend(listening(BufReader::new(file).lines().map_while(Result::ok))),
-            // Without IPv6.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
-        }
+    for family in Family::ALL {
+        ports.extend(listeners::bound(Transport::Tcp, family)?.into_iter().map(|bound| bound.port));
     }
     Ok([PORT_OUTBOUND, PORT_INBOUND].iter().all(|port| ports.contains(port)))
-}
-
-/// The ports of the listeners in a table of sockets, which has them first.
-fn listening(lines: impl Iterator<Item = String>) -> impl Iterator<Item = u16> {
-    const LISTEN: &str = "0A";
-    lines.skip(1).map_while(|line| {
-        let mut words = line.split_whitespace().skip(1);
-        let (local, _, state) = (words.next()?, words.next()?, words.next()?);
-        let (_, port) = local.rsplit_once(':')?;
-        (state == LISTEN).then(|| u16::from_str_radix(port, 16).ok())?
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn listeners_are_the_first_in_the_table() {
-        let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n\
-                        0: 00000000:3A99 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1\n\
-                        1: 0100007F:3A9E 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 2\n\
-                        2: 0100007F:1F90 0100007F:C350 01 00000000:00000000 00:00000000 00000000     0        0 3\n";
-        let ports: Vec<_> = listening(table.lines().map(str::to_owned)).collect();
-        assert_eq!(ports, [PORT_OUTBOUND, PORT_INBOUND]);
-    }
 }

@@ -115,7 +115,7 @@ fn explanation_text(explanation: &Explanation) -> String {
 mod tests {
     use super::*;
     use crate::pod::PodIdentity;
-    use crate::wire::{Expectation, PodReport, Step};
+    use crate::wire::{Expectation, PodReport, PodState, Step};
 
     fn identity() -> PodIdentity {
         PodIdentity { name: "tcp-echo".into(), namespace: "dual-stack".into(), ..PodIdentity::default() }
@@ -132,6 +132,7 @@ mod tests {
                 netns_cookie: 1,
                 steered: vec!["IPv4".into(), "IPv6".into()],
                 interfaces: vec!["eth0".into()],
+                state: PodState::Steered,
                 proxy: Ok(()),
                 since: 7,
             },
@@ -140,6 +141,7 @@ mod tests {
                 expectation("IPv6 rule for captured connections", FactState::Missing),
                 expectation("program listener_lookup on the network namespace", FactState::Damaged),
                 expectation("exclusion of outbound port 80", FactState::Surplus),
+                expectation("listener of the node proxy, TCP port 15001, IPv6", FactState::Missing),
             ],
         };
         insta::assert_snapshot!("pod", pod_text(&detail));

@@ -6,7 +6,7 @@ use comfy_table::{Table, presets::NOTHING};
 use serde::Serialize;
 
 use super::{Output, Query};
-use crate::wire::{PodReport, Reply, Request, Status, client};
+use crate::wire::{FlowStatus, PodReport, Reply, Request, Status, client};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -55,6 +55,10 @@ fn status_text(status: &Status) -> String {
     for program in &status.programs {
         programs.add_row([program.name.clone(), program.id.to_string(), program.links.to_string()]);
     }
+    let mut features = table(&["kernel", "found"]);
+    for feature in &status.features {
+        features.add_row([&feature.name, &feature.found]);
+    }
     let mut maps = table(&["map", "entries", "capacity"]);
     for map in &status.maps {
         maps.add_row([map.name.clone(), map.entries.to_string(), map.capacity.to_string()]);
@@ -84,8 +88,13 @@ fn status_text(status: &Status) -> String {
         let counted = status.repairs.iter().map(|repair| format!("{} {}", repair.repairs, repair.kind));
         repairs = format!("\nrepaired after changes by others: {}\n", counted.collect::<Vec<_>>().join(", "));
     }
+    let FlowStatus { listeners, rate_limit, ring_full, slow_listener } = status.flows;
+    let flows = format!(
+        "listeners {listeners}; lost to the limit {rate_limit}, to a full buffer {ring_full}, to slow listeners {slow_listener}"
+    );
     format!(
-        "agent {} (pid {}), up {}, Linux {}\noutbound programs on {}, TC programs by {}\n\n{programs}\n\n{maps}\n\n{}\n\n{}\n{repairs}",
+        "agent {} (pid {}), up {}, Linux {}\noutbound programs on {}, TC programs by {}\n\n{features}\n\n{programs}\n\n{maps}\n\n\
+         {}\n\n{}\n\nevents of connections: {flows}\n{repairs}",
         status.version,
         status.pid,
         duration(status.uptime),
@@ -98,10 +107,11 @@ fn status_text(status: &Status) -> String {
 }
 
 pub(super) fn pods_table(pods: &[PodReport]) -> Table {
-    let mut table = table(&["pod", "families", "addresses", "interfaces", "node proxy", "since"]);
+    let mut table = table(&["pod", "state", "families", "addresses", "interfaces", "node proxy", "since"]);
     for report in pods {
         table.add_row([
             report.pod.to_string(),
+            report.state.label().into(),
             report.steered.join(", "),
             report.addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"),
             report.interfaces.join(", "),
@@ -131,7 +141,7 @@ mod tests {
 
     use super::*;
     use crate::pod::PodIdentity;
-    use crate::wire::{CounterReport, FlowStatus, MapReport, ProgramReport, ProxyReport};
+    use crate::wire::{CounterReport, FeatureReport, MapReport, PodState, ProgramReport, ProxyReport};
 
     fn status_of(proxies: Vec<ProxyReport>) -> Status {
         Status {
@@ -141,6 +151,10 @@ mod tests {
             kernel: "6.12.0".into(),
             cgroup: "/sys/fs/cgroup".into(),
             tcx: false,
+            features: vec![
+                FeatureReport { name: "TC".into(), found: "bpf_sk_assign, bpf_skc_lookup_tcp".into() },
+                FeatureReport { name: "IPv6".into(), found: "on".into() },
+            ],
             programs: vec![ProgramReport { name: "outbound_ipv6".into(), id: 42, links: 1 }],
             maps: vec![MapReport { name: "POD_IPV6".into(), entries: 3, capacity: 1024 }],
             proxies,
@@ -152,7 +166,7 @@ mod tests {
                 connections: 12,
             }],
             repairs: Vec::new(),
-            flows: FlowStatus::default(),
+            flows: FlowStatus { listeners: 1, rate_limit: 5, ring_full: 0, slow_listener: 2 },
         }
     }
 
@@ -178,6 +192,7 @@ mod tests {
             netns_cookie: 1,
             steered: families.iter().map(ToString::to_string).collect(),
             interfaces: vec!["eth0".into()],
+            state: if proxy == Ok(()) { PodState::Steered } else { PodState::Waiting },
             proxy,
             since: 90_061,
         };

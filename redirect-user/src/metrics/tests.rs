@@ -31,6 +31,7 @@ fn text() -> String {
         kernel: "6.12".into(),
         cgroup: "/".into(),
         tcx: false,
+        features: Vec::new(),
         programs: vec![ProgramReport { name: "outbound_ipv6".into(), id: 1, links: 1 }],
         maps: vec![MapReport { name: "PODS".into(), entries: 1, capacity: 2 }],
         proxies: Vec::new(),

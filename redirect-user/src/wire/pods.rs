@@ -54,6 +54,7 @@ mod tests {
     use super::super::packet;
     use super::*;
     use crate::pod::PodIdentity;
+    use crate::wire::PodState;
 
     fn report(name: &str, error_length: usize) -> PodReport {
         PodReport {
@@ -63,6 +64,7 @@ mod tests {
             netns_cookie: u64::MAX,
             steered: vec!["IPv4".into(), "IPv6".into()],
             interfaces: vec!["eth0".into()],
+            state: PodState::Waiting,
             proxy: Err("x".repeat(error_length)),
             since: 1,
         }

@@ -139,7 +139,7 @@ fn tcx_programs(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
 }
 
 /// A filter that takes every packet of a protocol, and asks nobody after it.
-fn add_filter(pod: &Pod, protocol: &str, priority: &str, side: &str) -> Result<()> {
+pub(crate) fn add_filter(pod: &Pod, protocol: &str, priority: &str, side: &str) -> Result<()> {
     let tc = |arguments: &str, more: &[&str]| {
         let mut tc = Command::new("tc");
         tc.args(arguments.split(' ')).args(more);

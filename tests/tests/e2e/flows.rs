@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd as _;
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 
@@ -9,20 +10,24 @@ use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use redirect_ebpf::Family;
 use redirect_ebpf::maps::ConfigFlags;
 use redirect_tests::connection::dial;
 use redirect_tests::stack::canonical;
 use redirect_tests::wait::{self, SOON};
 use redirect_tests::{Connection, Families, Monitor, Node, Pod, Stack};
+use redirect_user::placement::Placement;
 use redirect_user::wire::FlowReport;
 
 use crate::context::{Context, for_every_stack, trial};
 use crate::outbound;
+use crate::probes::{Probing, is_exempt, probing};
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     let mut trials = for_every_stack(context, "flows::steered", steered);
     trials.extend(for_every_stack(context, "flows::left_alone", left_alone));
     trials.extend(for_every_stack(context, "flows::refused", refused));
+    trials.extend(for_every_stack(context, "flows::a_probe", probe));
     trials.push(trial(context, "flows::a_port_of_the_proxy_s", bind));
     trials.push(trial(context, "flows::filters", filters));
     trials.push(trial(context, "flows::off_when_the_last_listener_has_left", switch));
@@ -49,6 +54,11 @@ fn cookie(connection: &Connection) -> Result<u64> {
     Ok(cookie)
 }
 
+/// What only the hooks in pods see.
+fn known<T>(context: &Context, value: T) -> Option<T> {
+    (context.placement() == Placement::Pod).then_some(value)
+}
+
 fn steered(context: &Context, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let (client, server) =
@@ -64,7 +74,7 @@ fn steered(context: &Context, stack: Stack) -> Result<()> {
     ensure!(flow.pod.as_ref() == Some(client.identity()), "{flow:#?}");
     ensure!(flow.family == stack.family().name() && flow.destination == Some(to), "{flow:#?}");
     ensure!(flow.source == Some(canonical(connection.local_name)), "{flow:#?}");
-    ensure!(flow.socket_cookie == Some(cookie(&connection)?), "{flow:#?}");
+    ensure!(flow.socket_cookie == known(context, cookie(&connection)?), "{flow:#?}");
     let second = jiff::SignedDuration::from_secs(1);
     ensure!(flow.time > began - second && flow.time < jiff::Timestamp::now() + second, "{flow:#?}");
 
@@ -73,8 +83,11 @@ fn steered(context: &Context, stack: Stack) -> Result<()> {
     ensure!(flow.family == stack.family().name() && flow.destination == Some(to), "{flow:#?}");
     ensure!(flow.source.map(|source| source.ip()) == Some(client.address(stack.family())?), "{flow:#?}");
     ensure!(flow.socket_cookie.is_none(), "there is no socket at the SYN: {flow:#?}");
-    let flow = at_server.hears("delivery", |flow| is(flow, "delivery", "passed", "proxy"))?;
-    ensure!(flow.destination == Some(to), "{flow:#?}");
+    // On the host the proxy's own connections are not looked at.
+    if context.placement() == Placement::Pod {
+        let flow = at_server.hears("delivery", |flow| is(flow, "delivery", "passed", "proxy"))?;
+        ensure!(flow.destination == Some(to), "{flow:#?}");
+    }
     Ok(())
 }
 
@@ -94,11 +107,15 @@ fn left_alone(context: &Context, stack: Stack) -> Result<()> {
     let flow = monitor.hears("outbound connection", |flow| is(flow, "outbound", "passed", "excluded"))?;
     ensure!(flow.pod.as_ref() == Some(client.identity()) && flow.destination == Some(to), "{flow:#?}");
     ensure!(flow.family == stack.family().name(), "{flow:#?}");
-    ensure!(flow.source.is_none(), "the kernel had not chosen a port yet: {flow:#?}");
-    ensure!(flow.socket_cookie == Some(cookie(&connection)?), "{flow:#?}");
+    let source = canonical(connection.local_name);
+    match context.placement() {
+        Placement::Pod => ensure!(flow.source.is_none(), "the kernel had not chosen a port yet: {flow:#?}"),
+        Placement::Node => ensure!(flow.source == Some(source), "{flow:#?}"),
+    }
+    ensure!(flow.socket_cookie == known(context, cookie(&connection)?), "{flow:#?}");
     let flow = monitor.hears("inbound connection", |flow| is(flow, "inbound", "passed", "excluded"))?;
     ensure!(flow.pod.as_ref() == Some(server.identity()) && flow.destination == Some(to), "{flow:#?}");
-    ensure!(flow.source == Some(canonical(connection.local_name)), "{flow:#?}");
+    ensure!(flow.source == Some(source), "{flow:#?}");
     Ok(())
 }
 
@@ -119,7 +136,22 @@ fn refused(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
+/// The kubelet's connection, as the pod's application sees it.
+fn probe(context: &Context, stack: Stack) -> Result<()> {
+    let Probing { node, kubelet } = probing(context)?;
+    let pod = node.enrolled("pod", Families::Dual)?;
+    let monitor = Monitor::start(&node, &["--pod", &pod.identity().uid, "--verdict", "passed"])?;
+    let answer = is_exempt(&kubelet, node.netns(), &pod, stack)?;
+    let flow = monitor.hears("probe", |flow| is(flow, "inbound", "passed", "probe"))?;
+    ensure!(flow.pod.as_ref() == Some(pod.identity()), "{flow:#?}");
+    ensure!(flow.family == stack.family().name(), "{flow:#?}");
+    ensure!(flow.source == answer.getsockname.map(canonical), "{flow:#?}, {answer:?}");
+    ensure!(flow.destination == answer.getpeername.map(canonical), "{flow:#?}, {answer:?}");
+    Ok(())
+}
+
 fn bind(context: &Context) -> Result<()> {
+    context.needs_placement_pod("the proxy's ports are the host's")?;
     let node = context.node()?;
     let pod = node.enrolled("pod", Families::Dual)?;
     let monitor = Monitor::start(&node, &["--pod", &pod.identity().uid, "--direction", "bind"])?;
@@ -134,7 +166,7 @@ fn bind(context: &Context) -> Result<()> {
 
 /// Of the same connections, each listener hears those that it asked for.
 fn filters(context: &Context) -> Result<()> {
-    let node = context.node()?;
+    let node = node_with_a_closed_port(context, &[])?;
     let (one, two) = (node.enrolled("one", Families::Dual)?, node.enrolled("two", Families::Dual)?);
     let server = node.plain("server", Families::Dual)?;
     let address = server.address(Stack::V6.family())?.to_string();
@@ -151,31 +183,44 @@ fn filters(context: &Context) -> Result<()> {
         outbound::passes_the_proxy_once(&one, &server, stack)?;
     }
     // The last thing that happens: whatever came before has been told when this has.
-    let last: SocketAddr = "[::1]:9".parse()?;
+    let last = closed(&node, Family::Ipv6);
     ensure!(one.netns().run(|| dial(Stack::V6, last, SOON))?.is_err());
     let ends = |flow: &FlowReport| mine(flow) && flow.destination == Some(last);
     for monitor in [&all, &by_pod, &by_family] {
         monitor.hears("last connection", ends)?;
     }
+    // In the pods the proxy's own connections are told of as well.
+    let each = if context.placement() == Placement::Pod { 2 } else { 1 };
     let two_s = all.heard().iter().filter(|flow| flow.pod.as_ref() == Some(two.identity())).count();
-    ensure!(two_s >= 4, "{:#?}", all.heard());
+    ensure!(two_s >= 2 * each, "{:#?}", all.heard());
     ensure!(by_pod.heard().iter().all(mine), "{:#?}", by_pod.heard());
     let expected: Vec<_> = by_pod.heard().into_iter().filter(|flow| flow.family == "IPv6").collect();
-    ensure!(by_family.heard() == expected && expected.len() >= 3, "{:#?}", by_family.heard());
-    by_address.hears("proxy's own connection", |flow| is(flow, "outbound", "passed", "proxy"))?;
+    ensure!(by_family.heard() == expected && expected.len() > each, "{:#?}", by_family.heard());
+    let own = if context.placement() == Placement::Pod {
+        by_address.hears("proxy's own connection", |flow| is(flow, "outbound", "passed", "proxy"))?
+    } else {
+        by_address.hears("connection", |flow| is(flow, "outbound", "steered", "enrolled"))?
+    };
+    ensure!(mine(&own), "{own:#?}");
     let to_server = |flow: &FlowReport| flow.destination.is_some_and(|to| to.ip().to_string() == address);
-    ensure!(by_address.heard().iter().all(to_server) && by_address.heard().len() >= 2);
+    ensure!(by_address.heard().iter().all(to_server) && by_address.heard().len() >= each);
     ensure!(by_namespace.heard().is_empty() && by_direction.heard().is_empty());
     Ok(())
 }
 
-/// Whether the kernel side tells of connections, as bpftool sees it.
-fn is_on(node: &Node) -> Result<bool> {
+/// Where a map of the agent is pinned.
+pub(crate) fn pinned(node: &Node, map: &str) -> Result<PathBuf> {
     let maps = std::fs::read_dir(node.pin_dir())?.filter_map(|entry| Some(entry.ok()?.path()));
     let directory =
         maps.filter(|path| path.to_string_lossy().contains("/maps-v")).last().context("no maps")?;
     let mut pins = std::fs::read_dir(directory)?.filter_map(|entry| Some(entry.ok()?.path()));
-    let config = pins.find(|path| path.to_string_lossy().contains("/CONFIG-")).context("no CONFIG")?;
+    pins.find(|path| path.to_string_lossy().contains(&format!("/{map}-")))
+        .with_context(|| format!("no {map}"))
+}
+
+/// Whether the kernel side tells of connections, as bpftool sees it.
+fn is_on(node: &Node) -> Result<bool> {
+    let config = pinned(node, "CONFIG")?;
     let output = Command::new("bpftool").args(["-j", "map", "dump", "pinned"]).arg(config).output()?;
     let dump: serde_json::Value = serde_json::from_slice(&output.stdout)?;
     // The flags follow the cookie, eight bytes each.
@@ -189,7 +234,7 @@ fn listeners(node: &Node, count: usize) -> Result<()> {
 }
 
 fn switch(context: &Context) -> Result<()> {
-    let node = Node::start(&context.session()?)?;
+    let node = node_with_a_closed_port(context, &[])?;
     ensure!(!is_on(&node)?);
     let mut one = Monitor::start(&node, &[])?;
     let mut two = Monitor::start(&node, &["--family", "IPv4", "--count", "1"])?;
@@ -200,7 +245,7 @@ fn switch(context: &Context) -> Result<()> {
     ensure!(is_on(&node)?);
     // The other one has enough after one connection.
     let pod = node.enrolled("pod", Families::Dual)?;
-    let closed: SocketAddr = "127.0.0.1:9".parse()?;
+    let closed = closed(&node, Family::Ipv4);
     ensure!(pod.netns().run(|| dial(Stack::V4, closed, SOON))?.is_err());
     ensure!(two.wait()?.success() && two.heard().len() == 1, "{:#?}", two.heard());
     wait::until_true("kernel side that tells nothing", SOON, || Ok(!is_on(&node)?))?;
@@ -208,8 +253,8 @@ fn switch(context: &Context) -> Result<()> {
 }
 
 fn restart(context: &Context) -> Result<()> {
-    let arguments = ["--on-exit".to_owned(), "keep".to_owned()];
-    let node = Node::with_arguments(&context.session()?, &["--on-exit", "keep"])?;
+    let arguments = ["--on-exit", "keep", "--exclude-outbound-ports", "9"].map(str::to_owned);
+    let node = node_with_a_closed_port(context, &["--on-exit", "keep"])?;
     let (pod, server) = (node.enrolled("pod", Families::Dual)?, node.plain("server", Families::Dual)?);
     for killed in [true, false] {
         let mut monitor = Monitor::start(&node, &[])?;
@@ -221,7 +266,7 @@ fn restart(context: &Context) -> Result<()> {
         ensure!(!monitor.wait()?.success(), "a listener without an agent should fail");
         ensure!(is_on(&node)? == killed, "an agent that ends in order turns them off");
         // Told to nobody, and to no later listener.
-        let closed: SocketAddr = "127.0.0.1:9".parse()?;
+        let closed = closed(&node, Family::Ipv4);
         ensure!(pod.netns().run(|| dial(Stack::V4, closed, SOON))?.is_err());
         node.start_agent(&arguments)?;
         node.wait_for_proxy()?;
@@ -243,10 +288,21 @@ fn restart(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// Connections that are refused at once, all counted and each worth an event.
+/// A node that has an excluded port on which nobody listens: connections to it are refused at once, and each is worth an
+/// event, wherever the hooks are.
+fn node_with_a_closed_port(context: &Context, arguments: &[&str]) -> Result<Arc<Node>> {
+    let all: Vec<_> = arguments.iter().copied().chain(["--exclude-outbound-ports", "9"]).collect();
+    Node::with_arguments(&context.session()?, &all)
+}
+
+fn closed(node: &Node, family: Family) -> SocketAddr {
+    (node.gateway(family), 9).into()
+}
+
+/// Connections that are refused at once.
 fn burst(pod: &Pod, number: usize) -> Result<()> {
+    let closed = closed(pod.node(), Family::Ipv6);
     pod.netns().run(|| -> Result<()> {
-        let closed: SocketAddr = "[::1]:9".parse()?;
         for _ in 0..number {
             ensure!(std::net::TcpStream::connect(closed).is_err());
         }
@@ -256,7 +312,7 @@ fn burst(pod: &Pod, number: usize) -> Result<()> {
 
 fn limit(context: &Context) -> Result<()> {
     const MANY: usize = 200;
-    let node = Node::with_arguments(&context.session()?, &["--flow-rate", "2"])?;
+    let node = node_with_a_closed_port(context, &["--flow-rate", "2"])?;
     let pod = node.enrolled("pod", Families::Dual)?;
     let monitor = Monitor::start(&node, &[])?;
     burst(&pod, MANY)?;
@@ -273,7 +329,7 @@ fn limit(context: &Context) -> Result<()> {
 /// While the agent stands still, events are kept as long as there is room.
 fn full(context: &Context) -> Result<()> {
     const MANY: usize = 6000;
-    let node = Node::with_arguments(&context.session()?, &["--flow-rate", "1000000"])?;
+    let node = node_with_a_closed_port(context, &["--flow-rate", "1000000"])?;
     let pod = node.enrolled("pod", Families::Dual)?;
     let monitor = Monitor::start(&node, &[])?;
     let agent = Pid::from_raw(node.with_agent(|agent| Ok(agent.process().pid()))?.try_into()?);
@@ -293,7 +349,7 @@ fn full(context: &Context) -> Result<()> {
 
 fn sample(context: &Context) -> Result<()> {
     const MANY: usize = 500;
-    let node = Node::with_arguments(&context.session()?, &["--flow-sample", "10"])?;
+    let node = node_with_a_closed_port(context, &["--flow-sample", "10"])?;
     let pod = node.enrolled("pod", Families::Dual)?;
     let monitor = Monitor::start(&node, &[])?;
     burst(&pod, MANY)?;

@@ -1,5 +1,6 @@
 //! `redirect pod` and `redirect explain` say what `ip` and the sockets show.
 
+use std::net::IpAddr;
 use std::process::{Command, Output};
 use std::sync::Arc;
 
@@ -8,10 +9,12 @@ use libtest_mimic::Trial;
 use redirect_ebpf::Family;
 use redirect_ebpf::constants::ROUTE_TABLE;
 use redirect_tests::kernel::Footprint;
-use redirect_tests::{Families, Node, Pod, Stack};
-use redirect_user::wire::{Explanation, FactState, PodDetail};
+use redirect_tests::{Families, Node, Pod, Stack, wait};
+use redirect_user::placement::Placement;
+use redirect_user::wire::{Explanation, FactState, PodDetail, PodState};
 
 use crate::context::{Context, for_every_stack, trial};
+use crate::flows::pinned;
 
 /// A network that no test routes.
 const V4: &str = "192.0.2.1:80";
@@ -63,8 +66,31 @@ fn pod(context: &Context) -> Result<()> {
         for address in pod.addresses() {
             ensure!(named(&format!("map entry of address {address}")) == 1, "{detail:#?}");
         }
+        let bound = listeners(&pod)?;
+        for family in Family::ALL {
+            for (transport, port) in [("TCP", 15001), ("TCP", 15006), ("TCP", 15053), ("UDP", 15053)] {
+                let expected = usize::from(pod.families().has(family));
+                let what = format!("listener of the node proxy, {transport} port {port}, {family}");
+                ensure!(named(&what) == expected, "{what}: {detail:#?}");
+                ensure!(bound.contains(&(transport.to_lowercase(), port)), "{what}: {bound:?}");
+            }
+        }
     }
     Ok(())
+}
+
+/// The ports that `ss` shows where the proxy's sockets are.
+fn listeners(pod: &Pod) -> Result<Vec<(String, u16)>> {
+    let mut ss = Command::new("ss");
+    ss.args(["--no-header", "--listening", "--numeric", "--tcp", "--udp"]);
+    let output = pod.proxy_netns().output(ss, b"")?;
+    let text = String::from_utf8(output)?;
+    let ports = text.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        let (transport, local) = (words.next()?, words.nth(3)?);
+        Some((transport.to_owned(), local.rsplit_once(':')?.1.parse().ok()?))
+    });
+    Ok(ports.collect())
 }
 
 fn absent(context: &Context) -> Result<()> {
@@ -112,30 +138,78 @@ fn decisions(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// What the agent has not noticed yet: a sysctl that somebody turned off. Of the other family, all is well.
+/// Takes away what nobody tells the agent of. What is said of it then.
+fn spoil(context: &Context, pod: &Pod, family: Family) -> Result<String> {
+    if context.placement() == Placement::Pod {
+        let sysctl = match family {
+            Family::Ipv4 => "net.ipv4.fwmark_reflect",
+            Family::Ipv6 => "net.ipv6.fwmark_reflect",
+        };
+        pod.netns().set_sysctl(sysctl, "0")?;
+        return Ok(format!("sysctl {sysctl}"));
+    }
+    let address = pod.address(family)?;
+    let (map, key) = match address {
+        IpAddr::V4(address) => ("POD_IPV4", address.octets().to_vec()),
+        IpAddr::V6(address) => ("POD_IPV6", address.octets().to_vec()),
+    };
+    let mut bpftool = Command::new("bpftool");
+    bpftool.args(["map", "delete", "pinned"]).arg(pinned(pod.node(), map)?).arg("key");
+    let output = bpftool.args(key.iter().map(ToString::to_string)).output()?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    // A second time there is nothing to be taken away.
+    ensure!(output.status.success() || stderr.contains("No such file"), "{stderr}");
+    Ok(format!("map entry of address {address}"))
+}
+
+/// What the agent has not noticed yet. Of the other family, all is well.
 fn broken(context: &Context, stack: Stack) -> Result<()> {
     let node = Node::with_arguments(&context.session()?, &["--check-interval", "3600"])?;
     let pod = node.enrolled("pod", Families::Dual)?;
-    let sysctl = match stack.family() {
-        Family::Ipv4 => "net.ipv4.fwmark_reflect",
-        Family::Ipv6 => "net.ipv6.fwmark_reflect",
-    };
-    pod.netns().set_sysctl(sysctl, "0")?;
-    let complaint = format!("sysctl {sysctl} is missing");
-    for other in Stack::ALL {
-        let (explanation, code) = explain(&node, &pod, destination(other))?;
-        let wrong = other.family() == stack.family();
-        ensure!(code == Some(i32::from(wrong)) && explanation.steered, "{other:?}: {explanation:#?}");
-        ensure!(explanation.wrong.first() == wrong.then_some(&complaint), "{other:?}: {explanation:#?}");
-    }
-    let (detail, code) = show(&node, &pod)?;
-    let missing: Vec<_> =
-        detail.expectations.iter().filter(|of| of.state != FactState::Present).map(|of| &of.what).collect();
-    ensure!(code == Some(1) && missing == [&format!("sysctl {sysctl}")], "{detail:#?}");
+    in_time(|| {
+        let spoilt = spoil(context, &pod, stack.family())?;
+        let complaint = format!("{spoilt} is missing");
+        for other in Stack::ALL {
+            let (explanation, code) = explain(&node, &pod, destination(other))?;
+            let wrong = other.family() == stack.family();
+            ensure!(code == Some(i32::from(wrong)) && explanation.steered, "{other:?}: {explanation:#?}");
+            ensure!(explanation.wrong.first() == wrong.then_some(&complaint), "{other:?}: {explanation:#?}");
+        }
+        let (detail, code) = show(&node, &pod)?;
+        let found = detail.expectations.iter().filter(|of| of.state != FactState::Present);
+        let missing: Vec<_> = found.map(|of| &of.what).collect();
+        ensure!(code == Some(1) && missing == [&spoilt], "{detail:#?}");
+        Ok(())
+    })?;
 
     node.kill_proxy()?;
     node.with_agent(|agent| agent.wait_for_no_proxy())?;
-    let (explanation, _) = explain(&node, &pod, destination(stack))?;
-    ensure!(explanation.wrong == [complaint, "no node proxy is connected".to_owned()], "{explanation:#?}");
+    in_time(|| {
+        let complaint = format!("{} is missing", spoil(context, &pod, stack.family())?);
+        let (explanation, _) = explain(&node, &pod, destination(stack))?;
+        ensure!(
+            explanation.wrong == [complaint, "no node proxy is connected".to_owned()],
+            "{explanation:#?}"
+        );
+        Ok(())
+    })?;
+    // Nor does anybody listen any more.
+    let (detail, _) = show(&node, &pod)?;
+    let listening: Vec<_> =
+        detail.expectations.iter().filter(|of| of.what.starts_with("listener of the node proxy")).collect();
+    ensure!(listening.len() == 8, "{detail:#?}");
+    ensure!(listening.iter().all(|of| of.state == FactState::Missing), "{detail:#?}");
+    ensure!(!listeners(&pod)?.iter().any(|(_, port)| (15001..=15053).contains(port)));
+    ensure!(node.report(&pod)?.is_some_and(|report| report.state == PodState::Waiting));
     Ok(())
+}
+
+/// Tries again: what a new pod's devices still do may lead the agent to look at the pod, and to put right what was spoilt.
+fn in_time(attempt: impl Fn() -> Result<()>) -> Result<()> {
+    let mut last = Ok(());
+    let waited = wait::until_true("attempt that the agent does not interrupt", wait::SOON, || {
+        last = attempt();
+        Ok(last.is_ok())
+    });
+    last.and(waited)
 }

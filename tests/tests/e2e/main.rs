@@ -28,6 +28,7 @@ mod leftovers;
 mod limits;
 mod load;
 mod local;
+mod logs;
 mod metrics;
 mod migration;
 mod nodes;
@@ -49,6 +50,7 @@ mod syn_flood;
 mod tc_method;
 mod time_wait;
 mod top;
+mod transcript;
 mod tunnel;
 mod uninstall;
 mod validate;
@@ -109,6 +111,10 @@ fn everywhere(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         validate::trials(context),
         without_ipv6::trials(context),
         doctor::trials_with_pods(context),
+        metrics::trials(context),
+        inspect::trials(context),
+        flows::trials(context),
+        top::trials(context),
     ];
     trials.into_iter().flatten()
 }
@@ -135,15 +141,13 @@ fn in_pods(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         virtual_interfaces::trials(context),
         faults::trials(context),
         doctor::trials(context),
-        metrics::trials(context),
         load::trials(context),
         migration::trials(context),
         coexistence::trials(context),
         bench::trials(context),
+        logs::trials(context),
+        transcript::trials(context),
         container::trials(context),
-        inspect::trials(context),
-        flows::trials(context),
-        top::trials(context),
     ];
     trials.into_iter().flatten()
 }

@@ -40,13 +40,13 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 }
 
 /// A node and its kubelet.
-struct Probing {
-    node: Arc<Node>,
-    kubelet: Caller,
+pub(crate) struct Probing {
+    pub(crate) node: Arc<Node>,
+    pub(crate) kubelet: Caller,
 }
 
 /// A node whose kubelet is known by its cgroup.
-fn probing(context: &Context) -> Result<Probing> {
+pub(crate) fn probing(context: &Context) -> Result<Probing> {
     let (session, node) = (context.session()?, empty_node(context)?);
     let name = cgroup_name(&node);
     let kubelet = Caller::new(&session, &name)?;
@@ -98,7 +98,7 @@ fn call(caller: &Caller, from: &Netns, pod: &Pod, stack: Stack) -> Result<(Answe
     Ok((answer, true))
 }
 
-fn is_exempt(caller: &Caller, from: &Netns, pod: &Pod, stack: Stack) -> Result<Answer> {
+pub(crate) fn is_exempt(caller: &Caller, from: &Netns, pod: &Pod, stack: Stack) -> Result<Answer> {
     let (answer, proxied) = call(caller, from, pod, stack)?;
     ensure!(!proxied, "a probe went through the proxy: {answer:?}");
     Ok(answer)

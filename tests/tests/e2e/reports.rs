@@ -1,5 +1,7 @@
 //! What `redirect status` and `redirect pods` say is what the kernel holds.
 
+use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
@@ -9,7 +11,8 @@ use redirect_ebpf::count::Reason;
 use redirect_ebpf::{Direction, Family, Verdict};
 use redirect_tests::kernel::{Footprint, bpftool};
 use redirect_tests::{Families, Node, Stack};
-use redirect_user::wire::Status;
+use redirect_user::wire::{PodState, Status};
+use serde_json::Value;
 
 use crate::context::{Context, for_every_stack, trial};
 use crate::{inbound, outbound};
@@ -17,6 +20,7 @@ use crate::{inbound, outbound};
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     let mut trials = vec![
         trial(context, "reports::status_agrees_with_the_kernel", status),
+        trial(context, "reports::features_are_those_that_bpftool_finds", features),
         trial(context, "reports::pods_agree_with_the_kernel", pods),
         trial(context, "reports::an_absent_agent_is_an_error", absent_agent),
     ];
@@ -58,6 +62,54 @@ fn status(context: &Context) -> Result<()> {
     Ok(())
 }
 
+/// The hooks with their helpers, and the kinds of maps.
+fn features(context: &Context) -> Result<()> {
+    let node = context.node()?;
+    let status = node.status()?;
+    let output = Command::new("bpftool").args(["-j", "feature", "probe", "kernel"]).output()?;
+    let probed: Value = serde_json::from_slice(&output.stdout).context("bpftool feature probe")?;
+    let found = |name: &str| -> Result<Vec<&str>> {
+        let feature = status.features.iter().find(|feature| feature.name == name);
+        Ok(feature.with_context(|| format!("{name} is not told"))?.found.split(", ").collect())
+    };
+    for (name, kind) in [
+        ("cgroup/connect4", "cgroup_sock_addr"),
+        ("cgroup/connect6", "cgroup_sock_addr"),
+        ("TC", "sched_cls"),
+        ("sk_lookup", "sk_lookup"),
+        ("sock_ops", "sock_ops"),
+    ] {
+        ensure!(probed["program_types"][format!("have_{kind}_prog_type")] == true, "{name}");
+        let helpers = probed["helpers"][format!("{kind}_available_helpers")].as_array().context("helpers")?;
+        for helper in found(name)? {
+            ensure!(helpers.iter().any(|known| known == helper), "{name}: {helper} is not in {helpers:?}");
+        }
+    }
+    let maps = found("maps")?;
+    for (name, kind) in [("hash", "hash"), ("LPM trie", "lpm_trie"), ("socket storage", "sk_storage")] {
+        ensure!(
+            probed["map_types"][format!("have_{kind}_map_type")] == true && maps.contains(&name),
+            "{maps:?}"
+        );
+    }
+    ensure!(found("IPv6")? == ["on"] || !Path::new("/proc/net/if_inet6").exists());
+    // People are shown them as well, with what was lost of the events of connections.
+    let mut command = Command::new(&node.session().binaries().redirect);
+    let output = command.arg("status").arg("--socket").arg(node.agent_socket()).output()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    for feature in &status.features {
+        ensure!(
+            text.contains(&feature.name) && text.contains(&feature.found),
+            "{feature:?} is not in {text}"
+        );
+    }
+    ensure!(
+        text.contains("events of connections: listeners ") && text.contains("; lost to the limit "),
+        "{text}"
+    );
+    Ok(())
+}
+
 fn pods(context: &Context) -> Result<()> {
     let node = context.node()?;
     for families in Families::ALL {
@@ -67,7 +119,7 @@ fn pods(context: &Context) -> Result<()> {
         ensure!(report.addresses == pod.addresses(), "{:?}", report.addresses);
         ensure!(report.netns_cookie == pod.netns().cookie()?, "{}", report.netns_cookie);
         ensure!(report.interfaces == ["eth0"], "{:?}", report.interfaces);
-        ensure!(report.proxy == Ok(()), "{:?}", report.proxy);
+        ensure!(report.proxy == Ok(()) && report.state == PodState::Steered, "{report:#?}");
         let names: Vec<_> = families.iter().map(|family| family.name().to_owned()).collect();
         ensure!(report.steered == names, "{:?}", report.steered);
         let [attachment] = &report.attachments[..] else { anyhow::bail!("{:?}", report.attachments) };

@@ -1,12 +1,15 @@
 //! `redirect top` shows what a live agent tells.
 
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use ratatui::Terminal;
 use ratatui::backend::TestBackend;
+use redirect_tests::terminal::Pty;
+use redirect_tests::wait::{self, SOON};
 use redirect_tests::{Families, Monitor, Node, Stack};
 use redirect_user::top::Board;
 
@@ -14,7 +17,9 @@ use crate::context::{Context, for_every_stack};
 use crate::outbound;
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
-    for_every_stack(context, "top::rates_of_a_live_agent", rates)
+    let mut trials = for_every_stack(context, "top::rates_of_a_live_agent", rates);
+    trials.extend(for_every_stack(context, "top::on_a_terminal", terminal));
+    trials
 }
 
 /// Two connections in what counts as four seconds.
@@ -30,9 +35,7 @@ fn rates(context: &Context, stack: Stack) -> Result<()> {
     let steered = |flows: &[redirect_user::wire::FlowReport]| {
         flows.iter().filter(|flow| flow.direction == "outbound" && flow.verdict == "steered").count()
     };
-    redirect_tests::wait::until_true("both connections", redirect_tests::wait::SOON, || {
-        Ok(steered(&monitor.heard()) == 2)
-    })?;
+    wait::until_true("both connections", SOON, || Ok(steered(&monitor.heard()) == 2))?;
     board.update(&node.status()?, &monitor.heard(), 0, Duration::from_secs(4));
     let mut terminal = Terminal::new(TestBackend::new(120, 30))?;
     terminal.draw(|frame| board.draw(frame))?;
@@ -49,4 +52,30 @@ fn rates(context: &Context, stack: Stack) -> Result<()> {
     ensure!(shown("") && shown(&pod.identity().to_string()), "{screen}");
     ensure!(screen.contains("node proxies: 1"), "{screen}");
     Ok(())
+}
+
+/// As people run it: it takes the screen, shows a connection that is made meanwhile, and gives the screen back.
+fn terminal(context: &Context, stack: Stack) -> Result<()> {
+    let node = Node::start(&context.session()?)?;
+    let (pod, server) = (node.enrolled("pod", Families::Dual)?, node.plain("server", Families::Dual)?);
+    let mut command = Command::new(&node.session().binaries().redirect);
+    command.arg("top").arg("--socket").arg(node.agent_socket()).env("TERM", "xterm-256color");
+    let mut terminal = Pty::start(command)?;
+    let shows = |terminal: &Pty, what: &str| {
+        wait::until_true(what, SOON, || Ok(terminal.shown().contains(what))).with_context(|| terminal.shown())
+    };
+    shows(&terminal, "node proxies: 1")?;
+    ensure!(terminal.is_full_screen());
+    wait::until_true("listener", SOON, || Ok(node.status()?.flows.listeners == 1))?;
+    outbound::passes_the_proxy_once(&pod, &server, stack)?;
+    let row = |line: &str| {
+        let words = [&pod.identity().to_string(), stack.family().name(), "outbound", "steered", "enrolled"];
+        words.iter().all(|word| line.contains(*word))
+    };
+    wait::until_true("row of the pod", SOON, || Ok(terminal.shown().lines().any(row)))
+        .with_context(|| terminal.shown())?;
+    terminal.press("q")?;
+    let status = terminal.wait()?;
+    ensure!(status.success() && !terminal.is_full_screen(), "{status}: {}", terminal.shown());
+    wait::until_true("no listener", SOON, || Ok(node.status()?.flows.listeners == 0))
 }

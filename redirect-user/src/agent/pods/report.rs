@@ -1,9 +1,9 @@
 //! What can be told about pods.
 
-use super::super::datapath::{self, Datapath, Finding};
+use super::super::datapath::{self, Datapath, Finding, Target};
 use super::{Enrolled, Error, Pods};
 use crate::pod::PodIdentity;
-use crate::wire::PodReport;
+use crate::wire::{PodReport, PodState};
 use crate::zds::server::{Handle, PodProxyState};
 
 /// How far an enrolled pod is.
@@ -21,15 +21,17 @@ impl<D> Pods<D> {
         self.slots.each(|_, enrolled| report(enrolled, &self.proxies)).await
     }
 
-    /// Compares the kernel with what is wanted for an enrolled pod.
-    pub(crate) async fn inspect(&self, uid: &str) -> Result<Vec<Finding>, Error>
+    /// Compares the kernel with what is wanted for an enrolled pod. Returns that as well.
+    pub(crate) async fn inspect(&self, uid: &str) -> Result<(Target, Vec<Finding>), Error>
     where
         D: Datapath + Send + 'static,
     {
         let unknown = || Error::Unknown(uid.into());
         let slot = self.slots.find(uid).await.ok_or_else(unknown)?;
         let target = slot.as_ref().ok_or_else(unknown)?.target.clone();
-        Ok(self.kernel.run(move |datapath| datapath::inspect(datapath, &target)).await??)
+        drop(slot);
+        let copy = target.clone();
+        Ok((target, self.kernel.run(move |datapath| datapath::inspect(datapath, &copy)).await??))
     }
 
     /// How far a pod is; `None` if it is not enrolled.
@@ -42,6 +44,7 @@ impl<D> Pods<D> {
 
 fn report(enrolled: &Enrolled, proxies: &Handle) -> PodReport {
     let Enrolled { target, attachments, observation, since, .. } = enrolled;
+    let proxy = proxy(proxies, &target.identity);
     let interfaces = observation.namespace.interfaces.iter();
     PodReport {
         pod: target.identity.clone(),
@@ -53,7 +56,12 @@ fn report(enrolled: &Enrolled, proxies: &Handle) -> PodReport {
             .filter(|interface| !interface.is_loopback())
             .map(|interface| interface.name.clone())
             .collect(),
-        proxy: proxy(proxies, &target.identity),
+        state: match &proxy {
+            _ if !enrolled.steered => PodState::Broken,
+            Ok(()) => PodState::Steered,
+            Err(_) => PodState::Waiting,
+        },
+        proxy,
         since: since.elapsed().as_secs(),
     }
 }

@@ -1,10 +1,12 @@
 //! Keeping pods steered, whatever others do.
 
+use std::time::Instant;
+
 use super::super::datapath::{Datapath, Introduction};
 use super::super::facts::Fact;
 use super::super::records::Phase;
 use super::super::repairs::Repairs;
-use super::{Enrolled, Error, Pods, workload};
+use super::{Enrolled, Error, Pods, tell, workload};
 use crate::netns::NetNs;
 
 impl<D: Datapath + Send + 'static> Pods<D> {
@@ -86,16 +88,24 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             known.steered = false;
             return;
         }
+        let began = Instant::now();
         match self.steer(&known.target).await {
             Ok(outcome) => {
                 let before = &known.observation.facts;
                 let lost: Vec<Fact> = outcome.made.into_iter().filter(|fact| before.contains(fact)).collect();
                 self.repairs.of_facts(&known.target.identity, &lost);
                 known.observation = outcome.observation;
+                if !known.steered {
+                    tell::mended(&known.target, began);
+                }
                 known.steered = true;
             }
             Err(error) => {
-                tracing::warn!(pod = %known.target.identity, %error, "the pod can't be kept in step");
+                if known.steered {
+                    tell::broken(&known.target, began, &error);
+                } else {
+                    tracing::debug!(pod = %known.target.identity, %error, "the pod is still broken");
+                }
                 known.steered = false;
             }
         }

@@ -1,0 +1,134 @@
+//! The node proxy's listeners, as the tables of sockets of a network namespace show them.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{self, BufRead as _, BufReader};
+
+use redirect_ebpf::Family;
+use redirect_ebpf::constants::{PORT_DNS, PORT_INBOUND, PORT_OUTBOUND};
+use redirect_ebpf::maps::PodFlags;
+
+use super::datapath::Target;
+use crate::placement::Placement;
+use crate::wire::{FactState, Transport};
+
+/// A listener that the proxy has to have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Listener {
+    /// Of the connections that it is for.
+    pub(super) family: Family,
+    transport: Transport,
+    port: u16,
+}
+
+impl Listener {
+    /// Those for a pod, in the order in which they are shown.
+    fn of(target: &Target) -> Vec<Self> {
+        let mut ports = vec![(Transport::Tcp, PORT_OUTBOUND), (Transport::Tcp, PORT_INBOUND)];
+        if target.flags.contains(PodFlags::DNS) {
+            ports.extend([(Transport::Tcp, PORT_DNS), (Transport::Udp, PORT_DNS)]);
+        }
+        let of = |family| ports.iter().map(move |&(transport, port)| Self { family, transport, port });
+        target.addresses.families().flat_map(of).collect()
+    }
+
+    /// Whether connections of the pod's applications go there: to the proxy or to its resolver.
+    pub(super) fn serves_outbound(self, transport: Transport) -> bool {
+        self.transport == transport && self.port != PORT_INBOUND
+    }
+}
+
+impl fmt::Display for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let transport = match self.transport {
+            Transport::Tcp => "TCP",
+            Transport::Udp => "UDP",
+        };
+        write!(f, "listener of the node proxy, {transport} port {}, {}", self.port, self.family)
+    }
+}
+
+/// The listeners for a pod, and which of them are there: in the pod, or in the calling thread's namespace.
+pub(super) fn look(target: &Target, placement: Placement) -> io::Result<Vec<(Listener, FactState)>> {
+    let look = || {
+        let state = |there| if there { FactState::Present } else { FactState::Missing };
+        Listener::of(target).into_iter().map(|listener| Ok((listener, state(is_there(listener)?)))).collect()
+    };
+    match placement {
+        Placement::Pod => target.netns.run(look)?,
+        Placement::Node => look(),
+    }
+}
+
+/// An IPv6 socket at `::` takes IPv4 as well, unless `bindv6only` says otherwise.
+fn is_there(Listener { family, transport, port }: Listener) -> io::Result<bool> {
+    if bound(transport, family)?.iter().any(|bound| bound.port == port) {
+        return Ok(true);
+    }
+    let both = family == Family::Ipv4
+        && fs::read_to_string("/proc/sys/net/ipv6/bindv6only").is_ok_and(|value| value.trim() == "0");
+    Ok(both && bound(transport, Family::Ipv6)?.iter().any(|bound| bound.port == port && bound.anywhere))
+}
+
+/// Where a socket listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Bound {
+    pub(super) port: u16,
+    /// On every address.
+    anywhere: bool,
+}
+
+/// The listeners of a family in the calling thread's namespace; none where the kernel does not have the family.
+pub(super) fn bound(transport: Transport, family: Family) -> io::Result<Vec<Bound>> {
+    let table = match (transport, family) {
+        (Transport::Tcp, Family::Ipv4) => "tcp",
+        (Transport::Tcp, Family::Ipv6) => "tcp6",
+        (Transport::Udp, Family::Ipv4) => "udp",
+        (Transport::Udp, Family::Ipv6) => "udp6",
+    };
+    let file = match File::open(format!("/proc/thread-self/net/{table}")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        file => file?,
+    };
+    Ok(listening(transport, BufReader::new(file).lines().map_while(Result::ok)))
+}
+
+/// Those in a table: "sl local_address rem_address st …". That of TCP has listeners first, and may be long.
+fn listening(transport: Transport, lines: impl Iterator<Item = String>) -> Vec<Bound> {
+    const LISTEN: &str = "0A";
+    let parsed = lines.skip(1).map_while(|line| {
+        let mut words = line.split_whitespace().skip(1);
+        let (local, _, state) = (words.next()?, words.next()?, words.next()?);
+        if transport == Transport::Tcp && state != LISTEN {
+            return None;
+        }
+        let (address, port) = local.rsplit_once(':')?;
+        let anywhere = address.bytes().all(|digit| digit == b'0');
+        Some(Bound { port: u16::from_str_radix(port, 16).ok()?, anywhere })
+    });
+    parsed.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn listeners_are_the_first_in_the_table() {
+        let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n\
+                        0: 00000000:3A99 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1\n\
+                        1: 0100007F:3A9E 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 2\n\
+                        2: 0100007F:1F90 0100007F:C350 01 00000000:00000000 00:00000000 00000000     0        0 3\n";
+        let found = listening(Transport::Tcp, table.lines().map(str::to_owned));
+        let bound = |port, anywhere| Bound { port, anywhere };
+        assert_eq!(found, [bound(PORT_OUTBOUND, true), bound(PORT_INBOUND, false)]);
+    }
+
+    #[test]
+    fn datagram_sockets_are_all_listeners() {
+        let table = "  sl  local_address                         remote_address                        st tx_queue\n\
+             31: 00000000000000000000000001000000:3ACD 00000000000000000000000000000000:0000 07 00000000:00000000\n";
+        let found = listening(Transport::Udp, table.lines().map(str::to_owned));
+        assert_eq!(found, [Bound { port: PORT_DNS, anywhere: false }]);
+    }
+}

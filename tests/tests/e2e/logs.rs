@@ -1,0 +1,122 @@
+//! What the agent's log says: a line for each change of a pod's state, and nothing of connections.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, ensure};
+use libtest_mimic::Trial;
+use redirect_tests::{Cluster, Families, Node, Stack, wait};
+use serde_json::Value;
+
+use crate::coexistence::add_filter;
+use crate::context::{Context, for_every_stack, trial};
+use crate::{inbound, outbound, restarts};
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    let mut trials = vec![
+        trial(context, "logs::a_line_for_each_change_of_a_pod", changes),
+        trial(context, "logs::a_pod_that_changes_in_kubernetes", in_kubernetes),
+        trial(context, "logs::levels_by_module", levels),
+    ];
+    trials.extend(for_every_stack(context, "logs::nothing_of_connections", connections));
+    trials
+}
+
+fn log(node: &Node) -> Result<String> {
+    node.with_agent(|agent| Ok(agent.process().log()))
+}
+
+/// The log as JSON, all of it. Its last line may not be complete yet.
+fn lines(node: &Node) -> Result<Vec<Value>> {
+    let log = log(node)?;
+    let complete = log.rsplit_once('\n').map_or("", |(complete, _)| complete);
+    let parsed = complete.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned()));
+    parsed.collect()
+}
+
+/// Waits for what is said about a pod, and checks that it is complete.
+fn say(node: &Node, uid: &str, families: &str, messages: &[&str]) -> Result<()> {
+    let mut found = Vec::new();
+    let said = wait::until_true("lines about the pod", wait::SOON, || {
+        found = lines(node)?.into_iter().filter(|line| line["uid"] == uid).collect();
+        Ok(found.len() >= messages.len())
+    });
+    said.with_context(|| format!("{found:#?}"))?;
+    let heard: Vec<_> = found.iter().map(|line| line["message"].as_str().unwrap_or_default()).collect();
+    ensure!(heard == messages, "{found:#?}");
+    for line in &found {
+        ensure!(line["families"] == families && line["microseconds"].as_u64() > Some(0), "{line:#}");
+        ensure!(line["timestamp"].is_string() && line["level"].is_string(), "{line:#}");
+        ensure!(
+            line["target"].as_str().is_some_and(|target| target.starts_with("redirect_user::")),
+            "{line:#}"
+        );
+    }
+    Ok(())
+}
+
+fn names(families: Families) -> String {
+    families.iter().map(redirect_ebpf::Family::name).collect::<Vec<_>>().join(", ")
+}
+
+fn changes(context: &Context) -> Result<()> {
+    let node = Node::with_arguments(&context.session()?, &["--log-format", "json"])?;
+    for families in Families::ALL {
+        let pod = node.enrolled("pod", families)?;
+        let uid = pod.identity().uid.clone();
+        pod.unenrol()?;
+        // Another filter is where ours has to be.
+        add_filter(&pod, "arp", "1", "ingress")?;
+        restarts::message(pod.enrol())?;
+        let messages = ["pod is steered", "pod is no longer steered", "pod can't be enrolled"];
+        say(&node, &uid, &names(families), &messages)?;
+    }
+    Ok(())
+}
+
+fn in_kubernetes(context: &Context) -> Result<()> {
+    let cluster = Cluster::start(&context.session()?, &["--log-format", "json"])?;
+    for families in Families::ALL {
+        let pod = cluster.node().plain("pod", families)?;
+        cluster.announce(&pod, &[]);
+        pod.enrol()?;
+        cluster.announce(&pod, &[("ambient-redirect.io/exclude-outbound-ports", "8443")]);
+        let messages = ["pod is steered", "pod has changed"];
+        say(cluster.node(), &pod.identity().uid, &names(families), &messages)?;
+    }
+    Ok(())
+}
+
+fn levels(context: &Context) -> Result<()> {
+    const MODULE: &str = "redirect_user::agent::pods";
+    let levels = format!("warn,{MODULE}=info");
+    let node = Node::with_arguments(&context.session()?, &["--log-format", "json", "--log", &levels])?;
+    let pod = node.enrolled("pod", Families::Dual)?;
+    say(&node, &pod.identity().uid, "IPv4, IPv6", &["pod is steered"])?;
+    let lines = lines(&node)?;
+    let modules: BTreeSet<_> = lines
+        .iter()
+        .filter(|line| line["level"] == "INFO")
+        .filter_map(|line| line["target"].as_str())
+        .collect();
+    ensure!(modules.iter().all(|module| module.starts_with(MODULE)), "{modules:?}");
+    // Elsewhere all modules have their say.
+    ensure!(log(&*context.node()?)?.contains("the agent is ready"));
+    Ok(())
+}
+
+/// Not even while all is told that there is to tell.
+fn connections(context: &Context, stack: Stack) -> Result<()> {
+    let node = Node::with_arguments(&context.session()?, &["--log", "trace"])?;
+    let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    for _ in 0..3 {
+        outbound::passes_the_proxy_once(&pod, &other, stack)?;
+        inbound::passes_the_proxy_once(other.netns(), &pod, stack)?;
+    }
+    let log = log(&node)?;
+    ensure!(log.contains(&pod.identity().uid), "{log}");
+    // The other pod's address is in no line but those of connections with it.
+    let address = other.address(stack.family())?.to_string();
+    ensure!(!log.contains(&address), "{address} is in {log}");
+    Ok(())
+}
