@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail, ensure};
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, ResourceQuota, Service, ServiceAccount};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, ResourceQuota, Service, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
@@ -29,6 +29,7 @@ fn check(object: &Value) -> Result<()> {
     match kind {
         ("v1", "ConfigMap") => strictly::<ConfigMap>(object),
         ("v1", "Namespace") => strictly::<Namespace>(object),
+        ("v1", "Pod") => strictly::<Pod>(object),
         ("v1", "ResourceQuota") => strictly::<ResourceQuota>(object),
         ("v1", "Service") => strictly::<Service>(object),
         ("v1", "ServiceAccount") => strictly::<ServiceAccount>(object),
