@@ -8,6 +8,7 @@
 //! ```
 
 pub mod datapath;
+mod diagnostics;
 pub(crate) mod enrolment;
 pub mod facts;
 mod flows;

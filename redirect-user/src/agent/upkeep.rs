@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::time::{MissedTickBehavior, interval};
 
+use super::diagnostics::Diagnostics;
 use super::linux::Linux;
 use super::pods::Pods;
 use super::repairs::Kind;
@@ -14,6 +15,7 @@ use super::thread::{Gone, Kernel};
 /// Works for ever.
 pub(super) async fn keep_up(every: Duration, kernel: Kernel<Linux>, pods: Arc<Pods<Linux>>) {
     let mut ticks = interval(every);
+    let mut diagnostics = Diagnostics::default();
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
@@ -23,6 +25,7 @@ pub(super) async fn keep_up(every: Duration, kernel: Kernel<Linux>, pods: Arc<Po
         if mend(&kernel, &pods).await.is_err() {
             return;
         }
+        diagnostics.tell(&kernel).await;
         let known = pods.cookies().await;
         if let Ok(Err(error)) = kernel.run(move |linux| linux.collect(&known)).await {
             tracing::warn!(

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
+use redirect_tests::connection::dial;
 use redirect_tests::{Cluster, Families, Node, Stack, wait};
 use serde_json::Value;
 
@@ -19,6 +20,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         trial(context, "logs::levels_by_module", levels),
     ];
     trials.extend(for_every_stack(context, "logs::nothing_of_connections", connections));
+    trials.extend(for_every_stack(context, "logs::what_the_kernel_side_drops", drops));
     trials
 }
 
@@ -119,4 +121,34 @@ fn connections(context: &Context, stack: Stack) -> Result<()> {
     let address = other.address(stack.family())?.to_string();
     ensure!(!log.contains(&address), "{address} is in {log}");
     Ok(())
+}
+
+/// Refused connections, as a sum, at debug level.
+fn drops(context: &Context, stack: Stack) -> Result<()> {
+    const MANY: u64 = 3;
+    let arguments = ["--without-proxy", "refuse", "--log", "debug", "--log-format", "json"];
+    let node = Node::with_arguments(&context.session()?, &arguments)?;
+    let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    let listening = other.listen(stack)?;
+    let to = other.endpoint(stack.family(), listening.port())?;
+    node.kill_proxy()?;
+    for _ in 0..MANY {
+        ensure!(pod.netns().run(|| dial(stack, to, wait::SOON))?.is_err());
+    }
+    let told = || -> Result<u64> {
+        let is_drop = |line: &Value| {
+            line["message"] == "the kernel side dropped connections"
+                && line["family"] == stack.family().name()
+                && line["direction"] == "outbound"
+                && line["reason"] == "no_listener"
+                && line["level"] == "DEBUG"
+        };
+        Ok(lines(&node)?
+            .iter()
+            .filter(|line| is_drop(line))
+            .filter_map(|line| line["connections"].as_u64())
+            .sum())
+    };
+    wait::until_true("sum of dropped connections", wait::SOON, || Ok(told()? == MANY))
+        .with_context(|| log(&node).unwrap_or_default())
 }
