@@ -1,27 +1,39 @@
 //! The kernel side: built and linted for the BPF target.
 
-use std::env::consts::ARCH;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use crate::architecture::Architecture;
 use crate::progress;
 use crate::setup::{self, KernelSide};
 use crate::workspace::Workspace;
 
 /// BPF programs have the byte order of the machine that they run on.
-const TARGET: &str = if cfg!(target_endian = "big") { "bpfeb-unknown-none" } else { "bpfel-unknown-none" };
+const TARGET: &str = "bpfel-unknown-none";
 
-/// Builds `target/bpf/redirect.o`. The file is left alone when nothing changed, so that user space, which embeds it,
-/// is not built again.
-pub(crate) fn build(workspace: &Workspace, kernel_side: &KernelSide) -> Result<()> {
+/// The kernel side's object. `.cargo/config.toml` names the one for this machine.
+pub(crate) fn object(workspace: &Workspace, architecture: Architecture) -> PathBuf {
+    workspace.target(match architecture {
+        Architecture::HOST => "bpf/redirect.o".into(),
+        other => format!("bpf/redirect-{}.o", other.name()),
+    })
+}
+
+/// Builds the object. The file is left alone when nothing changed, so that user space, which embeds it, is not built
+/// again.
+pub(crate) fn build(
+    workspace: &Workspace,
+    kernel_side: &KernelSide,
+    architecture: Architecture,
+) -> Result<()> {
     let mut cargo = kernel_side.rustc.cargo(workspace, "build");
-    for_bpf(workspace, kernel_side, &mut cargo);
+    for_bpf(workspace, kernel_side, architecture, &mut cargo);
     progress::run(workspace, "building the kernel side", "build-ebpf", &mut cargo)?;
     let built = workspace.target(format!("bpf-build/{TARGET}/release/redirect-ebpf"));
-    let object = workspace.target("bpf/redirect.o");
+    let object = object(workspace, architecture);
     let changed = copy_if_changed(&built, &object)?;
     let size = object.metadata()?.len();
     let state = if changed { "new" } else { "unchanged" };
@@ -33,15 +45,15 @@ pub(crate) fn build(workspace: &Workspace, kernel_side: &KernelSide) -> Result<(
 pub(crate) fn clippy(workspace: &Workspace) -> Result<()> {
     let kernel_side = setup::kernel_side_lints(workspace)?;
     let mut clippy = kernel_side.rustc.clippy(workspace);
-    for_bpf(workspace, &kernel_side, &mut clippy);
+    for_bpf(workspace, &kernel_side, Architecture::HOST, &mut clippy);
     clippy.args(["--lib", "--", "-Dwarnings"]);
     progress::run(workspace, "linting the kernel side", "clippy-ebpf", &mut clippy)
 }
 
-fn for_bpf(workspace: &Workspace, kernel_side: &KernelSide, cargo: &mut Command) {
+fn for_bpf(workspace: &Workspace, kernel_side: &KernelSide, architecture: Architecture, cargo: &mut Command) {
     let flags = [
         // aya-ebpf's register layouts are those of the machine that traces, not of the BPF machine.
-        format!("--cfg=bpf_target_arch=\"{ARCH}\""),
+        format!("--cfg=bpf_target_arch=\"{}\"", architecture.name()),
         format!("-Clinker={}", kernel_side.linker.display()),
         // The kernel wants BTF, which is made from debug information.
         "-Clink-arg=--btf".into(),

@@ -12,6 +12,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use flate2::{Compression, GzBuilder};
 
+use crate::architecture::Architecture;
 use crate::packages::{Evidence, Package, Packages};
 use crate::userspace::{self, Programs};
 use crate::workspace::Workspace;
@@ -65,7 +66,11 @@ fn programs_and_documents(tree: &Tree<'_>, programs: &Programs) -> Result<()> {
     let documents = format!("usr/share/doc/{NAME}");
     tree.write(&format!("{documents}/copyright"), copyright().as_bytes(), 0o644)?;
     tree.write_compressed(&format!("{documents}/changelog.gz"), &tree.read("CHANGELOG.md")?)?;
-    tree.write(&format!("{documents}/sbom.spdx.json"), &image::bill_of_materials(tree.workspace)?, 0o644)?;
+    tree.write(
+        &format!("{documents}/sbom.spdx.json"),
+        &image::bill_of_materials(tree.workspace, Architecture::HOST)?,
+        0o644,
+    )?;
 
     let pages = tree.workspace.target("deb/man");
     output(Command::new(&programs.redirect).arg("man").arg(&pages))?;
@@ -90,7 +95,7 @@ fn control(tree: &Tree<'_>) -> Result<()> {
     let size = output(Command::new("du").args(["--summarize", "--block-size=1024"]).arg(&tree.root))?;
     let size = String::from_utf8_lossy(&size);
     let size = size.split_whitespace().next().context("du")?;
-    let architecture = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+    let architecture = Architecture::HOST.in_packages();
     let version = env!("CARGO_PKG_VERSION");
     let control = format!(
         "Package: {NAME}\nVersion: {version}\nArchitecture: {architecture}\nSection: net\nPriority: optional\n\

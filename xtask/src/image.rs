@@ -12,13 +12,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 
+use crate::architecture::Architecture;
 use crate::setup;
 use crate::userspace::{self, Programs};
 use crate::workspace::Workspace;
 use layout::{Entry, Image};
-
-/// Where the image goes.
-const ARCHIVE: &str = "image/ambient-redirect.tar";
 
 /// What the image is called, and how much is checked.
 #[derive(Args)]
@@ -29,13 +27,19 @@ pub(crate) struct Settings {
     /// Builds everything once more, in another directory, and compares the digests. Takes minutes.
     #[arg(long)]
     verify: bool,
+    /// What it is for.
+    #[arg(long, value_enum, default_value = Architecture::HOST.name())]
+    architecture: Architecture,
 }
 
 pub(crate) fn image(workspace: &Workspace, settings: &Settings) -> Result<()> {
+    let architecture = settings.architecture;
     let kernel_side = setup::kernel_side(workspace)?;
-    let programs = userspace::build(workspace, &kernel_side, &[])?;
+    architecture.ensure(workspace)?;
+    let programs = userspace::build_for(workspace, &kernel_side, architecture)?;
+    architecture.try_out(workspace, &programs)?;
     let name = settings.name.clone().unwrap_or_else(default_name);
-    let (image, archive) = write(workspace, &programs, &name)?;
+    let (image, archive) = write_for(workspace, architecture, &programs, &name)?;
     for Entry { path, bytes, .. } in &image.entries {
         println!("{:>9}  /{path}", bytes.len());
     }
@@ -44,18 +48,30 @@ pub(crate) fn image(workspace: &Workspace, settings: &Settings) -> Result<()> {
 
     if settings.verify {
         let again = workspace.target("image/again");
-        let programs = userspace::build_in(workspace, &again)?;
-        let digest = assemble(workspace, &programs, &name)?.digest()?;
+        let programs = userspace::build_in(workspace, architecture, &again)?;
+        let digest = assemble(workspace, architecture, &programs, &name)?.digest()?;
         ensure!(digest == image.digest()?, "a second build is another image: {digest}");
         println!("a second build, in {}, is the same image", workspace.show(&again));
     }
     Ok(())
 }
 
-/// Writes the archive.
+/// Writes the archive for this machine.
 pub(crate) fn write(workspace: &Workspace, programs: &Programs, name: &str) -> Result<(Image, PathBuf)> {
-    let image = assemble(workspace, programs, name)?;
-    let archive = workspace.target(ARCHIVE);
+    write_for(workspace, Architecture::HOST, programs, name)
+}
+
+fn write_for(
+    workspace: &Workspace,
+    architecture: Architecture,
+    programs: &Programs,
+    name: &str,
+) -> Result<(Image, PathBuf)> {
+    let image = assemble(workspace, architecture, programs, name)?;
+    let archive = workspace.target(match architecture {
+        Architecture::HOST => "image/ambient-redirect.tar".into(),
+        other => format!("image/ambient-redirect-{}.tar", other.in_packages()),
+    });
     image.write(&archive).with_context(|| format!("cannot write {}", archive.display()))?;
     Ok((image, archive))
 }
@@ -64,38 +80,36 @@ pub(crate) fn default_name() -> String {
     format!("localhost/ambient-redirect:{}", env!("CARGO_PKG_VERSION"))
 }
 
-fn assemble(workspace: &Workspace, programs: &Programs, name: &str) -> Result<Image> {
+fn assemble(
+    workspace: &Workspace,
+    architecture: Architecture,
+    programs: &Programs,
+    name: &str,
+) -> Result<Image> {
     let mut entries = Vec::new();
     let mut add =
         |path: &str, mode: u32, bytes: Vec<u8>| entries.push(Entry { path: path.into(), mode, bytes });
     for (path, program) in [("redirect", &programs.redirect), ("redirect-cni", &programs.plugin)] {
         let bytes = read(program)?;
-        ensure!(
-            !has_interpreter(&bytes),
-            "{} is not static: it can't run in an image of its own",
-            program.display()
-        );
+        architecture
+            .check(&bytes)
+            .with_context(|| format!("{} can't run in an image of its own", program.display()))?;
         add(path, 0o755, bytes);
     }
     for licence in ["LICENSE-APACHE", "LICENSE-MIT", "LICENSE-GPL-2.0"] {
         add(&format!("licenses/{licence}"), 0o644, read(&workspace.root(licence))?);
     }
-    add("sbom.spdx.json", 0o644, bill_of_materials(workspace)?);
-    Ok(Image { name: name.to_owned(), created: commit_time(workspace)?, entries })
+    add("sbom.spdx.json", 0o644, bill_of_materials(workspace, architecture)?);
+    Ok(Image { name: name.to_owned(), architecture, created: commit_time(workspace)?, entries })
 }
 
 /// What the programs are built from.
-pub(crate) fn bill_of_materials(workspace: &Workspace) -> Result<Vec<u8>> {
-    sbom::spdx(workspace, commit_time(workspace)?)
+pub(crate) fn bill_of_materials(workspace: &Workspace, architecture: Architecture) -> Result<Vec<u8>> {
+    sbom::spdx(workspace, architecture, commit_time(workspace)?)
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("cannot read {}", path.display()))
-}
-
-/// Whether an ELF program asks for a dynamic loader.
-fn has_interpreter(program: &[u8]) -> bool {
-    program.windows(8).take(4096).any(|window| window == b"/lib64/l")
 }
 
 /// Seconds since 1970 of the commit, or what `SOURCE_DATE_EPOCH` says.

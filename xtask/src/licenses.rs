@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use spdx::{Expression, Licensee, ParseMode};
 
+use crate::architecture::Architecture;
 use crate::progress;
 use crate::workspace::Workspace;
 
@@ -27,9 +28,6 @@ const PERMITTED: [&str; 11] = [
 
 const CRATES_IO: &str = "registry+https://github.com/rust-lang/crates.io-index";
 
-/// The platforms that programs are built for.
-const PLATFORMS: [&str; 2] = ["x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"];
-
 #[derive(Deserialize)]
 struct Metadata {
     packages: Vec<Package>,
@@ -49,8 +47,8 @@ struct Package {
 pub(crate) fn check(workspace: &Workspace) -> Result<()> {
     let mut cargo = workspace.cargo();
     cargo.args(["metadata", "--format-version", "1", "--locked"]);
-    for platform in PLATFORMS {
-        cargo.args(["--filter-platform", platform]);
+    for architecture in Architecture::ALL {
+        cargo.args(["--filter-platform", architecture.target()]);
     }
     let output = cargo.output().context("cannot run cargo")?;
     if !output.status.success() {

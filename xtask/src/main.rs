@@ -1,5 +1,6 @@
 //! `cargo xtask <task>`: everything a contributor or CI does with this repository, from a fresh clone on.
 
+mod architecture;
 mod bench;
 mod bpf;
 mod deb;
@@ -29,6 +30,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+use architecture::Architecture;
 use workspace::Workspace;
 
 /// Tasks of ambient-redirect. Each does what it depends on: `cargo xtask test` works in a fresh clone.
@@ -95,7 +97,7 @@ fn run(task: Task) -> Result<ExitCode> {
     let workspace = Workspace::find();
     match task {
         Task::Setup => setup::everything(&workspace).map(drop)?,
-        Task::BuildEbpf => bpf::build(&workspace, &setup::kernel_side(&workspace)?)?,
+        Task::BuildEbpf => bpf::build(&workspace, &setup::kernel_side(&workspace)?, Architecture::HOST)?,
         Task::ClippyEbpf => bpf::clippy(&workspace)?,
         Task::Build => userspace::build_and_show(&workspace)?,
         Task::Man => man::man(&workspace)?,

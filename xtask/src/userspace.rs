@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use crate::architecture::Architecture;
 use crate::setup::KernelSide;
 use crate::workspace::Workspace;
 use crate::{bpf, progress, setup};
@@ -15,20 +16,25 @@ pub(crate) struct Programs {
     pub(crate) plugin: PathBuf,
 }
 
-/// The target that is built for. It is named, even if it is this machine's, so that flags do not reach build scripts and
-/// procedural macros, which can't be static.
-pub(crate) const TARGET: &str =
-    if cfg!(target_arch = "aarch64") { "aarch64-unknown-linux-gnu" } else { "x86_64-unknown-linux-gnu" };
-
 /// Builds the kernel side, then user space around it, and with it `extra` packages of cargo's command line.
 pub(crate) fn build(workspace: &Workspace, kernel_side: &KernelSide, extra: &[&str]) -> Result<Programs> {
-    bpf::build(workspace, kernel_side)?;
-    cargo_build(workspace, &workspace.target(""), extra)
+    bpf::build(workspace, kernel_side, Architecture::HOST)?;
+    cargo_build(workspace, Architecture::HOST, &workspace.target(""), extra)
+}
+
+/// As [`build`], for any architecture.
+pub(crate) fn build_for(
+    workspace: &Workspace,
+    kernel_side: &KernelSide,
+    architecture: Architecture,
+) -> Result<Programs> {
+    bpf::build(workspace, kernel_side, architecture)?;
+    cargo_build(workspace, architecture, &workspace.target(""), &[])
 }
 
 /// Builds the kernel side, then user space for development, which is ready sooner.
 pub(crate) fn build_for_development(workspace: &Workspace, kernel_side: &KernelSide) -> Result<Programs> {
-    bpf::build(workspace, kernel_side)?;
+    bpf::build(workspace, kernel_side, Architecture::HOST)?;
     let mut cargo = workspace.cargo();
     cargo.args(["build", "--package", "redirect-user", "--bin", "redirect", "--bin", "redirect-cni"]);
     progress::run(workspace, "building user space for development", "build", &mut cargo)?;
@@ -37,17 +43,32 @@ pub(crate) fn build_for_development(workspace: &Workspace, kernel_side: &KernelS
 }
 
 /// Builds user space alone, below a directory of its own.
-pub(crate) fn build_in(workspace: &Workspace, target: &Path) -> Result<Programs> {
-    cargo_build(workspace, target, &[])
+pub(crate) fn build_in(workspace: &Workspace, architecture: Architecture, folder: &Path) -> Result<Programs> {
+    cargo_build(workspace, architecture, folder, &[])
 }
 
-fn cargo_build(workspace: &Workspace, target: &Path, extra: &[&str]) -> Result<Programs> {
+fn cargo_build(
+    workspace: &Workspace,
+    architecture: Architecture,
+    folder: &Path,
+    extra: &[&str],
+) -> Result<Programs> {
+    let target = architecture.target();
     let mut cargo = workspace.cargo();
-    cargo.args(["build", "--release", "--target", TARGET, "--package", "redirect-user"]);
+    // The target is named, even if it is this machine's, so that flags do not reach build scripts and procedural macros,
+    // which can't be static.
+    cargo.args(["build", "--release", "--target", target, "--package", "redirect-user"]);
     cargo.args(["--bin", "redirect", "--bin", "redirect-cni"]).args(extra);
-    cargo.env("CARGO_TARGET_DIR", target).env("CARGO_ENCODED_RUSTFLAGS", flags(workspace).join("\x1f"));
-    progress::run(workspace, "building user space", "build", &mut cargo)?;
-    let release = target.join(TARGET).join("release");
+    cargo.env("CARGO_TARGET_DIR", folder).env("CARGO_ENCODED_RUSTFLAGS", flags(workspace).join("\x1f"));
+    let mut what = "building user space".to_owned();
+    if architecture != Architecture::HOST {
+        let linker = format!("CARGO_TARGET_{}_LINKER", target.to_uppercase().replace('-', "_"));
+        cargo.env(linker, architecture.compiler());
+        cargo.env("REDIRECT_BPF_OBJECT", bpf::object(workspace, architecture));
+        what += &format!(" for {}", architecture.name());
+    }
+    progress::run(workspace, &what, "build", &mut cargo)?;
+    let release = folder.join(target).join("release");
     Ok(Programs { redirect: release.join("redirect"), plugin: release.join("redirect-cni") })
 }
 

@@ -9,6 +9,8 @@ use flate2::{Compression, GzBuilder};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use crate::architecture::Architecture;
+
 /// Files belong to nobody in particular: the programs need no more than to be read.
 const OWNER: u64 = 65532;
 
@@ -22,6 +24,7 @@ pub(crate) struct Entry {
 
 pub(crate) struct Image {
     pub(super) name: String,
+    pub(super) architecture: Architecture,
     /// Seconds since 1970.
     pub(super) created: u64,
     pub(super) entries: Vec<Entry>,
@@ -97,7 +100,7 @@ impl Image {
         let layer = Blob::new(gzip.finish()?);
         let configuration = Blob::json(&json!({
             "created": rfc3339(self.created),
-            "architecture": "amd64",
+            "architecture": self.architecture.in_packages(),
             "os": "linux",
             "config": {
                 "Entrypoint": ["/redirect"],
@@ -177,7 +180,12 @@ mod tests {
 
     fn image(bytes: &[u8]) -> Image {
         let entry = Entry { path: "licenses/TEXT".into(), mode: 0o644, bytes: bytes.into() };
-        Image { name: "localhost/x:1".into(), created: 1_000_000_000, entries: vec![entry] }
+        Image {
+            name: "localhost/x:1".into(),
+            architecture: Architecture::HOST,
+            created: 1_000_000_000,
+            entries: vec![entry],
+        }
     }
 
     #[test]

@@ -6,16 +6,18 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use super::layout::rfc3339;
-use crate::userspace::TARGET;
+use crate::architecture::Architecture;
 use crate::workspace::Workspace;
 
 const ROOT: &str = "SPDXRef-ambient-redirect";
 
 /// The document, for user space and kernel side.
-pub(super) fn spdx(workspace: &Workspace, created: u64) -> Result<Vec<u8>> {
+pub(super) fn spdx(workspace: &Workspace, architecture: Architecture, created: u64) -> Result<Vec<u8>> {
     // Names and versions with licences; normal dependencies only, which are those that end up in the programs.
     let mut crates = BTreeMap::new();
-    for (package, target) in [("redirect-user", TARGET), ("redirect-ebpf", "bpfel-unknown-none")] {
+    for (package, target) in
+        [("redirect-user", architecture.target()), ("redirect-ebpf", "bpfel-unknown-none")]
+    {
         let mut cargo = workspace.cargo();
         cargo.args([
             "tree",
