@@ -48,8 +48,22 @@ pub struct PodAddress {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(C)]
 pub struct ProxyCgroup {
-    /// How many connected proxies run in this cgroup.
-    pub proxies: u32,
+    /// Which part of the proxy runs there.
+    pub part: ProxyPart,
+}
+
+/// A part of a node proxy that sets no marks, as far as parts have cgroups of their own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(transparent)]
+pub struct ProxyPart(pub u32);
+
+impl ProxyPart {
+    /// All of it.
+    pub const ALL: Self = Self(1);
+    /// The one for connections that were captured on their way out of a pod. Placement `node`.
+    pub const OUTBOUND: Self = Self(2);
+    /// The other one, which delivers to applications. Placement `node`.
+    pub const INBOUND: Self = Self(3);
 }
 
 /// Settings of the kernel side that hold for the whole node.
@@ -303,7 +317,7 @@ flags! {
         DNS = 1,
         /// There are exclusions for this pod alone.
         EXCLUSIONS = 2,
-        /// The pod may send from addresses that are not its own. Placement `node`.
+        /// The pod may send from addresses that are neither its own nor another enrolled pod's. Placement `node`.
         ANY_SOURCE = 3,
     }
 }

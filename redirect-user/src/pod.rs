@@ -108,6 +108,8 @@ pub struct PodSettings {
     pub bypass_inbound: bool,
     /// Whether the pod's DNS questions go to the proxy's resolver, if it says so itself.
     pub dns: Option<bool>,
+    /// Placement `node`: whether the pod may send from addresses that are not its own, if it says so itself.
+    pub any_source: Option<bool>,
     /// What is not steered.
     pub exclusions: BTreeSet<Exclusion>,
     /// Interfaces whose inbound TCP counts as the pod's own outbound: virtual machines behind them, say.

@@ -39,9 +39,13 @@ fn from_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
     // SAFETY: every TC context has `ifindex`.
     let interface = unsafe { (*ctx.skb.skb).ifindex };
     let Some((cookie, flags)) = pods::behind(interface) else { return Action::Continue };
+    // Nobody may pass for another pod.
+    let spoofs = |source| match I::owner(&source) {
+        Some(owner) => owner != cookie,
+        None => !flags.contains(PodFlags::ANY_SOURCE) && !I::is_unassigned(source),
+    };
     // A packet that is too short for an address is dropped below.
-    let spoofs = |source| I::owner(&source) != Some(cookie) && !I::is_unassigned(source);
-    if !flags.contains(PodFlags::ANY_SOURCE) && source::<I>(&Skb(ctx)).is_some_and(spoofs) {
+    if source::<I>(&Skb(ctx)).is_some_and(spoofs) {
         return drop::<I>(Reason::Spoofed, cookie, None);
     }
     match parse::<I>(&Skb(ctx)) {

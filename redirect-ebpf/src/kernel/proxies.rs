@@ -6,7 +6,7 @@ use aya_ebpf::maps::HashMap;
 use aya_ebpf::programs::TcContext;
 use redirect_ebpf::constants::{MARK_DELIVERY, MARK_MASK, MARK_PROXY, MAX_PROXY_CGROUPS};
 use redirect_ebpf::decide;
-use redirect_ebpf::maps::{ConfigFlags, ProxyCgroup};
+use redirect_ebpf::maps::{ConfigFlags, ProxyCgroup, ProxyPart};
 
 use super::config;
 
@@ -36,6 +36,8 @@ pub(super) fn sent(ctx: &TcContext) -> bool {
 pub(super) enum Sender {
     /// The proxy, to the pod's application.
     Delivery,
+    /// The part of the proxy that delivers, to the pod's application, or to the other part, which has the pod's address.
+    Inbound,
     /// The proxy, to a client in the pod, or for a client in another one.
     Proxy,
     /// Anybody.
@@ -43,23 +45,34 @@ pub(super) enum Sender {
 }
 
 /// Whose packet it is. Marks do not cross from one namespace to another: whoever sets one here has `CAP_NET_ADMIN` on the
-/// node itself. A proxy that sets none is known by its cgroup, and delivers.
+/// node itself. A proxy that sets none is known by its cgroup, and delivers, unless its parts have cgroups of their own.
 #[inline(always)]
 pub(super) fn sender(ctx: &TcContext) -> Sender {
     // SAFETY: every TC context has `mark`.
     match unsafe { (*ctx.skb.skb).mark } & MARK_MASK {
         MARK_DELIVERY => Sender::Delivery,
         MARK_PROXY => Sender::Proxy,
-        _ if is_in_proxy_cgroup(ctx) => Sender::Delivery,
-        _ => Sender::Other,
+        _ => match part(ctx) {
+            Some(ProxyPart::OUTBOUND) => Sender::Proxy,
+            Some(ProxyPart::INBOUND) => Sender::Inbound,
+            Some(_) => Sender::Delivery,
+            None => Sender::Other,
+        },
     }
 }
 
 /// Whether the socket that a packet comes from, or that it is assigned to, is of a process in a node proxy's cgroup.
 #[inline(always)]
 pub(super) fn is_in_proxy_cgroup(ctx: &TcContext) -> bool {
+    part(ctx).is_some()
+}
+
+#[inline(always)]
+fn part(ctx: &TcContext) -> Option<ProxyPart> {
     // SAFETY: the helper takes the context. A packet without a socket has the cgroup 0.
-    PROXY_CGROUPS.get_ptr(unsafe { bpf_skb_cgroup_id(ctx.skb.skb) }).is_some()
+    let cgroup = PROXY_CGROUPS.get_ptr(unsafe { bpf_skb_cgroup_id(ctx.skb.skb) })?;
+    // SAFETY: the entry is only read, and an aligned u32 is never seen half-written.
+    Some(unsafe { (*cgroup).part })
 }
 
 #[inline(always)]

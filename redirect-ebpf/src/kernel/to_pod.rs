@@ -55,7 +55,12 @@ fn to_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
             }
             Action::Continue
         }
-        Parsed::Tcp(_) | Parsed::Fragment(_) if sender == Sender::Delivery => Action::Continue,
+        Parsed::Tcp(segment) if sender == Sender::Inbound && is_of_a_connection(ctx, &segment) => {
+            enter::<I>(ctx, MARK_CAPTURE)
+        }
+        Parsed::Tcp(_) | Parsed::Fragment(_) if matches!(sender, Sender::Delivery | Sender::Inbound) => {
+            Action::Continue
+        }
         Parsed::Tcp(segment) => tcp::<I>(ctx, &segment, cookie, flags),
         // It may open a connection, and nobody can tell; but TCP itself never sends such.
         Parsed::Fragment(segment) => match decision::<I>(&segment, cookie, flags) {
@@ -73,7 +78,7 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
     flags: PodFlags,
 ) -> Action {
     let about = || About::packet::<I>(cookie, Some(segment));
-    if socket::is_known(ctx, segment) && !segment.opens() {
+    if is_of_a_connection(ctx, segment) {
         return enter::<I>(ctx, MARK_CAPTURE);
     }
     let tunnel = u16::from_be_bytes(segment.destination_port) == PORT_TUNNEL;
@@ -102,6 +107,12 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
         return refuse::<I>(ctx, segment, Back::FromPod);
     }
     enter::<I>(ctx, mark)
+}
+
+/// Whether a socket of the host has the connection.
+#[inline(always)]
+fn is_of_a_connection<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> bool {
+    socket::is_known(ctx, segment) && !segment.opens()
 }
 
 #[inline(always)]

@@ -18,6 +18,7 @@ mod strip;
 mod sysctl;
 mod tc;
 mod try_out;
+mod untracked;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -31,9 +32,11 @@ use aya::maps::{MapData, RingBuf};
 use redirect_ebpf::Family;
 use redirect_ebpf::constants::{ENTRANCE, PORT_OUTBOUND};
 use redirect_ebpf::flow::FlowLimits;
+use redirect_ebpf::maps::ProxyPart;
 
 use super::datapath::{Datapath, Error, Introduction, Observation, Target};
 use super::facts::{Fact, Hook, Interface, LOOPBACK_INDEX, Lookup, Mark, Namespace, Op};
+use super::records::Records;
 use crate::netns::{NetNs, current_cookie};
 use crate::placement::Placement;
 use crate::pod::Exclusion;
@@ -93,7 +96,7 @@ pub struct Settings {
     /// What is not steered, in any pod.
     pub exclusions: BTreeSet<Exclusion>,
     /// The cgroups of the node proxies, as far as they are known from before.
-    pub proxy_cgroups: Vec<u64>,
+    pub proxy_cgroups: BTreeMap<u64, ProxyPart>,
     /// Where the proxy's listeners are.
     pub placement: Placement,
     /// Placement `node`: the priority of the host's rule.
@@ -118,8 +121,7 @@ pub struct Linux {
     host_cookie: u64,
     /// A socket in the host's namespace.
     host_netlink: Netlink,
-    /// Placement `node`: whether the sysctl that it turns off was on before.
-    early_demux_was_on: bool,
+    records: Records,
     /// Where the thread is, if it is not in the host's namespace, and a netlink socket there.
     session: Option<Session>,
     /// Held as long as the agent runs.
@@ -171,7 +173,7 @@ pub struct Report {
 impl Linux {
     /// Loads the programs and puts them in the place of those of the agent before, if there are any: in the order in which
     /// nothing is let past in between. `pods` are those that were steered already.
-    pub fn load(settings: &Settings, pins: Pins, pods: &[Target]) -> anyhow::Result<Self> {
+    pub fn load(settings: &Settings, pins: Pins, records: Records, pods: &[Target]) -> anyhow::Result<Self> {
         use anyhow::Context as _;
         let (mut object, paths) = object::load_pinned(settings, &pins)?;
         let mut maps = Maps::take(&mut object, settings.capacities)?;
@@ -181,12 +183,10 @@ impl Linux {
         }
         let host = NetNs::current().context("the agent's own network namespace can't be opened")?;
         let mut host_netlink = Netlink::open()?;
-        let mut early_demux_was_on = false;
         let Settings { placement, rule_priority, host_cookie, .. } = *settings;
         if placement == Placement::Node {
-            maps.set_entrance(
-                entrance::ensure(&mut host_netlink, rule_priority, &mut early_demux_was_on)?.interface.index,
-            );
+            let entrance = entrance::ensure(&mut host_netlink, rule_priority, &records)?;
+            maps.set_entrance(entrance.interface.index);
             for pod in pods {
                 for end in devices::of(&pod.netns, &host, &mut host_netlink)?.ends {
                     maps.insert_device(pod.netns_cookie, end.index)?;
@@ -211,7 +211,7 @@ impl Linux {
             host,
             host_cookie,
             host_netlink,
-            early_demux_was_on,
+            records,
             session: None,
             _pins: pins,
         };
@@ -242,7 +242,7 @@ impl Linux {
     /// The entrance, what is attached to it, and the socket lookups in the host's namespace.
     fn mend_host(&mut self, mended: &mut Vec<&'static str>) -> anyhow::Result<()> {
         let Self { tc, links, programs, host_netlink, host_cookie, .. } = self;
-        let entrance = entrance::ensure(host_netlink, self.rule_priority, &mut self.early_demux_was_on)?;
+        let entrance = entrance::ensure(host_netlink, self.rule_priority, &self.records)?;
         if entrance.mended {
             mended.push(ENTRANCE);
         }
@@ -329,7 +329,7 @@ impl Linux {
     }
 
     /// Replaces the set of cgroups whose processes are node proxies. An empty set: the mark alone tells.
-    pub fn set_proxy_cgroups(&mut self, cgroups: &[u64]) -> anyhow::Result<()> {
+    pub fn set_proxy_cgroups(&mut self, cgroups: &BTreeMap<u64, ProxyPart>) -> anyhow::Result<()> {
         self.maps.set_proxy_cgroups(cgroups)
     }
 
@@ -607,7 +607,8 @@ impl Datapath for Linux {
     }
 
     fn is_served_in_ipv6(&mut self, netns: &NetNs) -> io::Result<bool> {
-        netns.has_ipv6_listener(PORT_OUTBOUND)
+        let place = if self.placement == Placement::Node { &self.host } else { netns };
+        place.has_ipv6_listener(PORT_OUTBOUND)
     }
 
     fn observe(&mut self, target: &Target) -> Result<Observation, Error> {

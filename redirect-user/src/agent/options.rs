@@ -33,7 +33,12 @@ pub struct Options {
     /// Placement `node`: a cgroup whose processes are the node proxy, for proxies that do not mark their sockets
     #[arg(long, value_name = "DIRECTORY")]
     pub proxy_cgroup: Vec<PathBuf>,
-    /// Placement `node`: drop what pods send from addresses that are not theirs
+    /// Placement `node`: likewise, of the part of such a proxy that listens on port 15001, where the rest has a cgroup of its
+    /// own (--proxy-cgroup): what it connects to another pod of the node comes in there through the proxy as well
+    #[arg(long, value_name = "DIRECTORY")]
+    pub outbound_proxy_cgroup: Vec<PathBuf>,
+    /// Placement `node`: drop what pods send from addresses that are not theirs; addresses of other enrolled pods are
+    /// never let pass
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
     pub source_ip_verification: bool,
     /// Root of the cgroup2 hierarchy; found among the mounts by default

@@ -654,7 +654,7 @@ impl Defaults {
         let flags = PodFlags::default()
             .with(PodFlags::BYPASS_INBOUND, settings.bypass_inbound)
             .with(PodFlags::DNS, settings.dns.unwrap_or(self.dns))
-            .with(PodFlags::ANY_SOURCE, self.any_source);
+            .with(PodFlags::ANY_SOURCE, settings.any_source.unwrap_or(self.any_source));
         Target {
             identity,
             netns,

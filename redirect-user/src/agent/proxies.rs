@@ -1,6 +1,9 @@
 //! Tells the kernel side which cgroups are the node proxies'.
 
+use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use redirect_ebpf::maps::ProxyPart;
 
 use super::linux::Linux;
 use super::peers;
@@ -32,8 +35,8 @@ impl Cgroups {
         Self { identity, known: known.into(), records }
     }
 
-    pub(super) fn known(&self) -> Vec<u64> {
-        self.lock().clone()
+    pub(super) fn known(&self) -> BTreeMap<u64, ProxyPart> {
+        whole(&self.lock())
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<u64>> {
@@ -55,6 +58,7 @@ impl Cgroups {
             );
         }
         self.records.set_proxies(&cgroups);
+        let cgroups = whole(&cgroups);
         kernel.run(move |linux| linux.set_proxy_cgroups(&cgroups)).await?
     }
 
@@ -72,6 +76,11 @@ impl Cgroups {
         }
         known.clone()
     }
+}
+
+/// Those of whole proxies.
+fn whole(cgroups: &[u64]) -> BTreeMap<u64, ProxyPart> {
+    cgroups.iter().map(|cgroup| (*cgroup, ProxyPart::ALL)).collect()
 }
 
 #[cfg(test)]

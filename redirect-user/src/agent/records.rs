@@ -63,6 +63,8 @@ pub enum Phase {
 }
 
 const PROXIES: &str = "proxies.json";
+/// There, if placement `node` has turned the sysctl off.
+const EARLY_DEMUX: &str = "early-demux-was-on";
 
 impl Records {
     /// Makes the directory if need be.
@@ -125,6 +127,17 @@ impl Records {
     /// Notes the cgroups of node proxies.
     pub fn set_proxies(&self, cgroups: &[u64]) {
         write(&self.directory.join(PROXIES), cgroups);
+    }
+
+    /// Whether the sysctl that placement `node` turns off was on before.
+    #[must_use]
+    pub fn early_demux_was_on(&self) -> bool {
+        self.directory.join(EARLY_DEMUX).exists()
+    }
+
+    /// Notes that it was.
+    pub fn set_early_demux_was_on(&self) {
+        write(&self.directory.join(EARLY_DEMUX), &true);
     }
 
     /// Removes everything.
@@ -254,6 +267,7 @@ mod tests {
             settings: PodSettings {
                 bypass_inbound: true,
                 dns: Some(false),
+                any_source: Some(true),
                 exclusions: [
                     Exclusion::Port(Direction::Inbound, 9090),
                     Exclusion::Network(Direction::Outbound, network),
@@ -271,8 +285,11 @@ mod tests {
         let records = Records::open(&directory.path().join("state")).unwrap();
         records.write(&record());
         records.set_proxies(&[5, 6]);
+        assert!(!records.early_demux_was_on());
+        records.set_early_demux_was_on();
         assert_eq!(records.read().unwrap(), [record()]);
         assert_eq!(records.proxies(), [5, 6]);
+        assert!(records.early_demux_was_on());
         records.remove(7);
         records.remove(7);
         assert!(records.read().unwrap().is_empty());

@@ -1,12 +1,13 @@
 //! Puts the agent together, and takes it apart at the end.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use redirect_ebpf::flow::FlowLimits;
+use redirect_ebpf::maps::ProxyPart;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch as signal_watch};
 
@@ -84,7 +85,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         exclusions: options.exclude.exclusions(),
         proxy_cgroups: match options.placement {
             Placement::Pod => cgroups.known(),
-            Placement::Node => named_cgroups(&options.proxy_cgroup)?,
+            Placement::Node => named_cgroups(&options.proxy_cgroup, &options.outbound_proxy_cgroup)?,
         },
         placement: options.placement,
         rule_priority: options.rule_priority,
@@ -107,8 +108,9 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     let steered: Vec<_> = steered
         .filter_map(|Found { record, netns }| Some(defaults.recorded(record, netns.clone()?)))
         .collect();
-    let (kernel, loaded) =
-        Kernel::start(move || Linux::load(&settings, pins, &steered)).context("the datapath's thread")?;
+    let notes = records.clone();
+    let (kernel, loaded) = Kernel::start(move || Linux::load(&settings, pins, notes, &steered))
+        .context("the datapath's thread")?;
     loaded.await.context("the datapath's thread ended")??;
 
     let admission = kernel.clone();
@@ -249,12 +251,21 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     Ok(())
 }
 
-/// The numbers of cgroups by which the kernel side knows them.
-fn named_cgroups(directories: &[PathBuf]) -> anyhow::Result<Vec<u64>> {
-    let named = directories.iter().map(|directory| {
-        cgroup::id(directory).with_context(|| format!("--proxy-cgroup {}", directory.display()))
-    });
-    named.collect()
+/// The cgroups of node proxies that do not mark their sockets, by the numbers by which the kernel side knows them.
+fn named_cgroups(all: &[PathBuf], outbound: &[PathBuf]) -> anyhow::Result<BTreeMap<u64, ProxyPart>> {
+    let rest = if outbound.is_empty() { ProxyPart::ALL } else { ProxyPart::INBOUND };
+    let all = all.iter().map(|directory| ("--proxy-cgroup", directory, rest));
+    let outbound =
+        outbound.iter().map(|directory| ("--outbound-proxy-cgroup", directory, ProxyPart::OUTBOUND));
+    let mut named = BTreeMap::new();
+    for (option, directory, part) in all.chain(outbound) {
+        let context = || format!("{option} {}", directory.display());
+        if named.insert(cgroup::id(directory).with_context(context)?, part).is_some_and(|other| other != part)
+        {
+            bail!("{}: it is named with --proxy-cgroup as well", context());
+        }
+    }
+    Ok(named)
 }
 
 /// Takes over the pods of the agent before, and removes what is left of those that are gone.

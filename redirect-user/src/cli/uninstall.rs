@@ -43,11 +43,12 @@ fn show(report: &Report, output: Output) -> anyhow::Result<()> {
                     removed.filters, removed.rules, removed.routes, removed.sysctls
                 );
             }
-            let HostReport { filters, rules, entrance } = report.host;
+            let HostReport { filters, rules, entrance, untracked } = report.host;
             if report.host != HostReport::default() {
                 let device = if entrance { "the device redirect0" } else { "no device" };
+                let table = if untracked { ", the nftables table ambient-redirect" } else { "" };
                 println!(
-                    "the host's network namespace: removed {filters} TC filters, {rules} rules, {device}"
+                    "the host's network namespace: removed {filters} TC filters, {rules} rules, {device}{table}"
                 );
             }
             for pin in &report.pins {

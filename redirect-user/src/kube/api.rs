@@ -13,7 +13,7 @@ use kube::core::{NamespaceResourceScope, Resource};
 use serde::Deserialize;
 
 use super::exclusions;
-use super::rules::{BYPASS_INBOUND, DNS_CAPTURE, Rules, SIDECAR, VIRTUAL_INTERFACES};
+use super::rules::{BYPASS_INBOUND, DNS_CAPTURE, Rules, SIDECAR, SOURCE_IP_VERIFICATION, VIRTUAL_INTERFACES};
 use crate::pod::PodIdentity;
 
 /// The annotation that shows how far a pod is.
@@ -102,6 +102,7 @@ pub(super) struct PodView {
     pub(super) bypass_inbound: Option<String>,
     pub(super) virtual_interfaces: Option<String>,
     pub(super) dns_capture: Option<String>,
+    pub(super) source_ip_verification: Option<String>,
     /// See [`exclusions`].
     pub(super) exclusions: BTreeMap<&'static str, String>,
     /// The value of [`REDIRECTION`].
@@ -144,6 +145,7 @@ impl PodView {
             bypass_inbound: annotations.remove(BYPASS_INBOUND),
             virtual_interfaces: annotations.remove(VIRTUAL_INTERFACES),
             dns_capture: annotations.remove(DNS_CAPTURE),
+            source_ip_verification: annotations.remove(SOURCE_IP_VERIFICATION),
             exclusions: exclusions::take(&mut annotations),
             redirection: annotations.remove(REDIRECTION),
         })

@@ -14,6 +14,8 @@ pub(super) const BYPASS_INBOUND: &str = "ambient.istio.io/bypass-inbound-capture
 pub(super) const VIRTUAL_INTERFACES: &str = "istio.io/reroute-virtual-interfaces";
 /// The annotation that turns the capture of DNS questions on or off.
 pub(super) const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
+/// The annotation that says whether what the pod sends from addresses that are not its own is dropped. Placement `node`.
+pub(super) const SOURCE_IP_VERIFICATION: &str = "ambient-redirect.io/source-ip-verification";
 /// The annotation of a pod whose sidecar is its proxy.
 pub(super) const SIDECAR: &str = "sidecar.istio.io/status";
 /// The value of the label that keeps a pod out.
@@ -151,6 +153,7 @@ fn settings(pod: &PodView, rules: &Rules) -> Result<PodSettings, BadAnnotation> 
     Ok(PodSettings {
         bypass_inbound: boolean(BYPASS_INBOUND, &pod.bypass_inbound)?.unwrap_or(false),
         dns: boolean(DNS_CAPTURE, &pod.dns_capture)?,
+        any_source: boolean(SOURCE_IP_VERIFICATION, &pod.source_ip_verification)?.map(|verified| !verified),
         exclusions: exclusions::parse(&pod.exclusions, rules.istio_exclusions)?,
         virtual_interfaces: pod.virtual_interfaces.as_deref().map_or(Ok(Vec::new()), interfaces)?,
     })

@@ -125,6 +125,7 @@ fn everything_on() -> Result<()> {
         "node.rulePriority=9",
         "node.sourceIpVerification=false",
         "node.proxyCgroups={/mesh}",
+        "node.outboundProxyCgroups={/mesh/out}",
         "imagePullSecrets[0].name=secret",
         "podAnnotations.a=b",
         "affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution[0].weight=1",
@@ -154,6 +155,7 @@ fn everything_on() -> Result<()> {
         "--rule-priority=9",
         "--source-ip-verification=false",
         "--proxy-cgroup=/sys/fs/cgroup/mesh",
+        "--outbound-proxy-cgroup=/sys/fs/cgroup/mesh/out",
         "--cni-exclude-namespaces=kube-system,mesh",
         "--metrics-address=[::]:15999",
     ] {

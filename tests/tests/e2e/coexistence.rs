@@ -10,10 +10,12 @@ use libtest_mimic::Trial;
 use redirect_tests::dns::{self, DnsServer};
 use redirect_tests::foreign::{Hook, Kind, Program};
 use redirect_tests::wait::SOON;
-use redirect_tests::{Direction, Families, Node, NodeOptions, Pod, Stack};
+use redirect_tests::{Direction, Families, Netns, Node, NodeOptions, Pod, Stack};
+use redirect_user::placement::Placement;
 use socket2::{Socket, Type};
 
-use crate::context::{Context, for_every_stack};
+use crate::context::{Context, for_every_stack, for_every_stack_in_pods};
+use crate::on_node::host_device;
 use crate::{inbound, outbound, restarts};
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
@@ -26,7 +28,12 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         let test = move |context: &Context, stack: Stack| filters(context, stack, turn);
         trials.extend(for_every_stack(context, &format!("coexistence::filters_{name}"), test));
     }
-    trials.extend(for_every_stack(context, "coexistence::load_balancer_of_dns_servers", dns_load_balancer));
+    trials.extend(for_every_stack_in_pods(
+        context,
+        "coexistence::load_balancer_of_dns_servers",
+        "a program that rewrites questions has to rewrite the answers itself: none of ours is on sockets there",
+        dns_load_balancer,
+    ));
     trials.extend(for_every_stack(context, "coexistence::filter_in_our_place_is_told", filter_in_our_place));
     trials
 }
@@ -110,17 +117,54 @@ fn is_steered_both_ways(pod: &Pod, other: &Pod, stack: Stack) -> Result<()> {
     inbound::passes_the_proxy_once(other.netns(), pod, stack)
 }
 
-/// tcx programs on the pod's device that end every packet's way through the hook: filters would never be asked.
+/// The device that carries our programs, and where it is.
+struct Place<'a> {
+    netns: &'a Netns,
+    device: String,
+}
+
+impl<'a> Place<'a> {
+    fn of(pod: &'a Pod) -> Result<Self> {
+        Ok(match pod.node().session().placement() {
+            Placement::Pod => Self { netns: pod.netns(), device: "eth0".into() },
+            Placement::Node => Self { netns: pod.node().netns(), device: host_device(pod)? },
+        })
+    }
+
+    fn tc(&self, arguments: &str, more: &[&str]) -> Result<()> {
+        let mut tc = Command::new("tc");
+        tc.args(arguments.replace("DEVICE", &self.device).split(' ')).args(more);
+        self.netns.output(tc, b"").map(drop)
+    }
+
+    /// A filter that takes every packet of a protocol, and asks nobody after it.
+    fn add_filter(&self, protocol: &str, priority: &str, side: &str) -> Result<()> {
+        self.tc("qdisc replace dev DEVICE clsact", &[])?;
+        let filter = format!(
+            "filter add dev DEVICE {side} protocol {protocol} pref {priority} bpf classid 1:1 bytecode"
+        );
+        // One instruction of classic BPF: return -1, which is the class above.
+        self.tc(&filter, &["1,6 0 0 4294967295"])
+    }
+
+    fn index(&self) -> Result<u64> {
+        let link = self.netns.json(&format!("ip -j link show dev {}", self.device))?;
+        link[0]["ifindex"].as_u64().context("no index")
+    }
+}
+
+/// tcx programs on the device that end every packet's way through the hook: filters would never be asked.
 fn tcx_programs(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
     let node = context.node()?;
     let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
-    let index = pod.netns().json("ip -j link show dev eth0")?[0]["ifindex"].as_u64().context("no index")?;
+    let place = Place::of(&pod)?;
+    let index = place.index()?;
     let attach = || {
         /// `TCX_PASS`: the packet goes on, and nobody else is asked.
         const PASS: i32 = 0;
         let hooks = [Hook::TcxIngress, Hook::TcxEgress];
         let attach = || hooks.map(|hook| Program::with_verdict(index as u32, hook, PASS));
-        pod.netns().run(attach)?.into_iter().collect::<Result<Vec<_>>>()
+        place.netns.run(attach)?.into_iter().collect::<Result<Vec<_>>>()
     };
     let before = (turn == Turn::Before).then(attach).transpose()?;
     pod.enrol()?;
@@ -133,30 +177,21 @@ fn tcx_programs(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
     is_steered_both_ways(&pod, &other, stack)?;
     drop(before);
     pod.unenrol()?;
-    let left = pod.netns().json("ip -j link show dev eth0")?;
-    ensure!(left[0]["ifindex"].as_u64() == Some(index));
+    ensure!(place.index()? == index);
     Ok(())
 }
 
-/// A filter that takes every packet of a protocol, and asks nobody after it.
+/// As [`Place::add_filter`], in the pod.
 pub(crate) fn add_filter(pod: &Pod, protocol: &str, priority: &str, side: &str) -> Result<()> {
-    let tc = |arguments: &str, more: &[&str]| {
-        let mut tc = Command::new("tc");
-        tc.args(arguments.split(' ')).args(more);
-        pod.netns().output(tc, b"").map(drop)
-    };
-    tc("qdisc replace dev eth0 clsact", &[])?;
-    let filter =
-        format!("filter add dev eth0 {side} protocol {protocol} pref {priority} bpf classid 1:1 bytecode");
-    // One instruction of classic BPF: return -1, which is the class above.
-    tc(&filter, &["1,6 0 0 4294967295"])
+    Place { netns: pod.netns(), device: "eth0".into() }.add_filter(protocol, priority, side)
 }
 
 /// Filters that end every packet's way come after ours.
 fn filters(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
     let node = context.node()?;
     let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
-    let add = || ["ingress", "egress"].into_iter().try_for_each(|side| add_filter(&pod, "all", "10", side));
+    let place = Place::of(&pod)?;
+    let add = || ["ingress", "egress"].into_iter().try_for_each(|side| place.add_filter("all", "10", side));
     if turn == Turn::Before {
         add()?;
     }
@@ -171,14 +206,14 @@ fn filters(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
 fn filter_in_our_place(context: &Context, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
-    add_filter(&pod, "arp", "1", "ingress")?;
+    let place = Place::of(&pod)?;
+    let program = if context.placement() == Placement::Pod { "inbound_ipv4" } else { "from_pod_ipv4" };
+    place.add_filter("arp", "1", "ingress")?;
     let text = restarts::message(pod.enrol())?;
-    for wanted in [pod.identity().to_string().as_str(), "inbound_ipv4", "eth0"] {
+    for wanted in [pod.identity().to_string().as_str(), program, &place.device] {
         ensure!(text.contains(wanted), "{wanted} is not in {text:?}");
     }
-    let mut tc = Command::new("tc");
-    tc.args(["filter", "del", "dev", "eth0", "ingress", "pref", "1"]);
-    pod.netns().output(tc, b"")?;
+    place.tc("filter del dev DEVICE ingress pref 1", &[])?;
     pod.enrol()?;
     is_steered_both_ways(&pod, &other, stack)
 }

@@ -10,6 +10,7 @@ use caps::CapSet;
 use libtest_mimic::Trial;
 use redirect_tests::process::Process;
 use redirect_tests::{Families, Netns, Node, ProxyKind, agent, wait};
+use redirect_user::placement::Placement;
 use redirect_user::privileges::{self, Capability};
 
 use crate::context::{Context, trial};
@@ -104,12 +105,14 @@ fn pods_as_proxy(context: &Context) -> Result<()> {
     let log = node.dir().join("false-proxy.log");
     let _process = Process::spawn("false proxy", command, pod.netns(), &cgroup, &log)?;
     let agent_log = node.dir().join("agent.log");
-    wait::until_true("refusal", wait::SOON, || {
-        Ok(fs::read_to_string(&agent_log)?.contains("is in an enrolled pod"))
-    })?;
+    let (refusal, proxies) = match context.placement() {
+        Placement::Pod => ("is in an enrolled pod", 1),
+        Placement::Node => ("the agent hands pods to nobody", 0),
+    };
+    wait::until_true("refusal", wait::SOON, || Ok(fs::read_to_string(&agent_log)?.contains(refusal)))?;
     let status = node.status()?;
     let known = status.maps.iter().find(|map| map.name == "PROXY_CGROUPS").context("no map")?;
-    ensure!(known.entries == 1, "{} cgroups are the proxy's", known.entries);
+    ensure!(known.entries == proxies, "{} cgroups are the proxy's", known.entries);
     let said = fs::read_to_string(&log)?;
     if said.contains("served") {
         bail!("it was given a pod:\n{said}");

@@ -6,8 +6,9 @@ use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::constants::{MARK_CAPTURE, MARK_DELIVERY, MARK_MASK, MARK_PROXY};
 use redirect_tests::{Caller, Direction, Families, Node, Stack};
+use redirect_user::placement::Placement;
 
-use crate::context::{Context, for_every_kind, for_every_stack};
+use crate::context::{Context, for_every_kind, for_every_stack, for_every_stack_in_pods};
 use crate::{inbound, outbound};
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
@@ -20,17 +21,26 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     }
     trials.extend(for_every_stack(context, "identity::mark_at_own_address_stays_inside", own_address));
     trials.extend(for_every_kind(context, "identity::proxy_in_a_new_cgroup", new_cgroup));
-    trials.extend(for_every_stack(context, "identity::cgroup_of_a_proxy_that_is_gone", gone));
-    trials.extend(for_every_stack(context, "identity::mark_alone_suffices_if_wanted", mark_suffices));
+    type Test = fn(&Context, Stack) -> Result<()>;
+    let tests: [(&str, Test); 2] =
+        [("cgroup_of_a_proxy_that_is_gone", gone), ("mark_alone_suffices_if_wanted", mark_suffices)];
+    for (name, test) in tests {
+        trials.extend(for_every_stack_in_pods(context, &format!("identity::{name}"), NO_CONNECTION, test));
+    }
     trials
 }
 
-/// The bits that are not ours survive.
+/// What is different in placement `node`.
+const NO_CONNECTION: &str =
+    "no mark of a pod reaches the host, and the proxy is named, not known by its connection to the agent";
+
+/// The bits that are not ours survive; in placement `node` all of them.
 fn marked(context: &Context, stack: Stack, mark: u32) -> Result<()> {
     const OTHERS: u32 = 0xabcd_e000;
+    let ours = if context.placement() == Placement::Pod { MARK_CAPTURE } else { mark };
     let kept = outbound::marked(context, stack, mark | OTHERS)?;
     ensure!(kept & !MARK_MASK == OTHERS, "the application's mark became {kept:#x}");
-    ensure!(kept & MARK_MASK == MARK_CAPTURE, "the mark is {kept:#x}");
+    ensure!(kept & MARK_MASK == ours, "the mark is {kept:#x}");
     Ok(())
 }
 
@@ -51,6 +61,7 @@ fn own_address(context: &Context, stack: Stack) -> Result<()> {
 
 /// A container that is started again has another cgroup.
 fn new_cgroup(context: &Context, families: Families, stack: Stack) -> Result<()> {
+    context.needs_placement_pod(NO_CONNECTION)?;
     let session = context.session()?;
     // They outlive the node, and with it the last proxy.
     let cgroup =

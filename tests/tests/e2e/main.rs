@@ -115,36 +115,46 @@ fn everywhere(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         inspect::trials(context),
         flows::trials(context),
         top::trials(context),
-    ];
-    trials.into_iter().flatten()
-}
-
-/// What is about the proxy's sockets in pods, or about neither pods nor proxies.
-fn in_pods(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
-    let trials = [
-        harness::trials(context),
-        leftovers::trials(context),
-        repairs::trials(context),
         limits::trials(context),
         reports::trials(context),
-        port_guard::trials(context),
         tc_method::trials(context),
         hardening::trials(context),
         kubernetes::trials(context),
         identity::trials(context),
         proxy_ports::trials(context),
-        install::trials(context),
-        tunnel::trials(context),
         services::trials(context),
-        hand_over::trials(context),
         running_pods::trials(context),
-        virtual_interfaces::trials(context),
-        faults::trials(context),
-        doctor::trials(context),
-        load::trials(context),
-        migration::trials(context),
         coexistence::trials(context),
+    ];
+    trials.into_iter().flatten()
+}
+
+/// What is tested in placement `pod` alone, and why.
+fn in_pods(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
+    let trials = [
+        // The tests' own tools.
+        harness::trials(context),
+        leftovers::trials(context),
+        // Before pods are steered: the same code wherever the proxy is.
+        doctor::trials(context),
+        install::trials(context),
+        // What is in pods there alone: rules, routes, sysctls, the proxy's listeners. `on_node` has its counterpart.
+        repairs::trials(context),
+        reports::trials_in_pods(context),
+        port_guard::trials(context),
+        // The proxy is told of pods: in placement `node` the agent hands them to nobody, and `tcp_migrate_req`, without which a
+        // proxy that ends resets what waits to be accepted, is the host's. `without_proxy` is tested in both.
+        hand_over::trials(context),
+        faults::trials(context),
+        tunnel::trials(context),
+        // A pod with a second way out is refused in placement `node`.
+        virtual_interfaces::trials(context),
+        // From rules that send a pod's connections to a proxy in this pod.
+        migration::trials(context),
+        // Figures, not behaviour.
+        load::trials(context),
         bench::trials(context),
+        // How the agent's words look, and packaging: containers with the agent as it is shipped.
         logs::trials(context),
         transcript::trials(context),
         container::trials(context),

@@ -18,14 +18,16 @@ use crate::context::{Context, for_every_stack, trial};
 use crate::{inbound, outbound};
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
-    let mut trials = vec![
+    for_every_stack(context, "reports::connections_are_counted", counters)
+}
+
+pub(crate) fn trials_in_pods(context: &Arc<Context>) -> Vec<Trial> {
+    vec![
         trial(context, "reports::status_agrees_with_the_kernel", status),
         trial(context, "reports::features_are_those_that_bpftool_finds", features),
         trial(context, "reports::pods_agree_with_the_kernel", pods),
         trial(context, "reports::an_absent_agent_is_an_error", absent_agent),
-    ];
-    trials.extend(for_every_stack(context, "reports::connections_are_counted", counters));
-    trials
+    ]
 }
 
 fn status(context: &Context) -> Result<()> {

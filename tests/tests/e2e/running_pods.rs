@@ -12,12 +12,17 @@ use redirect_tests::process::Process;
 use redirect_tests::server::listen;
 use redirect_tests::{Cluster, Connection, Families, Pod, Server, Stack, wait};
 
-use crate::context::{Context, for_every_kind, for_every_stack};
+use crate::context::{Context, for_every_kind, for_every_stack, for_every_stack_in_pods};
 use crate::{inbound, outbound};
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     let mut trials = for_every_kind(context, "running_pods::follow_their_labels", labels);
-    trials.extend(for_every_stack(context, "running_pods::refused_by_the_proxy", refused));
+    trials.extend(for_every_stack_in_pods(
+        context,
+        "running_pods::refused_by_the_proxy",
+        "the proxy listens on the host: no application of a pod is in its way",
+        refused,
+    ));
     trials.extend(for_every_stack(context, "running_pods::known_without_the_api_server", without_api_server));
     trials
 }

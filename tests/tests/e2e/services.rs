@@ -108,7 +108,9 @@ fn translate(node: &Node, outside: &Netns, service: Service, pod: &Pod) -> Resul
     let rules = format!(
         "table inet services {{\n\
          chain translate {{ type nat hook prerouting priority dstnat;\n{translated}}}\n\
-         chain refuse {{ type filter hook forward priority filter;\n{refused}}}\n}}\n"
+         chain translate_own {{ type nat hook output priority -100;\n{translated}}}\n\
+         chain refuse {{ type filter hook forward priority filter;\n{refused}}}\n\
+         chain refuse_own {{ type filter hook output priority filter;\n{refused}}}\n}}\n"
     );
     // What is to be refused has to be forwarded, as it is to the default route of a real node.
     node.attach(outside, "uplink")?;

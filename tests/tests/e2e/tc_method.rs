@@ -7,12 +7,17 @@ use libtest_mimic::Trial;
 use redirect_tests::kernel::Footprint;
 use redirect_tests::{Families, Node, Stack};
 
-use crate::context::{Context, for_every_stack, trial};
+use crate::context::{Context, for_every_stack, for_every_stack_in_pods, trial};
 use crate::{inbound, outbound};
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     let mut trials = for_every_stack(context, "tc_method::tcx_steers_both_ways", steers);
-    trials.extend(for_every_stack(context, "tc_method::tcx_on_an_interface_added_later", later));
+    trials.extend(for_every_stack_in_pods(
+        context,
+        "tc_method::tcx_on_an_interface_added_later",
+        "a pod that gets another way out is refused",
+        later,
+    ));
     trials.push(trial(context, "tc_method::tcx_leaves_nothing", leaves_nothing));
     trials
 }

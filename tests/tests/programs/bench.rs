@@ -1,6 +1,6 @@
 //! Loaded programs, and namespaces to run them in.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
@@ -76,7 +76,7 @@ impl Bench {
             refuse: false,
             host_cookie: 0,
             exclusions: BTreeSet::new(),
-            proxy_cgroups: Vec::new(),
+            proxy_cgroups: BTreeMap::new(),
             placement: Placement::Pod,
             rule_priority: 0,
             flows: FlowLimits::default(),

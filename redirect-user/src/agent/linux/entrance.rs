@@ -14,8 +14,9 @@ use redirect_ebpf::Family;
 use redirect_ebpf::constants::{ENTRANCE, ENTRANCE_PEER};
 
 use super::super::facts::Interface;
+use super::super::records::Records;
 use super::netlink::Netlink;
-use super::sysctl;
+use super::{sysctl, untracked};
 
 /// What the entrance needs: that packets with any source are taken there, whatever the reverse path filter of the host;
 /// and that nothing else happens on it. The filter has to be loose for what the host itself sends to pods: the way to its own
@@ -31,7 +32,8 @@ const ADDRESS: Ipv4Addr = Ipv4Addr::new(127, 15, 0, 1);
 /// be forwarded: the answers to the proxy, which come to the pods' addresses. It holds for both families.
 const EARLY_DEMUX: &str = "/proc/sys/net/ipv4/tcp_early_demux";
 
-/// The alias of the entrance that says that the sysctl was on before.
+/// The alias of the entrance that says that the sysctl was on before. The records say so as well: either may be removed by
+/// somebody else.
 const WAS_ON: &str = "ambient-redirect: net.ipv4.tcp_early_demux was 1";
 
 /// The entrance as it is, and whether anything of it was missing.
@@ -40,8 +42,8 @@ pub(super) struct Entrance {
     pub(super) mended: bool,
 }
 
-/// Brings the entrance about, in the host's namespace. `was_on` is what is known of the sysctl from before.
-pub(super) fn ensure(netlink: &mut Netlink, priority: u32, was_on: &mut bool) -> anyhow::Result<Entrance> {
+/// Brings the entrance about, in the host's namespace.
+pub(super) fn ensure(netlink: &mut Netlink, priority: u32, records: &Records) -> anyhow::Result<Entrance> {
     let families = families();
     // Before anything is made: a rule of somebody else's in our place is an error of the configuration.
     for &family in families {
@@ -53,20 +55,17 @@ pub(super) fn ensure(netlink: &mut Netlink, priority: u32, was_on: &mut bool) ->
     }
     let mut mended = false;
     let context = || format!("device {ENTRANCE}");
-    match netlink.find(ENTRANCE)? {
-        Some(found) => *was_on |= netlink.alias(found.index)?.as_deref() == Some(WAS_ON),
-        None => {
-            netlink.add_pair(ENTRANCE, ENTRANCE_PEER).with_context(context)?;
-            mended = true;
-            if *was_on {
-                netlink.set_alias(ENTRANCE, WAS_ON)?;
-            }
-        }
-    }
-    if turn_early_demux_off(netlink)? {
+    let found = netlink.find(ENTRANCE)?;
+    if found.is_none() {
+        netlink.add_pair(ENTRANCE, ENTRANCE_PEER).with_context(context)?;
         mended = true;
-        *was_on = true;
     }
+    match (is_noted(netlink, found.as_ref())?, records.early_demux_was_on()) {
+        (true, false) => records.set_early_demux_was_on(),
+        (false, true) => netlink.set_alias(ENTRANCE, WAS_ON)?,
+        (true, true) | (false, false) => {}
+    }
+    mended |= turn_early_demux_off(netlink, records)?;
     let (ours, peer) = (netlink.find(ENTRANCE)?, netlink.find(ENTRANCE_PEER)?);
     let (Some(ours), Some(peer)) = (ours, peer) else {
         bail!(
@@ -89,32 +88,40 @@ pub(super) fn ensure(netlink: &mut Netlink, priority: u32, was_on: &mut bool) ->
         }
         mended |= netlink.ensure_entrance_rule(family, priority).with_context(|| format!("{family} rule"))?;
     }
+    mended |= untracked::ensure();
     Ok(Entrance { interface: ours, mended })
 }
 
 /// Removes it from the calling thread's namespace, with the routes through it. Returns how many rules went, and whether
-/// the device was there.
-pub(super) fn remove(netlink: &mut Netlink) -> io::Result<(usize, bool)> {
+/// the device was there, and the rule that keeps connection tracking off it.
+pub(super) fn remove(netlink: &mut Netlink, records: &Records) -> io::Result<(usize, bool, bool)> {
     let mut rules = 0;
     for &family in families() {
         rules += netlink.delete_entrance_rules(family)?;
     }
     let found = netlink.find(ENTRANCE)?;
+    if records.early_demux_was_on() || is_noted(netlink, found.as_ref())? {
+        fs::write(EARLY_DEMUX, "1")?;
+    }
     if let Some(found) = &found {
-        if netlink.alias(found.index)?.as_deref() == Some(WAS_ON) {
-            fs::write(EARLY_DEMUX, "1")?;
-        }
         netlink.delete_link(found.index)?;
     }
-    Ok((rules, found.is_some()))
+    Ok((rules, found.is_some(), untracked::remove()?))
 }
 
-fn turn_early_demux_off(netlink: &mut Netlink) -> anyhow::Result<bool> {
+/// Whether the entrance says that the sysctl was on.
+fn is_noted(netlink: &mut Netlink, entrance: Option<&Interface>) -> io::Result<bool> {
+    let alias = entrance.map(|found| netlink.alias(found.index)).transpose()?.flatten();
+    Ok(alias.as_deref() == Some(WAS_ON))
+}
+
+fn turn_early_demux_off(netlink: &mut Netlink, records: &Records) -> anyhow::Result<bool> {
     if fs::read_to_string(EARLY_DEMUX).with_context(|| EARLY_DEMUX)?.trim() == "0" {
         return Ok(false);
     }
-    // First the note, lest it is never known again.
+    // First the notes, lest it is never known again.
     netlink.set_alias(ENTRANCE, WAS_ON)?;
+    records.set_early_demux_was_on();
     fs::write(EARLY_DEMUX, "0")
         .with_context(|| format!("{EARLY_DEMUX} can't be written: is /proc/sys read-only?"))?;
     Ok(true)

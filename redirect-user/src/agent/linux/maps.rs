@@ -1,6 +1,6 @@
 //! The maps.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::hash::Hash;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -14,7 +14,8 @@ use redirect_ebpf::count::{self, Direction, Reason, Verdict};
 use redirect_ebpf::family::Family;
 use redirect_ebpf::flow::{FlowLimits, FlowState};
 use redirect_ebpf::maps::{
-    Config, ConfigFlags, ExcludedAddress, ExcludedPort, Pod, PodAddress, PodFlags, ProxyCgroup, Scope,
+    Config, ConfigFlags, ExcludedAddress, ExcludedPort, Pod, PodAddress, PodFlags, ProxyCgroup, ProxyPart,
+    Scope,
 };
 
 use super::super::datapath::Target;
@@ -414,13 +415,13 @@ impl Maps {
         pod.into_iter().chain(owned).chain(exclusions).collect()
     }
 
-    pub(super) fn set_proxy_cgroups(&mut self, cgroups: &[u64]) -> anyhow::Result<()> {
-        for cgroup in cgroups {
-            self.proxy_cgroups.insert(*cgroup, ProxyCgroup { proxies: 1 })?;
+    pub(super) fn set_proxy_cgroups(&mut self, cgroups: &BTreeMap<u64, ProxyPart>) -> anyhow::Result<()> {
+        for (cgroup, part) in cgroups {
+            self.proxy_cgroups.insert(*cgroup, ProxyCgroup { part: *part })?;
         }
         self.set_flags(self.flags.with(ConfigFlags::PROXY_BY_CGROUP, !cgroups.is_empty()))?;
         let stale: Vec<u64> =
-            self.proxy_cgroups.map.keys().flatten().filter(|cgroup| !cgroups.contains(cgroup)).collect();
+            self.proxy_cgroups.map.keys().flatten().filter(|cgroup| !cgroups.contains_key(cgroup)).collect();
         stale.iter().try_for_each(|cgroup| self.proxy_cgroups.remove(cgroup))
     }
 

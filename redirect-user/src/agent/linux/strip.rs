@@ -6,6 +6,7 @@ use std::io;
 use redirect_ebpf::Family;
 
 use super::super::facts::Sysctl;
+use super::super::records::Records;
 use super::entrance;
 use super::netlink::{Netlink, Side};
 use super::sysctl;
@@ -33,10 +34,12 @@ pub struct HostReport {
     pub rules: usize,
     /// Whether the entrance was there.
     pub entrance: bool,
+    /// Whether the rule was there that keeps connection tracking off the entrance.
+    pub untracked: bool,
 }
 
 /// Takes everything of ours out of the calling thread's namespace, which is the host's.
-pub fn strip_host() -> io::Result<HostReport> {
+pub fn strip_host(records: &Records) -> io::Result<HostReport> {
     let mut netlink = Netlink::open()?;
     let mut report = HostReport::default();
     for interface in netlink.interfaces()?.0 {
@@ -47,7 +50,7 @@ pub fn strip_host() -> io::Result<HostReport> {
             report.filters += 1;
         }
     }
-    (report.rules, report.entrance) = entrance::remove(&mut netlink)?;
+    (report.rules, report.entrance, report.untracked) = entrance::remove(&mut netlink, records)?;
     Ok(report)
 }
 

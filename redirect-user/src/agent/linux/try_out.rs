@@ -1,6 +1,6 @@
 //! Gives the kernel side to the kernel without using it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use redirect_ebpf::flow::FlowLimits;
@@ -20,7 +20,7 @@ pub fn try_out(tc: TcMethod) -> anyhow::Result<usize> {
         tc,
         refuse: false,
         exclusions: BTreeSet::new(),
-        proxy_cgroups: Vec::new(),
+        proxy_cgroups: BTreeMap::new(),
         flows: FlowLimits::default(),
         object: None,
         placement: Placement::Pod,

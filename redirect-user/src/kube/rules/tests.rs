@@ -109,6 +109,20 @@ fn switches_are_all_understood_or_the_pod_is_refused() {
 }
 
 #[test]
+fn a_pod_can_say_whether_its_sources_are_verified() {
+    let decided = |value: Option<&str>| {
+        let source_ip_verification = value.map(str::to_owned);
+        decide(&PodView { source_ip_verification, ..pod(Some("ambient")) }, None, &rules())
+    };
+    for (value, any_source) in [(None, None), (Some("true"), Some(false)), (Some("false"), Some(true))] {
+        let expected = PodSettings { any_source, ..PodSettings::default() };
+        assert_eq!(decided(value), Decision::Enrol(expected), "{value:?}");
+    }
+    let Decision::Refuse(bad) = decided(Some("off")) else { panic!("it is taken") };
+    assert_eq!((bad.annotation, bad.value.as_str()), (SOURCE_IP_VERIFICATION, "off"));
+}
+
+#[test]
 fn virtual_interfaces_are_a_list_of_names() {
     let table: [(&str, Option<&[&str]>); 12] = [
         ("", Some(&[])),

@@ -1,5 +1,5 @@
 //! HAProxy as it comes from the distribution is the node proxy: it has never heard of us, sets no marks, and is known by its
-//! cgroup.
+//! cgroup, or by two.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -20,11 +20,26 @@ use redirect_tests::{Connection, Families, Netns, Node, NodeOptions, Pod, Stack}
 use crate::context::{Context, for_every_stack};
 
 pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
-    for_every_stack(context, "haproxy::is_the_node_proxy", is_the_node_proxy)
+    [("is_the_node_proxy", Parts::One), ("in_two_parts_is_the_node_proxy", Parts::Two)]
+        .into_iter()
+        .flat_map(|(name, parts)| {
+            let test = move |context: &Context, stack: Stack| is_the_node_proxy(context, stack, parts);
+            for_every_stack(context, &format!("haproxy::{name}"), test)
+        })
+        .collect()
 }
 
-/// Everything that it is told. `*` as a server is where the client wanted to go.
-const CONFIGURATION: &str = "
+/// How many HAProxies there are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Parts {
+    /// One for everything.
+    One,
+    /// One for connections of pods, another one for those to pods.
+    Two,
+}
+
+/// What each is told. `*` as a server is where the client wanted to go.
+const COMMON: &str = "
 global
     log stdout format raw local0
 defaults
@@ -34,48 +49,71 @@ defaults
     timeout client 30s
     timeout server 30s
     log-format \"%ft %ci:%cp %fi:%fp\"
+backend destination
+    source 0.0.0.0 usesrc clientip
+    server original *
+";
+const OUTBOUND: &str = "
 frontend outbound
     bind 0.0.0.0:15001 transparent
     bind :::15001 transparent v6only
     default_backend destination
+";
+const INBOUND: &str = "
 frontend inbound
     bind 0.0.0.0:15006 transparent
     bind :::15006 transparent v6only
     default_backend destination
-backend destination
-    source 0.0.0.0 usesrc clientip
-    server original *
 ";
 
 /// A node whose proxy is HAProxy.
 struct Scene {
     // Dropped in this order.
-    haproxy: Process,
+    haproxies: Vec<Process>,
     node: Arc<Node>,
-    _cgroup: Cgroup,
+    _cgroups: Vec<Cgroup>,
 }
 
 impl Scene {
-    fn new(context: &Context) -> Result<Self> {
+    fn new(context: &Context, parts: Parts) -> Result<Self> {
         let options = NodeOptions { agent: false, proxy: false, ..NodeOptions::default() };
         let node = Node::with(&context.session()?, options)?;
-        let cgroup = node.session().cgroup().child(&format!("haproxy-of-{}", node.netns().name()))?;
-        let path = cgroup.path().display().to_string();
-        node.start_agent(&["--proxy-cgroup".into(), path])?;
-        let configuration = node.dir().join("haproxy.cfg");
-        fs::write(&configuration, CONFIGURATION)?;
-        let mut command = Command::new("haproxy");
-        command.arg("-db").arg("-f").arg(configuration);
-        let haproxy =
-            Process::spawn("haproxy", command, node.netns(), &cgroup, &node.dir().join("haproxy.log"))?;
-        let pid = haproxy.pid();
-        let ready = node.with_agent(|agent| agent.wait_for_proxy(pid));
-        ready.with_context(|| format!("log of HAProxy:\n{}", haproxy.last_lines()))?;
-        Ok(Self { haproxy, node, _cgroup: cgroup })
+        let parts = match parts {
+            Parts::One => vec![("--proxy-cgroup", "haproxy", format!("{COMMON}{OUTBOUND}{INBOUND}"))],
+            Parts::Two => vec![
+                ("--proxy-cgroup", "haproxy-inbound", format!("{COMMON}{INBOUND}")),
+                ("--outbound-proxy-cgroup", "haproxy-outbound", format!("{COMMON}{OUTBOUND}")),
+            ],
+        };
+        let (mut arguments, mut cgroups, mut haproxies) = (Vec::new(), Vec::new(), Vec::new());
+        for (option, name, _) in &parts {
+            let cgroup = node.session().cgroup().child(&format!("{name}-of-{}", node.netns().name()))?;
+            arguments.push(format!("{option}={}", cgroup.path().display()));
+            cgroups.push(cgroup);
+        }
+        node.start_agent(&arguments)?;
+        for ((_, name, configuration), cgroup) in parts.iter().zip(&cgroups) {
+            let file = node.dir().join(format!("{name}.cfg"));
+            fs::write(&file, configuration)?;
+            let mut command = Command::new("haproxy");
+            command.arg("-db").arg("-f").arg(file);
+            let log = node.dir().join(format!("{name}.log"));
+            haproxies.push(Process::spawn(name, command, node.netns(), cgroup, &log)?);
+        }
+        let scene = Self { haproxies, node, _cgroups: cgroups };
+        let pid = scene.haproxies[0].pid();
+        let ready = scene.node.with_agent(|agent| agent.wait_for_proxy(pid));
+        ready.with_context(|| scene.last_lines())?;
+        Ok(scene)
     }
 
-    /// One connection that went through HAProxy once, in this direction; the ends see each other.
-    fn passes(&self, way: &str, client: &Netns, server: &Pod, stack: Stack) -> Result<()> {
+    fn last_lines(&self) -> String {
+        let logs = self.haproxies.iter().map(|haproxy| format!("log of HAProxy:\n{}", haproxy.last_lines()));
+        logs.collect::<Vec<_>>().join("\n")
+    }
+
+    /// One connection that went through HAProxy once in each of these directions; the ends see each other.
+    fn passes(&self, ways: &[&str], client: &Netns, server: &Pod, stack: Stack) -> Result<()> {
         let listening = server.listen(stack)?;
         let to = server.endpoint(stack.family(), listening.port())?;
         let mut connection = Connection::open(client, stack, to)?;
@@ -86,36 +124,48 @@ impl Scene {
         ensure!(!connection.is_direct(), "{source} came itself");
         ensure!(connection.heard.local == to, "the application is at {}", connection.heard.local);
         connection.finish()?;
-        self.logged(way, source, to)
+        self.logged(ways, source, to)
     }
 
-    /// HAProxy tells of a connection when it has ended.
-    fn logged(&self, way: &str, source: SocketAddr, to: SocketAddr) -> Result<()> {
-        // IPv6 addresses are without brackets there.
+    /// HAProxy tells of a connection when it has ended: first the one that was made last.
+    fn logged(&self, ways: &[&str], source: SocketAddr, to: SocketAddr) -> Result<()> {
+        // IPv6 addresses are without brackets there. The port is the client's own at the first HAProxy alone.
         let spell = |end: SocketAddr| format!("{}:{}", end.ip(), end.port());
-        let line = format!("{way} {} {}", spell(source), spell(to));
-        let count =
-            || self.haproxy.log().replace("::ffff:", "").lines().filter(|found| *found == line).count();
-        wait::until_true(&format!("line `{line}` of HAProxy"), SOON, || Ok(count() == 1))
-            .with_context(|| self.haproxy.last_lines())
+        let (from, to) = (format!(" {}:", source.ip()), format!(" {}", spell(to)));
+        let first = format!(" {}{to}", spell(source));
+        let seen = || -> Vec<String> {
+            let logs = self.haproxies.iter().map(|haproxy| haproxy.log().replace("::ffff:", ""));
+            let lines = logs.flat_map(|log| log.lines().map(str::to_owned).collect::<Vec<_>>());
+            lines.filter(|line| line.contains(&from) && line.ends_with(&to)).collect()
+        };
+        wait::until_true(&format!("{ways:?} from {source} to{to}"), SOON, || Ok(seen().len() >= ways.len()))
+            .with_context(|| self.last_lines())?;
+        let seen = seen();
+        ensure!(seen.len() == ways.len(), "not once each of {ways:?} but {seen:#?}");
+        for way in ways {
+            ensure!(seen.iter().any(|line| line.starts_with(way)), "no {way} in {seen:#?}");
+        }
+        ensure!(seen.iter().any(|line| line.ends_with(&first) && line.starts_with(ways[0])), "{seen:#?}");
+        Ok(())
     }
 }
 
-fn is_the_node_proxy(context: &Context, stack: Stack) -> Result<()> {
-    let scene = Scene::new(context)?;
+fn is_the_node_proxy(context: &Context, stack: Stack, parts: Parts) -> Result<()> {
+    let scene = Scene::new(context, parts)?;
     let outside = Netns::new("outside")?;
     scene.node.attach(&outside, "outside")?;
     let (pod, other) =
         (scene.node.enrolled("pod", Families::Dual)?, scene.node.plain("other", Families::Dual)?);
-    scene.passes("outbound", pod.netns(), &other, stack).context("from the pod")?;
+    scene.passes(&["outbound"], pod.netns(), &other, stack).context("from the pod")?;
     for (client, who) in
         [(other.netns(), "another pod"), (&outside, "outside"), (scene.node.netns(), "the node")]
     {
-        scene.passes("inbound", client, &pod, stack).with_context(|| format!("from {who}"))?;
+        scene.passes(&["inbound"], client, &pod, stack).with_context(|| format!("from {who}"))?;
     }
-    // What HAProxy connects for one pod it does not tell from a delivery, so that it passes once.
+    // What one HAProxy connects for a pod cannot be told from what it delivers, so that it passes once.
+    let ways = if parts == Parts::Two { &["outbound", "inbound"][..] } else { &["outbound"] };
     let neighbour = scene.node.enrolled("neighbour", Families::Dual)?;
-    scene.passes("outbound", pod.netns(), &neighbour, stack).context("from pod to pod")?;
+    scene.passes(ways, pod.netns(), &neighbour, stack).context("from pod to pod")?;
     // It would connect to itself again and again.
     for port in [PORT_OUTBOUND, PORT_INBOUND] {
         let to = SocketAddr::new(scene.node.gateway(stack.family()), port);

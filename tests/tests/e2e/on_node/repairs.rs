@@ -11,7 +11,7 @@ use libtest_mimic::Trial;
 use redirect_ebpf::Family;
 use redirect_ebpf::constants::{ENTRANCE, ROUTE_TABLE};
 use redirect_tests::kernel::Footprint;
-use redirect_tests::{Families, Node, NodeOptions, Pod, Stack, wait};
+use redirect_tests::{Families, Netns, Node, NodeOptions, Pod, Stack, wait};
 
 use super::host_device;
 use crate::context::{Context, trial};
@@ -27,6 +27,7 @@ enum Damage {
     Entrance,
     EntranceQdisc,
     Sysctl,
+    Untracked,
     Pin,
     Detach,
     Pod,
@@ -34,7 +35,7 @@ enum Damage {
 }
 
 impl Damage {
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 15] = [
         Self::Rule(Family::Ipv4),
         Self::Rule(Family::Ipv6),
         Self::Route(Family::Ipv4),
@@ -45,6 +46,7 @@ impl Damage {
         Self::EntranceQdisc,
         Self::Entrance,
         Self::Sysctl,
+        Self::Untracked,
         Self::Pin,
         Self::Detach,
         Self::Pod,
@@ -61,6 +63,7 @@ impl Damage {
             | Self::Entrance
             | Self::EntranceQdisc
             | Self::Sysctl
+            | Self::Untracked
             | Self::Pin
             | Self::Detach => "link",
         }
@@ -89,6 +92,7 @@ impl Damage {
             Self::EntranceQdisc => host.json(&format!("tc qdisc del dev {ENTRANCE} clsact")).map(drop),
             Self::Entrance => host.ip(&format!("link del {ENTRANCE}")).map(drop),
             Self::Sysctl => host.set_sysctl("net.ipv4.tcp_early_demux", "1"),
+            Self::Untracked => nft(host, "flush ruleset").map(drop),
             Self::Pin => Ok(fs::remove_file(lookup)?),
             Self::Detach => bpftool(&["link", "detach", "pinned"], &lookup, &[]),
             Self::Pod => forget(node, "PODS-", &pod.netns().cookie()?.to_ne_bytes()),
@@ -99,6 +103,12 @@ impl Damage {
             }
         }
     }
+}
+
+fn nft(host: &Netns, words: &str) -> Result<String> {
+    let mut command = Command::new("nft");
+    command.args(words.split(' '));
+    Ok(String::from_utf8_lossy(&host.output(command, b"")?).into_owned())
 }
 
 fn forget(node: &Node, map: &str, key: &[u8]) -> Result<()> {
@@ -124,6 +134,10 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         })
         .collect();
     trials.push(trial(context, "repairs::at_start", at_start));
+    for (name, note) in [("entrance", Note::Alias), ("records", Note::Record)] {
+        let name = format!("repairs::sysctl_is_restored_without_the_{name}");
+        trials.push(trial(context, name, move |context| restored(context, note)));
+    }
     trials
 }
 
@@ -157,16 +171,20 @@ fn while_running(context: &Context, damage: Damage) -> Result<()> {
     let before = Footprint::of(node.netns())?;
     ensure!(repairs(&node, damage.kind())? == 0);
     damage.inflict(&node, &pod)?;
-    wait::until_true("repair", LIMIT, || {
-        Ok(repairs(&node, damage.kind())? > 0 && Footprint::of(node.netns())? == before)
-    })
-    .with_context(|| format!("{:?}, {before:#?}, {:#?}", node.status(), Footprint::of(node.netns())))?;
+    let is_mended = || -> Result<bool> {
+        let untracked = nft(node.netns(), "list ruleset")?.contains(r#"iifname "redirect0" notrack"#);
+        Ok(repairs(&node, damage.kind())? > 0 && Footprint::of(node.netns())? == before && untracked)
+    };
+    wait::until_true("repair", LIMIT, is_mended)
+        .with_context(|| format!("{:?}, {before:#?}, {:#?}", node.status(), Footprint::of(node.netns())))?;
     pod.check()?;
     works(&pod, &other)?;
     node.end_agent()?;
     ensure!(node.uninstall(&[])?.status.success());
     let sysctl = node.netns().sysctl("net.ipv4.tcp_early_demux")?;
     ensure!(sysctl == "1", "the sysctl is {sysctl}, and was 1 before us");
+    let left = nft(node.netns(), "list ruleset")?;
+    ensure!(left.is_empty(), "{left}");
     Ok(())
 }
 
@@ -188,4 +206,37 @@ fn at_start(context: &Context) -> Result<()> {
     ensure!(after == before, "before: {before:#?}\nafter: {after:#?}");
     pod.check()?;
     works(&pod, &other)
+}
+
+/// What says that the sysctl was on.
+#[derive(Clone, Copy, Debug)]
+enum Note {
+    Alias,
+    Record,
+}
+
+/// One of the two notes goes while no agent runs: the other one is enough, for `uninstall` as well as for the next agent, which
+/// makes both again.
+fn restored(context: &Context, note: Note) -> Result<()> {
+    let lose = |node: &Node, note: Note| match note {
+        Note::Alias => node.netns().ip(&format!("link del {ENTRANCE}")).map(drop),
+        Note::Record => Ok(fs::remove_dir_all(node.state_dir())?),
+    };
+    let other = if matches!(note, Note::Alias) { Note::Record } else { Note::Alias };
+    for losses in [&[note][..], &[note, other]] {
+        let node = node(context)?;
+        node.kill_agent()?;
+        for (round, note) in losses.iter().enumerate() {
+            if round > 0 {
+                node.start_agent(&arguments())?;
+                node.kill_agent()?;
+            }
+            lose(&node, *note)?;
+        }
+        ensure!(node.netns().sysctl("net.ipv4.tcp_early_demux")? == "0");
+        ensure!(node.uninstall(&[])?.status.success());
+        let sysctl = node.netns().sysctl("net.ipv4.tcp_early_demux")?;
+        ensure!(sysctl == "1", "{losses:?}: the sysctl is {sysctl}, and was 1 before us");
+    }
+    Ok(())
 }
