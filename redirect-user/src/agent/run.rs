@@ -238,6 +238,9 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         let (pin_dir, state_dir) = (options.pin_dir, options.state_dir);
         let everything = uninstall::Options { pin_dir, state_dir, force: true, known_only: true };
         tokio::task::spawn_blocking(move || uninstall::uninstall(&everything)).await??;
+        if let Some(controller) = controller {
+            controller.retract().await;
+        }
         tracing::info!(
             milliseconds = stopping.elapsed().as_millis() as u64,
             "the agent has removed everything and ends"

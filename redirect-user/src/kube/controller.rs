@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use anyhow::{Context as _, anyhow};
+use futures::StreamExt as _;
 use kube::Client;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::watch;
@@ -13,7 +15,7 @@ use tokio::task::JoinSet;
 use tokio::time::{interval, timeout};
 
 use super::admission::Admission;
-use super::api::PodView;
+use super::api::{PodView, REDIRECTION};
 use super::informer::{self, Patience, pause};
 use super::queue::Queue;
 use super::rules::{Decision, Reason, Rules, decide};
@@ -164,6 +166,39 @@ impl<D: Datapath + Send + 'static> Controller<D> {
             self.queue.add(&uid);
         }
         self.queue.idle().await;
+    }
+
+    /// Takes the annotations off the pods again, after the end of [`Self::run`], when nothing is steered any more. The
+    /// rights to do so may have been taken away by then.
+    pub(crate) async fn retract(&self) {
+        let annotated = |uid: String| {
+            let Known { pod, .. } = self.store.pod(&uid)?;
+            let told = self.memory().get(&uid).and_then(|memory| memory.told);
+            let shown = told.map_or(pod.redirection.is_some(), |(state, _)| state.is_some());
+            (shown && !self.rules.excluded.contains(&pod.namespace)).then_some(pod)
+        };
+        let pods: Vec<PodView> = self.store.uids().into_iter().filter_map(annotated).collect();
+        let mut calls = futures::stream::iter(&pods)
+            .map(|pod| async move { (pod, self.voice.annotate(pod, None).await) })
+            .buffer_unordered(WORKERS);
+        let told = timeout(API, async {
+            while let Some((pod, outcome)) = calls.next().await {
+                outcome.with_context(|| format!("pod {}", pod.identity()))?;
+            }
+            anyhow::Ok(())
+        });
+        let error = match told.await {
+            Ok(Ok(())) => {
+                tracing::info!(pods = pods.len(), "the annotations of the pods are off");
+                return;
+            }
+            Ok(Err(error)) => error,
+            Err(_) => anyhow!("the API server did not answer within {API:?}"),
+        };
+        tracing::warn!(
+            "pods that are not steered any more keep the annotation {REDIRECTION}: {error:#}; to take it off: kubectl annotate \
+             pods --all --all-namespaces {REDIRECTION}-"
+        );
     }
 
     /// How many pods are known on this node.

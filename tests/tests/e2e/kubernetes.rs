@@ -6,9 +6,11 @@ use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::{Direction, Family};
 use redirect_tests::{Cluster, Families, Pod, Server, Stack, wait};
+use redirect_user::kube::double::Fault;
 
 use crate::context::{Context, for_every_kind, for_every_stack, trial};
 use crate::exclusions::passes_by;
+use crate::running_pods::becomes;
 use crate::{inbound, outbound, restarts};
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
@@ -16,6 +18,9 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials.extend(for_every_stack(context, "kubernetes::excluded_network", excluded_network));
     trials.extend(for_every_stack(context, "kubernetes::istio_exclusions", istio_exclusions));
     trials.push(trial(context, "kubernetes::bad_exclusions_are_refused", bad_exclusions));
+    trials.push(trial(context, "kubernetes::annotations_go_with_the_agent", annotations_go));
+    trials.push(trial(context, "kubernetes::annotations_stay_without_the_right", annotations_stay));
+    trials.push(trial(context, "kubernetes::annotations_stay_with_steered_pods", annotations_stay_with_pods));
     trials
 }
 
@@ -134,4 +139,54 @@ fn bad_exclusions(context: &Context) -> Result<()> {
         inbound::passes_the_proxy_once(other.netns(), &pod, Stack::V6)?;
     }
     Ok(())
+}
+
+/// A pod whose annotation says that it is steered, and a server beside it.
+fn shown(cluster: &Cluster) -> Result<(Pod, Pod)> {
+    let (pod, other) =
+        (enrolled(cluster, Families::Dual, &[])?, cluster.node().plain("other", Families::Dual)?);
+    becomes(cluster, &pod, Some("enabled"))?;
+    Ok((pod, other))
+}
+
+/// The agent has removed everything at its end: the pod is not steered, in any family.
+fn is_plain(pod: &Pod, other: &Pod) -> Result<()> {
+    for stack in Stack::ALL {
+        let listening = other.listen(stack)?;
+        let to = other.endpoint(stack.family(), listening.port())?;
+        ensure!(pod.connect(stack, to)?.is_direct(), "{stack}: still steered");
+    }
+    Ok(())
+}
+
+fn annotations_go(context: &Context) -> Result<()> {
+    let cluster = Cluster::start(&context.session()?, &["--on-exit", "remove"])?;
+    let (pod, other) = shown(&cluster)?;
+    cluster.node().end_agent()?;
+    ensure!(cluster.redirection(&pod).is_none(), "it is {:?}", cluster.redirection(&pod));
+    is_plain(&pod, &other)
+}
+
+/// That is no reason to leave anything else, and is told with what to do.
+fn annotations_stay(context: &Context) -> Result<()> {
+    let cluster = Cluster::start(&context.session()?, &["--on-exit", "remove"])?;
+    let (pod, other) = shown(&cluster)?;
+    cluster.api().fail_next("PATCH ", Fault::Status(403));
+    cluster.node().end_agent()?;
+    ensure!(cluster.api().faults_left() == 0, "nobody tried");
+    ensure!(cluster.redirection(&pod).as_deref() == Some("enabled"));
+    let log = std::fs::read_to_string(cluster.node().dir().join("agent.log"))?;
+    for wanted in [pod.identity().to_string().as_str(), "kubectl annotate pods"] {
+        ensure!(log.contains(wanted), "{wanted} is not in {log}");
+    }
+    is_plain(&pod, &other)
+}
+
+/// The next agent finds them as they are.
+fn annotations_stay_with_pods(context: &Context) -> Result<()> {
+    let cluster = Cluster::start(&context.session()?, &["--on-exit", "keep"])?;
+    let (pod, other) = shown(&cluster)?;
+    cluster.node().end_agent()?;
+    ensure!(cluster.redirection(&pod).as_deref() == Some("enabled"), "it is {:?}", cluster.redirection(&pod));
+    Stack::ALL.into_iter().try_for_each(|stack| outbound::passes_the_proxy_once(&pod, &other, stack))
 }
