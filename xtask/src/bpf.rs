@@ -4,7 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use ::object::{File, Object as _, ObjectSection as _};
+use anyhow::{Context, Result, bail};
 
 use crate::architecture::Architecture;
 use crate::progress;
@@ -33,6 +34,7 @@ pub(crate) fn build(
     for_bpf(workspace, kernel_side, architecture, &mut cargo);
     progress::run(workspace, "building the kernel side", "build-ebpf", &mut cargo)?;
     let built = workspace.target(format!("bpf-build/{TARGET}/release/redirect-ebpf"));
+    check(&built)?;
     let object = object(workspace, architecture);
     let changed = copy_if_changed(&built, &object)?;
     let size = object.metadata()?.len();
@@ -66,6 +68,33 @@ fn for_bpf(workspace: &Workspace, kernel_side: &KernelSide, architecture: Archit
     cargo.arg(workspace.target("bpf-build"));
 }
 
+/// Refuses an object with data of its own. The loader makes a map of each such section, which is frozen once it is filled: an
+/// agent that restarts finds its pin and may not fill it again.
+fn check(object: &Path) -> Result<()> {
+    let sections = data(object)?;
+    if !sections.is_empty() {
+        bail!(
+            "the kernel side has data of its own: {}\nremedy: no `static` but maps; a constant that is more than a number comes \
+             from an inlined function, else the compiler keeps it in the object",
+            sections.join(", ")
+        );
+    }
+    Ok(())
+}
+
+/// The sections of which the loader makes maps, those that the code declares aside.
+fn data(object: &Path) -> Result<Vec<String>> {
+    let bytes = fs::read(object).with_context(|| format!("cannot read {}", object.display()))?;
+    let file = File::parse(&*bytes).with_context(|| format!("cannot read {}", object.display()))?;
+    let is_data = |name: &str| [".rodata", ".data", ".bss"].iter().any(|start| name.starts_with(start));
+    let sections = file.sections().filter(|section| section.size() > 0);
+    let described = sections.filter_map(|section| Some((section.name().ok()?.to_owned(), section.size())));
+    Ok(described
+        .filter(|(name, _)| is_data(name))
+        .map(|(name, size)| format!("{name} ({size} bytes)"))
+        .collect())
+}
+
 fn copy_if_changed(from: &Path, to: &Path) -> Result<bool> {
     let new = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
     if fs::read(to).is_ok_and(|old| old == new) {
@@ -76,4 +105,22 @@ fn copy_if_changed(from: &Path, to: &Path) -> Result<bool> {
     }
     fs::write(to, new).with_context(|| format!("cannot write {}", to.display()))?;
     Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn data_is_found_in_an_object() {
+        // This program has some of each kind.
+        let program = Path::new("/proc/self/exe");
+        let found = data(program).unwrap_or_default();
+        for kind in [".rodata", ".data", ".bss"] {
+            assert!(found.iter().any(|section| section.starts_with(kind)), "{kind}: {found:?}");
+        }
+        assert!(!found.iter().any(|section| section.starts_with(".text")), "{found:?}");
+        assert!(check(program).is_err_and(|error| error.to_string().contains(".rodata")));
+        assert!(check(Path::new("/proc/self/cmdline")).is_err());
+    }
 }

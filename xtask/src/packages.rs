@@ -101,6 +101,12 @@ pub(crate) fn of_the_machines() -> Vec<Package> {
     .into()
 }
 
+/// The programs of these packages that are not there.
+pub(crate) fn missing(wanted: &[Package]) -> Option<String> {
+    let missing = wanted.iter().filter(|package| !package.is_evident()).map(|package| package.name.as_str());
+    Some(missing.collect::<Vec<_>>().join(", ")).filter(|names| !names.is_empty())
+}
+
 /// The distribution's package manager, which refreshes its lists at most once.
 pub(crate) struct Packages<'a> {
     workspace: &'a Workspace,

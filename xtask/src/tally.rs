@@ -91,6 +91,7 @@ impl Tally {
                 Outcome::Skipped(reason) => self.skips.push((name, reason.clone())),
             }
         }
+        self.details.extend(boot.details.iter().map(|line| format!("{} | {line}", boot.name)));
     }
 
     pub(crate) fn is_success(&self) -> bool {

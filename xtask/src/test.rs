@@ -114,6 +114,7 @@ impl Selection {
             only: Vec::new(),
             environment: Vec::new(),
             test_arguments: self.filter.iter().cloned().chain(self.arguments.iter().map(text)).collect(),
+            limit: vm::LIMIT,
         };
         self.vm
             .iter()

@@ -85,6 +85,8 @@ impl<'a> Archive<'a> {
             set("Dir::Etc::sourceparts", Path::new("/dev/null")),
             set("Dir::State::lists", &self.home.join("lists")),
             set("Dir::Cache", &self.home.join("cache")),
+            "Acquire::Retries=3".to_owned(),
+            "Acquire::http::Timeout=60".to_owned(),
             // The user that apt changes to can't read our folders.
             "APT::Sandbox::User=root".to_owned(),
         ] {

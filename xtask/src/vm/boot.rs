@@ -42,8 +42,10 @@ impl Machine<'_> {
     pub(super) fn run(&self, workspace: &Workspace, mut line: impl FnMut(&str)) -> Result<i32> {
         let program = which(QEMU).with_context(|| format!("{QEMU} is not there: cargo xtask setup"))?;
         File::create(&self.console).with_context(|| format!("cannot write {}", self.console.display()))?;
-        let mut qemu = workspace.command(program);
-        qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "2048"]);
+        // It ends with the thread that waits for it, also if this process is killed.
+        let mut qemu = workspace.command("setpriv");
+        qemu.args(["--pdeathsig", "KILL"]).arg(program);
+        qemu.args(["-accel", "tcg,thread=multi,tb-size=256", "-cpu", "max", "-smp", "2", "-m", "2048"]);
         qemu.args(["-nodefaults", "-display", "none", "-no-reboot"]);
         qemu.arg("-serial").arg(format!("file:{}", self.console.display()));
         qemu.args(["-chardev", "stdio,id=output,signal=off", "-serial", "chardev:output"]);

@@ -5,6 +5,11 @@ use std::fmt;
 
 use serde::Serialize;
 
+use crate::tally::single;
+
+/// How many lines of what failed are kept.
+const DETAILS: usize = 60;
+
 /// The results of one boot.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct Boot {
@@ -15,6 +20,10 @@ pub(crate) struct Boot {
     pub(crate) seconds: f32,
     /// By name.
     pub(crate) tests: BTreeMap<String, Outcome>,
+    /// What those said that failed.
+    pub(crate) details: Vec<String>,
+    #[serde(skip)]
+    pub(crate) explaining: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -62,6 +71,31 @@ impl fmt::Display for Counts {
 }
 
 impl Boot {
+    /// Takes in a line of what the tests print.
+    pub(crate) fn line(&mut self, line: &str) {
+        if let Some((test, outcome)) = single(line) {
+            let outcome = match outcome {
+                "ok" => Outcome::Passed,
+                "FAILED" => Outcome::Failed,
+                // The reason is in what the test says.
+                other => Outcome::Skipped(other.trim_start_matches("ignored").trim().to_owned()),
+            };
+            self.tests.insert(test.to_owned(), outcome);
+        } else if line == "failures:" {
+            self.explaining = true;
+        } else if line.starts_with("test result: ") {
+            self.explaining = false;
+        } else if self.explaining && self.details.len() < DETAILS {
+            self.details.push(line.to_owned());
+        }
+    }
+
+    /// The machine itself failed.
+    pub(crate) fn failed(&mut self, why: &str) {
+        self.tests.insert("boot".into(), Outcome::Failed);
+        self.details.extend(why.lines().map(str::to_owned));
+    }
+
     pub(crate) fn counts(&self) -> Counts {
         Counts::of(self.tests.values())
     }
@@ -111,6 +145,7 @@ mod tests {
             release: format!("{name}.0"),
             seconds: 2.0,
             tests: tests.iter().map(|(name, outcome)| ((*name).to_owned(), outcome.clone())).collect(),
+            ..Boot::default()
         };
         let boots = [
             boot("6.1", &[("dns::v4", Outcome::Passed), ("dns::v6", Outcome::Failed)]),
@@ -119,5 +154,30 @@ mod tests {
         let expected = "kernel   6.1          7\n         6.1.0        7.0\ndns      1, 1 FAILED  1\n\
                         tc       -            0, 1 skipped\nall      1, 1 FAILED  1, 1 skipped\nseconds  2            2";
         assert_eq!(table(&boots), expected);
+    }
+
+    #[test]
+    fn what_tests_print_is_taken_in() {
+        let mut boot = Boot::default();
+        for line in [
+            "test dns::v4 ... ok",
+            "test dns::v6 ... FAILED",
+            "test tc::v4 ... ignored",
+            "",
+            "failures:",
+            "---- dns::v6 ----",
+            "no answer",
+            "failures:",
+            "    dns::v6",
+            "test result: FAILED. 1 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; finished in 1.0s",
+            "left over",
+        ] {
+            boot.line(line);
+        }
+        assert_eq!(boot.counts(), Counts { passed: 1, failed: 1, skipped: 1 });
+        assert_eq!(boot.details, ["---- dns::v6 ----", "no answer", "    dns::v6"]);
+        boot.failed("no end\nlast message");
+        assert_eq!(boot.counts().failed, 2);
+        assert_eq!(boot.details[3..], ["no end", "last message"]);
     }
 }
