@@ -15,8 +15,10 @@ use crate::node::Node;
 /// The image of applications: nothing but busybox.
 pub const BUSYBOX: &str = "localhost/busybox:test";
 
-/// How long a container may run at most, should the test that started it be killed.
-const LIFETIME: &str = "--timeout=600";
+/// What every container gets: a limit of its life, should the test that started it be killed, and limits of resources,
+/// because what podman would ask for may be more than this machine allows.
+pub const FIXED: [&str; 4] =
+    ["--pull=never", "--timeout=600", "--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096"];
 
 /// A podman with storage of its own. Its containers end with this value.
 #[derive(Debug)]
@@ -76,18 +78,8 @@ impl Podman {
 
     /// Starts a container.
     pub fn start(&self, name: &str, options: &[&str], image: &str, arguments: &[&str]) -> Result<()> {
-        // What podman would ask for may be more than this machine allows.
-        let fixed = [
-            "run",
-            "--detach",
-            "--pull=never",
-            "--ulimit=nofile=1024:1024",
-            "--ulimit=nproc=4096:4096",
-            LIFETIME,
-            "--name",
-            name,
-        ];
-        self.run(&[&fixed, options, &[image], arguments].concat()).map(drop)
+        self.run(&[&["run", "--detach", "--name", name], &FIXED[..], options, &[image], arguments].concat())
+            .map(drop)
     }
 
     /// Runs busybox in a container.
@@ -130,8 +122,9 @@ impl Drop for Podman {
 }
 
 /// What podman is told to run a DaemonSet's container as the kubelet would: its security context, namespaces, mounts,
-/// environment and arguments. An error if there is something in the security context that can't be translated.
-pub fn options_of(daemonset: &Value) -> Result<(Vec<String>, Vec<String>)> {
+/// environment and arguments. An error if there is something in the security context that can't be translated. `profiles` is
+/// where the kubelet would have seccomp profiles.
+pub fn options_of(daemonset: &Value, profiles: &Path) -> Result<(Vec<String>, Vec<String>)> {
     let pod = &daemonset["spec"]["template"]["spec"];
     let container = &pod["containers"][0];
     let mut options = Vec::new();
@@ -141,7 +134,7 @@ pub fn options_of(daemonset: &Value) -> Result<(Vec<String>, Vec<String>)> {
     if pod["hostPID"] == true {
         options.push("--pid=host".to_owned());
     }
-    security(&container["securityContext"], &mut options)?;
+    security(&container["securityContext"], profiles, &mut options)?;
     for volume in list(&pod["volumes"]) {
         options.push(mount(volume, container)?);
     }
@@ -163,7 +156,7 @@ pub fn options_of(daemonset: &Value) -> Result<(Vec<String>, Vec<String>)> {
     Ok((options, arguments.collect()))
 }
 
-fn security(context: &Value, options: &mut Vec<String>) -> Result<()> {
+fn security(context: &Value, profiles: &Path, options: &mut Vec<String>) -> Result<()> {
     for (key, value) in context.as_object().context("a security context")? {
         match (key.as_str(), value) {
             ("privileged", Value::Bool(false)) | ("runAsNonRoot", Value::Bool(false)) => {}
@@ -185,6 +178,10 @@ fn security(context: &Value, options: &mut Vec<String>) -> Result<()> {
             }
             // Podman's own default, which is that of other runtimes too: what a capability allows is allowed.
             ("seccompProfile", profile) if profile["type"] == "RuntimeDefault" => {}
+            ("seccompProfile", profile) if profile["type"] == "Localhost" => {
+                let name = profile["localhostProfile"].as_str().context("the profile's name")?;
+                options.push(seccomp(&profiles.join(name)));
+            }
             ("appArmorProfile", profile) if profile["type"] == "Unconfined" => {
                 options.push("--security-opt=apparmor=unconfined".to_owned());
             }
@@ -192,6 +189,12 @@ fn security(context: &Value, options: &mut Vec<String>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The option that has a container run with this seccomp profile.
+#[must_use]
+pub fn seccomp(profile: &Path) -> String {
+    format!("--security-opt=seccomp={}", profile.display())
 }
 
 fn mount(volume: &Value, container: &Value) -> Result<String> {

@@ -41,7 +41,7 @@ capabilities:
     # Finding the namespaces of pods, and the cgroup of the node proxy.
     - SYS_PTRACE
 seccompProfile:
-  type: RuntimeDefault
+  {{- toYaml .Values.seccompProfile | nindent 2 }}
 {{- end }}
 
 {{- /* Arguments about the CNI chain. */}}

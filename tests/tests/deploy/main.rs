@@ -127,6 +127,8 @@ fn everything_on() -> Result<()> {
         "node.proxyCgroups={/mesh}",
         "node.outboundProxyCgroups={/mesh/out}",
         "imagePullSecrets[0].name=secret",
+        "seccompProfile.type=Localhost",
+        "seccompProfile.localhostProfile=ambient-redirect.json",
         "podAnnotations.a=b",
         "affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution[0].weight=1",
         "affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution[0].preference.matchExpressions[0].key=k",
@@ -216,6 +218,7 @@ fn wrong_values_are_refused() -> Result<()> {
         "exclude.outboundPorts={65536}",
         "noSuchValue=1",
         "cni.noSuchValue=1",
+        "seccompProfile.type=Localhost",
     ] {
         if render(&[wrong]).is_ok() {
             bail!("{wrong} is accepted");

@@ -13,7 +13,7 @@ use libtest_mimic::Trial;
 use redirect_ebpf::Family;
 use redirect_tests::cgroup;
 use redirect_tests::containerd::Containerd;
-use redirect_tests::podman::{BUSYBOX, Podman, options_of};
+use redirect_tests::podman::{BUSYBOX, FIXED, Podman, options_of, seccomp};
 use redirect_tests::process::Process;
 use redirect_tests::wait::{self, SOON};
 use redirect_tests::{Direction, Families, Node, NodeOptions, ProxyKind, Server, Stack};
@@ -24,7 +24,8 @@ use crate::install::Directories;
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     vec![
-        trial_in_container(context, "container::steers_what_podman_starts", steers),
+        trial_in_container(context, "container::steers_what_podman_starts", steers_with_either_profile),
+        trial_in_container(context, "container::seccomp_profile_refuses_other_calls", refuses_other_calls),
         trial_in_container(context, "container::steers_what_ctr_starts", steers_ctr),
     ]
 }
@@ -54,12 +55,22 @@ fn image() -> PathBuf {
         .map_or_else(|| root().join("target/image/ambient-redirect.tar"), PathBuf::from)
 }
 
-fn daemonset(values: &[(&str, &Path)], image: &str) -> Result<Value> {
+/// What deploy/ has for the kubelet's directory of seccomp profiles.
+fn profiles() -> PathBuf {
+    root().join("deploy/seccomp")
+}
+
+const PROFILE: &str = "ambient-redirect.json";
+
+fn daemonset(paths: &[(&str, &Path)], values: &[&str], image: &str) -> Result<Value> {
     let mut helm = Command::new(helm());
     helm.current_dir(root()).args(["template", "ambient-redirect", "deploy/chart"]);
     helm.args(["--namespace", "ambient-redirect", "--show-only", "templates/daemonset.yaml"]);
-    for (key, value) in values {
-        helm.arg("--set").arg(format!("{key}={}", value.display()));
+    for (key, path) in paths {
+        helm.arg("--set").arg(format!("{key}={}", path.display()));
+    }
+    for value in values {
+        helm.args(["--set", value]);
     }
     let (repository, tag) = image.rsplit_once(':').context("a tag")?;
     helm.args(["--set", &format!("image.repository={repository},image.tag={tag}")]);
@@ -68,7 +79,15 @@ fn daemonset(values: &[(&str, &Path)], image: &str) -> Result<Value> {
     Ok(serde_saphyr::from_str(&String::from_utf8(output.stdout)?)?)
 }
 
-fn steers(context: &Context) -> Result<()> {
+/// With the seccomp profile of the runtime, and with ours.
+fn steers_with_either_profile(context: &Context) -> Result<()> {
+    steers(context, &["seccompProfile.type=RuntimeDefault"]).context("the runtime's profile")?;
+    let ours = format!("seccompProfile.type=Localhost,seccompProfile.localhostProfile={PROFILE}");
+    steers(context, &[&ours]).context("our profile")
+}
+
+/// The agent runs as the chart says with these values.
+fn steers(context: &Context, values: &[&str]) -> Result<()> {
     context.needs(ProxyKind::Embedded, "a ztunnel knows no pod of podman's")?;
     let session = context.session()?;
     let node = Node::with(&session, NodeOptions { agent: false, proxy: false, ..NodeOptions::default() })?;
@@ -85,9 +104,10 @@ fn steers(context: &Context) -> Result<()> {
             ("runDirectory", &run),
             ("zds.directory", &zds),
         ],
+        values,
         &image,
     )?;
-    let (options, mut arguments) = options_of(&daemonset)?;
+    let (options, mut arguments) = options_of(&daemonset, &profiles())?;
     // There is no API server: every pod that comes through the chain is enrolled.
     arguments.retain(|argument| argument != "--kubernetes");
     // Nothing is to stay on this machine.
@@ -101,6 +121,27 @@ fn steers(context: &Context) -> Result<()> {
     let log = podman.logs("agent");
     ensure!(!pins.exists(), "the agent left pins behind\n{log}");
     ensure!(directories.is_chained(), "the chain is kept for the next agent");
+    Ok(())
+}
+
+/// A system call that the runtime's profile allows is refused with ours.
+fn refuses_other_calls(context: &Context) -> Result<()> {
+    let session = context.session()?;
+    let node = Node::with(&session, NodeOptions { agent: false, proxy: false, ..NodeOptions::default() })?;
+    let directories = Directories::new(&node, Families::Dual)?;
+    let podman = Podman::new(&node, &directories.configurations(), &directories.plugins())?;
+    podman.make_busybox()?;
+    // It calls ioprio_get.
+    let ionice = |options: &[&str]| {
+        let command = [BUSYBOX, "/bin/busybox", "ionice", "-p", "1"];
+        // As the agent's container has it: without it runtimes change users after they have applied the profile.
+        let alike = ["run", "--rm", "--network=none", "--security-opt=no-new-privileges"];
+        podman.run(&[&alike[..], &FIXED[..], options, &command].concat())
+    };
+    ionice(&[])?;
+    let refused = ionice(&[&seccomp(&profiles().join(PROFILE))]).err().context("ioprio_get is allowed")?;
+    let text = format!("{refused:#}");
+    ensure!(text.contains("ioprio_get: Operation not permitted"), "{text}");
     Ok(())
 }
 
