@@ -99,6 +99,10 @@ pub trait Parse: Ip {
     /// Where the IP header has its destination address.
     const DESTINATION: u32;
 
+    /// The TCP segment of a packet without tags, options, extension headers and fragments, as nearly all are. Nothing for
+    /// others, which [`parse`] is for.
+    fn plain(packet: &impl Packet) -> Option<Segment<Self::Address>>;
+
     /// Finds the TCP or UDP header behind the IP header at `offset`.
     fn parse_at(packet: &impl Packet, offset: u32, extent: Extent) -> Parsed<Self::Address>;
 
@@ -156,6 +160,22 @@ impl Parse for Ipv4 {
     const DESTINATION: u32 = 16;
 
     #[inline(always)]
+    fn plain(packet: &impl Packet) -> Option<Segment<[u8; 4]>> {
+        const LENGTH: u32 = 20;
+        if packet.ether_type() != Self::ETHER_TYPE {
+            return None;
+        }
+        let header = packet.load::<{ LENGTH as usize }>(0)?;
+        let whole = [header[6] & 0x3f, header[7]] == [0, 0];
+        if header[0] != 0x45 || !whole || header[9] != IPPROTO_TCP {
+            return None;
+        }
+        let source = [header[12], header[13], header[14], header[15]];
+        let destination = [header[16], header[17], header[18], header[19]];
+        plain_segment(packet, LENGTH, source, destination)
+    }
+
+    #[inline(always)]
     fn parse_at(packet: &impl Packet, offset: u32, extent: Extent) -> Parsed<[u8; 4]> {
         let Some(header) = packet.load::<20>(offset) else { return Parsed::Malformed };
         let length = u32::from(header[0] & 0xf) * 4;
@@ -205,6 +225,18 @@ impl Parse for Ipv4 {
 impl Parse for Ipv6 {
     const SOURCE: u32 = 8;
     const DESTINATION: u32 = 24;
+
+    #[inline(always)]
+    fn plain(packet: &impl Packet) -> Option<Segment<[u8; 16]>> {
+        if packet.ether_type() != Self::ETHER_TYPE {
+            return None;
+        }
+        let header = packet.load::<8>(0)?;
+        if header[0] >> 4 != 6 || header[6] != IPPROTO_TCP {
+            return None;
+        }
+        plain_segment(packet, IPV6_HEADER, packet.load(Self::SOURCE)?, packet.load(Self::DESTINATION)?)
+    }
 
     #[inline(always)]
     fn parse_at(packet: &impl Packet, offset: u32, extent: Extent) -> Parsed<[u8; 16]> {
@@ -284,6 +316,22 @@ struct Place {
     network: u32,
     transport: u32,
     fragmented: bool,
+}
+
+/// The segment of a packet whose TCP header is at `transport`.
+#[inline(always)]
+fn plain_segment<A>(packet: &impl Packet, transport: u32, source: A, destination: A) -> Option<Segment<A>> {
+    let ports = packet.load::<4>(transport)?;
+    let [_, flags] = packet.load::<2>(transport + 12)?;
+    Some(Segment {
+        source,
+        destination,
+        source_port: [ports[0], ports[1]],
+        destination_port: [ports[2], ports[3]],
+        flags,
+        network_offset: 0,
+        transport_offset: transport,
+    })
 }
 
 #[inline(always)]

@@ -7,10 +7,10 @@ use redirect_ebpf::constants::{MARK_CAPTURE, MARK_MASK, MARK_PROXY, PORT_OUTBOUN
 use redirect_ebpf::count::{Direction, Reason, Verdict};
 use redirect_ebpf::decide::Inbound;
 use redirect_ebpf::family::{Ipv4, Ipv6};
-use redirect_ebpf::packet::{Parse, Parsed, Segment, parse};
+use redirect_ebpf::packet::{Parse, Parsed, Segment};
 
 use super::pods::PodIp;
-use super::skb::LoopbackSkb;
+use super::skb::parse_on_loopback;
 use super::steer::{Action, Route, counted, steer_parsed};
 use super::{cookies, flows, lookup};
 
@@ -58,7 +58,7 @@ fn loopback<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
         // the mark of what it answers (`fwmark_reflect`): with the proxy's it would leave the pod, and the proxy would
         // never hear of it. What opens a connection has the mark from somebody else.
         MARK_PROXY => {
-            if let Parsed::Tcp(segment) = parse::<I>(&LoopbackSkb(ctx))
+            if let Parsed::Tcp(segment) = parse_on_loopback::<I>(ctx)
                 && !segment.opens()
             {
                 cookies::watch(ctx, &segment);
@@ -74,7 +74,7 @@ fn loopback<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
 /// is to get a connection that does not exist yet it can't know.
 #[inline(always)]
 fn captured<I: Parse + PodIp>(ctx: &TcContext) -> Action {
-    let parsed = parse::<I>(&LoopbackSkb(ctx));
+    let parsed = parse_on_loopback::<I>(ctx);
     if let Parsed::Tcp(segment) = parsed {
         if segment.opens() {
             if lookup::hand_over_known::<I>(ctx, &segment, &segment.source, PORT_OUTBOUND) {

@@ -6,7 +6,7 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
 use aya_ebpf::helpers::bpf_skb_load_bytes_relative;
 use aya_ebpf::programs::TcContext;
-use redirect_ebpf::packet::Packet;
+use redirect_ebpf::packet::{Packet, Parse, Parsed, parse};
 
 /// Offsets count from the network header, because devices without Ethernet headers (tun, WireGuard) exist in pods too.
 pub(super) struct Skb<'a>(pub(super) &'a TcContext);
@@ -37,27 +37,26 @@ impl Packet for Skb<'_> {
     }
 }
 
-/// A packet on `lo`, which has an Ethernet header: its headers are read where they are, without a call of the kernel.
-pub(super) struct LoopbackSkb<'a>(pub(super) &'a TcContext);
+/// Reads a packet on `lo`, which has an Ethernet header: where it is, without a call of the kernel, if it is plain.
+#[inline(always)]
+pub(super) fn parse_on_loopback<I: Parse>(ctx: &TcContext) -> Parsed<I::Address> {
+    match I::plain(&LoopbackSkb(ctx)) {
+        Some(segment) => Parsed::Tcp(segment),
+        None => parse::<I>(&Skb(ctx)),
+    }
+}
+
+/// The first piece of a packet on `lo`.
+struct LoopbackSkb<'a>(&'a TcContext);
 
 const ETHERNET_HEADER: usize = 14;
-
-/// As far as headers go that nobody has lengthened: two VLAN tags, the longest header of IPv4, the one of TCP. The
-/// verifier wants a limit.
-const NEAR: u32 = 128;
 
 impl Packet for LoopbackSkb<'_> {
     #[inline(always)]
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-        if offset < NEAR {
-            let start = self.0.data() + ETHERNET_HEADER + offset as usize;
-            if start + N <= self.0.data_end() {
-                // SAFETY: the bytes are inside the packet.
-                return Some(unsafe { (start as *const [u8; N]).read_unaligned() });
-            }
-        }
-        // Further on, or not in the packet's first piece.
-        Skb(self.0).load(offset)
+        let start = self.0.data() + ETHERNET_HEADER + offset as usize;
+        // SAFETY: the bytes are inside the packet.
+        (start + N <= self.0.data_end()).then(|| unsafe { (start as *const [u8; N]).read_unaligned() })
     }
 
     #[inline(always)]

@@ -80,6 +80,14 @@ fn plain_headers() {
     let v6 = expect_tcp::<Ipv6>(&ipv6(6, &tcp(SYN)), SYN);
     assert_eq!((v6.source, v6.destination), V6);
     assert_eq!((v6.network_offset, v6.transport_offset), (0, 40));
+    assert_eq!(Ipv4::plain(&ipv4(&[], 0x4000, 6, &tcp(SYN))), Some(v4));
+    assert_eq!(Ipv6::plain(&ipv6(6, &tcp(SYN))), Some(v6));
+    for other in
+        [ipv4(&[1, 1, 1, 1], 0, 6, &tcp(SYN)), ipv4(&[], 0x2000, 6, &tcp(SYN)), ipv4(&[], 0, 17, &tcp(SYN))]
+    {
+        assert_eq!(Ipv4::plain(&other), None);
+    }
+    assert_eq!(Ipv6::plain(&ipv6(0, &tcp(SYN))), None);
 }
 
 #[test]
@@ -216,8 +224,29 @@ proptest! {
     fn random_bytes_never_panic(ether_type in prop_oneof![Just(0x0800u16), Just(0x86dd), Just(0x8100)],
                                 bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         let packet = Bytes { ether_type, bytes };
-        let _ = parse::<Ipv4>(&packet);
-        let _ = parse::<Ipv6>(&packet);
+        agrees::<Ipv4>(&packet);
+        agrees::<Ipv6>(&packet);
+    }
+
+    #[test]
+    fn plain_segments_are_what_they_are_otherwise(place in 0usize..80, byte in any::<u8>(), length in 0usize..80) {
+        let packets = [ipv4(&[], 0x4000, 6, &tcp(SYN)), ipv4(&[1, 1, 1, 1], 0, 6, &tcp(SYN)), ipv6(6, &tcp(SYN))];
+        for mut packet in packets {
+            if let Some(changed) = packet.bytes.get_mut(place) {
+                *changed = byte;
+            }
+            packet.bytes.truncate(length);
+            agrees::<Ipv4>(&packet);
+            agrees::<Ipv6>(&packet);
+        }
+    }
+}
+
+/// A packet that is read the short way is read the long way with the same result.
+fn agrees<I: Parse<Address: PartialEq + core::fmt::Debug>>(packet: &Bytes) {
+    let whole = parse::<I>(packet);
+    if let Some(segment) = I::plain(packet) {
+        assert_eq!(whole, Parsed::Tcp(segment));
     }
 }
 

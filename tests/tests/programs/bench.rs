@@ -154,6 +154,13 @@ impl Bench {
         Ok(many)
     }
 
+    /// How many instructions the kernel followed before it accepted a program.
+    pub(crate) fn verified(&self, name: &str) -> Result<u32> {
+        let programs = self.lock();
+        let program = programs.program(name).with_context(|| name.to_owned())?;
+        program.info()?.verified_instruction_count().context("Linux 5.16")
+    }
+
     /// How long a program takes for a packet.
     pub(crate) fn time(&self, name: &str, proxy: Proxy, packet: &[u8], mark: u32) -> Result<Duration> {
         let programs = self.lock();
