@@ -118,14 +118,6 @@ pub struct ListenerKey {
     pub family: u32,
 }
 
-/// What a TC filter tells its program of the namespace that it is in: the kernel hands out cookies one after the other, and
-/// no 65,536 pods fit on a node. A tcx link tells nothing.
-#[must_use]
-#[inline(always)]
-pub const fn namespace_label(netns_cookie: u64) -> u16 {
-    netns_cookie as u16
-}
-
 const _: () = {
     assert!(size_of::<Tuple>() == 36 && align_of::<Tuple>() == 1);
     assert!(size_of::<HandedOver>() == 64 && size_of::<ListenerKey>() == 16);

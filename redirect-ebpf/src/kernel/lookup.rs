@@ -1,27 +1,22 @@
-//! sk_lookup of each enrolled pod: finds the proxy's listener for connections that TC does not give to it itself.
+//! sk_lookup of each enrolled pod: finds the proxy's listener for connections that TC can't give to it itself.
 //!
-//! TC can't where the tuple is still in TIME_WAIT, as happens when the proxy closed first and the client uses its port
+//! That is a SYN whose tuple is still in TIME_WAIT, as happens when the proxy closed first and the client uses its port
 //! again: only the kernel can retire the TIME_WAIT socket, and when it has, it looks for a listener by address and port
 //! and would find the application's, or none. So [`hand_over`] notes, at the TC hook, where the connection is to go,
 //! and the lookup a moment later, in the same softirq, reads it.
-//!
-//! On `lo`, where packets come one by one, every SYN goes that way once the listener is known ([`hand_over_known`]): it
-//! spares the two lookups that TC would need. Devices may hand over packets in batches, all of which pass TC before the
-//! first is looked up, and there is one note only.
 //!
 //! A second program keeps connections that were not captured off the listeners for captured ones: from there a proxy would
 //! dial the same address and port again, and so on.
 
 use core::mem::offset_of;
 
-use aya_ebpf::bindings::{__sk_buff, BPF_NOEXIST, bpf_sk_lookup, sk_action};
-use aya_ebpf::helpers::{bpf_ktime_get_coarse_ns, bpf_map_lookup_elem, bpf_map_update_elem};
+use aya_ebpf::bindings::{BPF_NOEXIST, bpf_sk_lookup, sk_action};
+use aya_ebpf::helpers::{bpf_ktime_get_coarse_ns, bpf_map_update_elem};
 use aya_ebpf::macros::{map, sk_lookup};
 use aya_ebpf::maps::{PerCpuArray, SockHash};
-use aya_ebpf::programs::{SkLookupContext, TcContext};
+use aya_ebpf::programs::SkLookupContext;
 use redirect_ebpf::decide::{Protocol, is_for_captured};
-use redirect_ebpf::family::Ip;
-use redirect_ebpf::maps::{HandedOver, ListenerKey, Tuple, namespace_label};
+use redirect_ebpf::maps::{HandedOver, ListenerKey, Tuple};
 use redirect_ebpf::packet::{Segment, address_family};
 
 use super::context::{End, addresses, word};
@@ -53,72 +48,19 @@ pub(super) fn hand_over<I: PodIp>(
     port: u16,
     listener: Option<&Socket>,
 ) -> Result<(), i64> {
-    let key = key::<I>(pod, port).ok_or(ENOENT)?;
+    let Some(netns_cookie) = I::owner(pod) else { return Err(ENOENT) };
+    let family = address_family(I::FAMILY).into();
+    let key = ListenerKey { netns_cookie, port: port.into(), family };
     if let Some(listener) = listener {
         remember(&key, listener)?;
     }
-    note::<I>(segment, key)
-}
-
-/// Sends the connection to the listener that an earlier one was given to. False if there is none.
-#[inline(always)]
-pub(super) fn hand_over_known<I: PodIp>(
-    ctx: &TcContext,
-    segment: &Segment<I::Address>,
-    pod: &I::Address,
-    port: u16,
-) -> bool {
-    key_here::<I>(ctx, pod, port).is_some_and(|key| is_known(&key) && note::<I>(segment, key).is_ok())
-}
-
-/// Keeps the listener for [`hand_over_known`].
-#[inline(always)]
-pub(super) fn learn<I: PodIp>(ctx: &TcContext, pod: &I::Address, port: u16, listener: &Socket) {
-    if let Some(key) = key_here::<I>(ctx, pod, port) {
-        // Without it the next connection looks for the listener again.
-        let _ = remember(&key, listener);
-    }
-}
-
-/// The key of a listener in this namespace. None where the address is another pod's by now, which one that lingers after its
-/// end may share it with; and none where the agent used a link, which can't tell us the namespace.
-#[inline(always)]
-fn key_here<I: PodIp>(ctx: &TcContext, pod: &I::Address, port: u16) -> Option<ListenerKey> {
-    key::<I>(pod, port).filter(|key| is_here(ctx, key.netns_cookie))
-}
-
-/// Whether the filter that runs us is in the namespace with this cookie.
-#[inline(always)]
-fn is_here(ctx: &TcContext, netns_cookie: u64) -> bool {
-    word(ctx.skb.skb.cast_const(), offset_of!(__sk_buff, tc_classid))
-        == u32::from(namespace_label(netns_cookie))
-}
-
-#[inline(always)]
-fn key<I: PodIp>(pod: &I::Address, port: u16) -> Option<ListenerKey> {
-    let family = address_family(I::FAMILY).into();
-    Some(ListenerKey { netns_cookie: I::owner(pod)?, port: port.into(), family })
-}
-
-#[inline(always)]
-fn note<I: Ip>(segment: &Segment<I::Address>, listener: ListenerKey) -> Result<(), i64> {
     let tuple = segment.tuple::<I>();
     // SAFETY: the helper has no preconditions.
     let time = unsafe { bpf_ktime_get_coarse_ns() };
     let note = HANDED_OVER.get_ptr_mut(0).ok_or(ENOENT)?;
     // SAFETY: the pointer is valid, and nobody else writes on this processor meanwhile.
-    unsafe { *note = HandedOver { listener, time, tuple, padding: [0; 4] } };
+    unsafe { *note = HandedOver { listener: key, time, tuple, padding: [0; 4] } };
     Ok(())
-}
-
-/// Whether there is a listener.
-#[inline(always)]
-fn is_known(key: &ListenerKey) -> bool {
-    // aya has no call for this: what is found is a socket with a reference (Linux 5.8).
-    // SAFETY: map and key are valid for the length of the call.
-    let socket =
-        unsafe { bpf_map_lookup_elem((&raw const LISTENERS).cast_mut().cast(), (&raw const *key).cast()) };
-    Socket::held(socket.cast()).is_some()
 }
 
 /// Puts the listener into the map, if it is not there already.

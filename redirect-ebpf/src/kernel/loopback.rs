@@ -4,15 +4,15 @@
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use redirect_ebpf::constants::{MARK_CAPTURE, MARK_MASK, MARK_PROXY, PORT_OUTBOUND};
-use redirect_ebpf::count::{Direction, Reason, Verdict};
+use redirect_ebpf::count::Direction;
 use redirect_ebpf::decide::Inbound;
 use redirect_ebpf::family::{Ipv4, Ipv6};
 use redirect_ebpf::packet::{Parse, Parsed, Segment};
 
 use super::pods::PodIp;
 use super::skb::parse_on_loopback;
-use super::steer::{Action, Route, counted, steer_parsed};
-use super::{cookies, flows, lookup};
+use super::steer::{Action, Route, steer_parsed};
+use super::{cookies, flows};
 
 #[classifier]
 pub(crate) fn loopback_ipv4(ctx: TcContext) -> i32 {
@@ -30,7 +30,6 @@ pub(super) struct Captured;
 impl<I: Parse> Route<I> for Captured {
     const DIRECTION: Direction = Direction::Outbound;
     const PORT: u16 = PORT_OUTBOUND;
-    const LEARNS: bool = true;
 
     #[inline(always)]
     fn decide(_: &TcContext, _: &Segment<I::Address>) -> Inbound {
@@ -75,18 +74,13 @@ fn loopback<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
 #[inline(always)]
 fn captured<I: Parse + PodIp>(ctx: &TcContext) -> Action {
     let parsed = parse_on_loopback::<I>(ctx);
-    if let Parsed::Tcp(segment) = parsed {
-        if segment.opens() {
-            if lookup::hand_over_known::<I>(ctx, &segment, &segment.source, PORT_OUTBOUND) {
-                counted::<I, Captured>(ctx, &segment, Verdict::Steered, Reason::Enrolled);
-                return Action::Continue;
-            }
-        } else {
-            // The proxy's answers have this mark where listeners take it from the SYN (`tcp_fwmark_accept`).
-            cookies::watch(ctx, &segment);
-            if !cookies::are_about() {
-                return Action::Continue;
-            }
+    if let Parsed::Tcp(segment) = parsed
+        && !segment.opens()
+    {
+        // The proxy's answers have this mark where listeners take it from the SYN (`tcp_fwmark_accept`).
+        cookies::watch(ctx, &segment);
+        if !cookies::are_about() {
+            return Action::Continue;
         }
     }
     steer_parsed::<I, Captured>(ctx, parsed)

@@ -170,12 +170,6 @@ impl Socket {
         socket.is_marked().then_some(socket)
     }
 
-    /// A socket that a helper returned with a reference.
-    #[inline(always)]
-    pub(super) fn held(socket: *mut bpf_sock) -> Option<Self> {
-        NonNull::new(socket).map(Self)
-    }
-
     #[inline(always)]
     fn state(&self) -> u32 {
         // SAFETY: the reference is held.

@@ -48,9 +48,6 @@ pub(super) trait Route<I: Parse> {
     /// What the connections count as.
     const REASON: Reason = Reason::Enrolled;
 
-    /// Whether the listener is kept for [`lookup::hand_over_known`].
-    const LEARNS: bool = false;
-
     /// What becomes of a new connection.
     fn decide(ctx: &TcContext, segment: &Segment<I::Address>) -> Inbound;
 
@@ -128,7 +125,7 @@ pub(super) fn steer_parsed<I: Parse + PodIp, R: Route<I>>(
 const ENOENT: i64 = -2;
 
 #[inline(always)]
-pub(super) fn counted<I: Parse + PodIp, R: Route<I>>(
+fn counted<I: Parse + PodIp, R: Route<I>>(
     ctx: &TcContext,
     segment: &Segment<I::Address>,
     verdict: Verdict,
@@ -167,9 +164,6 @@ fn give<I: Parse + PodIp, R: Route<I>>(
     // A listener that is assigned a SYN whose tuple is still in TIME_WAIT can't take it: the tuple is not free. The
     // kernel frees it only when it meets the TIME_WAIT socket first, and looks for a listener afterwards.
     if state != State::TimeWait && listener.assign(ctx).is_ok() {
-        if R::LEARNS {
-            lookup::learn::<I>(ctx, &R::pod(segment), R::PORT, listener);
-        }
         return Ok(());
     }
     // Kernels before 6.6 refuse to assign listeners with SO_REUSEPORT; the socket lookup takes them on every kernel.

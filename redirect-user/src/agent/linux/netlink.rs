@@ -278,20 +278,16 @@ impl Netlink {
             let any = traffic_control(interface, side.parent());
             for answer in self.request(RouteNetlinkMessage::GetTrafficFilter(any), NLM_F_DUMP)? {
                 let RouteNetlinkMessage::NewTrafficFilter(found) = answer else { continue };
-                let (mut kind, mut program, mut namespace) = (String::new(), 0, 0);
+                let (mut kind, mut program) = (String::new(), 0);
                 for attribute in found.attributes {
                     match attribute {
                         TcAttribute::Kind(name) => kind = name,
                         TcAttribute::Options(options) => {
-                            for option in options {
-                                match option {
-                                    TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => program = id,
-                                    TcOption::Bpf(TcFilterBpfOption::ClassId(class)) => {
-                                        namespace = class.minor;
-                                    }
-                                    _ => {}
-                                }
-                            }
+                            let id = options.iter().find_map(|option| match option {
+                                TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => Some(*id),
+                                _ => None,
+                            });
+                            program = id.unwrap_or(0);
                         }
                         _ => {}
                     }
@@ -299,7 +295,7 @@ impl Netlink {
                 let (priority, handle) = ((found.header.info >> 16) as u16, found.header.handle.into());
                 // What all filters of a priority have in common has no handle.
                 if handle != 0 {
-                    filters.push((kind, Filter { side, priority, handle, program, namespace }));
+                    filters.push((kind, Filter { side, priority, handle, program }));
                 }
             }
         }
@@ -318,7 +314,6 @@ impl Netlink {
         message.attributes = vec![
             TcAttribute::Kind(TcFilterBpf::KIND.into()),
             TcAttribute::Options(vec![
-                TcOption::Bpf(TcFilterBpfOption::ClassId(TcHandle { major: 0, minor: filter.namespace })),
                 TcOption::Bpf(TcFilterBpfOption::ProgFd(program.fd.as_raw_fd().cast_unsigned())),
                 TcOption::Bpf(TcFilterBpfOption::ProgName(name.into())),
                 TcOption::Bpf(TcFilterBpfOption::Flags(TcBpfFlags::DirectAction)),
@@ -493,16 +488,9 @@ pub(super) struct Filter {
     pub(super) handle: u32,
     /// The program's ID.
     pub(super) program: u32,
-    /// What the program can tell its namespace by: the lower half of the filter's class ID, which nothing else uses.
-    pub(super) namespace: u16,
 }
 
 impl Filter {
-    /// Whether it has the same place, whatever its program.
-    pub(super) fn is_at(&self, other: &Self) -> bool {
-        (self.side, self.priority, self.handle) == (other.side, other.priority, other.handle)
-    }
-
     fn message(self, interface: u32) -> TcMessage {
         let mut message = traffic_control(interface, self.side.parent());
         message.header.handle = self.handle.into();

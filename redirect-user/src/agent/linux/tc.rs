@@ -17,7 +17,6 @@ use std::ops::RangeInclusive;
 use anyhow::Context as _;
 use nix::sched::{CloneFlags, unshare};
 use redirect_ebpf::Family;
-use redirect_ebpf::maps::namespace_label;
 
 use super::super::facts::{Fact, Hook, Interface, LOOPBACK_INDEX};
 use super::bpf::{self, At, Link, Place, State};
@@ -60,7 +59,7 @@ impl Hook {
     }
 
     /// Where its filter is, without the program.
-    fn filter(self, netns_cookie: u64) -> Filter {
+    fn filter(self) -> Filter {
         let (handle, family) = match self {
             Self::Loopback(family) => (15001, family),
             Self::Inbound(family) => (15002, family),
@@ -74,8 +73,7 @@ impl Hook {
             Family::Ipv4 => 1,
             Family::Ipv6 => 2,
         };
-        let namespace = namespace_label(netns_cookie);
-        Filter { side: self.side(), priority, handle, program: 0, namespace }
+        Filter { side: self.side(), priority, handle, program: 0 }
     }
 
     fn place(self, interface: u32) -> Place<'static> {
@@ -151,7 +149,7 @@ impl Tc {
         let program = programs.get(hook.program())?;
         let context = || format!("{} on {}", hook.program(), interface.name);
         let name = link_name(hook, netns_cookie, interface.index);
-        let filter = Filter { program: program.id, ..hook.filter(netns_cookie) };
+        let filter = Filter { program: program.id, ..hook.filter() };
         let method = match self.method_for(interface.index, hook)? {
             TcMethod::Clsact if carries_traffic && self.has_tcx => TcMethod::Tcx,
             method => method,
@@ -191,7 +189,7 @@ impl Tc {
         hook: Hook,
     ) -> io::Result<()> {
         links.remove(&link_name(hook, netns_cookie, interface))?;
-        if netlink.delete_filter(interface, hook.filter(netns_cookie))? {
+        if netlink.delete_filter(interface, hook.filter())? {
             netlink.delete_clsact(interface)?;
         }
         if let Some(attached) = self.attached.get_mut(&netns_cookie) {
@@ -218,10 +216,10 @@ impl Tc {
             let filters = netlink.filters(interface.index)?;
             for &hook in self.hooks {
                 let program = programs.get(hook.program())?;
-                let wanted = Filter { program: program.id, ..hook.filter(netns_cookie) };
-                let filter = filters.iter().find(|filter| filter.is_at(&wanted));
-                let filter =
-                    filter.map(|filter| if *filter == wanted { State::Current } else { State::Stale });
+                let wanted = hook.filter();
+                let filter = filters.iter().find(|filter| Filter { program: 0, ..**filter } == wanted);
+                let filter = filter
+                    .map(|filter| if filter.program == program.id { State::Current } else { State::Stale });
                 let name = link_name(hook, netns_cookie, interface.index);
                 let link = links.state(&name, program, hook.place(interface.index))?;
                 let method = self.method_for(interface.index, hook)?;
@@ -268,7 +266,7 @@ fn probe(programs: &Programs, method: TcMethod, hook: Hook) -> anyhow::Result<()
                 TcMethod::Clsact => Netlink::open()
                     .and_then(|mut netlink| {
                         netlink.add_clsact(LOOPBACK_INDEX)?;
-                        netlink.set_filter(LOOPBACK_INDEX, hook.filter(0), program, hook.program())
+                        netlink.set_filter(LOOPBACK_INDEX, hook.filter(), program, hook.program())
                     })
                     .context(
                         "this kernel can't attach TC programs: it needs cls_bpf and sch_ingress (clsact)",
