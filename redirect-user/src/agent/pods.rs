@@ -7,6 +7,7 @@
 //! over ([`Pods::restore`]).
 
 mod error;
+mod holders;
 mod report;
 mod restore;
 mod slots;
@@ -35,6 +36,7 @@ use crate::wire::Attachment;
 use crate::zds::messages::WorkloadInfo;
 use crate::zds::server::{Handle, Peer, RemoveOutcome, Workload};
 pub(crate) use error::Error;
+use holders::Holders;
 pub(crate) use report::Standing;
 pub(crate) use restore::Restored;
 use slots::{Guard, Slots};
@@ -61,6 +63,7 @@ pub(crate) struct Pods<D> {
     /// Pods by the cookie of the namespace. A path, and with it what is there, may be another pod's by now: a namespace
     /// belongs to the pod that was brought with it last.
     owners: Mutex<HashMap<u64, PodIdentity>>,
+    holders: Holders,
     /// UIDs by container ID, which is how the runtime names what it takes down.
     containers: Mutex<HashMap<String, String>>,
     /// The containers whose sandboxes the runtime has taken down, newest last. Their processes and addresses may show for
@@ -166,6 +169,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             repairs: Repairs::default(),
             slots: Slots::default(),
             owners: Mutex::default(),
+            holders: Holders::default(),
             containers: Mutex::default(),
             retired: Mutex::default(),
         }
@@ -219,19 +223,20 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 namespace,
             )),
         };
-        enrolled.attachments.insert(attachment, addresses);
-        let addresses = union(&enrolled.attachments, &enrolled.declared);
-        if addresses.is_empty() {
+        enrolled.attachments.insert(attachment, addresses.clone());
+        let all = union(&enrolled.attachments, &enrolled.declared);
+        if all.is_empty() {
             return Err(Error::NoAddresses(identity));
         }
         let Target { netns_cookie, ref foreign, .. } = enrolled.target;
         let namespace = Introduction { cookie: netns_cookie, sysctls: foreign.clone() };
-        enrolled.target = self.defaults.target(identity, &settings, addresses, netns, namespace);
+        enrolled.target = self.defaults.target(identity, &settings, all, netns, namespace);
         enrolled.settings = settings;
         if !known {
             self.records.write(&enrolled.record(Phase::Begun));
         }
         self.own(&enrolled.target).await;
+        self.claim(&enrolled.target, addresses);
         self.follow(&enrolled.target);
         match self.steer_and_serve(&enrolled.target).await {
             Ok((observation, proxy)) => {
@@ -328,20 +333,20 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let target = Target { running: true, ..target };
         let mut enrolled = Enrolled { declared: addresses, containers, settings, ..Enrolled::new(target) };
         self.own(&enrolled.target).await;
+        self.claim(&enrolled.target, enrolled.target.addresses.iter());
         self.records.write(&enrolled.record(Phase::Begun));
         let steered = match self.steer(&enrolled.target).await {
-            Ok(outcome) => self
-                .proxies
-                .set(workload(&enrolled.target))
-                .map(|()| outcome.observation)
-                .map_err(Error::from),
+            Ok(outcome) => self.hand_over(&enrolled.target).map(|()| outcome.observation),
             Err(error) => Err(error),
         };
         match steered {
             Ok(observation) => enrolled.observation = observation,
             Err(error) => {
+                let owned = self.owns(&enrolled.target);
                 self.unenroll(&enrolled.target, Removal::Everything).await;
-                self.records.remove(enrolled.target.netns_cookie);
+                if owned {
+                    self.records.remove(enrolled.target.netns_cookie);
+                }
                 return Err(error);
             }
         }
@@ -383,8 +388,12 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             known.declared = declared;
             return Ok(());
         }
+        if readdressed {
+            self.claim(&wanted_target, wanted.addresses.iter().copied());
+        }
         known.observation = self.steer(&wanted_target).await?.observation;
-        self.proxies.set(workload(&wanted_target))?;
+        self.holders.keep(wanted_target.netns_cookie, &wanted_target.addresses);
+        self.hand_over(&wanted_target)?;
         tell::changed(&wanted_target, began);
         known.declared = declared;
         known.settings = wanted.settings.clone();
@@ -420,6 +429,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 *slot = None;
             } else {
                 known.target.addresses = union(&known.attachments, &known.declared);
+                self.holders.keep(known.target.netns_cookie, &known.target.addresses);
                 self.repair(known).await;
                 self.records.write(&known.record(Phase::Done));
             }
@@ -459,6 +469,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
         if removal == Removal::Everything {
             self.owners().remove(&target.netns_cookie);
+            self.holders.release(target.netns_cookie);
         }
         let copy = target.clone();
         match self.kernel.run(move |datapath| datapath::unenroll(datapath, &copy, removal)).await {
@@ -505,7 +516,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     }
 
     async fn steer(&self, target: &Target) -> Result<Outcome, Error> {
-        let copy = target.clone();
+        let copy = self.holders.held(target);
         let began = Instant::now();
         let outcome = self.kernel.run(move |datapath| datapath::enroll(datapath, &copy)).await??;
         if !outcome.made.is_empty() {
@@ -562,6 +573,37 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         if let Some(before) = before.filter(|before| before.uid != target.identity.uid) {
             tracing::info!(pod = %target.identity, %before, "the network namespace was taken for another pod's");
             self.proxies.remove(&before.uid, PROXY_RELEASE).await;
+        }
+    }
+
+    /// Makes the namespace the pod's own, unless another pod was brought with it.
+    fn own_if_free(&self, target: &Target) -> bool {
+        let mut owners = self.owners();
+        let owner = owners.entry(target.netns_cookie).or_insert_with(|| target.identity.clone());
+        owner.uid == target.identity.uid
+    }
+
+    /// Tells the proxies of a pod, without waiting for them: unless its namespace is another pod's by now, whose
+    /// connections they would take for this one's.
+    fn hand_over(&self, target: &Target) -> Result<(), Error> {
+        // Whoever takes the namespace from here on has the proxies let go of the pod after they were told of it.
+        let owners = self.owners();
+        if owners.get(&target.netns_cookie).is_some_and(|owner| owner.uid != target.identity.uid) {
+            return Err(Error::NamespaceTaken(target.identity.clone()));
+        }
+        Ok(self.proxies.set(workload(target))?)
+    }
+
+    /// Makes addresses the pod's.
+    fn claim(&self, target: &Target, addresses: impl IntoIterator<Item = IpAddr>) {
+        let addresses = addresses.into_iter().map(|address| address.to_canonical());
+        for (address, before) in self.holders.claim(target.netns_cookie, addresses) {
+            tracing::warn!(
+                pod = %target.identity,
+                %address,
+                before = %self.owner(before).unwrap_or_default(),
+                "the address was another pod's, which nobody has taken down: it is steered no longer at this address"
+            );
         }
     }
 

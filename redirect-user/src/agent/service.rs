@@ -197,7 +197,9 @@ impl From<pods::Error> for Error {
             | pods::Error::SameUid { .. }
             | pods::Error::ForeignAddress { .. }
             | pods::Error::Workload(_) => ErrorKind::Malformed,
-            pods::Error::NoNamespace(_) | pods::Error::TakenDown(_) => ErrorKind::TryAgain,
+            pods::Error::NoNamespace(_) | pods::Error::NamespaceTaken(_) | pods::Error::TakenDown(_) => {
+                ErrorKind::TryAgain
+            }
             pods::Error::Unknown(_) => ErrorKind::Unknown,
             pods::Error::Missing { .. } => ErrorKind::Mismatch,
         };

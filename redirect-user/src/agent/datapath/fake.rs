@@ -101,6 +101,10 @@ impl Datapath for Fake {
         }
         state.applied.push(op.clone());
         state.virtual_interfaces.insert(target.netns_cookie, target.virtual_interfaces.clone());
+        if let Op::Ensure(Fact::Address(_)) = op {
+            // An address leads to one pod.
+            state.namespaces.values_mut().for_each(|other| _ = other.facts.remove(fact));
+        }
         let facts = &mut state.namespaces.get_mut(&target.netns_cookie).unwrap().facts;
         match op {
             Op::Ensure(fact) => assert!(facts.insert(fact.clone()), "{fact} twice"),

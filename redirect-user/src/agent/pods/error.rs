@@ -34,6 +34,10 @@ pub(crate) enum Error {
     )]
     NoNamespace(PodIdentity),
     #[error(
+        "pod {0}: another pod was brought with its network namespace: it is not steered until it has one of its own"
+    )]
+    NamespaceTaken(PodIdentity),
+    #[error(
         "pod {0}: its sandbox has been taken down by the runtime: a new one will be enrolled when it is set up"
     )]
     TakenDown(PodIdentity),

@@ -1,7 +1,7 @@
 //! What can be told about pods.
 
 use super::super::datapath::{self, Datapath, Finding, Target};
-use super::{Enrolled, Error, Pods};
+use super::{Enrolled, Error, Holders, Pods};
 use crate::pod::PodIdentity;
 use crate::wire::{PodReport, PodState};
 use crate::zds::server::{Handle, PodProxyState};
@@ -18,7 +18,7 @@ pub(crate) struct Standing {
 impl<D> Pods<D> {
     /// What is known about all pods.
     pub(crate) async fn report(&self) -> Vec<PodReport> {
-        self.slots.each(|_, enrolled| report(enrolled, &self.proxies)).await
+        self.slots.each(|_, enrolled| report(enrolled, &self.holders, &self.proxies)).await
     }
 
     /// Compares the kernel with what is wanted for an enrolled pod. Returns that as well.
@@ -42,8 +42,9 @@ impl<D> Pods<D> {
     }
 }
 
-fn report(enrolled: &Enrolled, proxies: &Handle) -> PodReport {
-    let Enrolled { target, attachments, observation, since, .. } = enrolled;
+fn report(enrolled: &Enrolled, holders: &Holders, proxies: &Handle) -> PodReport {
+    let Enrolled { attachments, observation, since, .. } = enrolled;
+    let target = holders.held(&enrolled.target);
     let proxy = proxy(proxies, &target.identity);
     let interfaces = observation.namespace.interfaces.iter();
     PodReport {
@@ -57,7 +58,7 @@ fn report(enrolled: &Enrolled, proxies: &Handle) -> PodReport {
             .map(|interface| interface.name.clone())
             .collect(),
         state: match &proxy {
-            _ if !enrolled.steered => PodState::Broken,
+            _ if !enrolled.steered || target.addresses.is_empty() => PodState::Broken,
             Ok(()) => PodState::Steered,
             Err(_) => PodState::Waiting,
         },

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::super::datapath::{Datapath, Removal};
+use super::super::facts::Fact;
 use super::super::records::{Found, Phase, Record};
 use super::{Enrolled, Pods, workload};
 use crate::netns::NetNs;
@@ -22,6 +23,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     /// Takes the pods over. Done before proxies are served, lest these drop them.
     pub(crate) async fn restore(&self, found: Vec<Found>) -> Restored {
         let mut restored = Restored::default();
+        self.recall_holders(&found).await;
         for Found { mut record, netns } in found {
             let cookie = record.netns_cookie;
             let netns = match netns {
@@ -56,6 +58,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             let attachments = attachments.into_iter().collect();
             let mut enrolled =
                 Enrolled { attachments, declared, containers, settings, ..Enrolled::new(target) };
+            let held = self.holders.held(&enrolled.target).addresses;
+            self.claim(&enrolled.target, held.iter());
             match self.steer(&enrolled.target).await {
                 Ok(outcome) => {
                     self.repairs.of_facts(&identity, &outcome.made);
@@ -81,6 +85,21 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             restored.adopted += 1;
         }
         restored
+    }
+
+    /// Where the records of two pods name an address, the kernel knows which of them had it last.
+    async fn recall_holders(&self, found: &[Found]) {
+        for Found { record, netns } in found {
+            let Some(netns) = netns else { continue };
+            let target = self.defaults.recorded(record, netns.clone());
+            if let Ok(Ok(facts)) = self.kernel.run(move |datapath| datapath.glance(&target)).await {
+                let held = facts.into_iter().filter_map(|fact| match fact {
+                    Fact::Address(address) => Some(address),
+                    _ => None,
+                });
+                self.holders.claim(record.netns_cookie, held);
+            }
+        }
     }
 
     /// The namespace that is now where the pod's was, if it holds the pod's addresses: it was made anew without a word from

@@ -203,6 +203,39 @@ async fn a_namespace_is_the_pods_that_was_brought_with_it_last() {
     proxy.abort();
 }
 
+#[tokio::test]
+async fn an_address_is_the_pods_that_was_brought_with_it_last() {
+    for contested in ["10.0.0.2", "fd00::2", "::ffff:10.0.0.2"] {
+        let node = Node::start();
+        let adopt = async |name: &str, addresses: &[&str]| {
+            let (netns, cookie) = node.netns(name, &["10.0.0.2", "fd00::2", "10.0.0.3"]);
+            let sandbox = Sandbox { netns, containers: BTreeSet::new() };
+            node.pods.adopt(wanted(name, name, addresses), vec![sandbox]).await.unwrap();
+            cookie
+        };
+        let old = adopt("old", &[contested, "10.0.0.3"]).await;
+        let new = adopt("new", &[contested]).await;
+        let has = |cookie, address: &str| {
+            let address = address.parse::<IpAddr>().unwrap().to_canonical();
+            node.kernel.facts(cookie).contains(&Fact::Address(address))
+        };
+        // The first look finds that the address is gone.
+        node.pods.look_after("old").await;
+        node.kernel.state().applied.clear();
+        node.pods.look_after("old").await;
+        node.pods.look_after("new").await;
+        assert_eq!(node.kernel.state().applied, [], "{contested}");
+        assert!(has(new, contested) && !has(old, contested) && has(old, "10.0.0.3"), "{contested}");
+        let report = node.pods.report().await;
+        let of_old = report.iter().find(|pod| pod.pod.name == "old").unwrap();
+        assert_eq!(of_old.addresses, parse(&["10.0.0.3"]));
+
+        assert!(node.pods.forget("new").await);
+        node.pods.look_after("old").await;
+        assert!(has(old, contested), "{contested}: nobody has it now");
+    }
+}
+
 async fn acknowledge(path: std::path::PathBuf) {
     use crate::zds::messages::{Ack, Hello, Response, WorkloadRequest, WorkloadResponse};
     use crate::zds::packet;

@@ -6,7 +6,7 @@ use super::super::datapath::{Datapath, Introduction};
 use super::super::facts::Fact;
 use super::super::records::Phase;
 use super::super::repairs::Repairs;
-use super::{Enrolled, Error, Pods, tell, workload};
+use super::{Enrolled, Error, Pods, tell};
 use crate::netns::NetNs;
 
 impl<D: Datapath + Send + 'static> Pods<D> {
@@ -39,13 +39,16 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             known.steered = false;
             return;
         }
-        let target = known.target.clone();
-        let mut quiet = known.observation.facts.iter().filter(|fact| fact.is_quiet());
+        let target = self.holders.held(&known.target);
+        let facts = &known.observation.facts;
+        // Another pod may have had them until now.
+        let complete = target.addresses.iter().all(|address| facts.contains(&Fact::Address(address)));
+        let mut quiet = facts.iter().filter(|fact| fact.is_quiet());
         let intact = match self.kernel.run(move |datapath| datapath.glance(&target)).await {
             Ok(Ok(facts)) => quiet.all(|fact| facts.contains(fact)),
             Ok(Err(_)) | Err(_) => false,
         };
-        if !intact || !known.steered {
+        if !intact || !complete || !known.steered {
             self.repair(known).await;
         }
     }
@@ -61,22 +64,30 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         known.target.netns = netns;
         known.target.netns_cookie = cookie;
         known.target.foreign = sysctls;
-        if !self.owns(&known.target) {
+        if !self.own_if_free(&known.target) {
             known.target = old;
-            return Err(Error::NoNamespace(identity));
+            return Err(Error::NamespaceTaken(identity));
         }
-        self.own(&known.target).await;
-        match self.steer(&known.target).await {
-            Ok(outcome) => known.observation = outcome.observation,
+        let addresses = self.holders.held(&old).addresses;
+        self.claim(&known.target, addresses.iter());
+        let steered = match self.steer(&known.target).await {
+            // Its own pod may have been brought meanwhile.
+            Ok(outcome) => self.hand_over(&known.target).map(|()| outcome.observation),
+            Err(error) => Err(error),
+        };
+        match steered {
+            Ok(observation) => known.observation = observation,
             Err(error) => {
-                self.owners().remove(&cookie);
+                if self.owns(&known.target) {
+                    self.owners().remove(&cookie);
+                    self.holders.claim(old.netns_cookie, addresses.iter());
+                }
                 known.target = old;
                 return Err(error);
             }
         }
         known.steered = true;
         self.records.write(&known.record(Phase::Done));
-        self.proxies.set(workload(&known.target))?;
         self.follow(&known.target);
         self.unenroll(&old, super::Removal::Everything).await;
         self.records.remove(old.netns_cookie);
