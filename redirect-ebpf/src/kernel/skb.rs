@@ -35,6 +35,13 @@ impl Packet for Skb<'_> {
         let protocol = unsafe { (*self.0.skb.skb).protocol };
         u16::from_be(protocol as u16)
     }
+
+    #[inline(always)]
+    fn forget(&self, number: u32) -> u32 {
+        // SAFETY: every TC context has `len`. It stays the same, which the verifier does not know.
+        let length = || unsafe { (&raw const (*self.0.skb.skb).len).read_volatile() };
+        number ^ length() ^ length()
+    }
 }
 
 /// Reads a packet on `lo`, which has an Ethernet header: where it is, without a call of the kernel, if it is plain.
