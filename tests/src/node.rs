@@ -23,6 +23,7 @@ use crate::pod::{Pod, PodSpec};
 use crate::proxy::{Proxy, Setup, Tunnelled};
 use crate::session::{NodeNumber, Session};
 use crate::stack::Families;
+use crate::wait;
 
 /// The part of the subnet from which addresses can be chosen; the others are numbered as [`Families`] are.
 const CHOSEN: u8 = 3;
@@ -370,7 +371,9 @@ impl Node {
     }
 
     fn chain_of(&self, name: &str, first: Value) -> Chain {
-        let redirect = json!({"type": REDIRECT, "agentSocket": self.agent_socket(), "timeoutSeconds": 10});
+        let timeout = wait::patient(2 * wait::SOON).as_secs();
+        let redirect =
+            json!({"type": REDIRECT, "agentSocket": self.agent_socket(), "timeoutSeconds": timeout});
         Chain::new(name, vec![first, redirect], self.session.plugin_directories())
     }
 

@@ -18,7 +18,7 @@ use clap::{Args, ValueEnum};
 use crate::tally::Tally;
 use crate::userspace::Programs;
 use crate::vm::table::table;
-use crate::vm::{self, Plan, Suite};
+use crate::vm::{self, Plan, Suite, smoke};
 use crate::workspace::Workspace;
 use crate::{deb, host, image, progress, setup, userspace};
 
@@ -41,6 +41,9 @@ pub(crate) struct Selection {
     /// runs a few tests on several kernels.
     #[arg(long, value_name = "KERNEL", conflicts_with = "proxy")]
     vm: Vec<String>,
+    /// Runs the tests on this host as well, before.
+    #[arg(long, requires = "vm")]
+    host: bool,
     /// More arguments of that kernel, such as `ipv6.disable=1`.
     #[arg(long, value_name = "ARGUMENTS", default_value = "", requires = "vm")]
     vm_args: String,
@@ -74,7 +77,7 @@ pub(crate) fn test(workspace: &Workspace, selection: &Selection) -> Result<ExitC
         userspace::build(workspace, &kernel_side, &[])?
     };
     // Tests on this host run it; those in machines do not.
-    if selection.vm.is_empty() {
+    if selection.is_on_host() {
         image::write(workspace, &programs, &image::default_name())?;
         deb::write(workspace, &programs)?;
     }
@@ -85,7 +88,7 @@ pub(crate) fn test(workspace: &Workspace, selection: &Selection) -> Result<ExitC
 
     let started = Instant::now();
     let mut tally = Tally::default();
-    if selection.vm.is_empty() {
+    if selection.is_on_host() {
         let mut run = test_command(workspace, &programs, selection);
         if let Some(proxy) = proxy {
             run.env("REDIRECT_PROXY_BIN", proxy);
@@ -105,6 +108,10 @@ pub(crate) fn test(workspace: &Workspace, selection: &Selection) -> Result<ExitC
 }
 
 impl Selection {
+    fn is_on_host(&self) -> bool {
+        self.host || self.vm.is_empty()
+    }
+
     /// The kernels that are to be booted.
     fn boots(&self) -> Vec<Plan> {
         let text = |argument: &OsString| argument.to_string_lossy().into_owned();
@@ -118,7 +125,7 @@ impl Selection {
         };
         self.vm
             .iter()
-            .flat_map(|kernel| if kernel == SMOKE { vm::smoke() } else { vec![plan(kernel)] })
+            .flat_map(|kernel| if kernel == SMOKE { smoke::plans() } else { vec![plan(kernel)] })
             .collect()
     }
 }

@@ -4,6 +4,7 @@ mod apt;
 mod boot;
 mod kernels;
 mod root;
+pub(crate) mod smoke;
 pub(crate) mod table;
 
 use std::collections::VecDeque;
@@ -51,55 +52,14 @@ pub(crate) struct Plan {
     pub(crate) limit: Duration,
 }
 
-/// What shows most in a short time: every hook, in both families and v4-mapped.
-const SMOKE: [&str; 7] = [
-    "doctor::this_node_is_fit",
-    "outbound::captured::dual",
-    "inbound::from_pod::dual",
-    "dns::connected_udp::dual",
-    "time_wait::one_source_port::outbound::dual",
-    "enrolment::end_leaves_no_trace::dual",
-    "survival::kill::v6",
-];
-
 /// Machines that run at once.
 const AT_ONCE: usize = 2;
 
 /// How much longer than on this machine things may take.
-const PATIENCE: &str = "10";
+const PATIENCE: &str = "30";
 
 /// A machine that hangs is ended after this.
 pub(crate) const LIMIT: Duration = Duration::from_secs(3600);
-
-/// The same, if it runs a few tests.
-const SMOKE_LIMIT: Duration = Duration::from_secs(900);
-
-/// A few tests on several kernels.
-pub(crate) fn smoke() -> Vec<Plan> {
-    let plan = |kernel: &str| Plan {
-        kernel: kernel.to_owned(),
-        arguments: String::new(),
-        only: SMOKE.map(str::to_owned).to_vec(),
-        environment: Vec::new(),
-        test_arguments: Vec::new(),
-        limit: SMOKE_LIMIT,
-    };
-    let refusal = Plan {
-        only: vec!["doctor::an_old_kernel_is_refused".into()],
-        environment: vec![("REDIRECT_KERNEL", "old".into())],
-        ..plan("5.10")
-    };
-    let without_ipv6 = Plan {
-        arguments: "ipv6.disable=1".into(),
-        only: vec![
-            "without_ipv6::off_in_the_kernel".into(),
-            "outbound::captured::v4_only::v4".into(),
-            "inbound::from_pod::v4_only::v4".into(),
-        ],
-        ..plan("6.12")
-    };
-    vec![plan("6.1"), plan("6.12"), plan(kernels::NEWEST), without_ipv6, refusal]
-}
 
 /// Runs what is planned. What can't be booted, for want of the kernel or of qemu, is told as a skipped test, and never
 /// counts as passed.

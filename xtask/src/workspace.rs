@@ -45,8 +45,9 @@ impl Workspace {
     /// A test binary, which was built before.
     pub(crate) fn test_binary(&self, name: &str) -> Result<PathBuf> {
         let mut cargo = self.cargo();
-        cargo.args(["test", "--package", "redirect-tests", "--test", name, "--no-run"]);
-        cargo.args(["--message-format", "json", "--quiet"]).stderr(Stdio::null());
+        // All tests, as they were built: for one package alone cargo chooses other features, and builds everything anew.
+        cargo.args(["test", "--workspace", "--no-run", "--message-format", "json", "--quiet"]);
+        cargo.stderr(Stdio::null());
         let output = cargo.output().context("cannot run cargo")?;
         let messages = String::from_utf8_lossy(&output.stdout).into_owned();
         messages
@@ -61,6 +62,14 @@ impl Workspace {
     pub(crate) fn cargo(&self) -> Command {
         let mut command = self.command(cargo());
         command.env("CARGO_TARGET_DIR", self.target(""));
+        // What the cargo that runs this task says of it. Build scripts that look at such variables would run again, and all
+        // that depends on them would be built anew.
+        for (name, _) in env::vars_os() {
+            let text = name.to_string_lossy();
+            if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+                command.env_remove(&name);
+            }
+        }
         command
     }
 }

@@ -44,6 +44,7 @@ mod reports;
 mod restarts;
 mod running_pods;
 mod services;
+mod shared_listeners;
 mod streams;
 mod survival;
 mod syn_flood;
@@ -123,6 +124,7 @@ fn everywhere(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         identity::trials(context),
         proxy_ports::trials(context),
         services::trials(context),
+        shared_listeners::trials(context),
         running_pods::trials(context),
         coexistence::trials(context),
     ];

@@ -23,6 +23,8 @@ const SUITES: [(&str, &str); 3] = [
 pub(super) struct Archive<'a> {
     workspace: &'a Workspace,
     home: PathBuf,
+    /// What went wrong when they were fetched: some may be old, or missing.
+    pub(super) complaint: Option<String>,
 }
 
 /// A package that can be downloaded.
@@ -34,7 +36,7 @@ pub(super) struct Candidate {
 }
 
 impl<'a> Archive<'a> {
-    /// Fetches the lists.
+    /// Fetches the lists, as far as they can be had.
     pub(super) fn open(workspace: &'a Workspace) -> Result<Self> {
         let home = workspace.target("vm/apt");
         for folder in ["lists/partial", "cache/archives/partial"] {
@@ -42,11 +44,16 @@ impl<'a> Archive<'a> {
                 .with_context(|| format!("cannot create {}", home.display()))?;
         }
         fs::write(home.join("sources.list"), sources(&configured(workspace)))?;
-        let archive = Self { workspace, home };
+        let mut archive = Self { workspace, home, complaint: None };
         let mut update = archive.apt("apt-get");
         // Without this, apt is content with old lists, or with none.
         update.args(["-q", "-o", "APT::Update::Error-Mode=any", "update"]);
-        progress::run(workspace, "asking Debian's archive for kernels", "vm-apt-update", &mut update)?;
+        let asked =
+            progress::run(workspace, "asking Debian's archive for kernels", "vm-apt-update", &mut update);
+        archive.complaint = asked.err().map(|error| format!("{error:#}"));
+        if let Some(complaint) = &archive.complaint {
+            progress::say(&format!("Debian's archive can't be read in full: {complaint}"));
+        }
         Ok(archive)
     }
 
@@ -86,7 +93,7 @@ impl<'a> Archive<'a> {
             set("Dir::State::lists", &self.home.join("lists")),
             set("Dir::Cache", &self.home.join("cache")),
             "Acquire::Retries=3".to_owned(),
-            "Acquire::http::Timeout=60".to_owned(),
+            "Acquire::http::Timeout=30".to_owned(),
             // The user that apt changes to can't read our folders.
             "APT::Sandbox::User=root".to_owned(),
         ] {

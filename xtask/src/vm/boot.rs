@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::kernels::Kernel;
+use super::root::Image;
 use crate::workspace::{Workspace, which};
 
 const QEMU: &str = "qemu-system-x86_64";
@@ -18,7 +19,7 @@ const QEMU: &str = "qemu-system-x86_64";
 /// What a kernel is booted with.
 pub(super) struct Machine<'a> {
     pub(super) kernel: &'a Kernel,
-    pub(super) root: PathBuf,
+    pub(super) root: Image,
     /// More arguments of the kernel.
     pub(super) arguments: &'a str,
     pub(super) limit: Duration,
@@ -49,7 +50,7 @@ impl Machine<'_> {
         qemu.args(["-nodefaults", "-display", "none", "-no-reboot"]);
         qemu.arg("-serial").arg(format!("file:{}", self.console.display()));
         qemu.args(["-chardev", "stdio,id=output,signal=off", "-serial", "chardev:output"]);
-        qemu.arg("-kernel").arg(&self.kernel.image).arg("-initrd").arg(&self.root);
+        qemu.arg("-kernel").arg(&self.kernel.image).arg("-initrd").arg(&self.root.0);
         let fixed = "console=ttyS0 panic=-1 loglevel=4 mitigations=off";
         qemu.arg("-append").arg(format!("{fixed} {}", self.arguments));
         qemu.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());

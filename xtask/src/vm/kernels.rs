@@ -41,8 +41,10 @@ impl Kernel {
     /// The newest kernel of a series, such as `6.1`, or of all.
     pub(super) fn from_archive(workspace: &Workspace, archive: &Archive<'_>, alias: &str) -> Result<Self> {
         let candidates = archive.candidates("linux-image-")?;
-        let package = choose(candidates, alias)
-            .with_context(|| format!("Debian's archive has no kernel {alias} any more, or not yet"))?;
+        let package = choose(candidates, alias).with_context(|| match &archive.complaint {
+            None => format!("Debian's archive has no kernel {alias} any more, or not yet"),
+            Some(_) => format!("what could be read of Debian's archive has no kernel {alias}"),
+        })?;
         let release = package.name.trim_start_matches("linux-image-").to_owned();
         let folder = workspace.target(format!("vm/kernels/{release}"));
         if !folder.is_dir() {

@@ -186,7 +186,7 @@ impl<'a> Root<'a> {
     }
 
     /// Packs everything up.
-    pub(super) fn archive(self) -> Result<PathBuf> {
+    pub(super) fn archive(self) -> Result<Image> {
         let archive = self.folder.with_file_name("root.cpio");
         // Links are followed, so that nothing has to be copied twice.
         let script = "cd \"$1\" && find . | cpio --quiet -o -H newc -L > \"$2\"";
@@ -195,7 +195,17 @@ impl<'a> Root<'a> {
         if !status.success() {
             bail!("cannot pack {}", archive.display());
         }
-        Ok(archive)
+        Ok(Image(archive))
+    }
+}
+
+/// The archive; removed with this value, for it is large.
+pub(super) struct Image(pub(super) PathBuf);
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        // What is left is written over the next time.
+        let _ = fs::remove_file(&self.0);
     }
 }
 

@@ -10,6 +10,9 @@ use crate::tally::single;
 /// How many lines of what failed are kept.
 const DETAILS: usize = 60;
 
+/// More tests than this are shown by groups.
+const ROWS: usize = 40;
+
 /// The results of one boot.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct Boot {
@@ -100,8 +103,19 @@ impl Boot {
         Counts::of(self.tests.values())
     }
 
-    fn of_group(&self, group: &str) -> Counts {
-        Counts::of(self.tests.iter().filter(|(name, _)| group_of(name) == group).map(|(_, outcome)| outcome))
+    fn of_group(&self, group: &str) -> String {
+        let tests = self.tests.iter().filter(|(name, _)| group_of(name) == group);
+        Counts::of(tests.map(|(_, outcome)| outcome)).to_string()
+    }
+
+    fn of_test(&self, test: &str) -> String {
+        let word = match self.tests.get(test) {
+            Some(Outcome::Passed) => "ok",
+            Some(Outcome::Failed) => "FAILED",
+            Some(Outcome::Skipped(_)) => "skipped",
+            None => "-",
+        };
+        word.to_owned()
     }
 }
 
@@ -110,18 +124,20 @@ fn group_of(name: &str) -> &str {
     name.split("::").next().unwrap_or(name)
 }
 
-/// Groups of tests down, boots across: how many passed.
+/// Tests down, or groups of tests if there are many; boots across.
 pub(crate) fn table(boots: &[Boot]) -> String {
-    let groups: BTreeSet<&str> =
-        boots.iter().flat_map(|boot| boot.tests.keys().map(|name| group_of(name))).collect();
+    let tests: BTreeSet<&str> = boots.iter().flat_map(|boot| boot.tests.keys().map(String::as_str)).collect();
     let mut rows: Vec<Vec<String>> = Vec::new();
     let row = |name: &str, cell: &dyn Fn(&Boot) -> String| -> Vec<String> {
         [name.to_owned()].into_iter().chain(boots.iter().map(cell)).collect()
     };
     rows.push(row("kernel", &|boot| boot.name.clone()));
     rows.push(row("", &|boot| boot.release.clone()));
-    for group in groups {
-        rows.push(row(group, &|boot| boot.of_group(group).to_string()));
+    if tests.len() > ROWS {
+        let groups: BTreeSet<&str> = tests.into_iter().map(group_of).collect();
+        rows.extend(groups.into_iter().map(|group| row(group, &|boot| boot.of_group(group))));
+    } else {
+        rows.extend(tests.into_iter().map(|test| row(test, &|boot| boot.of_test(test))));
     }
     rows.push(row("all", &|boot| boot.counts().to_string()));
     rows.push(row("seconds", &|boot| format!("{:.0}", boot.seconds)));
@@ -138,22 +154,34 @@ pub(crate) fn table(boots: &[Boot]) -> String {
 mod tests {
     use super::*;
 
-    #[test]
-    fn groups_go_down_and_kernels_across() {
-        let boot = |name: &str, tests: &[(&str, Outcome)]| Boot {
+    fn boot(name: &str, tests: &[(&str, Outcome)]) -> Boot {
+        Boot {
             name: name.into(),
             release: format!("{name}.0"),
             seconds: 2.0,
             tests: tests.iter().map(|(name, outcome)| ((*name).to_owned(), outcome.clone())).collect(),
             ..Boot::default()
-        };
+        }
+    }
+
+    #[test]
+    fn tests_go_down_and_kernels_across() {
         let boots = [
             boot("6.1", &[("dns::v4", Outcome::Passed), ("dns::v6", Outcome::Failed)]),
             boot("7", &[("dns::v4", Outcome::Passed), ("tc::v4", Outcome::Skipped("no".into()))]),
         ];
-        let expected = "kernel   6.1          7\n         6.1.0        7.0\ndns      1, 1 FAILED  1\n\
-                        tc       -            0, 1 skipped\nall      1, 1 FAILED  1, 1 skipped\nseconds  2            2";
+        let expected = "kernel   6.1          7\n         6.1.0        7.0\ndns::v4  ok           ok\ndns::v6  FAILED       -\n\
+                        tc::v4   -            skipped\nall      1, 1 FAILED  1, 1 skipped\nseconds  2            2";
         assert_eq!(table(&boots), expected);
+    }
+
+    #[test]
+    fn many_tests_are_shown_by_groups() {
+        let names: Vec<String> = (0..ROWS).map(|number| format!("dns::{number}")).collect();
+        let mut tests: Vec<_> = names.iter().map(|name| (name.as_str(), Outcome::Passed)).collect();
+        tests.push(("tc::v4", Outcome::Failed));
+        let expected = "kernel   6.1\n         6.1.0\ndns      40\ntc       0, 1 FAILED\nall      40, 1 FAILED\nseconds  2";
+        assert_eq!(table(&[boot("6.1", &tests)]), expected);
     }
 
     #[test]
