@@ -6,6 +6,9 @@ use std::fmt;
 
 use crate::vm::table::{Boot, Outcome};
 
+/// How cargo names their binary.
+const END_TO_END: &str = "tests/e2e/";
+
 /// The sum over all test binaries.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Tally {
@@ -14,6 +17,10 @@ pub(crate) struct Tally {
     pub(crate) skipped: usize,
     /// Tests that failed, and binaries that died before they reported.
     pub(crate) failures: Vec<String>,
+    /// Those of them that are end-to-end tests.
+    pub(crate) end_to_end: Vec<String>,
+    /// Tests that failed among the others, and passed alone.
+    pub(crate) unstable: Vec<String>,
     /// What they said.
     pub(crate) details: Vec<String>,
     /// Name and reason of each skipped test.
@@ -59,6 +66,9 @@ impl Tally {
         } else if let Some((name, outcome)) = single(&line) {
             if outcome == "FAILED" {
                 self.failures.push(name.to_owned());
+                if binary.name.starts_with(END_TO_END) {
+                    self.end_to_end.push(name.to_owned());
+                }
             } else if let Some(reason) = outcome.strip_prefix("ignored") {
                 let reason = reason.trim_matches([',', ' ', '(', ')']);
                 binary.ignored_reasons.insert(name.to_owned(), reason.to_owned());
@@ -94,6 +104,14 @@ impl Tally {
         self.details.extend(boot.details.iter().map(|line| format!("{} | {line}", boot.name)));
     }
 
+    /// A test that had failed has passed alone.
+    pub(crate) fn passed_alone(&mut self, name: &str) {
+        self.failures.retain(|failure| failure != name);
+        self.failed -= 1;
+        self.passed += 1;
+        self.unstable.push(name.to_owned());
+    }
+
     pub(crate) fn is_success(&self) -> bool {
         self.failed == 0 && self.passed > 0
     }
@@ -121,6 +139,9 @@ impl fmt::Display for Tally {
         write!(f, "{} passed, {} failed", self.passed, self.failed)?;
         if self.skipped > 0 {
             write!(f, ", {} skipped", self.skipped)?;
+        }
+        if !self.unstable.is_empty() {
+            write!(f, ", {} unstable", self.unstable.len())?;
         }
         Ok(())
     }
@@ -222,6 +243,18 @@ mod tests {
             assert_eq!(tally.to_string(), line);
             assert_eq!(tally.failures, failures, "{line}");
         }
+    }
+
+    #[test]
+    fn what_passes_alone_is_counted_and_named() {
+        let end_to_end = MIMIC.replace("tests/steer.rs", "tests/e2e/main.rs");
+        let mut both = tally(&[&end_to_end, UNIT], false);
+        assert_eq!(both.end_to_end, ["steer::v4"]);
+        assert_eq!(tally(&[MIMIC], false).end_to_end, [""; 0]);
+        both.passed_alone("steer::v4");
+        assert!(both.is_success());
+        assert_eq!(both.to_string(), "4 passed, 0 failed, 2 skipped, 1 unstable");
+        assert_eq!((both.unstable, both.failures), (vec!["steer::v4".to_owned()], vec![]));
     }
 
     #[test]

@@ -25,6 +25,9 @@ use crate::{deb, host, image, progress, setup, userspace};
 /// The kernels and tests that show most in a short time.
 const SMOKE: &str = "smoke";
 
+/// How many end-to-end tests are run again when they failed.
+const AGAIN: usize = 3;
+
 /// How long output is awaited after cargo ended: a process that a test left behind may hold the pipe for ever.
 const GRACE: Duration = Duration::from_secs(1);
 
@@ -97,6 +100,7 @@ pub(crate) fn test(workspace: &Workspace, selection: &Selection) -> Result<ExitC
             run.env("REDIRECT_PROXY_KIND", kind.get_name());
         }
         tally = stream(&mut run)?;
+        run_again(workspace, &run, &mut tally)?;
     }
     let plans = selection.boots();
     if !plans.is_empty() {
@@ -163,6 +167,26 @@ fn test_command(workspace: &Workspace, programs: &Programs, selection: &Selectio
     cargo
 }
 
+/// Runs end-to-end tests that failed among the others once more, each alone. They work against the clock, and so many at a time
+/// that a slow machine can fail them; when more than a few fail, it is not the machine.
+fn run_again(workspace: &Workspace, run: &Command, tally: &mut Tally) -> Result<()> {
+    if tally.end_to_end.len() > AGAIN {
+        return Ok(());
+    }
+    for name in tally.end_to_end.clone() {
+        progress::say(&format!("once more, alone: {name}"));
+        let mut alone = workspace.cargo();
+        alone.args(["test", "--package", "redirect-tests", "--test", "e2e", "--", "--exact", &name]);
+        alone.envs(run.get_envs().filter_map(|(key, value)| Some((key, value?))));
+        let result = stream(&mut alone)?;
+        // The test, and the one that looks for what was left behind.
+        if result.is_success() && result.passed == 2 {
+            tally.passed_alone(&name);
+        }
+    }
+    Ok(())
+}
+
 /// Runs cargo, passes on what it and the tests print, and adds it up. Both streams share a pipe, so that cargo's
 /// headings (stderr) stay before the results (stdout) that they belong to.
 fn stream(cargo: &mut Command) -> Result<Tally> {
@@ -214,6 +238,9 @@ fn report(tally: &Tally, took: Duration) -> ExitCode {
     }
     for line in &tally.details {
         println!("{line}");
+    }
+    for name in &tally.unstable {
+        println!("unstable, failed among the others and passed alone: {name}");
     }
     for name in &tally.failures {
         println!("failed: {name}");
