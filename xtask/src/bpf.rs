@@ -4,6 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use ::object::build::elf::{Builder, SectionData};
+use ::object::elf::SHT_STRTAB;
+use ::object::write::StreamingBuffer;
 use ::object::{File, Object as _, ObjectSection as _};
 use anyhow::{Context, Result, bail};
 
@@ -36,7 +39,9 @@ pub(crate) fn build(
     let built = workspace.target(format!("bpf-build/{TARGET}/release/redirect-ebpf"));
     check(&built)?;
     let object = object(workspace, architecture);
-    let changed = copy_if_changed(&built, &object)?;
+    let bytes = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
+    let stripped = without_debug(&bytes).with_context(|| format!("cannot strip {}", built.display()))?;
+    let changed = write_if_changed(&stripped, &object)?;
     let size = object.metadata()?.len();
     let state = if changed { "new" } else { "unchanged" };
     progress::say(&format!("{}: {size} bytes, {state}", workspace.show(&object)));
@@ -95,8 +100,24 @@ fn data(object: &Path) -> Result<Vec<String>> {
         .collect())
 }
 
-fn copy_if_changed(from: &Path, to: &Path) -> Result<bool> {
-    let new = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+/// The object without what BTF was made from: three quarters of it, which the agent would carry in its memory.
+fn without_debug(object: &[u8]) -> Result<Vec<u8>> {
+    let mut builder = Builder::read(object)?;
+    for section in &mut builder.sections {
+        let name = section.name.to_string();
+        section.delete = [".debug", ".rel.debug"].iter().any(|start| name.starts_with(start));
+    }
+    // The linker keeps the sections' names with those of the symbols.
+    let names = builder.sections.add();
+    names.name = ".shstrtab".into();
+    names.sh_type = SHT_STRTAB;
+    names.data = SectionData::SectionString;
+    let mut stripped = Vec::new();
+    builder.write(&mut StreamingBuffer::new(&mut stripped))?;
+    Ok(stripped)
+}
+
+fn write_if_changed(new: &[u8], to: &Path) -> Result<bool> {
     if fs::read(to).is_ok_and(|old| old == new) {
         return Ok(false);
     }
