@@ -18,6 +18,7 @@ mod upkeep;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -64,6 +65,8 @@ pub(crate) struct Pods<D> {
     /// belongs to the pod that was brought with it last.
     owners: Mutex<HashMap<u64, PodIdentity>>,
     holders: Holders,
+    /// The proxy whose listeners for IPv6 were looked for, by the number of its connection.
+    looked_at: AtomicU64,
     /// UIDs by container ID, which is how the runtime names what it takes down.
     containers: Mutex<HashMap<String, String>>,
     /// The containers whose sandboxes the runtime has taken down, newest last. Their processes and addresses may show for
@@ -170,6 +173,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             slots: Slots::default(),
             owners: Mutex::default(),
             holders: Holders::default(),
+            looked_at: AtomicU64::new(u64::MAX),
             containers: Mutex::default(),
             retired: Mutex::default(),
         }
@@ -268,8 +272,14 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         Ok((outcome.observation, proxy))
     }
 
-    /// A proxy that listens for IPv4 alone acknowledges a pod all the same.
+    /// A proxy that listens for IPv4 alone acknowledges a pod all the same. What it does for its first pod it does for others: the
+    /// kernel takes milliseconds to list sockets, too long for every pod.
     async fn tell_of_ipv6(&self, target: &Target) {
+        let newest = self.proxies.connections().borrow().iter().map(|peer| peer.id).max();
+        let Some(newest) = newest else { return };
+        if self.looked_at.swap(newest, Ordering::Relaxed) == newest {
+            return;
+        }
         let netns = target.netns.clone();
         let served = self.kernel.run(move |datapath| datapath.is_served_in_ipv6(&netns)).await;
         match served {
