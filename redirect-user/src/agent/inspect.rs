@@ -38,8 +38,7 @@ struct Examined {
 }
 
 async fn examine(pods: &Pods<Linux>, placement: Placement, name: &str) -> Result<Examined, Error> {
-    let mut found: Vec<_> =
-        pods.report().await.into_iter().filter(|report| report.pod.is_called(name)).collect();
+    let mut found = pods.called(name).await;
     let report = match (found.pop(), found.is_empty()) {
         (Some(report), true) => report,
         (Some(report), false) => {

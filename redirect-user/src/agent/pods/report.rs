@@ -1,5 +1,7 @@
 //! What can be told about pods.
 
+use std::collections::BTreeSet;
+
 use super::super::datapath::{self, Datapath, Finding, Target};
 use super::{Enrolled, Error, Holders, Pods};
 use crate::pod::PodIdentity;
@@ -15,17 +17,30 @@ pub(crate) struct Standing {
     pub(crate) proxy: PodProxyState,
 }
 
-impl<D> Pods<D> {
+impl<D: Datapath + Send + 'static> Pods<D> {
     /// What is known about all pods.
     pub(crate) async fn report(&self) -> Vec<PodReport> {
         self.slots.each(|_, enrolled| report(enrolled, &self.holders, &self.proxies)).await
     }
 
+    /// The pods that people may mean by a name. Waits for those that are being worked on.
+    pub(crate) async fn called(&self, name: &str) -> Vec<PodReport> {
+        let others = |owner: &&PodIdentity| !owner.is_called(name);
+        let others: BTreeSet<_> =
+            self.owners().values().filter(others).map(|owner| owner.uid.clone()).collect();
+        let mut called = Vec::new();
+        for uid in self.slots.names().await.into_iter().filter(|uid| !others.contains(uid)) {
+            if let Some(Some(enrolled)) = self.slots.find(&uid).await.as_deref()
+                && enrolled.target.identity.is_called(name)
+            {
+                called.push(report(enrolled, &self.holders, &self.proxies));
+            }
+        }
+        called
+    }
+
     /// Compares the kernel with what is wanted for an enrolled pod. Returns that as well.
-    pub(crate) async fn inspect(&self, uid: &str) -> Result<(Target, Vec<Finding>), Error>
-    where
-        D: Datapath + Send + 'static,
-    {
+    pub(crate) async fn inspect(&self, uid: &str) -> Result<(Target, Vec<Finding>), Error> {
         let unknown = || Error::Unknown(uid.into());
         let slot = self.slots.find(uid).await.ok_or_else(unknown)?;
         let target = slot.as_ref().ok_or_else(unknown)?.target.clone();

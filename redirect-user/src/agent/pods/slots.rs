@@ -8,7 +8,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::time::{Instant, timeout_at};
 
 /// Longer than it takes to look after a thing; whoever waits for a proxy takes much longer.
-const MOMENT: Duration = Duration::from_millis(100);
+const MOMENT: Duration = Duration::from_millis(300);
 
 type Slot<T> = Arc<Mutex<Option<T>>>;
 

@@ -7,6 +7,7 @@ use tempfile::TempDir;
 use super::super::datapath::fake::Fake;
 use super::super::facts::Fact;
 use super::*;
+use crate::wire::PodReport;
 use crate::zds::server::{AddError, Options, Server};
 
 struct Node {
@@ -234,6 +235,27 @@ async fn an_address_is_the_pods_that_was_brought_with_it_last() {
         node.pods.look_after("old").await;
         assert!(has(old, contested), "{contested}: nobody has it now");
     }
+}
+
+#[tokio::test]
+async fn a_pod_that_is_being_worked_on_is_waited_for_when_it_is_called() {
+    let node = Node::start();
+    for name in ["a", "b"] {
+        let (netns, _) = node.netns(name, &["10.0.0.2"]);
+        let sandbox = Sandbox { netns, containers: BTreeSet::new() };
+        node.pods.adopt(wanted(name, name, &["10.0.0.2"]), vec![sandbox]).await.unwrap();
+    }
+    let work = node.pods.slots.lock("a").await;
+    let names =
+        |reports: &[PodReport]| reports.iter().map(|report| report.pod.to_string()).collect::<Vec<_>>();
+    assert_eq!(names(&node.pods.called("shop/b").await), ["shop/b"], "another pod's work is not waited for");
+    assert_eq!(names(&node.pods.report().await), ["shop/b"]);
+    let (called, ()) = tokio::join!(node.pods.called("a"), async {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        drop(work);
+    });
+    assert_eq!(names(&called), ["shop/a"]);
+    assert!(node.pods.called("c").await.is_empty());
 }
 
 async fn acknowledge(path: std::path::PathBuf) {
