@@ -108,6 +108,22 @@ pub const fn index(family: Family, direction: Direction, verdict: Verdict, reaso
         + reason as u32
 }
 
+/// How many counters each pod has, in an entry of the map `POD_COUNTERS`.
+pub const OF_POD: usize = Family::ALL.len() * 2 * Verdict::ALL.len();
+
+/// The place of a counter in a pod's entry. `None`: what the node proxy does in a pod, and calls of `bind()`, are no
+/// connections of the pod's.
+#[must_use]
+#[inline(always)]
+pub const fn of_pod(family: Family, direction: Direction, verdict: Verdict, reason: Reason) -> Option<usize> {
+    let way = match (direction, reason) {
+        (_, Reason::Proxy) | (Direction::Delivery | Direction::Bind, _) => return None,
+        (Direction::Outbound, _) => 0,
+        (Direction::Inbound, _) => 1,
+    };
+    Some((family as usize * 2 + way) * Verdict::ALL.len() + verdict as usize)
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
@@ -129,5 +145,25 @@ mod tests {
             }
         }
         assert_eq!(seen.len(), COUNTERS as usize);
+    }
+
+    #[test]
+    fn a_pod_has_a_counter_for_each_of_its_ways_and_none_for_the_proxy() {
+        let mut seen = HashSet::new();
+        for family in Family::ALL {
+            for direction in [Direction::Outbound, Direction::Inbound] {
+                for &verdict in Verdict::ALL {
+                    let places = [Reason::Enrolled, Reason::Dns]
+                        .map(|reason| of_pod(family, direction, verdict, reason));
+                    assert_eq!(places[0], places[1]);
+                    assert!(places[0].is_some_and(|place| place < OF_POD && seen.insert(place)));
+                    assert_eq!(of_pod(family, direction, verdict, Reason::Proxy), None);
+                }
+            }
+            for direction in [Direction::Delivery, Direction::Bind] {
+                assert_eq!(of_pod(family, direction, Verdict::Dropped, Reason::ProxyPort), None);
+            }
+        }
+        assert_eq!(seen.len(), OF_POD);
     }
 }

@@ -15,10 +15,11 @@
 //! | `LISTENERS` | socket hash | [`ListenerKey`] | a listener of a node proxy, put there by the kernel side itself |
 //! | `SYN_COOKIES` | array of one | – | `u64`, when a proxy last answered with a SYN cookie, in nanoseconds of `bpf_ktime_get_coarse_ns`; zero for never |
 //! | `COUNTERS` | per-CPU array | [`crate::count::index`] | `u64`, connections |
+//! | `POD_COUNTERS` | hash | as in `PODS` | [`PodCounters`] |
 
 use core::mem::{align_of, size_of};
 
-use crate::count::Direction;
+use crate::count::{Direction, OF_POD};
 
 /// The meaning of keys and values. A build that changes it without changing their sizes counts up, lest it takes over the
 /// maps of a build that means something else.
@@ -42,6 +43,15 @@ pub struct Pod {
 pub struct PodAddress {
     /// Cookie of the pod's network namespace, host order.
     pub netns_cookie: u64,
+}
+
+/// What a pod's connections were counted as since it was enrolled. The kernel side adds with atomic instructions: counters of
+/// its own for each CPU would take a pod's memory times the CPUs, for a few nanoseconds of a connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct PodCounters {
+    /// By [`crate::count::of_pod`].
+    pub connections: [u64; OF_POD],
 }
 
 /// A cgroup whose processes are a node proxy.
@@ -122,6 +132,7 @@ const _: () = {
     assert!(size_of::<Tuple>() == 36 && align_of::<Tuple>() == 1);
     assert!(size_of::<HandedOver>() == 64 && size_of::<ListenerKey>() == 16);
     assert!(size_of::<Pod>() == 24 && align_of::<Pod>() == 4);
+    assert!(size_of::<PodCounters>() == 96 && align_of::<PodCounters>() == 8);
     assert!(size_of::<PodAddress>() == 8 && align_of::<PodAddress>() == 8);
     assert!(size_of::<ProxyCgroup>() == 4 && align_of::<ProxyCgroup>() == 4);
     assert!(size_of::<Config>() == 24 && align_of::<Config>() == 8);
@@ -332,12 +343,14 @@ flags! {
 
 #[cfg(feature = "user")]
 mod user {
-    use super::{Config, ExcludedAddress, ExcludedPort, Pod, PodAddress, ProxyCgroup};
+    use super::{Config, ExcludedAddress, ExcludedPort, Pod, PodAddress, PodCounters, ProxyCgroup};
 
     // SAFETY: `repr(C)`, integers only, no padding (sizes asserted above), every bit pattern is valid.
     unsafe impl aya::Pod for Pod {}
     // SAFETY: as above.
     unsafe impl aya::Pod for PodAddress {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for PodCounters {}
     // SAFETY: as above.
     unsafe impl aya::Pod for ProxyCgroup {}
     // SAFETY: as above.

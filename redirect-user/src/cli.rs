@@ -49,7 +49,7 @@ enum Command {
     Proxy(proxy::Options),
     /// Show what the agent of this node is doing
     Status(Query),
-    /// Show the pods that the agent of this node steers
+    /// Show the pods that the agent of this node steers, and their connections since they were enrolled
     Pods(Query),
     /// Examine whether this node can run the data path; exit code 0: it can, 1: with limits, 2: it can't
     Doctor(doctor::Options),

@@ -433,6 +433,22 @@ pub struct PodReport {
     pub proxy: Result<(), String>,
     /// Seconds since the pod was enrolled.
     pub since: u64,
+    /// Its connections and DNS questions since then, non-zero counters only.
+    #[serde(default)]
+    pub counters: Vec<PodCounter>,
+}
+
+/// One counter of a pod. What the node proxy connects on is in none of them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodCounter {
+    /// `IPv4` or `IPv6`: that of the packets.
+    pub family: String,
+    /// `outbound` or `inbound`.
+    pub direction: String,
+    /// See [`redirect_ebpf::Verdict`].
+    pub verdict: String,
+    /// How many connections.
+    pub connections: u64,
 }
 
 /// How it is with a pod.

@@ -28,8 +28,9 @@ pub(crate) fn bind_ipv6(ctx: SockAddrContext) -> i32 {
 fn bind(ctx: &SockAddrContext, family: impl FnOnce() -> Family) -> i32 {
     let Some(caller) = caller(ctx) else { return ALLOW };
     if decide::is_guarded(caller.protocol, port(ctx)) && !proxies::is_proxy(mark(ctx)) {
-        count(family(), Direction::Bind, Verdict::Dropped, Reason::ProxyPort, || {
-            let mut about = About::new(caller.netns_cookie, flows::cookie(ctx));
+        let pod = Some(caller.netns_cookie);
+        count(family(), Direction::Bind, Verdict::Dropped, Reason::ProxyPort, pod, || {
+            let mut about = About::new(flows::cookie(ctx));
             about.tuple.source_port = port(ctx).to_be_bytes();
             about
         });

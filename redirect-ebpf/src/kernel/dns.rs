@@ -148,11 +148,12 @@ fn is_question<I: PodIp + ExcludedIp>(
 ) -> bool {
     // The source is only of use for connections that the proxy delivers.
     let decision = outbound::decision::<I>(ctx, caller, destination, mark(ctx), destination);
-    let about = || outbound::about::<I>(ctx, caller, None, destination);
+    let about = || outbound::about::<I>(ctx, None, destination);
+    let pod = Some(caller.netns_cookie);
     match decision {
-        Outbound::Resolve => count(I::FAMILY, Direction::Outbound, Verdict::Steered, Reason::Dns, about),
+        Outbound::Resolve => count(I::FAMILY, Direction::Outbound, Verdict::Steered, Reason::Dns, pod, about),
         Outbound::Pass(Reason::NotSteered) => return false,
-        Outbound::Pass(reason) => count(I::FAMILY, Direction::Outbound, Verdict::Passed, reason, about),
+        Outbound::Pass(reason) => count(I::FAMILY, Direction::Outbound, Verdict::Passed, reason, pod, about),
         Outbound::Capture | Outbound::Deliver => {}
     }
     decision == Outbound::Resolve

@@ -49,11 +49,14 @@ fn egress<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
     if leaves {
         return Action::Continue;
     }
-    count(I::FAMILY, Direction::Outbound, Verdict::Dropped, reason, || match parsed {
-        Parsed::Tcp(segment) | Parsed::Fragment(segment) => {
-            About::segment::<I>(&segment, segment.source, flows::sender(ctx))
-        }
-        Parsed::Malformed | Parsed::Other | Parsed::Datagram(_) => About::unread(ctx),
+    let segment = match parsed {
+        Parsed::Tcp(segment) | Parsed::Fragment(segment) => Some(segment),
+        Parsed::Malformed | Parsed::Other | Parsed::Datagram(_) => None,
+    };
+    let pod = segment.and_then(|segment| I::owner(&segment.source));
+    count(I::FAMILY, Direction::Outbound, Verdict::Dropped, reason, pod, || match segment {
+        Some(segment) => About::segment::<I>(&segment, flows::sender(ctx)),
+        None => About::unread(ctx),
     });
     Action::Drop
 }

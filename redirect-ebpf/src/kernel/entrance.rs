@@ -40,7 +40,7 @@ pub(crate) fn entrance_ipv6(ctx: TcContext) -> i32 {
 pub(super) fn enter<I: Ip>(ctx: &TcContext, mark: u32) -> Action {
     if Skb(ctx).ether_type() != I::ETHER_TYPE {
         // The host's stack would look for a VLAN on the entrance.
-        count(I::FAMILY, direction(mark), Verdict::Dropped, Reason::Malformed, || About::unread(ctx));
+        count(I::FAMILY, direction(mark), Verdict::Dropped, Reason::Malformed, None, || About::unread(ctx));
         return Action::Drop;
     }
     set_mark(ctx, mark);
@@ -115,16 +115,17 @@ const fn direction(mark: u32) -> Direction {
 #[inline(always)]
 fn resolve<I: Parse + PodIp>(ctx: &TcContext) -> Action {
     let Parsed::Datagram(segment) = parse::<I>(&Skb(ctx)) else { return steer::<I, Question>(ctx) };
-    let about = || About::segment::<I>(&segment, segment.source, 0);
+    let pod = I::owner(&segment.source);
+    let about = || About::segment::<I>(&segment, 0);
     let Some(socket) = Socket::datagrams(ctx, &segment, PORT_DNS) else {
-        count(I::FAMILY, Direction::Outbound, Verdict::Dropped, Reason::NoListener, about);
+        count(I::FAMILY, Direction::Outbound, Verdict::Dropped, Reason::NoListener, pod, about);
         return Action::Drop;
     };
     if socket.assign(ctx).is_err() {
-        count(I::FAMILY, Direction::Outbound, Verdict::Dropped, Reason::AssignFailed, about);
+        count(I::FAMILY, Direction::Outbound, Verdict::Dropped, Reason::AssignFailed, pod, about);
         return Action::Drop;
     }
-    count(I::FAMILY, Direction::Outbound, Verdict::Steered, Reason::Dns, about);
+    count(I::FAMILY, Direction::Outbound, Verdict::Steered, Reason::Dns, pod, about);
     Action::Continue
 }
 

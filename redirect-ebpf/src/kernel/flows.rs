@@ -12,7 +12,6 @@ use redirect_ebpf::packet::{Parse, Segment};
 
 use super::config;
 use super::counters::What;
-use super::pods::PodIp;
 use super::socket::Socket;
 
 /// Room for some 3600 events: the agent reads them as they come.
@@ -32,7 +31,6 @@ static COOKIES: SkStorage<u64> = SkStorage::new();
 /// Which connection an event is about.
 #[derive(Clone, Copy)]
 pub(super) struct About {
-    pub(super) netns_cookie: u64,
     pub(super) socket_cookie: u64,
     pub(super) tuple: Tuple,
 }
@@ -40,36 +38,32 @@ pub(super) struct About {
 impl About {
     /// No address and no port is known yet. A function, for the compiler would put a constant into a map.
     #[inline(always)]
-    pub(super) fn new(netns_cookie: u64, socket_cookie: u64) -> Self {
+    pub(super) fn new(socket_cookie: u64) -> Self {
         let (source, destination) = ([0; 16], [0; 16]);
         let tuple = Tuple { source, destination, source_port: [0; 2], destination_port: [0; 2] };
-        Self { netns_cookie, socket_cookie, tuple }
+        Self { socket_cookie, tuple }
     }
 
     /// A packet that could not be read.
     #[inline(always)]
     pub(super) fn unread(ctx: &TcContext) -> Self {
-        Self::new(0, sender(ctx))
+        Self::new(sender(ctx))
     }
 
-    /// A packet of a pod, as far as it could be read.
+    /// A packet, as far as it could be read.
     #[inline(always)]
-    pub(super) fn packet<I: Parse>(netns_cookie: u64, segment: Option<&Segment<I::Address>>) -> Self {
-        let mut about = Self::new(netns_cookie, 0);
+    pub(super) fn packet<I: Parse>(segment: Option<&Segment<I::Address>>) -> Self {
+        let mut about = Self::new(0);
         if let Some(segment) = segment {
             about.tuple = segment.tuple::<I>();
         }
         about
     }
 
-    /// A segment of the pod that has the address `pod`.
+    /// A segment that this socket sent, as far as it is known.
     #[inline(always)]
-    pub(super) fn segment<I: Parse + PodIp>(
-        segment: &Segment<I::Address>,
-        pod: I::Address,
-        socket_cookie: u64,
-    ) -> Self {
-        Self { netns_cookie: I::owner(&pod).unwrap_or(0), socket_cookie, tuple: segment.tuple::<I>() }
+    pub(super) fn segment<I: Parse>(segment: &Segment<I::Address>, socket_cookie: u64) -> Self {
+        Self { socket_cookie, tuple: segment.tuple::<I>() }
     }
 }
 
@@ -78,9 +72,9 @@ pub(super) fn are_wanted() -> bool {
     config::flags().contains(ConfigFlags::FLOWS)
 }
 
-/// Tells of a connection, within the limits.
+/// Tells of a connection of a pod (zero: not known whose), within the limits.
 #[inline(always)]
-pub(super) fn tell(what: What, about: &About) {
+pub(super) fn tell(what: What, netns_cookie: u64, about: &About) {
     // SAFETY: the helper has no preconditions.
     let time = unsafe { bpf_ktime_get_ns() };
     let Some(limits) = FLOW_LIMITS.get(0) else { return };
@@ -98,7 +92,7 @@ pub(super) fn tell(what: What, about: &About) {
     let What { family, direction, verdict, reason } = what;
     event.write(Flow {
         time,
-        netns_cookie: about.netns_cookie,
+        netns_cookie,
         socket_cookie: about.socket_cookie,
         tuple: about.tuple,
         family: family as u8,

@@ -74,7 +74,7 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
     cookie: u64,
     flags: PodFlags,
 ) -> Action {
-    let about = || About::packet::<I>(cookie, Some(segment));
+    let about = || About::packet::<I>(Some(segment));
     if socket::is_known(ctx, segment) && !segment.opens() {
         return enter::<I>(ctx, MARK_CAPTURE);
     }
@@ -84,7 +84,7 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
         Outbound::Deliver => None,
         Outbound::Pass(reason) => {
             if segment.opens() {
-                count(I::FAMILY, Direction::Outbound, Verdict::Passed, reason, about);
+                count(I::FAMILY, Direction::Outbound, Verdict::Passed, reason, Some(cookie), about);
             }
             None
         }
@@ -95,7 +95,7 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
             return drop::<I>(Reason::LinkScoped, cookie, Some(segment));
         }
         if is_refused(ctx, segment, port) {
-            count(I::FAMILY, Direction::Outbound, Verdict::Dropped, Reason::NoListener, about);
+            count(I::FAMILY, Direction::Outbound, Verdict::Dropped, Reason::NoListener, Some(cookie), about);
             return refuse::<I>(ctx, segment, Back::ToPod);
         }
         return enter::<I>(ctx, mark);
@@ -127,6 +127,8 @@ fn decision<I: PodIp + ExcludedIp>(
 
 #[inline(always)]
 fn drop<I: Parse>(reason: Reason, cookie: u64, segment: Option<&Segment<I::Address>>) -> Action {
-    count(I::FAMILY, Direction::Outbound, Verdict::Dropped, reason, || About::packet::<I>(cookie, segment));
+    count(I::FAMILY, Direction::Outbound, Verdict::Dropped, reason, Some(cookie), || {
+        About::packet::<I>(segment)
+    });
     Action::Drop
 }

@@ -69,7 +69,8 @@ fn steer<I: PodIp + ExcludedIp + BoundIp>(
     let current = mark(ctx);
     let source = I::bound(ctx);
     let decision = decision::<I>(ctx, caller, destination, current, source);
-    let about = || about::<I>(ctx, caller, Some(source), destination);
+    let about = || about::<I>(ctx, Some(source), destination);
+    let pod = Some(caller.netns_cookie);
     let (direction, counted) = match decision {
         // Captured connections are counted where the proxy gets them.
         Outbound::Capture | Outbound::Pass(Reason::NotSteered) => (Direction::Outbound, None),
@@ -80,16 +81,16 @@ fn steer<I: PodIp + ExcludedIp + BoundIp>(
     let wanted = decide::mark(decision, current);
     if wanted != current && set_mark(ctx, wanted).is_err() {
         // Without its mark the connection would leave the pod past the proxy.
-        count(I::FAMILY, direction, Verdict::Dropped, Reason::MarkFailed, about);
+        count(I::FAMILY, direction, Verdict::Dropped, Reason::MarkFailed, pod, about);
         return Call::Deny;
     }
     if let Some((verdict, reason)) = counted {
-        count(I::FAMILY, direction, verdict, reason, about);
+        count(I::FAMILY, direction, verdict, reason, pod, about);
     }
     match decision {
         Outbound::Resolve => Call::Resolve,
         Outbound::Capture if is_refused::<I>(ctx, destination) => {
-            count(I::FAMILY, direction, Verdict::Dropped, Reason::NoListener, about);
+            count(I::FAMILY, direction, Verdict::Dropped, Reason::NoListener, pod, about);
             Call::Refuse
         }
         Outbound::Capture => {
@@ -104,11 +105,10 @@ fn steer<I: PodIp + ExcludedIp + BoundIp>(
 #[inline(always)]
 pub(super) fn about<I: Ip>(
     ctx: &SockAddrContext,
-    caller: &Caller,
     source: Option<I::Address>,
     destination: I::Address,
 ) -> About {
-    let mut about = About::new(caller.netns_cookie, flows::cookie(ctx));
+    let mut about = About::new(flows::cookie(ctx));
     if let Some(source) = source {
         about.tuple.source = I::widen(source);
     }

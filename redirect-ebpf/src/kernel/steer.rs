@@ -78,7 +78,7 @@ pub(super) fn steer_parsed<I: Parse + PodIp, R: Route<I>>(
         Parsed::Tcp(segment) => segment,
         Parsed::Other | Parsed::Datagram(_) => return Action::Continue,
         Parsed::Malformed => {
-            count(I::FAMILY, R::DIRECTION, Verdict::Dropped, Reason::Malformed, || About::unread(ctx));
+            count(I::FAMILY, R::DIRECTION, Verdict::Dropped, Reason::Malformed, None, || About::unread(ctx));
             return Action::Drop;
         }
         // Its flags may come in a later fragment: only a connection that exists may go on.
@@ -131,8 +131,9 @@ fn counted<I: Parse + PodIp, R: Route<I>>(
     verdict: Verdict,
     reason: Reason,
 ) {
-    count(I::FAMILY, R::DIRECTION, verdict, reason, || {
-        About::segment::<I>(segment, R::pod(segment), R::socket(ctx, segment))
+    let pod = I::owner(&R::pod(segment));
+    count(I::FAMILY, R::DIRECTION, verdict, reason, pod, || {
+        About::segment::<I>(segment, R::socket(ctx, segment))
     });
 }
 

@@ -77,7 +77,7 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
     cookie: u64,
     flags: PodFlags,
 ) -> Action {
-    let about = || About::packet::<I>(cookie, Some(segment));
+    let about = || About::packet::<I>(Some(segment));
     if is_of_a_connection(ctx, segment) {
         return enter::<I>(ctx, MARK_CAPTURE);
     }
@@ -95,7 +95,7 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
         Inbound::Capture | Inbound::Pass(Reason::TunnelPort) => {}
         Inbound::Drop(reason) => return drop::<I>(reason, cookie, Some(segment)),
         Inbound::Pass(reason) => {
-            count(I::FAMILY, Direction::Inbound, Verdict::Passed, reason, about);
+            count(I::FAMILY, Direction::Inbound, Verdict::Passed, reason, Some(cookie), about);
             return Action::Continue;
         }
     }
@@ -103,7 +103,7 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
         return drop::<I>(Reason::LinkScoped, cookie, Some(segment));
     }
     if is_refused(ctx, segment, port) {
-        count(I::FAMILY, Direction::Inbound, Verdict::Dropped, Reason::NoListener, about);
+        count(I::FAMILY, Direction::Inbound, Verdict::Dropped, Reason::NoListener, Some(cookie), about);
         return refuse::<I>(ctx, segment, Back::FromPod);
     }
     enter::<I>(ctx, mark)
@@ -137,6 +137,8 @@ fn answer<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> Action {
 
 #[inline(always)]
 fn drop<I: Parse>(reason: Reason, cookie: u64, segment: Option<&Segment<I::Address>>) -> Action {
-    count(I::FAMILY, Direction::Inbound, Verdict::Dropped, reason, || About::packet::<I>(cookie, segment));
+    count(I::FAMILY, Direction::Inbound, Verdict::Dropped, reason, Some(cookie), || {
+        About::packet::<I>(segment)
+    });
     Action::Drop
 }

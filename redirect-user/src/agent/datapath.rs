@@ -235,6 +235,7 @@ pub fn unenroll(datapath: &mut impl Datapath, target: &Target, removal: Removal)
                 fact,
                 Fact::Program { .. }
                     | Fact::Address(_)
+                    | Fact::Counters
                     | Fact::Pod(_)
                     | Fact::Guard { .. }
                     | Fact::ListenerGuard

@@ -55,6 +55,8 @@ pub enum Fact {
     },
     /// The address is in `POD_IPV4` or `POD_IPV6` as this pod's.
     Address(IpAddr),
+    /// The pod has an entry in `POD_COUNTERS`.
+    Counters,
     /// The pod is in `PODS`.
     Pod(Pod),
     /// The TC program that lets nothing past the proxy is attached to the egress of an interface. After the pod, because
@@ -89,6 +91,7 @@ impl Fact {
             | Self::Sysctl(_)
             | Self::Excluded(_)
             | Self::Lookup
+            | Self::Counters
             | Self::Pod(_)
             | Self::Device(_)
             | Self::ListenerGuard => None,
@@ -103,6 +106,7 @@ impl Fact {
             | Self::Excluded(_)
             | Self::Lookup
             | Self::Address(_)
+            | Self::Counters
             | Self::Pod(_)
             | Self::Device(_)
             | Self::ListenerGuard => true,
@@ -333,6 +337,7 @@ pub fn desired(wanted: &Wanted<'_>, namespace: &Namespace) -> BTreeSet<Fact> {
         Fact::Sysctl(Sysctl::TcpFwmarkAccept),
         Fact::Sysctl(Sysctl::TcpMigrateReq),
         Fact::Lookup,
+        Fact::Counters,
         Fact::Pod(wanted.kernel_pod()),
         Fact::ListenerGuard,
     ]);
@@ -364,7 +369,7 @@ pub fn desired(wanted: &Wanted<'_>, namespace: &Namespace) -> BTreeSet<Fact> {
 
 /// The same in placement `node`: nothing is in the pod.
 fn desired_on_node(wanted: &Wanted<'_>, devices: &Devices) -> BTreeSet<Fact> {
-    let mut facts = BTreeSet::from([Fact::Pod(wanted.kernel_pod())]);
+    let mut facts = BTreeSet::from([Fact::Counters, Fact::Pod(wanted.kernel_pod())]);
     facts.extend(wanted.addresses.iter().map(Fact::Address));
     facts.extend(wanted.exclusions.iter().copied().map(Fact::Excluded));
     for end in &devices.ends {
@@ -446,6 +451,7 @@ impl fmt::Display for Fact {
                 write!(f, "program {} on {}", hook.program(), interface.name)
             }
             Self::Address(address) => write!(f, "map entry of address {address}"),
+            Self::Counters => f.write_str("map entry of the pod's counters"),
             Self::Pod(_) => f.write_str("map entry of the pod"),
             Self::Guard { interface, family } => {
                 write!(f, "program {} on {}", Hook::Egress(*family).program(), interface.name)
@@ -586,7 +592,7 @@ mod tests {
                 })
             );
         }
-        assert_eq!(facts.len(), 24);
+        assert_eq!(facts.len(), 25);
     }
 
     #[test]

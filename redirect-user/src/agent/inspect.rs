@@ -1,4 +1,4 @@
-//! What is in the kernel for one pod, and what becomes of one connection of it.
+//! What the kernel counted of pods, what is in it for one of them, and what becomes of one connection of it.
 
 use std::net::SocketAddr;
 
@@ -20,9 +20,40 @@ pub(super) struct Question {
     pub(super) transport: Transport,
 }
 
+/// What is known about all pods.
+pub(super) async fn pods(pods: &Pods<Linux>, kernel: &Kernel<Linux>) -> Result<Vec<PodReport>, Error> {
+    let mut reports = pods.report().await;
+    count(kernel, &mut reports).await?;
+    Ok(reports)
+}
+
+/// Adds what the kernel side counted.
+async fn count(kernel: &Kernel<Linux>, reports: &mut [PodReport]) -> Result<(), Error> {
+    let cookies: Vec<u64> = reports.iter().map(|report| report.netns_cookie).collect();
+    let counted = kernel.run(move |linux| {
+        cookies.into_iter().map(|cookie| linux.counters_of(cookie)).collect::<anyhow::Result<Vec<_>>>()
+    });
+    let counted = read(counted.await)?;
+    reports.iter_mut().zip(counted).for_each(|(report, counters)| report.counters = counters);
+    Ok(())
+}
+
+/// What was read from the kernel.
+pub(super) fn read<T, E: std::fmt::Display>(outcome: Result<anyhow::Result<T>, E>) -> Result<T, Error> {
+    outcome
+        .map_err(|error| Error::new(ErrorKind::Internal, error.to_string()))?
+        .map_err(|error| Error::new(ErrorKind::Datapath, format!("the kernel can't be read: {error:#}")))
+}
+
 /// Everything about the pod.
-pub(super) async fn pod(pods: &Pods<Linux>, placement: Placement, name: &str) -> Result<PodDetail, Error> {
-    let Examined { report, findings, listeners } = examine(pods, placement, name).await?;
+pub(super) async fn pod(
+    pods: &Pods<Linux>,
+    kernel: &Kernel<Linux>,
+    placement: Placement,
+    name: &str,
+) -> Result<PodDetail, Error> {
+    let Examined { mut report, findings, listeners } = examine(pods, placement, name).await?;
+    count(kernel, std::slice::from_mut(&mut report)).await?;
     let facts =
         findings.iter().map(|Finding { fact, state }| Expectation { what: fact.to_string(), state: *state });
     let listeners =
@@ -79,19 +110,15 @@ pub(super) async fn explain(
         Transport::Udp => Protocol::Udp,
     };
     let cookie = report.netns_cookie;
-    let decision = kernel.run(move |linux| linux.decide(cookie, to, protocol)).await;
-    let decision = decision
-        .map_err(|error| Error::new(ErrorKind::Internal, error.to_string()))?
-        .map_err(|error| Error::new(ErrorKind::Datapath, format!("the kernel can't be read: {error:#}")))?;
+    let decision = read(kernel.run(move |linux| linux.decide(cookie, to, protocol)).await)?;
     let family = if to.ip().to_canonical().is_ipv4() { Family::Ipv4 } else { Family::Ipv6 };
     let mut wrong: Vec<String> = findings
         .iter()
         .filter(|finding| finding.fact.family().is_none_or(|of| of == family))
         .filter_map(Finding::complaint)
         .collect();
-    let steered = decision
-        .as_ref()
-        .is_some_and(|decision| matches!(decision.outbound, Outbound::Capture | Outbound::Resolve));
+    let outbound = decision.as_ref().map(|decision| decision.outbound);
+    let steered = matches!(outbound, Some(Outbound::Capture | Outbound::Resolve));
     if steered && !report.steered.iter().any(|name| name == family.name()) {
         wrong.push(format!("the pod has no {family} address: it can't connect"));
     }
@@ -100,14 +127,14 @@ pub(super) async fn explain(
         Ok(()) if steered => {
             let silent = listeners.iter().filter(|(listener, state)| {
                 listener.family == family
-                    && listener.serves_outbound(transport)
+                    && outbound.is_some_and(|decision| listener.serves(decision, transport))
                     && *state == FactState::Missing
             });
             wrong.extend(silent.map(|(listener, _)| format!("{listener} is missing")));
         }
         _ => {}
     }
-    let verdict = match decision.as_ref().map(|decision| decision.outbound) {
+    let verdict = match outbound {
         None => "it leaves the pod past the proxy: the kernel side does not know the pod".into(),
         Some(Outbound::Capture) => "it is given to the node proxy".into(),
         Some(Outbound::Resolve) => "it is sent to the node proxy's resolver".into(),

@@ -40,7 +40,7 @@ use super::records::Records;
 use crate::netns::{NetNs, current_cookie};
 use crate::placement::Placement;
 use crate::pod::Exclusion;
-use crate::wire::{CounterReport, MapReport, ProgramReport};
+use crate::wire::{CounterReport, MapReport, PodCounter, ProgramReport};
 pub use attached::{Attached, at_cgroup, on_devices};
 use bpf::{At, Place, State};
 pub use maps::Capacities;
@@ -360,6 +360,11 @@ impl Linux {
         self.links.names().filter(|name| name.starts_with("probe-"))
     }
 
+    /// What the pod's connections were counted as: the counters that are not zero.
+    pub fn counters_of(&self, netns_cookie: u64) -> anyhow::Result<Vec<PodCounter>> {
+        self.maps.counters_of(netns_cookie)
+    }
+
     /// What is loaded, and what it counted.
     pub fn report(&self) -> anyhow::Result<Report> {
         let mut programs = Vec::new();
@@ -558,6 +563,8 @@ impl Linux {
             }
             Op::Ensure(Fact::Address(address)) => self.maps.insert_address(cookie, *address)?,
             Op::Remove(Fact::Address(address)) => self.maps.remove_address(cookie, *address)?,
+            Op::Ensure(Fact::Counters) => self.maps.ensure_counters(cookie)?,
+            Op::Remove(Fact::Counters) => self.maps.remove_counters(cookie)?,
             Op::Ensure(Fact::Pod(pod)) => self.maps.insert_pod(cookie, *pod)?,
             Op::Remove(Fact::Pod(pod)) => self.maps.remove_pod(cookie, *pod)?,
             Op::Ensure(Fact::Device(interface)) => self.maps.insert_device(cookie, interface.index)?,

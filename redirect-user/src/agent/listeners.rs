@@ -6,6 +6,7 @@ use std::io::{self, BufRead as _, BufReader};
 
 use redirect_ebpf::Family;
 use redirect_ebpf::constants::{PORT_DNS, PORT_INBOUND, PORT_OUTBOUND};
+use redirect_ebpf::decide::Outbound;
 use redirect_ebpf::maps::PodFlags;
 
 use super::datapath::Target;
@@ -32,9 +33,14 @@ impl Listener {
         target.addresses.families().flat_map(of).collect()
     }
 
-    /// Whether connections of the pod's applications go there: to the proxy or to its resolver.
-    pub(super) fn serves_outbound(self, transport: Transport) -> bool {
-        self.transport == transport && self.port != PORT_INBOUND
+    /// Whether it gets the pod's connections that are decided on like this: the proxy's listener or its resolver's.
+    pub(super) fn serves(self, decision: Outbound, transport: Transport) -> bool {
+        let port = match decision {
+            Outbound::Capture => PORT_OUTBOUND,
+            Outbound::Resolve => PORT_DNS,
+            Outbound::Deliver | Outbound::Pass(_) => return false,
+        };
+        (self.transport, self.port) == (transport, port)
     }
 }
 

@@ -81,7 +81,9 @@ impl Kind {
             Fact::Rule { .. } => Self::Rule,
             Fact::Program { .. } | Fact::Guard { .. } => Self::Program,
             Fact::Lookup | Fact::ListenerGuard => Self::Link,
-            Fact::Excluded(_) | Fact::Address(_) | Fact::Pod(_) | Fact::Device(_) => Self::Map,
+            Fact::Excluded(_) | Fact::Address(_) | Fact::Counters | Fact::Pod(_) | Fact::Device(_) => {
+                Self::Map
+            }
         }
     }
 }

@@ -86,7 +86,7 @@ impl Service {
                 vec![self.status().await.map_or_else(Reply::Error, |status| Reply::Status(Box::new(status)))]
             }
             Request::Pod { name } => {
-                let detail = inspect::pod(&self.pods, self.placement, &name).await;
+                let detail = inspect::pod(&self.pods, &self.kernel, self.placement, &name).await;
                 vec![detail.map_or_else(Reply::Error, |detail| Reply::Pod(Box::new(detail)))]
             }
             Request::Explain { from, to, transport } => {
@@ -94,7 +94,10 @@ impl Service {
                 let explained = inspect::explain(&self.pods, &self.kernel, self.placement, question).await;
                 vec![explained.map_or_else(Reply::Error, |explained| Reply::Explained(Box::new(explained)))]
             }
-            Request::Pods => Reply::pods(self.pods.report().await),
+            Request::Pods => match inspect::pods(&self.pods, &self.kernel).await {
+                Ok(reports) => Reply::pods(reports),
+                Err(error) => vec![Reply::Error(error)],
+            },
             // See `monitor`.
             Request::Monitor { .. } => Vec::new(),
         }
@@ -141,14 +144,7 @@ impl Service {
     }
 
     pub(super) async fn status(&self) -> Result<Status, Error> {
-        let report = match self.kernel.run(|linux| linux.report()).await {
-            Ok(Ok(report)) => report,
-            Ok(Err(error)) => {
-                let message = format!("the kernel can't be read: {error:#}");
-                return Err(Error::new(ErrorKind::Datapath, message));
-            }
-            Err(error) => return Err(Error::new(ErrorKind::Internal, error.to_string())),
-        };
+        let report = inspect::read(self.kernel.run(|linux| linux.report()).await)?;
         let proxies = self.proxies.proxies().into_iter().map(|proxy| ProxyReport {
             pid: proxy.peer.pid.and_then(|pid| pid.try_into().ok()).unwrap_or_default(),
             cgroup: proxy.peer.cgroup_path,

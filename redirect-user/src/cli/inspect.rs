@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::show::{json, pods_table, table};
 use super::{Output, Query};
-use crate::wire::{Explanation, FactState, PodDetail, Reply, Request, Transport, client};
+use crate::wire::{Explanation, FactState, PodCounter, PodDetail, Reply, Request, Transport, client};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -87,7 +87,15 @@ fn pod_text(detail: &PodDetail) -> String {
     };
     expectations.add_row([sign.to_owned(), proxy]);
     let pods = pods_table(std::slice::from_ref(&detail.report));
-    format!("{pods}\n\n{expectations}\n")
+    let mut counters = table(&["family", "direction", "verdict", "connections"]);
+    for PodCounter { family, direction, verdict, connections } in &detail.report.counters {
+        counters.add_row([family.clone(), direction.clone(), verdict.clone(), connections.to_string()]);
+    }
+    let counters = match detail.report.counters.is_empty() {
+        true => "no connections so far".into(),
+        false => counters.to_string(),
+    };
+    format!("{pods}\n\n{expectations}\n\n{counters}\n")
 }
 
 fn explanation_text(explanation: &Explanation) -> String {
@@ -124,6 +132,12 @@ mod tests {
     #[test]
     fn what_is_expected_has_a_check_mark() {
         let expectation = |what: &str, state| Expectation { what: what.into(), state };
+        let counter = |family: &str, connections| PodCounter {
+            family: family.into(),
+            direction: "outbound".into(),
+            verdict: "steered".into(),
+            connections,
+        };
         let detail = PodDetail {
             report: PodReport {
                 pod: identity(),
@@ -135,6 +149,7 @@ mod tests {
                 state: PodState::Steered,
                 proxy: Ok(()),
                 since: 7,
+                counters: vec![counter("IPv4", 12), counter("IPv6", 3)],
             },
             expectations: vec![
                 expectation("interface lo up", FactState::Present),

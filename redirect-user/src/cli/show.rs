@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use comfy_table::{Table, presets::NOTHING};
+use redirect_ebpf::{Direction, Verdict};
 use serde::Serialize;
 
 use super::{Output, Query};
-use crate::wire::{FlowStatus, PodReport, Reply, Request, Status, client};
+use crate::wire::{FlowStatus, PodCounter, PodReport, Reply, Request, Status, client};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -107,7 +108,17 @@ fn status_text(status: &Status) -> String {
 }
 
 pub(super) fn pods_table(pods: &[PodReport]) -> Table {
-    let mut table = table(&["pod", "state", "families", "addresses", "interfaces", "node proxy", "since"]);
+    let mut table = table(&[
+        "pod",
+        "state",
+        "families",
+        "addresses",
+        "interfaces",
+        "node proxy",
+        "outbound",
+        "inbound",
+        "since",
+    ]);
     for report in pods {
         table.add_row([
             report.pod.to_string(),
@@ -119,10 +130,24 @@ pub(super) fn pods_table(pods: &[PodReport]) -> Table {
                 Ok(()) => "acknowledged".into(),
                 Err(why) => why.clone(),
             },
+            connections(&report.counters, Direction::Outbound),
+            connections(&report.counters, Direction::Inbound),
             duration(report.since),
         ]);
     }
     table
+}
+
+/// A pod's connections of one direction, of both families.
+fn connections(counters: &[PodCounter], direction: Direction) -> String {
+    let lines = Verdict::ALL.iter().filter_map(|verdict| {
+        let counted =
+            counters.iter().filter(|of| of.direction == direction.label() && of.verdict == verdict.label());
+        let connections: u64 = counted.map(|counter| counter.connections).sum();
+        (connections > 0).then(|| format!("{connections} {}", verdict.label()))
+    });
+    let lines: Vec<String> = lines.collect();
+    if lines.is_empty() { "none".into() } else { lines.join("\n") }
 }
 
 /// Seconds as people say them.
@@ -185,6 +210,21 @@ mod tests {
 
     #[test]
     fn pods_are_readable() {
+        let counters = |name: &str| {
+            let one = |family: &str, direction: Direction, verdict: Verdict, connections| PodCounter {
+                family: family.into(),
+                direction: direction.label().into(),
+                verdict: verdict.label().into(),
+                connections,
+            };
+            let of_both = vec![
+                one("IPv4", Direction::Outbound, Verdict::Steered, 12),
+                one("IPv4", Direction::Outbound, Verdict::Dropped, 1),
+                one("IPv6", Direction::Outbound, Verdict::Steered, 3),
+                one("IPv6", Direction::Inbound, Verdict::Passed, 7),
+            ];
+            if name == "tcp-echo" { of_both } else { Vec::new() }
+        };
         let report = |name: &str, addresses: &[&str], families: &[&str], proxy| PodReport {
             pod: PodIdentity { name: name.into(), namespace: "dual-stack".into(), ..PodIdentity::default() },
             attachments: Vec::new(),
@@ -195,6 +235,7 @@ mod tests {
             state: if proxy == Ok(()) { PodState::Steered } else { PodState::Waiting },
             proxy,
             since: 90_061,
+            counters: counters(name),
         };
         let pods = [
             report("tcp-echo", &["10.0.0.2", "fd00::2"], &["IPv4", "IPv6"], Ok(())),

@@ -67,6 +67,7 @@ mod tests {
             state: PodState::Waiting,
             proxy: Err("x".repeat(error_length)),
             since: 1,
+            counters: Vec::new(),
         }
     }
 

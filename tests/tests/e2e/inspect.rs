@@ -1,17 +1,23 @@
 //! `redirect pod` and `redirect explain` say what `ip` and the sockets show.
 
-use std::net::IpAddr;
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
 use std::process::{Command, Output};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::Family;
-use redirect_ebpf::constants::ROUTE_TABLE;
+use redirect_ebpf::constants::{PORT_INBOUND, PORT_OUTBOUND, ROUTE_TABLE};
 use redirect_tests::kernel::Footprint;
-use redirect_tests::{Families, Node, Pod, Stack, wait};
+use redirect_tests::{Families, Node, Pod, Stack, agent, wait};
+use redirect_user::netns::NetNs;
 use redirect_user::placement::Placement;
 use redirect_user::wire::{Explanation, FactState, PodDetail, PodState};
+use redirect_user::zds::client::{Backoff, Workloads, follow};
+use redirect_user::zds::messages::WorkloadInfo;
+use tokio::runtime::Runtime;
 
 use crate::context::{Context, for_every_stack, trial};
 use crate::flows::pinned;
@@ -25,6 +31,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     let mut trials = vec![
         trial(context, "inspect::a_pod_is_shown_as_ip_shows_it", pod),
         trial(context, "inspect::a_pod_that_is_not_enrolled_is_an_error", absent),
+        trial(context, "inspect::a_missing_listener_is_named", silent),
         trial(context, "inspect::completion_names_the_commands", completion),
     ];
     trials.extend(for_every_stack(context, "inspect::a_decision_is_the_kernel_s", decisions));
@@ -44,7 +51,7 @@ fn explain(node: &Node, pod: &Pod, to: &str) -> Result<(Explanation, Option<i32>
     Ok((serde_json::from_slice(&output.stdout).with_context(|| stderr.into_owned())?, output.status.code()))
 }
 
-fn show(node: &Node, pod: &Pod) -> Result<(PodDetail, Option<i32>)> {
+pub(crate) fn show(node: &Node, pod: &Pod) -> Result<(PodDetail, Option<i32>)> {
     let output = redirect(node, &["pod", &pod.identity().to_string()])?;
     let stderr = String::from_utf8_lossy(&output.stderr);
     Ok((serde_json::from_slice(&output.stdout).with_context(|| stderr.into_owned())?, output.status.code()))
@@ -202,6 +209,76 @@ fn broken(context: &Context, stack: Stack) -> Result<()> {
     ensure!(!listeners(&pod)?.iter().any(|(_, port)| (15001..=15053).contains(port)));
     ensure!(node.report(&pod)?.is_some_and(|report| report.state == PodState::Waiting));
     Ok(())
+}
+
+/// A proxy that is there, but does not listen for the connection's family; in a pod, for none.
+fn silent(context: &Context) -> Result<()> {
+    let node = context.session().and_then(|session| Node::start(&session))?;
+    let pod = node.enrolled("pod", Families::Dual)?;
+    node.kill_proxy()?;
+    for stack in Stack::ALL {
+        let (explanation, code) = explain(&node, &pod, destination(stack))?;
+        ensure!(code == Some(1) && explanation.steered, "{explanation:#?}");
+        ensure!(explanation.wrong == ["no node proxy is connected"], "{explanation:#?}");
+    }
+    if context.placement() == Placement::Pod {
+        let _idle = idle_proxy(&node)?;
+        return lacks_listeners(&node, &pod, &Family::ALL);
+    }
+    for family in Family::ALL {
+        let listening = listen_beside(&node, family)?;
+        lacks_listeners(&node, &pod, &[family])?;
+        drop(listening);
+        node.with_agent(|agent| agent.wait_for_no_proxy())?;
+    }
+    Ok(())
+}
+
+/// The pod is acknowledged, and connections of these families, and no others, have nobody to get them.
+fn lacks_listeners(node: &Node, pod: &Pod, families: &[Family]) -> Result<()> {
+    let served = || Ok(node.report(pod)?.is_some_and(|report| report.state == PodState::Steered));
+    wait::until_true("pod that is acknowledged", wait::SOON, served)?;
+    for stack in Stack::ALL {
+        let family = stack.family();
+        let missing = families.contains(&family);
+        let complaint = format!("listener of the node proxy, TCP port 15001, {family} is missing");
+        let (explanation, code) = explain(node, pod, destination(stack))?;
+        ensure!(code == Some(i32::from(missing)) && explanation.steered, "{explanation:#?}");
+        ensure!(explanation.wrong == Vec::from_iter(missing.then_some(complaint)), "{explanation:#?}");
+    }
+    Ok(())
+}
+
+/// Acknowledges pods as the node proxy does, and listens nowhere, until it is dropped.
+fn idle_proxy(node: &Node) -> Result<Runtime> {
+    struct Idle;
+
+    impl Workloads for Idle {
+        async fn add(&mut self, _: String, _: WorkloadInfo, _: NetNs) -> Result<(), String> {
+            Ok(())
+        }
+
+        async fn remove(&mut self, _: &str) {}
+
+        async fn retain(&mut self, _: &BTreeSet<String>) {}
+    }
+
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let socket = agent::zds_socket(node.dir());
+    runtime.spawn(async move { follow(&socket, &mut Idle, Backoff::default()).await });
+    Ok(runtime)
+}
+
+/// Listens as a node proxy on the host does, for the other family alone.
+fn listen_beside(node: &Node, family: Family) -> Result<Vec<TcpListener>> {
+    let address: IpAddr = match family {
+        Family::Ipv4 => Ipv6Addr::LOCALHOST.into(),
+        Family::Ipv6 => Ipv4Addr::LOCALHOST.into(),
+    };
+    let bind = |port| TcpListener::bind((address, port));
+    Ok(node
+        .netns()
+        .run(|| [PORT_OUTBOUND, PORT_INBOUND].into_iter().map(bind).collect::<io::Result<_>>())??)
 }
 
 /// Tries again: what a new pod's devices still do may lead the agent to look at the pod, and to put right what was spoilt.

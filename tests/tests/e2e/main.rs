@@ -35,6 +35,7 @@ mod nodes;
 mod odd_sockets;
 mod on_node;
 mod outbound;
+mod pod_counters;
 mod port_guard;
 mod probes;
 mod proxy_ports;
@@ -118,6 +119,7 @@ fn everywhere(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         top::trials(context),
         limits::trials(context),
         reports::trials(context),
+        pod_counters::trials(context),
         tc_method::trials(context),
         hardening::trials(context),
         kubernetes::trials(context),

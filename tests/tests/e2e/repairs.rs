@@ -15,6 +15,7 @@ use redirect_tests::kernel::Footprint;
 use redirect_tests::{Families, Node, NodeOptions, Pod, Stack, wait};
 
 use crate::context::{Context, trial};
+use crate::flows::pinned;
 use crate::{inbound, outbound};
 
 /// What somebody does.
@@ -31,10 +32,11 @@ enum Damage {
     NodePin,
     NodeDetach,
     MapEntry,
+    Counters,
 }
 
 impl Damage {
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 15] = [
         Self::Rule(Family::Ipv4),
         Self::Rule(Family::Ipv6),
         Self::Route(Family::Ipv4),
@@ -49,6 +51,7 @@ impl Damage {
         Self::NodePin,
         Self::NodeDetach,
         Self::MapEntry,
+        Self::Counters,
     ];
 
     /// The kind of the repair.
@@ -60,7 +63,7 @@ impl Damage {
             Self::Sysctls => "sysctl",
             Self::LoopbackDown => "interface",
             Self::Pin | Self::Detach | Self::NodePin | Self::NodeDetach => "link",
-            Self::MapEntry => "map",
+            Self::MapEntry | Self::Counters => "map",
         }
     }
 
@@ -112,14 +115,10 @@ impl Damage {
             Self::Detach => links.iter().try_for_each(|link| detach(node, link))?,
             Self::NodePin => fs::remove_file(node.pin_dir().join("links/outbound_ipv4"))?,
             Self::NodeDetach => detach(node, "outbound_ipv6")?,
-            Self::MapEntry => {
-                let map = fs::read_dir(node.pin_dir().join("maps-v1"))?.flatten().map(|entry| entry.path());
-                let is_pods = |path: &std::path::PathBuf| {
-                    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("PODS-"))
-                };
-                let map = map.into_iter().find(is_pods).context("the map of pods")?;
+            Self::MapEntry | Self::Counters => {
+                let map = if matches!(self, Self::Counters) { "POD_COUNTERS" } else { "PODS" };
                 let mut command = Command::new("bpftool");
-                command.args(["map", "delete", "pinned"]).arg(map).args(["key", "hex"]);
+                command.args(["map", "delete", "pinned"]).arg(pinned(node, map)?).args(["key", "hex"]);
                 command.args(cookie.to_ne_bytes().map(|byte| format!("{byte:02x}")));
                 ensure!(command.status()?.success(), "{command:?}");
             }

@@ -14,8 +14,8 @@ use redirect_ebpf::count::{self, Direction, Reason, Verdict};
 use redirect_ebpf::family::Family;
 use redirect_ebpf::flow::{FlowLimits, FlowState};
 use redirect_ebpf::maps::{
-    Config, ConfigFlags, ExcludedAddress, ExcludedPort, Pod, PodAddress, PodFlags, ProxyCgroup, ProxyPart,
-    Scope,
+    Config, ConfigFlags, ExcludedAddress, ExcludedPort, Pod, PodAddress, PodCounters, PodFlags, ProxyCgroup,
+    ProxyPart, Scope,
 };
 
 use super::super::datapath::Target;
@@ -23,7 +23,7 @@ use super::super::facts::Fact;
 use super::Settings;
 use crate::placement::Placement;
 use crate::pod::Exclusion;
-use crate::wire::{CounterReport, MapReport};
+use crate::wire::{CounterReport, MapReport, PodCounter};
 
 /// How much the maps can hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +38,7 @@ pub struct Capacities {
 
 pub(super) struct Maps {
     pods: Table<u64, Pod>,
+    pod_counters: Table<u64, PodCounters>,
     ipv4: Table<[u8; 4], PodAddress>,
     ipv6: Table<[u8; 16], PodAddress>,
     interfaces: Table<u32, PodAddress>,
@@ -174,7 +175,7 @@ impl Maps {
 
     /// The cookies of all namespaces that anything in the maps is about.
     pub(super) fn cookies(&self) -> BTreeSet<u64> {
-        let pods = self.pods.map.keys().flatten();
+        let pods = self.pods.map.keys().chain(self.pod_counters.map.keys()).flatten();
         let others = self.addresses.keys().chain(self.exclusions.keys()).copied();
         pods.chain(others).filter(|cookie| *cookie != 0).collect()
     }
@@ -182,6 +183,7 @@ impl Maps {
     /// Removes everything about a namespace.
     pub(super) fn forget(&mut self, cookie: u64) -> anyhow::Result<()> {
         self.pods.remove(&cookie)?;
+        self.remove_counters(cookie)?;
         self.devices(cookie).into_iter().try_for_each(|index| self.interfaces.remove(&index))?;
         let addresses = self.addresses.get(&cookie).into_iter().flatten().copied().collect::<Vec<_>>();
         addresses.into_iter().try_for_each(|address| self.remove_address(cookie, address))?;
@@ -194,6 +196,7 @@ impl Maps {
         let cookie = target.netns_cookie;
         target.exclusions.iter().try_for_each(|exclusion| self.insert_exclusion(cookie, *exclusion))?;
         target.addresses.iter().try_for_each(|address| self.insert_address(cookie, address))?;
+        self.ensure_counters(cookie)?;
         self.insert_pod(cookie, target.kernel_pod())
     }
 
@@ -210,6 +213,7 @@ impl Maps {
         const MORE_ADDRESSES: &str = "raise the agent's --max-addresses";
         let mut maps = Self {
             pods: Table::take(programs, "PODS", capacities.pods, MORE_PODS)?,
+            pod_counters: Table::take(programs, "POD_COUNTERS", capacities.pods, MORE_PODS)?,
             ipv4: Table::take(programs, "POD_IPV4", capacities.addresses, MORE_ADDRESSES)?,
             ipv6: Table::take(programs, "POD_IPV6", capacities.addresses, MORE_ADDRESSES)?,
             interfaces: Table::take(programs, "INTERFACES", capacities.addresses, MORE_ADDRESSES)?,
@@ -266,6 +270,18 @@ impl Maps {
         }
         self.entrance = index;
         self.set_flags(self.flags)
+    }
+
+    /// What is counted already stays.
+    pub(super) fn ensure_counters(&mut self, cookie: u64) -> anyhow::Result<()> {
+        match self.pod_counters.get(&cookie) {
+            Some(_) => Ok(()),
+            None => self.pod_counters.insert(cookie, PodCounters::default()),
+        }
+    }
+
+    pub(super) fn remove_counters(&mut self, cookie: u64) -> anyhow::Result<()> {
+        self.pod_counters.remove(&cookie)
     }
 
     pub(super) fn insert_pod(&mut self, cookie: u64, pod: Pod) -> anyhow::Result<()> {
@@ -408,11 +424,12 @@ impl Maps {
     /// The entries of a pod.
     pub(super) fn facts(&self, target: &Target) -> Vec<Fact> {
         let cookie = target.netns_cookie;
+        let counters = self.pod_counters.get(&cookie).map(|_| Fact::Counters);
         let pod = self.pods.get(&cookie).map(Fact::Pod);
         let addresses = self.known_addresses(target).into_iter();
         let owned = addresses.filter(|address| self.owner(*address) == Some(cookie)).map(Fact::Address);
         let exclusions = self.exclusions.get(&cookie).into_iter().flatten().copied().map(Fact::Excluded);
-        pod.into_iter().chain(owned).chain(exclusions).collect()
+        counters.into_iter().chain(pod).chain(owned).chain(exclusions).collect()
     }
 
     pub(super) fn set_proxy_cgroups(&mut self, cgroups: &BTreeMap<u64, ProxyPart>) -> anyhow::Result<()> {
@@ -446,6 +463,7 @@ impl Maps {
     pub(super) fn report(&self) -> Vec<MapReport> {
         vec![
             self.pods.report(),
+            self.pod_counters.report(),
             self.ipv4.report(),
             self.ipv6.report(),
             self.interfaces.report(),
@@ -458,6 +476,31 @@ impl Maps {
 
     fn networks(&self, name: &str, entries: usize) -> MapReport {
         MapReport { name: name.into(), entries, capacity: self.capacities.exclusions }
+    }
+
+    /// What the pod's connections were counted as: the counters that are not zero.
+    pub(super) fn counters_of(&self, cookie: u64) -> anyhow::Result<Vec<PodCounter>> {
+        let PodCounters { connections } = match self.pod_counters.map.get(&cookie, 0) {
+            Ok(counters) => counters,
+            Err(MapError::KeyNotFound) => return Ok(Vec::new()),
+            Err(error) => return Err(error).context("map POD_COUNTERS"),
+        };
+        let ways = Family::ALL.into_iter().flat_map(|family| {
+            let verdicts =
+                move |&direction| Verdict::ALL.iter().map(move |&verdict| (family, direction, verdict));
+            Direction::ALL.iter().flat_map(verdicts)
+        });
+        let counted = ways.filter_map(|(family, direction, verdict)| {
+            let place = count::of_pod(family, direction, verdict, Reason::Enrolled)?;
+            let connections = connections.get(place).copied().filter(|connections| *connections > 0)?;
+            Some(PodCounter {
+                family: family.to_string(),
+                direction: direction.label().into(),
+                verdict: verdict.label().into(),
+                connections,
+            })
+        });
+        Ok(counted.collect())
     }
 
     pub(super) fn counters(&self) -> anyhow::Result<Vec<CounterReport>> {

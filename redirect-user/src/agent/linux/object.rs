@@ -71,10 +71,11 @@ fn bytes(settings: &Settings) -> anyhow::Result<Cow<'static, [u8]>> {
     Ok(OBJECT.into())
 }
 
-fn capacities(settings: &Settings) -> [(&'static str, u32); 9] {
+fn capacities(settings: &Settings) -> [(&'static str, u32); 10] {
     let capacities = settings.capacities;
     [
         ("PODS", capacities.pods),
+        ("POD_COUNTERS", capacities.pods),
         ("POD_IPV4", capacities.addresses),
         ("POD_IPV6", capacities.addresses),
         ("INTERFACES", capacities.addresses),

@@ -18,7 +18,7 @@ pub(crate) struct Standing {
 }
 
 impl<D: Datapath + Send + 'static> Pods<D> {
-    /// What is known about all pods.
+    /// What is known about all pods, without what the kernel side counted.
     pub(crate) async fn report(&self) -> Vec<PodReport> {
         self.slots.each(|_, enrolled| report(enrolled, &self.holders, &self.proxies)).await
     }
@@ -79,6 +79,7 @@ fn report(enrolled: &Enrolled, holders: &Holders, proxies: &Handle) -> PodReport
         },
         proxy,
         since: since.elapsed().as_secs(),
+        counters: Vec::new(),
     }
 }
 
