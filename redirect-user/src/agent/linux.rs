@@ -295,11 +295,25 @@ impl Linux {
     /// Moves the thread into the pod's namespace, unless it is there already.
     fn enter(&mut self, target: &Target) -> io::Result<&mut Netlink> {
         if self.session.as_ref().is_none_or(|session| session.netns_cookie != target.netns_cookie) {
-            self.session = None;
-            target.netns.enter()?;
-            self.session = Some(Session { netns_cookie: target.netns_cookie, netlink: Netlink::open()? });
+            self.move_to(&target.netns, || Ok(target.netns_cookie))?;
         }
         Ok(&mut entered(&mut self.session)?.netlink)
+    }
+
+    /// Moves the thread into a namespace with this cookie, which it returns. After an error it is in the host's.
+    fn move_to(&mut self, netns: &NetNs, cookie: impl FnOnce() -> io::Result<u64>) -> io::Result<u64> {
+        self.session = None;
+        netns.enter()?;
+        match cookie().and_then(|cookie| Ok((cookie, Netlink::open()?))) {
+            Ok((netns_cookie, netlink)) => {
+                self.session = Some(Session { netns_cookie, netlink });
+                Ok(netns_cookie)
+            }
+            Err(error) => {
+                self.host.enter()?;
+                Err(error)
+            }
+        }
     }
 
     /// Moves the thread back into the host's namespace, so that the pod's can go away.
@@ -312,10 +326,10 @@ impl Linux {
         }
     }
 
-    /// Whether the network namespace with this cookie is an enrolled pod's.
-    #[must_use]
-    pub fn is_enrolled(&self, netns_cookie: u64) -> bool {
-        self.maps.has_pod(netns_cookie)
+    /// Whether a network namespace is an enrolled pod's.
+    pub fn is_enrolled(&mut self, netns: &NetNs) -> io::Result<bool> {
+        let cookie = self.move_to(netns, current_cookie)?;
+        Ok(self.maps.has_pod(cookie))
     }
 
     /// The events of connections, for one reader.
@@ -584,11 +598,9 @@ fn lookup_place(netns: &NetNs) -> io::Result<Place<'_>> {
 
 impl Datapath for Linux {
     fn introduce(&mut self, netns: &NetNs) -> io::Result<Introduction> {
-        // In placement `node` none of them is touched.
-        let (cookie, sysctls) =
-            netns.run(|| Ok::<_, io::Error>((current_cookie()?, sysctl::that_are_on()?)))??;
-        // Those of a pod that is steered are ours.
-        let sysctls = if self.maps.has_pod(cookie) { BTreeSet::new() } else { sysctls };
+        let cookie = self.move_to(netns, current_cookie)?;
+        // Those of a pod that is steered are ours; in placement `node` none of them is touched.
+        let sysctls = if self.maps.has_pod(cookie) { BTreeSet::new() } else { sysctl::that_are_on()? };
         Ok(Introduction { cookie, sysctls })
     }
 

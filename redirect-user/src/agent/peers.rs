@@ -17,7 +17,7 @@ pub(super) async fn check(kernel: &Kernel<Linux>, pid: Option<i32>) -> anyhow::R
     if netns.inode()? == NetNs::current()?.inode()? {
         return Ok(());
     }
-    let enrolled = kernel.run(move |linux| anyhow::Ok(linux.is_enrolled(netns.cookie()?))).await??;
+    let enrolled = kernel.run(move |linux| linux.is_enrolled(&netns)).await??;
     anyhow::ensure!(
         !enrolled,
         "process {pid} is in an enrolled pod, whose processes may not speak to the agent"
