@@ -32,9 +32,10 @@ sleepers=$(pods app=sleep '{{.metadata.name}} ')
 greets() {
     what=$1 address=$2 greeting=$3
     for sleeper in $sleepers; do
-        # Expanded in the pod.
+        # Expanded in the pod. A Service that was just made may not be on every node yet: its first answer is waited for.
         # shellcheck disable=SC2016
-        heard=$(k exec "$sleeper" -- sh -c 'for i in $(seq "$2"); do nc -w 5 "$1" 9000 </dev/null 2>&1 || echo "nothing"; done | sort -u' \
+        heard=$(k exec "$sleeper" -- sh -c 'for i in $(seq 10); do [ -z "$(nc -w 5 "$1" 9000 </dev/null 2>/dev/null)" ] || break; sleep 1; done
+            for i in $(seq "$2"); do nc -w 5 "$1" 9000 </dev/null 2>&1 || echo "nothing"; done | sort -u' \
             sh "$address" "$tries" </dev/null 2>&1) || true
         if [ "$heard" = "$greeting" ]; then
             say "ok      $sleeper -> $what $address: $heard"

@@ -70,10 +70,14 @@ pub(super) fn passed_the_proxy(cluster: &Cluster<'_>) -> Result<String> {
     let missing: Vec<_> = servers.difference(&inbound).collect();
     ensure!(missing.is_empty(), "no proxy passed on what came for {missing:?}");
 
-    let opened = |direction: &str| {
-        entries.iter().filter(|entry| entry["event"] == "open" && entry["direction"] == direction).count()
+    let count = |event: &str, direction: &str, counts: fn(&Value) -> bool| {
+        let those = entries.iter().filter(|entry| entry["event"] == event && entry["direction"] == direction);
+        those.filter(|entry| counts(entry)).count()
     };
-    let (left, came) = (opened("outbound"), opened("inbound"));
+    // Not those that were refused: before a new Service is on the node, say.
+    let refused = count("close", "outbound", |entry| entry["upstream_local"].is_null());
+    let left = count("open", "outbound", |_| true) - refused;
+    let came = count("open", "inbound", |_| true);
     ensure!(
         left == came,
         "{left} connections left pods, {came} came to pods: probes passed a proxy, or pods by it"
