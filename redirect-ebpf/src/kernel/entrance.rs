@@ -23,7 +23,7 @@ use super::flows::About;
 use super::pods::PodIp;
 use super::skb::Skb;
 use super::socket::{self, Socket};
-use super::steer::{Action, Route, steer_parsed};
+use super::steer::{Action, Route, steer};
 
 #[classifier]
 pub(crate) fn entrance_ipv4(ctx: TcContext) -> i32 {
@@ -87,13 +87,11 @@ fn admit<I: Parse + PodIp>(ctx: &TcContext) -> Action {
     if ctx.change_type(PACKET_HOST).is_err() {
         return Action::Drop;
     }
-    // Once for all of them: the stack has no room for more.
-    let parsed = parse::<I>(&Skb(ctx));
     match mark {
-        MARK_CAPTURE => steer_parsed::<I, Captured>(ctx, parsed),
-        MARK_INBOUND => steer_parsed::<I, Inwards>(ctx, parsed),
-        MARK_TUNNEL => steer_parsed::<I, Tunnelled>(ctx, parsed),
-        MARK_RESOLVE => resolve::<I>(ctx, parsed),
+        MARK_CAPTURE => steer::<I, Captured>(ctx),
+        MARK_INBOUND => steer::<I, Inwards>(ctx),
+        MARK_TUNNEL => steer::<I, Tunnelled>(ctx),
+        MARK_RESOLVE => resolve::<I>(ctx),
         // Nobody else has anything to send here.
         _ => Action::Drop,
     }
@@ -115,11 +113,8 @@ const fn direction(mark: u32) -> Direction {
 
 /// A DNS question goes to the proxy's resolver.
 #[inline(always)]
-fn resolve<I: Parse + PodIp>(ctx: &TcContext, parsed: Parsed<I::Address>) -> Action {
-    let segment = match parsed {
-        Parsed::Datagram(segment) => segment,
-        other => return steer_parsed::<I, Question>(ctx, other),
-    };
+fn resolve<I: Parse + PodIp>(ctx: &TcContext) -> Action {
+    let Parsed::Datagram(segment) = parse::<I>(&Skb(ctx)) else { return steer::<I, Question>(ctx) };
     let pod = I::owner(&segment.source);
     let about = || About::segment::<I>(&segment, 0);
     let Some(socket) = Socket::datagrams(ctx, &segment, PORT_DNS) else {
