@@ -303,17 +303,16 @@ impl Linux {
     /// Moves the thread into a namespace with this cookie, which it returns. After an error it is in the host's.
     fn move_to(&mut self, netns: &NetNs, cookie: impl FnOnce() -> io::Result<u64>) -> io::Result<u64> {
         self.session = None;
-        netns.enter()?;
-        match cookie().and_then(|cookie| Ok((cookie, Netlink::open()?))) {
-            Ok((netns_cookie, netlink)) => {
-                self.session = Some(Session { netns_cookie, netlink });
-                Ok(netns_cookie)
-            }
+        let moved = netns.enter().and_then(|()| cookie()).and_then(|cookie| Ok((cookie, Netlink::open()?)));
+        let (netns_cookie, netlink) = match moved {
+            Ok(moved) => moved,
             Err(error) => {
                 self.host.enter()?;
-                Err(error)
+                return Err(error);
             }
-        }
+        };
+        self.session = Some(Session { netns_cookie, netlink });
+        Ok(netns_cookie)
     }
 
     /// Moves the thread back into the host's namespace, so that the pod's can go away.
