@@ -9,6 +9,7 @@ use std::{panic, thread};
 
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, setns, unshare};
+use redirect_ebpf::Family;
 
 /// A network namespace, held by a descriptor: it ends with its last process and this value.
 #[derive(Debug)]
@@ -68,6 +69,13 @@ impl Netns {
         .with_context(|| format!("enter network namespace {}", self.name))
     }
 
+    /// Moves the calling thread there until the visit ends.
+    pub fn visit(&self) -> Result<Visit> {
+        let home = File::open("/proc/thread-self/ns/net")?.into();
+        setns(&self.descriptor, CloneFlags::CLONE_NEWNET).with_context(|| format!("enter {}", self.name))?;
+        Ok(Visit { home })
+    }
+
     /// Runs a short command inside the namespace to its end.
     pub fn execute(&self, mut command: Command, input: &[u8]) -> Result<Output> {
         let what = format!("{command:?} in {}", self.name);
@@ -124,6 +132,20 @@ impl Netns {
         serde_json::from_slice(&output).with_context(|| format!("{command}: not JSON"))
     }
 
+    /// Removes the filters of a device whose programs are of a family, by their names.
+    pub fn delete_filters(&self, device: &str, side: &str, family: Family) -> Result<()> {
+        let of_family = format!("_{}", family.to_string().to_lowercase());
+        let filters = self.json(&format!("tc -j filter show dev {device} {side}"))?;
+        let handles = filters.as_array().into_iter().flatten().filter_map(|filter| {
+            let options = &filter["options"];
+            options["bpf_name"].as_str()?.contains(&of_family).then(|| options["handle"].as_str())?
+        });
+        for handle in handles {
+            self.json(&format!("tc filter del dev {device} {side} pref 1 handle {handle} bpf"))?;
+        }
+        Ok(())
+    }
+
     /// Sets a sysctl, `.` between the parts of its name.
     pub fn set_sysctl(&self, name: &str, value: &str) -> Result<()> {
         let path = sysctl_path(name);
@@ -172,6 +194,21 @@ impl Netns {
     pub fn cookie(&self) -> Result<u64> {
         let cookie = self.run(redirect_user::netns::current_cookie)?;
         cookie.with_context(|| format!("cookie of {}", self.name))
+    }
+}
+
+/// The calling thread is in another namespace than its own for as long as this lives.
+#[derive(Debug)]
+pub struct Visit {
+    home: OwnedFd,
+}
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        if let Err(error) = setns(&self.home, CloneFlags::CLONE_NEWNET) {
+            // Whatever runs on this thread from here on would run in the wrong place.
+            panic!("the thread can't return to its network namespace: {error}");
+        }
     }
 }
 

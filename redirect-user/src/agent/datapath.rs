@@ -148,7 +148,7 @@ pub trait Datapath {
     /// Reads what is there for a pod.
     fn observe(&mut self, target: &Target) -> Result<Observation, Error>;
 
-    /// Takes one step.
+    /// Takes one step. To remove what others have removed meanwhile is no error.
     fn apply(&mut self, target: &Target, op: &Op) -> Result<(), Error>;
 
     /// Removes what no fact is about, and a step that was cut short has left.
@@ -223,11 +223,26 @@ pub enum Removal {
     Everything,
 }
 
-/// Removes what is ours for the pod. Goes on after errors and returns them.
-pub fn unenroll(datapath: &mut impl Datapath, target: &Target, removal: Removal) -> Vec<Error> {
-    let facts = match datapath.observe(target) {
-        Ok(observation) => observation.present(),
-        Err(error) => return vec![error],
+/// What a removal has come to.
+#[derive(Debug, Default)]
+pub struct Removed {
+    /// What was to stay, for now.
+    pub left: BTreeSet<Fact>,
+    /// What could not be removed.
+    pub errors: Vec<Error>,
+}
+
+/// Removes what is ours for the pod, and goes on after errors. `known` is what an earlier removal has left; else the kernel
+/// is asked what there is.
+pub fn unenroll(
+    datapath: &mut impl Datapath,
+    target: &Target,
+    removal: Removal,
+    known: Option<BTreeSet<Fact>>,
+) -> Removed {
+    let facts = match known.map_or_else(|| Ok(datapath.observe(target)?.present()), Ok) {
+        Ok(facts) => facts,
+        Err(error) => return Removed { errors: vec![error], ..Removed::default() },
     };
     let goes = |fact: &Fact| match removal {
         Removal::Capture => {
@@ -245,8 +260,9 @@ pub fn unenroll(datapath: &mut impl Datapath, target: &Target, removal: Removal)
         // What was on before us stays on.
         Removal::Everything => !matches!(fact, Fact::Sysctl(sysctl) if target.foreign.contains(sysctl)),
     };
-    let stay = facts.iter().filter(|fact| !goes(fact)).cloned().collect();
-    diff(&stay, &facts).iter().filter_map(|op| datapath.apply(target, op).err()).collect()
+    let left = facts.iter().filter(|fact| !goes(fact)).cloned().collect();
+    let errors = diff(&left, &facts).iter().filter_map(|op| datapath.apply(target, op).err()).collect();
+    Removed { left, errors }
 }
 
 /// A fact that is expected of a pod, or that nobody expects.

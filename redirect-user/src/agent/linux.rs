@@ -52,6 +52,7 @@ pub use pins::{Bpffs, DEFAULT_DIRECTORY, InUse, NO_BPFFS_REMEDY, Pins, bpffs, en
 use pins::{Links, cookie_of_lookup, lookup_name};
 pub(super) use proc_sys::make_writable as make_sysctls_writable;
 pub use strip::{HostReport, Stripped, strip, strip_host};
+use sysctl::Sysctls;
 pub use tc::TcMethod;
 pub use try_out::try_out;
 
@@ -122,7 +123,7 @@ pub struct Linux {
     /// A socket in the host's namespace.
     host_netlink: Netlink,
     records: Records,
-    /// Where the thread is, if it is not in the host's namespace, and a netlink socket there.
+    /// Where the thread is, if it is not in the host's namespace, and what it works with there.
     session: Option<Session>,
     /// Held as long as the agent runs.
     _pins: Pins,
@@ -151,6 +152,7 @@ impl Directory {
 struct Session {
     netns_cookie: u64,
     netlink: Netlink,
+    sysctls: Sysctls,
 }
 
 /// What can be told about the loaded kernel side.
@@ -293,26 +295,26 @@ impl Linux {
     }
 
     /// Moves the thread into the pod's namespace, unless it is there already.
-    fn enter(&mut self, target: &Target) -> io::Result<&mut Netlink> {
+    fn enter(&mut self, target: &Target) -> io::Result<&mut Session> {
         if self.session.as_ref().is_none_or(|session| session.netns_cookie != target.netns_cookie) {
             self.move_to(&target.netns, || Ok(target.netns_cookie))?;
         }
-        Ok(&mut entered(&mut self.session)?.netlink)
+        entered(&mut self.session)
     }
 
     /// Moves the thread into a namespace with this cookie, which it returns. After an error it is in the host's.
     fn move_to(&mut self, netns: &NetNs, cookie: impl FnOnce() -> io::Result<u64>) -> io::Result<u64> {
         self.session = None;
-        let moved = netns.enter().and_then(|()| cookie()).and_then(|cookie| Ok((cookie, Netlink::open()?)));
-        let (netns_cookie, netlink) = match moved {
-            Ok(moved) => moved,
+        let session = netns.enter().and_then(|()| cookie()).and_then(|netns_cookie| {
+            Ok(Session { netns_cookie, netlink: Netlink::open()?, sysctls: Sysctls::open()? })
+        });
+        match session {
+            Ok(session) => Ok(self.session.insert(session).netns_cookie),
             Err(error) => {
                 self.host.enter()?;
-                return Err(error);
+                Err(error)
             }
-        };
-        self.session = Some(Session { netns_cookie, netlink });
-        Ok(netns_cookie)
+        }
     }
 
     /// Moves the thread back into the host's namespace, so that the pod's can go away.
@@ -425,11 +427,7 @@ impl Linux {
             facts.insert(Fact::Device(known.unwrap_or(Interface { index, name: index.to_string() })));
         }
         Ok(Observation {
-            namespace: Namespace {
-                ipv6: sysctl::ipv6_enabled("lo"),
-                devices: Some(devices),
-                ..Namespace::default()
-            },
+            namespace: Namespace { ipv6: sysctl::has_ipv6(), devices: Some(devices), ..Namespace::default() },
             facts,
             stale: attached.stale,
             damaged: attached.damaged,
@@ -437,12 +435,14 @@ impl Linux {
     }
 
     fn look_into_pod(&mut self, target: &Target) -> io::Result<Observation> {
-        let netlink = self.enter(target)?;
+        let Session { netlink, sysctls, .. } = self.enter(target)?;
         let (interfaces, up) = netlink.interfaces()?;
-        let ipv6 = sysctl::ipv6_enabled("lo");
+        let ipv6 = sysctls.ipv6_enabled("lo");
+        let has_ipv6 = |interface: &Interface| {
+            ipv6 && (interface.is_loopback() || sysctls.ipv6_enabled(&interface.name))
+        };
         let routable = |interface: &Interface, family| {
-            up.contains(&interface.index)
-                && (family == Family::Ipv4 || ipv6 && sysctl::ipv6_enabled(&interface.name))
+            up.contains(&interface.index) && (family == Family::Ipv4 || has_ipv6(interface))
         };
         let routable = interfaces
             .iter()
@@ -470,19 +470,22 @@ impl Linux {
                 }),
             );
         }
-        let Session { netlink, netns_cookie } = entered(&mut self.session)?;
+        let Session { netlink, netns_cookie, .. } = entered(&mut self.session)?;
         let attached = self.tc.look(netlink, &self.links, &self.programs, *netns_cookie, interfaces)?;
         facts.extend(attached.current);
         observation.stale = attached.stale;
         observation.damaged = attached.damaged;
         for lookup in Lookup::ALL {
             match self.lookup_state(lookup, target)? {
+                Some(State::Current) => observation.facts.insert(lookup.fact()),
                 Some(State::Stale) => observation.stale.insert(lookup.fact()),
                 Some(State::Elsewhere) => observation.damaged.insert(lookup.fact()),
-                Some(State::Current) | None => false,
+                None => false,
             };
         }
-        observation.facts.extend(self.quiet_facts(target)?);
+        let on = entered(&mut self.session)?.sysctls.that_are_on()?;
+        observation.facts.extend(on.into_iter().map(Fact::Sysctl));
+        observation.facts.extend(self.maps.facts(target));
         Ok(observation)
     }
 
@@ -501,9 +504,10 @@ impl Linux {
         Ok(self.links.remove(&lookup_name(lookup, target.netns_cookie))?)
     }
 
-    /// The facts that nobody tells about when they change. In the namespace of the pod.
-    fn quiet_facts(&self, target: &Target) -> io::Result<BTreeSet<Fact>> {
-        let mut facts: BTreeSet<Fact> = sysctl::that_are_on()?.into_iter().map(Fact::Sysctl).collect();
+    /// The facts that nobody tells about when they change.
+    fn quiet_facts(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>> {
+        let on = self.enter(target)?.sysctls.that_are_on()?;
+        let mut facts: BTreeSet<Fact> = on.into_iter().map(Fact::Sysctl).collect();
         facts.extend(self.maps.facts(target));
         for lookup in Lookup::ALL {
             if self.lookup_state(lookup, target)? == Some(State::Current) {
@@ -522,7 +526,7 @@ impl Linux {
             return tc.attach(host_netlink, links, programs, &spot, hook);
         }
         self.enter(target)?;
-        let Session { netlink, netns_cookie } = entered(&mut self.session)?;
+        let Session { netlink, netns_cookie, .. } = entered(&mut self.session)?;
         let spot = tc::Spot { netns_cookie: *netns_cookie, interface, carries_traffic: target.running };
         self.tc.attach(netlink, &mut self.links, &self.programs, &spot, hook)
     }
@@ -534,32 +538,30 @@ impl Linux {
             return Ok(tc.detach(host_netlink, links, target.netns_cookie, interface.index, hook)?);
         }
         self.enter(target)?;
-        let Session { netlink, netns_cookie } = entered(&mut self.session)?;
+        let Session { netlink, netns_cookie, .. } = entered(&mut self.session)?;
         Ok(self.tc.detach(netlink, &mut self.links, *netns_cookie, interface.index, hook)?)
     }
 
     fn step(&mut self, target: &Target, op: &Op) -> anyhow::Result<()> {
         let cookie = target.netns_cookie;
         match op {
-            Op::Ensure(Fact::LoopbackUp) => self.enter(target)?.set_up(LOOPBACK_INDEX)?,
+            Op::Ensure(Fact::LoopbackUp) => self.enter(target)?.netlink.set_up(LOOPBACK_INDEX)?,
             // Others may rely on it by now.
             Op::Remove(Fact::LoopbackUp) => {}
-            Op::Ensure(Fact::Sysctl(sysctl)) => {
-                self.enter(target)?;
-                sysctl::turn_on(*sysctl)?;
-            }
-            Op::Remove(Fact::Sysctl(sysctl)) => {
-                self.enter(target)?;
-                sysctl::turn_off(*sysctl)?;
-            }
+            Op::Ensure(Fact::Sysctl(sysctl)) => self.enter(target)?.sysctls.turn_on(*sysctl)?,
+            Op::Remove(Fact::Sysctl(sysctl)) => self.enter(target)?.sysctls.turn_off(*sysctl)?,
             Op::Ensure(Fact::Route { family, interface, source }) => {
-                self.enter(target)?.add_route(*family, interface, *source)?;
+                self.enter(target)?.netlink.add_route(*family, interface, *source)?;
             }
             Op::Remove(Fact::Route { family, interface, source }) => {
-                self.enter(target)?.delete_route(*family, interface, *source)?;
+                self.enter(target)?.netlink.delete_route(*family, interface, *source)?;
             }
-            Op::Ensure(Fact::Rule { family, mark }) => self.enter(target)?.add_rule(*family, *mark)?,
-            Op::Remove(Fact::Rule { family, mark }) => self.enter(target)?.delete_rule(*family, *mark)?,
+            Op::Ensure(Fact::Rule { family, mark }) => {
+                self.enter(target)?.netlink.add_rule(*family, *mark)?;
+            }
+            Op::Remove(Fact::Rule { family, mark }) => {
+                self.enter(target)?.netlink.delete_rule(*family, *mark)?;
+            }
             Op::Ensure(Fact::Excluded(exclusion)) => self.maps.insert_exclusion(cookie, *exclusion)?,
             Op::Remove(Fact::Excluded(exclusion)) => self.maps.remove_exclusion(cookie, *exclusion)?,
             Op::Ensure(Fact::Lookup) => self.attach_lookup(Lookup::Listener, target)?,
@@ -599,7 +601,9 @@ impl Datapath for Linux {
     fn introduce(&mut self, netns: &NetNs) -> io::Result<Introduction> {
         let cookie = self.move_to(netns, current_cookie)?;
         // Those of a pod that is steered are ours; in placement `node` none of them is touched.
-        let sysctls = if self.maps.has_pod(cookie) { BTreeSet::new() } else { sysctl::that_are_on()? };
+        let known = self.maps.has_pod(cookie);
+        let sysctls =
+            if known { BTreeSet::new() } else { entered(&mut self.session)?.sysctls.that_are_on()? };
         Ok(Introduction { cookie, sysctls })
     }
 
@@ -607,7 +611,6 @@ impl Datapath for Linux {
         if self.placement == Placement::Node {
             return Ok(self.look_at_devices(target)?.facts);
         }
-        self.enter(target)?;
         self.quiet_facts(target)
     }
 
@@ -619,9 +622,9 @@ impl Datapath for Linux {
         if self.placement == Placement::Node {
             return Ok(());
         }
-        let netlink = self.enter(target)?;
+        let netlink = &mut self.enter(target)?.netlink;
         let (interfaces, _) = netlink.interfaces()?;
-        interfaces.iter().try_for_each(|interface| netlink.delete_clsact(interface.index))
+        interfaces.iter().try_for_each(|interface| netlink.delete_qdisc(interface.index))
     }
 
     fn is_served_in_ipv6(&mut self, netns: &NetNs) -> io::Result<bool> {

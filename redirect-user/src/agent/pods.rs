@@ -25,7 +25,8 @@ use std::time::{Duration, Instant};
 use redirect_ebpf::maps::PodFlags;
 use tokio::sync::watch;
 
-use super::datapath::{self, Datapath, Introduction, Observation, Outcome, Removal, Target};
+use super::datapath::{self, Datapath, Introduction, Observation, Outcome, Removal, Removed, Target};
+use super::facts::Fact;
 use super::records::{Phase, Record, Records};
 use super::repairs::Repairs;
 use super::thread::Kernel;
@@ -353,7 +354,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             Ok(observation) => enrolled.observation = observation,
             Err(error) => {
                 let owned = self.owns(&enrolled.target);
-                self.unenroll(&enrolled.target, Removal::Everything).await;
+                self.unenroll(&enrolled.target, Removal::Everything, None).await;
                 if owned {
                     self.records.remove(enrolled.target.netns_cookie);
                 }
@@ -457,7 +458,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     /// how long the proxy took.
     async fn remove(&self, target: &Target) -> Duration {
         let owned = self.owns(target);
-        self.unenroll(target, Removal::Capture).await;
+        let left = self.unenroll(target, Removal::Capture, None).await;
         let asked = Instant::now();
         if let RemoveOutcome::Pending(peers) = self.proxies.remove(&target.identity.uid, PROXY_RELEASE).await
         {
@@ -465,30 +466,39 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             tracing::warn!(pod = %target.identity, peers, "the proxy does not let go of the pod; going on without");
         }
         let proxy = asked.elapsed();
-        self.unenroll(target, Removal::Everything).await;
+        self.unenroll(target, Removal::Everything, left).await;
         if owned {
             self.records.remove(target.netns_cookie);
         }
         proxy
     }
 
-    /// Leaves a namespace alone that is another pod's by now.
-    async fn unenroll(&self, target: &Target, removal: Removal) {
+    /// Leaves a namespace alone that is another pod's by now. `known` is what an earlier call has left, which this returns.
+    async fn unenroll(
+        &self,
+        target: &Target,
+        removal: Removal,
+        known: Option<BTreeSet<Fact>>,
+    ) -> Option<BTreeSet<Fact>> {
         if !self.owns(target) {
-            return;
+            return None;
         }
         if removal == Removal::Everything {
             self.owners().remove(&target.netns_cookie);
             self.holders.release(target.netns_cookie);
         }
         let copy = target.clone();
-        match self.kernel.run(move |datapath| datapath::unenroll(datapath, &copy, removal)).await {
-            Ok(errors) => {
-                for error in errors {
+        match self.kernel.run(move |datapath| datapath::unenroll(datapath, &copy, removal, known)).await {
+            Ok(Removed { left, errors }) => {
+                for error in &errors {
                     tracing::warn!(pod = %target.identity, %error, "something of the pod may be left behind");
                 }
+                errors.is_empty().then_some(left)
             }
-            Err(error) => tracing::error!(pod = %target.identity, %error, "the pod can't be un-enrolled"),
+            Err(error) => {
+                tracing::error!(pod = %target.identity, %error, "the pod can't be un-enrolled");
+                None
+            }
         }
     }
 
@@ -539,7 +549,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     /// cut connections that were not captured.
     pub(crate) async fn shut_down(&self) {
         for known in self.slots.drain().await {
-            self.unenroll(&known.target, Removal::Everything).await;
+            self.unenroll(&known.target, Removal::Everything, None).await;
             self.records.remove(known.target.netns_cookie);
         }
     }

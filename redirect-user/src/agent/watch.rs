@@ -4,12 +4,13 @@
 //! One netlink socket in the agent's namespace hears of every namespace that has an ID there
 //! (`NETLINK_LISTEN_ALL_NSID`), so that no pod has to be polled.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::mem::{MaybeUninit, size_of_val};
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use tokio::sync::mpsc;
@@ -48,6 +49,12 @@ const GROUPS: [u32; 6] = [
 
 /// Room for what comes while the thread is not running, in bytes.
 const BUFFER: i32 = 1 << 20;
+
+/// How long messages are left to gather.
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// How many of them are read before what they say is passed on.
+const BATCH: usize = 1024;
 
 /// How many events may wait; when they are more, they are treated as lost.
 const QUEUE: usize = 256;
@@ -91,35 +98,56 @@ impl Watch {
 
     fn listen(&self, socket: &Socket, events: &mpsc::Sender<Event>) {
         loop {
-            let event = match next_change(socket) {
-                Ok(Some(Change::OnHost)) if self.host => Event::Host,
-                Ok(None | Some(Change::OnHost)) => continue,
-                Ok(Some(Change::InNamespace(id))) => match self.followed().get(&id) {
-                    Some(uid) => Event::Changed(uid.clone()),
-                    None => continue,
-                },
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => Event::Lost,
+            let batch = match next_batch(socket) {
+                Ok(changes) => {
+                    let followed = self.followed();
+                    let event = |change| match change {
+                        Change::OnHost => self.host.then_some(Event::Host),
+                        Change::InNamespace(id) => followed.get(&id).cloned().map(Event::Changed),
+                    };
+                    changes.into_iter().filter_map(event).collect()
+                }
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => vec![Event::Lost],
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
                     tracing::error!(%error, "what changes in pods is no longer noticed");
                     return;
                 }
             };
-            match events.try_send(event) {
-                Ok(()) => {}
-                Err(mpsc::error::TrySendError::Full(_)) => {
-                    if events.blocking_send(Event::Lost).is_err() {
-                        return;
+            for event in batch {
+                match events.try_send(event) {
+                    Ok(()) => {}
+                    Err(mpsc::error::TrySendError::Full(_)) => {
+                        if events.blocking_send(Event::Lost).is_err() {
+                            return;
+                        }
                     }
+                    Err(mpsc::error::TrySendError::Closed(_)) => return,
                 }
-                Err(mpsc::error::TrySendError::Closed(_)) => return,
             }
         }
     }
 }
 
+/// Waits for a message, and returns what has changed by it and by those that come soon after it.
+///
+/// Enrolments send dozens of messages. Whoever sends one pays for waking a thread that waits for it, so that this one does not
+/// wait for each.
+fn next_batch(socket: &Socket) -> io::Result<BTreeSet<Change>> {
+    let mut changes: BTreeSet<Change> = next_change(socket, 0)?.into_iter().collect();
+    thread::sleep(PAUSE);
+    for _ in 0..BATCH {
+        match next_change(socket, libc::MSG_DONTWAIT) {
+            Ok(change) => changes.extend(change),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(changes)
+}
+
 /// What a message says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Change {
     /// Something in the namespace with this ID has changed.
     InNamespace(i32),
@@ -151,8 +179,8 @@ fn removes(packet: &[u8]) -> bool {
     }
 }
 
-/// Waits for a message and returns what has changed, if that is of interest.
-fn next_change(socket: &Socket) -> io::Result<Option<Change>> {
+/// Receives a message and returns what has changed, if that is of interest.
+fn next_change(socket: &Socket, flags: libc::c_int) -> io::Result<Option<Change>> {
     let mut packet = [0u8; 8192];
     let mut control = [0u64; 8];
     let mut part = libc::iovec { iov_base: packet.as_mut_ptr().cast(), iov_len: packet.len() };
@@ -163,7 +191,7 @@ fn next_change(socket: &Socket) -> io::Result<Option<Change>> {
     message.msg_control = control.as_mut_ptr().cast();
     message.msg_controllen = size_of_val(&control);
     // SAFETY: all buffers live for the length of the call, with the lengths that the header says.
-    if unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0) } < 0 {
+    if unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) } < 0 {
         return Err(io::Error::last_os_error());
     }
     if !is_of_interest(&packet) {

@@ -27,6 +27,13 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         trials.extend(for_every_stack(context, &format!("coexistence::tcx_programs_{name}"), test));
         let test = move |context: &Context, stack: Stack| filters(context, stack, turn);
         trials.extend(for_every_stack(context, &format!("coexistence::filters_{name}"), test));
+        let test = move |context: &Context, stack: Stack| filters_on_loopback(context, stack, turn);
+        trials.extend(for_every_stack_in_pods(
+            context,
+            &format!("coexistence::filters_on_loopback_{name}"),
+            "nothing is on the pod's lo",
+            test,
+        ));
     }
     trials.extend(for_every_stack_in_pods(
         context,
@@ -137,9 +144,13 @@ impl<'a> Place<'a> {
         self.netns.output(tc, b"").map(drop)
     }
 
+    /// A place for filters, as somebody makes it who does not know of ours.
+    fn add_qdisc(&self) -> Result<()> {
+        self.tc("qdisc replace dev DEVICE clsact", &[])
+    }
+
     /// A filter that takes every packet of a protocol, and asks nobody after it.
     fn add_filter(&self, protocol: &str, priority: &str, side: &str) -> Result<()> {
-        self.tc("qdisc replace dev DEVICE clsact", &[])?;
         let filter = format!(
             "filter add dev DEVICE {side} protocol {protocol} pref {priority} bpf classid 1:1 bytecode"
         );
@@ -183,7 +194,9 @@ fn tcx_programs(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
 
 /// As [`Place::add_filter`], in the pod.
 pub(crate) fn add_filter(pod: &Pod, protocol: &str, priority: &str, side: &str) -> Result<()> {
-    Place { netns: pod.netns(), device: "eth0".into() }.add_filter(protocol, priority, side)
+    let place = Place { netns: pod.netns(), device: "eth0".into() };
+    place.add_qdisc()?;
+    place.add_filter(protocol, priority, side)
 }
 
 /// Filters that end every packet's way come after ours.
@@ -191,7 +204,10 @@ fn filters(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
     let node = context.node()?;
     let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
     let place = Place::of(&pod)?;
-    let add = || ["ingress", "egress"].into_iter().try_for_each(|side| place.add_filter("all", "10", side));
+    let add = || {
+        place.add_qdisc()?;
+        ["ingress", "egress"].into_iter().try_for_each(|side| place.add_filter("all", "10", side))
+    };
     if turn == Turn::Before {
         add()?;
     }
@@ -202,12 +218,42 @@ fn filters(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
     is_steered_both_ways(&pod, &other, stack)
 }
 
+/// The same on `lo`, where ours make a place for what comes in alone, unless there is one. Those of others stay there.
+fn filters_on_loopback(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
+    let node = context.node()?;
+    let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    let place = Place { netns: pod.netns(), device: "lo".into() };
+    let sides: &[&str] = match turn {
+        Turn::Before => &["ingress", "egress"],
+        Turn::After => &["ingress"],
+    };
+    let add = || sides.iter().try_for_each(|side| place.add_filter("all", "10", side));
+    if turn == Turn::Before {
+        place.add_qdisc()?;
+        add()?;
+    }
+    pod.enrol()?;
+    if turn == Turn::After {
+        add()?;
+    }
+    is_steered_both_ways(&pod, &other, stack)?;
+    pod.unenrol()?;
+    for side in sides {
+        let left = pod.netns().json(&format!("tc -j filter show dev lo {side}"))?;
+        let left: Vec<_> =
+            left.as_array().into_iter().flatten().filter(|filter| filter["options"].is_object()).collect();
+        ensure!(left.len() == 1 && left[0]["pref"] == 10, "{side}: {left:?}");
+    }
+    Ok(())
+}
+
 /// Who has our priority has to make room: a pod is not enrolled without its programs.
 fn filter_in_our_place(context: &Context, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
     let place = Place::of(&pod)?;
     let program = if context.placement() == Placement::Pod { "inbound_ipv4" } else { "from_pod_ipv4" };
+    place.add_qdisc()?;
     place.add_filter("arp", "1", "ingress")?;
     let text = restarts::message(pod.enrol())?;
     for wanted in [pod.identity().to_string().as_str(), program, &place.device] {

@@ -89,9 +89,8 @@ impl Damage {
                 netns.ip(&format!("{} route flush table {ROUTE_TABLE}", flag(family)))?;
             }
             Self::Filter(family) => {
-                let priority = if family == Family::Ipv4 { 1 } else { 2 };
                 for (device, side) in [("lo", "ingress"), ("eth0", "ingress"), ("eth0", "egress")] {
-                    netns.json(&format!("tc filter del dev {device} {side} pref {priority}")).ok();
+                    netns.delete_filters(device, side, family).ok();
                 }
             }
             Self::Qdisc => {

@@ -23,6 +23,8 @@ pub(crate) struct State {
     /// By cookie.
     pub(crate) namespaces: BTreeMap<u64, FakeNamespace>,
     pub(crate) applied: Vec<Op>,
+    /// How often it was asked what there is.
+    pub(crate) observed: usize,
     /// The step that fails, counted from the first one ever taken.
     pub(crate) fail_at: Option<usize>,
     pub(crate) virtual_interfaces: BTreeMap<u64, Vec<String>>,
@@ -75,7 +77,9 @@ impl Datapath for Fake {
     }
 
     fn observe(&mut self, target: &Target) -> Result<Observation, Error> {
-        match self.state().namespaces.get(&target.netns_cookie) {
+        let mut state = self.state();
+        state.observed += 1;
+        match state.namespaces.get(&target.netns_cookie) {
             Some(known) => Ok(Observation {
                 namespace: known.namespace.clone(),
                 facts: known.facts.clone(),

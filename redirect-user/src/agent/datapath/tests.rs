@@ -69,10 +69,10 @@ fn un_enrolling_goes_on_after_an_error() {
     enroll(&mut fake, &target).unwrap();
     let next = fake.state().applied.len();
     fake.state().fail_at = Some(next + 3);
-    let errors = unenroll(&mut fake, &target, Removal::Everything);
-    assert_eq!(errors.len(), 1);
+    let removed = unenroll(&mut fake, &target, Removal::Everything, None);
+    assert_eq!(removed.errors.len(), 1);
     assert_eq!(fake.facts(COOKIE).len(), 1);
-    assert!(unenroll(&mut fake, &target, Removal::Everything).is_empty());
+    assert!(unenroll(&mut fake, &target, Removal::Everything, None).errors.is_empty());
     assert!(fake.facts(COOKIE).is_empty());
 }
 
@@ -82,11 +82,15 @@ fn un_enrolling_in_two_steps_keeps_the_proxys_connections_in_between() {
         let target = target(kind);
         let mut fake = fake();
         enroll(&mut fake, &target).unwrap();
-        assert!(unenroll(&mut fake, &target, Removal::Capture).is_empty());
+        let removed = unenroll(&mut fake, &target, Removal::Capture, None);
+        assert!(removed.errors.is_empty());
+        assert_eq!(fake.facts(COOKIE), removed.left);
         assert!(fake.facts(COOKIE).iter().any(|fact| matches!(fact, Fact::Rule { .. })));
         assert!(!fake.facts(COOKIE).iter().any(|fact| matches!(fact, Fact::Program { .. } | Fact::Pod(_))));
-        assert!(unenroll(&mut fake, &target, Removal::Everything).is_empty());
+        let observed = fake.state().observed;
+        assert!(unenroll(&mut fake, &target, Removal::Everything, Some(removed.left)).errors.is_empty());
         assert!(fake.facts(COOKIE).is_empty());
+        assert_eq!(fake.state().observed, observed, "the kernel was asked again");
     }
 }
 

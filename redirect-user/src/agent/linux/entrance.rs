@@ -128,7 +128,7 @@ fn turn_early_demux_off(netlink: &mut Netlink, records: &Records) -> anyhow::Res
 }
 
 fn families() -> &'static [Family] {
-    if sysctl::ipv6_enabled("lo") { &Family::ALL } else { &[Family::Ipv4] }
+    if sysctl::has_ipv6() { &Family::ALL } else { &[Family::Ipv4] }
 }
 
 /// Returns whether anything had to be changed.

@@ -1,6 +1,8 @@
 //! Links, rules and routes of the network namespace that the calling thread is in. Synchronous: each request is
 //! answered by the time it was sent.
 
+mod raw;
+
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -9,8 +11,8 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use redirect_ebpf::Family;
 use redirect_ebpf::constants::{MARK_CAPTURE, MARK_MASK, ROUTE_METRIC, ROUTE_TABLE};
 use rtnetlink::packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader,
-    NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkDeserializable,
+    NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use rtnetlink::packet_route::link::{
@@ -31,11 +33,16 @@ use super::super::facts::{Interface, LOOPBACK_INDEX, Mark};
 use super::bpf::Program;
 use super::tc::HANDLES;
 use crate::netns::NetNs;
+use raw::Raw;
+
+/// Room for the largest packet that the kernel sends.
+const PACKET: usize = 1 << 16;
 
 /// A route socket in the namespace in which it was opened.
 pub(in crate::agent) struct Netlink {
     socket: Socket,
     sequence: u32,
+    packet: Vec<u8>,
 }
 
 impl Netlink {
@@ -44,11 +51,15 @@ impl Netlink {
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
         socket.set_cap_ack(true)?;
-        Ok(Self { socket, sequence: 0 })
+        Ok(Self { socket, sequence: 0, packet: Vec::with_capacity(PACKET) })
     }
 
     /// Sends one request and reads all of its answers.
-    fn request(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<RouteNetlinkMessage>> {
+    fn request<T: NetlinkDeserializable>(
+        &mut self,
+        message: RouteNetlinkMessage,
+        flags: u16,
+    ) -> io::Result<Vec<T>> {
         self.sequence += 1;
         let mut header = NetlinkHeader::default();
         header.flags = NLM_F_REQUEST | flags;
@@ -59,13 +70,18 @@ impl Netlink {
         request.serialize(&mut buffer);
         self.socket.send(&buffer, 0)?;
 
+        let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
         let mut answers = Vec::new();
         loop {
-            let (packet, _) = self.socket.recv_from_full()?;
-            let mut rest = &packet[..];
+            self.packet.clear();
+            let length = self.socket.recv(&mut self.packet, libc::MSG_TRUNC)?;
+            if length > self.packet.len() {
+                return Err(invalid(format!("the kernel's answer is too large: {length} bytes")));
+            }
+            let mut rest = &self.packet[..];
             while !rest.is_empty() {
-                let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
-                    .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+                let answer =
+                    NetlinkMessage::<T>::deserialize(rest).map_err(|error| invalid(error.to_string()))?;
                 let length = (answer.header.length as usize).next_multiple_of(4).min(rest.len());
                 rest = rest.get(length.max(1)..).unwrap_or_default();
                 if answer.header.sequence_number != self.sequence {
@@ -110,15 +126,30 @@ impl Netlink {
     }
 
     fn change(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
-        self.request(message, NLM_F_ACK | flags).map(drop)
+        self.request::<Raw>(message, NLM_F_ACK | flags).map(drop)
     }
 
     /// The interfaces that are in the namespace, and the indices of those that are up.
     pub(super) fn interfaces(&mut self) -> io::Result<(Vec<Interface>, BTreeSet<u32>)> {
-        let links = self.links()?;
-        let is_up = |link: &&LinkMessage| link.header.flags.contains(LinkFlags::Up);
-        let up = links.iter().filter(is_up).map(|link| link.header.index).collect();
-        Ok((links.into_iter().filter_map(interface).collect(), up))
+        // `struct ifinfomsg`
+        const SIZE: usize = 16;
+        const INDEX: usize = 4;
+        const FLAGS: usize = 8;
+        let links = self.list(RouteNetlinkMessage::GetLink(LinkMessage::default()), libc::RTM_NEWLINK)?;
+        let is_up = |link: &&Raw| link.word(FLAGS) & libc::IFF_UP.cast_unsigned() != 0;
+        let up = links.iter().filter(is_up).map(|link| link.word(INDEX)).collect();
+        let interface = |link: &Raw| {
+            let (_, name) = link.attributes(SIZE).find(|(kind, _)| *kind == libc::IFLA_IFNAME)?;
+            Some(Interface { index: link.word(INDEX), name: raw::text(name) })
+        };
+        Ok((links.iter().filter_map(interface).collect(), up))
+    }
+
+    /// All objects of a kind.
+    fn list(&mut self, any: RouteNetlinkMessage, kind: u16) -> io::Result<Vec<Raw>> {
+        let mut found = self.request::<Raw>(any, NLM_F_DUMP)?;
+        found.retain(|answer| answer.kind == kind);
+        Ok(found)
     }
 
     /// The interfaces with all that the kernel tells of them.
@@ -264,38 +295,43 @@ impl Netlink {
         self.change(RouteNetlinkMessage::SetLink(link), 0)
     }
 
-    /// The BPF filters of an interface's clsact qdisc that have handles of ours.
+    /// The BPF filters of an interface that have handles of ours.
     pub(super) fn filters(&mut self, interface: u32) -> io::Result<Vec<Filter>> {
         let filters = self.all_filters(interface)?.into_iter().map(|(_, filter)| filter);
         Ok(filters.filter(|filter| filter.program != 0 && HANDLES.contains(&filter.handle)).collect())
     }
 
-    /// All filters of an interface's clsact qdisc with their kinds, in the order in which they are asked. Those that are no
+    /// All filters of an interface's `ingress` or clsact queueing discipline with their kinds, in the order in which they are asked. Those that are no
     /// BPF programs have the ID zero.
     pub(super) fn all_filters(&mut self, interface: u32) -> io::Result<Vec<(String, Filter)>> {
+        // `struct tcmsg`
+        const SIZE: usize = 20;
+        const HANDLE: usize = 8;
+        const INFO: usize = 16;
+        const PROGRAM_ID: u16 = 11;
         let mut filters = Vec::new();
         for side in Side::ALL {
-            let any = traffic_control(interface, side.parent());
-            for answer in self.request(RouteNetlinkMessage::GetTrafficFilter(any), NLM_F_DUMP)? {
-                let RouteNetlinkMessage::NewTrafficFilter(found) = answer else { continue };
+            let any = RouteNetlinkMessage::GetTrafficFilter(traffic_control(interface, side.parent()));
+            for found in self.list(any, libc::RTM_NEWTFILTER)? {
                 let (mut kind, mut program) = (String::new(), 0);
-                for attribute in found.attributes {
-                    match attribute {
-                        TcAttribute::Kind(name) => kind = name,
-                        TcAttribute::Options(options) => {
-                            let id = options.iter().find_map(|option| match option {
-                                TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => Some(*id),
-                                _ => None,
-                            });
-                            program = id.unwrap_or(0);
+                for (number, value) in found.attributes(SIZE) {
+                    match number {
+                        libc::TCA_KIND => kind = raw::text(value),
+                        libc::TCA_OPTIONS if kind == TcFilterBpf::KIND => {
+                            let id = raw::attributes(value).find(|(number, _)| *number == PROGRAM_ID);
+                            program = id.and_then(|(_, value)| raw::word(value)).unwrap_or(0);
                         }
                         _ => {}
                     }
                 }
-                let (priority, handle) = ((found.header.info >> 16) as u16, found.header.handle.into());
+                let (priority, handle) = ((found.word(INFO) >> 16) as u16, found.word(HANDLE));
+                let filter = Filter { side, priority, handle, program };
+                // Where there is one side alone, on `lo`, the kernel shows it for the other one as well.
+                let shown = (kind.clone(), Filter { side: Side::Ingress, ..filter });
+                let is_shown = interface == LOOPBACK_INDEX && filters.contains(&shown);
                 // What all filters of a priority have in common has no handle.
-                if handle != 0 {
-                    filters.push((kind, Filter { side, priority, handle, program }));
+                if handle != 0 && !is_shown {
+                    filters.push((kind, filter));
                 }
             }
         }
@@ -338,22 +374,24 @@ impl Netlink {
         }
     }
 
-    /// Gives an interface a clsact qdisc, unless it has one.
-    pub(super) fn add_clsact(&mut self, interface: u32) -> io::Result<()> {
-        let mut message = traffic_control(interface, CLSACT);
+    /// Gives an interface what filters are attached to, unless it has it: a clsact queueing discipline. `lo` gets one for what
+    /// comes in alone, `ingress`: a side takes 4 KiB of the kernel's memory.
+    pub(super) fn add_qdisc(&mut self, interface: &Interface) -> io::Result<()> {
+        let mut message = traffic_control(interface.index, CLSACT);
         message.header.handle = TcHandle { major: 0xffff, minor: 0 };
-        message.attributes = vec![TcAttribute::Kind("clsact".into())];
+        let kind = if interface.is_loopback() { "ingress" } else { "clsact" };
+        message.attributes = vec![TcAttribute::Kind(kind.into())];
         match self.change(RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_CREATE | NLM_F_EXCL) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             result => result,
         }
     }
 
-    /// Removes the clsact qdisc of an interface, if it has one and no filters are on it.
-    pub(super) fn delete_clsact(&mut self, interface: u32) -> io::Result<()> {
+    /// Removes an interface's queueing discipline for filters, if it has one and no filters are on it.
+    pub(super) fn delete_qdisc(&mut self, interface: u32) -> io::Result<()> {
         for side in Side::ALL {
-            let any = traffic_control(interface, side.parent());
-            if !self.request(RouteNetlinkMessage::GetTrafficFilter(any), NLM_F_DUMP)?.is_empty() {
+            let any = RouteNetlinkMessage::GetTrafficFilter(traffic_control(interface, side.parent()));
+            if !self.list(any, libc::RTM_NEWTFILTER)?.is_empty() {
                 return Ok(());
             }
         }
@@ -369,13 +407,23 @@ impl Netlink {
 
     /// Our rules.
     pub(super) fn rules(&mut self, family: Family) -> io::Result<Vec<Mark>> {
-        let all = self.all_rules(family)?;
-        let is_ours = |mark: &Mark| {
-            let wanted = rule(family, *mark);
-            all.iter()
-                .any(|found| wanted.attributes.iter().all(|attribute| found.attributes.contains(attribute)))
+        // `struct fib_rule_hdr`, and the numbers of attributes.
+        const SIZE: usize = 12;
+        const PRIORITY: u16 = 6;
+        const FWMARK: u16 = 10;
+        const TABLE: u16 = 15;
+        const FWMASK: u16 = 16;
+        let mut any = RuleMessage::default();
+        any.header.family = address_family(family);
+        let all = self.list(RouteNetlinkMessage::GetRule(any), libc::RTM_NEWRULE)?;
+        let is = |found: &Raw, mark: Mark| {
+            let (value, priority) = mark.rule();
+            let wanted = [(PRIORITY, priority), (FWMARK, value), (FWMASK, MARK_MASK), (TABLE, ROUTE_TABLE)];
+            wanted.into_iter().all(|(kind, number)| {
+                found.attributes(SIZE).any(|(other, value)| other == kind && raw::word(value) == Some(number))
+            })
         };
-        Ok(Mark::ALL.into_iter().filter(is_ours).collect())
+        Ok(Mark::ALL.into_iter().filter(|mark| all.iter().any(|found| is(found, *mark))).collect())
     }
 
     pub(super) fn add_rule(&mut self, family: Family, mark: Mark) -> io::Result<()> {
@@ -383,7 +431,10 @@ impl Netlink {
     }
 
     pub(super) fn delete_rule(&mut self, family: Family, mark: Mark) -> io::Result<()> {
-        self.change(RouteNetlinkMessage::DelRule(rule(family, mark)), 0)
+        match self.change(RouteNetlinkMessage::DelRule(rule(family, mark)), 0) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => result,
+        }
     }
 
     /// The devices and preferred sources of our routes.
@@ -392,26 +443,27 @@ impl Netlink {
         family: Family,
         interfaces: &[Interface],
     ) -> io::Result<Vec<(Interface, Option<IpAddr>)>> {
+        // `struct rtmsg`
+        const SIZE: usize = 12;
+        const DESTINATION_LENGTH: usize = 1;
+        const KIND: usize = 7;
         let mut any = RouteMessage::default();
         any.header.address_family = address_family(family);
         let mut routes = Vec::new();
-        for answer in self.request(RouteNetlinkMessage::GetRoute(any), NLM_F_DUMP)? {
-            let RouteNetlinkMessage::NewRoute(found) = answer else { continue };
-            if matches!(found.header.kind, RouteType::Local | RouteType::Unreachable)
-                && found.header.destination_prefix_length == 0
-                && found.attributes.contains(&RouteAttribute::Table(ROUTE_TABLE))
+        for found in self.list(RouteNetlinkMessage::GetRoute(any), libc::RTM_NEWROUTE)? {
+            let attribute =
+                |kind| found.attributes(SIZE).find(|(other, _)| *other == kind).map(|(_, value)| value);
+            let number = |kind| attribute(kind).and_then(raw::word);
+            if matches!(found.byte(KIND), libc::RTN_LOCAL | libc::RTN_UNREACHABLE)
+                && found.byte(DESTINATION_LENGTH) == 0
+                && number(libc::RTA_TABLE) == Some(ROUTE_TABLE)
             {
-                let source = found.attributes.iter().find_map(|attribute| match attribute {
-                    RouteAttribute::PrefSource(RouteAddress::Inet(v4)) => Some(IpAddr::V4(*v4)),
-                    RouteAttribute::PrefSource(RouteAddress::Inet6(v6)) => Some(IpAddr::V6(*v6)),
-                    _ => None,
+                let source = attribute(libc::RTA_PREFSRC).and_then(|value| match family {
+                    Family::Ipv4 => Some(IpAddr::from(*value.first_chunk::<4>()?)),
+                    Family::Ipv6 => Some(IpAddr::from(*value.first_chunk::<16>()?)),
                 });
                 // Routes that refuse have no device, or `lo`, depending on the family.
-                let index = found.attributes.iter().find_map(|attribute| match attribute {
-                    RouteAttribute::Oif(index) => Some(*index),
-                    _ => None,
-                });
-                let index = index.unwrap_or(LOOPBACK_INDEX);
+                let index = number(libc::RTA_OIF).unwrap_or(LOOPBACK_INDEX);
                 let interface = interfaces.iter().find(|interface| interface.index == index);
                 routes.extend(interface.map(|interface| (interface.clone(), source)));
             }
@@ -442,8 +494,8 @@ impl Netlink {
         source: Option<IpAddr>,
     ) -> io::Result<()> {
         match self.change(RouteNetlinkMessage::DelRoute(route(family, interface, source)), 0) {
-            // Another source was put in its place.
-            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            // Another source was put in its place, or it is gone, by itself or with its interface.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::ENODEV)) => Ok(()),
             result => result,
         }
     }
@@ -468,7 +520,7 @@ pub(super) enum Side {
 }
 
 impl Side {
-    const ALL: [Self; 2] = [Self::Ingress, Self::Egress];
+    pub(super) const ALL: [Self; 2] = [Self::Ingress, Self::Egress];
 
     const fn parent(self) -> TcHandle {
         let minor = match self {
@@ -479,11 +531,10 @@ impl Side {
     }
 }
 
-/// A filter of a clsact qdisc.
+/// A filter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Filter {
     pub(super) side: Side,
-    /// Filters of one priority have to be of one protocol; ours look at the family themselves.
     pub(super) priority: u16,
     pub(super) handle: u32,
     /// The program's ID.

@@ -302,15 +302,16 @@ impl Links {
         }
     }
 
-    /// Detaches the link, if it is there.
+    /// Detaches the link, if there is one of this name.
     pub(super) fn remove(&mut self, name: &str) -> io::Result<()> {
-        if let Some(link) = self.links.remove(name) {
-            link.detach()?;
-        }
+        let Some(link) = self.links.get(name) else { return Ok(()) };
+        link.detach()?;
         match fs::remove_file(self.directory.join(name)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
         }
+        self.links.remove(name);
+        Ok(())
     }
 }
 

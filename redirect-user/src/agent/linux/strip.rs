@@ -9,7 +9,7 @@ use super::super::facts::Sysctl;
 use super::super::records::Records;
 use super::entrance;
 use super::netlink::{Netlink, Side};
-use super::sysctl;
+use super::sysctl::Sysctls;
 use crate::netns::NetNs;
 
 /// What was removed from a namespace, by kind.
@@ -45,7 +45,7 @@ pub fn strip_host(records: &Records) -> io::Result<HostReport> {
     for interface in netlink.interfaces()?.0 {
         for filter in netlink.filters(interface.index)? {
             if netlink.delete_filter(interface.index, filter)? {
-                netlink.delete_clsact(interface.index)?;
+                netlink.delete_qdisc(interface.index)?;
             }
             report.filters += 1;
         }
@@ -61,7 +61,7 @@ pub fn strip(netns: &NetNs, foreign: Option<&BTreeSet<Sysctl>>) -> io::Result<St
 }
 
 fn strip_here(foreign: Option<&BTreeSet<Sysctl>>) -> io::Result<Stripped> {
-    let mut netlink = Netlink::open()?;
+    let (mut netlink, sysctls) = (Netlink::open()?, Sysctls::open()?);
     let mut stripped = Stripped::default();
     let (interfaces, _) = netlink.interfaces()?;
     // What guards against bypasses goes first, lest it drops what is no longer marked.
@@ -74,11 +74,11 @@ fn strip_here(foreign: Option<&BTreeSet<Sysctl>>) -> io::Result<Stripped> {
                 stripped.filters += 1;
             }
             if removed || foreign.is_some() {
-                netlink.delete_clsact(interface.index)?;
+                netlink.delete_qdisc(interface.index)?;
             }
         }
     }
-    let ipv6 = sysctl::ipv6_enabled("lo");
+    let ipv6 = sysctls.ipv6_enabled("lo");
     for family in Family::ALL.into_iter().filter(|family| *family == Family::Ipv4 || ipv6) {
         for mark in netlink.rules(family)? {
             netlink.delete_rule(family, mark)?;
@@ -90,8 +90,8 @@ fn strip_here(foreign: Option<&BTreeSet<Sysctl>>) -> io::Result<Stripped> {
         }
     }
     if stripped != Stripped::default() || foreign.is_some() {
-        for sysctl in sysctl::that_are_on()?.difference(foreign.unwrap_or(&BTreeSet::new())) {
-            sysctl::turn_off(*sysctl)?;
+        for sysctl in sysctls.that_are_on()?.difference(foreign.unwrap_or(&BTreeSet::new())) {
+            sysctls.turn_off(*sysctl)?;
             stripped.sysctls += 1;
         }
     }

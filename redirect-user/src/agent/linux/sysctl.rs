@@ -1,46 +1,91 @@
 //! Sysctls of the network namespace that the calling thread is in: `/proc/sys/net` shows each thread its own.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::OwnedFd;
+
+use anyhow::Context as _;
+use nix::fcntl::{OFlag, open, openat};
+use nix::sys::stat::Mode;
 
 use super::super::facts::Sysctl;
 
-fn path(sysctl: Sysctl) -> PathBuf {
-    Path::new("/proc/sys").join(sysctl.name().replace('.', "/"))
-}
+/// The directory of a namespace. The kernel looks for it among those of all namespaces, one after the other, so that it is
+/// looked for once.
+#[derive(Debug)]
+pub(super) struct Sysctls(OwnedFd);
 
-/// Those that are on. A sysctl that the kernel does not have (IPv6 is off) is not on.
-pub(super) fn that_are_on() -> io::Result<BTreeSet<Sysctl>> {
-    let mut on = BTreeSet::new();
-    for sysctl in Sysctl::ALL {
-        match fs::read_to_string(path(sysctl)) {
-            Ok(value) if value.trim() != "0" => {
-                on.insert(sysctl);
-            }
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
-        }
+impl Sysctls {
+    /// That of the calling thread's namespace.
+    pub(super) fn open() -> io::Result<Self> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        Ok(Self(open("/proc/sys/net", flags, Mode::empty())?))
     }
-    Ok(on)
+
+    fn file(&self, path: &str, access: OFlag) -> io::Result<File> {
+        Ok(openat(&self.0, path, access | OFlag::O_CLOEXEC, Mode::empty())?.into())
+    }
+
+    /// The first digit of what it says.
+    fn read(&self, path: &str) -> io::Result<u8> {
+        let mut value = [0];
+        self.file(path, OFlag::O_RDONLY)?.read_exact(&mut value)?;
+        Ok(value[0])
+    }
+
+    fn write(&self, sysctl: Sysctl, value: &[u8]) -> io::Result<()> {
+        self.file(&path(sysctl), OFlag::O_WRONLY)?.write_all(value)
+    }
+
+    /// Those that are on. A sysctl that the kernel does not have (IPv6 is off) is not on.
+    pub(super) fn that_are_on(&self) -> io::Result<BTreeSet<Sysctl>> {
+        let mut on = BTreeSet::new();
+        for sysctl in Sysctl::ALL {
+            match self.read(&path(sysctl)) {
+                Ok(b'0') => {}
+                Ok(_) => {
+                    on.insert(sysctl);
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(on)
+    }
+
+    pub(super) fn turn_on(&self, sysctl: Sysctl) -> anyhow::Result<()> {
+        self.write(sysctl, b"1")
+            .with_context(|| format!("{} can't be written: is /proc/sys read-only?", sysctl.name()))
+    }
+
+    pub(super) fn turn_off(&self, sysctl: Sysctl) -> io::Result<()> {
+        self.write(sysctl, b"0")
+    }
+
+    /// Whether IPv6 can go through an interface: the kernel has it, the interface can carry it (it needs an MTU of 1280
+    /// bytes), and it is not turned off there.
+    pub(super) fn ipv6_enabled(&self, interface: &str) -> bool {
+        self.read(&format!("ipv6/conf/{interface}/disable_ipv6")).is_ok_and(|value| value == b'0')
+    }
 }
 
-pub(super) fn turn_on(sysctl: Sysctl) -> anyhow::Result<()> {
-    use anyhow::Context as _;
-    let path = path(sysctl);
-    fs::write(&path, "1")
-        .with_context(|| format!("{} can't be written: is /proc/sys read-only?", path.display()))
+/// Whether IPv6 is on in the calling thread's namespace.
+pub(super) fn has_ipv6() -> bool {
+    Sysctls::open().is_ok_and(|sysctls| sysctls.ipv6_enabled("lo"))
 }
 
-pub(super) fn turn_off(sysctl: Sysctl) -> io::Result<()> {
-    fs::write(path(sysctl), "0")
+/// Below the directory.
+fn path(sysctl: Sysctl) -> String {
+    sysctl.name().trim_start_matches("net.").replace('.', "/")
 }
 
-/// Whether IPv6 can go through an interface: the kernel has it, the interface can carry it (it needs an MTU of 1280
-/// bytes), and it is not turned off there.
-pub(super) fn ipv6_enabled(interface: &str) -> bool {
-    let path = Path::new("/proc/sys/net/ipv6/conf").join(interface).join("disable_ipv6");
-    fs::read_to_string(path).is_ok_and(|value| value.trim() == "0")
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_below_the_directory() {
+        assert_eq!(path(Sysctl::TcpFwmarkAccept), "ipv4/tcp_fwmark_accept");
+    }
 }

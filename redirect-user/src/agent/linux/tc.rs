@@ -9,8 +9,11 @@
 //!
 //! Each program has its own place on an interface: a side, a priority and a handle. So it is found again by whoever
 //! comes later, and the program of another build is replaced in one step.
+//!
+//! The kernel takes 4 KiB for each side of an interface that has filters: `lo`, where nothing is attached to egress, gets a
+//! queueing discipline with one side.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::ops::RangeInclusive;
 
@@ -29,8 +32,8 @@ pub(super) struct Tc {
     hooks: &'static [Hook],
     /// Whether the kernel has tcx links.
     has_tcx: bool,
-    /// What was attached when it was last looked at, by namespace cookie.
-    attached: HashMap<u64, BTreeSet<(u32, Hook)>>,
+    /// What was attached when it was last looked at, and how, by namespace cookie.
+    attached: HashMap<u64, BTreeMap<(u32, Hook), TcMethod>>,
 }
 
 /// How TC programs are attached.
@@ -43,8 +46,11 @@ pub enum TcMethod {
     Tcx,
 }
 
-/// Our filters' handles.
-pub(super) const HANDLES: RangeInclusive<u32> = 15001..=15008;
+/// Our filters' handles: each program has one. The kernel takes more memory for larger numbers.
+pub(super) const HANDLES: RangeInclusive<u32> = 1501..=1514;
+
+/// Our filters' priority. Filters of one priority have to be of one protocol; ours look at the family themselves.
+const PRIORITY: u16 = 1;
 
 impl Hook {
     pub(super) const fn side(self) -> Side {
@@ -60,28 +66,17 @@ impl Hook {
 
     /// Where its filter is, without the program.
     fn filter(self) -> Filter {
-        let (handle, family) = match self {
-            Self::Loopback(family) => (15001, family),
-            Self::Inbound(family) => (15002, family),
-            Self::Virtual(family) => (15003, family),
-            Self::Egress(family) => (15004, family),
-            Self::FromPod(family) => (15005, family),
-            Self::ToPod(family) => (15006, family),
-            Self::Entrance(family) => (15007, family),
+        let (kind, family) = match self {
+            Self::Loopback(family) => (0, family),
+            Self::Inbound(family) => (1, family),
+            Self::Virtual(family) => (2, family),
+            Self::Egress(family) => (3, family),
+            Self::FromPod(family) => (4, family),
+            Self::ToPod(family) => (5, family),
+            Self::Entrance(family) => (6, family),
         };
-        let priority = match family {
-            Family::Ipv4 => 1,
-            Family::Ipv6 => 2,
-        };
-        Filter { side: self.side(), priority, handle, program: 0 }
-    }
-
-    fn place(self, interface: u32) -> Place<'static> {
-        let hook = match self.side() {
-            Side::Ingress => bpf::Hook::TcxIngress,
-            Side::Egress => bpf::Hook::TcxEgress,
-        };
-        Place { hook, at: At::Interface(interface), id: interface.into() }
+        let handle = HANDLES.start() + 2 * kind + u32::from(family == Family::Ipv6);
+        Filter { side: self.side(), priority: PRIORITY, handle, program: 0 }
     }
 
     fn fact(self, interface: &Interface) -> Fact {
@@ -94,6 +89,16 @@ impl Hook {
             | Self::ToPod(_)
             | Self::Entrance(_) => Fact::Program { interface: interface.clone(), hook: self },
         }
+    }
+}
+
+impl Side {
+    fn place(self, interface: u32) -> Place<'static> {
+        let hook = match self {
+            Self::Ingress => bpf::Hook::TcxIngress,
+            Self::Egress => bpf::Hook::TcxEgress,
+        };
+        Place { hook, at: At::Interface(interface), id: interface.into() }
     }
 }
 
@@ -134,7 +139,7 @@ impl Tc {
 
     /// How many times a program is attached.
     pub(super) fn attached(&self, hook: Hook) -> usize {
-        self.attached.values().flatten().filter(|(_, attached)| *attached == hook).count()
+        self.attached.values().flat_map(BTreeMap::keys).filter(|(_, attached)| *attached == hook).count()
     }
 
     /// In the namespace of the pod.
@@ -150,36 +155,36 @@ impl Tc {
         let context = || format!("{} on {}", hook.program(), interface.name);
         let name = link_name(hook, netns_cookie, interface.index);
         let filter = Filter { program: program.id, ..hook.filter() };
-        let method = match self.method_for(interface.index, hook)? {
+        let method = match self.method_for(interface.index, hook.side())? {
             TcMethod::Clsact if carries_traffic && self.has_tcx => TcMethod::Tcx,
             method => method,
         };
         match method {
             TcMethod::Clsact => {
                 netlink
-                    .add_clsact(interface.index)
-                    .with_context(|| format!("clsact qdisc on {}", interface.name))?;
+                    .add_qdisc(interface)
+                    .with_context(|| format!("queueing discipline of {}", interface.name))?;
                 netlink.set_filter(interface.index, filter, program, hook.program()).with_context(context)?;
                 links.remove(&name)?;
             }
             TcMethod::Tcx => {
-                links.ensure(&name, program, hook.place(interface.index)).with_context(context)?;
+                links.ensure(&name, program, hook.side().place(interface.index)).with_context(context)?;
                 netlink.delete_filter(interface.index, filter)?;
             }
         }
-        self.attached.entry(netns_cookie).or_default().insert((interface.index, hook));
+        self.attached.entry(netns_cookie).or_default().insert((interface.index, hook), method);
         Ok(())
     }
 
     /// In the namespace of the pod. The kernel runs tcx programs before filters, and filters not at all if one of them
     /// decides: beside those of others, ours has to be one too, and comes before them. One that is there stays.
-    fn method_for(&self, interface: u32, hook: Hook) -> io::Result<TcMethod> {
-        let Place { hook, at, .. } = hook.place(interface);
+    fn method_for(&self, interface: u32, side: Side) -> io::Result<TcMethod> {
+        let Place { hook, at, .. } = side.place(interface);
         let links = self.method == TcMethod::Tcx || !bpf::programs(at, hook)?.is_empty();
         Ok(if links { TcMethod::Tcx } else { TcMethod::Clsact })
     }
 
-    /// In the namespace of the pod. The clsact qdisc goes with the last filter.
+    /// In the namespace of the pod. The queueing discipline goes with the last filter of ours, if there are none of others.
     pub(super) fn detach(
         &mut self,
         netlink: &mut Netlink,
@@ -189,16 +194,17 @@ impl Tc {
         hook: Hook,
     ) -> io::Result<()> {
         links.remove(&link_name(hook, netns_cookie, interface))?;
-        if netlink.delete_filter(interface, hook.filter())? {
-            netlink.delete_clsact(interface)?;
+        let was_there = netlink.delete_filter(interface, hook.filter())?;
+        let attached = self.attached.entry(netns_cookie).or_default();
+        attached.remove(&(interface, hook));
+        let is_filter = |(&(index, _), &method): (&(u32, Hook), &TcMethod)| {
+            index == interface && method == TcMethod::Clsact
+        };
+        let was_last = !attached.iter().any(is_filter);
+        if attached.is_empty() {
+            self.attached.remove(&netns_cookie);
         }
-        if let Some(attached) = self.attached.get_mut(&netns_cookie) {
-            attached.remove(&(interface, hook));
-            if attached.is_empty() {
-                self.attached.remove(&netns_cookie);
-            }
-        }
-        Ok(())
+        if was_there && was_last { netlink.delete_qdisc(interface) } else { Ok(()) }
     }
 
     /// What is attached in the namespace of a pod.
@@ -211,9 +217,11 @@ impl Tc {
         interfaces: &[Interface],
     ) -> io::Result<Attached> {
         let mut found = Attached::default();
-        let mut places = BTreeSet::new();
+        let mut places = BTreeMap::new();
         for interface in interfaces {
             let filters = netlink.filters(interface.index)?;
+            let [ingress, egress] = Side::ALL.map(|side| self.method_for(interface.index, side));
+            let (ingress, egress) = (ingress?, egress?);
             for &hook in self.hooks {
                 let program = programs.get(hook.program())?;
                 let wanted = hook.filter();
@@ -221,8 +229,11 @@ impl Tc {
                 let filter = filter
                     .map(|filter| if filter.program == program.id { State::Current } else { State::Stale });
                 let name = link_name(hook, netns_cookie, interface.index);
-                let link = links.state(&name, program, hook.place(interface.index))?;
-                let method = self.method_for(interface.index, hook)?;
+                let link = links.state(&name, program, hook.side().place(interface.index))?;
+                let method = match hook.side() {
+                    Side::Ingress => ingress,
+                    Side::Egress => egress,
+                };
                 let (right, wrong) = match method {
                     TcMethod::Clsact => (filter, link),
                     TcMethod::Tcx => (link, filter),
@@ -233,7 +244,8 @@ impl Tc {
                     (Some(State::Elsewhere), None) => found.damaged.insert(hook.fact(interface)),
                     _ => found.stale.insert(hook.fact(interface)),
                 };
-                places.insert((interface.index, hook));
+                let method = if filter.is_some() { TcMethod::Clsact } else { TcMethod::Tcx };
+                places.insert((interface.index, hook), method);
             }
         }
         if places.is_empty() {
@@ -260,12 +272,12 @@ fn probe(programs: &Programs, method: TcMethod, hook: Hook) -> anyhow::Result<()
         let thread = scope.spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET).context("a network namespace for probing can't be made")?;
             match method {
-                TcMethod::Tcx => Link::create(program, hook.place(LOOPBACK_INDEX))
+                TcMethod::Tcx => Link::create(program, hook.side().place(LOOPBACK_INDEX))
                     .map(drop)
                     .context("this kernel has no tcx links (Linux 6.6): use --tc clsact"),
                 TcMethod::Clsact => Netlink::open()
                     .and_then(|mut netlink| {
-                        netlink.add_clsact(LOOPBACK_INDEX)?;
+                        netlink.add_qdisc(&Interface { index: LOOPBACK_INDEX, name: "lo".into() })?;
                         netlink.set_filter(LOOPBACK_INDEX, hook.filter(), program, hook.program())
                     })
                     .context(

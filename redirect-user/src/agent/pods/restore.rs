@@ -44,7 +44,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                     uid = record.identity.uid,
                     "the pod's enrolment was cut short by the end of an agent: it is undone, and has to be asked for again"
                 );
-                self.unenroll(&target, Removal::Everything).await;
+                self.unenroll(&target, Removal::Everything, None).await;
                 let tidied = self.kernel.run(move |datapath| datapath.tidy(&target)).await;
                 if let Ok(Err(error)) = tidied {
                     tracing::warn!(pod = %record.identity, %error, "something of the pod may be left behind");

@@ -89,7 +89,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         known.steered = true;
         self.records.write(&known.record(Phase::Done));
         self.follow(&known.target);
-        self.unenroll(&old, super::Removal::Everything).await;
+        self.unenroll(&old, super::Removal::Everything, None).await;
         self.records.remove(old.netns_cookie);
         Ok(())
     }

@@ -83,10 +83,10 @@ impl Damage {
                 host.ip(&format!("{} route flush table {ROUTE_TABLE}", flag(family))).map(drop)
             }
             Self::Filter(family) => {
-                let (device, priority) = (host_device(pod)?, if family == Family::Ipv4 { 1 } else { 2 });
-                ["ingress", "egress"].into_iter().try_for_each(|side| {
-                    host.json(&format!("tc filter del dev {device} {side} pref {priority}")).map(drop)
-                })
+                let device = host_device(pod)?;
+                ["ingress", "egress"]
+                    .into_iter()
+                    .try_for_each(|side| host.delete_filters(&device, side, family))
             }
             Self::Qdisc => host.json(&format!("tc qdisc del dev {} clsact", host_device(pod)?)).map(drop),
             Self::EntranceQdisc => host.json(&format!("tc qdisc del dev {ENTRANCE} clsact")).map(drop),
