@@ -261,7 +261,7 @@ fn sweep_pins() -> Result<()> {
 
 /// Removes the directories of tests that were killed.
 fn sweep_directories() -> Result<()> {
-    for entry in fs::read_dir(std::env::temp_dir())?.flatten() {
+    for entry in fs::read_dir(tempfile::env::temp_dir())?.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let Some((process, _)) = name.strip_prefix(PREFIX).and_then(|rest| rest.split_once('-')) else {
             continue;

@@ -1,9 +1,10 @@
 //! Measures this project side by side with iptables, nftables and no redirection.
 
 use std::fs;
+use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use redirect_tests::bench::{load, plots, report, run, sink, targets, world};
 use redirect_tests::proxy::ProxyKind;
@@ -50,6 +51,11 @@ fn benchmark(options: &run::Options) -> Result<ExitCode> {
         binaries.proxy = std::path::absolute(proxy)?;
     }
     binaries.check()?;
+    // The agent's state is on a tmpfs, as it is on a node (`/run`).
+    let tmpfs = Path::new("/dev/shm");
+    if tmpfs.is_dir() && tempfile::env::override_temp_dir(tmpfs).is_err() {
+        bail!("temporary files were made before their directory was chosen");
+    }
     let session = Session::start(binaries)?;
     let data = run::run(&session, options);
     let left = session.leftovers()?;
