@@ -97,7 +97,8 @@ fn pods_ask(context: &Context) -> Result<()> {
 
 fn pods_as_proxy(context: &Context) -> Result<()> {
     let session = context.session()?;
-    let cgroup = session.applications().child("false-proxy")?;
+    // The same test may run in the other placement at the same time.
+    let cgroup = session.applications().child(&format!("false-proxy-{:?}", context.placement()))?;
     let node = Node::start(&session)?;
     let pod = node.enrolled("pod", Families::Dual)?;
     let mut command = Command::new(&session.binaries().redirect);
