@@ -101,6 +101,7 @@ impl Tally {
                 Outcome::Skipped(reason) => self.skips.push((name, reason.clone())),
             }
         }
+        self.unstable.extend(boot.unstable.iter().map(|test| format!("{test} on {}", boot.name)));
         self.details.extend(boot.details.iter().map(|line| format!("{} | {line}", boot.name)));
     }
 

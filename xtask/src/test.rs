@@ -26,7 +26,7 @@ use crate::{deb, host, image, progress, setup, userspace};
 const SMOKE: &str = "smoke";
 
 /// How many end-to-end tests are run again when they failed.
-const AGAIN: usize = 3;
+pub(crate) const AGAIN: usize = 3;
 
 /// How long output is awaited after cargo ended: a process that a test left behind may hold the pipe for ever.
 const GRACE: Duration = Duration::from_secs(1);

@@ -21,7 +21,8 @@ use self::apt::Archive;
 use self::boot::Machine;
 use self::kernels::Kernel;
 use self::root::Root;
-use self::table::{Boot, Outcome};
+use self::table::{BOOT, Boot, Outcome};
+use crate::test::AGAIN;
 use crate::workspace::Workspace;
 use crate::{packages, progress};
 
@@ -122,14 +123,35 @@ fn boot(
         Ok(kernel) => kernel,
         Err(reason) => {
             progress::say(&format!("skipped: vm::{}: {reason}", boot.name));
-            boot.tests.insert("boot".into(), Outcome::Skipped(reason));
+            boot.tests.insert(BOOT.into(), Outcome::Skipped(reason));
             return boot;
         }
     };
     boot.release = kernel.release.clone();
+    run_plan(workspace, suite, plan, number, &kernel, &mut boot);
+    // An emulated machine is slower still when others work beside it: see `run_again` of the tests on this host.
+    if (1..=AGAIN).contains(&boot.counts().failed) {
+        let mut again = Boot { name: boot.name.clone(), ..Boot::default() };
+        let failed = boot.failures();
+        let only = if failed.iter().any(|test| test == BOOT) { plan.only.clone() } else { failed };
+        progress::say(&format!("once more, in a new machine: {} on {}", only.join(", "), boot.name));
+        run_plan(workspace, suite, &Plan { only, ..plan.clone() }, number, &kernel, &mut again);
+        boot.run_again(again);
+    }
+    boot
+}
+
+fn run_plan(
+    workspace: &Workspace,
+    suite: &Suite,
+    plan: &Plan,
+    number: usize,
+    kernel: &Kernel,
+    boot: &mut Boot,
+) {
     let started = Instant::now();
     let name = boot.name.clone();
-    let result = in_machine(workspace, suite, plan, number, &kernel, |line| {
+    let result = in_machine(workspace, suite, plan, number, kernel, |line| {
         println!("{name} | {line}");
         boot.line(line);
     });
@@ -138,11 +160,10 @@ fn boot(
     match result {
         Ok(_) if counts.failed > 0 => {}
         Ok(0) if counts.passed > 0 => {}
-        Ok(0) => drop(boot.tests.insert("boot".into(), Outcome::Skipped("no test ran".into()))),
+        Ok(0) => drop(boot.tests.insert(BOOT.into(), Outcome::Skipped("no test ran".into()))),
         Ok(status) => boot.failed(&format!("the tests ended with status {status}")),
         Err(error) => boot.failed(&format!("{error:#}")),
     }
-    boot
 }
 
 fn in_machine(

@@ -13,7 +13,10 @@ const DETAILS: usize = 60;
 /// More tests than this are shown by groups.
 const ROWS: usize = 40;
 
-/// The results of one boot.
+/// The name of what is not a test: the machine itself.
+pub(crate) const BOOT: &str = "boot";
+
+/// The results of one boot, or of two.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct Boot {
     /// What the user calls the kernel, and what it was booted with.
@@ -23,6 +26,8 @@ pub(crate) struct Boot {
     pub(crate) seconds: f32,
     /// By name.
     pub(crate) tests: BTreeMap<String, Outcome>,
+    /// Those that failed, and passed in a machine of their own.
+    pub(crate) unstable: Vec<String>,
     /// What those said that failed.
     pub(crate) details: Vec<String>,
     #[serde(skip)]
@@ -95,12 +100,35 @@ impl Boot {
 
     /// The machine itself failed.
     pub(crate) fn failed(&mut self, why: &str) {
-        self.tests.insert("boot".into(), Outcome::Failed);
+        self.tests.insert(BOOT.into(), Outcome::Failed);
         self.details.extend(why.lines().map(str::to_owned));
     }
 
     pub(crate) fn counts(&self) -> Counts {
         Counts::of(self.tests.values())
+    }
+
+    pub(crate) fn failures(&self) -> Vec<String> {
+        let failed = self.tests.iter().filter(|(_, outcome)| **outcome == Outcome::Failed);
+        failed.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// What failed was run once more.
+    pub(crate) fn run_again(&mut self, again: Self) {
+        self.seconds += again.seconds;
+        for name in self.failures() {
+            let passed = match name.as_str() {
+                BOOT => again.counts().failed == 0,
+                test => again.tests.get(test) == Some(&Outcome::Passed),
+            };
+            if passed {
+                self.tests.remove(&name);
+                self.unstable.push(name);
+            }
+        }
+        for (name, outcome) in again.tests {
+            self.tests.entry(name).or_insert(outcome);
+        }
     }
 
     fn of_group(&self, group: &str) -> String {
@@ -173,6 +201,22 @@ mod tests {
         let expected = "kernel   6.1          7\n         6.1.0        7.0\ndns::v4  ok           ok\ndns::v6  FAILED       -\n\
                         tc::v4   -            skipped\nall      1, 1 FAILED  1, 1 skipped\nseconds  2            2";
         assert_eq!(table(&boots), expected);
+    }
+
+    #[test]
+    fn what_passes_in_a_machine_of_its_own_is_called_unstable() {
+        let mut first =
+            boot("6.1", &[("a", Outcome::Passed), ("b", Outcome::Failed), ("c", Outcome::Failed)]);
+        first.run_again(boot("6.1", &[("b", Outcome::Passed), ("c", Outcome::Failed)]));
+        assert_eq!((first.failures(), &*first.unstable), (vec!["c".into()], &["b".to_owned()][..]));
+        assert_eq!(first.counts(), Counts { passed: 2, failed: 1, skipped: 0 });
+
+        let mut dead = boot("6.1", &[("a", Outcome::Passed), (BOOT, Outcome::Failed)]);
+        dead.run_again(boot("6.1", &[("a", Outcome::Passed), ("b", Outcome::Passed)]));
+        assert_eq!(dead.counts(), Counts { passed: 2, failed: 0, skipped: 0 });
+        let mut dead = boot("6.1", &[(BOOT, Outcome::Failed)]);
+        dead.run_again(boot("6.1", &[("a", Outcome::Passed), (BOOT, Outcome::Failed)]));
+        assert_eq!(dead.failures(), [BOOT]);
     }
 
     #[test]
