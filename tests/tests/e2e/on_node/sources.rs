@@ -137,9 +137,11 @@ fn let_through_by_annotation(context: &Context, stack: Stack) -> Result<()> {
     let dropped = || -> Result<u64> {
         Ok(counted(&node.status()?, family, Direction::Outbound, Verdict::Dropped, Reason::Spoofed))
     };
-    let (own, length) = (elsewhere(family), if family == Family::Ipv4 { 32 } else { 128 });
+    let own = elsewhere(family);
+    // Without `nodad` it is tentative for a moment, on `lo` as well.
+    let rest = if family == Family::Ipv4 { "/32 dev lo" } else { "/128 dev lo nodad" };
     for pod in [&free, &bound] {
-        pod.netns().ip(&format!("address add {own}/{length} dev lo"))?;
+        pod.netns().ip(&format!("address add {own}{rest}"))?;
     }
     node.netns().ip(&format!("route add {own} via {}", free.address(family)?))?;
 
