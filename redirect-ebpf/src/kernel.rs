@@ -8,6 +8,7 @@
 //! | [`virtual_interface`] | TC ingress of interfaces that a pod declares | gives connections from behind them to the proxy |
 //! | [`egress`] | TC egress of the pod's other interfaces | stops what would leave past the proxy |
 //! | [`lookup`] | sk_lookup of the pod's namespace | what TC can't give to a listener itself |
+//! | [`listeners`] | sock_ops of the root cgroup | notes the proxies' listeners where TC can't |
 //! | [`bind`] | cgroup/bind4, bind6 | guards the proxy's ports |
 //! | [`dns`] | cgroup/sendmsg, recvmsg, getpeername, 4 and 6 | sends DNS questions to the proxy's resolver |
 //! | [`from_pod`] | TC ingress of the host's end of the pod's device, placement `node` | sends what the proxy is to get to the entrance |
@@ -36,6 +37,7 @@ mod exclusions;
 mod flows;
 mod from_pod;
 mod inbound;
+mod listeners;
 mod lookup;
 mod loopback;
 mod outbound;

@@ -116,16 +116,23 @@ pub struct HandedOver {
     pub padding: [u8; 4],
 }
 
-/// A node proxy's listener in a pod.
+/// A node proxy's listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct ListenerKey {
-    /// Cookie of the pod's network namespace, host order.
+    /// Cookie of its network namespace, host order.
     pub netns_cookie: u64,
-    /// The listener's port, host order; 32 bits wide, so that there is no padding.
-    pub port: u32,
+    /// Its port, host order.
+    pub port: u16,
+    /// One of [`ListenerKey::SLOTS`]: listeners may share a port.
+    pub slot: u16,
     /// The connection's family, as [`crate::packet::address_family`] has it: a proxy may have a listener for each.
     pub family: u32,
+}
+
+impl ListenerKey {
+    /// What tells listeners of the same port apart.
+    pub const SLOTS: core::ops::Range<u16> = 0..4;
 }
 
 const _: () = {

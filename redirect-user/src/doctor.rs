@@ -23,6 +23,7 @@ use crate::agent::linux::{self, TcMethod};
 use crate::agent::records::{self, Found, Records};
 use crate::install;
 use crate::wire::FeatureReport;
+pub(crate) use bpf::tc_may_keep_sockets;
 
 /// What is asked of the node.
 #[derive(Clone, Debug, clap::Args)]

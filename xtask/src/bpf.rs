@@ -7,7 +7,7 @@ use std::process::Command;
 use ::object::build::elf::{Builder, SectionData};
 use ::object::elf::SHT_STRTAB;
 use ::object::write::StreamingBuffer;
-use ::object::{File, Object as _, ObjectSection as _};
+use ::object::{File, Object as _, ObjectSection as _, ObjectSymbol as _, Section, Symbol};
 use anyhow::{Context, Result, bail};
 
 use crate::architecture::Architecture;
@@ -73,26 +73,36 @@ fn for_bpf(workspace: &Workspace, kernel_side: &KernelSide, architecture: Archit
     cargo.arg(workspace.target("bpf-build"));
 }
 
-/// Refuses an object with data of its own. The loader makes a map of each such section, which is frozen once it is filled: an
-/// agent that restarts finds its pin and may not fill it again.
+/// Refuses an object with data of its own, other than settings that the agent makes when it loads it: the loader makes a map of
+/// each section of data.
 fn check(object: &Path) -> Result<()> {
     let sections = data(object)?;
     if !sections.is_empty() {
         bail!(
-            "the kernel side has data of its own: {}\nremedy: no `static` but maps; a constant that is more than a number comes \
-             from an inlined function, else the compiler keeps it in the object",
+            "the kernel side has data of its own: {}\nremedy: no `static` but maps and settings (`Global`); a constant that is \
+             more than a number comes from an inlined function, else the compiler keeps it in the object",
             sections.join(", ")
         );
     }
     Ok(())
 }
 
-/// The sections of which the loader makes maps, those that the code declares aside.
+/// The sections of which the loader makes maps, those that the code declares aside, and those with settings alone.
 fn data(object: &Path) -> Result<Vec<String>> {
     let bytes = fs::read(object).with_context(|| format!("cannot read {}", object.display()))?;
     let file = File::parse(&*bytes).with_context(|| format!("cannot read {}", object.display()))?;
     let is_data = |name: &str| [".rodata", ".data", ".bss"].iter().any(|start| name.starts_with(start));
-    let sections = file.sections().filter(|section| section.size() > 0);
+    // The compiler's own data have no names.
+    let settings = |section: &Section<'_, '_>| -> u64 {
+        let is_setting = |symbol: &Symbol<'_, '_>| {
+            symbol.is_global() && symbol.section_index() == Some(section.index()) && symbol.name() != Ok("")
+        };
+        file.symbols().filter(is_setting).map(|symbol| symbol.size()).sum()
+    };
+    let has_more = |section: &Section<'_, '_>| {
+        section.size() > if section.name() == Ok(".rodata") { settings(section) } else { 0 }
+    };
+    let sections = file.sections().filter(has_more);
     let described = sections.filter_map(|section| Some((section.name().ok()?.to_owned(), section.size())));
     Ok(described
         .filter(|(name, _)| is_data(name))

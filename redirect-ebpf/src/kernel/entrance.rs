@@ -18,6 +18,7 @@ use redirect_ebpf::decide::Inbound;
 use redirect_ebpf::family::{Ip, Ipv4, Ipv6};
 use redirect_ebpf::packet::{Packet, Parse, Parsed, Segment, complained_of, parse};
 
+use super::config;
 use super::counters::count;
 use super::flows::About;
 use super::pods::PodIp;
@@ -26,11 +27,13 @@ use super::socket::{self, Socket};
 use super::steer::{Action, Route, steer};
 
 #[classifier]
+#[inline(always)]
 pub(crate) fn entrance_ipv4(ctx: TcContext) -> i32 {
     entrance::<Ipv4>(&ctx)
 }
 
 #[classifier]
+#[inline(always)]
 pub(crate) fn entrance_ipv6(ctx: TcContext) -> i32 {
     entrance::<Ipv6>(&ctx)
 }
@@ -45,7 +48,7 @@ pub(super) fn enter<I: Ip>(ctx: &TcContext, mark: u32) -> Action {
     }
     set_mark(ctx, mark);
     // SAFETY: the helper has no preconditions: a device that does not exist drops the packet.
-    Action::Redirect(unsafe { bpf_redirect(super::config::entrance(), BPF_F_INGRESS.into()) } as i32)
+    Action::Redirect(unsafe { bpf_redirect(config::entrance(), BPF_F_INGRESS.into()) } as i32)
 }
 
 /// Whether one end is known on its link alone: the proxy's sockets would take such an address for one on the entrance, so
@@ -148,6 +151,14 @@ macro_rules! route {
             #[inline(always)]
             fn pod(segment: &Segment<I::Address>) -> I::Address {
                 segment.$pod
+            }
+
+            #[inline(always)]
+            fn namespace(_: &Segment<I::Address>) -> Option<u64>
+            where
+                I: PodIp,
+            {
+                config::host_cookie()
             }
         }
     };

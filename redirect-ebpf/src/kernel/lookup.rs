@@ -10,17 +10,18 @@
 
 use core::mem::offset_of;
 
-use aya_ebpf::bindings::{BPF_NOEXIST, bpf_sk_lookup, sk_action};
-use aya_ebpf::helpers::{bpf_ktime_get_coarse_ns, bpf_map_update_elem};
+use aya_ebpf::bindings::{bpf_sk_lookup, sk_action};
+use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
 use aya_ebpf::macros::{map, sk_lookup};
-use aya_ebpf::maps::{PerCpuArray, SockHash};
+use aya_ebpf::maps::PerCpuArray;
 use aya_ebpf::programs::SkLookupContext;
 use redirect_ebpf::decide::{Protocol, is_for_captured};
+use redirect_ebpf::family::Ip;
 use redirect_ebpf::maps::{HandedOver, ListenerKey, Tuple};
 use redirect_ebpf::packet::{Segment, address_family};
 
 use super::context::{End, addresses, word};
-use super::pods::PodIp;
+use super::listeners;
 use super::sock_addr::protocol;
 use super::socket::{NO_PORT, Socket};
 
@@ -29,30 +30,24 @@ use super::socket::{NO_PORT, Socket};
 #[map]
 static HANDED_OVER: PerCpuArray<HandedOver> = PerCpuArray::with_max_entries(1, 0);
 
-/// Sockets leave it by themselves when they are closed. The agent sets its capacity.
-#[map]
-static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(1, 0);
-
 /// A note that no lookup followed (the kernel found the SYN to be an old duplicate) must not catch a later connection.
 const LIFETIME: u64 = 100_000_000;
 
-const EEXIST: i32 = -17;
 const ENOENT: i64 = -2;
 
 /// Sends the connection to the proxy's listener by way of the socket lookup, or has it refused where there is none.
-/// `pod` is the pod's end of it.
+/// `namespace` is the cookie of the one where it listens.
 #[inline(always)]
-pub(super) fn hand_over<I: PodIp>(
+pub(super) fn hand_over<I: Ip>(
     segment: &Segment<I::Address>,
-    pod: &I::Address,
+    namespace: Option<u64>,
     port: u16,
     listener: Option<&Socket>,
 ) -> Result<(), i64> {
-    let Some(netns_cookie) = I::owner(pod) else { return Err(ENOENT) };
-    let family = address_family(I::FAMILY).into();
-    let key = ListenerKey { netns_cookie, port: port.into(), family };
+    let Some(netns_cookie) = namespace else { return Err(ENOENT) };
+    let key = ListenerKey { netns_cookie, port, slot: 0, family: address_family(I::FAMILY).into() };
     if let Some(listener) = listener {
-        remember(&key, listener)?;
+        listeners::remember(&key, listener)?;
     }
     let tuple = segment.tuple::<I>();
     // SAFETY: the helper has no preconditions.
@@ -63,33 +58,13 @@ pub(super) fn hand_over<I: PodIp>(
     Ok(())
 }
 
-/// Puts the listener into the map, if it is not there already.
-#[inline(always)]
-fn remember(key: &ListenerKey, listener: &Socket) -> Result<(), i64> {
-    // aya has no call for this: the value of a socket map is a socket, and TC programs may set it (Linux 5.10).
-    // SAFETY: map, key and socket are valid for the length of the call.
-    let result = unsafe {
-        bpf_map_update_elem(
-            (&raw const LISTENERS).cast_mut().cast(),
-            (&raw const *key).cast(),
-            listener.as_ptr().cast_const(),
-            BPF_NOEXIST.into(),
-        )
-    };
-    // Before Linux 6.4 maps return an `int`, and the verifier calls them directly: the upper half is not set then.
-    match result as i32 {
-        0 | EEXIST => Ok(()),
-        error => Err(error.into()),
-    }
-}
-
 #[sk_lookup]
 pub(crate) fn listener_lookup(ctx: SkLookupContext) -> u32 {
     let Some(listener) = handed_over(ctx.lookup) else { return sk_action::SK_PASS };
-    match LISTENERS.redirect_sk_lookup(&ctx, listener, 0) {
+    match listeners::choose(&ctx, listener) {
         Ok(()) => sk_action::SK_PASS,
         // No listener, or it has gone in between: the kernel refuses the connection, and nobody else gets it.
-        Err(_) => sk_action::SK_DROP,
+        Err(()) => sk_action::SK_DROP,
     }
 }
 

@@ -54,6 +54,15 @@ pub(super) trait Route<I: Parse> {
     /// The pod's end of the connection.
     fn pod(segment: &Segment<I::Address>) -> I::Address;
 
+    /// The cookie of the network namespace where the proxy listens: the pod's.
+    #[inline(always)]
+    fn namespace(segment: &Segment<I::Address>) -> Option<u64>
+    where
+        I: PodIp,
+    {
+        I::owner(&Self::pod(segment))
+    }
+
     /// The cookie of the pod's socket; zero if it has none yet, or it is not known.
     #[inline(always)]
     fn socket(_: &TcContext, _: &Segment<I::Address>) -> u64 {
@@ -106,7 +115,7 @@ pub(super) fn steer_parsed<I: Parse + PodIp, R: Route<I>>(
             let held = dropped::<I, R>(ctx, &segment, Reason::NoListener);
             // Nobody gets a connection that is handed over without a listener: the kernel refuses it.
             let refused = config::flags().contains(ConfigFlags::REFUSE)
-                && lookup::hand_over::<I>(&segment, &R::pod(&segment), R::PORT, None).is_ok();
+                && lookup::hand_over::<I>(&segment, R::namespace(&segment), R::PORT, None).is_ok();
             return if refused { Action::Continue } else { held };
         };
         if give::<I, R>(ctx, &segment, &listener, state).is_err() {
@@ -168,5 +177,5 @@ fn give<I: Parse + PodIp, R: Route<I>>(
         return Ok(());
     }
     // Kernels before 6.6 refuse to assign listeners with SO_REUSEPORT; the socket lookup takes them on every kernel.
-    lookup::hand_over::<I>(segment, &R::pod(segment), R::PORT, Some(listener))
+    lookup::hand_over::<I>(segment, R::namespace(segment), R::PORT, Some(listener))
 }

@@ -9,6 +9,7 @@ mod bpf;
 mod decision;
 mod devices;
 mod entrance;
+mod listeners;
 mod maps;
 mod netlink;
 mod object;
@@ -43,6 +44,8 @@ use crate::pod::Exclusion;
 use crate::wire::{CounterReport, MapReport, PodCounter, ProgramReport};
 pub use attached::{Attached, at_cgroup, on_devices};
 use bpf::{At, Place, State};
+use listeners::LISTENING;
+pub use listeners::NotedBy;
 pub use maps::Capacities;
 use maps::Maps;
 pub(super) use netlink::Netlink;
@@ -70,12 +73,17 @@ const CGROUP: [(&str, bpf::Cgroup); 10] = [
     ("getpeername_ipv6", bpf::Cgroup::Getpeername6),
 ];
 
-/// Placement `node` does without: nothing of it is in the pods.
-const fn cgroup_programs(placement: Placement) -> &'static [(&'static str, bpf::Cgroup)] {
-    match placement {
+/// Placement `node` does without all but the one that notes listeners: nothing of it is in the pods.
+fn cgroup_programs(
+    placement: Placement,
+    noted_by: NotedBy,
+) -> impl Iterator<Item = (&'static str, bpf::Cgroup)> {
+    let programs: &[_] = match placement {
         Placement::Pod => &CGROUP,
         Placement::Node => &[],
-    }
+    };
+    let listening = (noted_by == NotedBy::SockOps).then_some((LISTENING, bpf::Cgroup::SockOps));
+    programs.iter().copied().chain(listening)
 }
 
 /// The program that is attached to the kubelet's cgroup.
@@ -106,6 +114,8 @@ pub struct Settings {
     pub flows: FlowLimits,
     /// Another object than the embedded one.
     pub object: Option<PathBuf>,
+    /// Who notes the proxies' listeners for the socket lookup.
+    pub noted_by: NotedBy,
 }
 
 /// Loaded programs and maps, and what they are attached to. It outlives this value, by pins.
@@ -117,6 +127,7 @@ pub struct Linux {
     /// Root of the cgroup2 hierarchy.
     cgroup: Directory,
     placement: Placement,
+    noted_by: NotedBy,
     rule_priority: u32,
     host: NetNs,
     host_cookie: u64,
@@ -185,7 +196,7 @@ impl Linux {
         }
         let host = NetNs::current().context("the agent's own network namespace can't be opened")?;
         let mut host_netlink = Netlink::open()?;
-        let Settings { placement, rule_priority, host_cookie, .. } = *settings;
+        let Settings { placement, noted_by, rule_priority, host_cookie, .. } = *settings;
         if placement == Placement::Node {
             let entrance = entrance::ensure(&mut host_netlink, rule_priority, &records)?;
             maps.set_entrance(entrance.interface.index);
@@ -196,7 +207,7 @@ impl Linux {
             }
         }
         maps.configure(settings)?;
-        let programs = Programs::load(&mut object, placement)?;
+        let programs = Programs::load(&mut object, &[placement], noted_by)?;
         let tc = tc::Tc::new(&programs, settings.tc, Hook::of(placement))?;
         let cgroup = Directory::open(&settings.cgroup)
             .with_context(|| format!("cgroup2 directory {} can't be opened", settings.cgroup.display()))?;
@@ -209,6 +220,7 @@ impl Linux {
             links,
             cgroup,
             placement,
+            noted_by,
             rule_priority,
             host,
             host_cookie,
@@ -218,6 +230,9 @@ impl Linux {
             _pins: pins,
         };
         linux.mend()?;
+        if noted_by == NotedBy::Tc {
+            linux.links.remove(LISTENING)?;
+        }
         Ok(linux)
     }
 
@@ -225,7 +240,7 @@ impl Linux {
     pub fn mend(&mut self) -> anyhow::Result<Vec<&'static str>> {
         use anyhow::Context as _;
         let mut mended = Vec::new();
-        for &(name, hook) in cgroup_programs(self.placement) {
+        for (name, hook) in cgroup_programs(self.placement, self.noted_by) {
             let (program, place) = (self.programs.get(name)?, self.cgroup.place(hook));
             if self.links.state(name, program, place)? != Some(State::Current) {
                 // Links of cgroup programs are always "multi": others' programs stay attached beside ours.

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use redirect_ebpf::Direction;
 
-use super::linux::{self, TcMethod};
+use super::linux::{self, NotedBy, TcMethod};
 use super::probes::Probers;
 use super::proxies::ProxyIdentity;
 use super::records;
@@ -68,6 +68,9 @@ pub struct Options {
     /// Another eBPF object than the embedded one, for development
     #[arg(long, hide = true)]
     pub object: Option<PathBuf>,
+    /// Who notes the node proxy's listeners for the socket lookup; as the kernel allows it by default
+    #[arg(long, value_enum, hide = true)]
+    pub listeners_noted_by: Option<NotedBy>,
     /// How many pods can be enrolled at once
     #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_pods: u32,

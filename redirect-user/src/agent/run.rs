@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, watch as signal_watch};
 
 use super::enrolment::{Enrolment, Everybody};
 use super::flows::Flows;
-use super::linux::{self, Capacities, Linux, Pins, Settings};
+use super::linux::{self, Capacities, Linux, NotedBy, Pins, Settings};
 use super::options::{OnExit, Options, WithoutProxy};
 use super::pods::{Defaults, Pods, Restored};
 use super::probes;
@@ -91,6 +91,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         rule_priority: options.rule_priority,
         flows: FlowLimits { one_of: options.flow_sample, rate: options.flow_rate },
         object: options.object,
+        noted_by: options.listeners_noted_by.map_or_else(NotedBy::probe, Ok)?,
     };
     let defaults = Defaults {
         proxy_deadline: Duration::from_secs(options.proxy_deadline),

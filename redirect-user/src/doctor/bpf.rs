@@ -1,11 +1,12 @@
 //! bpf(2) as the probes need it.
 
 use std::mem;
-use std::os::fd::{FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 
 use aya_obj::generated::{
-    BPF_ALU64, BPF_CALL, BPF_EXIT, BPF_JMP, BPF_K, BPF_MOV, bpf_attach_type, bpf_attr, bpf_cmd, bpf_func_id,
-    bpf_insn, bpf_prog_type,
+    BPF_ADD, BPF_ALU64, BPF_CALL, BPF_DW, BPF_EXIT, BPF_IMM, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_LDX,
+    BPF_MEM, BPF_MOV, BPF_PSEUDO_MAP_FD, BPF_ST, BPF_W, BPF_X, bpf_attach_type, bpf_attr, bpf_cmd,
+    bpf_func_id, bpf_insn, bpf_map_type, bpf_prog_type,
 };
 use nix::errno::Errno;
 
@@ -35,6 +36,44 @@ pub(super) fn has_helper(hook: Hook, helper: bpf_func_id) -> Result<bool, Errno>
     let said = said.trim_end_matches('\0');
     // The arguments, which are missing, are looked at after the helper.
     if said.is_empty() { Err(error) } else { Ok(!REFUSED.iter().any(|refused| said.contains(refused))) }
+}
+
+/// Whether TC programs may put sockets into maps.
+pub(crate) fn tc_may_keep_sockets() -> Result<bool, Errno> {
+    const REFUSED: &str = "cannot update sockmap in this context";
+    const KEY: i16 = -4;
+    /// Offset of `sk` in `struct __sk_buff`.
+    const OWN_SOCKET: i16 = 168;
+    let [result, context, key, socket, flags, frame] = [0, 1, 2, 3, 4, 10];
+    let map = socket_hash()?;
+    let program = [
+        insn(BPF_LDX | BPF_MEM | BPF_DW, [socket, context], OWN_SOCKET, 0),
+        insn(BPF_JMP | BPF_JEQ | BPF_K, [socket, 0], 7, 0),
+        insn(BPF_ST | BPF_MEM | BPF_W, [frame, 0], KEY, 0),
+        insn(BPF_ALU64 | BPF_MOV | BPF_X, [key, frame], 0, 0),
+        insn(BPF_ALU64 | BPF_ADD | BPF_K, [key, 0], 0, KEY.into()),
+        insn(BPF_LD | BPF_IMM | BPF_DW, [1, BPF_PSEUDO_MAP_FD as u8], 0, map.as_raw_fd()),
+        insn(0, [0, 0], 0, 0),
+        insn(BPF_ALU64 | BPF_MOV | BPF_K, [flags, 0], 0, 0),
+        call(bpf_func_id::BPF_FUNC_map_update_elem),
+        insn(BPF_ALU64 | BPF_MOV | BPF_K, [result, 0], 0, 0),
+        exit(),
+    ];
+    let mut log = [0; 4096];
+    let hook = Hook { program: bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS, attach: None };
+    let Err(error) = load_with_log(hook, &program, &mut log) else { return Ok(true) };
+    if String::from_utf8_lossy(&log).contains(REFUSED) { Ok(false) } else { Err(error) }
+}
+
+fn socket_hash() -> Result<OwnedFd, Errno> {
+    let mut attributes = zeroed();
+    // SAFETY: all of the union was zeroed, which every member allows.
+    let map = unsafe { &mut attributes.__bindgen_anon_1 };
+    map.map_type = bpf_map_type::BPF_MAP_TYPE_SOCKHASH as u32;
+    map.key_size = 4;
+    map.value_size = 4;
+    map.max_entries = 1;
+    bpf(bpf_cmd::BPF_MAP_CREATE, &mut attributes).map(descriptor)
 }
 
 /// BPF_LINK_UPDATE.
@@ -95,22 +134,25 @@ fn zeroed() -> bpf_attr {
     unsafe { mem::zeroed() }
 }
 
-fn instruction(code: u32, immediate: i32) -> bpf_insn {
-    // SAFETY: an instruction is plain numbers, for which zero is valid; both registers are r0 then.
-    let mut instruction: bpf_insn = unsafe { mem::zeroed() };
-    instruction.code = code as u8;
-    instruction.imm = immediate;
-    instruction
+/// An instruction, with the registers of its destination and of its source.
+fn insn(code: u32, [destination, source]: [u8; 2], offset: i16, immediate: i32) -> bpf_insn {
+    bpf_insn {
+        code: code as u8,
+        _bitfield_align_1: [],
+        _bitfield_1: bpf_insn::new_bitfield_1(destination, source),
+        off: offset,
+        imm: immediate,
+    }
 }
 
 fn set_result_to_one() -> bpf_insn {
-    instruction(BPF_ALU64 | BPF_MOV | BPF_K, 1)
+    insn(BPF_ALU64 | BPF_MOV | BPF_K, [0, 0], 0, 1)
 }
 
 fn call(helper: bpf_func_id) -> bpf_insn {
-    instruction(BPF_JMP | BPF_CALL, helper as i32)
+    insn(BPF_JMP | BPF_CALL, [0, 0], 0, helper as i32)
 }
 
 fn exit() -> bpf_insn {
-    instruction(BPF_JMP | BPF_EXIT, 0)
+    insn(BPF_JMP | BPF_EXIT, [0, 0], 0, 0)
 }

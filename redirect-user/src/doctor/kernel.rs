@@ -85,7 +85,7 @@ const HOOKS: [HookNeeds; 13] = [
     HookNeeds {
         name: "sock_ops",
         hook: hook(BPF_PROG_TYPE_SOCK_OPS, None),
-        helpers: &[COOKIE],
+        helpers: &[COOKIE, ("bpf_sock_hash_update", BPF_FUNC_sock_hash_update, "Linux 4.18")],
         remedy: "CONFIG_CGROUP_BPF=y",
     },
 ];
@@ -105,6 +105,7 @@ pub(super) fn checks(_: &Requirements) -> Vec<Check> {
     }
     let mut checks: Vec<Check> = HOOKS.iter().map(hook_check).collect();
     checks.push(maps());
+    checks.push(listeners());
     checks.push(link_update());
     checks.push(netns_cookie());
     checks.push(tcx());
@@ -163,6 +164,18 @@ fn maps() -> Check {
         format!("the kernel lacks {}", lacking.join(", ")),
         "CONFIG_BPF_STREAM_PARSER or CONFIG_NET, Linux 5.8",
     )
+}
+
+/// For the connections that the socket lookup gives to the node proxy.
+fn listeners() -> Check {
+    const NAME: &str = "listeners";
+    match bpf::tc_may_keep_sockets() {
+        Ok(true) => Check::ok(NAME, "noted by TC programs"),
+        Ok(false) => Check::ok(NAME, "noted by sock_ops: TC programs may not (Linux 7.3)"),
+        Err(error) => {
+            missing(NAME, format!("TC programs can't put sockets into a map: {error}"), "Linux 5.10")
+        }
+    }
 }
 
 /// A kernel that knows the command finds fault with the descriptors, another with the command.

@@ -17,7 +17,7 @@ use redirect_ebpf::family::Family;
 use redirect_ebpf::flow::FlowLimits;
 use redirect_ebpf::maps::PodAddress;
 use redirect_tests::Netns;
-use redirect_user::agent::linux::{self, Capacities, Settings, TcMethod};
+use redirect_user::agent::linux::{self, Capacities, NotedBy, Settings, TcMethod};
 use redirect_user::placement::Placement;
 use socket2::{Domain, Socket, Type};
 
@@ -81,6 +81,7 @@ impl Bench {
             rule_priority: 0,
             flows: FlowLimits::default(),
             object: None,
+            noted_by: NotedBy::Tc,
         })?;
         for name in PROGRAMS {
             let program: &mut SchedClassifier = programs.program_mut(name).context(name)?.try_into()?;

@@ -4,13 +4,15 @@ use std::time::Duration;
 
 use super::{Plan, kernels};
 
-/// The verifier on every program; each direction and DNS in every family; the proxy in each of its places.
-const EVERYWHERE: [&str; 6] = [
+/// The verifier on every program; each direction and DNS in every family; what TC can't give to a listener itself; the proxy in
+/// each of its places.
+const EVERYWHERE: [&str; 7] = [
     "doctor::this_node_is_fit",
     "outbound::captured::dual::",
     "inbound::from_pod::dual::",
     "dns::connected_udp::dual::",
     "shared_listeners::",
+    "time_wait::one_source_port::outbound::dual::",
     "node::outbound::captured::dual::",
 ];
 

@@ -1,7 +1,7 @@
 //! The object: its maps, adopted from the pins or made, and its programs, always its own.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::fd::AsFd as _;
@@ -10,9 +10,11 @@ use std::path::PathBuf;
 use anyhow::{Context as _, bail};
 use aya::programs::{CgroupSockAddr, Program, SchedClassifier, SkLookup, SockOps};
 use aya::{Ebpf, EbpfLoader};
+use aya_obj::EbpfSectionKind;
 use redirect_ebpf::constants::MAX_PROXY_CGROUPS;
 
 use super::bpf::{self, Layout};
+use super::listeners::NotedBy;
 use super::pins::Pins;
 use super::{PROBE, Settings, cgroup_programs};
 use crate::agent::facts::{Hook, Lookup};
@@ -36,7 +38,9 @@ pub(super) fn load_pinned(settings: &Settings, pins: &Pins) -> anyhow::Result<(E
     let capacities = capacities(settings);
     let mut loader = loader(settings);
     let mut paths = Vec::new();
-    for (name, map) in &object.maps {
+    // The settings of the object's own are made anew with each load.
+    let shared = object.maps.iter().filter(|(_, map)| map.section_kind() != EbpfSectionKind::Rodata);
+    for (name, map) in shared {
         let chosen = capacities.iter().find(|(known, _)| known == name);
         let layout = Layout {
             kind: map.map_type(),
@@ -82,8 +86,8 @@ fn capacities(settings: &Settings) -> [(&'static str, u32); 10] {
         ("EXCLUDED_IPV4", capacities.exclusions),
         ("EXCLUDED_IPV6", capacities.exclusions),
         ("EXCLUDED_PORTS", capacities.exclusions),
-        // A pod has two listeners of the proxy; twice that while one proxy takes over from another.
-        ("LISTENERS", capacities.pods.saturating_mul(4)),
+        // A pod has two listeners of the proxy, each for both families; twice that while one proxy takes over from another.
+        ("LISTENERS", capacities.pods.saturating_mul(8)),
         ("PROXY_CGROUPS", MAX_PROXY_CGROUPS),
     ]
 }
@@ -93,6 +97,11 @@ fn loader<'a>(settings: &Settings) -> EbpfLoader<'a> {
     for (name, capacity) in capacities(settings) {
         loader.map_max_entries(name, capacity);
     }
+    let tc_knows_listeners = match settings.noted_by {
+        NotedBy::Tc => &1u8,
+        NotedBy::SockOps => &0u8,
+    };
+    loader.override_global("TC_KNOWS_LISTENERS", tc_knows_listeners, true);
     loader
 }
 
@@ -100,12 +109,20 @@ fn loader<'a>(settings: &Settings) -> EbpfLoader<'a> {
 pub(super) struct Programs(BTreeMap<&'static str, bpf::Program>);
 
 impl Programs {
-    /// Has the kernel check all that the placement needs.
-    pub(super) fn load(object: &mut Ebpf, placement: Placement) -> anyhow::Result<Self> {
-        let cgroup = cgroup_programs(placement).iter().map(|(name, _)| *name);
-        let tc = Hook::of(placement).iter().map(|hook| hook.program());
+    /// Has the kernel check all that these placements need.
+    pub(super) fn load(
+        object: &mut Ebpf,
+        placements: &[Placement],
+        noted_by: NotedBy,
+    ) -> anyhow::Result<Self> {
+        let of_placement = |&placement: &Placement| {
+            let cgroup = cgroup_programs(placement, noted_by).map(|(name, _)| name);
+            cgroup.chain(Hook::of(placement).iter().map(|hook| hook.program()))
+        };
+        let of_both = Lookup::ALL.map(Lookup::program).into_iter().chain([PROBE]);
+        let names: BTreeSet<_> = placements.iter().flat_map(of_placement).chain(of_both).collect();
         let mut programs = BTreeMap::new();
-        for name in cgroup.chain(tc).chain(Lookup::ALL.map(Lookup::program)).chain([PROBE]) {
+        for name in names {
             let program =
                 object.program_mut(name).with_context(|| format!("program {name} is not in the object"))?;
             let loaded = match program {

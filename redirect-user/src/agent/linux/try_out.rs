@@ -8,10 +8,10 @@ use redirect_ebpf::flow::FlowLimits;
 use super::super::facts::Hook;
 use super::object::{self, Programs};
 use super::tc::{Tc, TcMethod};
-use super::{Capacities, Settings};
+use super::{Capacities, NotedBy, Settings};
 use crate::placement::Placement;
 
-/// Loads and unloads all programs. Returns how many there are.
+/// Loads and unloads all programs that this kernel can need. Returns how many these are.
 pub fn try_out(tc: TcMethod) -> anyhow::Result<usize> {
     let settings = Settings {
         cgroup: PathBuf::new(),
@@ -25,9 +25,10 @@ pub fn try_out(tc: TcMethod) -> anyhow::Result<usize> {
         object: None,
         placement: Placement::Pod,
         rule_priority: 0,
+        noted_by: NotedBy::probe()?,
     };
     let mut object = object::load(&settings)?;
-    let programs = Programs::load(&mut object, Placement::Pod)?;
+    let programs = Programs::load(&mut object, &[Placement::Pod, Placement::Node], settings.noted_by)?;
     Tc::new(&programs, tc, Hook::of(Placement::Pod))?;
-    Ok(object.programs().count())
+    Ok(programs.iter().count())
 }

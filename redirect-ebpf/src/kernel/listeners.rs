@@ -1,0 +1,120 @@
+//! The proxies' listeners, for the connections that only the socket lookup can give to them ([`super::lookup`]).
+//!
+//! Up to Linux 7.2 the TC program that has such a connection has found its listener as well, and puts it into the map. Linux
+//! 7.3 lets TC programs put no sockets into maps. There sock_ops of the root cgroup notes each listener when it begins to
+//! listen. One that listened before that program was there is not known: then the kernel answers a SYN whose tuple is in
+//! TIME_WAIT as without us, its sender resets what is left there, and sends it again at once.
+
+use core::mem::offset_of;
+
+use aya_ebpf::Global;
+use aya_ebpf::bindings::{BPF_NOEXIST, BPF_SOCK_OPS_TCP_LISTEN_CB, bpf_sock_ops};
+use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_map_update_elem, bpf_sock_hash_update};
+use aya_ebpf::macros::{map, sock_ops};
+use aya_ebpf::maps::SockHash;
+use aya_ebpf::programs::{SkLookupContext, SockOpsContext};
+use redirect_ebpf::decide::{Protocol, is_for_captured, is_guarded};
+use redirect_ebpf::family::Family;
+use redirect_ebpf::maps::ListenerKey;
+use redirect_ebpf::packet::address_family;
+
+use super::context::word;
+use super::socket::Socket;
+use super::{config, pods};
+
+/// Sockets leave it by themselves when they are closed. The agent sets its capacity.
+#[map]
+static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(1, 0);
+
+/// Whether TC programs may put sockets into maps, as the agent found out.
+#[unsafe(no_mangle)]
+static TC_KNOWS_LISTENERS: Global<bool> = Global::new(true);
+
+const EEXIST: i32 = -17;
+
+/// Puts a listener into the map that TC has found, if it is not there already. Where TC may not, it was noted before.
+#[inline(always)]
+pub(super) fn remember(key: &ListenerKey, listener: &Socket) -> Result<(), i64> {
+    if !TC_KNOWS_LISTENERS.load() {
+        return Ok(());
+    }
+    // aya has no call for this: the value of a socket map is a socket.
+    // SAFETY: map, key and socket are valid for the length of the call.
+    let result = unsafe {
+        bpf_map_update_elem(
+            (&raw const LISTENERS).cast_mut().cast(),
+            (&raw const *key).cast(),
+            listener.as_ptr().cast_const(),
+            BPF_NOEXIST.into(),
+        )
+    };
+    // Before Linux 6.4 maps return an `int`, and the verifier calls them directly: the upper half is not set then.
+    match result as i32 {
+        0 | EEXIST => Ok(()),
+        error => Err(error.into()),
+    }
+}
+
+/// Gives a connection to a listener.
+#[inline(always)]
+pub(super) fn choose(ctx: &SkLookupContext, mut key: ListenerKey) -> Result<(), ()> {
+    for slot in ListenerKey::SLOTS {
+        key.slot = slot;
+        if LISTENERS.redirect_sk_lookup(ctx, key, 0).is_ok() {
+            return Ok(());
+        }
+    }
+    Err(())
+}
+
+#[sock_ops]
+pub(crate) fn listening(ctx: SockOpsContext) -> u32 {
+    const UNUSED: u32 = 1;
+    if word(ctx.ops, offset_of!(bpf_sock_ops, op)) != BPF_SOCK_OPS_TCP_LISTEN_CB {
+        return UNUSED;
+    }
+    let port = word(ctx.ops, offset_of!(bpf_sock_ops, local_port)) as u16;
+    // SAFETY: the helper takes the context.
+    let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.ops.cast()) };
+    if !is_proxys(netns_cookie, port) {
+        return UNUSED;
+    }
+    let family = word(ctx.ops, offset_of!(bpf_sock_ops, family));
+    let address = word(ctx.ops, offset_of!(bpf_sock_ops, local_ip4));
+    for family in families(family, address).into_iter().flatten() {
+        // Of listeners that share a port each has a slot, as long as there are some: one at least is there at any time.
+        for slot in ListenerKey::SLOTS {
+            let mut key = ListenerKey { netns_cookie, port, slot, family };
+            // SAFETY: context, map and key are valid for the length of the call.
+            let result = unsafe {
+                bpf_sock_hash_update(
+                    ctx.ops,
+                    (&raw const LISTENERS).cast_mut().cast(),
+                    (&raw mut key).cast(),
+                    BPF_NOEXIST.into(),
+                )
+            };
+            if result as i32 != EEXIST {
+                break;
+            }
+        }
+    }
+    UNUSED
+}
+
+/// Whether connections may be handed over to who listens there.
+#[inline(always)]
+fn is_proxys(netns_cookie: u64, port: u16) -> bool {
+    if config::host_cookie() == Some(netns_cookie) {
+        return is_guarded(Protocol::Tcp, port);
+    }
+    is_for_captured(port) && pods::flags(netns_cookie).is_some()
+}
+
+/// The families whose connections a listener takes that is bound to this address: an IPv6 one without an address both. That
+/// it takes IPv6 alone shows when it is to get others.
+#[inline(always)]
+fn families(family: u32, address: u32) -> [Option<u32>; 2] {
+    const IPV4: u32 = address_family(Family::Ipv4) as u32;
+    [Some(family), (family != IPV4 && address == 0).then_some(IPV4)]
+}
