@@ -21,6 +21,7 @@ macro_rules! counted {
         }
     };
 }
+pub(crate) use counted;
 
 counted! {
     /// Which way a connection goes, seen from the pod.

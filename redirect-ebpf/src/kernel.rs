@@ -16,9 +16,9 @@
 //! | [`entrance`] | TC ingress of a device of ours in the host's namespace, placement `node` | gives connections to the proxy |
 //! | [`probe`] | sock_ops of the kubelet's cgroup | notes the kubelet's probes |
 //!
-//! What they share: maps ([`config`], [`pods`], [`proxies`], [`exclusions`], [`counters`], [`flows`]), reading of contexts
-//! ([`context`], [`sock_addr`], [`skb`]), looking sockets up ([`socket`]), giving a packet to a listener ([`steer`]), and,
-//! in placement `node`, changing packets ([`rewrite`]) and refusing connections ([`refuse`]).
+//! What they share: maps ([`config`], [`pods`], [`proxies`], [`exclusions`], [`counters`], [`flows`]), the log
+//! ([`diagnostics`]), reading of contexts ([`context`], [`sock_addr`], [`skb`]), looking sockets up ([`socket`]), giving a packet to a
+//! listener ([`steer`]), and, in placement `node`, changing packets ([`rewrite`]) and refusing connections ([`refuse`]).
 
 #![expect(
     clippy::multiple_unsafe_ops_per_block,
@@ -30,6 +30,7 @@ mod config;
 mod context;
 mod cookies;
 mod counters;
+mod diagnostics;
 mod dns;
 mod egress;
 mod entrance;

@@ -12,6 +12,7 @@
 pub mod constants;
 pub mod count;
 pub mod decide;
+pub mod diagnostics;
 pub mod family;
 pub mod flow;
 pub mod maps;

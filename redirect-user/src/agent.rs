@@ -13,6 +13,7 @@ pub(crate) mod enrolment;
 pub mod facts;
 mod flows;
 mod inspect;
+mod kernel_log;
 pub mod linux;
 mod listeners;
 mod observed;

@@ -22,7 +22,8 @@ use crate::{agent, install, proxy, wire};
 #[derive(Debug, Parser)]
 #[command(name = "redirect", version)]
 struct Cli {
-    /// What is logged: a level, or levels by module as in `info,redirect_user::zds=debug`
+    /// What is logged: a level, or levels by module as in `info,redirect_user::zds=debug`. With `redirect_ebpf=debug` an agent
+    /// loads programs that tell of what should not occur
     #[arg(long, global = true, default_value = "info", env = "REDIRECT_LOG")]
     log: String,
     /// How it is logged

@@ -11,10 +11,12 @@ use aya_ebpf::programs::SockAddrContext;
 use redirect_ebpf::constants::PORT_DNS;
 use redirect_ebpf::count::{Direction, Reason, Verdict};
 use redirect_ebpf::decide::Outbound;
+use redirect_ebpf::diagnostics::{Fault, Hook};
 use redirect_ebpf::family::{Family, Ip, Ipv4, Ipv6, v4_mapped};
 use redirect_ebpf::maps::{Asked, Server};
 
 use super::counters::count;
+use super::diagnostics;
 use super::exclusions::ExcludedIp;
 use super::outbound;
 use super::pods::{PodIp, first_address};
@@ -34,7 +36,7 @@ const RESOLVER_IPV4: [u8; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 127, 
 /// application would see, and which would keep an IPv4 socket from being connected to anything else.
 #[inline(always)]
 pub(super) fn connect_ipv4(ctx: &SockAddrContext, caller: &Caller) -> i32 {
-    if leave_interface(ctx).is_err() || connect(ctx, Ipv4::widen(user_ip4(ctx))).is_none() {
+    if connect(ctx, caller, Ipv4::widen(user_ip4(ctx))).is_none() {
         return DENY;
     }
     if let Some(source) = first_address::<Ipv4>(caller.netns_cookie) {
@@ -46,7 +48,7 @@ pub(super) fn connect_ipv4(ctx: &SockAddrContext, caller: &Caller) -> i32 {
 /// As [`connect_ipv4`].
 #[inline(always)]
 pub(super) fn connect_ipv6(ctx: &SockAddrContext, caller: &Caller, destination: [u8; 16]) -> i32 {
-    if leave_interface(ctx).is_err() || connect(ctx, destination).is_none() {
+    if connect(ctx, caller, destination).is_none() {
         return DENY;
     }
     let source = match v4_mapped(destination) {
@@ -66,10 +68,10 @@ pub(crate) fn sendmsg_ipv4(ctx: SockAddrContext) -> i32 {
     if !is_question::<Ipv4>(&ctx, &caller, destination) {
         return ALLOW;
     }
-    if let Err(stuck) = may_be_sent::<Ipv4>(&ctx, destination) {
+    if let Err(stuck) = may_be_sent::<Ipv4>(&ctx, &caller, destination) {
         return stuck.deny();
     }
-    if ask(&ctx, Ipv4::widen(destination)).is_none() {
+    if ask(&ctx, &caller, Ipv4::widen(destination)).is_none() {
         return DENY;
     }
     to_resolver_ipv4(&ctx)
@@ -86,10 +88,10 @@ pub(crate) fn sendmsg_ipv6(ctx: SockAddrContext) -> i32 {
     if !question {
         return ALLOW;
     }
-    if let Err(stuck) = may_be_sent::<Ipv6>(&ctx, destination) {
+    if let Err(stuck) = may_be_sent::<Ipv6>(&ctx, &caller, destination) {
         return stuck.deny();
     }
-    if ask(&ctx, destination).is_none() {
+    if ask(&ctx, &caller, destination).is_none() {
         return DENY;
     }
     to_resolver_ipv6(&ctx, destination)
@@ -187,11 +189,11 @@ impl Stuck {
 }
 
 #[inline(always)]
-fn may_be_sent<I: Ip>(ctx: &SockAddrContext, destination: I::Address) -> Result<(), Stuck> {
+fn may_be_sent<I: Ip>(ctx: &SockAddrContext, caller: &Caller, destination: I::Address) -> Result<(), Stuck> {
     if I::FAMILY == Family::Ipv6 && I::is_link_scoped(destination) {
         return Err(Stuck::Scope);
     }
-    match leave_interface(ctx) {
+    match leave(ctx, caller, family(I::widen(destination))) {
         Ok(false) => Ok(()),
         Ok(true) => Err(Stuck::Interface),
         Err(_) => Err(Stuck::Bound),
@@ -227,11 +229,26 @@ fn is_resolver_ipv6(ctx: &SockAddrContext) -> bool {
     address == RESOLVER_IPV6 || address == RESOLVER_IPV4
 }
 
-/// Remembers the server that the socket is connected to.
+/// Which questions an address is asked in.
 #[inline(always)]
-fn connect(ctx: &SockAddrContext, address: [u8; 16]) -> Option<()> {
+fn family(server: [u8; 16]) -> Family {
+    if v4_mapped(server).is_some() { Family::Ipv4 } else { Family::Ipv6 }
+}
+
+/// Frees the socket from its interface, see [`leave_interface`].
+#[inline(always)]
+fn leave(ctx: &SockAddrContext, caller: &Caller, family: Family) -> Result<bool, i64> {
+    leave_interface(ctx).inspect_err(|error| {
+        diagnostics::of_call(Fault::Interface, Hook::Dns, family, *error, caller.netns_cookie);
+    })
+}
+
+/// Frees the socket from its interface, and remembers the server that it is connected to.
+#[inline(always)]
+fn connect(ctx: &SockAddrContext, caller: &Caller, address: [u8; 16]) -> Option<()> {
+    leave(ctx, caller, family(address)).ok()?;
     let server = Server { address, port: raw_port(ctx) };
-    with(asked_or_new(ctx), |asked| {
+    with(asked_or_new(ctx, caller, address), |asked| {
         asked.connect(server);
         Some(())
     })
@@ -239,11 +256,11 @@ fn connect(ctx: &SockAddrContext, address: [u8; 16]) -> Option<()> {
 
 /// Remembers the server that a question is for.
 #[inline(always)]
-fn ask(ctx: &SockAddrContext, address: [u8; 16]) -> Option<()> {
+fn ask(ctx: &SockAddrContext, caller: &Caller, address: [u8; 16]) -> Option<()> {
     let server = Server { address, port: raw_port(ctx) };
     // SAFETY: the helper has no preconditions.
     let now = unsafe { bpf_ktime_get_ns() };
-    with(asked_or_new(ctx), |asked| {
+    with(asked_or_new(ctx, caller, address), |asked| {
         asked.ask(server, now);
         Some(())
     })
@@ -278,8 +295,12 @@ fn asked(ctx: &SockAddrContext) -> *mut Asked {
 }
 
 #[inline(always)]
-fn asked_or_new(ctx: &SockAddrContext) -> *mut Asked {
+fn asked_or_new(ctx: &SockAddrContext, caller: &Caller, server: [u8; 16]) -> *mut Asked {
     let mut nothing = Asked::NOTHING;
     // SAFETY: the socket is the context's own, and the initial value lives for the length of the call.
-    unsafe { ASKED.get_or_insert_ptr_mut(ctx, Some(&mut nothing)) }
+    let entry = unsafe { ASKED.get_or_insert_ptr_mut(ctx, Some(&mut nothing)) };
+    if entry.is_null() {
+        diagnostics::of_call(Fault::Storage, Hook::Dns, family(server), 0, caller.netns_cookie);
+    }
+    entry
 }

@@ -8,10 +8,12 @@ use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use redirect_ebpf::count::{Direction, Reason, Verdict};
 use redirect_ebpf::decide;
+use redirect_ebpf::diagnostics::Hook;
 use redirect_ebpf::family::{Ipv4, Ipv6};
 use redirect_ebpf::packet::{Parse, Parsed, Segment, is_of_another_family, parse};
 
 use super::counters::count;
+use super::diagnostics;
 use super::exclusions::{ExcludedIp, excluded};
 use super::flows::{self, About};
 use super::pods::{self, PodIp};
@@ -48,6 +50,9 @@ fn egress<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
     };
     if leaves {
         return Action::Continue;
+    }
+    if matches!(parsed, Parsed::Malformed) {
+        diagnostics::malformed::<I>(ctx, Hook::Egress);
     }
     let segment = match parsed {
         Parsed::Tcp(segment) | Parsed::Fragment(segment) => Some(segment),

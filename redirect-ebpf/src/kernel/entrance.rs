@@ -15,6 +15,7 @@ use redirect_ebpf::constants::{
 };
 use redirect_ebpf::count::{Direction, Reason, Verdict};
 use redirect_ebpf::decide::Inbound;
+use redirect_ebpf::diagnostics::Hook;
 use redirect_ebpf::family::{Ip, Ipv4, Ipv6};
 use redirect_ebpf::packet::{Packet, Parse, Parsed, Segment, complained_of, parse};
 
@@ -142,6 +143,7 @@ macro_rules! route {
             const DIRECTION: Direction = Direction::$direction;
             const PORT: u16 = $port;
             const REASON: Reason = Reason::$reason;
+            const HOOK: Option<Hook> = None;
 
             #[inline(always)]
             fn decide(_: &TcContext, _: &Segment<I::Address>) -> Inbound {

@@ -6,12 +6,14 @@ use aya_ebpf::programs::TcContext;
 use redirect_ebpf::constants::{MARK_CAPTURE, MARK_RESOLVE, PORT_DNS, PORT_OUTBOUND};
 use redirect_ebpf::count::{Direction, Reason, Verdict};
 use redirect_ebpf::decide::{self, Connect, Outbound, Protocol};
+use redirect_ebpf::diagnostics::Hook;
 use redirect_ebpf::family::{Ipv4, Ipv6};
 use redirect_ebpf::maps::PodFlags;
 use redirect_ebpf::packet::{Parse, Parsed, Segment, is_of_another_family, parse, source};
 
 use super::cookies::acknowledged;
 use super::counters::count;
+use super::diagnostics;
 use super::entrance::{enter, enter_complaint, is_of_the_link};
 use super::exclusions::{ExcludedIp, excluded};
 use super::flows::About;
@@ -50,7 +52,10 @@ fn from_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
     }
     match parse::<I>(&Skb(ctx)) {
         Parsed::Other => enter_complaint::<I>(ctx),
-        Parsed::Malformed => drop::<I>(Reason::Malformed, cookie, None),
+        Parsed::Malformed => {
+            diagnostics::malformed::<I>(ctx, Hook::FromPod);
+            drop::<I>(Reason::Malformed, cookie, None)
+        }
         Parsed::Tcp(segment) => tcp::<I>(ctx, &segment, cookie, flags),
         Parsed::Datagram(segment) => match decision::<I>(&segment, Protocol::Udp, cookie, flags) {
             Outbound::Resolve if is_of_the_link::<I>(&segment) => {

@@ -9,6 +9,7 @@ use aya_ebpf::programs::TcContext;
 use redirect_ebpf::constants::PORT_INBOUND;
 use redirect_ebpf::count::Direction;
 use redirect_ebpf::decide::{self, Inbound};
+use redirect_ebpf::diagnostics::Hook;
 use redirect_ebpf::family::{Ip, Ipv4, Ipv6};
 use redirect_ebpf::packet::{Parse, Segment, address_family};
 
@@ -32,6 +33,7 @@ struct FromOutside;
 impl<I: Parse + PodIp + ExcludedIp + Fib> Route<I> for FromOutside {
     const DIRECTION: Direction = Direction::Inbound;
     const PORT: u16 = PORT_INBOUND;
+    const HOOK: Option<Hook> = Some(Hook::Inbound);
 
     #[inline(always)]
     fn decide(ctx: &TcContext, segment: &Segment<I::Address>) -> Inbound {

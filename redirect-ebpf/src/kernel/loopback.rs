@@ -6,6 +6,7 @@ use aya_ebpf::programs::TcContext;
 use redirect_ebpf::constants::{MARK_CAPTURE, MARK_MASK, MARK_PROXY, PORT_OUTBOUND};
 use redirect_ebpf::count::Direction;
 use redirect_ebpf::decide::Inbound;
+use redirect_ebpf::diagnostics::Hook;
 use redirect_ebpf::family::{Ipv4, Ipv6};
 use redirect_ebpf::packet::{Parse, Parsed, Segment};
 
@@ -30,6 +31,7 @@ pub(super) struct Captured;
 impl<I: Parse> Route<I> for Captured {
     const DIRECTION: Direction = Direction::Outbound;
     const PORT: u16 = PORT_OUTBOUND;
+    const HOOK: Option<Hook> = Some(Hook::Loopback);
 
     #[inline(always)]
     fn decide(_: &TcContext, _: &Segment<I::Address>) -> Inbound {

@@ -7,11 +7,13 @@ use aya_ebpf::programs::SockAddrContext;
 use redirect_ebpf::constants::PORT_OUTBOUND;
 use redirect_ebpf::count::{Direction, Reason, Verdict};
 use redirect_ebpf::decide::{self, Connect, Outbound};
+use redirect_ebpf::diagnostics::{Fault, Hook};
 use redirect_ebpf::family::{Ip, Ipv4, Ipv6, v4_mapped};
 use redirect_ebpf::maps::ConfigFlags;
 
 use super::config;
 use super::counters::count;
+use super::diagnostics;
 use super::dns;
 use super::exclusions::{ExcludedIp, excluded};
 use super::flows::{self, About};
@@ -79,7 +81,10 @@ fn steer<I: PodIp + ExcludedIp + BoundIp>(
         Outbound::Pass(reason) => (Direction::Outbound, Some((Verdict::Passed, reason))),
     };
     let wanted = decide::mark(decision, current);
-    if wanted != current && set_mark(ctx, wanted).is_err() {
+    if wanted != current
+        && let Err(error) = set_mark(ctx, wanted)
+    {
+        diagnostics::of_call(Fault::Mark, Hook::Outbound, I::FAMILY, error, caller.netns_cookie);
         // Without its mark the connection would leave the pod past the proxy.
         count(I::FAMILY, direction, Verdict::Dropped, Reason::MarkFailed, pod, about);
         return Call::Deny;

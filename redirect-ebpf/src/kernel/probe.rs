@@ -8,12 +8,14 @@ use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_ktime_get_ns};
 use aya_ebpf::macros::{map, sock_ops};
 use aya_ebpf::maps::LruHashMap;
 use aya_ebpf::programs::SockOpsContext;
-use redirect_ebpf::family::{Ip, Ipv4, Ipv6, v4_mapped};
+use redirect_ebpf::diagnostics::{Fault, Hook};
+use redirect_ebpf::family::{Family, Ip, Ipv4, Ipv6, v4_mapped};
 use redirect_ebpf::maps::Tuple;
 use redirect_ebpf::packet::Segment;
 
 use super::config;
 use super::context::{End, addresses, word};
+use super::diagnostics;
 use super::pods::PodIp as _;
 
 /// Probes live from connect() to the SYN's arrival, retransmissions included.
@@ -46,15 +48,17 @@ pub(crate) fn probe(ctx: SockOpsContext) -> u32 {
         return UNUSED;
     }
     let tuple = tuple(ctx.ops);
-    let enrolled = match v4_mapped(tuple.destination) {
-        Some(address) => Ipv4::owner(&address),
-        None => Ipv6::owner(&tuple.destination),
+    let (family, pod) = match v4_mapped(tuple.destination) {
+        Some(address) => (Family::Ipv4, Ipv4::owner(&address)),
+        None => (Family::Ipv6, Ipv6::owner(&tuple.destination)),
     };
-    if enrolled.is_some() {
+    if let Some(pod) = pod {
         // SAFETY: the helper has no preconditions.
         let now = unsafe { bpf_ktime_get_ns() };
         // A probe that is not noted goes through the proxy: it is the safe side.
-        let _ = PROBES.insert(tuple, now, BPF_ANY.into());
+        if let Err(error) = PROBES.insert(tuple, now, BPF_ANY.into()) {
+            diagnostics::of_call(Fault::Probe, Hook::Probe, family, error.into(), pod);
+        }
     }
     UNUSED
 }

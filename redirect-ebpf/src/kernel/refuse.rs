@@ -4,10 +4,12 @@
 use aya_ebpf::bindings::BPF_F_INGRESS;
 use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::programs::TcContext;
+use redirect_ebpf::diagnostics::{Fault, Hook};
 use redirect_ebpf::maps::ConfigFlags;
 use redirect_ebpf::packet::{ACK, Packet as _, Parse, RST, Segment};
 
 use super::config;
+use super::diagnostics;
 use super::rewrite::{place, store};
 use super::skb::Skb;
 use super::socket::Socket;
@@ -39,7 +41,9 @@ pub(super) fn is_refused<A: Copy>(ctx: &TcContext, segment: &Segment<A>, port: u
 pub(super) fn refuse<I: Parse>(ctx: &TcContext, segment: &Segment<I::Address>, back: Back) -> Action {
     // SAFETY: every TC context has `ifindex`.
     let interface = unsafe { (*ctx.skb.skb).ifindex };
-    if turn::<I>(ctx, segment).is_err() {
+    if let Err(error) = turn::<I>(ctx, segment) {
+        let hook = if back == Back::ToPod { Hook::FromPod } else { Hook::ToPod };
+        diagnostics::of_packet::<I>(ctx, Fault::Rewrite, hook, error);
         return Action::Drop;
     }
     let flags = match back {

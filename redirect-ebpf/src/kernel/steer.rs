@@ -4,12 +4,14 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::programs::TcContext;
 use redirect_ebpf::count::{Direction, Reason, Verdict};
 use redirect_ebpf::decide::Inbound;
+use redirect_ebpf::diagnostics::{Fault, Hook};
 use redirect_ebpf::maps::ConfigFlags;
 use redirect_ebpf::packet::{Parse, Parsed, Segment, parse};
 
 use super::config;
 use super::cookies::acknowledged;
 use super::counters::count;
+use super::diagnostics;
 use super::flows::About;
 use super::lookup;
 use super::pods::PodIp;
@@ -47,6 +49,9 @@ pub(super) trait Route<I: Parse> {
 
     /// What the connections count as.
     const REASON: Reason = Reason::Enrolled;
+
+    /// Where its diagnostics come from, if it has any.
+    const HOOK: Option<Hook>;
 
     /// What becomes of a new connection.
     fn decide(ctx: &TcContext, segment: &Segment<I::Address>) -> Inbound;
@@ -87,6 +92,9 @@ pub(super) fn steer_parsed<I: Parse + PodIp, R: Route<I>>(
         Parsed::Tcp(segment) => segment,
         Parsed::Other | Parsed::Datagram(_) => return Action::Continue,
         Parsed::Malformed => {
+            if let Some(hook) = R::HOOK {
+                diagnostics::malformed::<I>(ctx, hook);
+            }
             count(I::FAMILY, R::DIRECTION, Verdict::Dropped, Reason::Malformed, None, || About::unread(ctx));
             return Action::Drop;
         }
@@ -118,15 +126,15 @@ pub(super) fn steer_parsed<I: Parse + PodIp, R: Route<I>>(
                 && lookup::hand_over::<I>(&segment, R::namespace(&segment), R::PORT, None).is_ok();
             return if refused { Action::Continue } else { held };
         };
-        if give::<I, R>(ctx, &segment, &listener, state).is_err() {
-            return dropped::<I, R>(ctx, &segment, Reason::AssignFailed);
+        if let Err(error) = give::<I, R>(ctx, &segment, &listener, state) {
+            return refused::<I, R>(ctx, &segment, error);
         }
         counted::<I, R>(ctx, &segment, Verdict::Steered, R::REASON);
     } else if state == State::Open
         && let Some(listener) = acknowledged::<I>(ctx, &segment, R::PORT)
-        && give::<I, R>(ctx, &segment, &listener, state).is_err()
+        && let Err(error) = give::<I, R>(ctx, &segment, &listener, state)
     {
-        return dropped::<I, R>(ctx, &segment, Reason::AssignFailed);
+        return refused::<I, R>(ctx, &segment, error);
     }
     Action::Continue
 }
@@ -154,6 +162,19 @@ fn dropped<I: Parse + PodIp, R: Route<I>>(
 ) -> Action {
     counted::<I, R>(ctx, segment, Verdict::Dropped, reason);
     Action::Drop
+}
+
+/// The kernel does not give the packet to the listener.
+#[inline(always)]
+fn refused<I: Parse + PodIp, R: Route<I>>(
+    ctx: &TcContext,
+    segment: &Segment<I::Address>,
+    error: i64,
+) -> Action {
+    if let Some(hook) = R::HOOK {
+        diagnostics::of_packet::<I>(ctx, Fault::Assign, hook, error);
+    }
+    dropped::<I, R>(ctx, segment, Reason::AssignFailed)
 }
 
 /// Gives the packet to the listener, at once or by way of the socket lookup.

@@ -9,12 +9,14 @@ use redirect_ebpf::constants::{
 };
 use redirect_ebpf::count::{Direction, Reason, Verdict};
 use redirect_ebpf::decide::{self, Inbound};
+use redirect_ebpf::diagnostics::{Fault, Hook};
 use redirect_ebpf::family::{Ipv4, Ipv6};
 use redirect_ebpf::maps::PodFlags;
 use redirect_ebpf::packet::{Parse, Parsed, Segment, is_of_another_family, parse};
 
 use super::cookies::acknowledged;
 use super::counters::count;
+use super::diagnostics;
 use super::entrance::{enter, enter_complaint, is_of_the_link};
 use super::exclusions::{ExcludedIp, excluded};
 use super::flows::About;
@@ -48,10 +50,13 @@ fn to_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
     let sender = sender(ctx);
     match parse::<I>(&Skb(ctx)) {
         Parsed::Other => enter_complaint::<I>(ctx),
-        Parsed::Malformed => drop::<I>(Reason::Malformed, cookie, None),
+        Parsed::Malformed => {
+            diagnostics::malformed::<I>(ctx, Hook::ToPod);
+            drop::<I>(Reason::Malformed, cookie, None)
+        }
         Parsed::Datagram(segment) => {
             if sender != Sender::Other && u16::from_be_bytes(segment.source_port) == PORT_DNS {
-                return answer(ctx, &segment);
+                return answer::<I>(ctx, &segment);
             }
             Action::Continue
         }
@@ -128,10 +133,13 @@ fn decision<I: PodIp + ExcludedIp>(segment: &Segment<I::Address>, cookie: u64, f
 
 /// The resolver answers from its own port, and the application shall see the server's.
 #[inline(always)]
-fn answer<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> Action {
+fn answer<I: Parse>(ctx: &TcContext, segment: &Segment<I::Address>) -> Action {
     match set_source_port(ctx, segment, PORT_DOMAIN) {
         Ok(()) => Action::Continue,
-        Err(_) => Action::Drop,
+        Err(error) => {
+            diagnostics::of_packet::<I>(ctx, Fault::Rewrite, Hook::ToPod, error);
+            Action::Drop
+        }
     }
 }
 

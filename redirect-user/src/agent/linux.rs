@@ -28,15 +28,19 @@ use std::net::IpAddr;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 
 use aya::maps::{MapData, RingBuf};
+use aya_log::EbpfLogger;
 use redirect_ebpf::Family;
 use redirect_ebpf::constants::{ENTRANCE, PORT_OUTBOUND};
-use redirect_ebpf::flow::FlowLimits;
+use redirect_ebpf::flow::{FlowLimits, FlowState};
 use redirect_ebpf::maps::ProxyPart;
 
 use super::datapath::{Datapath, Error, Introduction, Observation, Target};
 use super::facts::{Fact, Hook, Interface, LOOPBACK_INDEX, Lookup, Mark, Namespace, Op};
+use super::kernel_log::Words;
 use super::records::Records;
 use crate::netns::{NetNs, current_cookie};
 use crate::placement::Placement;
@@ -112,6 +116,8 @@ pub struct Settings {
     pub rule_priority: u32,
     /// How many connections are told of while somebody listens.
     pub flows: FlowLimits,
+    /// Whether the programs tell of what should not occur.
+    pub diagnostics: bool,
     /// Another object than the embedded one.
     pub object: Option<PathBuf>,
     /// Who notes the proxies' listeners for the socket lookup.
@@ -136,9 +142,14 @@ pub struct Linux {
     records: Records,
     /// Where the thread is, if it is not in the host's namespace, and what it works with there.
     session: Option<Session>,
+    /// The kernel side's log, if there is one, until somebody takes it.
+    log: Option<Log>,
     /// Held as long as the agent runs.
     _pins: Pins,
 }
+
+/// The kernel side's log, and how many records were read from it.
+type Log = (EbpfLogger<Words>, Arc<AtomicU32>);
 
 /// A directory of the cgroup2 hierarchy.
 struct Directory {
@@ -207,6 +218,7 @@ impl Linux {
             }
         }
         maps.configure(settings)?;
+        let log = settings.diagnostics.then(|| object::log(&mut object)).transpose()?;
         let programs = Programs::load(&mut object, &[placement], noted_by)?;
         let tc = tc::Tc::new(&programs, settings.tc, Hook::of(placement))?;
         let cgroup = Directory::open(&settings.cgroup)
@@ -227,6 +239,7 @@ impl Linux {
             host_netlink,
             records,
             session: None,
+            log,
             _pins: pins,
         };
         linux.mend()?;
@@ -356,6 +369,16 @@ impl Linux {
     /// Has the kernel side tell of connections, or no longer.
     pub fn tell_flows(&mut self, on: bool) -> anyhow::Result<()> {
         self.maps.tell_flows(on)
+    }
+
+    /// The kernel side's log, for one reader, if there is one.
+    pub(super) fn take_log(&mut self) -> Option<Log> {
+        self.log.take()
+    }
+
+    /// How much all CPUs told in the log.
+    pub(super) fn diagnostics(&self) -> anyhow::Result<FlowState> {
+        self.maps.diagnostics()
     }
 
     /// Replaces the set of cgroups whose processes are node proxies. An empty set: the mark alone tells.

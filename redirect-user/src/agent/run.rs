@@ -22,7 +22,7 @@ use super::records::{self, Found, Phase, Records};
 use super::service::Service;
 use super::thread::Kernel;
 use super::watch::{Event, Watch};
-use super::{stand_in, uninstall, upkeep};
+use super::{kernel_log, stand_in, uninstall, upkeep};
 use crate::doctor::{self, Requirements};
 use crate::kube::{self, Controller, OwnDaemonSet, Timing};
 use crate::netns::NetNs;
@@ -90,6 +90,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         placement: options.placement,
         rule_priority: options.rule_priority,
         flows: FlowLimits { one_of: options.flow_sample, rate: options.flow_rate },
+        diagnostics: kernel_log::is_wanted(),
         object: options.object,
         noted_by: options.listeners_noted_by.map_or_else(NotedBy::probe, Ok)?,
     };
@@ -134,7 +135,8 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     let pods =
         Arc::new(Pods::new(kernel.clone(), proxies.clone(), defaults, host_cookie, Some(watch), records));
     take_over(&kernel, &pods, found).await?;
-    let (probes_kernel, watch_kernel, upkeep_kernel) = (kernel.clone(), kernel.clone(), kernel.clone());
+    let (probes_kernel, watch_kernel) = (kernel.clone(), kernel.clone());
+    let (upkeep_kernel, log_kernel) = (kernel.clone(), kernel.clone());
     let controller = controller(&options.kubernetes, &pods).await?;
     let daemonset = own_daemonset(&options.kubernetes).await;
     let enrolment: Arc<dyn Enrolment> = match &controller {
@@ -191,6 +193,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     let probes_task = tokio::spawn(probes::follow(options.probers, cgroup.clone(), probes_kernel));
     let watch_task = tokio::spawn(follow(events, watch_kernel, Arc::clone(&pods)));
     let every = Duration::from_secs(options.check_interval);
+    let log_task = tokio::spawn(kernel_log::follow(every, log_kernel));
     let upkeep_task = tokio::spawn(upkeep::keep_up(every, upkeep_kernel, Arc::clone(&pods)));
     return_memory();
     tracing::info!(
@@ -219,6 +222,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     }
     watch_task.abort();
     upkeep_task.abort();
+    log_task.abort();
     if let Some(task) = stand_in_task {
         task.abort();
     }

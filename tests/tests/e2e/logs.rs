@@ -29,7 +29,7 @@ fn log(node: &Node) -> Result<String> {
 }
 
 /// The log as JSON, all of it. Its last line may not be complete yet.
-fn lines(node: &Node) -> Result<Vec<Value>> {
+pub(crate) fn lines(node: &Node) -> Result<Vec<Value>> {
     let log = log(node)?;
     let complete = log.rsplit_once('\n').map_or("", |(complete, _)| complete);
     let parsed = complete.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned()));

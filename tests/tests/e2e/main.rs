@@ -8,6 +8,7 @@ mod closed_ports;
 mod coexistence;
 mod container;
 mod context;
+mod diagnostics;
 mod dns;
 mod doctor;
 mod eaddrinuse;
@@ -129,6 +130,7 @@ fn everywhere(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         shared_listeners::trials(context),
         running_pods::trials(context),
         coexistence::trials(context),
+        diagnostics::trials(context),
     ];
     trials.into_iter().flatten()
 }

@@ -21,6 +21,7 @@ use redirect_tests::{Connection, Direction, Families, Netns, Node, Pod, Server, 
 use socket2::{Protocol, Socket, Type};
 
 use crate::context::Context;
+pub(crate) use ways::drop_capabilities;
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     [ways::trials(context), marks::trials(context), others::trials(context), nested::trials(context)]

@@ -16,6 +16,12 @@ pub(crate) fn syn(source: IpAddr, source_port: u16, to: SocketAddr, sequence: u3
     packet(source, to.ip(), TCP, &syn_segment(source, source_port, to, sequence))
 }
 
+/// The SYN up to its acknowledgement: its flags are missing.
+pub(crate) fn cut_syn(source: IpAddr, source_port: u16, to: SocketAddr) -> Vec<u8> {
+    let segment = syn_segment(source, source_port, to, 1);
+    packet(source, to.ip(), TCP, &segment[..12])
+}
+
 /// The SYN without its IP header; the options make it long enough to be cut in two.
 fn syn_segment(source: IpAddr, source_port: u16, to: SocketAddr, sequence: u32) -> Vec<u8> {
     let mut segment = Vec::with_capacity(32);

@@ -3,19 +3,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{Ipv6Addr, SocketAddr};
+use std::os::fd::AsRawFd as _;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use aya::maps::{HashMap, Map, MapData, PerCpuArray};
+use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, SockHash};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, Pod};
 use redirect_ebpf::constants::{MARK_PROXY, PORT_INBOUND, PORT_OUTBOUND};
 use redirect_ebpf::count::{self, Direction, Reason, Verdict};
 use redirect_ebpf::family::Family;
 use redirect_ebpf::flow::FlowLimits;
-use redirect_ebpf::maps::PodAddress;
+use redirect_ebpf::maps::{ListenerKey, PodAddress};
 use redirect_tests::Netns;
 use redirect_user::agent::linux::{self, Capacities, NotedBy, Settings, TcMethod};
 use redirect_user::placement::Placement;
@@ -35,7 +36,7 @@ pub(crate) struct Bench {
     served: Netns,
     /// One without.
     deserted: Netns,
-    _listeners: Vec<Socket>,
+    listeners: Vec<Socket>,
 }
 
 /// Whether a proxy listens.
@@ -69,27 +70,15 @@ type Counted = (Family, Direction, Verdict, Reason);
 
 impl Bench {
     pub(crate) fn new() -> Result<Self> {
-        let mut programs = linux::load(&Settings {
-            cgroup: PathBuf::new(),
-            capacities: Capacities { pods: 4, addresses: 4, exclusions: 4 },
-            tc: TcMethod::Clsact,
-            refuse: false,
-            host_cookie: 0,
-            exclusions: BTreeSet::new(),
-            proxy_cgroups: BTreeMap::new(),
-            placement: Placement::Pod,
-            rule_priority: 0,
-            flows: FlowLimits::default(),
-            object: None,
-            noted_by: NotedBy::Tc,
-        })?;
-        for name in PROGRAMS {
-            let program: &mut SchedClassifier = programs.program_mut(name).context(name)?.try_into()?;
-            program.load().context(name)?;
-        }
+        Self::with(object(false)?)
+    }
+
+    /// As [`Bench::new`], with an object whose programs are not loaded yet.
+    pub(crate) fn with(mut programs: Ebpf) -> Result<Self> {
+        load(&mut programs, &PROGRAMS)?;
         let (served, deserted) = (Netns::new("served")?, Netns::new("deserted")?);
         let listeners = [PORT_OUTBOUND, PORT_INBOUND].map(|port| served.run(|| listener(port)));
-        let _listeners = listeners.into_iter().map(|listener| Ok(listener??)).collect::<Result<_>>()?;
+        let listeners = listeners.into_iter().map(|listener| Ok(listener??)).collect::<Result<_>>()?;
 
         // Which namespace the addresses are of makes no difference here, but that they are a pod's.
         let cookie = served.cookie()?;
@@ -97,7 +86,7 @@ impl Bench {
         insert(&mut programs, "POD_IPV4", POD_IPV4, PodAddress { netns_cookie: cookie })?;
         insert(&mut programs, "POD_IPV6", POD_IPV6, PodAddress { netns_cookie: cookie })?;
         let counters = PerCpuArray::try_from(take(&mut programs, "COUNTERS")?)?;
-        Ok(Self { programs: Mutex::new(programs), counters, served, deserted, _listeners })
+        Ok(Self { programs: Mutex::new(programs), counters, served, deserted, listeners })
     }
 
     /// Runs a program on a packet and tells what became of it. An error if that does not fit together.
@@ -155,17 +144,34 @@ impl Bench {
         Ok(many)
     }
 
-    /// How many instructions the kernel followed before it accepted a program.
-    pub(crate) fn verified(&self, name: &str) -> Result<u32> {
-        let programs = self.lock();
-        let program = programs.program(name).with_context(|| name.to_owned())?;
-        program.info()?.verified_instruction_count().context("Linux 5.16")
+    /// How long a program is.
+    pub(crate) fn size(&self, name: &str) -> Result<Size> {
+        Size::of(&self.lock(), name)
     }
 
     /// How long a program takes for a packet.
     pub(crate) fn time(&self, name: &str, proxy: Proxy, packet: &[u8], mark: u32) -> Result<Duration> {
         let programs = self.lock();
         self.netns(proxy).run(|| test_run(&programs, name, packet, mark, 200_000).map(|(_, time)| time))?
+    }
+
+    /// Fills the map of listeners with entries of nobody's, so that there is no room for others.
+    pub(crate) fn fill_listeners(&self) -> Result<()> {
+        let mut programs = self.lock();
+        let map = programs.map_mut("LISTENERS").context("map LISTENERS")?;
+        let mut listeners = SockHash::<_, [u8; size_of::<ListenerKey>()]>::try_from(map)?;
+        for number in 0.. {
+            let mut key = [0xff; size_of::<ListenerKey>()];
+            key[0] = number;
+            match listeners.insert(key, self.listeners[0].as_raw_fd(), 0) {
+                Ok(()) => {}
+                Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::E2BIG) => {
+                    break;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
     }
 
     fn netns(&self, proxy: Proxy) -> &Netns {
@@ -186,6 +192,51 @@ impl Bench {
                 Ok(self.counters.get(&place, 0)?.iter().sum())
             })
             .collect()
+    }
+}
+
+/// The object, with its maps. None of its programs is loaded yet.
+pub(crate) fn object(diagnostics: bool) -> Result<Ebpf> {
+    linux::load(&Settings {
+        cgroup: PathBuf::new(),
+        capacities: Capacities { pods: 4, addresses: 4, exclusions: 4 },
+        tc: TcMethod::Clsact,
+        refuse: false,
+        host_cookie: 0,
+        exclusions: BTreeSet::new(),
+        proxy_cgroups: BTreeMap::new(),
+        placement: Placement::Pod,
+        rule_priority: 0,
+        flows: FlowLimits::default(),
+        diagnostics,
+        object: None,
+        noted_by: NotedBy::Tc,
+    })
+}
+
+/// Has the kernel check the programs.
+pub(crate) fn load(programs: &mut Ebpf, names: &[&str]) -> Result<()> {
+    for name in names {
+        let program = programs.program_mut(name).with_context(|| name.to_string())?;
+        <&mut SchedClassifier>::try_from(program)?.load().with_context(|| name.to_string())?;
+    }
+    Ok(())
+}
+
+/// How long a program is to the kernel.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Size {
+    /// Instructions that it followed before it accepted the program.
+    pub(crate) verified: u32,
+    /// Bytes of instructions that are left then.
+    pub(crate) translated: u32,
+}
+
+impl Size {
+    pub(crate) fn of(programs: &Ebpf, name: &str) -> Result<Self> {
+        let info = programs.program(name).with_context(|| name.to_owned())?.info()?;
+        let verified = info.verified_instruction_count().context("Linux 5.16")?;
+        Ok(Self { verified, translated: info.size_translated().context("CAP_BPF")? })
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod bench;
 mod cost;
+mod diagnostics;
 mod guard;
 mod packets;
 mod random;
@@ -24,8 +25,13 @@ type Shared = Arc<Mutex<Option<Result<Arc<Bench>, String>>>>;
 
 fn main() -> ExitCode {
     let shared = Shared::default();
-    let trials =
-        [steering::trials(&shared), guard::trials(&shared), cost::trials(&shared), random::trials(&shared)];
+    let trials = [
+        steering::trials(&shared),
+        guard::trials(&shared),
+        cost::trials(&shared),
+        diagnostics::trials(&shared),
+        random::trials(&shared),
+    ];
     libtest_mimic::run(&Arguments::from_args(), trials.into_iter().flatten().collect()).exit_code()
 }
 

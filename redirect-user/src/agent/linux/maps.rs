@@ -21,6 +21,7 @@ use redirect_ebpf::maps::{
 use super::super::datapath::Target;
 use super::super::facts::Fact;
 use super::Settings;
+use super::object::DIAGNOSTICS;
 use crate::placement::Placement;
 use crate::pod::Exclusion;
 use crate::wire::{CounterReport, MapReport, PodCounter};
@@ -49,6 +50,7 @@ pub(super) struct Maps {
     flows: Option<RingBuf<MapData>>,
     flow_limits: Array<MapData, FlowLimits>,
     flow_state: PerCpuArray<MapData, FlowState>,
+    diagnostics: PerCpuArray<MapData, FlowState>,
     excluded_ports: Table<ExcludedPort, u8>,
     excluded_ipv4: LpmTrie<MapData, ExcludedAddress<[u8; 4]>, u8>,
     excluded_ipv6: LpmTrie<MapData, ExcludedAddress<[u8; 16]>, u8>,
@@ -228,6 +230,7 @@ impl Maps {
             flows: Some(RingBuf::try_from(take(programs, "FLOWS")?)?),
             flow_limits: Array::try_from(take(programs, "FLOW_LIMITS")?)?,
             flow_state: PerCpuArray::try_from(take(programs, "FLOW_STATE")?)?,
+            diagnostics: PerCpuArray::try_from(take(programs, DIAGNOSTICS)?)?,
             excluded_ports: Table::take(programs, "EXCLUDED_PORTS", capacities.exclusions, MORE_EXCLUSIONS)?,
             excluded_ipv4: LpmTrie::try_from(take(programs, "EXCLUDED_IPV4")?)?,
             excluded_ipv6: LpmTrie::try_from(take(programs, "EXCLUDED_IPV6")?)?,
@@ -452,12 +455,12 @@ impl Maps {
 
     /// What all CPUs counted together.
     pub(super) fn flows(&self) -> anyhow::Result<FlowState> {
-        let mut sum = FlowState::default();
-        for state in self.flow_state.get(&0, 0)?.iter() {
-            sum.limited += state.limited;
-            sum.full += state.full;
-        }
-        Ok(sum)
+        sum(&self.flow_state)
+    }
+
+    /// The same of diagnostics.
+    pub(super) fn diagnostics(&self) -> anyhow::Result<FlowState> {
+        sum(&self.diagnostics)
     }
 
     pub(super) fn report(&self) -> Vec<MapReport> {
@@ -526,6 +529,16 @@ impl Maps {
         }
         Ok(reports)
     }
+}
+
+fn sum(states: &PerCpuArray<MapData, FlowState>) -> anyhow::Result<FlowState> {
+    let mut sum = FlowState::default();
+    for state in states.get(&0, 0)?.iter() {
+        sum.limited += state.limited;
+        sum.full += state.full;
+        sum.seen = sum.seen.wrapping_add(state.seen);
+    }
+    Ok(sum)
 }
 
 /// The cookie and the direction of a scope.

@@ -6,10 +6,13 @@ use std::fs;
 use std::io;
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 
 use anyhow::{Context as _, bail};
 use aya::programs::{CgroupSockAddr, Program, SchedClassifier, SkLookup, SockOps};
 use aya::{Ebpf, EbpfLoader};
+use aya_log::{EbpfLogger, Level};
 use aya_obj::EbpfSectionKind;
 use redirect_ebpf::constants::MAX_PROXY_CGROUPS;
 
@@ -18,6 +21,7 @@ use super::listeners::NotedBy;
 use super::pins::Pins;
 use super::{PROBE, Settings, cgroup_programs};
 use crate::agent::facts::{Hook, Lookup};
+use crate::agent::kernel_log::Words;
 use crate::placement::Placement;
 
 /// The kernel side, as the build script found it. Aligned as an ELF file has to be.
@@ -38,8 +42,7 @@ pub(super) fn load_pinned(settings: &Settings, pins: &Pins) -> anyhow::Result<(E
     let capacities = capacities(settings);
     let mut loader = loader(settings);
     let mut paths = Vec::new();
-    // The settings of the object's own are made anew with each load.
-    let shared = object.maps.iter().filter(|(_, map)| map.section_kind() != EbpfSectionKind::Rodata);
+    let shared = object.maps.iter().filter(|(name, map)| outlives_the_agent(name, map.section_kind()));
     for (name, map) in shared {
         let chosen = capacities.iter().find(|(known, _)| known == name);
         let layout = Layout {
@@ -63,6 +66,23 @@ pub(super) fn load_pinned(settings: &Settings, pins: &Pins) -> anyhow::Result<(E
         paths.push(path);
     }
     Ok((loader.load(&bytes).context(REMEDY)?, paths))
+}
+
+/// aya-log's ring buffer.
+const LOG: &str = "AYA_LOGS";
+
+/// How much was told in it.
+pub(super) const DIAGNOSTICS: &str = "DIAGNOSTICS";
+
+/// Not the log, which is one agent's, nor what is only read, which is made anew with each load: settings, texts of the log.
+fn outlives_the_agent(map: &str, kind: EbpfSectionKind) -> bool {
+    ![LOG, DIAGNOSTICS].contains(&map) && kind != EbpfSectionKind::Rodata
+}
+
+/// What the programs tell of what should not occur. Before they are loaded.
+pub(super) fn log(object: &mut Ebpf) -> anyhow::Result<(EbpfLogger<Words>, Arc<AtomicU32>)> {
+    let (words, read) = Words::counted();
+    Ok((EbpfLogger::init_with_logger(object, words).context("the log of the eBPF programs")?, read))
 }
 
 fn bytes(settings: &Settings) -> anyhow::Result<Cow<'static, [u8]>> {
@@ -94,6 +114,14 @@ fn capacities(settings: &Settings) -> [(&'static str, u32); 10] {
 
 fn loader<'a>(settings: &Settings) -> EbpfLoader<'a> {
     let mut loader = EbpfLoader::new();
+    if settings.diagnostics {
+        loader.override_global(aya_log::LEVEL, &(Level::Debug as u8), true);
+    } else {
+        // The verifier takes everything out that is only done at other levels.
+        loader.override_global(aya_log::LEVEL, &0u8, true);
+        // A page.
+        loader.map_max_entries(LOG, 1);
+    }
     for (name, capacity) in capacities(settings) {
         loader.map_max_entries(name, capacity);
     }

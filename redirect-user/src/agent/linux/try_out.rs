@@ -22,6 +22,7 @@ pub fn try_out(tc: TcMethod) -> anyhow::Result<usize> {
         exclusions: BTreeSet::new(),
         proxy_cgroups: BTreeMap::new(),
         flows: FlowLimits::default(),
+        diagnostics: false,
         object: None,
         placement: Placement::Pod,
         rule_priority: 0,

@@ -186,7 +186,7 @@ fn dissolve(socket: &Socket) -> Result<()> {
 }
 
 /// Takes all capabilities from the calling thread, for good.
-fn drop_capabilities() -> io::Result<()> {
+pub(crate) fn drop_capabilities() -> io::Result<()> {
     const VERSION_3: u32 = 0x2008_0522;
     let header = [VERSION_3, 0];
     let none = [0u32; 6];

@@ -1,0 +1,92 @@
+//! Tells developers of what should not occur. While nobody wants to know, the verifier finds the level to be zero, and takes
+//! all of it out of the programs.
+
+use core::mem::size_of;
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
+use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_skb_load_bytes_relative};
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::PerCpuArray;
+use aya_ebpf::programs::TcContext;
+use aya_log_ebpf::macro_support::{Level, level_enabled};
+use redirect_ebpf::diagnostics::{Fault, Hook, LIMITS, TARGET};
+use redirect_ebpf::family::{Family, Ip};
+use redirect_ebpf::flow::FlowState;
+use redirect_ebpf::packet::Parse;
+
+#[map]
+static DIAGNOSTICS: PerCpuArray<FlowState> = PerCpuArray::with_max_entries(1, 0);
+
+// Its macros look at the level themselves; here it is looked at first, so that not even the call of [`tell`] is left.
+
+/// What went wrong in a call of a socket. `netns_cookie` says in which pod, if that is known.
+#[inline(always)]
+pub(super) fn of_call(fault: Fault, hook: Hook, family: Family, error: i64, netns_cookie: u64) {
+    if level_enabled(Level::Debug) {
+        tell(pack(fault, hook, family), error, netns_cookie, 0, 0);
+    }
+}
+
+/// What went wrong with a packet.
+#[inline(always)]
+pub(super) fn of_packet<I: Ip>(ctx: &TcContext, fault: Fault, hook: Hook, error: i64) {
+    if level_enabled(Level::Debug) {
+        // SAFETY: every TC context has `ifindex`.
+        let interface = unsafe { (*ctx.skb.skb).ifindex };
+        tell(pack(fault, hook, I::FAMILY), error, 0, interface, ctx.len());
+    }
+}
+
+/// A packet that could not be read.
+#[inline(always)]
+pub(super) fn malformed<I: Parse>(ctx: &TcContext, hook: Hook) {
+    /// How much of a TCP header has to be there: its flags are the last.
+    const TCP: u32 = 14;
+    if level_enabled(Level::Debug) {
+        let last = I::DESTINATION + size_of::<I::Address>() as u32 + TCP - 1;
+        let mut byte = 0u8;
+        // SAFETY: the buffer has room for one byte.
+        let error = unsafe {
+            bpf_skb_load_bytes_relative(
+                ctx.as_ptr().cast_const(),
+                last,
+                (&raw mut byte).cast(),
+                1,
+                BPF_HDR_START_NET,
+            )
+        };
+        of_packet::<I>(ctx, Fault::Malformed, hook, error);
+    }
+}
+
+const fn pack(fault: Fault, hook: Hook, family: Family) -> u32 {
+    fault as u32 | (hook as u32) << 8 | (family as u32) << 16
+}
+
+/// The one place that writes to the log: its code is long. A function of its own, so that its stack is not that of the
+/// programs.
+#[cold]
+#[inline(never)]
+fn tell(what: u32, error: i64, netns_cookie: u64, interface: u32, length: u32) {
+    let Some(state) = DIAGNOSTICS.get_ptr_mut(0) else { return };
+    // SAFETY: the helper has no preconditions.
+    let now = unsafe { bpf_ktime_get_ns() };
+    // SAFETY: the map hands out a valid pointer into this CPU's array. A program that interrupts another one may make its
+    // count wrong by one.
+    if !unsafe { &mut *state }.admit(LIMITS, now) {
+        return;
+    }
+    aya_log_ebpf::debug!(
+        (),
+        target: TARGET,
+        "{} {} {} {} {} {} {}",
+        what & 0xff,
+        what >> 8 & 0xff,
+        what >> 16,
+        error,
+        netns_cookie,
+        interface,
+        length
+    );
+}

@@ -1,0 +1,202 @@
+//! The kernel side's own log, in the agent's: what should not occur, one by one. Off unless the agent's log has
+//! [`TARGET`] at level debug when it starts: the programs are loaded without it then.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use log::{Log, Metadata, Record};
+use redirect_ebpf::Family;
+use redirect_ebpf::diagnostics::{Fault, Hook, NUMBERS, TARGET};
+use redirect_ebpf::flow::FlowState;
+use tokio::io::unix::AsyncFd;
+use tokio::time::{MissedTickBehavior, interval};
+use tracing::Level;
+
+use super::linux::Linux;
+use super::thread::Kernel;
+
+/// Whether anybody wants to know.
+pub(super) fn is_wanted() -> bool {
+    tracing::enabled!(target: TARGET, Level::DEBUG)
+}
+
+/// Passes records on as long as the agent runs; every so often also how many were lost.
+pub(super) async fn follow(every: Duration, kernel: Kernel<Linux>) {
+    if let Err(error) = pass_on(every, &kernel).await {
+        tracing::error!(error = format!("{error:#}"), "the kernel side's log can't be read any more");
+    }
+}
+
+async fn pass_on(every: Duration, kernel: &Kernel<Linux>) -> anyhow::Result<()> {
+    let Some((logger, read)) = kernel.run(Linux::take_log).await? else { return Ok(()) };
+    // SAFETY: the ring buffer's descriptor is always the same, and open as long as the buffer is there.
+    let mut logger = unsafe { AsyncFd::register(logger) }?;
+    let mut ticks = interval(every);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut lost = Lost::default();
+    loop {
+        let counted = tokio::select! {
+            ready = logger.readable_mut() => {
+                ready?.clear_ready();
+                None
+            }
+            _ = ticks.tick() => Some(kernel.run(|linux| linux.diagnostics()).await?.context("what was lost")?),
+        };
+        // What was counted by now has been written by now.
+        logger.get_mut().flush();
+        if let Some(counted) = counted {
+            lost.tell(counted, read.load(Ordering::Relaxed));
+        }
+    }
+}
+
+/// What has been lost until it was last told.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Lost {
+    /// To the limit.
+    limit: u64,
+    /// Because the ring buffer was full.
+    full: u64,
+}
+
+impl Lost {
+    fn tell(&mut self, counted: FlowState, read: u32) {
+        let Self { limit, full } = self.grow(counted, read);
+        if limit + full > 0 {
+            tracing::debug!(target: TARGET, limit, full, "diagnostics were lost");
+        }
+    }
+
+    /// What has come since the last time. `read` are the records that were read after the others were counted.
+    fn grow(&mut self, counted: FlowState, read: u32) -> Self {
+        let written = counted.seen.wrapping_sub(counted.limited as u32);
+        let unread = u64::try_from(written.wrapping_sub(read).cast_signed()).unwrap_or(0);
+        let now = Self { limit: counted.limited, full: unread.max(self.full) };
+        let before = std::mem::replace(self, now);
+        Self { limit: self.limit - before.limit, full: self.full - before.full }
+    }
+}
+
+/// Puts records into words, and counts them.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Words {
+    read: Arc<AtomicU32>,
+}
+
+impl Words {
+    /// A logger that is read by somebody, and how many records it has had.
+    pub(super) fn counted() -> (Self, Arc<AtomicU32>) {
+        let read = Arc::<AtomicU32>::default();
+        (Self { read: Arc::clone(&read) }, read)
+    }
+}
+
+impl Log for Words {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        self.read.fetch_add(1, Ordering::Relaxed);
+        let text = record.args().to_string();
+        let Some(told) = Told::parse(&text) else {
+            tracing::debug!(target: TARGET, "{text}");
+            return;
+        };
+        let Told { fault, hook, family, error, netns_cookie, interface, length } = told;
+        let error = error.map(|error| error.to_string());
+        tracing::debug!(
+            target: TARGET,
+            hook = hook.label(),
+            family = family.name(),
+            error,
+            netns_cookie,
+            interface,
+            length,
+            "{}",
+            fault.label()
+        );
+    }
+
+    fn flush(&self) {}
+}
+
+/// What the kernel side says of one event, in numbers. Zero: that is not known there.
+#[derive(Debug)]
+struct Told {
+    fault: Fault,
+    hook: Hook,
+    family: Family,
+    error: Option<io::Error>,
+    netns_cookie: Option<u64>,
+    interface: Option<u64>,
+    length: Option<u64>,
+}
+
+impl Told {
+    fn parse(text: &str) -> Option<Self> {
+        let numbers: Vec<i64> = text.split(' ').map(str::parse).collect::<Result<_, _>>().ok()?;
+        let [fault, hook, family, error, rest @ ..] = <[i64; NUMBERS]>::try_from(numbers).ok()?;
+        let [netns_cookie, interface, length] =
+            rest.map(|number| (number != 0).then(|| number.cast_unsigned()));
+        let error = i32::try_from(error).ok()?;
+        Some(Self {
+            fault: *Fault::ALL.get(usize::try_from(fault).ok()?)?,
+            hook: *Hook::ALL.get(usize::try_from(hook).ok()?)?,
+            family: *Family::ALL.get(usize::try_from(family).ok()?)?,
+            error: (error != 0).then(|| io::Error::from_raw_os_error(-error)),
+            netns_cookie,
+            interface,
+            length,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(seen: u32, limited: u64) -> FlowState {
+        FlowState { seen, limited, ..FlowState::default() }
+    }
+
+    #[test]
+    fn what_is_lost_is_told_once() {
+        let mut lost = Lost::default();
+        assert_eq!(lost.grow(state(5, 2), 3), Lost::default().with(2, 0), "all that was written was read");
+        assert_eq!(lost.grow(state(9, 3), 4), Lost::default().with(1, 2), "of six that were written");
+        assert_eq!(lost.grow(state(9, 3), 4), Lost::default());
+        assert_eq!(lost.grow(state(9, 3), 5), Lost::default(), "written after it was counted");
+        assert_eq!(lost.grow(state(11, 3), 5), Lost::default().with(0, 1));
+    }
+
+    #[test]
+    fn counters_that_begin_anew_are_no_losses() {
+        let mut lost = Lost::default();
+        assert_eq!(lost.grow(state(u32::MAX, 0), u32::MAX), Lost::default());
+        assert_eq!(lost.grow(state(4, 0), 4), Lost::default());
+        assert_eq!(lost.grow(state(6, 0), 8), Lost::default(), "more was read than counted");
+    }
+
+    impl Lost {
+        const fn with(self, limit: u64, full: u64) -> Self {
+            Self { limit, full }
+        }
+    }
+
+    #[test]
+    fn numbers_become_words() {
+        let text =
+            format!("{} {} {} -14 0 3 66", Fault::Malformed as u8, Hook::Inbound as u8, Family::Ipv6 as u8);
+        let told = Told::parse(&text).unwrap();
+        assert_eq!((told.fault, told.hook, told.family), (Fault::Malformed, Hook::Inbound, Family::Ipv6));
+        assert_eq!(told.error.and_then(|error| error.raw_os_error()), Some(libc::EFAULT));
+        assert_eq!((told.netns_cookie, told.interface, told.length), (None, Some(3), Some(66)));
+        for other in ["", "a text", "0 0 0", "99 0 0 0 0 0 0", "0 0 2 0 0 0 0", "0 0 0 0 0 0 0 0"] {
+            assert!(Told::parse(other).is_none(), "{other}");
+        }
+    }
+}
