@@ -1,6 +1,6 @@
 //! A network namespace, held by its descriptor.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::mem::size_of;
 use std::net::IpAddr;
@@ -97,16 +97,6 @@ impl NetNs {
         })?
     }
 
-    /// Whether somebody in the namespace listens for IPv6 on a port.
-    pub fn has_ipv6_listener(&self, port: u16) -> io::Result<bool> {
-        let table = self.run(|| fs::read_to_string("/proc/thread-self/net/tcp6"))?;
-        match table {
-            Ok(table) => Ok(lists_listener(&table, port)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
-
     /// The cookie by which the kernel side knows the namespace. Needs Linux 5.14.
     pub fn cookie(&self) -> io::Result<u64> {
         self.run(current_cookie)?
@@ -146,32 +136,4 @@ pub fn current_cookie() -> io::Result<u64> {
         )
     };
     if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
-}
-
-/// Whether a table of the form of `/proc/net/tcp` has a listener on the port.
-fn lists_listener(table: &str, port: u16) -> bool {
-    const LISTEN: &str = "0A";
-    table.lines().any(|line| {
-        // "sl: local_address rem_address st …", each address with its port, in hexadecimal.
-        let mut fields = line.split_whitespace().skip(1);
-        let local = fields.next().and_then(|address| address.rsplit_once(':'));
-        let is_port = local.is_some_and(|(_, number)| u16::from_str_radix(number, 16) == Ok(port));
-        is_port && fields.nth(1) == Some(LISTEN)
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn listeners_are_told_from_connections() {
-        let table = "  sl  local_address                         remote_address                        st tx_queue\n   \
-            0: 00000000000000000000000000000000:3A99 00000000000000000000000000000000:0000 0A 00000000:00000000\n   \
-            1: 0000000000000000FFFF00000100007F:3A9E 0000000000000000FFFF00000100007F:C5C6 01 00000000:00000000\n";
-        assert!(lists_listener(table, 15001));
-        assert!(!lists_listener(table, 15006));
-        assert!(!lists_listener(table, 80));
-        assert!(!lists_listener("", 15001));
-    }
 }

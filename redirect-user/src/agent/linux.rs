@@ -45,7 +45,7 @@ use super::records::Records;
 use crate::netns::{NetNs, current_cookie};
 use crate::placement::Placement;
 use crate::pod::Exclusion;
-use crate::wire::{CounterReport, MapReport, PodCounter, ProgramReport};
+use crate::wire::{CounterReport, MapReport, PodCounter, ProgramReport, Transport};
 pub use attached::{Attached, at_cgroup, on_devices};
 use bpf::{At, Place, State};
 use listeners::LISTENING;
@@ -667,7 +667,8 @@ impl Datapath for Linux {
 
     fn is_served_in_ipv6(&mut self, netns: &NetNs) -> io::Result<bool> {
         let place = if self.placement == Placement::Node { &self.host } else { netns };
-        place.has_ipv6_listener(PORT_OUTBOUND)
+        let bound = place.run(|| super::listeners::bound(Transport::Tcp, Family::Ipv6))??;
+        Ok(bound.iter().any(|bound| bound.port == PORT_OUTBOUND))
     }
 
     fn observe(&mut self, target: &Target) -> Result<Observation, Error> {
