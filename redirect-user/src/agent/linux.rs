@@ -521,9 +521,7 @@ impl Linux {
                 None => false,
             };
         }
-        let on = entered(&mut self.session)?.sysctls.that_are_on()?;
-        observation.facts.extend(on.into_iter().map(Fact::Sysctl));
-        observation.facts.extend(self.maps.facts(target));
+        observation.facts.extend(self.sysctls_and_entries(target)?);
         Ok(observation)
     }
 
@@ -542,11 +540,17 @@ impl Linux {
         Ok(self.links.remove(&lookup_name(lookup, target.netns_cookie))?)
     }
 
-    /// The facts that nobody tells about when they change.
-    fn quiet_facts(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>> {
+    /// The sysctls of the pod that are on, and what the maps have of it.
+    fn sysctls_and_entries(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>> {
         let on = self.enter(target)?.sysctls.that_are_on()?;
         let mut facts: BTreeSet<Fact> = on.into_iter().map(Fact::Sysctl).collect();
         facts.extend(self.maps.facts(target));
+        Ok(facts)
+    }
+
+    /// The facts that nobody tells about when they change.
+    fn quiet_facts(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>> {
+        let mut facts = self.sysctls_and_entries(target)?;
         for lookup in Lookup::ALL {
             if self.lookup_state(lookup, target)? == Some(State::Current) {
                 facts.insert(lookup.fact());

@@ -301,8 +301,8 @@ impl Netlink {
         Ok(filters.filter(|filter| filter.program != 0 && HANDLES.contains(&filter.handle)).collect())
     }
 
-    /// All filters of an interface's `ingress` or clsact queueing discipline with their kinds, in the order in which they are asked. Those that are no
-    /// BPF programs have the ID zero.
+    /// All filters of an interface's `ingress` or clsact queueing discipline with their kinds, in the order in which they are
+    /// asked. Those that are no BPF programs have the ID zero.
     pub(super) fn all_filters(&mut self, interface: u32) -> io::Result<Vec<(String, Filter)>> {
         // `struct tcmsg`
         const SIZE: usize = 20;
