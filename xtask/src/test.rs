@@ -53,6 +53,10 @@ pub(crate) struct Selection {
     /// Tests a build for development there, which is ready sooner than the one that is shipped.
     #[arg(long, requires = "vm")]
     dev: bool,
+    /// Gives the load tests (`load::`) numbers as on a large node: 1,000 pods, 50,000 open connections. They take minutes, in
+    /// a virtual machine an hour.
+    #[arg(long)]
+    load: bool,
     /// What kind of proxy that is, where its name does not begin with it.
     #[arg(long, value_name = "KIND", requires = "proxy")]
     proxy_kind: Option<ProxyKind>,
@@ -116,6 +120,11 @@ impl Selection {
         self.host || self.vm.is_empty()
     }
 
+    /// More environment of the tests.
+    fn environment(&self) -> impl Iterator<Item = (&'static str, String)> {
+        self.load.then(|| ("REDIRECT_LOAD", "full".to_owned())).into_iter()
+    }
+
     /// The kernels that are to be booted.
     fn boots(&self) -> Vec<Plan> {
         let text = |argument: &OsString| argument.to_string_lossy().into_owned();
@@ -123,7 +132,8 @@ impl Selection {
             kernel: kernel.clone(),
             arguments: self.vm_args.clone(),
             only: Vec::new(),
-            environment: Vec::new(),
+            environment: self.environment().collect(),
+            memory: if self.load { vm::MUCH_MEMORY } else { vm::MEMORY },
             test_arguments: self.filter.iter().cloned().chain(self.arguments.iter().map(text)).collect(),
             limit: vm::LIMIT,
         };
@@ -161,6 +171,7 @@ fn test_command(workspace: &Workspace, programs: &Programs, selection: &Selectio
     cargo.args(["test", "--workspace", "--no-fail-fast"]).args(&selection.filter);
     cargo.arg("--").args(&selection.arguments);
     cargo.env("REDIRECT_BIN", &programs.redirect).env("REDIRECT_CNI_BIN", &programs.plugin);
+    cargo.envs(selection.environment());
     if io::stdout().is_terminal() && env::var_os("CARGO_TERM_COLOR").is_none() {
         cargo.env("CARGO_TERM_COLOR", "always");
     }

@@ -47,6 +47,8 @@ pub(crate) struct Plan {
     pub(crate) only: Vec<String>,
     /// More environment of the tests.
     pub(crate) environment: Vec<(&'static str, String)>,
+    /// In MiB.
+    pub(crate) memory: u32,
     /// Arguments of the test binaries.
     pub(crate) test_arguments: Vec<String>,
     /// How long it may take.
@@ -59,8 +61,14 @@ const AT_ONCE: usize = 2;
 /// How much longer than on this machine things may take.
 const PATIENCE: &str = "30";
 
-/// A machine that hangs is ended after this.
-pub(crate) const LIMIT: Duration = Duration::from_secs(3600);
+/// A machine that hangs is ended after this. All tests take hours in an emulated one.
+pub(crate) const LIMIT: Duration = Duration::from_secs(12 * 3600);
+
+/// A machine's memory, in MiB.
+pub(crate) const MEMORY: u32 = 2048;
+
+/// That of one whose sockets alone take gigabytes.
+pub(crate) const MUCH_MEMORY: u32 = 8192;
 
 /// Runs what is planned. What can't be booted, for want of the kernel or of qemu, is told as a skipped test, and never
 /// counts as passed.
@@ -204,6 +212,7 @@ fn in_machine(
         kernel,
         root: root.archive()?,
         arguments: &plan.arguments,
+        memory: plan.memory,
         limit: plan.limit,
         console: workspace.target(format!("vm/{folder}/console.log")),
     };

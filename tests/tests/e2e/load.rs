@@ -1,5 +1,5 @@
-//! Many pods, many changes, many connections at once. `REDIRECT_LOAD=full` has numbers as on a large node, which take minutes;
-//! without it they are small.
+//! Many pods, many changes, many connections: at once, and one after the other. `cargo xtask test --load` has numbers as on a
+//! large node, which take minutes; without it they are small.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -12,6 +12,7 @@ use libtest_mimic::Trial;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use redirect_tests::bench::scale::resident;
 use redirect_tests::load::{self, Target};
+use redirect_tests::wait::patient;
 use redirect_tests::{Families, Netns, Node, NodeOptions, Stack};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
@@ -21,8 +22,12 @@ use tokio::task::JoinSet;
 use crate::context::{Context, for_every_stack, trial};
 use crate::limits::{at_once, timed};
 
+/// An answer is awaited so long.
+const ANSWER: Duration = Duration::from_secs(20);
+
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     let mut trials = for_every_stack(context, "load::open_connections", open_connections);
+    trials.extend(for_every_stack(context, "load::connections_a_second", connections_a_second));
     trials.push(trial(context, "load::pods_come_and_go", pods_come_and_go));
     trials
 }
@@ -103,7 +108,9 @@ fn open_connections(context: &Context, stack: Stack) -> Result<()> {
     // Both ends here, and as many in the proxy, which inherits the limit.
     let (_, limit) = getrlimit(Resource::RLIMIT_NOFILE)?;
     let limit = limit.max(2 * connections as u64 + 2000);
-    setrlimit(Resource::RLIMIT_NOFILE, limit, limit).context("the limit of open files can't be raised")?;
+    setrlimit(Resource::RLIMIT_NOFILE, limit, limit).with_context(|| {
+        format!("this machine does not let a process have {limit} open files; --vm newest has one that does")
+    })?;
 
     let node = Node::start(&context.session()?)?;
     let (client, server) = (node.enrolled("client", Families::Dual)?, node.plain("server", Families::Dual)?);
@@ -131,8 +138,94 @@ fn open_connections(context: &Context, stack: Stack) -> Result<()> {
     })
 }
 
+/// Short connections, as fast as they can be made.
+fn connections_a_second(context: &Context, stack: Stack) -> Result<()> {
+    let connections = if is_full() { 300_000 } else { 3_000 };
+    let node = context.node()?;
+    let (client, server) = (node.enrolled("client", Families::Dual)?, node.plain("server", Families::Dual)?);
+    let any = SocketAddr::new(server.address(stack.family())?, 0);
+    let listener = server.netns().run(|| std::net::TcpListener::bind(any))??;
+    let to = stack.spell(listener.local_addr()?);
+    let over = AtomicBool::new(false);
+    let (direct, took) = thread::scope(|scope| {
+        let serving = scope.spawn(|| tell_ports(server.netns(), listener, &over));
+        let called = client.netns().run(|| call_in_turn(to, connections));
+        over.store(true, Ordering::Relaxed);
+        serving.join().map_err(|_| anyhow!("the server panicked"))??;
+        called?
+    })?;
+    println!(
+        "load::connections_a_second::{}: {connections} connections in {took:?} ({:.0} a second), 0 failed, {direct} bypassed",
+        stack.label(),
+        connections as f64 / took.as_secs_f64(),
+    );
+    ensure!(direct == 0, "{direct} of {connections} bypassed the proxy");
+    Ok(())
+}
+
+/// Tells each client its port, and ends the connection, as servers of short connections do.
+fn tell_ports(netns: &Netns, listener: std::net::TcpListener, over: &AtomicBool) -> Result<()> {
+    serve(netns, vec![listener], over, |mut stream, peer| async move {
+        let _ = stream.write_all(&peer.port().to_be_bytes()).await;
+    })
+}
+
+/// Connects many times, a few at once. How many came to the server from the client's own port, and how long it took.
+fn call_in_turn(to: SocketAddr, connections: usize) -> Result<(usize, Duration)> {
+    const AT_ONCE: usize = 32;
+    Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let start = Instant::now();
+        let next = Arc::new(AtomicUsize::new(0));
+        let mut calling = JoinSet::new();
+        for _ in 0..AT_ONCE {
+            let next = next.clone();
+            calling.spawn(async move {
+                let mut direct = 0;
+                loop {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    if number >= connections {
+                        return anyhow::Ok(direct);
+                    }
+                    let ports = tokio::time::timeout(patient(ANSWER), ask_port(to));
+                    let ports = ports.await.context("no answer").flatten();
+                    let (own, seen) = ports.with_context(|| format!("connection {number}"))?;
+                    direct += usize::from(own == seen);
+                }
+            });
+        }
+        let mut direct = 0;
+        while let Some(called) = calling.join_next().await {
+            direct += called??;
+        }
+        Ok((direct, start.elapsed()))
+    })
+}
+
+/// The client's own port, and which one the server sees.
+async fn ask_port(to: SocketAddr) -> Result<(u16, u16)> {
+    let mut stream = TcpStream::connect(to).await?;
+    let own = stream.local_addr()?.port();
+    let mut seen = Vec::new();
+    stream.read_to_end(&mut seen).await?;
+    let seen = seen.as_slice().try_into().with_context(|| format!("the server said {seen:?}"))?;
+    Ok((own, u16::from_be_bytes(seen)))
+}
+
 /// Echoes until it is over.
 fn echo(netns: &Netns, listeners: Vec<std::net::TcpListener>, over: &AtomicBool) -> Result<()> {
+    serve(netns, listeners, over, |mut stream, _| async move {
+        let (mut read, mut write) = stream.split();
+        let _ = tokio::io::copy(&mut read, &mut write).await;
+    })
+}
+
+/// Serves what connects until it is over.
+fn serve<T: Future<Output = ()> + Send + 'static>(
+    netns: &Netns,
+    listeners: Vec<std::net::TcpListener>,
+    over: &AtomicBool,
+    each: impl Fn(TcpStream, SocketAddr) -> T + Copy + Send + Sync + 'static,
+) -> Result<()> {
     netns.run(|| {
         Builder::new_current_thread().enable_all().build()?.block_on(async {
             let mut accepting = JoinSet::new();
@@ -141,11 +234,8 @@ fn echo(netns: &Netns, listeners: Vec<std::net::TcpListener>, over: &AtomicBool)
                 let listener = TcpListener::from_std(listener)?;
                 accepting.spawn(async move {
                     loop {
-                        let (mut stream, _) = listener.accept().await?;
-                        tokio::spawn(async move {
-                            let (mut read, mut write) = stream.split();
-                            let _ = tokio::io::copy(&mut read, &mut write).await;
-                        });
+                        let (stream, peer) = listener.accept().await?;
+                        tokio::spawn(each(stream, peer));
                     }
                     #[expect(unreachable_code, reason = "the type of the task")]
                     std::io::Result::Ok(())
@@ -194,6 +284,6 @@ async fn exchange(stream: &mut TcpStream) -> Result<()> {
     stream.write_all(b"x").await?;
     let mut answer = [0];
     let read = stream.read_exact(&mut answer);
-    tokio::time::timeout(Duration::from_secs(20), read).await.context("no answer")??;
+    tokio::time::timeout(patient(ANSWER), read).await.context("no answer")??;
     Ok(())
 }

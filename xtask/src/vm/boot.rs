@@ -22,6 +22,8 @@ pub(super) struct Machine<'a> {
     pub(super) root: Image,
     /// More arguments of the kernel.
     pub(super) arguments: &'a str,
+    /// In MiB.
+    pub(super) memory: u32,
     pub(super) limit: Duration,
     /// Where the kernel's messages go.
     pub(super) console: PathBuf,
@@ -46,7 +48,8 @@ impl Machine<'_> {
         // It ends with the thread that waits for it, also if this process is killed.
         let mut qemu = workspace.command("setpriv");
         qemu.args(["--pdeathsig", "KILL"]).arg(program);
-        qemu.args(["-accel", "tcg,thread=multi,tb-size=256", "-cpu", "max", "-smp", "2", "-m", "2048"]);
+        qemu.args(["-accel", "tcg,thread=multi,tb-size=256", "-cpu", "max", "-smp", "2"]);
+        qemu.arg("-m").arg(self.memory.to_string());
         qemu.args(["-nodefaults", "-display", "none", "-no-reboot"]);
         qemu.arg("-serial").arg(format!("file:{}", self.console.display()));
         qemu.args(["-chardev", "stdio,id=output,signal=off", "-serial", "chardev:output"]);

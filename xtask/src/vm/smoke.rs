@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Plan, kernels};
+use super::{MEMORY, Plan, kernels};
 
 /// The verifier on every program; each direction and DNS in every family; what TC can't give to a listener itself; the proxy in
 /// each of its places.
@@ -26,6 +26,7 @@ pub(crate) fn plans() -> Vec<Plan> {
         arguments: String::new(),
         only: tests.iter().map(|&test| test.to_owned()).collect(),
         environment: Vec::new(),
+        memory: MEMORY,
         // What has limits of its own, as the proxy's resolver has, is not slowed down by other tests.
         test_arguments: vec!["--test-threads=1".to_owned()],
         limit: LIMIT,
