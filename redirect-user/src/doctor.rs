@@ -3,7 +3,6 @@
 //! `redirect doctor` prints every [`Check`]; the agent refuses to start when one of `REQUIRED` fails. One file per
 //! group of checks.
 
-mod bpf;
 mod chain;
 mod families;
 mod kernel;
@@ -13,6 +12,7 @@ mod others;
 mod privileges;
 mod programs;
 mod sysctls;
+mod tiny;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -23,7 +23,7 @@ use crate::agent::linux::{self, TcMethod};
 use crate::agent::records::{self, Found, Records};
 use crate::install;
 use crate::wire::FeatureReport;
-pub(crate) use bpf::tc_may_keep_sockets;
+pub(crate) use tiny::tc_may_keep_sockets;
 
 /// What is asked of the node.
 #[derive(Clone, Debug, clap::Args)]

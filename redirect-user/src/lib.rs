@@ -14,6 +14,7 @@
 //! - [`proxy`]: the embedded node proxy (`redirect proxy`).
 
 pub mod agent;
+mod bpf;
 pub mod cgroup;
 pub mod cli;
 pub mod cni;

@@ -5,10 +5,10 @@
 //! thread.
 
 mod attached;
-mod bpf;
 mod decision;
 mod devices;
 mod entrance;
+mod link;
 mod listeners;
 mod maps;
 mod netlink;
@@ -47,7 +47,7 @@ use crate::placement::Placement;
 use crate::pod::Exclusion;
 use crate::wire::{CounterReport, MapReport, PodCounter, ProgramReport, Transport};
 pub use attached::{Attached, at_cgroup, on_devices};
-use bpf::{At, Place, State};
+use link::{At, AttachType, Place, State};
 use listeners::LISTENING;
 pub use listeners::NotedBy;
 pub use maps::Capacities;
@@ -64,29 +64,29 @@ pub use tc::TcMethod;
 pub use try_out::try_out;
 
 /// The programs that are attached to the root of the cgroup2 hierarchy.
-const CGROUP: [(&str, bpf::Cgroup); 10] = [
-    ("outbound_ipv4", bpf::Cgroup::Connect4),
-    ("outbound_ipv6", bpf::Cgroup::Connect6),
-    ("bind_ipv4", bpf::Cgroup::Bind4),
-    ("bind_ipv6", bpf::Cgroup::Bind6),
-    ("sendmsg_ipv4", bpf::Cgroup::Sendmsg4),
-    ("sendmsg_ipv6", bpf::Cgroup::Sendmsg6),
-    ("recvmsg_ipv4", bpf::Cgroup::Recvmsg4),
-    ("recvmsg_ipv6", bpf::Cgroup::Recvmsg6),
-    ("getpeername_ipv4", bpf::Cgroup::Getpeername4),
-    ("getpeername_ipv6", bpf::Cgroup::Getpeername6),
+const CGROUP: [(&str, AttachType); 10] = [
+    ("outbound_ipv4", AttachType::BPF_CGROUP_INET4_CONNECT),
+    ("outbound_ipv6", AttachType::BPF_CGROUP_INET6_CONNECT),
+    ("bind_ipv4", AttachType::BPF_CGROUP_INET4_BIND),
+    ("bind_ipv6", AttachType::BPF_CGROUP_INET6_BIND),
+    ("sendmsg_ipv4", AttachType::BPF_CGROUP_UDP4_SENDMSG),
+    ("sendmsg_ipv6", AttachType::BPF_CGROUP_UDP6_SENDMSG),
+    ("recvmsg_ipv4", AttachType::BPF_CGROUP_UDP4_RECVMSG),
+    ("recvmsg_ipv6", AttachType::BPF_CGROUP_UDP6_RECVMSG),
+    ("getpeername_ipv4", AttachType::BPF_CGROUP_INET4_GETPEERNAME),
+    ("getpeername_ipv6", AttachType::BPF_CGROUP_INET6_GETPEERNAME),
 ];
 
 /// Placement `node` does without all but the one that notes listeners: nothing of it is in the pods.
 fn cgroup_programs(
     placement: Placement,
     noted_by: NotedBy,
-) -> impl Iterator<Item = (&'static str, bpf::Cgroup)> {
+) -> impl Iterator<Item = (&'static str, AttachType)> {
     let programs: &[_] = match placement {
         Placement::Pod => &CGROUP,
         Placement::Node => &[],
     };
-    let listening = (noted_by == NotedBy::SockOps).then_some((LISTENING, bpf::Cgroup::SockOps));
+    let listening = (noted_by == NotedBy::SockOps).then_some((LISTENING, AttachType::BPF_CGROUP_SOCK_OPS));
     programs.iter().copied().chain(listening)
 }
 
@@ -165,9 +165,9 @@ impl Directory {
         Ok(Self { path: path.into(), file, inode })
     }
 
-    fn place(&self, hook: bpf::Cgroup) -> Place<'_> {
+    fn place(&self, attach_type: AttachType) -> Place<'_> {
         let at = At::Descriptor(self.file.as_fd());
-        Place { hook: bpf::Hook::Cgroup(hook), at, id: self.inode }
+        Place { attach_type, at, id: self.inode }
     }
 }
 
@@ -401,7 +401,7 @@ impl Linux {
         let program = self.programs.get(PROBE)?;
         for (name, directory) in &wanted {
             self.links
-                .ensure(name, program, directory.place(bpf::Cgroup::SockOps))
+                .ensure(name, program, directory.place(AttachType::BPF_CGROUP_SOCK_OPS))
                 .with_context(|| format!("program {PROBE} on cgroup {}", directory.path.display()))?;
         }
         let others: Vec<String> =
@@ -636,7 +636,11 @@ fn entered(session: &mut Option<Session>) -> io::Result<&mut Session> {
 }
 
 fn lookup_place(netns: &NetNs) -> io::Result<Place<'_>> {
-    Ok(Place { hook: bpf::Hook::Lookup, at: At::Descriptor(netns.as_fd()), id: netns.inode()? })
+    Ok(Place {
+        attach_type: AttachType::BPF_SK_LOOKUP,
+        at: At::Descriptor(netns.as_fd()),
+        id: netns.inode()?,
+    })
 }
 
 impl Datapath for Linux {

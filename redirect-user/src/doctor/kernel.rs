@@ -1,6 +1,6 @@
 //! What the data path needs of the kernel's BPF.
 
-use std::os::fd::{AsRawFd as _, RawFd};
+use std::os::fd::{AsFd as _, RawFd};
 
 use aya::maps::MapType;
 use aya::sys::is_map_supported;
@@ -9,9 +9,9 @@ use aya_obj::generated::bpf_func_id::{self, *};
 use aya_obj::generated::bpf_prog_type::{self, *};
 use nix::errno::Errno;
 
-use super::bpf::{self, Hook};
+use super::tiny::{self, Hook};
 use super::{Cause, Check, Requirements};
-use crate::netns;
+use crate::{bpf, netns};
 
 /// A hook, the helpers that our programs there call, and what brings it.
 struct HookNeeds {
@@ -100,7 +100,7 @@ const MAPS: [(&str, MapType); 6] = [
 ];
 
 pub(super) fn checks(_: &Requirements) -> Vec<Check> {
-    if let Err(error) = bpf::load(hook(BPF_PROG_TYPE_SOCKET_FILTER, None)) {
+    if let Err(error) = tiny::load(hook(BPF_PROG_TYPE_SOCKET_FILTER, None)) {
         return vec![not_at_all(error)];
     }
     let mut checks: Vec<Check> = HOOKS.iter().map(hook_check).collect();
@@ -126,12 +126,12 @@ fn not_at_all(error: Errno) -> Check {
 }
 
 fn hook_check(needs: &HookNeeds) -> Check {
-    if let Err(error) = bpf::load(needs.hook) {
+    if let Err(error) = tiny::load(needs.hook) {
         return missing(needs.name, format!("no programs of this type: {error}"), needs.remedy);
     }
     let mut lacking = Vec::new();
     for (name, helper, remedy) in needs.helpers {
-        match bpf::has_helper(needs.hook, *helper) {
+        match tiny::has_helper(needs.hook, *helper) {
             Ok(true) => {}
             Ok(false) => lacking.push((*name, *remedy)),
             Err(error) => return missing(needs.name, format!("{name} can't be probed: {error}"), remedy),
@@ -169,7 +169,7 @@ fn maps() -> Check {
 /// For the connections that the socket lookup gives to the node proxy.
 fn listeners() -> Check {
     const NAME: &str = "listeners";
-    match bpf::tc_may_keep_sockets() {
+    match tiny::tc_may_keep_sockets() {
         Ok(true) => Check::ok(NAME, "noted by TC programs"),
         Ok(false) => Check::ok(NAME, "noted by sock_ops: TC programs may not (Linux 7.3)"),
         Err(error) => {
@@ -201,8 +201,8 @@ fn netns_cookie() -> Check {
 /// Where it is unknown, so is the attach type: the kernel does not come to see that there is no such interface.
 fn tcx() -> Check {
     const NO_INTERFACE: u32 = i32::MAX as u32;
-    let tried = bpf::load(hook(BPF_PROG_TYPE_SCHED_CLS, None))
-        .and_then(|program| bpf::link_create(program.as_raw_fd(), NO_INTERFACE, BPF_TCX_INGRESS));
+    let tried = tiny::load(hook(BPF_PROG_TYPE_SCHED_CLS, None))
+        .and_then(|program| bpf::link_create(program.as_fd(), NO_INTERFACE, BPF_TCX_INGRESS, 0));
     if matches!(tried, Err(Errno::ENODEV)) {
         return Check::ok("tcx links", "can be chosen with --tc tcx");
     }

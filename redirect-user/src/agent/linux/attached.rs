@@ -7,9 +7,10 @@ use std::os::fd::AsFd as _;
 use std::path::Path;
 
 use super::super::facts::{Hook, Interface};
+use super::link::{self, At, AttachType};
 use super::netlink::{Netlink, Side};
 use super::tc::HANDLES;
-use super::{CGROUP, bpf, devices};
+use super::{CGROUP, devices};
 use crate::netns::NetNs;
 use crate::placement::Placement;
 
@@ -47,9 +48,8 @@ impl Attached {
 /// What is attached to our hooks of a cgroup.
 pub fn at_cgroup(cgroup: &Path) -> io::Result<Vec<Attached>> {
     let directory = File::open(cgroup)?;
-    let at = |(name, hook): (&'static str, bpf::Cgroup)| {
-        let hook = bpf::Hook::Cgroup(hook);
-        let ids = bpf::programs(bpf::At::Descriptor(directory.as_fd()), hook)?;
+    let at = |(name, attach_type): (&'static str, AttachType)| {
+        let ids = link::programs(At::Descriptor(directory.as_fd()), attach_type)?;
         Ok(Attached { place: name.into(), programs: named(ids, &[name])? })
     };
     CGROUP.into_iter().map(at).collect()
@@ -75,15 +75,15 @@ fn on(netlink: &mut Netlink, interfaces: &[Interface]) -> io::Result<Vec<Attache
     let mut attached = Vec::new();
     for interface in interfaces {
         let filters = netlink.all_filters(interface.index)?;
-        for (side, hook, label) in [
-            (Side::Ingress, bpf::Hook::TcxIngress, "ingress"),
-            (Side::Egress, bpf::Hook::TcxEgress, "egress"),
+        for (side, attach_type, label) in [
+            (Side::Ingress, AttachType::BPF_TCX_INGRESS, "ingress"),
+            (Side::Egress, AttachType::BPF_TCX_EGRESS, "egress"),
         ] {
-            let mut programs = named(bpf::programs(bpf::At::Interface(interface.index), hook)?, &ours)?;
+            let mut programs = named(link::programs(At::Interface(interface.index), attach_type)?, &ours)?;
             for (kind, filter) in filters.iter().filter(|(_, filter)| filter.side == side) {
                 let name = match filter.program {
                     0 => None,
-                    id => bpf::program_name(id)?,
+                    id => link::program_name(id)?,
                 };
                 let is_ours = |name: &String| ours.contains(&&**name) && HANDLES.contains(&filter.handle);
                 let ours = name.as_ref().is_some_and(is_ours);
@@ -100,7 +100,7 @@ fn on(netlink: &mut Netlink, interfaces: &[Interface]) -> io::Result<Vec<Attache
 fn named(ids: Vec<u32>, ours: &[&str]) -> io::Result<Vec<Program>> {
     let mut programs = Vec::new();
     for id in ids {
-        if let Some(name) = bpf::program_name(id)? {
+        if let Some(name) = link::program_name(id)? {
             // The kernel cuts names.
             let is_cut = |own: &&str| !name.is_empty() && own.get(..15).unwrap_or(own) == name;
             programs.push(Program { ours: ours.iter().any(is_cut), name });

@@ -30,7 +30,7 @@ use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
 use super::super::facts::{Interface, LOOPBACK_INDEX, Mark};
-use super::bpf::Program;
+use super::link::Program;
 use super::tc::HANDLES;
 use crate::netns::NetNs;
 use raw::Raw;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::fd::AsFd as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
@@ -14,14 +14,16 @@ use aya::programs::{CgroupSockAddr, Program, SchedClassifier, SkLookup, SockOps}
 use aya::{Ebpf, EbpfLoader};
 use aya_log::{EbpfLogger, Level};
 use aya_obj::EbpfSectionKind;
+use aya_obj::generated::bpf_map_info;
 use redirect_ebpf::constants::MAX_PROXY_CGROUPS;
 
-use super::bpf::{self, Layout};
+use super::link;
 use super::listeners::NotedBy;
 use super::pins::Pins;
 use super::{PROBE, Settings, cgroup_programs};
 use crate::agent::facts::{Hook, Lookup};
 use crate::agent::kernel_log::Words;
+use crate::bpf;
 use crate::placement::Placement;
 
 /// The kernel side, as the build script found it. Aligned as an ELF file has to be.
@@ -30,6 +32,26 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/re
 /// Creates the maps and prepares the programs. None of them is loaded yet.
 pub fn load(settings: &Settings) -> anyhow::Result<Ebpf> {
     loader(settings).load(&bytes(settings)?).context(REMEDY)
+}
+
+/// What a map is like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Layout {
+    /// `enum bpf_map_type`.
+    kind: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    flags: u32,
+}
+
+impl Layout {
+    /// That of a pinned map.
+    fn of_pin(pin: &Path) -> io::Result<Self> {
+        let bpf_map_info { type_: kind, key_size, value_size, max_entries, map_flags: flags, .. } =
+            bpf::info(bpf::obj_get(pin)?.as_fd())?;
+        Ok(Self { kind, key_size, value_size, max_entries, flags })
+    }
 }
 
 const REMEDY: &str =
@@ -134,7 +156,7 @@ fn loader<'a>(settings: &Settings) -> EbpfLoader<'a> {
 }
 
 /// The loaded programs, by name.
-pub(super) struct Programs(BTreeMap<&'static str, bpf::Program>);
+pub(super) struct Programs(BTreeMap<&'static str, link::Program>);
 
 impl Programs {
     /// Has the kernel check all that these placements need.
@@ -162,12 +184,12 @@ impl Programs {
             };
             loaded.with_context(|| format!("the kernel refuses program {name}"))?;
             let fd = program.fd()?.as_fd().try_clone_to_owned()?;
-            programs.insert(name, bpf::Program { fd, id: program.info()?.id() });
+            programs.insert(name, link::Program { fd, id: program.info()?.id() });
         }
         Ok(Self(programs))
     }
 
-    pub(super) fn get(&self, name: &str) -> io::Result<&bpf::Program> {
+    pub(super) fn get(&self, name: &str) -> io::Result<&link::Program> {
         self.0.get(name).ok_or_else(|| io::Error::other(format!("program {name} is not loaded")))
     }
 

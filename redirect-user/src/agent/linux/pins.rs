@@ -26,7 +26,7 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use redirect_ebpf::maps::LAYOUT;
 
 use super::super::facts::Lookup;
-use super::bpf::{Link, Place, Program, State};
+use super::link::{Link, Place, Program, State};
 
 /// Where maps and links are pinned.
 pub const DEFAULT_DIRECTORY: &str = "/sys/fs/bpf/ambient-redirect";

@@ -22,7 +22,7 @@ use nix::sched::{CloneFlags, unshare};
 use redirect_ebpf::Family;
 
 use super::super::facts::{Fact, Hook, Interface, LOOPBACK_INDEX};
-use super::bpf::{self, At, Link, Place, State};
+use super::link::{self, At, AttachType, Link, Place, State};
 use super::netlink::{Filter, Netlink, Side};
 use super::object::Programs;
 use super::pins::Links;
@@ -94,11 +94,11 @@ impl Hook {
 
 impl Side {
     fn place(self, interface: u32) -> Place<'static> {
-        let hook = match self {
-            Self::Ingress => bpf::Hook::TcxIngress,
-            Self::Egress => bpf::Hook::TcxEgress,
+        let attach_type = match self {
+            Self::Ingress => AttachType::BPF_TCX_INGRESS,
+            Self::Egress => AttachType::BPF_TCX_EGRESS,
         };
-        Place { hook, at: At::Interface(interface), id: interface.into() }
+        Place { attach_type, at: At::Interface(interface), id: interface.into() }
     }
 }
 
@@ -179,8 +179,8 @@ impl Tc {
     /// In the namespace of the pod. The kernel runs tcx programs before filters, and filters not at all if one of them
     /// decides: beside those of others, ours has to be one too, and comes before them. One that is there stays.
     fn method_for(&self, interface: u32, side: Side) -> io::Result<TcMethod> {
-        let Place { hook, at, .. } = side.place(interface);
-        let links = self.method == TcMethod::Tcx || !bpf::programs(at, hook)?.is_empty();
+        let Place { attach_type, at, .. } = side.place(interface);
+        let links = self.method == TcMethod::Tcx || !link::programs(at, attach_type)?.is_empty();
         Ok(if links { TcMethod::Tcx } else { TcMethod::Clsact })
     }
 

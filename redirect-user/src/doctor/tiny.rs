@@ -1,14 +1,15 @@
-//! bpf(2) as the probes need it.
+//! Programs of a few instructions: whether the kernel takes them tells what it can do.
 
-use std::mem;
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 
 use aya_obj::generated::{
     BPF_ADD, BPF_ALU64, BPF_CALL, BPF_DW, BPF_EXIT, BPF_IMM, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_LDX,
-    BPF_MEM, BPF_MOV, BPF_PSEUDO_MAP_FD, BPF_ST, BPF_W, BPF_X, bpf_attach_type, bpf_attr, bpf_cmd,
-    bpf_func_id, bpf_insn, bpf_map_type, bpf_prog_type,
+    BPF_MEM, BPF_MOV, BPF_PSEUDO_MAP_FD, BPF_ST, BPF_W, BPF_X, bpf_attach_type, bpf_cmd, bpf_func_id,
+    bpf_insn, bpf_map_type, bpf_prog_type,
 };
 use nix::errno::Errno;
+
+use crate::bpf;
 
 /// Where programs run.
 #[derive(Clone, Copy, Debug)]
@@ -66,35 +67,18 @@ pub(crate) fn tc_may_keep_sockets() -> Result<bool, Errno> {
 }
 
 fn socket_hash() -> Result<OwnedFd, Errno> {
-    let mut attributes = zeroed();
+    let mut attributes = bpf::attributes();
     // SAFETY: all of the union was zeroed, which every member allows.
     let map = unsafe { &mut attributes.__bindgen_anon_1 };
     map.map_type = bpf_map_type::BPF_MAP_TYPE_SOCKHASH as u32;
     map.key_size = 4;
     map.value_size = 4;
     map.max_entries = 1;
-    bpf(bpf_cmd::BPF_MAP_CREATE, &mut attributes).map(descriptor)
-}
-
-/// BPF_LINK_UPDATE.
-pub(super) fn link_update(link: RawFd, program: RawFd) -> Result<(), Errno> {
-    let mut attributes = zeroed();
-    attributes.link_update.link_fd = link.cast_unsigned();
-    attributes.link_update.__bindgen_anon_1.new_prog_fd = program.cast_unsigned();
-    bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attributes).map(drop)
-}
-
-/// BPF_LINK_CREATE on an interface.
-pub(super) fn link_create(program: RawFd, interface: u32, attach: bpf_attach_type) -> Result<OwnedFd, Errno> {
-    let mut attributes = zeroed();
-    attributes.link_create.__bindgen_anon_1.prog_fd = program.cast_unsigned();
-    attributes.link_create.__bindgen_anon_2.target_ifindex = interface;
-    attributes.link_create.attach_type = attach as u32;
-    bpf(bpf_cmd::BPF_LINK_CREATE, &mut attributes).map(descriptor)
+    bpf::open(bpf_cmd::BPF_MAP_CREATE, &mut attributes)
 }
 
 fn load_with_log(hook: Hook, instructions: &[bpf_insn], log: &mut [u8]) -> Result<OwnedFd, Errno> {
-    let mut attributes = zeroed();
+    let mut attributes = bpf::attributes();
     // SAFETY: all of the union was zeroed, which every member allows.
     let program = unsafe { &mut attributes.__bindgen_anon_3 };
     program.prog_type = hook.program as u32;
@@ -108,30 +92,12 @@ fn load_with_log(hook: Hook, instructions: &[bpf_insn], log: &mut [u8]) -> Resul
         program.log_size = log.len() as u32;
     }
     for _ in 1..ATTEMPTS {
-        match bpf(bpf_cmd::BPF_PROG_LOAD, &mut attributes) {
+        match bpf::open(bpf_cmd::BPF_PROG_LOAD, &mut attributes) {
             Err(Errno::EAGAIN) => {}
-            result => return result.map(descriptor),
+            result => return result,
         }
     }
-    bpf(bpf_cmd::BPF_PROG_LOAD, &mut attributes).map(descriptor)
-}
-
-fn bpf(command: bpf_cmd, attributes: &mut bpf_attr) -> Result<RawFd, Errno> {
-    // SAFETY: the attributes are as long as is said, and what they point to outlives the call.
-    let result = unsafe {
-        libc::syscall(libc::SYS_bpf, command as libc::c_int, &raw mut *attributes, mem::size_of::<bpf_attr>())
-    };
-    Errno::result(result).map(|descriptor| descriptor as RawFd)
-}
-
-fn descriptor(fd: RawFd) -> OwnedFd {
-    // SAFETY: the kernel has just made it, for us alone.
-    unsafe { OwnedFd::from_raw_fd(fd) }
-}
-
-fn zeroed() -> bpf_attr {
-    // SAFETY: the attributes are plain numbers, for which zero is valid.
-    unsafe { mem::zeroed() }
+    bpf::open(bpf_cmd::BPF_PROG_LOAD, &mut attributes)
 }
 
 /// An instruction, with the registers of its destination and of its source.

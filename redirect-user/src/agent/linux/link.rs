@@ -1,0 +1,184 @@
+//! Links that outlive the agent: made, pinned, found again, given another program. aya has none of them for links of cgroups
+//! and of network namespaces.
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+pub(super) use aya_obj::generated::bpf_attach_type as AttachType;
+use aya_obj::generated::{BPF_F_BEFORE, bpf_cmd, bpf_link_info, bpf_link_type, bpf_prog_info};
+use nix::errno::Errno;
+
+use crate::bpf;
+
+/// A loaded program.
+#[derive(Debug)]
+pub(super) struct Program {
+    pub(super) fd: OwnedFd,
+    pub(super) id: u32,
+}
+
+/// An attachment of a program, which ends with the last descriptor and pin of it.
+#[derive(Debug)]
+pub(super) struct Link(OwnedFd);
+
+/// Where a link is, or shall be: `at` is a descriptor of the cgroup or of the namespace, or the interface's index; `id` is
+/// what the kernel calls the same thing: the inode of the cgroup's directory or of the namespace, or the index.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place<'a> {
+    pub(super) attach_type: AttachType,
+    pub(super) at: At<'a>,
+    pub(super) id: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) enum At<'a> {
+    Descriptor(BorrowedFd<'a>),
+    Interface(u32),
+}
+
+impl At<'_> {
+    fn number(self) -> u32 {
+        match self {
+            Self::Descriptor(descriptor) => descriptor.as_raw_fd().cast_unsigned(),
+            Self::Interface(index) => index,
+        }
+    }
+}
+
+/// How a link compares with what it should be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    /// It attaches the program to the place.
+    Current,
+    /// It attaches another program to the place: that of another build.
+    Stale,
+    /// It is elsewhere, or what it was attached to is gone.
+    Elsewhere,
+}
+
+impl Link {
+    pub(super) fn create(program: &Program, place: Place<'_>) -> io::Result<Self> {
+        let create =
+            |flags| bpf::link_create(program.fd.as_fd(), place.at.number(), place.attach_type, flags);
+        // Before all others that are attached to the same place.
+        let created = match link_type(place.attach_type) {
+            bpf_link_type::BPF_LINK_TYPE_NETNS => create(0),
+            bpf_link_type::BPF_LINK_TYPE_TCX => create(BPF_F_BEFORE),
+            // Linux before 6.17 knows no order but that of attachment.
+            _ => match create(BPF_F_BEFORE) {
+                Err(Errno::EINVAL) => create(0),
+                created => created,
+            },
+        };
+        Ok(Self(created?))
+    }
+
+    /// Opens a pinned link.
+    pub(super) fn open(pin: &Path) -> io::Result<Self> {
+        bpf::obj_get(pin).map(Self)
+    }
+
+    pub(super) fn pin(&self, pin: &Path) -> io::Result<()> {
+        bpf::obj_pin(self.0.as_fd(), pin)
+    }
+
+    /// Puts another program in the place of the link's, in one step.
+    pub(super) fn update(&self, program: &Program) -> io::Result<()> {
+        Ok(bpf::link_update(self.0.as_raw_fd(), program.fd.as_raw_fd())?)
+    }
+
+    /// Detaches the program now. When the last descriptor and pin are gone the kernel does so as well, but some time later.
+    pub(super) fn detach(&self) -> io::Result<()> {
+        let mut attributes = bpf::attributes();
+        attributes.link_detach.link_fd = self.0.as_raw_fd().cast_unsigned();
+        bpf::call(bpf_cmd::BPF_LINK_DETACH, &mut attributes)?;
+        Ok(())
+    }
+
+    pub(super) fn state(&self, program: &Program, place: Place<'_>) -> io::Result<State> {
+        let info: bpf_link_info = bpf::info(self.0.as_fd())?;
+        let here = info.type_ == link_type(place.attach_type) as u32
+            && target(&info) == (place.id, place.attach_type as u32);
+        Ok(match here {
+            true if info.prog_id == program.id => State::Current,
+            true => State::Stale,
+            false => State::Elsewhere,
+        })
+    }
+
+    /// Whether what the link was attached to still exists.
+    pub(super) fn is_attached(&self) -> io::Result<bool> {
+        let (id, _) = target(&bpf::info(self.0.as_fd())?);
+        Ok(id != 0)
+    }
+}
+
+/// What a link is attached to, zero if that is gone, and the attach type.
+fn target(info: &bpf_link_info) -> (u64, u32) {
+    let (tcx, netns) = (bpf_link_type::BPF_LINK_TYPE_TCX as u32, bpf_link_type::BPF_LINK_TYPE_NETNS as u32);
+    // SAFETY: integers, which are zero where the kernel told nothing.
+    unsafe {
+        let target = &info.__bindgen_anon_1;
+        match info.type_ {
+            kind if kind == tcx => (target.tcx.ifindex.into(), target.tcx.attach_type),
+            kind if kind == netns => (target.netns.netns_ino.into(), target.netns.attach_type),
+            _ => (target.cgroup.cgroup_id, target.cgroup.attach_type),
+        }
+    }
+}
+
+/// Of the links for an attach type.
+fn link_type(attach_type: AttachType) -> bpf_link_type {
+    match attach_type {
+        AttachType::BPF_SK_LOOKUP => bpf_link_type::BPF_LINK_TYPE_NETNS,
+        AttachType::BPF_TCX_INGRESS | AttachType::BPF_TCX_EGRESS => bpf_link_type::BPF_LINK_TYPE_TCX,
+        _ => bpf_link_type::BPF_LINK_TYPE_CGROUP,
+    }
+}
+
+/// The IDs of the attached programs, in the order in which they run.
+pub(super) fn programs(at: At<'_>, attach_type: AttachType) -> io::Result<Vec<u32>> {
+    /// The kernel allows no more.
+    const MOST: usize = 64;
+    let mut ids = [0u32; MOST];
+    let mut attributes = bpf::attributes();
+    attributes.query.__bindgen_anon_1.target_fd = at.number();
+    attributes.query.attach_type = attach_type as u32;
+    attributes.query.prog_ids = (&raw mut ids).expose_provenance() as u64;
+    attributes.query.__bindgen_anon_2.prog_cnt = MOST as u32;
+    match bpf::call(bpf_cmd::BPF_PROG_QUERY, &mut attributes) {
+        Ok(_) => {
+            // SAFETY: the kernel has written this member.
+            let answer = unsafe { attributes.query };
+            // SAFETY: both members are integers.
+            let count = unsafe { answer.__bindgen_anon_2.prog_cnt };
+            Ok(ids.into_iter().take(count as usize).collect())
+        }
+        // A kernel without tcx.
+        Err(Errno::EINVAL) if matches!(at, At::Interface(_)) => Ok(Vec::new()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The name of a program in the kernel; `None` if the program is gone.
+pub(super) fn program_name(id: u32) -> io::Result<Option<String>> {
+    let mut attributes = bpf::attributes();
+    // SAFETY: all of the union was zeroed, which every member allows.
+    unsafe { &mut attributes.__bindgen_anon_6 }.__bindgen_anon_1.prog_id = id;
+    let program = match bpf::open(bpf_cmd::BPF_PROG_GET_FD_BY_ID, &mut attributes) {
+        Err(Errno::ENOENT) => return Ok(None),
+        result => result?,
+    };
+    let info: bpf_prog_info = bpf::info(program.as_fd())?;
+    let name = info.name.map(|byte| byte.to_ne_bytes()[0]);
+    let name = CStr::from_bytes_until_nul(&name).unwrap_or_default();
+    Ok(Some(name.to_string_lossy().into_owned()))
+}
+
+impl AsFd for Program {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}

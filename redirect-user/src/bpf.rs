@@ -1,0 +1,106 @@
+//! bpf(2), for what aya has no call for: links that outlive the agent, and probes.
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_map_info, bpf_prog_info};
+use nix::errno::Errno;
+
+/// What the kernel tells about an object.
+///
+/// # Safety
+///
+/// Zeros are a value of it, and so is whatever the kernel writes.
+pub(crate) unsafe trait Info: Copy {}
+
+// SAFETY: they consist of integers, in structures and unions.
+unsafe impl Info for bpf_link_info {}
+// SAFETY: as above.
+unsafe impl Info for bpf_map_info {}
+// SAFETY: as above.
+unsafe impl Info for bpf_prog_info {}
+
+/// Nothing but zeros, which the kernel takes for what is not said.
+pub(crate) fn attributes() -> bpf_attr {
+    // SAFETY: the attributes consist of integers, for which zero is valid.
+    unsafe { mem::zeroed() }
+}
+
+/// A call. The result is a descriptor, for the commands that return one. What the attributes point to has to outlive it.
+pub(crate) fn call(command: bpf_cmd, attributes: &mut bpf_attr) -> Result<RawFd, Errno> {
+    // SAFETY: the attributes are as long as is said, and the caller sees to what they point to. Older kernels, which know fewer
+    // of them, take them as long as the others are zero.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, command as libc::c_int, &raw mut *attributes, size_of::<bpf_attr>())
+    };
+    Errno::result(result).map(|descriptor| descriptor as RawFd)
+}
+
+/// A call that makes or opens something.
+pub(crate) fn open(command: bpf_cmd, attributes: &mut bpf_attr) -> Result<OwnedFd, Errno> {
+    let descriptor = call(command, attributes)?;
+    // SAFETY: the kernel has just made it, for us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+/// `BPF_LINK_CREATE`. The target is a descriptor, or the index of an interface.
+pub(crate) fn link_create(
+    program: BorrowedFd<'_>,
+    target: u32,
+    attach_type: bpf_attach_type,
+    flags: u32,
+) -> Result<OwnedFd, Errno> {
+    let mut attributes = attributes();
+    attributes.link_create.__bindgen_anon_1.prog_fd = program.as_raw_fd().cast_unsigned();
+    attributes.link_create.__bindgen_anon_2.target_fd = target;
+    attributes.link_create.attach_type = attach_type as u32;
+    attributes.link_create.flags = flags;
+    open(bpf_cmd::BPF_LINK_CREATE, &mut attributes)
+}
+
+/// `BPF_LINK_UPDATE`.
+pub(crate) fn link_update(link: RawFd, program: RawFd) -> Result<(), Errno> {
+    let mut attributes = attributes();
+    attributes.link_update.link_fd = link.cast_unsigned();
+    attributes.link_update.__bindgen_anon_1.new_prog_fd = program.cast_unsigned();
+    call(bpf_cmd::BPF_LINK_UPDATE, &mut attributes).map(drop)
+}
+
+/// `BPF_OBJ_GET_INFO_BY_FD`.
+pub(crate) fn info<T: Info>(object: BorrowedFd<'_>) -> Result<T, Errno> {
+    // SAFETY: zeros are a value of it.
+    let mut info: T = unsafe { mem::zeroed() };
+    let mut attributes = attributes();
+    attributes.info.bpf_fd = object.as_raw_fd().cast_unsigned();
+    attributes.info.info_len = size_of::<T>() as u32;
+    attributes.info.info = (&raw mut info).expose_provenance() as u64;
+    call(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
+    Ok(info)
+}
+
+/// `BPF_OBJ_PIN`.
+pub(crate) fn obj_pin(object: BorrowedFd<'_>, pin: &Path) -> io::Result<()> {
+    let path = CString::new(pin.as_os_str().as_bytes())?;
+    let mut attributes = of_pin(&path);
+    // SAFETY: all of the union was zeroed or written as this member.
+    unsafe { &mut attributes.__bindgen_anon_4 }.bpf_fd = object.as_raw_fd().cast_unsigned();
+    call(bpf_cmd::BPF_OBJ_PIN, &mut attributes)?;
+    Ok(())
+}
+
+/// `BPF_OBJ_GET`.
+pub(crate) fn obj_get(pin: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(pin.as_os_str().as_bytes())?;
+    Ok(open(bpf_cmd::BPF_OBJ_GET, &mut of_pin(&path))?)
+}
+
+fn of_pin(path: &CStr) -> bpf_attr {
+    let mut attributes = attributes();
+    // SAFETY: all of the union was zeroed, which every member allows.
+    unsafe { &mut attributes.__bindgen_anon_4 }.pathname = path.as_ptr().expose_provenance() as u64;
+    attributes
+}
