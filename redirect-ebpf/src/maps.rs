@@ -120,7 +120,7 @@ pub struct HandedOver {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct ListenerKey {
-    /// Cookie of its network namespace, host order.
+    /// Cookie of its network namespace, host order, or [`ListenerKey::of_processor`].
     pub netns_cookie: u64,
     /// Its port, host order.
     pub port: u16,
@@ -133,6 +133,23 @@ pub struct ListenerKey {
 impl ListenerKey {
     /// What tells listeners of the same port apart.
     pub const SLOTS: core::ops::Range<u16> = 0..4;
+
+    /// No cookie has this bit: they are counted from 1 on.
+    const PROCESSORS: u64 = 1 << 63;
+
+    /// In the place of a cookie: for the one packet that the processor is about to pass on.
+    #[must_use]
+    #[inline(always)]
+    pub const fn of_processor(number: u32) -> u64 {
+        Self::PROCESSORS | number as u64
+    }
+
+    /// Whether it has [`ListenerKey::of_processor`].
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_of_processor(&self) -> bool {
+        self.netns_cookie & Self::PROCESSORS != 0
+    }
 }
 
 const _: () = {

@@ -131,7 +131,12 @@ impl Selection {
         let plan = |kernel: &String| Plan {
             kernel: kernel.clone(),
             arguments: self.vm_args.clone(),
-            only: Vec::new(),
+            // As on this host.
+            only: env::var("REDIRECT_TESTS")
+                .iter()
+                .flat_map(|list| list.split(','))
+                .map(str::to_owned)
+                .collect(),
             environment: self.environment().collect(),
             memory: if self.load { vm::MUCH_MEMORY } else { vm::MEMORY },
             test_arguments: self.filter.iter().cloned().chain(self.arguments.iter().map(text)).collect(),

@@ -156,7 +156,7 @@ macro_rules! route {
             }
 
             #[inline(always)]
-            fn namespace(_: &Segment<I::Address>) -> Option<u64>
+            fn namespace(_: &TcContext, _: &Segment<I::Address>) -> Option<u64>
             where
                 I: PodIp,
             {

@@ -7,12 +7,14 @@
 
 use core::mem::offset_of;
 
-use aya_ebpf::Global;
-use aya_ebpf::bindings::{BPF_NOEXIST, BPF_SOCK_OPS_TCP_LISTEN_CB, bpf_sock_ops};
-use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_map_update_elem, bpf_sock_hash_update};
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST, BPF_SOCK_OPS_TCP_LISTEN_CB, bpf_sock_ops};
+use aya_ebpf::helpers::{
+    bpf_get_netns_cookie, bpf_get_smp_processor_id, bpf_map_update_elem, bpf_sock_hash_update,
+};
 use aya_ebpf::macros::{map, sock_ops};
 use aya_ebpf::maps::SockHash;
-use aya_ebpf::programs::{SkLookupContext, SockOpsContext};
+use aya_ebpf::programs::{SkLookupContext, SockOpsContext, TcContext};
+use aya_ebpf::{EbpfContext as _, Global};
 use redirect_ebpf::decide::{Protocol, is_for_captured, is_guarded};
 use redirect_ebpf::family::Family;
 use redirect_ebpf::maps::ListenerKey;
@@ -32,12 +34,27 @@ static TC_KNOWS_LISTENERS: Global<bool> = Global::new(true);
 
 const EEXIST: i32 = -17;
 
-/// Puts a listener into the map that TC has found, if it is not there already. Where TC may not, it was noted before.
+/// What stands for the cookie of the packet's namespace in the keys of listeners, where no address tells it. TC programs can
+/// ask for the cookie since Linux 6.15. Where they note the listener of each such packet, a place for each processor will do.
+#[inline(always)]
+pub(super) fn here(ctx: &TcContext) -> u64 {
+    if TC_KNOWS_LISTENERS.load() {
+        // SAFETY: the helper has no preconditions.
+        ListenerKey::of_processor(unsafe { bpf_get_smp_processor_id() })
+    } else {
+        // SAFETY: the helper takes the context.
+        unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
+    }
+}
+
+/// Puts a listener into the map that TC has found: if there is none already, or always where packets of several namespaces
+/// share a place. Where TC may not, it was noted before.
 #[inline(always)]
 pub(super) fn remember(key: &ListenerKey, listener: &Socket) -> Result<(), i64> {
     if !TC_KNOWS_LISTENERS.load() {
         return Ok(());
     }
+    let flags = if key.is_of_processor() { BPF_ANY } else { BPF_NOEXIST };
     // aya has no call for this: the value of a socket map is a socket.
     // SAFETY: map, key and socket are valid for the length of the call.
     let result = unsafe {
@@ -45,7 +62,7 @@ pub(super) fn remember(key: &ListenerKey, listener: &Socket) -> Result<(), i64> 
             (&raw const LISTENERS).cast_mut().cast(),
             (&raw const *key).cast(),
             listener.as_ptr().cast_const(),
-            BPF_NOEXIST.into(),
+            flags.into(),
         )
     };
     // Before Linux 6.4 maps return an `int`, and the verifier calls them directly: the upper half is not set then.

@@ -10,11 +10,11 @@ use libtest_mimic::Trial;
 use redirect_tests::dns::{self, DnsServer};
 use redirect_tests::foreign::{Hook, Kind, Program};
 use redirect_tests::wait::SOON;
-use redirect_tests::{Direction, Families, Netns, Node, NodeOptions, Pod, Stack};
+use redirect_tests::{Direction, Families, Netns, Node, NodeOptions, Pod, Stack, foreign};
 use redirect_user::placement::Placement;
 use socket2::{Socket, Type};
 
-use crate::context::{Context, for_every_stack, for_every_stack_in_pods};
+use crate::context::{Context, for_every_stack, for_every_stack_in_pods, needs_tcx};
 use crate::on_node::host_device;
 use crate::{inbound, outbound, restarts};
 
@@ -90,7 +90,7 @@ fn socket_load_balancer(context: &Context, stack: Stack, turn: Turn) -> Result<(
 }
 
 /// The same for DNS. Ours comes first on kernels that let it (6.17), whoever was attached first: the application hears its
-/// answer from the server that it asked.
+/// answer from the server that it asked; elsewhere from the one that the other program chose.
 fn dns_load_balancer(context: &Context, stack: Stack) -> Result<()> {
     let session = context.session()?;
     let node = Node::with(&session, NodeOptions { agent: false, proxy: false, ..NodeOptions::default() })?;
@@ -114,7 +114,8 @@ fn dns_load_balancer(context: &Context, stack: Stack) -> Result<()> {
     let mut buffer = [0; 512];
     let (length, from) = socket.recv_from(&mut buffer).context("no answer")?;
     dns::check_answer(&question, &buffer[..length])?;
-    ensure!(from == stack.spell(service), "{service} was asked, {from} answered");
+    let expected = if foreign::has_order(session.cgroup().path())? { service } else { backend };
+    ensure!(from == stack.spell(expected), "{service} was asked, {from} answered, not {expected}");
     ensure!(asked.heard().is_empty(), "the question went past the proxy: {:?}", asked.heard());
     Ok(())
 }
@@ -166,6 +167,7 @@ impl<'a> Place<'a> {
 
 /// tcx programs on the device that end every packet's way through the hook: filters would never be asked.
 fn tcx_programs(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
+    needs_tcx()?;
     let node = context.node()?;
     let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
     let place = Place::of(&pod)?;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::{Result, anyhow, bail};
 use libtest_mimic::{Completion, Failed, Trial};
 use redirect_tests::session::{Binaries, Session};
-use redirect_tests::{Families, Node, ProxyKind, Stack, signals};
+use redirect_tests::{Families, Node, ProxyKind, Stack, foreign, signals};
 use redirect_user::placement::Placement;
 
 use crate::on_node;
@@ -27,6 +27,11 @@ pub(crate) struct Context {
     placement: Placement,
     session: Arc<Lazy<Session>>,
     node: Lazy<Node>,
+}
+
+/// Skips the test on kernels without tcx.
+pub(crate) fn needs_tcx() -> Result<()> {
+    if foreign::has_tcx()? { Ok(()) } else { Err(skip("the kernel has no tcx (Linux 6.6)")) }
 }
 
 /// Something made on demand, once; a failure is remembered as well.

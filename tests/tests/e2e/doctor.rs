@@ -9,11 +9,11 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, bail, ensure};
 use libtest_mimic::Trial;
 use redirect_tests::foreign::{Hook, Kind, Program};
-use redirect_tests::{Families, Node, NodeOptions, Pod, wait};
+use redirect_tests::{Families, Node, NodeOptions, Pod, foreign, wait};
 use redirect_user::placement::Placement;
 use serde_json::Value;
 
-use crate::context::{Context, skip, trial};
+use crate::context::{Context, needs_tcx, skip, trial};
 use crate::on_node;
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
@@ -329,6 +329,9 @@ fn others(context: &Context) -> Result<()> {
     let session = context.session()?;
     // No other test's programs are there.
     let cgroup = session.cgroup().child("programs-before-ours")?;
+    if !foreign::has_order(cgroup.path())? {
+        return Err(skip("the kernel has no order among programs of a cgroup (Linux 6.17)"));
+    }
     let path = cgroup.path().display().to_string();
     let agent_arguments = vec!["--cgroup".into(), path.clone()];
     let _node =
@@ -341,15 +344,8 @@ fn others(context: &Context) -> Result<()> {
         Ok(())
     };
     let nowhere = ["192.0.2.77:77".parse()?, "[2001:db8::77]:77".parse()?];
-    let mut first = Vec::new();
-    for nowhere in nowhere {
-        match Program::rewriting_first(cgroup.path(), Kind::Connections, nowhere, nowhere) {
-            Err(error) if is_unknown(&error) => {
-                return Err(skip("the kernel has no order among programs of a cgroup (Linux 6.17)"));
-            }
-            program => first.push(program?),
-        }
-    }
+    let attach = |nowhere| Program::rewriting_first(cgroup.path(), Kind::Connections, nowhere, nowhere);
+    let first = nowhere.map(attach).into_iter().collect::<Result<Vec<_>>>()?;
     let (found, code) = ask()?;
     ensure!(found.len() == 2 && code >= Some(1), "{code:?}: {found:#?}");
     for (found, ours) in found.iter().zip(["outbound_ipv4", "outbound_ipv6"]) {
@@ -365,13 +361,9 @@ fn others(context: &Context) -> Result<()> {
     says("none before ours at our hooks; there are foreign")
 }
 
-/// Whether a kernel does not know a way to attach programs.
-fn is_unknown(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<io::Error>().is_some_and(|error| error.raw_os_error() == Some(libc::EINVAL))
-}
-
 /// tcx programs that come after the agent has looked: the kernel asks them first, or them alone.
 fn devices(context: &Context) -> Result<()> {
+    needs_tcx()?;
     let node = Node::with_arguments(&context.session()?, &["--check-interval", "3600"])?;
     let (_clean, pod) = (node.enrolled("clean", Families::Dual)?, node.enrolled("pod", Families::Dual)?);
     let state = node.state_dir().display().to_string();
@@ -390,10 +382,7 @@ fn devices(context: &Context) -> Result<()> {
     for hook in [Hook::TcxIngress, Hook::TcxEgress] {
         /// `TCX_NEXT`: whoever comes next is asked.
         const NEXT: i32 = -1;
-        match netns.run(|| Program::with_verdict(index, hook, NEXT))? {
-            Err(error) if is_unknown(&error) => return Err(skip("the kernel has no tcx (Linux 6.6)")),
-            program => programs.push(program?),
-        }
+        programs.push(netns.run(|| Program::with_verdict(index, hook, NEXT))??);
     }
     let (found, code) = ask()?;
     ensure!(found.len() == programs.len() && code >= Some(1), "{code:?}: {found:#?}");

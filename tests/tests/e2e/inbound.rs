@@ -4,9 +4,8 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use libtest_mimic::Trial;
-use redirect_ebpf::Family;
 use redirect_tests::stack::canonical;
-use redirect_tests::{Connection, Direction, Families, Netns, Node, Pod, Stack, wait};
+use redirect_tests::{Connection, Direction, Families, Netns, Pod, Stack};
 
 use crate::context::{Context, for_every_kind, for_every_stack};
 use crate::outbound;
@@ -17,7 +16,6 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials.extend(for_every_stack(context, "inbound::from_outside", from_outside));
     trials.extend(for_every_stack(context, "inbound::closed_port", closed_port));
     trials.extend(for_every_stack(context, "inbound::not_enrolled", not_enrolled));
-    trials.extend(for_every_stack(context, "inbound::interface_added_later", interface_added_later));
     trials.extend(for_every_kind(context, "pod_to_pod", pod_to_pod));
     trials.extend(for_every_stack(context, "pod_to_pod::closed_port", pod_to_pod_closed_port));
     trials
@@ -29,7 +27,8 @@ pub(crate) fn passes_the_proxy_once(client: &Netns, server: &Pod, stack: Stack) 
     passes_at(client, server, stack, address)
 }
 
-fn passes_at(client: &Netns, server: &Pod, stack: Stack, address: std::net::IpAddr) -> Result<()> {
+/// As [`passes_the_proxy_once`], at an address of the pod.
+pub(crate) fn passes_at(client: &Netns, server: &Pod, stack: Stack, address: std::net::IpAddr) -> Result<()> {
     let listening = server.listen(stack)?;
     let to = std::net::SocketAddr::new(address, listening.port());
     let mut connection = Connection::open(client, stack, to)?;
@@ -87,36 +86,6 @@ fn not_enrolled(context: &Context, stack: Stack) -> Result<()> {
     ensure!(connection.heard.peer == canonical(connection.local_name), "{:?}", connection.heard);
     ensure!(server.proxied_at_all()?.is_empty());
     Ok(())
-}
-
-/// Multus and friends give a running pod more interfaces.
-fn interface_added_later(context: &Context, stack: Stack) -> Result<()> {
-    context.needs_placement_pod("the other end of such an interface has to be on the host")?;
-    passes_at_a_later_interface(&context.node()?, stack)
-}
-
-/// A pod gets one more interface while it is enrolled; what comes through it passes the proxy.
-pub(crate) fn passes_at_a_later_interface(node: &Arc<Node>, stack: Stack) -> Result<()> {
-    let server = node.enrolled("server", Families::Dual)?;
-    let outside = Netns::new("second-network")?;
-    let link = format!("link add net1 type veth peer name net1 netns {}", outside.path().display());
-    server.netns().ip(&link)?;
-    for (netns, host) in [(server.netns(), 1), (&outside, 2)] {
-        netns.ip_batch(&[
-            format!("address add 192.168.77.{host}/24 dev net1"),
-            format!("address add fd02::{host}/64 dev net1 nodad"),
-            "link set net1 up".to_owned(),
-        ])?;
-    }
-    wait::until_true("agent that knows the new interface", wait::SOON, || {
-        let report = node.report(&server)?;
-        Ok(report.is_some_and(|report| report.interfaces.iter().any(|name| name == "net1")))
-    })?;
-    let address = match stack.family() {
-        Family::Ipv4 => [192, 168, 77, 1].into(),
-        Family::Ipv6 => "fd02::1".parse()?,
-    };
-    passes_at(&outside, &server, stack, address)
 }
 
 /// Both ends enrolled on one node: outbound once, inbound once.

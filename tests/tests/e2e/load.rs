@@ -127,7 +127,7 @@ fn open_connections(context: &Context, stack: Stack) -> Result<()> {
         let called = client.netns().run(|| call(&to, connections));
         over.store(true, Ordering::Relaxed);
         serving.join().map_err(|_| anyhow!("the server panicked"))??;
-        let (opened, exchanged) = called??;
+        let (opened, exchanged) = called?.with_context(|| gave_up(client.netns()))?;
         println!(
             "load::open_connections::{}: {connections} open in {opened:?} ({:.0} a second), a byte to and fro on each in \
              {exchanged:?}",
@@ -211,6 +211,14 @@ async fn ask_port(to: SocketAddr) -> Result<(u16, u16)> {
     Ok((own, u16::from_be_bytes(seen)))
 }
 
+/// How often TCP gave connections up, by reason.
+fn gave_up(netns: &Netns) -> String {
+    const REASONS: [&str; 5] =
+        ["TCPAbortOnData", "TCPAbortOnClose", "TCPAbortOnMemory", "TCPAbortOnTimeout", "TCPAbortFailed"];
+    let count = |reason| format!("{reason} {:?}", netns.statistic("netstat", "TcpExt", reason).ok());
+    REASONS.map(count).join(", ")
+}
+
 /// Echoes until it is over.
 fn echo(netns: &Netns, listeners: Vec<std::net::TcpListener>, over: &AtomicBool) -> Result<()> {
     serve(netns, listeners, over, |mut stream, _| async move {
@@ -264,7 +272,7 @@ fn call(to: &[SocketAddr], connections: usize) -> Result<(Duration, Duration)> {
                 let socket = if to.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
                 let mut stream = socket.connect(to).await.with_context(|| format!("connection {number}"))?;
                 exchange(&mut stream).await.with_context(|| format!("connection {number}"))?;
-                anyhow::Ok(stream)
+                anyhow::Ok((number, Instant::now(), stream))
             });
         }
         while let Some(opened) = opening.join_next().await {
@@ -272,8 +280,9 @@ fn call(to: &[SocketAddr], connections: usize) -> Result<(Duration, Duration)> {
         }
         let opened = start.elapsed();
         let start = Instant::now();
-        for stream in &mut open {
-            exchange(stream).await.context("the second time")?;
+        for (number, since, stream) in &mut open {
+            let exchanged = exchange(stream).await;
+            exchanged.with_context(|| format!("connection {number}, after {:?}", since.elapsed()))?;
         }
         ensure!(open.len() == connections, "{} are open", open.len());
         Ok((opened, start.elapsed()))

@@ -45,6 +45,7 @@ mod repairs;
 mod reports;
 mod restarts;
 mod running_pods;
+mod second_network;
 mod services;
 mod shared_listeners;
 mod streams;
@@ -155,6 +156,7 @@ fn in_pods(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         tunnel::trials(context),
         // A pod with a second way out is refused in placement `node`.
         virtual_interfaces::trials(context),
+        second_network::trials(context),
         // From rules that send a pod's connections to a proxy in this pod.
         migration::trials(context),
         // Figures, not behaviour.

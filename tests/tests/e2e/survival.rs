@@ -16,7 +16,7 @@ use redirect_tests::{Families, Node, NodeOptions, Pod, Stack, traffic, wait};
 use redirect_user::kube::double::Fault;
 use redirect_user::placement::Placement;
 
-use crate::context::{Context, for_every_stack, trial};
+use crate::context::{Context, for_every_stack, needs_tcx, trial};
 use crate::{inbound, outbound};
 
 /// How the agent is replaced.
@@ -98,6 +98,9 @@ fn node(context: &Context) -> Result<Arc<Node>> {
 fn survives(context: &Context, stack: Stack, change: Change) -> Result<()> {
     /// How long the agent is away.
     const AWAY: Duration = Duration::from_millis(200);
+    if change == Change::Method {
+        needs_tcx()?;
+    }
     let node = node(context)?;
     let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
     let (tally, ()) = traffic::during(&pod, &other, stack, || {

@@ -7,15 +7,15 @@ use libtest_mimic::Trial;
 use redirect_tests::kernel::Footprint;
 use redirect_tests::{Families, Node, Stack};
 
-use crate::context::{Context, for_every_stack, for_every_stack_in_pods, trial};
-use crate::{inbound, outbound};
+use crate::context::{Context, for_every_stack, for_every_stack_in_pods, needs_tcx, trial};
+use crate::{inbound, outbound, second_network};
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     let mut trials = for_every_stack(context, "tc_method::tcx_steers_both_ways", steers);
     trials.extend(for_every_stack_in_pods(
         context,
         "tc_method::tcx_on_an_interface_added_later",
-        "a pod that gets another way out is refused",
+        second_network::REASON,
         later,
     ));
     trials.push(trial(context, "tc_method::tcx_leaves_nothing", leaves_nothing));
@@ -23,6 +23,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 }
 
 fn node(context: &Context) -> Result<Arc<Node>> {
+    needs_tcx()?;
     Node::with_arguments(&context.session()?, &["--tc", "tcx"])
 }
 
@@ -38,7 +39,7 @@ fn steers(context: &Context, stack: Stack) -> Result<()> {
 }
 
 fn later(context: &Context, stack: Stack) -> Result<()> {
-    inbound::passes_at_a_later_interface(&node(context)?, stack)
+    second_network::inbound(&node(context)?, stack)
 }
 
 fn leaves_nothing(context: &Context) -> Result<()> {

@@ -12,7 +12,7 @@ use redirect_tests::{Connection, Families, Node, NodeOptions, Pod};
 use redirect_user::placement::Placement;
 use serde_json::Value;
 
-use crate::context::{Context, trial};
+use crate::context::{Context, needs_tcx, trial};
 use crate::install::Directories;
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
@@ -41,6 +41,9 @@ struct Case {
 }
 
 fn leaves_nothing(context: &Context, case: Case) -> Result<()> {
+    if case.tcx {
+        needs_tcx()?;
+    }
     let tc = if case.tcx { "tcx" } else { "clsact" };
     let agent_arguments = ["--on-exit", "keep", "--tc", tc].map(str::to_owned).to_vec();
     let options = NodeOptions { agent: false, proxy: false, ..NodeOptions::default() };

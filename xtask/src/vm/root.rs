@@ -13,7 +13,7 @@ use crate::workspace::{Workspace, which};
 
 /// What tests need that Debian builds as modules. Those that a kernel has built in, or has not, are left out; the tests
 /// that need them say so.
-const MODULES: [&str; 14] = [
+const MODULES: [&str; 29] = [
     "veth",
     "bridge",
     "dummy",
@@ -26,15 +26,59 @@ const MODULES: [&str; 14] = [
     "nf_tables",
     "nft_ct",
     "nft_reject_inet",
+    "nft_chain_nat",
+    "nft_nat",
+    "nft_redir",
+    "nft_masq",
+    "nft_compat",
+    "xt_tcpudp",
+    "xt_mark",
+    "xt_connmark",
+    "xt_REDIRECT",
+    "iptable_filter",
+    "iptable_mangle",
+    "iptable_nat",
+    "ip6table_filter",
+    "ip6table_mangle",
+    "ip6table_nat",
     "inet_diag",
     "tcp_diag",
 ];
 
 /// What tests run.
-const PROGRAMS: [&str; 12] =
-    ["ip", "ss", "bpftool", "unshare", "nft", "dig", "drill", "sh", "mount", "getent", "tc", "setpriv"];
+const PROGRAMS: [&str; 23] = [
+    "ip",
+    "ss",
+    "bpftool",
+    "unshare",
+    "nft",
+    "dig",
+    "drill",
+    "sh",
+    "mount",
+    "getent",
+    "tc",
+    "setpriv",
+    "sleep",
+    "iptables",
+    "ip6tables",
+    "iptables-restore",
+    "ip6tables-restore",
+    "iptables-save",
+    "ip6tables-save",
+    "iptables-nft",
+    "ip6tables-nft",
+    "iptables-legacy",
+    "ip6tables-legacy",
+];
 
-const PLUGINS: [&str; 3] = ["bridge", "host-local", "loopback"];
+/// Without any, a client of the API server can't be made.
+const AUTHORITIES: &str = "/etc/ssl/certs/ca-certificates.crt";
+
+/// Where Debian keeps what iptables opens at run time.
+const EXTENSIONS: &str = "/usr/lib/x86_64-linux-gnu/xtables";
+
+const PLUGINS: [&str; 4] = ["bridge", "ptp", "host-local", "loopback"];
 
 /// The first program of the machine.
 const INIT: &str = r"#!/vm/busybox sh
@@ -97,6 +141,11 @@ impl<'a> Root<'a> {
         let plugins = plugins.context("the CNI plugins are not there: cargo xtask setup")?;
         for plugin in PLUGINS {
             root.program(&plugins.join(plugin), &Path::new("/usr/lib/cni").join(plugin))?;
+        }
+        root.put(Path::new(AUTHORITIES), Path::new(AUTHORITIES))?;
+        for extension in fs::read_dir(EXTENSIONS).with_context(|| format!("cannot read {EXTENSIONS}"))? {
+            let path = extension?.path();
+            root.put(&path, &path)?;
         }
         root.modules(kernel)?;
         Ok(root)
