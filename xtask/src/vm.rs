@@ -192,6 +192,9 @@ fn in_machine(
     for (variable, value) in &plan.environment {
         writeln!(script, "export {variable}='{value}'")?;
     }
+    // Where tests find it that load another one.
+    let object = workspace.target("bpf/redirect.o");
+    root.put(&object, &object)?;
     for (variable, path) in &suite.programs {
         let place = Path::new("/vm/programs").join(path.file_name().unwrap_or_default());
         root.built(path, &place)?;

@@ -156,11 +156,11 @@ macro_rules! route {
             }
 
             #[inline(always)]
-            fn namespace(_: &TcContext, _: &Segment<I::Address>) -> Option<u64>
+            fn namespace(_: &Segment<I::Address>) -> Option<u64>
             where
                 I: PodIp,
             {
-                config::host_cookie()
+                Some(config::host_cookie().unwrap_or_default())
             }
         }
     };

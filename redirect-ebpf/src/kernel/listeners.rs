@@ -6,15 +6,20 @@
 //! TIME_WAIT as without us, its sender resets what is left there, and sends it again at once.
 
 use core::mem::offset_of;
+use core::ptr;
 
-use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST, BPF_SOCK_OPS_TCP_LISTEN_CB, bpf_sock_ops};
-use aya_ebpf::helpers::{
-    bpf_get_netns_cookie, bpf_get_smp_processor_id, bpf_map_update_elem, bpf_sock_hash_update,
+use aya_ebpf::Global;
+use aya_ebpf::bindings::{
+    BPF_ANY, BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_TCP_LISTEN_CB, bpf_sock_ops,
 };
-use aya_ebpf::macros::{map, sock_ops};
+use aya_ebpf::btf_maps::SkStorage;
+use aya_ebpf::helpers::{
+    bpf_get_netns_cookie, bpf_get_smp_processor_id, bpf_map_update_elem, bpf_sk_storage_get,
+    bpf_sock_hash_update,
+};
+use aya_ebpf::macros::{btf_map, map, sock_ops};
 use aya_ebpf::maps::SockHash;
-use aya_ebpf::programs::{SkLookupContext, SockOpsContext, TcContext};
-use aya_ebpf::{EbpfContext as _, Global};
+use aya_ebpf::programs::{SkLookupContext, SockOpsContext};
 use redirect_ebpf::decide::{Protocol, is_for_captured, is_guarded};
 use redirect_ebpf::family::Family;
 use redirect_ebpf::maps::ListenerKey;
@@ -28,23 +33,30 @@ use super::{config, pods};
 #[map]
 static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(1, 0);
 
+/// The cookie of a noted listener's namespace: TC programs can't ask for it.
+#[btf_map]
+static NAMESPACES: SkStorage<u64> = SkStorage::new();
+
 /// Whether TC programs may put sockets into maps, as the agent found out.
 #[unsafe(no_mangle)]
 static TC_KNOWS_LISTENERS: Global<bool> = Global::new(true);
 
 const EEXIST: i32 = -17;
 
-/// What stands for the cookie of the packet's namespace in the keys of listeners, where no address tells it. TC programs can
-/// ask for the cookie since Linux 6.15. Where they note the listener of each such packet, a place for each processor will do.
+/// What stands for the cookie of a listener's namespace in its key, where no address tells it. Where TC notes the listener of
+/// each such packet, a place for each processor will do.
 #[inline(always)]
-pub(super) fn here(ctx: &TcContext) -> u64 {
+pub(super) fn namespace(listener: &Socket) -> Option<u64> {
     if TC_KNOWS_LISTENERS.load() {
         // SAFETY: the helper has no preconditions.
-        ListenerKey::of_processor(unsafe { bpf_get_smp_processor_id() })
-    } else {
-        // SAFETY: the helper takes the context.
-        unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
+        return Some(ListenerKey::of_processor(unsafe { bpf_get_smp_processor_id() }));
     }
+    // SAFETY: the map and the socket are valid for the length of the call.
+    let cookie = unsafe {
+        bpf_sk_storage_get((&raw const NAMESPACES).cast_mut().cast(), listener.as_ptr(), ptr::null_mut(), 0)
+    };
+    // SAFETY: the kernel returns the value of the socket, or null.
+    unsafe { cookie.cast::<u64>().as_ref() }.copied()
 }
 
 /// Puts a listener into the map that TC has found: if there is none already, or always where packets of several namespaces
@@ -96,6 +108,7 @@ pub(crate) fn listening(ctx: SockOpsContext) -> u32 {
     if !is_proxys(netns_cookie, port) {
         return UNUSED;
     }
+    keep(&ctx, netns_cookie);
     let family = word(ctx.ops, offset_of!(bpf_sock_ops, family));
     let address = word(ctx.ops, offset_of!(bpf_sock_ops, local_ip4));
     for family in families(family, address).into_iter().flatten() {
@@ -117,6 +130,25 @@ pub(crate) fn listening(ctx: SockOpsContext) -> u32 {
         }
     }
     UNUSED
+}
+
+/// Keeps the cookie with the listener.
+#[inline(always)]
+fn keep(ctx: &SockOpsContext, mut netns_cookie: u64) {
+    // SAFETY: every sock_ops context has `sk`.
+    let socket = unsafe { (&raw const (*ctx.ops).__bindgen_anon_2.sk).read_volatile() };
+    if socket.is_null() {
+        return;
+    }
+    // SAFETY: map, socket and value are valid for the length of the call.
+    let _kept = unsafe {
+        bpf_sk_storage_get(
+            (&raw const NAMESPACES).cast_mut().cast(),
+            socket.cast(),
+            (&raw mut netns_cookie).cast(),
+            BPF_SK_STORAGE_GET_F_CREATE.into(),
+        )
+    };
 }
 
 /// Whether connections may be handed over to who listens there.

@@ -36,7 +36,7 @@ const LIFETIME: u64 = 100_000_000;
 const ENOENT: i64 = -2;
 
 /// Sends the connection to the proxy's listener by way of the socket lookup, or has it refused where there is none.
-/// `namespace` is the cookie of the one where it listens, or what stands for it.
+/// `namespace` is the cookie of the one where it listens, as far as the hook knows it.
 #[inline(always)]
 pub(super) fn hand_over<I: Ip>(
     segment: &Segment<I::Address>,
@@ -44,9 +44,12 @@ pub(super) fn hand_over<I: Ip>(
     port: u16,
     listener: Option<&Socket>,
 ) -> Result<(), i64> {
-    let Some(netns_cookie) = namespace else { return Err(ENOENT) };
-    // Without a listener it is one that is never in the map.
-    let port = if listener.is_some() { port } else { 0 };
+    let netns_cookie = match (namespace, listener) {
+        (Some(netns_cookie), _) => netns_cookie,
+        (None, Some(listener)) => listeners::namespace(listener).ok_or(ENOENT)?,
+        // Nobody has it: the lookup finds no listener, as is wanted.
+        (None, None) => 0,
+    };
     let key = ListenerKey { netns_cookie, port, slot: 0, family: address_family(I::FAMILY).into() };
     if let Some(listener) = listener {
         listeners::remember(&key, listener)?;

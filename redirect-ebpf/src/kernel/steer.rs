@@ -13,7 +13,6 @@ use super::cookies::acknowledged;
 use super::counters::count;
 use super::diagnostics;
 use super::flows::About;
-use super::listeners;
 use super::lookup;
 use super::pods::PodIp;
 use super::proxies;
@@ -60,14 +59,14 @@ pub(super) trait Route<I: Parse> {
     /// The pod's end of the connection.
     fn pod(segment: &Segment<I::Address>) -> I::Address;
 
-    /// The cookie of the network namespace where the proxy listens: the pod's. It may have addresses that nobody told us, at
-    /// interfaces that came later.
+    /// The cookie of the network namespace where the proxy listens: the pod's. None if nobody told us the address, as of an
+    /// interface that came later.
     #[inline(always)]
-    fn namespace(ctx: &TcContext, segment: &Segment<I::Address>) -> Option<u64>
+    fn namespace(segment: &Segment<I::Address>) -> Option<u64>
     where
         I: PodIp,
     {
-        I::owner(&Self::pod(segment)).or_else(|| Some(listeners::here(ctx)))
+        I::owner(&Self::pod(segment))
     }
 
     /// The cookie of the pod's socket; zero if it has none yet, or it is not known.
@@ -125,7 +124,7 @@ pub(super) fn steer_parsed<I: Parse + PodIp, R: Route<I>>(
             let held = dropped::<I, R>(ctx, &segment, Reason::NoListener);
             // Nobody gets a connection that is handed over without a listener: the kernel refuses it.
             let refused = config::flags().contains(ConfigFlags::REFUSE)
-                && lookup::hand_over::<I>(&segment, R::namespace(ctx, &segment), R::PORT, None).is_ok();
+                && lookup::hand_over::<I>(&segment, R::namespace(&segment), R::PORT, None).is_ok();
             return if refused { Action::Continue } else { held };
         };
         if let Err(error) = give::<I, R>(ctx, &segment, &listener, state) {
@@ -200,5 +199,5 @@ fn give<I: Parse + PodIp, R: Route<I>>(
         return Ok(());
     }
     // Kernels before 6.6 refuse to assign listeners with SO_REUSEPORT; the socket lookup takes them on every kernel.
-    lookup::hand_over::<I>(segment, R::namespace(ctx, segment), R::PORT, Some(listener))
+    lookup::hand_over::<I>(segment, R::namespace(segment), R::PORT, Some(listener))
 }

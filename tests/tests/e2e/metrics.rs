@@ -1,15 +1,16 @@
 //! What Prometheus and the kubelet hear is what happened.
 
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::process::Command;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
+use redirect_tests::connection::io_kind;
 use redirect_tests::{Families, Node, NodeOptions, Stack, wait};
 
-use crate::context::{Context, for_every_stack, trial};
+use crate::context::{Context, for_every_stack, skip, trial};
 use crate::outbound;
 
 const PORT: u16 = 15091;
@@ -62,7 +63,12 @@ fn lint(context: &Context) -> Result<()> {
     let text = scrape(&node)?;
     let mut promtool = Command::new("promtool");
     promtool.args(["check", "metrics"]);
-    let output = node.netns().execute(promtool, text.as_bytes())?;
+    let output = match node.netns().execute(promtool, text.as_bytes()) {
+        Err(error) if io_kind(&error) == Some(ErrorKind::NotFound) => {
+            return Err(skip("needs promtool (package prometheus)"));
+        }
+        output => output?,
+    };
     let complaints = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success() && complaints.is_empty(), "{complaints}\n{text}");
     let rules = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/chart/monitoring/alerts.yaml");

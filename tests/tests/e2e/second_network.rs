@@ -21,11 +21,12 @@ pub(crate) const REASON: &str = "a pod that gets another way out is refused";
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     type Test = fn(&Context, Stack) -> Result<()>;
-    let tests: [(&str, Test); 5] = [
+    let tests: [(&str, Test); 6] = [
         ("inbound", |context, stack| inbound(&context.node()?, stack)),
         ("outbound", outbound),
-        ("time_wait_inbound", |context, stack| in_time_wait(context, stack, Direction::Inbound)),
-        ("time_wait_outbound", |context, stack| in_time_wait(context, stack, Direction::Outbound)),
+        ("time_wait_inbound", |context, stack| in_time_wait(&context.node()?, stack, Direction::Inbound)),
+        ("time_wait_outbound", |context, stack| in_time_wait(&context.node()?, stack, Direction::Outbound)),
+        ("time_wait_noted_when_they_listen", noted_when_they_listen),
         ("refused_without_proxy", refused),
     ];
     let trials = tests.map(|(name, test)| for_every_stack(context, &format!("second_network::{name}"), test));
@@ -93,8 +94,15 @@ fn outbound(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-fn in_time_wait(context: &Context, stack: Stack, direction: Direction) -> Result<()> {
-    let SecondNetwork { pod, outside } = SecondNetwork::new(&context.node()?)?;
+fn noted_when_they_listen(context: &Context, stack: Stack) -> Result<()> {
+    let node = Node::with_arguments(&context.session()?, &time_wait::BY_SOCK_OPS)?;
+    [Direction::Inbound, Direction::Outbound]
+        .into_iter()
+        .try_for_each(|direction| in_time_wait(&node, stack, direction))
+}
+
+fn in_time_wait(node: &Arc<Node>, stack: Stack, direction: Direction) -> Result<()> {
+    let SecondNetwork { pod, outside } = SecondNetwork::new(node)?;
     let address = |host| SecondNetwork::address(stack.family(), host);
     let inside = (pod.netns(), address(SecondNetwork::POD));
     let outside = (&outside, address(SecondNetwork::OUTSIDE));

@@ -13,7 +13,7 @@ use redirect_tests::server::listen;
 use redirect_tests::wait;
 use redirect_tests::{Direction, Families, Netns, Node, Pod, Stack};
 
-use crate::context::{Context, for_every_kind, for_every_stack, skip};
+use crate::context::{Context, for_every_kind, for_every_stack};
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     let mut trials = Vec::new();
@@ -31,15 +31,10 @@ const DIRECTIONS: [(Direction, &str); 2] =
     [(Direction::Outbound, "outbound"), (Direction::Inbound, "inbound")];
 
 /// As it is on kernels whose TC programs may not note the proxy's listeners.
-const BY_SOCK_OPS: [&str; 2] = ["--listeners-noted-by", "sock-ops"];
+pub(crate) const BY_SOCK_OPS: [&str; 2] = ["--listeners-noted-by", "sock-ops"];
 
 fn noted_when_they_listen(context: &Context, stack: Stack) -> Result<()> {
-    let node = match Node::with_arguments(&context.session()?, &BY_SOCK_OPS) {
-        Err(error) if format!("{error:#}").contains("bpf_get_netns_cookie") => {
-            return Err(skip("TC programs can't tell their namespace (Linux 6.15)"));
-        }
-        node => node?,
-    };
+    let node = Node::with_arguments(&context.session()?, &BY_SOCK_OPS)?;
     DIRECTIONS.into_iter().try_for_each(|(direction, _)| one_port(&node, Families::Dual, stack, direction))
 }
 

@@ -182,7 +182,8 @@ impl<'a> Root<'a> {
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
     }
 
-    fn put(&self, from: &Path, to: &Path) -> Result<()> {
+    /// A file of this machine's.
+    pub(super) fn put(&self, from: &Path, to: &Path) -> Result<()> {
         let place = self.folder.join(to.strip_prefix("/").unwrap_or(to));
         if place.exists() {
             return Ok(());

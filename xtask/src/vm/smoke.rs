@@ -6,13 +6,15 @@ use super::{MEMORY, Plan, kernels};
 
 /// The verifier on every program; each direction and DNS in every family; what TC can't give to a listener itself; the proxy in
 /// each of its places.
-const EVERYWHERE: [&str; 7] = [
+const EVERYWHERE: [&str; 9] = [
     "doctor::this_node_is_fit",
     "outbound::captured::dual::",
     "inbound::from_pod::dual::",
     "dns::connected_udp::dual::",
     "shared_listeners::",
     "time_wait::one_source_port::outbound::dual::",
+    "second_network::inbound::",
+    "second_network::time_wait_inbound::",
     "node::outbound::captured::dual::",
 ];
 

@@ -69,6 +69,8 @@ fn mark_changed_while_connecting(context: &Context, stack: Stack, mark: u32) -> 
 /// With its mark back the connection goes on as it would have: to the proxy, once there is one.
 fn mark_restored_while_connecting(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::alone(context, stack)?;
+    // However long a slow machine takes.
+    scene.client.netns().set_sysctl("net.ipv4.tcp_syn_retries", "12")?;
     scene.client.node().kill_proxy()?;
     let socket = scene.socket()?;
     begin(&socket, scene.destination())?;

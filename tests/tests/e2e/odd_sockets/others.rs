@@ -122,7 +122,7 @@ fn nested_cgroups(context: &Context, stack: Stack) -> Result<()> {
     let container = pod.child("container")?;
     let inner = container.child("inner")?;
     for cgroup in [&pod, &container, &inner] {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_testbed"));
+        let mut command = Command::new(&session.binaries().testbed);
         let family = match stack {
             Stack::V4 => "v4",
             Stack::V6 => "v6",
