@@ -109,7 +109,7 @@ fn open_connections(context: &Context, stack: Stack) -> Result<()> {
     let (_, limit) = getrlimit(Resource::RLIMIT_NOFILE)?;
     let limit = limit.max(2 * connections as u64 + 2000);
     setrlimit(Resource::RLIMIT_NOFILE, limit, limit).with_context(|| {
-        format!("this machine does not let a process have {limit} open files; --vm newest has one that does")
+        format!("this machine does not let a process have {limit} open files; one of --vm 6.12 does")
     })?;
 
     let node = Node::start(&context.session()?)?;
