@@ -120,6 +120,11 @@ impl Selection {
         self.host || self.vm.is_empty()
     }
 
+    /// Arguments of the test binaries. One load after the other: figures are of one, and so are limits.
+    fn test_arguments(&self) -> impl Iterator<Item = OsString> {
+        self.arguments.iter().cloned().chain(self.load.then(|| "--test-threads=1".into()))
+    }
+
     /// More environment of the tests.
     fn environment(&self) -> impl Iterator<Item = (&'static str, String)> {
         self.load.then(|| ("REDIRECT_LOAD", "full".to_owned())).into_iter()
@@ -127,7 +132,7 @@ impl Selection {
 
     /// The kernels that are to be booted.
     fn boots(&self) -> Vec<Plan> {
-        let text = |argument: &OsString| argument.to_string_lossy().into_owned();
+        let text = |argument: OsString| argument.to_string_lossy().into_owned();
         let plan = |kernel: &String| Plan {
             kernel: kernel.clone(),
             arguments: self.vm_args.clone(),
@@ -139,7 +144,7 @@ impl Selection {
                 .collect(),
             environment: self.environment().collect(),
             memory: if self.load { vm::MUCH_MEMORY } else { vm::MEMORY },
-            test_arguments: self.filter.iter().cloned().chain(self.arguments.iter().map(text)).collect(),
+            test_arguments: self.filter.iter().cloned().chain(self.test_arguments().map(text)).collect(),
             limit: vm::LIMIT,
         };
         self.vm
@@ -174,7 +179,7 @@ fn absolute(program: &PathBuf) -> Result<PathBuf> {
 fn test_command(workspace: &Workspace, programs: &Programs, selection: &Selection) -> Command {
     let mut cargo = workspace.cargo();
     cargo.args(["test", "--workspace", "--no-fail-fast"]).args(&selection.filter);
-    cargo.arg("--").args(&selection.arguments);
+    cargo.arg("--").args(selection.test_arguments());
     cargo.env("REDIRECT_BIN", &programs.redirect).env("REDIRECT_CNI_BIN", &programs.plugin);
     cargo.envs(selection.environment());
     if io::stdout().is_terminal() && env::var_os("CARGO_TERM_COLOR").is_none() {
