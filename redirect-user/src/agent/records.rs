@@ -140,12 +140,17 @@ impl Records {
         write(&self.directory.join(EARLY_DEMUX), &true);
     }
 
-    /// Removes everything.
+    /// Removes everything, also under an agent that writes there meanwhile.
     pub fn remove_all(&self) -> io::Result<()> {
-        match fs::remove_dir_all(&self.directory) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
+        const ATTEMPTS: usize = 20;
+        let remove = || match fs::remove_dir_all(&self.directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed,
+        };
+        let is_full = |removed: &io::Result<()>| {
+            removed.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::DirectoryNotEmpty)
+        };
+        (1..ATTEMPTS).map(|_| remove()).find(|removed| !is_full(removed)).unwrap_or_else(remove)
     }
 }
 
@@ -244,6 +249,8 @@ fn inode(name: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use ipnet::IpNet;
     use redirect_ebpf::{Direction, Family};
 
@@ -276,6 +283,32 @@ mod tests {
                 virtual_interfaces: vec!["tap0".into()],
             },
             foreign: [Sysctl::FwmarkReflect(Family::Ipv6)].into(),
+        }
+    }
+
+    #[test]
+    fn everything_is_removed_although_an_agent_writes() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = directory.path().join("state");
+        for _ in 0..50 {
+            let records = Records::open(&state).unwrap();
+            let over = AtomicBool::new(false);
+            let write = |number: u64| {
+                let mut record = record();
+                record.identity.uid = number.to_string();
+                while !over.load(Ordering::Relaxed) {
+                    records.write(&record);
+                }
+            };
+            let removed = std::thread::scope(|scope| {
+                let write = &write;
+                (0..4).for_each(|number| drop(scope.spawn(move || write(number))));
+                let removed = records.remove_all();
+                over.store(true, Ordering::Relaxed);
+                removed
+            });
+            removed.unwrap();
+            assert!(!state.exists());
         }
     }
 
