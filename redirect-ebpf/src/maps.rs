@@ -13,6 +13,8 @@
 //! | `ASKED` | socket storage | – | [`Asked`] |
 //! | `HANDED_OVER` | per-CPU array | 0 | [`HandedOver`] |
 //! | `LISTENERS` | socket hash | [`ListenerKey`] | a listener of a node proxy, put there by the kernel side itself |
+//! | `NAMESPACES` | socket storage of listeners | – | `u64`, the network namespace's cookie; where TC programs may not put sockets into maps |
+//! | `COOKIES` | socket storage | – | `u64`, the socket's cookie; while somebody listens to flow events |
 //! | `SYN_COOKIES` | array of one | – | `u64`, when a proxy last answered with a SYN cookie, in nanoseconds of `bpf_ktime_get_coarse_ns`; zero for never |
 //! | `COUNTERS` | per-CPU array | [`crate::count::index`] | `u64`, connections |
 //! | `POD_COUNTERS` | hash | as in `PODS` | [`PodCounters`] |
