@@ -8,6 +8,8 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use libtest_mimic::Trial;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use redirect_tests::foreign::{Hook, Kind, Program};
 use redirect_tests::{Families, Node, NodeOptions, Pod, foreign, wait};
 use redirect_user::placement::Placement;
@@ -378,13 +380,18 @@ fn devices(context: &Context) -> Result<()> {
     };
     let index = netns.json(&format!("ip -j link show dev {device}"))?[0]["ifindex"].as_u64();
     let index = u32::try_from(index.context("no index")?)?;
-    let mut programs = Vec::new();
-    for hook in [Hook::TcxIngress, Hook::TcxEgress] {
+    let attach = |hook| {
         /// `TCX_NEXT`: whoever comes next is asked.
         const NEXT: i32 = -1;
-        programs.push(netns.run(|| Program::with_verdict(index, hook, NEXT))??);
-    }
-    let (found, code) = ask()?;
+        netns.run(|| Program::with_verdict(index, hook, NEXT))?
+    };
+    // What the kernel tells of other devices would have it look at once.
+    let agent = Pid::from_raw(node.with_agent(|agent| Ok(agent.process().pid()))?.try_into()?);
+    kill(agent, Signal::SIGSTOP)?;
+    let programs: Result<Vec<_>> = [Hook::TcxIngress, Hook::TcxEgress].map(attach).into_iter().collect();
+    let asked = ask();
+    kill(agent, Signal::SIGCONT)?;
+    let (programs, (found, code)) = (programs?, asked?);
     ensure!(found.len() == programs.len() && code >= Some(1), "{code:?}: {found:#?}");
     for (found, side) in found.iter().zip(["ingress", "egress"]) {
         let place = format!("pod {}: {device}, {side}: foreign runs before ours", pod.identity());
