@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 const PROG_LOAD: libc::c_long = 5;
 const LINK_CREATE: libc::c_long = 28;
@@ -84,7 +84,7 @@ impl Program {
                 };
                 (words(from.ip().octets()), words(to.ip().octets()))
             }
-            _ => bail!("{from} and {to} are of different families"),
+            _ => anyhow::bail!("{from} and {to} are of different families"),
         };
         let mut code = Vec::new();
         let writes: Vec<_> = words
@@ -117,26 +117,23 @@ impl Program {
 /// Whether the kernel has tcx (Linux 6.6), found by trying.
 pub fn has_tcx() -> Result<bool> {
     const NO_INTERFACE: u32 = i32::MAX as u32;
-    match Program::with_verdict(NO_INTERFACE, Hook::TcxIngress, 0) {
-        Ok(_) => bail!("there is an interface {NO_INTERFACE}"),
-        // The interface is looked for once the way to attach is known.
-        Err(error) => match error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
-            Some(libc::ENODEV) => Ok(true),
-            Some(libc::EINVAL) => Ok(false),
-            _ => Err(error),
-        },
-    }
+    // The interface is looked for once the way to attach is known.
+    is_known(Program::with_verdict(NO_INTERFACE, Hook::TcxIngress, 0), Some(libc::ENODEV))
 }
 
 /// Whether programs of a cgroup can be attached before others (Linux 6.17), found by trying.
 pub fn has_order(cgroup: &Path) -> Result<bool> {
     let nowhere = SocketAddr::from(([192, 0, 2, 77], 77));
-    match Program::rewriting_first(cgroup, Kind::Connections, nowhere, nowhere) {
-        Ok(_) => Ok(true),
-        Err(error) => match error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
-            Some(libc::EINVAL) => Ok(false),
-            _ => Err(error),
-        },
+    is_known(Program::rewriting_first(cgroup, Kind::Connections, nowhere, nowhere), None)
+}
+
+/// Whether the kernel knows a way to attach programs: it does so, or finds fault with something else.
+fn is_known(attached: Result<Program>, fault: Option<i32>) -> Result<bool> {
+    let Err(error) = attached else { return Ok(true) };
+    match error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
+        Some(libc::EINVAL) => Ok(false),
+        number if number.is_some() && number == fault => Ok(true),
+        _ => Err(error),
     }
 }
 

@@ -160,6 +160,7 @@ macro_rules! route {
             where
                 I: PodIp,
             {
+                // Always known: what serves other packets would take stack that is not there.
                 Some(config::host_cookie().unwrap_or_default())
             }
         }

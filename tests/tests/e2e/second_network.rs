@@ -96,9 +96,7 @@ fn outbound(context: &Context, stack: Stack) -> Result<()> {
 
 fn noted_when_they_listen(context: &Context, stack: Stack) -> Result<()> {
     let node = Node::with_arguments(&context.session()?, &time_wait::BY_SOCK_OPS)?;
-    [Direction::Inbound, Direction::Outbound]
-        .into_iter()
-        .try_for_each(|direction| in_time_wait(&node, stack, direction))
+    time_wait::DIRECTIONS.into_iter().try_for_each(|(direction, _)| in_time_wait(&node, stack, direction))
 }
 
 fn in_time_wait(node: &Arc<Node>, stack: Stack, direction: Direction) -> Result<()> {
@@ -106,11 +104,7 @@ fn in_time_wait(node: &Arc<Node>, stack: Stack, direction: Direction) -> Result<
     let address = |host| SecondNetwork::address(stack.family(), host);
     let inside = (pod.netns(), address(SecondNetwork::POD));
     let outside = (&outside, address(SecondNetwork::OUTSIDE));
-    let [client, server] = match direction {
-        Direction::Outbound => [inside, outside],
-        Direction::Inbound => [outside, inside],
-    };
-    time_wait::one_source_port(&pod, stack, direction, client, server)
+    time_wait::one_source_port(&pod, stack, direction, inside, outside)
 }
 
 /// Where connections are to be refused while there is no proxy.

@@ -27,7 +27,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials
 }
 
-const DIRECTIONS: [(Direction, &str); 2] =
+pub(crate) const DIRECTIONS: [(Direction, &str); 2] =
     [(Direction::Outbound, "outbound"), (Direction::Inbound, "inbound")];
 
 /// As it is on kernels whose TC programs may not note the proxy's listeners.
@@ -45,21 +45,21 @@ fn one_port(node: &Arc<Node>, families: Families, stack: Stack, direction: Direc
     let (pod, other) = (node.enrolled("pod", families)?, node.plain("other", Families::Dual)?);
     let inside = (pod.netns(), pod.address(stack.family())?);
     let outside = (other.netns(), other.address(stack.family())?);
-    let [client, server] = match direction {
-        Direction::Outbound => [inside, outside],
-        Direction::Inbound => [outside, inside],
-    };
-    one_source_port(&pod, stack, direction, client, server)
+    one_source_port(&pod, stack, direction, inside, outside)
 }
 
-/// The server ends each connection first, and the client has its port for the next one at once.
+/// The server ends each connection first, and the client has its port for the next one at once. The pod's end is `inside`.
 pub(crate) fn one_source_port(
     pod: &Pod,
     stack: Stack,
     direction: Direction,
-    (client, client_address): (&Netns, IpAddr),
-    (server, server_address): (&Netns, IpAddr),
+    inside: (&Netns, IpAddr),
+    outside: (&Netns, IpAddr),
 ) -> Result<()> {
+    let [(client, client_address), (server, server_address)] = match direction {
+        Direction::Outbound => [inside, outside],
+        Direction::Inbound => [outside, inside],
+    };
     let any =
         stack.spell(SocketAddr::new(if stack == Stack::V4 { [0; 4].into() } else { [0; 16].into() }, 0));
     let listener = server.run(|| listen(stack, any))??;
