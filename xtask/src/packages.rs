@@ -89,7 +89,8 @@ pub(crate) fn of_the_tests() -> Vec<Package> {
 
 /// What runs tests on other kernels.
 pub(crate) fn of_the_machines() -> Vec<Package> {
-    [
+    const AUTHORITIES: &[&str] = &["/etc/ssl/certs/ca-certificates.crt"];
+    let programs = [
         ("qemu-system-x86", "qemu-system-x86_64"),
         ("cpio", "cpio"),
         ("kmod", "modprobe"),
@@ -97,8 +98,12 @@ pub(crate) fn of_the_machines() -> Vec<Package> {
         ("zstd", "zstd"),
         ("binutils", "strip"),
     ]
-    .map(|(name, program)| Package::new(name, Evidence::Program(program), "tests boot other kernels with it"))
-    .into()
+    .map(|(name, program)| (name, Evidence::Program(program)));
+    programs
+        .into_iter()
+        .chain([("ca-certificates", Evidence::File(AUTHORITIES))])
+        .map(|(name, evidence)| Package::new(name, evidence, "tests boot other kernels with it"))
+        .collect()
 }
 
 /// The programs of these packages that are not there.

@@ -2,7 +2,7 @@
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::btf_maps::SkStorage;
-use aya_ebpf::helpers::{bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_sk_storage_get};
+use aya_ebpf::helpers::{bpf_get_socket_cookie, bpf_ktime_get_ns};
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, PerCpuArray, RingBuf};
 use aya_ebpf::programs::{SockAddrContext, TcContext};
@@ -130,11 +130,5 @@ pub(super) fn remember(ctx: &SockAddrContext) {
 /// The cookie of the socket that opens a connection on `lo`; zero if it is not known.
 #[inline(always)]
 pub(super) fn remembered<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> u64 {
-    let Some(socket) = Socket::sender(ctx, segment) else { return 0 };
-    // SAFETY: the map and the socket are valid for the length of the call.
-    let cookie = unsafe {
-        bpf_sk_storage_get((&raw const COOKIES).cast_mut().cast(), socket.as_ptr(), core::ptr::null_mut(), 0)
-    };
-    // SAFETY: the kernel returns the value of the socket, or null.
-    unsafe { cookie.cast::<u64>().as_ref() }.copied().unwrap_or(0)
+    Socket::sender(ctx, segment).and_then(|socket| socket.stored(&COOKIES)).unwrap_or(0)
 }

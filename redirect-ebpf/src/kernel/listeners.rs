@@ -6,7 +6,6 @@
 //! TIME_WAIT as without us, its sender resets what is left there, and sends it again at once.
 
 use core::mem::offset_of;
-use core::ptr;
 
 use aya_ebpf::Global;
 use aya_ebpf::bindings::{
@@ -51,12 +50,7 @@ pub(super) fn namespace(listener: &Socket) -> Option<u64> {
         // SAFETY: the helper has no preconditions.
         return Some(ListenerKey::of_processor(unsafe { bpf_get_smp_processor_id() }));
     }
-    // SAFETY: the map and the socket are valid for the length of the call.
-    let cookie = unsafe {
-        bpf_sk_storage_get((&raw const NAMESPACES).cast_mut().cast(), listener.as_ptr(), ptr::null_mut(), 0)
-    };
-    // SAFETY: the kernel returns the value of the socket, or null.
-    unsafe { cookie.cast::<u64>().as_ref() }.copied()
+    listener.stored(&NAMESPACES)
 }
 
 /// Puts a listener into the map that TC has found: if there is none already, or always where packets of several namespaces

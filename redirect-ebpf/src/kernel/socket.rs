@@ -1,12 +1,14 @@
 //! Looks sockets up in the network namespace of the packet, or of the socket that a hook is about.
 
 use core::mem::size_of;
-use core::ptr::{NonNull, addr_of};
+use core::ptr::{self, NonNull, addr_of};
 
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::{BPF_F_CURRENT_NETNS, bpf_sock};
+use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::helpers::{
-    bpf_sk_assign, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp,
+    bpf_sk_assign, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_sk_storage_get,
+    bpf_skc_lookup_tcp,
 };
 use aya_ebpf::programs::TcContext;
 use redirect_ebpf::decide;
@@ -181,6 +183,17 @@ impl Socket {
     pub(super) fn is_marked(&self) -> bool {
         // SAFETY: the reference is held.
         decide::is_proxy_mark(unsafe { addr_of!((*self.0.as_ptr()).mark).read_volatile() })
+    }
+
+    /// What is kept in the storage of a full socket, if anything is.
+    #[inline(always)]
+    pub(super) fn stored(&self, storage: &'static SkStorage<u64>) -> Option<u64> {
+        // SAFETY: the map and the socket are valid for the length of the call.
+        let value = unsafe {
+            bpf_sk_storage_get((&raw const *storage).cast_mut().cast(), self.as_ptr(), ptr::null_mut(), 0)
+        };
+        // SAFETY: the kernel returns the value of the socket, or null.
+        unsafe { value.cast::<u64>().as_ref() }.copied()
     }
 
     /// For helpers that take the socket.
