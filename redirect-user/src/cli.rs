@@ -3,6 +3,7 @@
 mod doctor;
 mod inspect;
 mod monitor;
+mod reference;
 mod show;
 mod top;
 mod uninstall;
@@ -75,6 +76,9 @@ enum Command {
         /// The directory that they go to
         directory: PathBuf,
     },
+    /// Print the option reference
+    #[command(hide = true)]
+    Reference,
     /// Mount a bpffs at /sys/fs/bpf unless one is there: for nodes where nothing else does
     MountBpffs,
     /// Remove everything of ours from this node's kernel. Needs no agent; refuses (exit code 3) while one runs
@@ -85,11 +89,12 @@ enum Command {
 struct Uninstall {
     #[command(flatten)]
     options: agent::uninstall::Options,
-    #[command(flatten)]
-    chain: install::Directories,
     /// How to print
     #[arg(short, long, value_enum, default_value_t)]
     output: Output,
+    // Last: what comes after it would be under its heading.
+    #[command(flatten)]
+    chain: install::Directories,
 }
 
 #[derive(Debug, clap::Args)]
@@ -134,6 +139,10 @@ pub fn main() -> ExitCode {
             Ok(())
         }
         Command::Man { directory } => manual(&directory),
+        Command::Reference => {
+            print!("{}", reference::markdown(Cli::command()));
+            Ok(())
+        }
         Command::MountBpffs => agent::linux::ensure_bpffs(),
         Command::Uninstall(command) => return uninstall::run(&command),
     };

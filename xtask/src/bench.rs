@@ -15,9 +15,9 @@ const PACKAGE: [&str; 4] = ["--package", "redirect-tests", "--bin", "redirect-be
 /// What is passed on.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Writes a summary into README.md as well.
+    /// Also write the summary into deploy/docs/benchmark.md.
     #[arg(long)]
-    readme: bool,
+    docs: bool,
     /// Arguments of the benchmark: `--quick`, `--proxy PATH`, `--only sink,path`, `--help`.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     bench: Vec<OsString>,
@@ -29,8 +29,8 @@ pub(crate) fn bench(workspace: &Workspace, options: &Options) -> Result<()> {
     let mut command = Command::new(programs.redirect.with_file_name("redirect-bench"));
     command.env("REDIRECT_BIN", programs.redirect).env("REDIRECT_CNI_BIN", programs.plugin);
     command.arg("run").arg("--output").arg(workspace.target("bench"));
-    if options.readme {
-        command.arg("--readme").arg(workspace.root("README.md"));
+    if options.docs {
+        command.arg("--docs").arg(workspace.root("deploy/docs/benchmark.md"));
     }
     match become_it(command.args(&options.bench))? {}
 }

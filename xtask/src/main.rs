@@ -53,6 +53,8 @@ enum Task {
     Build,
     /// Writes the manual pages of `redirect` into target/man.
     Man,
+    /// Builds, then writes deploy/docs/reference.md: the options of every command.
+    Reference,
     /// Builds, then runs the agent on this host in the foreground. Needs root.
     Load {
         /// Arguments of `redirect agent`, after `--`.
@@ -101,6 +103,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::ClippyEbpf => bpf::clippy(&workspace)?,
         Task::Build => userspace::build_and_show(&workspace)?,
         Task::Man => man::man(&workspace)?,
+        Task::Reference => man::reference(&workspace)?,
         Task::Load { agent } => load::load(&workspace, &agent)?,
         Task::Demo { demo } => demo::demo(&workspace, &demo)?,
         Task::Bench(options) => bench::bench(&workspace, &options)?,

@@ -1,8 +1,9 @@
-//! `cargo xtask man`: the manual pages, as `redirect` itself knows its commands.
+//! `cargo xtask man` and `cargo xtask reference`: manual pages and the option reference, as `redirect` knows its commands.
 
+use std::fs;
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 
 use crate::workspace::Workspace;
 use crate::{progress, setup, userspace};
@@ -14,5 +15,20 @@ pub(crate) fn man(workspace: &Workspace) -> Result<()> {
     redirect.arg("man").arg(&pages);
     progress::run(workspace, "writing manual pages", "man", &mut redirect)?;
     println!("{}", workspace.show(&pages));
+    Ok(())
+}
+
+/// A test of the command line compares the file with what the program prints.
+pub(crate) fn reference(workspace: &Workspace) -> Result<()> {
+    let programs = userspace::build(workspace, &setup::kernel_side(workspace)?, &[])?;
+    let output = Command::new(&programs.redirect).arg("reference").output().context("cannot run redirect")?;
+    ensure!(
+        output.status.success(),
+        "redirect reference failed\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let path = workspace.root("deploy/docs/reference.md");
+    fs::write(&path, output.stdout).with_context(|| format!("cannot write {}", path.display()))?;
+    println!("{}", workspace.show(&path));
     Ok(())
 }

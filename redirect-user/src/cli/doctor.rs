@@ -9,11 +9,12 @@ use crate::doctor::{self, Check, Requirements, State};
 /// What is looked at, and how it is printed.
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
-    #[command(flatten)]
-    requirements: Requirements,
     /// How to print
     #[arg(short, long, value_enum, default_value_t)]
     output: Output,
+    // Last: what comes after it would be under its heading.
+    #[command(flatten)]
+    requirements: Requirements,
 }
 
 pub(super) fn doctor(options: &Options) -> anyhow::Result<ExitCode> {

@@ -53,9 +53,6 @@ pub struct Options {
 /// Put the CNI plugin into this node's chain
 #[derive(Clone, Debug, clap::Args)]
 pub struct Install {
-    /// Where and how.
-    #[command(flatten)]
-    pub options: Options,
     /// Stay, and repair the chain when another process changes it
     #[arg(long, conflicts_with_all = ["remove", "check"])]
     pub watch: bool,
@@ -65,6 +62,9 @@ pub struct Install {
     /// Change nothing; fail if anything is not in place
     #[arg(long)]
     pub check: bool,
+    /// Where and how. Last: what comes after it would be under its heading.
+    #[command(flatten)]
+    pub options: Options,
 }
 
 impl Directories {

@@ -1,4 +1,4 @@
-//! The report in Markdown, its part in README.md, and the raw data as CSV.
+//! The report in Markdown, the part of it in deploy/docs/benchmark.md, and the raw data as CSV.
 
 use std::fmt::Write;
 
@@ -9,7 +9,7 @@ use super::traffic::{Case, Sample, Scene};
 use super::world::Arm;
 use crate::bench::load::Work;
 
-/// The part of README.md that a run writes is between these lines.
+/// A run writes the part of deploy/docs/benchmark.md between these lines.
 pub const MARKERS: [&str; 2] = ["<!-- measured: begin -->", "<!-- measured: end -->"];
 
 const SCENES: [Scene; 4] = [Scene::SinkOutbound, Scene::SinkInbound, Scene::Path, Scene::Tunnel];
@@ -60,9 +60,9 @@ fn circumstances(data: &Data) -> String {
     text
 }
 
-/// The part of README.md.
+/// The part of deploy/docs/benchmark.md.
 #[must_use]
-pub fn readme(data: &Data) -> String {
+pub fn documented(data: &Data) -> String {
     format!(
         "{}\nRatios of arms that alternate in one run, with confidence intervals of 95 %; a sink is a proxy that answers itself.\n\n{}{}",
         circumstances(data),
@@ -326,6 +326,11 @@ mod tests {
         assert_eq!(replace(&document, "new\n"), Some(expected.clone()));
         assert_eq!(replace(&expected, "new"), Some(expected));
         assert_eq!(replace("no markers", "new"), None);
+    }
+
+    #[test]
+    fn the_documentation_has_the_markers() {
+        assert!(replace(include_str!("../../../deploy/docs/benchmark.md"), "new").is_some());
     }
 
     #[test]

@@ -40,8 +40,8 @@ pub struct Options {
     #[arg(long)]
     pub no_wait: bool,
     /// Writes a summary between the markers of this file.
-    #[arg(long, value_name = "README.md")]
-    pub readme: Option<PathBuf>,
+    #[arg(long, value_name = "FILE")]
+    pub docs: Option<PathBuf>,
     /// How many rounds.
     #[arg(long)]
     pub rounds: Option<usize>,

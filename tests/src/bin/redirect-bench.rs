@@ -69,9 +69,9 @@ fn benchmark(options: &run::Options) -> Result<ExitCode> {
     fs::write(directory.join("samples.csv"), report::csv(&data))?;
     fs::write(directory.join("report.md"), report::markdown(&data))?;
     plots::draw(&data, directory)?;
-    if let Some(path) = &options.readme {
+    if let Some(path) = &options.docs {
         let document = fs::read_to_string(path).with_context(|| path.display().to_string())?;
-        let document = report::replace(&document, &report::readme(&data));
+        let document = report::replace(&document, &report::documented(&data));
         let document = document.with_context(|| format!("{} lacks the markers", path.display()))?;
         fs::write(path, document)?;
     }
