@@ -61,7 +61,8 @@ pub(crate) fn write(workspace: &Workspace, programs: &Programs, name: &str) -> R
     write_for(workspace, Architecture::HOST, programs, name)
 }
 
-fn write_for(
+/// Writes the archive for another machine.
+pub(crate) fn write_for(
     workspace: &Workspace,
     architecture: Architecture,
     programs: &Programs,

@@ -15,6 +15,7 @@ mod load;
 mod man;
 mod packages;
 mod progress;
+mod release;
 mod setup;
 mod tally;
 mod test;
@@ -73,11 +74,14 @@ enum Task {
     Image(image::Settings),
     /// Writes a Debian package, for nodes without Kubernetes, into target/deb.
     Deb,
+    /// Builds what is published with a release into target/dist: images of both architectures, bills of materials, chart,
+    /// Debian package, checksums.
+    Release,
     /// Writes deploy/manifests from the chart.
     Manifests(helm::Settings),
     /// Builds, then installs, uses, upgrades and uninstalls all of it on a Kubernetes cluster, with a report.
     E2e(e2e::Options),
-    /// Refuses packages whose licence or source is not permitted.
+    /// Refuses packages whose license or source is not permitted.
     Licenses,
     /// Builds, then writes deploy/docs/observe.md: what an operator sees, from a real run. Needs root.
     Transcript,
@@ -109,6 +113,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Bench(options) => bench::bench(&workspace, &options)?,
         Task::Image(settings) => image::image(&workspace, &settings)?,
         Task::Deb => deb::deb(&workspace)?,
+        Task::Release => release::release(&workspace)?,
         Task::Manifests(settings) => helm::manifests(&workspace, &settings)?,
         Task::E2e(options) => return e2e::e2e(&workspace, &options),
         Task::Transcript => transcript::transcript(&workspace)?,
