@@ -39,8 +39,9 @@ pub use version::SpecVersion;
 use environment::{Command, Invocation};
 use error::Failure;
 
-/// The largest configuration that is read. Runtimes send a few kilobytes.
-const MAX_STDIN: u64 = 1024 * 1024;
+/// The largest configuration that is read. Runtimes send a few kilobytes, and with GC a hundred bytes for each
+/// attachment of the node.
+const MAX_STDIN: u64 = 16 * 1024 * 1024;
 
 /// The plugin's `main`.
 pub fn main() -> ExitCode {

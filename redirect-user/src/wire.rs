@@ -6,6 +6,7 @@
 
 pub mod client;
 mod flows;
+mod gc;
 mod packet;
 mod pods;
 pub mod server;
@@ -31,6 +32,10 @@ pub const DEFAULT_SOCKET: &str = "/run/ambient-redirect/agent.sock";
 
 /// The largest packet of either side, in bytes.
 pub const MAX_PACKET: usize = 64 * 1024;
+
+/// The longest list of attachments that a [`Request::Gc`] may have. A node's maps have room for as many pods as
+/// `--max-pods` says; this is sixty times its default.
+pub const MAX_ATTACHMENTS: usize = 65_536;
 
 /// A message with the version of the protocol that its sender speaks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,9 +84,15 @@ pub enum Request {
         /// Its addresses.
         addresses: Vec<IpAddr>,
     },
-    /// Forget every attachment that is not in this list. Answered by [`Reply::Done`].
+    /// Forget every attachment that is neither in this list nor in the parts before it. Answered by [`Reply::Done`].
     Gc {
         /// What the runtime still knows.
+        valid: Vec<Attachment>,
+    },
+    /// The beginning of a list that does not fit one packet; other parts and a [`Request::Gc`] follow, with at most
+    /// [`MAX_ATTACHMENTS`] attachments in all. A request of its own, so that no agent takes a part for the whole.
+    GcPart {
+        /// What the runtime still knows, as far as it fits.
         valid: Vec<Attachment>,
     },
     /// Whether the agent is ready to serve `Add`. Answered by [`Reply::Done`].

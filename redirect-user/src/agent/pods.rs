@@ -16,7 +16,7 @@ mod tell;
 mod tests;
 mod upkeep;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -524,6 +524,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
 
     /// Forgets every attachment that is not in the list.
     pub(crate) async fn collect(&self, valid: &[Attachment]) {
+        let valid: HashSet<&Attachment> = valid.iter().collect();
         let known = self.slots.each(|_, known| known.attachments.keys().cloned().collect::<Vec<_>>()).await;
         for stale in known.into_iter().flatten().filter(|known| !valid.contains(known)) {
             tracing::info!(

@@ -354,6 +354,17 @@ fn gc_passes_the_valid_attachments_on_and_insists_on_them() {
 }
 
 #[test]
+fn gc_of_a_large_node_reaches_the_agent_whole() {
+    let agent = TestAgent::start(agreeable);
+    let ids: Vec<String> = (0..5_000).map(|i| format!("{i:064x}")).collect();
+    let valid: Vec<Value> = ids.iter().map(|id| json!({ "containerID": id, "ifname": "eth0" })).collect();
+    let gc = Call::new("GC", &agent.socket()).set("cni.dev/valid-attachments", valid.into());
+    assert_eq!(gc.succeed_silently(), None);
+    let [(Request::Gc { valid }, None)] = &agent.requests()[..] else { panic!() };
+    assert!(valid.iter().map(|attachment| &attachment.container_id).eq(&ids));
+}
+
+#[test]
 fn commands_need_a_version_that_has_them() {
     let agent = TestAgent::start(agreeable);
     for (command, since) in [("CHECK", "0.4.0"), ("STATUS", "1.1.0"), ("GC", "1.1.0")] {

@@ -14,6 +14,7 @@ use nix::sys::socket::{
 };
 use nix::sys::time::TimeVal;
 
+use super::gc;
 use super::packet::{self, PacketError};
 use super::{MAX_PACKET, Reply, Request, VERSION};
 
@@ -181,7 +182,17 @@ impl<'a> Connection<'a> {
         Ok(connection)
     }
 
+    /// Sends the request in as many packets as it needs.
     fn send(&self, request: &Request, netns: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+        match request {
+            Request::Gc { valid } => {
+                gc::requests(valid).iter().try_for_each(|part| self.send_packet(part, netns))
+            }
+            request => self.send_packet(request, netns),
+        }
+    }
+
+    fn send_packet(&self, request: &Request, netns: Option<BorrowedFd<'_>>) -> Result<(), Error> {
         let packet = packet::encode(request).map_err(|error| self.packet_error(error))?;
         let fds: Vec<_> = netns.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&fds)];

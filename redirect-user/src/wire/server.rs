@@ -17,6 +17,7 @@ use tokio::time::timeout;
 use tokio_seqpacket::ancillary::OwnedAncillaryMessage;
 use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
 
+use super::gc;
 use super::packet::{self, PacketError};
 use super::{Error, ErrorKind, FlowFilter, MAX_PACKET, Reply, Request, VERSION};
 use crate::socket_file::{self, SocketFile};
@@ -108,7 +109,7 @@ impl Server {
 
 /// Serves one connection: one request and its replies.
 async fn converse<H: Handler>(socket: UnixSeqpacket, handler: Arc<H>) {
-    let replies = match timeout(CLIENT_DEADLINE, receive(&socket)).await {
+    let replies = match timeout(CLIENT_DEADLINE, request(&socket)).await {
         Ok(Ok(Some((request, netns)))) => match permit(&socket, &*handler).await {
             Ok(()) => match request {
                 Request::Monitor { filter } => match handler.monitor(filter).await {
@@ -177,7 +178,18 @@ async fn permit<H: Handler>(socket: &UnixSeqpacket, handler: &H) -> Result<(), E
 #[repr(C, align(8))]
 struct Ancillary([u8; 24]);
 
-/// `None` if the client left without a word.
+/// A whole request, which may come in several packets.
+async fn request(socket: &UnixSeqpacket) -> Result<Option<(Request, Option<OwnedFd>)>, Error> {
+    let mut parts = gc::Parts::default();
+    while let Some((part, netns)) = receive(socket).await? {
+        if let Some(whole) = parts.take(part)? {
+            return Ok(Some((whole, netns)));
+        }
+    }
+    Ok(None)
+}
+
+/// One packet. `None` if the client left without a word.
 async fn receive(socket: &UnixSeqpacket) -> Result<Option<(Request, Option<OwnedFd>)>, Error> {
     let internal = |error: std::io::Error| Error::new(ErrorKind::Internal, error.to_string());
     let mut buffer = vec![0; MAX_PACKET];
