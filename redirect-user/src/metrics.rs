@@ -15,6 +15,9 @@ use prometheus_client::registry::Registry;
 /// Where metrics are served by default: every address, of both families. No port of Istio's, of ztunnel's or of ours.
 pub const DEFAULT_ADDRESS: &str = "[::]:15091";
 
+/// Where health and readiness are served by default: where only the node's own processes, such as the kubelet, reach it.
+pub const DEFAULT_HEALTH_ADDRESS: &str = "127.0.0.1:15092";
+
 /// Everything that is told, under the names that it is told by.
 fn registry(snapshot: Snapshot) -> Registry {
     let mut registry = Registry::with_prefix("redirect");

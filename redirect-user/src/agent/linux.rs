@@ -418,19 +418,24 @@ impl Linux {
         self.maps.counters_of(netns_cookie)
     }
 
+    /// How many times a program is attached.
+    pub fn attachments(&self, program: &str) -> usize {
+        match Hook::of(self.placement).iter().find(|hook| hook.program() == program) {
+            Some(hook) => self.tc.attached(*hook),
+            None if program == PROBE => self.probes().count(),
+            None if Lookup::ALL.map(Lookup::program).contains(&program) => {
+                self.links.names().filter(|link| link.starts_with(program)).count()
+            }
+            None if self.programs.iter().any(|(loaded, _)| loaded == program) => 1,
+            None => 0,
+        }
+    }
+
     /// What is loaded, and what it counted.
     pub fn report(&self) -> anyhow::Result<Report> {
         let mut programs = Vec::new();
         for (name, id) in self.programs.iter() {
-            let links = match Hook::of(self.placement).iter().find(|hook| hook.program() == name) {
-                Some(hook) => self.tc.attached(*hook),
-                None if name == PROBE => self.probes().count(),
-                None if Lookup::ALL.map(Lookup::program).contains(&name) => {
-                    self.links.names().filter(|link| link.starts_with(name)).count()
-                }
-                None => 1,
-            };
-            programs.push(ProgramReport { name: name.into(), id, links });
+            programs.push(ProgramReport { name: name.into(), id, links: self.attachments(name) });
         }
         programs.sort_by(|a, b| a.name.cmp(&b.name));
         let flows = self.maps.flows()?;

@@ -56,9 +56,12 @@ pub struct Options {
     /// How often it is looked whether others changed what the kernel tells nobody of (pins, sysctls), in seconds
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
     pub check_interval: u64,
-    /// Where /metrics, /healthz and /readyz are served over HTTP
+    /// Address and port that serve /metrics, and /healthz and /readyz as well, over HTTP
     #[arg(long, default_value = metrics::DEFAULT_ADDRESS, env = "REDIRECT_METRICS_ADDRESS")]
     pub metrics_address: SocketAddr,
+    /// Address and port that serve /healthz and /readyz alone over HTTP, for the kubelet's probes
+    #[arg(long, default_value = metrics::DEFAULT_HEALTH_ADDRESS, env = "REDIRECT_HEALTH_ADDRESS")]
+    pub health_address: SocketAddr,
     /// Of how many connections one is told to those who listen (`redirect monitor`)
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub flow_sample: u32,

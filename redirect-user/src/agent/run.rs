@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, watch as signal_watch};
 use super::enrolment::{Enrolment, Everybody};
 use super::flows::Flows;
 use super::linux::{self, Capacities, Linux, NotedBy, Pins, Settings};
+use super::observed::{self, Examined};
 use super::options::{OnExit, Options, WithoutProxy};
 use super::pods::{Defaults, Pods, Restored};
 use super::probes;
@@ -25,6 +26,7 @@ use super::watch::{Event, Watch};
 use super::{kernel_log, stand_in, uninstall, upkeep};
 use crate::doctor::{self, Requirements};
 use crate::kube::{self, Controller, OwnDaemonSet, Timing};
+use crate::metrics::server::Purpose;
 use crate::netns::NetNs;
 use crate::placement::Placement;
 use crate::wire::FeatureReport;
@@ -146,6 +148,11 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     let (stop, stopped) = signal_watch::channel(false);
     let (flows, flows_task) = Flows::start(kernel.clone(), Arc::clone(&pods), stopped.clone()).await?;
     let (reconciled_by, reconciled) = signal_watch::channel(controller.is_none());
+    let findings = observed::examine(Examined {
+        kernel: kernel.clone(),
+        placement: options.placement,
+        chain: options.install_cni.then(|| options.chain.clone()),
+    });
     let service = Arc::new(Service {
         pods: Arc::clone(&pods),
         enrolment,
@@ -157,7 +164,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         placement: options.placement,
         flows,
         reconciled,
-        chain: options.install_cni.then(|| options.chain.clone()),
+        findings,
     });
     let wire_server = wire::server::Server::bind(&options.socket)?;
 
@@ -166,8 +173,11 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         let _ = stopped.wait_for(|stop| *stop).await;
     };
     let wire_task = tokio::spawn(wire_server.serve(Arc::clone(&service), until(stopped.clone())));
-    let metrics_task =
-        tokio::spawn(metrics::server::serve(options.metrics_address, service, until(stopped.clone())));
+    let http = |purpose, address| {
+        tokio::spawn(metrics::server::serve(purpose, address, Arc::clone(&service), until(stopped.clone())))
+    };
+    let http_tasks =
+        [http(Purpose::Metrics, options.metrics_address), http(Purpose::Health, options.health_address)];
     let controller_task = controller.clone().map(|controller| tokio::spawn(controller.run(stopped.clone())));
     if let Some(controller) = controller.clone() {
         tokio::spawn(async move {
@@ -230,7 +240,9 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     wire_task.await.context("the server of the CNI plugin")?;
     flows_task.await.context("the reader of connections' events")?;
     zds_task.await.context("the server of the node proxies")?;
-    metrics_task.await.context("the server of metrics")?;
+    for task in http_tasks {
+        task.await.context("the server of metrics and health")?;
+    }
     if let Some(task) = controller_task {
         task.await.context("the Kubernetes controller")?;
     }

@@ -11,10 +11,10 @@ use super::enrolment::{self, Enrolment};
 use super::flows::Flows;
 use super::inspect;
 use super::linux::Linux;
+use super::observed::Findings;
 use super::peers;
 use super::pods::{self, Pods, Wanted};
 use super::thread::Kernel;
-use crate::install;
 use crate::metrics::events::events;
 use crate::netns::NetNs;
 use crate::placement::Placement;
@@ -37,8 +37,8 @@ pub(super) struct Service {
     pub(super) flows: Flows,
     /// Whether all pods that Kubernetes wants steered are known.
     pub(super) reconciled: watch::Receiver<bool>,
-    /// The CNI chain that this agent keeps.
-    pub(super) chain: Option<install::Options>,
+    /// What the last examination of kernel and chain found.
+    pub(super) findings: watch::Receiver<Findings>,
 }
 
 impl Handler for Service {
@@ -98,8 +98,8 @@ impl Service {
                 Ok(reports) => Reply::pods(reports),
                 Err(error) => vec![Reply::Error(error)],
             },
-            // See `monitor`.
-            Request::Monitor { .. } => Vec::new(),
+            // See `monitor`; the server puts parts together.
+            Request::Monitor { .. } | Request::GcPart { .. } => Vec::new(),
         }
     }
 }
@@ -110,7 +110,7 @@ fn command(request: &Request) -> Option<&'static str> {
         Request::Add { .. } => Some("add"),
         Request::Del { .. } => Some("del"),
         Request::Check { .. } => Some("check"),
-        Request::Gc { .. } => Some("gc"),
+        Request::Gc { .. } | Request::GcPart { .. } => Some("gc"),
         Request::Ready => Some("status"),
         Request::Status
         | Request::Pods

@@ -1,11 +1,16 @@
-//! Serves them: HTTP/1, one answer per path.
+//! Serves them: HTTP/1, one answer per path and connection.
+//!
+//! Health and readiness have a listener of their own on the node's loopback address, apart from the one for metrics, which
+//! the network reaches. Their answers are in memory: no client makes the agent do work for them.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use http_body_util::Full;
@@ -15,16 +20,23 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
-use tokio::time::{sleep, timeout};
+use tokio::sync::Mutex;
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{Snapshot, registry, text};
 
 /// How long a connection may last, and an answer take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How many are served at once; others wait in the socket's backlog.
-const MAX_CONNECTIONS: usize = 16;
+/// How long a client may take to send its request.
+const REQUEST_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How many connections there may be at once. See [`Connections`].
+const MAX_CONNECTIONS: usize = 64;
+
+/// How long the text of a scrape serves others who ask. Reading all maps takes the datapath's thread milliseconds.
+const SCRAPE_LIFETIME: Duration = Duration::from_millis(200);
 
 /// How long to wait before a port that is taken is tried again.
 const PAUSE: Duration = Duration::from_secs(5);
@@ -37,53 +49,99 @@ pub(crate) trait Source: Send + Sync + 'static {
     /// The state of the agent.
     fn snapshot(&self) -> impl Future<Output = Result<Snapshot, String>> + Send;
 
-    /// What has to hold for the agent to be of any use: otherwise it should be restarted.
-    fn health(&self) -> impl Future<Output = Vec<Check>> + Send;
+    /// What has to hold for the agent to be of any use: otherwise it should be restarted. Answered at once.
+    fn health(&self) -> Vec<Check>;
 
-    /// What has to hold for new pods to be enrolled.
-    fn readiness(&self) -> impl Future<Output = Vec<Check>> + Send;
+    /// What has to hold for new pods to be enrolled. Answered at once.
+    fn readiness(&self) -> Vec<Check>;
 }
 
-/// Serves until `shutdown`. A port that is taken is tried again: pods are steered without metrics as well.
-pub(crate) async fn serve(address: SocketAddr, source: Arc<impl Source>, shutdown: impl Future<Output = ()>) {
-    let mut shutdown = pin!(shutdown);
-    tokio::select! {
-        () = &mut shutdown => {}
-        () = listen(address, source) => {}
+/// What a listener is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// `/metrics`, and the others as well.
+    Metrics,
+    /// `/healthz` and `/readyz` alone.
+    Health,
+}
+
+impl Purpose {
+    /// The option that says where.
+    const fn option(self) -> &'static str {
+        match self {
+            Self::Metrics => "--metrics-address",
+            Self::Health => "--health-address",
+        }
     }
 }
 
-async fn listen(address: SocketAddr, source: Arc<impl Source>) {
-    let mut told = false;
+/// Serves until `shutdown`. A port that is taken is tried again: pods are captured without metrics as well.
+pub(crate) async fn serve(
+    purpose: Purpose,
+    address: SocketAddr,
+    source: Arc<impl Source>,
+    shutdown: impl Future<Output = ()>,
+) {
+    let mut shutdown = pin!(shutdown);
+    tokio::select! {
+        () = &mut shutdown => {}
+        () = listen(purpose, address, source) => {}
+    }
+}
+
+async fn listen(purpose: Purpose, address: SocketAddr, source: Arc<impl Source>) {
+    let mut reported = false;
     let listener = loop {
         match bind(address).await {
             Ok(listener) => break listener,
-            Err(error) if !told => {
-                told = true;
-                tracing::error!(%address, %error, "metrics can't be served, which is tried again: see --metrics-address");
+            Err(error) if !reported => {
+                reported = true;
+                tracing::error!(%address, %error, "cannot listen, trying again: see {}", purpose.option());
             }
             Err(_) => {}
         }
         sleep(PAUSE).await;
     };
-    tracing::info!(address = ?listener.local_addr().ok(), "metrics are served");
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    tracing::info!(address = ?listener.local_addr().ok(), ?purpose, "serving HTTP");
+    let server = Arc::new(Server { purpose, source, scraped: Mutex::default() });
+    let mut connections = Connections::default();
     loop {
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
         match listener.accept().await {
-            Ok((stream, _)) => {
-                let source = Arc::clone(&source);
-                tokio::spawn(async move {
-                    // Whatever goes wrong is the client's business.
-                    let _ = timeout(PATIENCE, converse(stream, source)).await;
-                    drop(slot);
-                });
-            }
+            Ok((stream, _)) => connections.serve(stream, &server),
             Err(error) => {
-                tracing::debug!(%error, "a client of the metrics can't be accepted");
+                tracing::debug!(%error, "a client of the HTTP server can't be accepted");
                 sleep(Duration::from_millis(100)).await;
             }
         }
+    }
+}
+
+/// The connections that are open. Accepting never waits: a client that only connects must not keep others out. When there
+/// are too many, the oldest that has asked nothing yet is closed, or else the new one.
+#[derive(Default)]
+struct Connections(VecDeque<Connection>);
+
+struct Connection {
+    task: AbortHandle,
+    /// Whether its request has arrived.
+    asked: Arc<AtomicBool>,
+}
+
+impl Connections {
+    fn serve<S: Source>(&mut self, stream: TcpStream, server: &Arc<Server<S>>) {
+        self.0.retain(|connection| !connection.task.is_finished());
+        if self.0.len() >= MAX_CONNECTIONS {
+            let silent = self.0.iter().position(|connection| !connection.asked.load(Ordering::Relaxed));
+            let Some(silent) = silent.and_then(|index| self.0.remove(index)) else { return };
+            silent.task.abort();
+        }
+        let (asked, server) = (Arc::<AtomicBool>::default(), Arc::clone(server));
+        let asks = Arc::clone(&asked);
+        let task = tokio::spawn(async move {
+            // Whatever goes wrong is the client's business.
+            let _ = timeout(PATIENCE, converse(stream, server, asks)).await;
+        });
+        self.0.push_back(Connection { task: task.abort_handle(), asked });
     }
 }
 
@@ -101,41 +159,73 @@ fn no_ipv6(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
 }
 
-async fn converse<S: Source>(stream: TcpStream, source: Arc<S>) -> hyper::Result<()> {
+async fn converse<S: Source>(
+    stream: TcpStream,
+    server: Arc<Server<S>>,
+    asked: Arc<AtomicBool>,
+) -> hyper::Result<()> {
     let answer = service_fn(move |request| {
-        let source = Arc::clone(&source);
-        async move { Ok::<_, Infallible>(answer(&request, &*source).await) }
+        asked.store(true, Ordering::Relaxed);
+        let server = Arc::clone(&server);
+        async move { Ok::<_, Infallible>(server.answer(&request).await) }
     });
     hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(PATIENCE)
+        .header_read_timeout(REQUEST_PATIENCE)
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), answer)
         .await
 }
 
-async fn answer<S: Source>(request: &Request<Incoming>, source: &S) -> Response<Full<Bytes>> {
-    if !matches!(*request.method(), Method::GET | Method::HEAD) {
-        return plain(StatusCode::METHOD_NOT_ALLOWED, "only GET\n".into());
-    }
-    match request.uri().path() {
-        "/metrics" => metrics(source.snapshot().await, request.headers()),
-        "/healthz" => checked(request.uri().query(), &source.health().await),
-        "/readyz" => checked(request.uri().query(), &source.readiness().await),
-        _ => plain(StatusCode::NOT_FOUND, "there are /metrics, /healthz and /readyz\n".into()),
-    }
+struct Server<S> {
+    purpose: Purpose,
+    source: Arc<S>,
+    /// The text of the last scrape, which also keeps others waiting while there is a new one.
+    scraped: Mutex<Option<(Instant, Bytes)>>,
 }
 
-fn metrics(snapshot: Result<Snapshot, String>, headers: &HeaderMap) -> Response<Full<Bytes>> {
-    let written = snapshot
-        .and_then(|snapshot| text::open_metrics(&registry(snapshot)).map_err(|error| error.to_string()));
-    let accepted = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    match written {
-        Ok(text) if accepted.contains("application/openmetrics-text") => {
-            respond(StatusCode::OK, text::OPEN_METRICS, text)
+impl<S: Source> Server<S> {
+    async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        if !matches!(*request.method(), Method::GET | Method::HEAD) {
+            return plain(StatusCode::METHOD_NOT_ALLOWED, "only GET\n".into());
         }
-        Ok(text) => respond(StatusCode::OK, text::PROMETHEUS, text::prometheus(&text)),
-        Err(error) => plain(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+        match (request.uri().path(), self.purpose) {
+            ("/metrics", Purpose::Metrics) => self.metrics(request.headers()).await,
+            ("/healthz", _) => checked(request.uri().query(), &self.source.health()),
+            ("/readyz", _) => checked(request.uri().query(), &self.source.readiness()),
+            (_, Purpose::Metrics) => {
+                plain(StatusCode::NOT_FOUND, "there are /metrics, /healthz and /readyz\n".into())
+            }
+            (_, Purpose::Health) => plain(StatusCode::NOT_FOUND, "there are /healthz and /readyz\n".into()),
+        }
+    }
+
+    async fn metrics(&self, headers: &HeaderMap) -> Response<Full<Bytes>> {
+        let accepted = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        match self.scrape().await {
+            Ok(text) if accepted.contains("application/openmetrics-text") => {
+                respond(StatusCode::OK, text::OPEN_METRICS, text)
+            }
+            Ok(text) => {
+                let text = text::prometheus(&String::from_utf8_lossy(&text));
+                respond(StatusCode::OK, text::PROMETHEUS, text)
+            }
+            Err(error) => plain(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+        }
+    }
+
+    async fn scrape(&self) -> Result<Bytes, String> {
+        let mut scraped = self.scraped.lock().await;
+        if let Some((at, text)) = &*scraped
+            && at.elapsed() < SCRAPE_LIFETIME
+        {
+            return Ok(text.clone());
+        }
+        let snapshot = self.source.snapshot().await?;
+        let text = text::open_metrics(&registry(snapshot)).map_err(|error| error.to_string())?;
+        let text = Bytes::from(text);
+        *scraped = Some((Instant::now(), text.clone()));
+        Ok(text)
     }
 }
 
@@ -156,7 +246,7 @@ fn plain(status: StatusCode, text: String) -> Response<Full<Bytes>> {
     respond(status, "text/plain; charset=utf-8", text)
 }
 
-fn respond(status: StatusCode, content_type: &'static str, text: String) -> Response<Full<Bytes>> {
+fn respond(status: StatusCode, content_type: &'static str, text: impl Into<Bytes>) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(text.into()));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(content_type));

@@ -111,6 +111,7 @@ fn everything_on() -> Result<()> {
         "proxy.enabled=true",
         "proxy.accessLog=true",
         "metrics.port=15999",
+        "health.port=15998",
         "mountBpffs=true",
         "networkPolicy.enabled=true",
         "resourceQuota=true",
@@ -160,6 +161,7 @@ fn everything_on() -> Result<()> {
         "--outbound-proxy-cgroup=/sys/fs/cgroup/mesh/out",
         "--cni-exclude-namespaces=kube-system,mesh",
         "--metrics-address=[::]:15999",
+        "--health-address=127.0.0.1:15998",
     ] {
         ensure!(arguments.contains(wanted), "no {wanted} in {arguments:?}");
     }

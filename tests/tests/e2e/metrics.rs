@@ -4,16 +4,23 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::process::Command;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
-use redirect_tests::connection::io_kind;
+use redirect_tests::connection::{dial, io_kind};
 use redirect_tests::{Families, Node, NodeOptions, Stack, wait};
 
 use crate::context::{Context, for_every_stack, skip, trial};
 use crate::outbound;
 
 const PORT: u16 = 15091;
+
+/// Where the kubelet asks: on the node's IPv4 loopback address alone.
+const HEALTH_PORT: u16 = 15092;
+
+/// How long the kubelet waits for an answer, unless told otherwise.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     let mut trials = vec![
@@ -22,27 +29,30 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         trial(context, "metrics::enrolments_are_measured", enrolments),
     ];
     trials.extend(for_every_stack(context, "metrics::connections_are_counted", connections));
+    trials.extend(for_every_stack(context, "metrics::idle_clients_keep_nobody_waiting", idle_clients));
     trials
 }
 
 /// The status and the body of an answer, over IPv4 and IPv6 alike.
 fn get(node: &Node, path: &str) -> Result<(String, String)> {
+    let connect = |address: IpAddr| move || Ok(TcpStream::connect(SocketAddr::new(address, PORT)).ok());
     let over = |address: IpAddr| {
-        node.netns().run(move || -> Result<(String, String)> {
-            let connect = || Ok(TcpStream::connect(SocketAddr::new(address, PORT)).ok());
-            let mut stream = wait::until("server of metrics", wait::SOON, connect)?;
-            stream.set_read_timeout(Some(wait::SOON))?;
-            write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\n\r\n")?;
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer)?;
-            let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP")?;
-            Ok((head.split(' ').nth(1).unwrap_or_default().to_owned(), body.to_owned()))
-        })?
+        node.netns()
+            .run(move || ask(wait::until("server of metrics", wait::SOON, connect(address))?, path))?
     };
     let (status, _) = over(Ipv6Addr::LOCALHOST.into())?;
     let (again, body) = over(Ipv4Addr::LOCALHOST.into())?;
     ensure!(status == again, "{path}: {status} over IPv6, {again} over IPv4");
     Ok((status, body))
+}
+
+fn ask(mut stream: TcpStream, path: &str) -> Result<(String, String)> {
+    stream.set_read_timeout(Some(wait::SOON))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP")?;
+    Ok((head.split(' ').nth(1).unwrap_or_default().to_owned(), body.to_owned()))
 }
 
 fn scrape(node: &Node) -> Result<String> {
@@ -82,6 +92,8 @@ fn readiness(context: &Context) -> Result<()> {
     let node = Node::with(&context.session()?, options)?;
     let (status, body) = get(&node, "/healthz")?;
     ensure!(status == "200" && body.contains("[+] datapath"), "{status}: {body}");
+    let examined = || Ok(get(&node, "/readyz")?.1.contains("[+] chain"));
+    wait::until_true("first examination of the chain", wait::SOON, examined)?;
     let (status, body) = get(&node, "/readyz")?;
     ensure!(status == "503" && body.contains("[-] proxy: no node proxy is connected"), "{status}: {body}");
     let (status, body) = get(&node, "/readyz?exclude=proxy")?;
@@ -93,6 +105,45 @@ fn readiness(context: &Context) -> Result<()> {
     node.kill_proxy()?;
     wait::until_true("agent that is not ready", wait::SOON, || Ok(get(&node, "/readyz")?.0 == "503"))?;
     ensure!(get(&node, "/healthz")?.0 == "200");
+    Ok(())
+}
+
+/// Whoever reaches the node can connect to the metrics and say nothing. Neither the kubelet nor Prometheus waits for that.
+fn idle_clients(context: &Context, stack: Stack) -> Result<()> {
+    const IDLE: usize = 200;
+    let node = Node::start(&context.session()?)?;
+    let pod = node.plain("pod", Families::Dual)?;
+    let to = SocketAddr::new(node.gateway(stack.family()), PORT);
+    ensure!(get(&node, "/healthz")?.0 == "200");
+    let idle: Vec<_> = (0..IDLE)
+        .map(|_| pod.netns().run(|| dial(stack, to, wait::SOON))?.context("idle client"))
+        .collect::<Result<_>>()?;
+    let loopback = |port| {
+        node.netns().run(move || -> Result<_> {
+            let started = Instant::now();
+            let path = if port == PORT { "/metrics" } else { "/healthz" };
+            let (status, body) = ask(TcpStream::connect((Ipv4Addr::LOCALHOST, port))?, path)?;
+            ensure!(status == "200", "{path}: {status}: {body}");
+            Ok(started.elapsed())
+        })?
+    };
+    for port in [HEALTH_PORT, PORT] {
+        let took = loopback(port)?;
+        ensure!(took < wait::patient(PROBE_TIMEOUT), "port {port} answered after {took:?}");
+    }
+    // Those who said nothing for too long are gone by themselves.
+    for mut stream in idle {
+        let end = stream.read(&mut [0]);
+        ensure!(
+            matches!(&end, Ok(0))
+                || end.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset),
+            "an idle client is still connected: {end:?}"
+        );
+    }
+    // The network reaches metrics alone.
+    let to = SocketAddr::new(node.gateway(stack.family()), HEALTH_PORT);
+    let refused = pod.netns().run(|| dial(stack, to, wait::SOON))?;
+    ensure!(refused.is_err(), "the port of the probes answers to pods");
     Ok(())
 }
 
@@ -126,7 +177,7 @@ fn connections(context: &Context, stack: Stack) -> Result<()> {
     );
     let before = value(&scrape(&node)?, &series)?;
     outbound::passes_the_proxy_once(&pod, &other, stack)?;
-    let after = value(&scrape(&node)?, &series)?;
-    ensure!(after == before + 1.0, "{series}: {before}, then {after}");
-    Ok(())
+    // A scrape may be as old as the agent's limit of scrapes has it.
+    let counted = || Ok(value(&scrape(&node)?, &series)? == before + 1.0);
+    wait::until_true(&format!("{series} of {}", before + 1.0), wait::SOON, counted)
 }
