@@ -16,8 +16,9 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
-use crate::doctor::Refusal;
 use crate::{agent, install, proxy, wire};
+use redirect_linux::bpffs;
+use redirect_linux::probe::Refusal;
 
 /// Steers the TCP connections of pods to the node proxy of an ambient mesh, in IPv4 and IPv6 alike
 #[derive(Debug, Parser)]
@@ -143,7 +144,7 @@ pub fn main() -> ExitCode {
             print!("{}", reference::markdown(Cli::command()));
             Ok(())
         }
-        Command::MountBpffs => agent::linux::ensure_bpffs(),
+        Command::MountBpffs => bpffs::ensure_bpffs(),
         Command::Uninstall(command) => return uninstall::run(&command),
     };
     exit(result)

@@ -1,29 +1,22 @@
 //! Whether this node can run the data path, found by trying, never by the kernel's version.
 //!
-//! `redirect doctor` prints every [`Check`]; the agent refuses to start when one of `REQUIRED` fails. One file per
-//! group of checks.
+//! `redirect doctor` prints every [`Check`]; the agent refuses to start when one of [`redirect_linux::probe`] fails. One file
+//! per further group of checks.
 
 mod chain;
-mod families;
-mod kernel;
-mod mounts;
 mod netfilter;
 mod others;
-mod privileges;
 mod programs;
 mod sysctls;
-mod tiny;
 
 use std::path::PathBuf;
-use std::process::ExitCode;
 
-use serde::Serialize;
+use redirect_linux::probe;
+pub(crate) use redirect_linux::probe::{Cause, Check, State};
 
 use crate::agent::linux::{self, TcMethod};
 use crate::agent::records::{self, Found, Records};
 use crate::install;
-use crate::wire::FeatureReport;
-pub(crate) use tiny::tc_may_keep_sockets;
 
 /// What is asked of the node.
 #[derive(Clone, Debug, clap::Args)]
@@ -48,9 +41,6 @@ pub struct Requirements {
 /// A group of checks.
 type Group = fn(&Requirements) -> Vec<Check>;
 
-/// What the agent can't do without.
-const REQUIRED: [Group; 4] = [privileges::checks, mounts::checks, kernel::checks, families::checks];
-
 /// What else the doctor looks at.
 const FURTHER: [Group; 6] = [
     programs::checks,
@@ -61,115 +51,14 @@ const FURTHER: [Group; 6] = [
     chain::checks,
 ];
 
-/// One thing that was looked at.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Check {
-    /// What.
-    pub check: String,
-    /// How it is.
-    pub state: State,
-    /// What was found.
-    pub detail: String,
-    /// What to do about it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub remedy: Option<String>,
-    /// Why the agent refuses to start, if it does.
-    #[serde(skip)]
-    cause: Option<Cause>,
-}
-
-/// How something is, from good to bad.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum State {
-    /// As it should be.
-    Ok,
-    /// The data path works, but for what is said.
-    Warn,
-    /// The data path does not work.
-    Fail,
-}
-
-/// Why the agent refuses to start. The number is its exit code; `redirect uninstall` has 3.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Cause {
-    /// The kernel does not describe its types.
-    Btf = 4,
-    /// No cgroup2 hierarchy.
-    Cgroup = 5,
-    /// No bpffs for the pins.
-    Bpffs = 6,
-    /// The kernel lacks something that the data path needs.
-    Kernel = 7,
-    /// Not root, or without the capabilities.
-    Privileges = 8,
-}
-
-impl Check {
-    fn ok(check: impl Into<String>, detail: impl Into<String>) -> Self {
-        Self { check: check.into(), state: State::Ok, detail: detail.into(), remedy: None, cause: None }
-    }
-
-    fn warn(check: impl Into<String>, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { state: State::Warn, remedy: Some(remedy.into()), ..Self::ok(check, detail) }
-    }
-
-    /// What the agent can start without all the same.
-    fn broken(check: impl Into<String>, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { state: State::Fail, ..Self::warn(check, detail, remedy) }
-    }
-
-    fn fail(
-        check: impl Into<String>,
-        cause: Cause,
-        detail: impl Into<String>,
-        remedy: impl Into<String>,
-    ) -> Self {
-        Self { state: State::Fail, cause: Some(cause), ..Self::warn(check, detail, remedy) }
-    }
-}
-
-/// The agent can't run on this node.
-#[derive(Debug, thiserror::Error)]
-#[error("this node can't run the data path:\n{}", list(failed))]
-pub struct Refusal {
-    failed: Vec<Check>,
-    cause: Cause,
-}
-
-impl Refusal {
-    /// The agent's exit code: that of the first failure.
-    #[must_use]
-    pub fn exit_code(&self) -> ExitCode {
-        ExitCode::from(self.cause as u8)
-    }
-}
-
-fn list(failed: &[Check]) -> String {
-    let line = |check: &Check| {
-        let remedy = check.remedy.iter().map(|remedy| format!("\n    remedy: {remedy}"));
-        format!("  {}: {}{}", check.check, check.detail, remedy.collect::<String>())
-    };
-    failed.iter().map(line).collect::<Vec<_>>().join("\n")
-}
-
 /// All checks. Blocks for a moment.
 #[must_use]
 pub fn examine(requirements: &Requirements) -> Vec<Check> {
-    REQUIRED.iter().chain(&FURTHER).flat_map(|group| group(requirements)).collect()
-}
-
-/// What the agent needs; what is not as it should be and does not hinder it is logged. Returns what was found.
-pub fn require(requirements: &Requirements) -> Result<Vec<FeatureReport>, Refusal> {
-    let checks = REQUIRED.iter().flat_map(|group| group(requirements));
-    let (failed, fine): (Vec<_>, Vec<_>) = checks.partition(|check| check.state == State::Fail);
-    if let Some(cause) = failed.iter().find_map(|check| check.cause) {
-        return Err(Refusal { failed, cause });
-    }
-    for check in fine.iter().filter(|check| check.state == State::Warn) {
-        tracing::warn!(remedy = check.remedy, "{}: {}", check.check, check.detail);
-    }
-    Ok(fine.into_iter().map(|check| FeatureReport { name: check.check, found: check.detail }).collect())
+    let required =
+        probe::Requirements { cgroup: requirements.cgroup.clone(), pin_dir: requirements.pin_dir.clone() };
+    let mut checks = probe::examine(&required);
+    checks.extend(FURTHER.iter().flat_map(|group| group(requirements)));
+    checks
 }
 
 /// The pods that an agent steers here, as far as their namespaces still exist.
@@ -196,18 +85,5 @@ mod tests {
         assert_eq!(verdict(&[fine.clone(), fine.clone()]), State::Ok);
         assert_eq!(verdict(&[odd.clone(), fine.clone()]), State::Warn);
         assert_eq!(verdict(&[fine, bad, odd]), State::Fail);
-    }
-
-    #[test]
-    fn a_refusal_names_all_that_failed() {
-        let failed = vec![
-            Check::fail("BTF", Cause::Btf, "gone", "bring it"),
-            Check::fail("cgroup2", Cause::Cgroup, "too", "mount"),
-        ];
-        let text = Refusal { failed, cause: Cause::Btf }.to_string();
-        assert_eq!(
-            text,
-            "this node can't run the data path:\n  BTF: gone\n    remedy: bring it\n  cgroup2: too\n    remedy: mount"
-        );
     }
 }

@@ -14,24 +14,20 @@
 //! - [`proxy`]: the embedded node proxy (`redirect proxy`).
 
 pub mod agent;
-mod bpf;
-pub mod cgroup;
 pub mod cli;
 pub mod cni;
-mod descriptors;
 pub mod doctor;
 pub mod install;
 pub mod kube;
 pub mod metrics;
-pub mod netns;
 pub mod placement;
 pub mod pod;
-pub mod privileges;
 pub mod proxy;
-#[cfg(test)]
-mod skip;
-mod socket_file;
 pub mod top;
 pub mod validate;
 pub mod wire;
 pub mod zds;
+
+pub use redirect_linux::{bpf, cgroup, descriptors, netns, privileges, socket_file};
+#[cfg(test)]
+pub use redirect_testing as skip;

@@ -11,6 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::placement::Placement;
 use crate::pod::{Exclusion, PodAddresses};
+pub use redirect_linux::netlink::{Interface, LOOPBACK_INDEX, Mark};
 
 /// Something that is true in the kernel, about one pod.
 ///
@@ -131,20 +132,6 @@ pub enum Sysctl {
     TcpMigrateReq,
 }
 
-/// The marks that are routed through `lo`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Mark {
-    /// Captured outbound connections.
-    Capture,
-    /// Replies to the proxy's deliveries.
-    Delivery,
-}
-
-impl Mark {
-    /// Both marks.
-    pub const ALL: [Self; 2] = [Self::Capture, Self::Delivery];
-}
-
 /// The TC programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Hook {
@@ -229,15 +216,6 @@ impl Hook {
     }
 }
 
-/// An interface of the pod's namespace.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Interface {
-    /// Its index.
-    pub index: u32,
-    /// Its name.
-    pub name: String,
-}
-
 /// The programs on the socket lookup of a namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lookup {
@@ -269,9 +247,6 @@ impl Lookup {
         }
     }
 }
-
-/// The index of `lo`, in every network namespace.
-pub const LOOPBACK_INDEX: u32 = 1;
 
 /// What a namespace is like, apart from us.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

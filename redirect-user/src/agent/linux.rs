@@ -8,13 +8,10 @@ mod attached;
 mod decision;
 mod devices;
 mod entrance;
-mod link;
 mod listeners;
 mod maps;
-mod netlink;
 mod object;
 mod pins;
-mod proc_sys;
 mod strip;
 mod sysctl;
 mod tc;
@@ -39,7 +36,7 @@ use redirect_ebpf::flow::{FlowLimits, FlowState};
 use redirect_ebpf::maps::ProxyPart;
 
 use super::datapath::{Datapath, Error, Introduction, Observation, Target};
-use super::facts::{Fact, Hook, Interface, LOOPBACK_INDEX, Lookup, Mark, Namespace, Op};
+use super::facts::{Fact, Hook, Interface, LOOPBACK_INDEX, Lookup, Namespace, Op};
 use super::kernel_log::Words;
 use super::records::Records;
 use crate::netns::{NetNs, current_cookie};
@@ -47,17 +44,16 @@ use crate::placement::Placement;
 use crate::pod::Exclusion;
 use crate::wire::{CounterReport, MapReport, PodCounter, ProgramReport, Transport};
 pub use attached::{Attached, at_cgroup, on_devices};
-use link::{At, AttachType, Place, State};
 use listeners::LISTENING;
 pub use listeners::NotedBy;
 pub use maps::Capacities;
 use maps::Maps;
-pub(super) use netlink::Netlink;
 use object::Programs;
 pub use object::load;
-pub use pins::{Bpffs, DEFAULT_DIRECTORY, InUse, NO_BPFFS_REMEDY, Pins, bpffs, ensure_bpffs};
+pub use pins::{DEFAULT_DIRECTORY, InUse, Pins};
 use pins::{Links, cookie_of_lookup, lookup_name};
-pub(super) use proc_sys::make_writable as make_sysctls_writable;
+use redirect_linux::link::{At, AttachType, Place, State};
+use redirect_linux::netlink::Netlink;
 pub use strip::{HostReport, Stripped, strip, strip_host};
 use sysctl::Sysctls;
 pub use tc::TcMethod;
@@ -701,26 +697,5 @@ impl Datapath for Linux {
 
     fn rest(&mut self) {
         self.leave();
-    }
-}
-
-impl Mark {
-    /// The mark's value and the priority of its rule.
-    const fn rule(self) -> (u32, u32) {
-        use redirect_ebpf::constants::{
-            MARK_CAPTURE, MARK_DELIVERY, RULE_PRIORITY_CAPTURE, RULE_PRIORITY_DELIVERY,
-        };
-        match self {
-            Self::Capture => (MARK_CAPTURE, RULE_PRIORITY_CAPTURE),
-            Self::Delivery => (MARK_DELIVERY, RULE_PRIORITY_DELIVERY),
-        }
-    }
-}
-
-impl Interface {
-    /// Whether it is `lo`.
-    #[must_use]
-    pub const fn is_loopback(&self) -> bool {
-        self.index == LOOPBACK_INDEX
     }
 }

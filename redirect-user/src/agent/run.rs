@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, watch as signal_watch};
 
 use super::enrolment::{Enrolment, Everybody};
 use super::flows::Flows;
-use super::linux::{self, Capacities, Linux, NotedBy, Pins, Settings};
+use super::linux::{Capacities, Linux, NotedBy, Pins, Settings};
 use super::observed::{self, Examined};
 use super::options::{OnExit, Options, WithoutProxy};
 use super::pods::{Defaults, Pods, Restored};
@@ -24,26 +24,23 @@ use super::service::Service;
 use super::thread::Kernel;
 use super::watch::{Event, Watch};
 use super::{kernel_log, stand_in, uninstall, upkeep};
-use crate::doctor::{self, Requirements};
 use crate::kube::{self, Controller, OwnDaemonSet, Timing};
 use crate::metrics::server::Purpose;
 use crate::netns::NetNs;
 use crate::placement::Placement;
 use crate::wire::FeatureReport;
 use crate::{cgroup, descriptors, install, metrics, privileges, wire, zds};
+use redirect_linux::probe::{self, Requirements};
 
 /// How long interfaces that come and go are left alone until the pod is looked at.
 const SETTLE: Duration = Duration::from_millis(20);
 
 /// Runs until SIGTERM or SIGINT. What becomes of the pods then is a setting.
 pub fn run(options: Options) -> anyhow::Result<()> {
-    let features = doctor::require(&Requirements {
-        cgroup: options.cgroup.clone(),
-        pin_dir: options.pin_dir.clone(),
-        tc: options.tc,
-        state_dir: options.state_dir.clone(),
-        chain: options.chain.directories.clone(),
-    })?;
+    let found =
+        probe::require(&Requirements { cgroup: options.cgroup.clone(), pin_dir: options.pin_dir.clone() })?;
+    let features =
+        found.into_iter().map(|check| FeatureReport { name: check.check, found: check.detail }).collect();
     privileges::keep(privileges::AGENT)?;
     descriptors::raise_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -56,7 +53,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
 
 async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result<()> {
     let started = Instant::now();
-    if let Err(error) = linux::make_sysctls_writable() {
+    if let Err(error) = redirect_linux::proc_sys::make_writable() {
         tracing::warn!(%error, "/proc/sys is read-only and stays so: pods can't be enrolled");
     }
     let mut terminate = signal(SignalKind::terminate())?;

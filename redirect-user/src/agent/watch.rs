@@ -15,8 +15,8 @@ use std::time::Duration;
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use tokio::sync::mpsc;
 
-use super::linux::Netlink;
 use crate::netns::NetNs;
+use redirect_linux::netlink::Netlink;
 
 /// The namespaces that are watched.
 pub(crate) struct Watch {

@@ -7,12 +7,11 @@ use std::os::fd::AsFd as _;
 use std::path::Path;
 
 use super::super::facts::{Hook, Interface};
-use super::link::{self, At, AttachType};
-use super::netlink::{Netlink, Side};
-use super::tc::HANDLES;
 use super::{CGROUP, devices};
 use crate::netns::NetNs;
 use crate::placement::Placement;
+use redirect_linux::link::{self, At, AttachType};
+use redirect_linux::netlink::{HANDLES, Netlink, Side};
 
 /// A hook, and what is attached there.
 #[derive(Clone, Debug)]

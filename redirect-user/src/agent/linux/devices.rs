@@ -6,8 +6,8 @@ use std::io;
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 
 use super::super::facts::{Devices, LOOPBACK_INDEX};
-use super::netlink::{Netlink, interface};
 use crate::netns::NetNs;
+use redirect_linux::netlink::{Netlink, interface};
 
 /// How a pod's interface is linked.
 enum Linked {

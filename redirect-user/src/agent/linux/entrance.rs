@@ -15,8 +15,8 @@ use redirect_ebpf::constants::{ENTRANCE, ENTRANCE_PEER};
 
 use super::super::facts::Interface;
 use super::super::records::Records;
-use super::netlink::Netlink;
 use super::{sysctl, untracked};
+use redirect_linux::netlink::Netlink;
 
 /// What the entrance needs: that packets with any source are taken there, whatever the reverse path filter of the host;
 /// and that nothing else happens on it. The filter has to be loose for what the host itself sends to pods: the way to its own

@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 
-use crate::doctor;
+use redirect_linux::probe;
 
 /// Who notes listeners in the map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -16,7 +16,7 @@ pub enum NotedBy {
 impl NotedBy {
     /// As the kernel allows it.
     pub fn probe() -> anyhow::Result<Self> {
-        let may = doctor::tc_may_keep_sockets().context("it can't be found out who may note listeners")?;
+        let may = probe::tc_may_keep_sockets().context("it can't be found out who may note listeners")?;
         Ok(if may { Self::Tc } else { Self::SockOps })
     }
 }

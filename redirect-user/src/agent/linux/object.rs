@@ -17,7 +17,6 @@ use aya_obj::EbpfSectionKind;
 use aya_obj::generated::bpf_map_info;
 use redirect_ebpf::constants::MAX_PROXY_CGROUPS;
 
-use super::link;
 use super::listeners::NotedBy;
 use super::pins::Pins;
 use super::{PROBE, Settings, cgroup_programs};
@@ -25,6 +24,7 @@ use crate::agent::facts::{Hook, Lookup};
 use crate::agent::kernel_log::Words;
 use crate::bpf;
 use crate::placement::Placement;
+use redirect_linux::link;
 
 /// The kernel side, as the build script found it. Aligned as an ELF file has to be.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect.o"));

@@ -21,18 +21,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use nix::mount::{MsFlags, mount};
-use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use redirect_ebpf::maps::LAYOUT;
 
 use super::super::facts::Lookup;
-use super::link::{Link, Place, Program, State};
+use redirect_linux::bpffs::{Bpffs, NO_BPFFS_REMEDY, bpffs, mount_bpffs};
+use redirect_linux::link::{Link, Place, Program, State};
 
 /// Where maps and links are pinned.
 pub const DEFAULT_DIRECTORY: &str = "/sys/fs/bpf/ambient-redirect";
-
-/// Where a bpffs usually is.
-const BPFFS: &str = "/sys/fs/bpf";
 
 /// How long an agent waits for the one before it to end.
 const PREDECESSOR: Duration = Duration::from_secs(5);
@@ -161,51 +157,6 @@ fn remove_tree(directory: &Path, removed: &mut Vec<PathBuf>) -> io::Result<()> {
 
 fn is_not_found(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::NotFound)
-}
-
-/// What there is for a pin directory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Bpffs {
-    /// It is on one.
-    Mounted,
-    /// It will be on the one that the agent mounts.
-    Mountable,
-}
-
-/// What to do where there is none.
-pub const NO_BPFFS_REMEDY: &str = "choose a directory below /sys/fs/bpf (--pin-dir), with a bpffs there (mount -t bpf bpf \
-                                   /sys/fs/bpf on the node, which the chart does with mountBpffs=true); in a container, \
-                                   mount the host's at the same path";
-
-/// What there is for a pin directory, which may not be there yet; `None`: nothing that outlives the agent.
-pub fn bpffs(directory: &Path) -> io::Result<Option<Bpffs>> {
-    let usual = Path::new(BPFFS);
-    let there = directory.ancestors().find_map(|path| statfs(path).ok());
-    if there.is_some_and(|found| found.filesystem_type() == BPF_FS_MAGIC) {
-        return Ok(Some(Bpffs::Mounted));
-    }
-    if !directory.starts_with(usual) {
-        return Ok(None);
-    }
-    // In a container, a mount would end with it. A mount has its number in one mount namespace only.
-    let mounts = |process: &str| -> io::Result<BTreeSet<String>> {
-        let table = fs::read_to_string(format!("/proc/{process}/mountinfo"))?;
-        Ok(table.lines().filter_map(|line| Some(line.split_once(' ')?.0.to_owned())).collect())
-    };
-    Ok((!mounts("self")?.is_disjoint(&mounts("1")?)).then_some(Bpffs::Mountable))
-}
-
-/// Mounts a bpffs at its usual place, unless one is there.
-pub fn ensure_bpffs() -> anyhow::Result<()> {
-    let there = statfs(BPFFS).with_context(|| format!("{BPFFS} can't be examined"))?;
-    if there.filesystem_type() == BPF_FS_MAGIC { Ok(()) } else { mount_bpffs() }
-}
-
-fn mount_bpffs() -> anyhow::Result<()> {
-    mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), Some("mode=700"))
-        .with_context(|| format!("a bpffs can't be mounted on {BPFFS}"))?;
-    tracing::info!("a bpffs was mounted on {BPFFS}");
-    Ok(())
 }
 
 /// The name of a link on a namespace's socket lookup.

@@ -8,9 +8,9 @@ use redirect_ebpf::Family;
 use super::super::facts::Sysctl;
 use super::super::records::Records;
 use super::entrance;
-use super::netlink::{Netlink, Side};
 use super::sysctl::Sysctls;
 use crate::netns::NetNs;
+use redirect_linux::netlink::{Netlink, Side};
 
 /// What was removed from a namespace, by kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]

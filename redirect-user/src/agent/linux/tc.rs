@@ -15,17 +15,16 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
-use std::ops::RangeInclusive;
 
 use anyhow::Context as _;
 use nix::sched::{CloneFlags, unshare};
 use redirect_ebpf::Family;
 
 use super::super::facts::{Fact, Hook, Interface, LOOPBACK_INDEX};
-use super::link::{self, At, AttachType, Link, Place, State};
-use super::netlink::{Filter, Netlink, Side};
 use super::object::Programs;
 use super::pins::Links;
+use redirect_linux::link::{self, At, AttachType, Link, Place, State};
+use redirect_linux::netlink::{Filter, HANDLES, Netlink, Side};
 
 pub(super) struct Tc {
     method: TcMethod,
@@ -45,9 +44,6 @@ pub enum TcMethod {
     /// tcx links. Needs Linux 6.6.
     Tcx,
 }
-
-/// Our filters' handles: each program has one. The kernel takes more memory for larger numbers.
-pub(super) const HANDLES: RangeInclusive<u32> = 1501..=1514;
 
 /// Our filters' priority. Filters of one priority have to be of one protocol; ours look at the family themselves.
 const PRIORITY: u16 = 1;
@@ -92,14 +88,13 @@ impl Hook {
     }
 }
 
-impl Side {
-    fn place(self, interface: u32) -> Place<'static> {
-        let attach_type = match self {
-            Self::Ingress => AttachType::BPF_TCX_INGRESS,
-            Self::Egress => AttachType::BPF_TCX_EGRESS,
-        };
-        Place { attach_type, at: At::Interface(interface), id: interface.into() }
-    }
+/// Where a tcx link for a side of an interface is.
+fn place(side: Side, interface: u32) -> Place<'static> {
+    let attach_type = match side {
+        Side::Ingress => AttachType::BPF_TCX_INGRESS,
+        Side::Egress => AttachType::BPF_TCX_EGRESS,
+    };
+    Place { attach_type, at: At::Interface(interface), id: interface.into() }
 }
 
 fn link_name(hook: Hook, netns_cookie: u64, interface: u32) -> String {
@@ -168,7 +163,7 @@ impl Tc {
                 links.remove(&name)?;
             }
             TcMethod::Tcx => {
-                links.ensure(&name, program, hook.side().place(interface.index)).with_context(context)?;
+                links.ensure(&name, program, place(hook.side(), interface.index)).with_context(context)?;
                 netlink.delete_filter(interface.index, filter)?;
             }
         }
@@ -179,7 +174,7 @@ impl Tc {
     /// In the namespace of the pod. The kernel runs tcx programs before filters, and filters not at all if one of them
     /// decides: beside those of others, ours has to be one too, and comes before them. One that is there stays.
     fn method_for(&self, interface: u32, side: Side) -> io::Result<TcMethod> {
-        let Place { attach_type, at, .. } = side.place(interface);
+        let Place { attach_type, at, .. } = place(side, interface);
         let links = self.method == TcMethod::Tcx || !link::programs(at, attach_type)?.is_empty();
         Ok(if links { TcMethod::Tcx } else { TcMethod::Clsact })
     }
@@ -229,7 +224,7 @@ impl Tc {
                 let filter = filter
                     .map(|filter| if filter.program == program.id { State::Current } else { State::Stale });
                 let name = link_name(hook, netns_cookie, interface.index);
-                let link = links.state(&name, program, hook.side().place(interface.index))?;
+                let link = links.state(&name, program, place(hook.side(), interface.index))?;
                 let method = match hook.side() {
                     Side::Ingress => ingress,
                     Side::Egress => egress,
@@ -272,7 +267,7 @@ fn probe(programs: &Programs, method: TcMethod, hook: Hook) -> anyhow::Result<()
         let thread = scope.spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET).context("a network namespace for probing can't be made")?;
             match method {
-                TcMethod::Tcx => Link::create(program, hook.side().place(LOOPBACK_INDEX))
+                TcMethod::Tcx => Link::create(program, place(hook.side(), LOOPBACK_INDEX))
                     .map(drop)
                     .context("this kernel has no tcx links (Linux 6.6): use --tc clsact"),
                 TcMethod::Clsact => Netlink::open()

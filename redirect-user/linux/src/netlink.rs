@@ -6,6 +6,7 @@ mod raw;
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 
 use redirect_ebpf::Family;
@@ -29,24 +30,73 @@ use rtnetlink::packet_route::tc::{
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
-use super::super::facts::{Interface, LOOPBACK_INDEX, Mark};
-use super::link::Program;
-use super::tc::HANDLES;
+use crate::link::Program;
 use crate::netns::NetNs;
 use raw::Raw;
+
+/// Our filters' handles: each program has one. The kernel takes more memory for larger numbers.
+pub const HANDLES: RangeInclusive<u32> = 1501..=1514;
+
+/// The index of `lo`, in every network namespace.
+pub const LOOPBACK_INDEX: u32 = 1;
+
+/// An interface of a network namespace.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Interface {
+    /// Its index.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+}
+
+impl Interface {
+    /// Whether it is `lo`.
+    #[must_use]
+    pub const fn is_loopback(&self) -> bool {
+        self.index == LOOPBACK_INDEX
+    }
+}
+
+/// The marks that are routed through `lo`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Mark {
+    /// Captured outbound connections.
+    Capture,
+    /// Replies to the proxy's deliveries.
+    Delivery,
+}
+
+impl Mark {
+    /// Both marks.
+    pub const ALL: [Self; 2] = [Self::Capture, Self::Delivery];
+}
+
+impl Mark {
+    /// The mark's value and the priority of its rule.
+    const fn rule(self) -> (u32, u32) {
+        use redirect_ebpf::constants::{
+            MARK_CAPTURE, MARK_DELIVERY, RULE_PRIORITY_CAPTURE, RULE_PRIORITY_DELIVERY,
+        };
+        match self {
+            Self::Capture => (MARK_CAPTURE, RULE_PRIORITY_CAPTURE),
+            Self::Delivery => (MARK_DELIVERY, RULE_PRIORITY_DELIVERY),
+        }
+    }
+}
 
 /// Room for the largest packet that the kernel sends.
 const PACKET: usize = 1 << 16;
 
 /// A route socket in the namespace in which it was opened.
-pub(in crate::agent) struct Netlink {
+pub struct Netlink {
     socket: Socket,
     sequence: u32,
     packet: Vec<u8>,
 }
 
 impl Netlink {
-    pub(in crate::agent) fn open() -> io::Result<Self> {
+    /// A socket in the calling thread's namespace.
+    pub fn open() -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
@@ -99,7 +149,7 @@ impl Netlink {
     }
 
     /// The ID by which the socket's namespace knows another one; it is given one if it has none.
-    pub(in crate::agent) fn namespace_id(&mut self, netns: &NetNs) -> io::Result<i32> {
+    pub fn namespace_id(&mut self, netns: &NetNs) -> io::Result<i32> {
         let descriptor = NsidAttribute::Fd(netns.as_fd().as_raw_fd().cast_unsigned());
         let mut message = NsidMessage::default();
         message.attributes = vec![descriptor.clone()];
@@ -130,7 +180,7 @@ impl Netlink {
     }
 
     /// The interfaces that are in the namespace, and the indices of those that are up.
-    pub(super) fn interfaces(&mut self) -> io::Result<(Vec<Interface>, BTreeSet<u32>)> {
+    pub fn interfaces(&mut self) -> io::Result<(Vec<Interface>, BTreeSet<u32>)> {
         // `struct ifinfomsg`
         const SIZE: usize = 16;
         const INDEX: usize = 4;
@@ -153,7 +203,7 @@ impl Netlink {
     }
 
     /// The interfaces with all that the kernel tells of them.
-    pub(super) fn links(&mut self) -> io::Result<Vec<LinkMessage>> {
+    pub fn links(&mut self) -> io::Result<Vec<LinkMessage>> {
         let answers = self.request(RouteNetlinkMessage::GetLink(LinkMessage::default()), NLM_F_DUMP)?;
         let links = answers.into_iter().filter_map(|answer| match answer {
             RouteNetlinkMessage::NewLink(link) => Some(link),
@@ -163,14 +213,14 @@ impl Netlink {
     }
 
     /// The interface with this index.
-    pub(super) fn interface(&mut self, index: u32) -> io::Result<Option<Interface>> {
+    pub fn interface(&mut self, index: u32) -> io::Result<Option<Interface>> {
         let mut wanted = LinkMessage::default();
         wanted.header.index = index;
         self.link(wanted)
     }
 
     /// The interface with this name.
-    pub(super) fn find(&mut self, name: &str) -> io::Result<Option<Interface>> {
+    pub fn find(&mut self, name: &str) -> io::Result<Option<Interface>> {
         let mut wanted = LinkMessage::default();
         wanted.attributes = vec![LinkAttribute::IfName(name.into())];
         self.link(wanted)
@@ -188,7 +238,7 @@ impl Netlink {
     }
 
     /// Makes a pair of devices.
-    pub(super) fn add_pair(&mut self, name: &str, peer: &str) -> io::Result<()> {
+    pub fn add_pair(&mut self, name: &str, peer: &str) -> io::Result<()> {
         let mut other = LinkMessage::default();
         other.attributes = vec![LinkAttribute::IfName(peer.into())];
         let mut link = LinkMessage::default();
@@ -203,7 +253,7 @@ impl Netlink {
     }
 
     /// What somebody noted about an interface.
-    pub(super) fn alias(&mut self, index: u32) -> io::Result<Option<String>> {
+    pub fn alias(&mut self, index: u32) -> io::Result<Option<String>> {
         let found = self.links()?.into_iter().find(|link| link.header.index == index);
         Ok(found.into_iter().flat_map(|link| link.attributes).find_map(|attribute| match attribute {
             LinkAttribute::IfAlias(alias) => Some(alias),
@@ -211,20 +261,22 @@ impl Netlink {
         }))
     }
 
-    pub(super) fn set_alias(&mut self, name: &str, alias: &str) -> io::Result<()> {
+    /// Notes something about an interface.
+    pub fn set_alias(&mut self, name: &str, alias: &str) -> io::Result<()> {
         let mut link = LinkMessage::default();
         link.attributes = vec![LinkAttribute::IfName(name.into()), LinkAttribute::IfAlias(alias.into())];
         self.change(RouteNetlinkMessage::SetLink(link), 0)
     }
 
-    pub(super) fn delete_link(&mut self, index: u32) -> io::Result<()> {
+    /// Deletes an interface.
+    pub fn delete_link(&mut self, index: u32) -> io::Result<()> {
         let mut link = LinkMessage::default();
         link.header.index = index;
         self.change(RouteNetlinkMessage::DelLink(link), 0)
     }
 
     /// A rule of this priority that is not the entrance's, in words.
-    pub(super) fn other_rule(&mut self, family: Family, priority: u32) -> io::Result<Option<String>> {
+    pub fn other_rule(&mut self, family: Family, priority: u32) -> io::Result<Option<String>> {
         let at_priority = RuleAttribute::Priority(priority);
         let others = self.all_rules(family)?.into_iter();
         Ok(others
@@ -234,13 +286,13 @@ impl Netlink {
     }
 
     /// Returns whether it was missing.
-    pub(super) fn ensure_entrance_rule(&mut self, family: Family, priority: u32) -> io::Result<bool> {
+    pub fn ensure_entrance_rule(&mut self, family: Family, priority: u32) -> io::Result<bool> {
         let message = RouteNetlinkMessage::NewRule(entrance_rule(family, priority));
         made(self.change(message, NLM_F_CREATE | NLM_F_EXCL))
     }
 
     /// Removes the entrance's rules, of whatever priority. Returns how many there were.
-    pub(super) fn delete_entrance_rules(&mut self, family: Family) -> io::Result<usize> {
+    pub fn delete_entrance_rules(&mut self, family: Family) -> io::Result<usize> {
         let ours: Vec<_> = self.all_rules(family)?.into_iter().filter(leads_to_entrance).collect();
         for rule in &ours {
             self.change(RouteNetlinkMessage::DelRule(rule.clone()), 0)?;
@@ -260,7 +312,7 @@ impl Netlink {
     }
 
     /// Gives an interface an address that is known on the host alone. Returns whether it had not got it.
-    pub(super) fn ensure_address(&mut self, index: u32, address: Ipv4Addr) -> io::Result<bool> {
+    pub fn ensure_address(&mut self, index: u32, address: Ipv4Addr) -> io::Result<bool> {
         let mut message = AddressMessage::default();
         message.header.family = AddressFamily::Inet;
         message.header.prefix_len = 32;
@@ -273,7 +325,7 @@ impl Netlink {
 
     /// `local default dev ENTRANCE table ROUTE_TABLE`. Of that device, because the reverse path filter takes a source for
     /// right if the route to it is through the device that the packet came in by.
-    pub(super) fn add_entrance_route(&mut self, family: Family, index: u32) -> io::Result<()> {
+    pub fn add_entrance_route(&mut self, family: Family, index: u32) -> io::Result<()> {
         let mut route = RouteMessage::default();
         route.header = RouteHeader {
             address_family: address_family(family),
@@ -287,7 +339,8 @@ impl Netlink {
         self.change(RouteNetlinkMessage::NewRoute(route), NLM_F_CREATE | NLM_F_REPLACE)
     }
 
-    pub(super) fn set_up(&mut self, index: u32) -> io::Result<()> {
+    /// Sets an interface up.
+    pub fn set_up(&mut self, index: u32) -> io::Result<()> {
         let mut link = LinkMessage::default();
         link.header.index = index;
         link.header.flags = LinkFlags::Up;
@@ -296,14 +349,14 @@ impl Netlink {
     }
 
     /// The BPF filters of an interface that have handles of ours.
-    pub(super) fn filters(&mut self, interface: u32) -> io::Result<Vec<Filter>> {
+    pub fn filters(&mut self, interface: u32) -> io::Result<Vec<Filter>> {
         let filters = self.all_filters(interface)?.into_iter().map(|(_, filter)| filter);
         Ok(filters.filter(|filter| filter.program != 0 && HANDLES.contains(&filter.handle)).collect())
     }
 
     /// All filters of an interface's `ingress` or clsact queueing discipline with their kinds, in the order in which they are
     /// asked. Those that are no BPF programs have the ID zero.
-    pub(super) fn all_filters(&mut self, interface: u32) -> io::Result<Vec<(String, Filter)>> {
+    pub fn all_filters(&mut self, interface: u32) -> io::Result<Vec<(String, Filter)>> {
         // `struct tcmsg`
         const SIZE: usize = 20;
         const HANDLE: usize = 8;
@@ -339,7 +392,7 @@ impl Netlink {
     }
 
     /// Puts a program into a filter's place, in one step if there is another one.
-    pub(super) fn set_filter(
+    pub fn set_filter(
         &mut self,
         interface: u32,
         filter: Filter,
@@ -359,7 +412,7 @@ impl Netlink {
     }
 
     /// Returns whether it was there.
-    pub(super) fn delete_filter(&mut self, interface: u32, filter: Filter) -> io::Result<bool> {
+    pub fn delete_filter(&mut self, interface: u32, filter: Filter) -> io::Result<bool> {
         let mut message = filter.message(interface);
         message.attributes = vec![TcAttribute::Kind(TcFilterBpf::KIND.into())];
         match self.change(RouteNetlinkMessage::DelTrafficFilter(message), 0) {
@@ -376,7 +429,7 @@ impl Netlink {
 
     /// Gives an interface what filters are attached to, unless it has it: a clsact queueing discipline. `lo` gets one for what
     /// comes in alone, `ingress`: a side takes 4 KiB of the kernel's memory.
-    pub(super) fn add_qdisc(&mut self, interface: &Interface) -> io::Result<()> {
+    pub fn add_qdisc(&mut self, interface: &Interface) -> io::Result<()> {
         let mut message = traffic_control(interface.index, CLSACT);
         message.header.handle = TcHandle { major: 0xffff, minor: 0 };
         let kind = if interface.is_loopback() { "ingress" } else { "clsact" };
@@ -388,7 +441,7 @@ impl Netlink {
     }
 
     /// Removes an interface's queueing discipline for filters, if it has one and no filters are on it.
-    pub(super) fn delete_qdisc(&mut self, interface: u32) -> io::Result<()> {
+    pub fn delete_qdisc(&mut self, interface: u32) -> io::Result<()> {
         for side in Side::ALL {
             let any = RouteNetlinkMessage::GetTrafficFilter(traffic_control(interface, side.parent()));
             if !self.list(any, libc::RTM_NEWTFILTER)?.is_empty() {
@@ -406,7 +459,7 @@ impl Netlink {
     }
 
     /// Our rules.
-    pub(super) fn rules(&mut self, family: Family) -> io::Result<Vec<Mark>> {
+    pub fn rules(&mut self, family: Family) -> io::Result<Vec<Mark>> {
         // `struct fib_rule_hdr`, and the numbers of attributes.
         const SIZE: usize = 12;
         const PRIORITY: u16 = 6;
@@ -426,11 +479,13 @@ impl Netlink {
         Ok(Mark::ALL.into_iter().filter(|mark| all.iter().any(|found| is(found, *mark))).collect())
     }
 
-    pub(super) fn add_rule(&mut self, family: Family, mark: Mark) -> io::Result<()> {
+    /// Adds a rule of ours.
+    pub fn add_rule(&mut self, family: Family, mark: Mark) -> io::Result<()> {
         self.change(RouteNetlinkMessage::NewRule(rule(family, mark)), NLM_F_CREATE | NLM_F_EXCL)
     }
 
-    pub(super) fn delete_rule(&mut self, family: Family, mark: Mark) -> io::Result<()> {
+    /// Deletes a rule of ours. One that is gone is no error.
+    pub fn delete_rule(&mut self, family: Family, mark: Mark) -> io::Result<()> {
         match self.change(RouteNetlinkMessage::DelRule(rule(family, mark)), 0) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             result => result,
@@ -438,7 +493,7 @@ impl Netlink {
     }
 
     /// The devices and preferred sources of our routes.
-    pub(super) fn routes(
+    pub fn routes(
         &mut self,
         family: Family,
         interfaces: &[Interface],
@@ -471,7 +526,8 @@ impl Netlink {
         Ok(routes)
     }
 
-    pub(super) fn add_route(
+    /// Adds a route of ours, or replaces it.
+    pub fn add_route(
         &mut self,
         family: Family,
         interface: &Interface,
@@ -487,7 +543,8 @@ impl Netlink {
         })
     }
 
-    pub(super) fn delete_route(
+    /// Deletes a route of ours. One that is gone is no error.
+    pub fn delete_route(
         &mut self,
         family: Family,
         interface: &Interface,
@@ -514,13 +571,16 @@ const CLSACT: TcHandle = TcHandle { major: 0xffff, minor: 0xfff1 };
 
 /// Which packets of an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Side {
+pub enum Side {
+    /// Those that come in.
     Ingress,
+    /// Those that go out.
     Egress,
 }
 
 impl Side {
-    pub(super) const ALL: [Self; 2] = [Self::Ingress, Self::Egress];
+    /// Both sides.
+    pub const ALL: [Self; 2] = [Self::Ingress, Self::Egress];
 
     const fn parent(self) -> TcHandle {
         let minor = match self {
@@ -533,12 +593,15 @@ impl Side {
 
 /// A filter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Filter {
-    pub(super) side: Side,
-    pub(super) priority: u16,
-    pub(super) handle: u32,
+pub struct Filter {
+    /// Which packets it sees.
+    pub side: Side,
+    /// Its priority.
+    pub priority: u16,
+    /// Its handle.
+    pub handle: u32,
     /// The program's ID.
-    pub(super) program: u32,
+    pub program: u32,
 }
 
 impl Filter {
@@ -566,7 +629,7 @@ const fn address_family(family: Family) -> AddressFamily {
 }
 
 /// What an interface is known by.
-pub(super) fn interface(link: LinkMessage) -> Option<Interface> {
+pub fn interface(link: LinkMessage) -> Option<Interface> {
     let index = link.header.index;
     let name = link.attributes.into_iter().find_map(|attribute| match attribute {
         LinkAttribute::IfName(name) => Some(name),

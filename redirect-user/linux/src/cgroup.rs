@@ -106,7 +106,7 @@ fn read(path: impl Into<PathBuf>) -> Result<String, CgroupError> {
 
 /// Runs the look-up on a thread of its own, in the cgroup namespace of process 1. Where that cannot be joined (no
 /// privilege, or none of the host's PID namespace) the agent's own view has to do.
-pub(crate) fn in_host_view<T: Send, E: Send + From<CgroupError>>(
+pub fn in_host_view<T: Send, E: Send + From<CgroupError>>(
     look_up: impl FnOnce() -> Result<T, E> + Send,
 ) -> Result<T, E> {
     thread::scope(|scope| {
@@ -160,7 +160,7 @@ fn unescape(field: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::skip::skip;
+    use redirect_testing::skip;
 
     #[test]
     fn the_line_of_hierarchy_zero_counts() {

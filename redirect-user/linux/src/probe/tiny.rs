@@ -40,7 +40,7 @@ pub(super) fn has_helper(hook: Hook, helper: bpf_func_id) -> Result<bool, Errno>
 }
 
 /// Whether TC programs may put sockets into maps.
-pub(crate) fn tc_may_keep_sockets() -> Result<bool, Errno> {
+pub fn tc_may_keep_sockets() -> Result<bool, Errno> {
     const REFUSED: &str = "cannot update sockmap in this context";
     const KEY: i16 = -4;
     /// Offset of `sk` in `struct __sk_buff`.

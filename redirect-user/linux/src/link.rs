@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-pub(super) use aya_obj::generated::bpf_attach_type as AttachType;
+pub use aya_obj::generated::bpf_attach_type as AttachType;
 use aya_obj::generated::{BPF_F_BEFORE, bpf_cmd, bpf_link_info, bpf_link_type, bpf_prog_info};
 use nix::errno::Errno;
 
@@ -14,27 +14,35 @@ use crate::bpf;
 
 /// A loaded program.
 #[derive(Debug)]
-pub(super) struct Program {
-    pub(super) fd: OwnedFd,
-    pub(super) id: u32,
+pub struct Program {
+    /// Its descriptor.
+    pub fd: OwnedFd,
+    /// Its ID in the kernel.
+    pub id: u32,
 }
 
 /// An attachment of a program, which ends with the last descriptor and pin of it.
 #[derive(Debug)]
-pub(super) struct Link(OwnedFd);
+pub struct Link(OwnedFd);
 
 /// Where a link is, or shall be: `at` is a descriptor of the cgroup or of the namespace, or the interface's index; `id` is
 /// what the kernel calls the same thing: the inode of the cgroup's directory or of the namespace, or the index.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Place<'a> {
-    pub(super) attach_type: AttachType,
-    pub(super) at: At<'a>,
-    pub(super) id: u64,
+pub struct Place<'a> {
+    /// The hook.
+    pub attach_type: AttachType,
+    /// What bpf(2) takes.
+    pub at: At<'a>,
+    /// What the kernel reports.
+    pub id: u64,
 }
 
+/// What bpf(2) takes for the target of a link.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum At<'a> {
+pub enum At<'a> {
+    /// A descriptor of the cgroup or of the namespace.
     Descriptor(BorrowedFd<'a>),
+    /// The index of an interface of the calling thread's namespace.
     Interface(u32),
 }
 
@@ -49,7 +57,7 @@ impl At<'_> {
 
 /// How a link compares with what it should be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum State {
+pub enum State {
     /// It attaches the program to the place.
     Current,
     /// It attaches another program to the place: that of another build.
@@ -59,7 +67,8 @@ pub(super) enum State {
 }
 
 impl Link {
-    pub(super) fn create(program: &Program, place: Place<'_>) -> io::Result<Self> {
+    /// Attaches a program.
+    pub fn create(program: &Program, place: Place<'_>) -> io::Result<Self> {
         let create =
             |flags| bpf::link_create(program.fd.as_fd(), place.at.number(), place.attach_type, flags);
         // Before all others that are attached to the same place.
@@ -76,28 +85,30 @@ impl Link {
     }
 
     /// Opens a pinned link.
-    pub(super) fn open(pin: &Path) -> io::Result<Self> {
+    pub fn open(pin: &Path) -> io::Result<Self> {
         bpf::obj_get(pin).map(Self)
     }
 
-    pub(super) fn pin(&self, pin: &Path) -> io::Result<()> {
+    /// Pins the link.
+    pub fn pin(&self, pin: &Path) -> io::Result<()> {
         bpf::obj_pin(self.0.as_fd(), pin)
     }
 
     /// Puts another program in the place of the link's, in one step.
-    pub(super) fn update(&self, program: &Program) -> io::Result<()> {
+    pub fn update(&self, program: &Program) -> io::Result<()> {
         Ok(bpf::link_update(self.0.as_raw_fd(), program.fd.as_raw_fd())?)
     }
 
     /// Detaches the program now. When the last descriptor and pin are gone the kernel does so as well, but some time later.
-    pub(super) fn detach(&self) -> io::Result<()> {
+    pub fn detach(&self) -> io::Result<()> {
         let mut attributes = bpf::attributes();
         attributes.link_detach.link_fd = self.0.as_raw_fd().cast_unsigned();
         bpf::call(bpf_cmd::BPF_LINK_DETACH, &mut attributes)?;
         Ok(())
     }
 
-    pub(super) fn state(&self, program: &Program, place: Place<'_>) -> io::Result<State> {
+    /// Compares the link with what it should be.
+    pub fn state(&self, program: &Program, place: Place<'_>) -> io::Result<State> {
         let info: bpf_link_info = bpf::info(self.0.as_fd())?;
         let here = info.type_ == link_type(place.attach_type) as u32
             && target(&info) == (place.id, place.attach_type as u32);
@@ -109,7 +120,7 @@ impl Link {
     }
 
     /// Whether what the link was attached to still exists.
-    pub(super) fn is_attached(&self) -> io::Result<bool> {
+    pub fn is_attached(&self) -> io::Result<bool> {
         let (id, _) = target(&bpf::info(self.0.as_fd())?);
         Ok(id != 0)
     }
@@ -139,7 +150,7 @@ fn link_type(attach_type: AttachType) -> bpf_link_type {
 }
 
 /// The IDs of the attached programs, in the order in which they run.
-pub(super) fn programs(at: At<'_>, attach_type: AttachType) -> io::Result<Vec<u32>> {
+pub fn programs(at: At<'_>, attach_type: AttachType) -> io::Result<Vec<u32>> {
     /// The kernel allows no more.
     const MOST: usize = 64;
     let mut ids = [0u32; MOST];
@@ -163,7 +174,7 @@ pub(super) fn programs(at: At<'_>, attach_type: AttachType) -> io::Result<Vec<u3
 }
 
 /// The name of a program in the kernel; `None` if the program is gone.
-pub(super) fn program_name(id: u32) -> io::Result<Option<String>> {
+pub fn program_name(id: u32) -> io::Result<Option<String>> {
     let mut attributes = bpf::attributes();
     // SAFETY: all of the union was zeroed, which every member allows.
     unsafe { &mut attributes.__bindgen_anon_6 }.__bindgen_anon_1.prog_id = id;

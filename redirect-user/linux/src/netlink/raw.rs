@@ -5,9 +5,9 @@ use rtnetlink::packet_core::{DecodeError, NetlinkDeserializable, NetlinkHeader};
 
 /// An answer: a structure whose size depends on the kind, then attributes.
 #[derive(Debug)]
-pub(super) struct Raw {
+pub(crate) struct Raw {
     /// `RTM_…`
-    pub(super) kind: u16,
+    pub(crate) kind: u16,
     content: Vec<u8>,
 }
 
@@ -21,23 +21,23 @@ impl NetlinkDeserializable for Raw {
 
 impl Raw {
     /// A byte of the structure; zero beyond the end.
-    pub(super) fn byte(&self, at: usize) -> u8 {
+    pub(crate) fn byte(&self, at: usize) -> u8 {
         self.content.get(at).copied().unwrap_or_default()
     }
 
     /// 32 bits of the structure.
-    pub(super) fn word(&self, at: usize) -> u32 {
+    pub(crate) fn word(&self, at: usize) -> u32 {
         self.content.get(at..).and_then(word).unwrap_or_default()
     }
 
     /// The attributes that follow a structure of this size.
-    pub(super) fn attributes(&self, size: usize) -> impl Iterator<Item = (u16, &[u8])> {
+    pub(crate) fn attributes(&self, size: usize) -> impl Iterator<Item = (u16, &[u8])> {
         attributes(self.content.get(size..).unwrap_or_default())
     }
 }
 
 /// The numbers of attributes and what they hold, as far as that can be read.
-pub(super) fn attributes(mut rest: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub(crate) fn attributes(mut rest: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     /// Without the flags (nested, in network byte order).
     const NUMBER: u16 = 0x3fff;
     std::iter::from_fn(move || {
@@ -50,12 +50,12 @@ pub(super) fn attributes(mut rest: &[u8]) -> impl Iterator<Item = (u16, &[u8])> 
 }
 
 /// The first 32 bits.
-pub(super) fn word(bytes: &[u8]) -> Option<u32> {
+pub(crate) fn word(bytes: &[u8]) -> Option<u32> {
     bytes.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes))
 }
 
 /// A text, which ends with a zero.
-pub(super) fn text(bytes: &[u8]) -> String {
+pub(crate) fn text(bytes: &[u8]) -> String {
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     String::from_utf8_lossy(bytes.get(..end).unwrap_or_default()).into_owned()
 }

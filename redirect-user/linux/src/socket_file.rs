@@ -32,13 +32,13 @@ pub enum BindError {
 
 /// Removes the socket's file when dropped.
 #[derive(Debug)]
-pub(crate) struct SocketFile {
+pub struct SocketFile {
     path: PathBuf,
     inode: (u64, u64),
 }
 
 /// A listening, non-blocking `SOCK_SEQPACKET` socket at `path` with mode 0600.
-pub(crate) fn listen_at(path: &Path) -> Result<(OwnedFd, SocketFile), BindError> {
+pub fn listen_at(path: &Path) -> Result<(OwnedFd, SocketFile), BindError> {
     let failed = |source: io::Error| BindError::Io { path: path.into(), source };
     let errno = |errno: Errno| failed(errno.into());
 

@@ -15,7 +15,7 @@ use nix::errno::Errno;
 /// # Safety
 ///
 /// Zeros are a value of it, and so is whatever the kernel writes.
-pub(crate) unsafe trait Info: Copy {}
+pub unsafe trait Info: Copy {}
 
 // SAFETY: they consist of integers, in structures and unions.
 unsafe impl Info for bpf_link_info {}
@@ -25,13 +25,13 @@ unsafe impl Info for bpf_map_info {}
 unsafe impl Info for bpf_prog_info {}
 
 /// Nothing but zeros, which the kernel takes for what is not said.
-pub(crate) fn attributes() -> bpf_attr {
+pub fn attributes() -> bpf_attr {
     // SAFETY: the attributes consist of integers, for which zero is valid.
     unsafe { mem::zeroed() }
 }
 
 /// A call. The result is a descriptor, for the commands that return one. What the attributes point to has to outlive it.
-pub(crate) fn call(command: bpf_cmd, attributes: &mut bpf_attr) -> Result<RawFd, Errno> {
+pub fn call(command: bpf_cmd, attributes: &mut bpf_attr) -> Result<RawFd, Errno> {
     // SAFETY: the attributes are as long as is said, and the caller sees to what they point to. Older kernels, which know fewer
     // of them, take them as long as the others are zero.
     let result = unsafe {
@@ -41,14 +41,14 @@ pub(crate) fn call(command: bpf_cmd, attributes: &mut bpf_attr) -> Result<RawFd,
 }
 
 /// A call that makes or opens something.
-pub(crate) fn open(command: bpf_cmd, attributes: &mut bpf_attr) -> Result<OwnedFd, Errno> {
+pub fn open(command: bpf_cmd, attributes: &mut bpf_attr) -> Result<OwnedFd, Errno> {
     let descriptor = call(command, attributes)?;
     // SAFETY: the kernel has just made it, for us alone.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
 /// `BPF_LINK_CREATE`. The target is a descriptor, or the index of an interface.
-pub(crate) fn link_create(
+pub fn link_create(
     program: BorrowedFd<'_>,
     target: u32,
     attach_type: bpf_attach_type,
@@ -63,7 +63,7 @@ pub(crate) fn link_create(
 }
 
 /// `BPF_LINK_UPDATE`.
-pub(crate) fn link_update(link: RawFd, program: RawFd) -> Result<(), Errno> {
+pub fn link_update(link: RawFd, program: RawFd) -> Result<(), Errno> {
     let mut attributes = attributes();
     attributes.link_update.link_fd = link.cast_unsigned();
     attributes.link_update.__bindgen_anon_1.new_prog_fd = program.cast_unsigned();
@@ -71,7 +71,7 @@ pub(crate) fn link_update(link: RawFd, program: RawFd) -> Result<(), Errno> {
 }
 
 /// `BPF_OBJ_GET_INFO_BY_FD`.
-pub(crate) fn info<T: Info>(object: BorrowedFd<'_>) -> Result<T, Errno> {
+pub fn info<T: Info>(object: BorrowedFd<'_>) -> Result<T, Errno> {
     // SAFETY: zeros are a value of it.
     let mut info: T = unsafe { mem::zeroed() };
     let mut attributes = attributes();
@@ -83,7 +83,7 @@ pub(crate) fn info<T: Info>(object: BorrowedFd<'_>) -> Result<T, Errno> {
 }
 
 /// `BPF_OBJ_PIN`.
-pub(crate) fn obj_pin(object: BorrowedFd<'_>, pin: &Path) -> io::Result<()> {
+pub fn obj_pin(object: BorrowedFd<'_>, pin: &Path) -> io::Result<()> {
     let path = CString::new(pin.as_os_str().as_bytes())?;
     let mut attributes = of_pin(&path);
     // SAFETY: all of the union was zeroed or written as this member.
@@ -93,7 +93,7 @@ pub(crate) fn obj_pin(object: BorrowedFd<'_>, pin: &Path) -> io::Result<()> {
 }
 
 /// `BPF_OBJ_GET`.
-pub(crate) fn obj_get(pin: &Path) -> io::Result<OwnedFd> {
+pub fn obj_get(pin: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(pin.as_os_str().as_bytes())?;
     Ok(open(bpf_cmd::BPF_OBJ_GET, &mut of_pin(&path))?)
 }

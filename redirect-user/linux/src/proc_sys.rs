@@ -8,7 +8,7 @@ use nix::sys::statvfs::{FsFlags, statvfs};
 const PATH: &str = "/proc/sys";
 
 /// Makes it writable, in this process's mount namespace.
-pub(in crate::agent) fn make_writable() -> io::Result<()> {
+pub fn make_writable() -> io::Result<()> {
     if !statvfs(PATH)?.flags().contains(FsFlags::ST_RDONLY) {
         return Ok(());
     }

@@ -4,7 +4,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// Raises the limit as far as it goes. The usual one of 1024 is for programs that use select(2); the proxy has two descriptors
 /// per connection, the agent two per pod.
-pub(crate) fn raise_limit() {
+pub fn raise_limit() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(error) = raised {

@@ -6,7 +6,7 @@ use std::path::Path;
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, FsType, statfs};
 
 use super::{Cause, Check, Requirements};
-use crate::agent::linux::{self, Bpffs};
+use crate::bpffs::{self, Bpffs, NO_BPFFS_REMEDY};
 use crate::cgroup::{self, CgroupError};
 
 const BTF: &str = "/sys/kernel/btf/vmlinux";
@@ -54,8 +54,8 @@ fn has_version_1() -> bool {
 
 fn bpffs(pin_dir: &Path) -> Check {
     let shown = pin_dir.display();
-    let fail = |detail| Check::fail("bpffs", Cause::Bpffs, detail, linux::NO_BPFFS_REMEDY);
-    match linux::bpffs(pin_dir) {
+    let fail = |detail| Check::fail("bpffs", Cause::Bpffs, detail, NO_BPFFS_REMEDY);
+    match bpffs::bpffs(pin_dir) {
         Ok(Some(Bpffs::Mounted)) => Check::ok("bpffs", shown.to_string()),
         Ok(Some(Bpffs::Mountable)) => Check::ok("bpffs", format!("the agent mounts one for {shown}")),
         Ok(None) => fail(format!("the pin directory {shown} is not on a bpffs")),

@@ -1,0 +1,14 @@
+//! What the kernel offers and neither std nor aya has: bpf(2), links, netlink, sysctls, namespaces, cgroups, privileges,
+//! and what the node can do, found by trying. Nothing here knows of pods.
+
+pub mod bpf;
+pub mod bpffs;
+pub mod cgroup;
+pub mod descriptors;
+pub mod link;
+pub mod netlink;
+pub mod netns;
+pub mod privileges;
+pub mod probe;
+pub mod proc_sys;
+pub mod socket_file;
