@@ -20,14 +20,12 @@ pub mod doctor;
 pub mod install;
 pub mod kube;
 pub mod metrics;
-pub mod placement;
-pub mod pod;
 pub mod proxy;
 pub mod top;
 pub mod validate;
-pub mod wire;
-pub mod zds;
 
-pub use redirect_linux::{bpf, cgroup, descriptors, netns, privileges, socket_file};
+pub use redirect_linux::{bpf, cgroup, descriptors, netns, privileges};
+pub use redirect_protocol::{placement, pod, wire};
 #[cfg(test)]
 pub use redirect_testing as skip;
+pub use redirect_zds as zds;

@@ -25,6 +25,7 @@ use super::thread::Kernel;
 use super::watch::{Event, Watch};
 use super::{kernel_log, stand_in, uninstall, upkeep};
 use crate::kube::{self, Controller, OwnDaemonSet, Timing};
+use crate::metrics::events::events;
 use crate::metrics::server::Purpose;
 use crate::netns::NetNs;
 use crate::placement::Placement;
@@ -127,7 +128,11 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     });
     let (zds_server, proxies) = zds::server::Server::bind(
         &options.zds_socket,
-        zds::server::Options { on_connect: Some(on_connect), ..zds::server::Options::default() },
+        zds::server::Options {
+            on_connect: Some(on_connect),
+            recorder: Some(Arc::new(|event| events().zds(event))),
+            ..zds::server::Options::default()
+        },
     )?;
     let (watch, events) =
         Watch::start(options.placement == Placement::Node).context("interfaces of pods can't be watched")?;

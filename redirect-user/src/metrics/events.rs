@@ -8,6 +8,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
+use redirect_zds::server;
 
 /// The counters of this process.
 pub fn events() -> &'static Events {
@@ -86,19 +87,16 @@ impl Events {
         self.cni.get_or_create(&Cni { command, result }).inc();
     }
 
-    /// A node proxy has connected.
-    pub(crate) fn zds_connected(&self) {
-        self.zds_connections.inc();
-    }
-
-    /// A node proxy answered a request.
-    pub(crate) fn zds_answered(&self, acknowledged: bool) {
-        self.zds_answers.get_or_create(&Answer { answer: if acknowledged { "ack" } else { "nack" } }).inc();
-    }
-
-    /// A node proxy's connection was closed for this reason.
-    pub(crate) fn zds_failed(&self, reason: &'static str) {
-        self.zds_failures.get_or_create(&Failure { reason }).inc();
+    /// Something happened on a node proxy's connection.
+    pub(crate) fn zds(&self, event: server::Event) {
+        match event {
+            server::Event::Connected => self.zds_connections.inc(),
+            server::Event::Answered { acknowledged } => {
+                let answer = if acknowledged { "ack" } else { "nack" };
+                self.zds_answers.get_or_create(&Answer { answer }).inc()
+            }
+            server::Event::Closed { reason } => self.zds_failures.get_or_create(&Failure { reason }).inc(),
+        };
     }
 
     /// The plugin was put back into the CNI chain.

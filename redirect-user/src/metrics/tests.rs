@@ -4,15 +4,16 @@ use std::time::Duration;
 
 use super::*;
 use crate::wire::{CounterReport, FlowStatus, MapReport, ProgramReport, Status};
+use redirect_zds::server::Event;
 
 /// Something of everything, so that every metric has a series.
 fn text() -> String {
     let events = events::events();
     events.enrolled("kernel", Duration::from_millis(1));
     events.cni("add", "ok");
-    events.zds_connected();
-    events.zds_answered(true);
-    events.zds_failed("timeout");
+    events.zds(Event::Connected);
+    events.zds(Event::Answered { acknowledged: true });
+    events.zds(Event::Closed { reason: "timeout" });
     events.chain_repaired();
     events.watch_failed("pods");
     events.patch_failed();

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::double::{Proxy, Reply};
 use super::{Fixture, eventually, identity, quick};
-use crate::zds::messages::Request;
+use crate::messages::Request;
 
 #[derive(Clone, Debug)]
 enum Operation {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::peer::Peer;
 use super::workload::{Namespace, pod_name};
-use crate::zds::messages::WorkloadInfo;
+use crate::messages::WorkloadInfo;
 
 /// Names one version of one pod: who it is and where. A pod that was replaced or removed and added again has a newer one.
 pub(super) type Generation = u64;

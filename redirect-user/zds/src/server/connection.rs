@@ -11,15 +11,14 @@ use tokio_seqpacket::UnixSeqpacket;
 
 use super::desired::{Next, Step};
 use super::peer::{self, Peer};
-use super::serve::{AdmitError, Options};
+use super::serve::{AdmitError, Event, Options};
 use super::shared::Shared;
 use super::workload::{add_request, pod_name};
-use crate::metrics::events::events;
-use crate::zds::messages::{
+use crate::messages::{
     DelWorkload, Hello, KeepWorkload, Request, Response, SnapshotSent, Version, WorkloadRequest,
     WorkloadResponse,
 };
-use crate::zds::packet::{self, PacketError};
+use crate::packet::{self, PacketError};
 
 /// Why the agent closes a connection.
 #[derive(Debug, thiserror::Error)]
@@ -80,7 +79,7 @@ pub(super) async fn serve(id: u64, socket: UnixSeqpacket, shared: Arc<Shared>, o
     match converse(id, &socket, &shared, &options).await {
         Ok(()) => tracing::info!(connection = id, "the node proxy disconnected"),
         Err(error) => {
-            events().zds_failed(error.label());
+            options.record(Event::Closed { reason: error.label() });
             tracing::warn!(connection = id, %error, "the node proxy's connection is closed");
             tokio::time::sleep(options.penalty).await;
         }
@@ -105,7 +104,7 @@ async fn converse(
         Some(Hello { version }) if version == i32::from(Version::V1) => {}
         Some(Hello { version }) => return Err(ConnectionError::Version(version)),
     }
-    events().zds_connected();
+    options.record(Event::Connected);
     let peer = examine(id, credentials.pid(), socket).await;
     shared.update(|desired| desired.connect(peer.clone()));
     let _registration = Registration { shared, id };
@@ -224,7 +223,7 @@ fn conclude(
     shared: &Shared,
     options: &Options,
 ) -> Result<(), ConnectionError> {
-    events().zds_answered(error.is_empty());
+    options.record(Event::Answered { acknowledged: error.is_empty() });
     if matches!(step, Step::SnapshotSent) {
         if !error.is_empty() {
             return Err(ConnectionError::SnapshotRefused(error.to_owned()));

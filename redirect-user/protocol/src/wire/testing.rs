@@ -51,7 +51,7 @@ impl Handler for Recorder {
 }
 
 /// A running agent; stops when dropped.
-pub(crate) struct TestAgent {
+pub struct TestAgent {
     directory: TempDir,
     recorder: Arc<Recorder>,
     shutdown: Option<oneshot::Sender<()>>,
@@ -59,11 +59,13 @@ pub(crate) struct TestAgent {
 }
 
 impl TestAgent {
-    pub(crate) fn start(answer: impl Fn(&Request) -> Vec<Reply> + Send + Sync + 'static) -> Self {
+    /// An agent that answers at once.
+    pub fn start(answer: impl Fn(&Request) -> Vec<Reply> + Send + Sync + 'static) -> Self {
         Self::start_slow(Duration::ZERO, answer)
     }
 
-    pub(crate) fn start_slow(
+    /// An agent that takes its time.
+    pub fn start_slow(
         delay: Duration,
         answer: impl Fn(&Request) -> Vec<Reply> + Send + Sync + 'static,
     ) -> Self {
@@ -84,17 +86,18 @@ impl TestAgent {
         Self { directory, recorder, shutdown: Some(shutdown), thread: Some(thread) }
     }
 
-    pub(crate) fn socket(&self) -> PathBuf {
+    /// Where it listens.
+    pub fn socket(&self) -> PathBuf {
         self.directory.path().join("agent.sock")
     }
 
     /// The requests so far, with the inode of the descriptor that came along.
-    pub(crate) fn requests(&self) -> Vec<(Request, Option<u64>)> {
+    pub fn requests(&self) -> Vec<(Request, Option<u64>)> {
         self.recorder.requests.lock().unwrap().clone()
     }
 
     /// Stops the agent as SIGTERM does, and waits until it is gone. The directory stays.
-    pub(crate) fn stop(&mut self) {
+    pub fn stop(&mut self) {
         if let Some(shutdown) = self.shutdown.take() {
             let _ = shutdown.send(());
         }
@@ -113,31 +116,33 @@ impl Drop for TestAgent {
 }
 
 /// A socket path where nobody ever listened, below a directory that lives as long as the guard.
-pub(crate) fn nobody() -> (TempDir, PathBuf) {
+pub fn nobody() -> (TempDir, PathBuf) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("agent.sock");
     (directory, path)
 }
 
 /// A socket file whose owner died without removing it.
-pub(crate) fn stale_socket(path: &Path) {
-    let (listener, file) = crate::socket_file::listen_at(path).unwrap();
+pub fn stale_socket(path: &Path) {
+    let (listener, file) = redirect_linux::socket_file::listen_at(path).unwrap();
     drop(listener);
     std::mem::forget(file);
 }
 
 /// A descriptor to pass around, and the way to notice that its last copy was closed.
-pub(crate) fn tracked_fd() -> (OwnedFd, FdTracker) {
+pub fn tracked_fd() -> (OwnedFd, FdTracker) {
     let (ours, passed) = UnixStream::pair().unwrap();
     ours.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     (passed.into(), FdTracker(ours))
 }
 
-pub(crate) struct FdTracker(UnixStream);
+/// Knows when the descriptor is closed.
+#[derive(Debug)]
+pub struct FdTracker(UnixStream);
 
 impl FdTracker {
     /// The stream ends when no copy of the other end is left, in whichever process.
-    pub(crate) fn assert_closed(mut self) {
+    pub fn assert_closed(mut self) {
         assert_eq!(self.0.read(&mut [0]).expect("the descriptor leaked"), 0);
     }
 }

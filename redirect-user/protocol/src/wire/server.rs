@@ -20,9 +20,9 @@ use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
 use super::gc;
 use super::packet::{self, PacketError};
 use super::{Error, ErrorKind, FlowFilter, MAX_PACKET, Reply, Request, VERSION};
-use crate::socket_file::{self, SocketFile};
+use redirect_linux::socket_file::{self, SocketFile};
 
-pub use crate::socket_file::BindError;
+pub use redirect_linux::socket_file::BindError;
 
 /// How long a client may take to send its request, and to read each reply.
 const CLIENT_DEADLINE: Duration = Duration::from_secs(5);

@@ -130,7 +130,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::zds::messages::{
+    use crate::messages::{
         Ack, AddWorkload, DelWorkload, Hello, KeepWorkload, Request, Response, SnapshotSent, Version,
         WorkloadInfo, WorkloadRequest, WorkloadResponse,
     };

@@ -6,10 +6,10 @@ use tokio_seqpacket::UnixSeqpacket;
 
 use super::double::{Event, Proxy, Reply};
 use super::{Fixture, LONG, SHORT, eventually, quick};
-use crate::zds::MAX_PACKET;
-use crate::zds::messages::{Hello, Request};
-use crate::zds::packet;
-use crate::zds::server::{AddError, InvalidWorkload, Options, RemoveOutcome};
+use crate::MAX_PACKET;
+use crate::messages::{Hello, Request};
+use crate::packet;
+use crate::server::{AddError, InvalidWorkload, Options, RemoveOutcome};
 
 /// Waits until the server closes a connection that was opened by hand.
 async fn closed(socket: &UnixSeqpacket) -> bool {
@@ -145,7 +145,7 @@ async fn a_proxy_that_leaves_in_the_middle_leaves_its_pods_to_the_next() {
 
 #[tokio::test]
 async fn a_proxy_that_the_agent_does_not_want_is_told_nothing() {
-    let refuse: crate::zds::server::OnConnect =
+    let refuse: crate::server::OnConnect =
         std::sync::Arc::new(|_| Box::pin(async { Err("the map is full".into()) }));
     let fixture = Fixture::start(Options { on_connect: Some(refuse), ..quick() });
     fixture.handle.set(fixture.workload("a", "ns")).unwrap();
@@ -183,7 +183,7 @@ async fn adding_ends_when_the_pod_is_removed_meanwhile() {
     let handle = fixture.handle.clone();
     let workload = fixture.workload("a", "ns");
     let adding = tokio::spawn(async move { handle.add(workload, LONG).await });
-    eventually("wanted", || fixture.handle.pod("a") == crate::zds::server::PodProxyState::NoProxy).await;
+    eventually("wanted", || fixture.handle.pod("a") == crate::server::PodProxyState::NoProxy).await;
     assert_eq!(fixture.handle.remove("a", LONG).await, RemoveOutcome::Done);
     assert!(matches!(adding.await.unwrap(), Err(AddError::Withdrawn { .. })));
 }

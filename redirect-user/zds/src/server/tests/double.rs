@@ -9,8 +9,8 @@ use tokio::task::JoinHandle;
 use tokio_seqpacket::UnixSeqpacket;
 
 use super::identity;
-use crate::zds::messages::{Ack, Hello, Request, Response, WorkloadRequest, WorkloadResponse};
-use crate::zds::packet::{self, Received};
+use crate::messages::{Ack, Hello, Request, Response, WorkloadRequest, WorkloadResponse};
+use crate::packet::{self, Received};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Event {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
 
-use crate::socket_file::{self, BindError, SocketFile};
+use redirect_linux::socket_file::{self, BindError, SocketFile};
 
 #[derive(Debug)]
 pub(super) struct Listener {

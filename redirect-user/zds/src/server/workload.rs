@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use nix::sys::stat::fstat;
 
-use crate::zds::messages::{AddWorkload, Request, WorkloadInfo, WorkloadRequest};
-use crate::zds::packet::{self, PacketError};
+use crate::messages::{AddWorkload, Request, WorkloadInfo, WorkloadRequest};
+use crate::packet::{self, PacketError};
 
 /// A pod that proxies shall serve.
 #[derive(Clone, Debug)]

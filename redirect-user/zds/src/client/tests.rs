@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use tokio_seqpacket::UnixSeqpacketListener;
 
 use super::*;
-use crate::zds::messages::{AddWorkload, DelWorkload, KeepWorkload, SnapshotSent};
+use crate::messages::{AddWorkload, DelWorkload, KeepWorkload, SnapshotSent};
 
 const LONG: Duration = Duration::from_secs(10);
 
@@ -191,7 +191,7 @@ async fn what_cannot_be_served_is_refused_and_the_connection_goes_on() {
     assert_eq!(fixture.recorder.take(), []);
 
     let long = agent.ask(add("refused"), 1).await;
-    assert!(long.starts_with("éé") && long.len() < crate::zds::MAX_PACKET, "cut to fit: {long}");
+    assert!(long.starts_with("éé") && long.len() < crate::MAX_PACKET, "cut to fit: {long}");
     assert_eq!(agent.ask(snapshot_sent(), 0).await, "");
     // The agent knows them, so that none may be dropped if it was served before.
     assert_eq!(fixture.recorder.take(), [added("refused"), retained(&["a", "b", "c", "refused"])]);
@@ -217,7 +217,7 @@ async fn a_breach_of_the_protocol_is_named_and_ends_the_connection() {
 #[tokio::test]
 async fn garbage_is_answered_and_followed_by_a_new_connection() {
     let mut fixture = Fixture::start();
-    for garbage in [vec![0xff; 40], vec![0x0a, 0x7f, 1], vec![0; crate::zds::MAX_PACKET + 1]] {
+    for garbage in [vec![0xff; 40], vec![0x0a, 0x7f, 1], vec![0; crate::MAX_PACKET + 1]] {
         let agent = fixture.accept().await;
         agent.socket.send(&garbage).await.unwrap();
         assert!(!agent.answer().await.is_empty());

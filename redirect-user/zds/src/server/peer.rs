@@ -8,7 +8,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::Uid;
 use tokio_seqpacket::UnixSeqpacket;
 
-use crate::cgroup;
+use redirect_linux::cgroup;
 
 /// A connected proxy.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

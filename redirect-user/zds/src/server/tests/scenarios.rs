@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use super::double::{Event, Proxy, Reply};
 use super::{Fixture, LONG, SHORT, eventually, identity, info, quick};
-use crate::zds::messages::Request;
-use crate::zds::server::{Options, PodProxyState, RemoveOutcome, Workload};
+use crate::messages::Request;
+use crate::server::{Options, PodProxyState, RemoveOutcome, Workload};
 
 fn add(uid: &str) -> Event {
     Event::Add(uid.into())

@@ -37,9 +37,9 @@ mod workload;
 #[cfg(test)]
 mod tests;
 
-pub use crate::socket_file::BindError;
 pub use handle::{AddError, Handle, RemoveOutcome};
 pub use peer::Peer;
-pub use serve::{AdmitError, OnConnect, Options, Server};
+pub use redirect_linux::socket_file::BindError;
+pub use serve::{AdmitError, Event, OnConnect, Options, Recorder, Server};
 pub use shared::{PodProxyState, ProxyState};
 pub use workload::{InvalidWorkload, Workload};

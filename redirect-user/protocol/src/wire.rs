@@ -9,9 +9,10 @@ mod flows;
 mod gc;
 mod packet;
 mod pods;
+#[cfg(feature = "server")]
 pub mod server;
-#[cfg(test)]
-pub(crate) mod testing;
+#[cfg(feature = "testing")]
+pub mod testing;
 #[cfg(test)]
 mod tests;
 
@@ -303,7 +304,7 @@ pub struct FeatureReport {
 /// Repairs of one kind.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RepairReport {
-    /// See [`crate::agent::repairs::Kind`].
+    /// The label of its kind.
     pub kind: String,
     /// How many.
     pub repairs: u64,

@@ -15,7 +15,7 @@ use super::handle::Handle;
 use super::listener::Listener;
 use super::peer::Peer;
 use super::shared::Shared;
-use crate::socket_file::BindError;
+use redirect_linux::socket_file::BindError;
 
 /// Why the agent does not want a proxy.
 pub type AdmitError = Box<dyn std::error::Error + Send + Sync>;
@@ -23,6 +23,26 @@ pub type AdmitError = Box<dyn std::error::Error + Send + Sync>;
 /// What the agent completes for a new proxy before that proxy is told any pod. An error closes the connection.
 pub type OnConnect =
     Arc<dyn Fn(Peer) -> Pin<Box<dyn Future<Output = Result<(), AdmitError>> + Send>> + Send + Sync>;
+
+/// Something that is worth counting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A node proxy has connected.
+    Connected,
+    /// A node proxy answered a request.
+    Answered {
+        /// Whether it did what it was asked for.
+        acknowledged: bool,
+    },
+    /// A node proxy's connection was closed.
+    Closed {
+        /// Why, as a label.
+        reason: &'static str,
+    },
+}
+
+/// Takes note of what happens on connections.
+pub type Recorder = Arc<dyn Fn(Event) + Send + Sync>;
 
 /// How the server behaves.
 #[derive(Clone)]
@@ -39,6 +59,8 @@ pub struct Options {
     pub max_connections: usize,
     /// See [`OnConnect`].
     pub on_connect: Option<OnConnect>,
+    /// Who counts what happens.
+    pub recorder: Option<Recorder>,
 }
 
 impl Default for Options {
@@ -50,6 +72,15 @@ impl Default for Options {
             penalty: Duration::from_secs(1),
             max_connections: 8,
             on_connect: None,
+            recorder: None,
+        }
+    }
+}
+
+impl Options {
+    pub(super) fn record(&self, event: Event) {
+        if let Some(recorder) = &self.recorder {
+            recorder(event);
         }
     }
 }

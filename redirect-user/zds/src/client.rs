@@ -18,7 +18,7 @@ use super::messages::{
     Ack, Hello, Request, Response, Version, WorkloadInfo, WorkloadRequest, WorkloadResponse,
 };
 use super::packet::{self, PacketError, Received};
-use crate::netns::NetNs;
+use redirect_linux::netns::NetNs;
 
 #[cfg(test)]
 mod tests;

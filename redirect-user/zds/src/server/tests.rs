@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::{Handle, Options, Server, Workload};
-use crate::zds::messages::WorkloadInfo;
+use crate::messages::WorkloadInfo;
 
 /// Long enough for anything that is to happen.
 const LONG: Duration = Duration::from_secs(10);

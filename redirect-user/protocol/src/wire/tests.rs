@@ -130,7 +130,7 @@ fn the_deadline_holds_against_a_slow_agent() {
 #[test]
 fn the_deadline_holds_against_an_agent_that_never_accepts() {
     let (_guard, path) = nobody();
-    let _listening = crate::socket_file::listen_at(&path).unwrap();
+    let _listening = redirect_linux::socket_file::listen_at(&path).unwrap();
     let error = call(&path, &Request::Ready, None, Duration::from_millis(50)).unwrap_err();
     assert!(matches!(error, client::Error::TimedOut { .. }), "{error:?}");
 }
@@ -138,7 +138,7 @@ fn the_deadline_holds_against_an_agent_that_never_accepts() {
 #[test]
 fn the_client_knows_an_agent_of_another_version() {
     let (_guard, path) = nobody();
-    let (listener, _file) = crate::socket_file::listen_at(&path).unwrap();
+    let (listener, _file) = redirect_linux::socket_file::listen_at(&path).unwrap();
     let other = std::thread::spawn(move || {
         loop {
             match nix::sys::socket::accept(listener.as_raw_fd()) {
