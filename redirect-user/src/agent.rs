@@ -7,15 +7,10 @@
 //!                              zds::server ──▶ node proxy
 //! ```
 
-pub mod datapath;
 mod diagnostics;
 pub(crate) mod enrolment;
-pub mod facts;
 mod flows;
 mod inspect;
-mod kernel_log;
-pub mod linux;
-mod listeners;
 mod observed;
 mod options;
 mod peers;
@@ -27,10 +22,11 @@ pub mod repairs;
 mod run;
 mod service;
 mod stand_in;
-pub mod thread;
 pub mod uninstall;
 mod upkeep;
 pub(crate) mod watch;
 
 pub use options::Options;
 pub use run::run;
+
+pub use redirect_datapath::{datapath, facts, kernel_log, linux, listeners, thread};

@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::facts::Sysctl;
+use super::linux::EarlyDemuxNote;
 use crate::netns::NetNs;
 use crate::pod::{PodIdentity, PodSettings};
 use crate::wire::Attachment;
@@ -129,15 +130,10 @@ impl Records {
         write(&self.directory.join(PROXIES), cgroups);
     }
 
-    /// Whether the sysctl that placement `node` turns off was on before.
+    /// Where it is noted that the sysctl was on that placement `node` turns off.
     #[must_use]
-    pub fn early_demux_was_on(&self) -> bool {
-        self.directory.join(EARLY_DEMUX).exists()
-    }
-
-    /// Notes that it was.
-    pub fn set_early_demux_was_on(&self) {
-        write(&self.directory.join(EARLY_DEMUX), &true);
+    pub fn early_demux(&self) -> EarlyDemuxNote {
+        EarlyDemuxNote::at(self.directory.join(EARLY_DEMUX))
     }
 
     /// Removes everything, also under an agent that writes there meanwhile.
@@ -318,11 +314,11 @@ mod tests {
         let records = Records::open(&directory.path().join("state")).unwrap();
         records.write(&record());
         records.set_proxies(&[5, 6]);
-        assert!(!records.early_demux_was_on());
-        records.set_early_demux_was_on();
+        assert!(!records.early_demux().is_there());
+        records.early_demux().write();
         assert_eq!(records.read().unwrap(), [record()]);
         assert_eq!(records.proxies(), [5, 6]);
-        assert!(records.early_demux_was_on());
+        assert!(records.early_demux().is_there());
         records.remove(7);
         records.remove(7);
         assert!(records.read().unwrap().is_empty());

@@ -110,8 +110,8 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     let steered: Vec<_> = steered
         .filter_map(|Found { record, netns }| Some(defaults.recorded(record, netns.clone()?)))
         .collect();
-    let notes = records.clone();
-    let (kernel, loaded) = Kernel::start(move || Linux::load(&settings, pins, notes, &steered))
+    let note = records.early_demux();
+    let (kernel, loaded) = Kernel::start(move || Linux::load(&settings, pins, note, &steered))
         .context("the datapath's thread")?;
     loaded.await.context("the datapath's thread ended")??;
 

@@ -91,7 +91,7 @@ pub fn uninstall(options: &Options) -> anyhow::Result<Option<Report>> {
             }),
         }
     }
-    report.host = linux::strip_host(&records).context("the host's network namespace")?;
+    report.host = linux::strip_host(&records.early_demux()).context("the host's network namespace")?;
     if let Some(pins) = pins {
         report.pins = pins.remove()?;
     }

@@ -20,9 +20,9 @@ use anyhow::Context as _;
 use nix::sched::{CloneFlags, unshare};
 use redirect_ebpf::Family;
 
-use super::super::facts::{Fact, Hook, Interface, LOOPBACK_INDEX};
 use super::object::Programs;
 use super::pins::Links;
+use crate::facts::{Fact, Hook, Interface, LOOPBACK_INDEX};
 use redirect_linux::link::{self, At, AttachType, Link, Place, State};
 use redirect_linux::netlink::{Filter, HANDLES, Netlink, Side};
 

@@ -7,15 +7,14 @@
 use std::fs;
 use std::io;
 use std::net::Ipv4Addr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use redirect_ebpf::Family;
 use redirect_ebpf::constants::{ENTRANCE, ENTRANCE_PEER};
 
-use super::super::facts::Interface;
-use super::super::records::Records;
 use super::{sysctl, untracked};
+use crate::facts::Interface;
 use redirect_linux::netlink::Netlink;
 
 /// What the entrance needs: that packets with any source are taken there, whatever the reverse path filter of the host;
@@ -32,9 +31,34 @@ const ADDRESS: Ipv4Addr = Ipv4Addr::new(127, 15, 0, 1);
 /// be forwarded: the answers to the proxy, which come to the pods' addresses. It holds for both families.
 const EARLY_DEMUX: &str = "/proc/sys/net/ipv4/tcp_early_demux";
 
-/// The alias of the entrance that says that the sysctl was on before. The records say so as well: either may be removed by
-/// somebody else.
+/// The alias of the entrance that says that the sysctl was on before. A file says so as well ([`EarlyDemuxNote`]): either may
+/// be removed by somebody else.
 const WAS_ON: &str = "ambient-redirect: net.ipv4.tcp_early_demux was 1";
+
+/// A file that is there if placement `node` has turned the sysctl off.
+#[derive(Clone, Debug)]
+pub struct EarlyDemuxNote(PathBuf);
+
+impl EarlyDemuxNote {
+    /// At this path.
+    #[must_use]
+    pub fn at(path: PathBuf) -> Self {
+        Self(path)
+    }
+
+    /// Whether the sysctl was on before.
+    #[must_use]
+    pub fn is_there(&self) -> bool {
+        self.0.exists()
+    }
+
+    /// Notes that it was.
+    pub fn write(&self) {
+        if let Err(error) = fs::write(&self.0, "true") {
+            tracing::warn!(path = %self.0.display(), %error, "a note can't be written: is its file system full?");
+        }
+    }
+}
 
 /// The entrance as it is, and whether anything of it was missing.
 pub(super) struct Entrance {
@@ -43,7 +67,11 @@ pub(super) struct Entrance {
 }
 
 /// Brings the entrance about, in the host's namespace.
-pub(super) fn ensure(netlink: &mut Netlink, priority: u32, records: &Records) -> anyhow::Result<Entrance> {
+pub(super) fn ensure(
+    netlink: &mut Netlink,
+    priority: u32,
+    note: &EarlyDemuxNote,
+) -> anyhow::Result<Entrance> {
     let families = families();
     // Before anything is made: a rule of somebody else's in our place is an error of the configuration.
     for &family in families {
@@ -60,12 +88,12 @@ pub(super) fn ensure(netlink: &mut Netlink, priority: u32, records: &Records) ->
         netlink.add_pair(ENTRANCE, ENTRANCE_PEER).with_context(context)?;
         mended = true;
     }
-    match (is_noted(netlink, found.as_ref())?, records.early_demux_was_on()) {
-        (true, false) => records.set_early_demux_was_on(),
+    match (is_noted(netlink, found.as_ref())?, note.is_there()) {
+        (true, false) => note.write(),
         (false, true) => netlink.set_alias(ENTRANCE, WAS_ON)?,
         (true, true) | (false, false) => {}
     }
-    mended |= turn_early_demux_off(netlink, records)?;
+    mended |= turn_early_demux_off(netlink, note)?;
     let (ours, peer) = (netlink.find(ENTRANCE)?, netlink.find(ENTRANCE_PEER)?);
     let (Some(ours), Some(peer)) = (ours, peer) else {
         bail!(
@@ -94,13 +122,13 @@ pub(super) fn ensure(netlink: &mut Netlink, priority: u32, records: &Records) ->
 
 /// Removes it from the calling thread's namespace, with the routes through it. Returns how many rules went, and whether
 /// the device was there, and the rule that keeps connection tracking off it.
-pub(super) fn remove(netlink: &mut Netlink, records: &Records) -> io::Result<(usize, bool, bool)> {
+pub(super) fn remove(netlink: &mut Netlink, note: &EarlyDemuxNote) -> io::Result<(usize, bool, bool)> {
     let mut rules = 0;
     for &family in families() {
         rules += netlink.delete_entrance_rules(family)?;
     }
     let found = netlink.find(ENTRANCE)?;
-    if records.early_demux_was_on() || is_noted(netlink, found.as_ref())? {
+    if note.is_there() || is_noted(netlink, found.as_ref())? {
         fs::write(EARLY_DEMUX, "1")?;
     }
     if let Some(found) = &found {
@@ -115,13 +143,13 @@ fn is_noted(netlink: &mut Netlink, entrance: Option<&Interface>) -> io::Result<b
     Ok(alias.as_deref() == Some(WAS_ON))
 }
 
-fn turn_early_demux_off(netlink: &mut Netlink, records: &Records) -> anyhow::Result<bool> {
+fn turn_early_demux_off(netlink: &mut Netlink, note: &EarlyDemuxNote) -> anyhow::Result<bool> {
     if fs::read_to_string(EARLY_DEMUX).with_context(|| EARLY_DEMUX)?.trim() == "0" {
         return Ok(false);
     }
     // First the notes, lest it is never known again.
     netlink.set_alias(ENTRANCE, WAS_ON)?;
-    records.set_early_demux_was_on();
+    note.write();
     fs::write(EARLY_DEMUX, "0")
         .with_context(|| format!("{EARLY_DEMUX} can't be written: is /proc/sys read-only?"))?;
     Ok(true)

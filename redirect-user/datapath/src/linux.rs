@@ -38,12 +38,8 @@ use redirect_ebpf::maps::ProxyPart;
 use super::datapath::{Datapath, Error, Introduction, Observation, Target};
 use super::facts::{Fact, Hook, Interface, LOOPBACK_INDEX, Lookup, Namespace, Op};
 use super::kernel_log::Words;
-use super::records::Records;
-use crate::netns::{NetNs, current_cookie};
-use crate::placement::Placement;
-use crate::pod::Exclusion;
-use crate::wire::{CounterReport, MapReport, PodCounter, ProgramReport, Transport};
 pub use attached::{Attached, at_cgroup, on_devices};
+pub use entrance::EarlyDemuxNote;
 use listeners::LISTENING;
 pub use listeners::NotedBy;
 pub use maps::Capacities;
@@ -54,6 +50,10 @@ pub use pins::{DEFAULT_DIRECTORY, InUse, Pins};
 use pins::{Links, cookie_of_lookup, lookup_name};
 use redirect_linux::link::{At, AttachType, Place, State};
 use redirect_linux::netlink::Netlink;
+use redirect_linux::netns::{NetNs, current_cookie};
+use redirect_protocol::placement::Placement;
+use redirect_protocol::pod::Exclusion;
+use redirect_protocol::wire::{CounterReport, MapReport, PodCounter, ProgramReport, Transport};
 pub use strip::{HostReport, Stripped, strip, strip_host};
 use sysctl::Sysctls;
 pub use tc::TcMethod;
@@ -135,7 +135,7 @@ pub struct Linux {
     host_cookie: u64,
     /// A socket in the host's namespace.
     host_netlink: Netlink,
-    records: Records,
+    note: EarlyDemuxNote,
     /// Where the thread is, if it is not in the host's namespace, and what it works with there.
     session: Option<Session>,
     /// The kernel side's log, if there is one, until somebody takes it.
@@ -193,7 +193,12 @@ pub struct Report {
 impl Linux {
     /// Loads the programs and puts them in the place of those of the agent before, if there are any: in the order in which
     /// nothing is let past in between. `pods` are those that were steered already.
-    pub fn load(settings: &Settings, pins: Pins, records: Records, pods: &[Target]) -> anyhow::Result<Self> {
+    pub fn load(
+        settings: &Settings,
+        pins: Pins,
+        note: EarlyDemuxNote,
+        pods: &[Target],
+    ) -> anyhow::Result<Self> {
         use anyhow::Context as _;
         let (mut object, paths) = object::load_pinned(settings, &pins)?;
         let mut maps = Maps::take(&mut object, settings.capacities)?;
@@ -205,7 +210,7 @@ impl Linux {
         let mut host_netlink = Netlink::open()?;
         let Settings { placement, noted_by, rule_priority, host_cookie, .. } = *settings;
         if placement == Placement::Node {
-            let entrance = entrance::ensure(&mut host_netlink, rule_priority, &records)?;
+            let entrance = entrance::ensure(&mut host_netlink, rule_priority, &note)?;
             maps.set_entrance(entrance.interface.index);
             for pod in pods {
                 for end in devices::of(&pod.netns, &host, &mut host_netlink)?.ends {
@@ -233,7 +238,7 @@ impl Linux {
             host,
             host_cookie,
             host_netlink,
-            records,
+            note,
             session: None,
             log,
             _pins: pins,
@@ -268,7 +273,7 @@ impl Linux {
     /// The entrance, what is attached to it, and the socket lookups in the host's namespace.
     fn mend_host(&mut self, mended: &mut Vec<&'static str>) -> anyhow::Result<()> {
         let Self { tc, links, programs, host_netlink, host_cookie, .. } = self;
-        let entrance = entrance::ensure(host_netlink, self.rule_priority, &self.records)?;
+        let entrance = entrance::ensure(host_netlink, self.rule_priority, &self.note)?;
         if entrance.mended {
             mended.push(ENTRANCE);
         }

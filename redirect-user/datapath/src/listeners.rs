@@ -10,14 +10,14 @@ use redirect_ebpf::decide::Outbound;
 use redirect_ebpf::maps::PodFlags;
 
 use super::datapath::Target;
-use crate::placement::Placement;
-use crate::wire::{FactState, Transport};
+use redirect_protocol::placement::Placement;
+use redirect_protocol::wire::{FactState, Transport};
 
 /// A listener that the proxy has to have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Listener {
+pub struct Listener {
     /// Of the connections that it is for.
-    pub(super) family: Family,
+    pub family: Family,
     transport: Transport,
     port: u16,
 }
@@ -34,7 +34,7 @@ impl Listener {
     }
 
     /// Whether it gets the pod's connections that are decided on like this: the proxy's listener or its resolver's.
-    pub(super) fn serves(self, decision: Outbound, transport: Transport) -> bool {
+    pub fn serves(self, decision: Outbound, transport: Transport) -> bool {
         let port = match decision {
             Outbound::Capture => PORT_OUTBOUND,
             Outbound::Resolve => PORT_DNS,
@@ -55,7 +55,7 @@ impl fmt::Display for Listener {
 }
 
 /// The listeners for a pod, and which of them are there: in the pod, or in the calling thread's namespace.
-pub(super) fn look(target: &Target, placement: Placement) -> io::Result<Vec<(Listener, FactState)>> {
+pub fn look(target: &Target, placement: Placement) -> io::Result<Vec<(Listener, FactState)>> {
     let look = || {
         let state = |there| if there { FactState::Present } else { FactState::Missing };
         Listener::of(target).into_iter().map(|listener| Ok((listener, state(is_there(listener)?)))).collect()
@@ -78,14 +78,15 @@ fn is_there(Listener { family, transport, port }: Listener) -> io::Result<bool> 
 
 /// Where a socket listens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Bound {
-    pub(super) port: u16,
+pub struct Bound {
+    /// The port.
+    pub port: u16,
     /// On every address.
     anywhere: bool,
 }
 
 /// The listeners of a family in the calling thread's namespace; none where the kernel does not have the family.
-pub(super) fn bound(transport: Transport, family: Family) -> io::Result<Vec<Bound>> {
+pub fn bound(transport: Transport, family: Family) -> io::Result<Vec<Bound>> {
     let table = match (transport, family) {
         (Transport::Tcp, Family::Ipv4) => "tcp",
         (Transport::Tcp, Family::Ipv6) => "tcp6",

@@ -10,7 +10,7 @@ use redirect_ebpf::maps::{Pod, PodFlags};
 
 use super::Linux;
 use super::maps::Maps;
-use crate::wire::Step;
+use redirect_protocol::wire::Step;
 
 /// What is decided, and what was asked on the way to it.
 #[derive(Clone, Debug)]

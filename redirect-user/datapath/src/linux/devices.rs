@@ -5,9 +5,9 @@ use std::io;
 
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 
-use super::super::facts::{Devices, LOOPBACK_INDEX};
-use crate::netns::NetNs;
+use crate::facts::{Devices, LOOPBACK_INDEX};
 use redirect_linux::netlink::{Netlink, interface};
+use redirect_linux::netns::NetNs;
 
 /// How a pod's interface is linked.
 enum Linked {

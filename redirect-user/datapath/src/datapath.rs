@@ -9,9 +9,9 @@ use std::time::Instant;
 use redirect_ebpf::maps::{Pod, PodFlags};
 
 use super::facts::{Fact, Namespace, Op, Sysctl, Wanted, desired, diff};
-use crate::netns::NetNs;
-use crate::pod::{Exclusion, PodAddresses, PodIdentity};
-use crate::wire::FactState;
+use redirect_linux::netns::NetNs;
+use redirect_protocol::pod::{Exclusion, PodAddresses, PodIdentity};
+use redirect_protocol::wire::FactState;
 
 /// A pod as the datapath sees it.
 #[derive(Clone, Debug)]
@@ -26,7 +26,7 @@ pub struct Target {
     pub addresses: PodAddresses,
     /// Its switches.
     pub flags: PodFlags,
-    /// See [`PodSettings::virtual_interfaces`](crate::pod::PodSettings::virtual_interfaces).
+    /// See [`PodSettings::virtual_interfaces`](redirect_protocol::pod::PodSettings::virtual_interfaces).
     pub virtual_interfaces: Vec<String>,
     /// What is not to be steered.
     pub exclusions: BTreeSet<Exclusion>,
@@ -309,7 +309,7 @@ pub fn missing(datapath: &mut impl Datapath, target: &Target) -> Result<Vec<Fact
     Ok(wanted.difference(&actual.facts).cloned().collect())
 }
 
-#[cfg(test)]
-pub(crate) mod fake;
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
 #[cfg(test)]
 mod tests;

@@ -19,12 +19,12 @@ use super::linux::Linux;
 use super::thread::Kernel;
 
 /// Whether anybody wants to know.
-pub(super) fn is_wanted() -> bool {
+pub fn is_wanted() -> bool {
     tracing::enabled!(target: TARGET, Level::DEBUG)
 }
 
 /// Passes records on as long as the agent runs; every so often also how many were lost.
-pub(super) async fn follow(every: Duration, kernel: Kernel<Linux>) {
+pub async fn follow(every: Duration, kernel: Kernel<Linux>) {
     if let Err(error) = pass_on(every, &kernel).await {
         tracing::error!(error = format!("{error:#}"), "the kernel side's log can't be read any more");
     }
@@ -82,13 +82,13 @@ impl Lost {
 
 /// Puts records into words, and counts them.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Words {
+pub struct Words {
     read: Arc<AtomicU32>,
 }
 
 impl Words {
     /// A logger that is read by somebody, and how many records it has had.
-    pub(super) fn counted() -> (Self, Arc<AtomicU32>) {
+    pub fn counted() -> (Self, Arc<AtomicU32>) {
         let read = Arc::<AtomicU32>::default();
         (Self { read: Arc::clone(&read) }, read)
     }

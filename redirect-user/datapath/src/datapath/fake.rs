@@ -6,41 +6,48 @@ use std::io;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use super::super::facts::{Fact, Interface, Namespace, Op};
 use super::{Datapath, Error, Introduction, Observation, Target};
-use crate::netns::NetNs;
+use crate::facts::{Fact, Interface, Namespace, Op};
+use redirect_linux::netns::NetNs;
 
 /// What is in the kernel about one namespace.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct FakeNamespace {
-    pub(crate) namespace: Namespace,
-    pub(crate) facts: BTreeSet<Fact>,
-    pub(crate) addresses: Vec<IpAddr>,
+pub struct FakeNamespace {
+    /// What it is like.
+    pub namespace: Namespace,
+    /// What holds.
+    pub facts: BTreeSet<Fact>,
+    /// The addresses on its interfaces.
+    pub addresses: Vec<IpAddr>,
 }
 
+/// What the kernel has, and what was asked of it.
 #[derive(Debug, Default)]
-pub(crate) struct State {
+pub struct State {
     /// By cookie.
-    pub(crate) namespaces: BTreeMap<u64, FakeNamespace>,
-    pub(crate) applied: Vec<Op>,
+    pub namespaces: BTreeMap<u64, FakeNamespace>,
+    /// The steps that were taken.
+    pub applied: Vec<Op>,
     /// How often it was asked what there is.
-    pub(crate) observed: usize,
+    pub observed: usize,
     /// The step that fails, counted from the first one ever taken.
-    pub(crate) fail_at: Option<usize>,
-    pub(crate) virtual_interfaces: BTreeMap<u64, Vec<String>>,
+    pub fail_at: Option<usize>,
+    /// By cookie.
+    pub virtual_interfaces: BTreeMap<u64, Vec<String>>,
 }
 
 /// Cloned, it stays the same kernel: one clone works on the datapath's thread while a test looks at the other.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Fake(Arc<Mutex<State>>);
+pub struct Fake(Arc<Mutex<State>>);
 
 impl Fake {
-    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+    /// To look at, and to change.
+    pub fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap()
     }
 
     /// Puts a namespace with `lo` and `eth0` into the kernel.
-    pub(crate) fn insert(&self, cookie: u64, addresses: &[IpAddr]) {
+    pub fn insert(&self, cookie: u64, addresses: &[IpAddr]) {
         let interface = |index, name: &str| Interface { index, name: name.into() };
         let interfaces = vec![interface(1, "lo"), interface(7, "eth0")];
         let namespace = Namespace { interfaces, ipv6: true, ..Namespace::default() };
@@ -49,7 +56,8 @@ impl Fake {
         self.state().namespaces.insert(cookie, namespace);
     }
 
-    pub(crate) fn facts(&self, cookie: u64) -> BTreeSet<Fact> {
+    /// What holds in a namespace.
+    pub fn facts(&self, cookie: u64) -> BTreeSet<Fact> {
         self.state().namespaces.get(&cookie).map(|known| known.facts.clone()).unwrap_or_default()
     }
 }

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use redirect_ebpf::maps::LAYOUT;
 
-use super::super::facts::Lookup;
+use crate::facts::Lookup;
 use redirect_linux::bpffs::{Bpffs, NO_BPFFS_REMEDY, bpffs, mount_bpffs};
 use redirect_linux::link::{Link, Place, Program, State};
 

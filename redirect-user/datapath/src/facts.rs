@@ -9,9 +9,9 @@ use redirect_ebpf::Family;
 use redirect_ebpf::maps::{Pod, PodFlags};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::placement::Placement;
-use crate::pod::{Exclusion, PodAddresses};
 pub use redirect_linux::netlink::{Interface, LOOPBACK_INDEX, Mark};
+use redirect_protocol::placement::Placement;
+use redirect_protocol::pod::{Exclusion, PodAddresses};
 
 /// Something that is true in the kernel, about one pod.
 ///

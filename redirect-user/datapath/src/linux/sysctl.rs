@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use nix::fcntl::{OFlag, open, openat};
 use nix::sys::stat::Mode;
 
-use super::super::facts::Sysctl;
+use crate::facts::Sysctl;
 
 /// The directory of a namespace. The kernel looks for it among those of all namespaces, one after the other, so that it is
 /// looked for once.

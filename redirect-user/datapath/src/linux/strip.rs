@@ -5,12 +5,11 @@ use std::io;
 
 use redirect_ebpf::Family;
 
-use super::super::facts::Sysctl;
-use super::super::records::Records;
-use super::entrance;
+use super::entrance::{self, EarlyDemuxNote};
 use super::sysctl::Sysctls;
-use crate::netns::NetNs;
+use crate::facts::Sysctl;
 use redirect_linux::netlink::{Netlink, Side};
+use redirect_linux::netns::NetNs;
 
 /// What was removed from a namespace, by kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -39,7 +38,7 @@ pub struct HostReport {
 }
 
 /// Takes everything of ours out of the calling thread's namespace, which is the host's.
-pub fn strip_host(records: &Records) -> io::Result<HostReport> {
+pub fn strip_host(note: &EarlyDemuxNote) -> io::Result<HostReport> {
     let mut netlink = Netlink::open()?;
     let mut report = HostReport::default();
     for interface in netlink.interfaces()?.0 {
@@ -50,7 +49,7 @@ pub fn strip_host(records: &Records) -> io::Result<HostReport> {
             report.filters += 1;
         }
     }
-    (report.rules, report.entrance, report.untracked) = entrance::remove(&mut netlink, records)?;
+    (report.rules, report.entrance, report.untracked) = entrance::remove(&mut netlink, note)?;
     Ok(report)
 }
 

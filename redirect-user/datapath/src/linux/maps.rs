@@ -18,13 +18,13 @@ use redirect_ebpf::maps::{
     ProxyPart, Scope,
 };
 
-use super::super::datapath::Target;
-use super::super::facts::Fact;
 use super::Settings;
 use super::object::DIAGNOSTICS;
-use crate::placement::Placement;
-use crate::pod::Exclusion;
-use crate::wire::{CounterReport, MapReport, PodCounter};
+use crate::datapath::Target;
+use crate::facts::Fact;
+use redirect_protocol::placement::Placement;
+use redirect_protocol::pod::Exclusion;
+use redirect_protocol::wire::{CounterReport, MapReport, PodCounter};
 
 /// How much the maps can hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

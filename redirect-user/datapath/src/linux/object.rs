@@ -20,11 +20,11 @@ use redirect_ebpf::constants::MAX_PROXY_CGROUPS;
 use super::listeners::NotedBy;
 use super::pins::Pins;
 use super::{PROBE, Settings, cgroup_programs};
-use crate::agent::facts::{Hook, Lookup};
-use crate::agent::kernel_log::Words;
-use crate::bpf;
-use crate::placement::Placement;
+use crate::facts::{Hook, Lookup};
+use crate::kernel_log::Words;
+use redirect_linux::bpf;
 use redirect_linux::link;
+use redirect_protocol::placement::Placement;
 
 /// The kernel side, as the build script found it. Aligned as an ELF file has to be.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect.o"));

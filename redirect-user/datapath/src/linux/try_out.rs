@@ -5,11 +5,11 @@ use std::path::PathBuf;
 
 use redirect_ebpf::flow::FlowLimits;
 
-use super::super::facts::Hook;
 use super::object::{self, Programs};
 use super::tc::{Tc, TcMethod};
 use super::{Capacities, NotedBy, Settings};
-use crate::placement::Placement;
+use crate::facts::Hook;
+use redirect_protocol::placement::Placement;
 
 /// Loads and unloads all programs that this kernel can need. Returns how many these are.
 pub fn try_out(tc: TcMethod) -> anyhow::Result<usize> {

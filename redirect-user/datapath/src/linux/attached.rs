@@ -6,12 +6,12 @@ use std::io;
 use std::os::fd::AsFd as _;
 use std::path::Path;
 
-use super::super::facts::{Hook, Interface};
 use super::{CGROUP, devices};
-use crate::netns::NetNs;
-use crate::placement::Placement;
+use crate::facts::{Hook, Interface};
 use redirect_linux::link::{self, At, AttachType};
 use redirect_linux::netlink::{HANDLES, Netlink, Side};
+use redirect_linux::netns::NetNs;
+use redirect_protocol::placement::Placement;
 
 /// A hook, and what is attached there.
 #[derive(Clone, Debug)]
