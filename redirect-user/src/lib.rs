@@ -15,17 +15,17 @@
 
 pub mod agent;
 pub mod cli;
-pub mod cni;
 pub mod doctor;
 pub mod install;
 pub mod kube;
 pub mod metrics;
-pub mod proxy;
 pub mod top;
 pub mod validate;
 
+pub use redirect_cni as cni;
 pub use redirect_linux::{bpf, cgroup, descriptors, netns, privileges};
 pub use redirect_protocol::{placement, pod, wire};
+pub use redirect_proxy as proxy;
 #[cfg(test)]
 pub use redirect_testing as skip;
 pub use redirect_zds as zds;

@@ -1,0 +1,127 @@
+//! The commands.
+
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::Duration;
+
+use super::environment::{Command, Invocation};
+use super::error::Error;
+use super::netns::open_netns;
+use super::{Config, Success, result};
+use redirect_protocol::wire::client::{self, call, call_done};
+use redirect_protocol::wire::{self, ErrorKind, Reply, Request};
+
+/// How long pods of excluded namespaces wait for the agent.
+const EXCLUDED_TIMEOUT: Duration = Duration::from_secs(2);
+
+pub(super) fn execute(invocation: &Invocation, config: &Config) -> Result<Success, Error> {
+    let command = invocation.command;
+    if config.version < command.since() {
+        return Err(Error::CommandVersion {
+            command: command.name(),
+            since: command.since(),
+            version: config.version,
+        });
+    }
+    match command {
+        Command::Add => add(invocation, config),
+        Command::Del => del(invocation, config),
+        Command::Check => check(invocation, config),
+        Command::Status => status(config),
+        Command::Gc => gc(config),
+        // Answered before there is a configuration.
+        Command::Version => Ok(Success::default()),
+    }
+}
+
+fn add(invocation: &Invocation, config: &Config) -> Result<Success, Error> {
+    let prev_result = config.prev_result.as_ref().ok_or(Error::NotChained)?;
+    let addresses = result::addresses(prev_result)?.iter().collect();
+    let netns = open_netns(&invocation.netns)?;
+    let (attachment, pod) = (invocation.attachment.clone(), invocation.pod.clone());
+    let netns_path = Some(invocation.netns.clone());
+    let request = Request::Add { attachment, pod, addresses, netns_path };
+
+    let wait = Wait::of(invocation, config);
+    let note = match call(wait.socket, &request, Some(netns.as_fd()), wait.timeout) {
+        Ok(replies) if matches!(*replies, [Reply::Added { .. }]) => None,
+        Ok(_) => return Err(client::Error::Unexpected { socket: wait.socket.into() }.into()),
+        Err(error) => Some(wait.tolerate(error, invocation)?),
+    };
+    Ok(Success { stdout: Some(result::pass_through(prev_result.clone(), config.version)), note })
+}
+
+/// The runtime repeats a deletion that fails, and the pod stays until it succeeds. So the agent's absence is no
+/// failure: when it comes back it finds that the pod is gone. Nor is its being of another release: it answers the
+/// plugin that comes with it.
+fn del(invocation: &Invocation, config: &Config) -> Result<Success, Error> {
+    let request = Request::Del { attachment: invocation.attachment.clone() };
+    match call_done(&config.agent_socket, &request, None, config.timeout) {
+        Ok(()) | Err(client::Error::Refused(wire::Error { kind: ErrorKind::Unknown, .. })) => {
+            Ok(Success::default())
+        }
+        Err(error) if error.is_unanswered() || is_version(&error) => {
+            let note = format!("ambient-redirect: deleting pod {} all the same: {error}", invocation.pod);
+            Ok(Success { stdout: None, note: Some(note) })
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn is_version(error: &client::Error) -> bool {
+    matches!(
+        error,
+        client::Error::Version { .. } | client::Error::Refused(wire::Error { kind: ErrorKind::Version, .. })
+    )
+}
+
+fn check(invocation: &Invocation, config: &Config) -> Result<Success, Error> {
+    let prev_result = config.prev_result.as_ref().ok_or(Error::NotChained)?;
+    let addresses = result::addresses(prev_result)?.iter().collect();
+    let netns = open_netns(&invocation.netns)?;
+    let request = Request::Check { attachment: invocation.attachment.clone(), addresses };
+
+    let wait = Wait::of(invocation, config);
+    match call_done(wait.socket, &request, Some(netns.as_fd()), wait.timeout) {
+        Ok(()) => Ok(Success::default()),
+        Err(error) => Ok(Success { stdout: None, note: Some(wait.tolerate(error, invocation)?) }),
+    }
+}
+
+fn status(config: &Config) -> Result<Success, Error> {
+    call_done(&config.agent_socket, &Request::Ready, None, config.timeout).map_err(Error::NotReady)?;
+    Ok(Success::default())
+}
+
+fn gc(config: &Config) -> Result<Success, Error> {
+    let request = Request::Gc { valid: config.require_valid_attachments()? };
+    call_done(&config.agent_socket, &request, None, config.timeout)?;
+    Ok(Success::default())
+}
+
+/// How patiently a pod waits for the agent, and whether it can do without.
+struct Wait<'a> {
+    socket: &'a Path,
+    timeout: Duration,
+    excluded: bool,
+}
+
+impl<'a> Wait<'a> {
+    fn of(invocation: &Invocation, config: &'a Config) -> Self {
+        let excluded = config.exclude_namespaces.contains(&invocation.pod.namespace);
+        let timeout = if excluded { config.timeout.min(EXCLUDED_TIMEOUT) } else { config.timeout };
+        Self { socket: &config.agent_socket, timeout, excluded }
+    }
+
+    /// A note instead of the error, if no answer came and the pod's namespace is excluded. An answer counts, whatever
+    /// the namespace.
+    fn tolerate(&self, error: client::Error, invocation: &Invocation) -> Result<String, Error> {
+        if !self.excluded || !error.is_unanswered() {
+            return Err(error.into());
+        }
+        let Invocation { command, pod, .. } = invocation;
+        Ok(format!(
+            "ambient-redirect: {command} of pod {pod} succeeds because its namespace is excluded: {error}"
+        ))
+    }
+}

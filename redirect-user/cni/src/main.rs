@@ -1,0 +1,7 @@
+//! The CNI plugin; see [`redirect_cni`].
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    redirect_cni::main()
+}

@@ -1,0 +1,80 @@
+//! The embedded node proxy: passes connections of enrolled pods through, as an ambient mesh's proxy would.
+//!
+//! It keeps ztunnel's contract inside pods (placement `pod`): listeners in each pod's network namespace, sockets marked,
+//! transparent and dual-stack, the original destination read from the accepted socket. In placement `node` it listens once,
+//! in the host's namespace, knows pods by their addresses, and is not connected to the agent. It has no tunnel and no policy:
+//! it is what the redirection is tested and measured with, and it serves clusters that want the access log only.
+//!
+//! | file | |
+//! |---|---|
+//! | `sockets` | sockets of a pod: made in its namespace by one thread, options set here |
+//! | `pods` | which pods are served; carries out the agent's requests |
+//! | `listener` | one pod's listeners, and its connections until it is removed |
+//! | `connection` | one connection: where to, from which address, what came of it |
+//! | `clients` | the pod's open inbound connections, whose ports deliveries must avoid |
+//! | `relay` | bytes both ways |
+//! | `resolver` | DNS questions of the pod |
+//! | `access_log` | lines about connections and questions, written by a thread of their own |
+//! | `run` | options, signals, the end |
+
+mod access_log;
+mod clients;
+mod connection;
+mod listener;
+mod pods;
+mod relay;
+mod resolver;
+mod run;
+mod sockets;
+
+#[cfg(test)]
+mod tests;
+
+pub use run::{Options, OriginalDestination, run};
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use access_log::AccessLog;
+use redirect_protocol::placement::Placement;
+use resolver::Upstreams;
+use sockets::Namespaces;
+
+/// What all pods share.
+#[derive(Clone, Debug)]
+struct Shared {
+    namespaces: Namespaces,
+    access_log: Option<AccessLog>,
+    ipv6: bool,
+    original_destination: OriginalDestination,
+    placement: Placement,
+    /// Where DNS questions go.
+    upstreams: Arc<Upstreams>,
+    /// How long to wait before another attempt to open the listeners of a pod.
+    retry: Duration,
+}
+
+/// Who a pod is, in messages and in the access log.
+#[derive(Debug)]
+struct Identity {
+    /// `namespace/name`.
+    name: Arc<str>,
+    uid: Arc<str>,
+}
+
+/// Which way a connection goes, as seen from the pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Direction {
+    Outbound,
+    Inbound,
+}
+
+impl Direction {
+    fn port(self) -> u16 {
+        match self {
+            Self::Outbound => redirect_ebpf::constants::PORT_OUTBOUND,
+            Self::Inbound => redirect_ebpf::constants::PORT_INBOUND,
+        }
+    }
+}

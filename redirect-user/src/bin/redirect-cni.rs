@@ -1,7 +1,0 @@
-//! The CNI plugin; see [`redirect_user::cni`].
-
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    redirect_user::cni::main()
-}
