@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use redirect_ebpf::Family;
-use redirect_user::pod::PodIdentity;
+use redirect_protocol::pod::PodIdentity;
 use serde::Deserialize;
 
 use crate::proxy::ProxyKind;

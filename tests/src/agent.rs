@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use anyhow::{Context, Result, bail};
-use redirect_user::netns::NetNs;
-use redirect_user::placement::Placement;
-use redirect_user::wire::{PodReport, Status};
+use redirect_linux::netns::NetNs;
+use redirect_protocol::placement::Placement;
+use redirect_protocol::wire::{PodReport, Status};
 use serde::de::DeserializeOwned;
 
 use crate::cgroup::Cgroup;

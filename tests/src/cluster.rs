@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Result;
-use redirect_user::kube::double::ApiServer;
+use redirect_testing::ApiServer;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, Result, bail};
-use redirect_user::wire::FlowReport;
+use redirect_protocol::wire::FlowReport;
 
 use crate::node::Node;
 use crate::wait::{self, SOON};

@@ -192,7 +192,7 @@ impl Netns {
 
     /// The cookie by which BPF programs know the namespace (`SO_NETNS_COOKIE`).
     pub fn cookie(&self) -> Result<u64> {
-        let cookie = self.run(redirect_user::netns::current_cookie)?;
+        let cookie = self.run(redirect_linux::netns::current_cookie)?;
         cookie.with_context(|| format!("cookie of {}", self.name))
     }
 }

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
 use redirect_ebpf::Family;
-use redirect_user::netns::NetNs;
-use redirect_user::wire::{PodReport, Status};
+use redirect_linux::netns::NetNs;
+use redirect_protocol::wire::{PodReport, Status};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use redirect_ebpf::Family;
-use redirect_user::placement::Placement;
-use redirect_user::pod::PodIdentity;
+use redirect_protocol::placement::Placement;
+use redirect_protocol::pod::PodIdentity;
 use serde_json::Value;
 
 use crate::access_log::{Direction, Entry};

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, anyhow};
-use redirect_user::placement::Placement;
+use redirect_protocol::placement::Placement;
 use tempfile::TempDir;
 
 use crate::cgroup::{self, Cgroup, PREFIX};

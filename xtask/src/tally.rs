@@ -192,7 +192,7 @@ fn without_colours(line: &str) -> String {
 mod tests {
     use super::*;
 
-    const UNIT: &str = "     Running unittests src/lib.rs (target/debug/deps/redirect_user-0a)\n\nrunning 3 tests\n\
+    const UNIT: &str = "     Running unittests src/lib.rs (target/debug/deps/redirect_agent-0a)\n\nrunning 3 tests\n\
         test wire::tests::ends ... ok\n\
         test wire::tests::needs_ipv6 ... ignored, no IPv6 here\n\
         test wire::tests::starts ... ok\n\n\
@@ -209,7 +209,7 @@ mod tests {
     const EARLY: &str = "     Running tests/probe.rs (target/debug/deps/probe-0d)\nrunning 2 tests\n\
         test probe::v6 ... skipped: probe::v6: no IPv6 here\nok\ntest probe::v4 ... ok\ntest probe::slow ... ignored\n\
         test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s\n";
-    const DOC: &str = "   Doc-tests redirect_user\n\nrunning 1 test\ntest src/lib.rs - x (line 1) ... ok\n\n\
+    const DOC: &str = "   Doc-tests redirect_agent\n\nrunning 1 test\ntest src/lib.rs - x (line 1) ... ok\n\n\
         test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.10s\n\n\
         all doctests ran in 0.20s; merged doctests compilation took 0.10s\n";
 

@@ -10,6 +10,10 @@ use crate::setup::KernelSide;
 use crate::workspace::Workspace;
 use crate::{bpf, progress, setup};
 
+/// Where the programs that are shipped come from.
+const PACKAGES: [&str; 8] =
+    ["--package", "redirect-cli", "--bin", "redirect", "--package", "redirect-cni", "--bin", "redirect-cni"];
+
 /// The programs that are shipped.
 pub(crate) struct Programs {
     pub(crate) redirect: PathBuf,
@@ -36,7 +40,7 @@ pub(crate) fn build_for(
 pub(crate) fn build_for_development(workspace: &Workspace, kernel_side: &KernelSide) -> Result<Programs> {
     bpf::build(workspace, kernel_side, Architecture::HOST)?;
     let mut cargo = workspace.cargo();
-    cargo.args(["build", "--package", "redirect-user", "--bin", "redirect", "--bin", "redirect-cni"]);
+    cargo.arg("build").args(PACKAGES);
     progress::run(workspace, "building user space for development", "build", &mut cargo)?;
     let folder = workspace.target("debug");
     Ok(Programs { redirect: folder.join("redirect"), plugin: folder.join("redirect-cni") })
@@ -57,8 +61,7 @@ fn cargo_build(
     let mut cargo = workspace.cargo();
     // The target is named, even if it is this machine's, so that flags do not reach build scripts and procedural macros,
     // which can't be static.
-    cargo.args(["build", "--release", "--target", target, "--package", "redirect-user"]);
-    cargo.args(["--bin", "redirect", "--bin", "redirect-cni"]).args(extra);
+    cargo.args(["build", "--release", "--target", target]).args(PACKAGES).args(extra);
     cargo.env("CARGO_TARGET_DIR", folder).env("CARGO_ENCODED_RUSTFLAGS", flags(workspace).join("\x1f"));
     let mut what = "building user space".to_owned();
     if architecture != Architecture::HOST {

@@ -1,5 +1,7 @@
 //! What unit tests and end-to-end tests share.
 
+mod api_server;
 mod skip;
 
+pub use api_server::{ApiServer, Fault, World};
 pub use skip::skip;

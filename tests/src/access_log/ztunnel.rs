@@ -9,7 +9,7 @@ use std::{fs, io};
 
 use anyhow::{Context, Result};
 use redirect_ebpf::Family;
-use redirect_user::pod::PodIdentity;
+use redirect_protocol::pod::PodIdentity;
 use serde_json::Value;
 
 use super::{Direction, DnsEntry, Entry, Event, Register, complete};

@@ -10,8 +10,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use redirect_user::pod::PodIdentity;
-use redirect_user::wire::{Attachment, Reply, Request, client};
+use redirect_protocol::pod::PodIdentity;
+use redirect_protocol::wire::{Attachment, Reply, Request, client};
 use serde_json::json;
 
 use super::sink::CROWD;

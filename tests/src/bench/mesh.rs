@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use redirect_user::zds::messages::WorkloadInfo;
-use redirect_user::zds::server::{Handle, Options, Server, Workload};
+use redirect_zds::messages::WorkloadInfo;
+use redirect_zds::server::{Handle, Options, Server, Workload};
 use tokio::runtime::Runtime;
 
 use crate::pod::Pod;

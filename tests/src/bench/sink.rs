@@ -6,9 +6,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use redirect_ebpf::constants::{PORT_INBOUND, PORT_OUTBOUND};
-use redirect_user::netns::NetNs;
-use redirect_user::zds::client::{Backoff, Workloads, follow};
-use redirect_user::zds::messages::WorkloadInfo;
+use redirect_linux::netns::NetNs;
+use redirect_zds::client::{Backoff, Workloads, follow};
+use redirect_zds::messages::WorkloadInfo;
 
 use super::listener::{Listener, Owner};
 use super::place::Place;

@@ -246,7 +246,7 @@ impl Counts {
     fn read(world: &World, family: Family) -> Result<Self> {
         let status = world.node().status()?;
         let steered = |direction: &str| {
-            let of = |counter: &&redirect_user::wire::CounterReport| {
+            let of = |counter: &&redirect_protocol::wire::CounterReport| {
                 counter.family == family.to_string()
                     && counter.direction == direction
                     && counter.verdict == "steered"

@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use comfy_table::{Table, presets};
+use redirect_protocol::placement::Placement;
 use redirect_tests::echo::Hello;
 use redirect_tests::process::Process;
 use redirect_tests::session::Binaries;
@@ -18,7 +19,6 @@ use redirect_tests::stack::canonical;
 use redirect_tests::{
     Direction, Entry, Families, Netns, Node, Pod, PodSpec, Session, Stack, signals, testbed,
 };
-use redirect_user::placement::Placement;
 use serde::Deserialize;
 
 const PORT: u16 = 9000;

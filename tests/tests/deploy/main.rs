@@ -11,7 +11,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
-use redirect_user::privileges::{AGENT, Capability, PROXY};
+use redirect_linux::privileges::{AGENT, Capability, PROXY};
 use serde_json::Value;
 
 const PLATFORMS: [&str; 10] =

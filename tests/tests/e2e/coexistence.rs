@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
+use redirect_protocol::placement::Placement;
 use redirect_tests::dns::{self, DnsServer};
 use redirect_tests::foreign::{Hook, Kind, Program};
 use redirect_tests::wait::SOON;
 use redirect_tests::{Direction, Families, Netns, Node, NodeOptions, Pod, Stack, foreign};
-use redirect_user::placement::Placement;
 use socket2::{Socket, Type};
 
 use crate::context::{Context, for_every_stack, for_every_stack_in_pods, needs_tcx};

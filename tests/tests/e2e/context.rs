@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Result, anyhow, bail};
 use libtest_mimic::{Completion, Failed, Trial};
+use redirect_protocol::placement::Placement;
 use redirect_tests::session::{Binaries, Session};
 use redirect_tests::{Families, Node, ProxyKind, Stack, foreign, signals};
-use redirect_user::placement::Placement;
 
 use crate::on_node;
 

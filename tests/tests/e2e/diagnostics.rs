@@ -10,10 +10,10 @@ use libtest_mimic::Trial;
 use redirect_ebpf::constants::MARK_CAPTURE;
 use redirect_ebpf::diagnostics::{Fault, Hook, TARGET};
 use redirect_ebpf::{Direction as Way, Family, Reason};
+use redirect_protocol::placement::Placement;
 use redirect_tests::dns::PORT;
 use redirect_tests::kernel::bpftool;
 use redirect_tests::{Families, Node, Pod, Stack, wait};
-use redirect_user::placement::Placement;
 use serde_json::Value;
 use socket2::{Socket, Type};
 

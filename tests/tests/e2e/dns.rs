@@ -20,7 +20,7 @@ use redirect_tests::wait::{self, SOON};
 use redirect_tests::{Families, Node, Pod, ProxyKind, Stack};
 use socket2::{Socket, Type};
 
-use redirect_user::placement::Placement;
+use redirect_protocol::placement::Placement;
 
 use crate::context::Context;
 

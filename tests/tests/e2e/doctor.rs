@@ -10,9 +10,9 @@ use anyhow::{Context as _, Result, bail, ensure};
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use redirect_protocol::placement::Placement;
 use redirect_tests::foreign::{Hook, Kind, Program};
 use redirect_tests::{Families, Node, NodeOptions, Pod, foreign, wait};
-use redirect_user::placement::Placement;
 use serde_json::Value;
 
 use crate::context::{Context, needs_tcx, skip, trial};

@@ -6,9 +6,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::Family;
+use redirect_protocol::placement::Placement;
 use redirect_tests::kernel::Footprint;
 use redirect_tests::{Direction, Families, Node, Pod, Stack};
-use redirect_user::placement::Placement;
 
 use crate::context::{Context, for_every_kind, for_every_stack, for_every_stack_in_pods, trial};
 use crate::{inbound, outbound};

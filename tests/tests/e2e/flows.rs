@@ -12,12 +12,12 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use redirect_ebpf::Family;
 use redirect_ebpf::maps::ConfigFlags;
+use redirect_protocol::placement::Placement;
+use redirect_protocol::wire::FlowReport;
 use redirect_tests::connection::dial;
 use redirect_tests::stack::canonical;
 use redirect_tests::wait::{self, SOON};
 use redirect_tests::{Connection, Families, Monitor, Node, Pod, Stack};
-use redirect_user::placement::Placement;
-use redirect_user::wire::FlowReport;
 
 use crate::context::{Context, for_every_stack, trial};
 use crate::outbound;

@@ -8,10 +8,10 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, bail, ensure};
 use caps::CapSet;
 use libtest_mimic::Trial;
+use redirect_linux::privileges::{self, Capability};
+use redirect_protocol::placement::Placement;
 use redirect_tests::process::Process;
 use redirect_tests::{Families, Netns, Node, ProxyKind, agent, wait};
-use redirect_user::placement::Placement;
-use redirect_user::privileges::{self, Capability};
 
 use crate::context::{Context, trial};
 

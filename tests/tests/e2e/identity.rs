@@ -5,8 +5,8 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::constants::{MARK_CAPTURE, MARK_DELIVERY, MARK_MASK, MARK_PROXY};
+use redirect_protocol::placement::Placement;
 use redirect_tests::{Caller, Direction, Families, Node, Stack};
-use redirect_user::placement::Placement;
 
 use crate::context::{Context, for_every_kind, for_every_stack, for_every_stack_in_pods};
 use crate::{inbound, outbound};

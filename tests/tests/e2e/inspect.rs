@@ -10,13 +10,13 @@ use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::Family;
 use redirect_ebpf::constants::{PORT_INBOUND, PORT_OUTBOUND, ROUTE_TABLE};
+use redirect_linux::netns::NetNs;
+use redirect_protocol::placement::Placement;
+use redirect_protocol::wire::{Explanation, FactState, PodDetail, PodState};
 use redirect_tests::kernel::Footprint;
 use redirect_tests::{Families, Node, Pod, Stack, agent, wait};
-use redirect_user::netns::NetNs;
-use redirect_user::placement::Placement;
-use redirect_user::wire::{Explanation, FactState, PodDetail, PodState};
-use redirect_user::zds::client::{Backoff, Workloads, follow};
-use redirect_user::zds::messages::WorkloadInfo;
+use redirect_zds::client::{Backoff, Workloads, follow};
+use redirect_zds::messages::WorkloadInfo;
 use tokio::runtime::Runtime;
 
 use crate::context::{Context, for_every_stack, trial};

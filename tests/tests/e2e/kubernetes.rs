@@ -5,8 +5,8 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::{Direction, Family};
+use redirect_testing::Fault;
 use redirect_tests::{Cluster, Families, Pod, Server, Stack, wait};
-use redirect_user::kube::double::Fault;
 
 use crate::context::{Context, for_every_kind, for_every_stack, trial};
 use crate::exclusions::passes_by;

@@ -50,7 +50,7 @@ fn say(node: &Node, uid: &str, families: &str, messages: &[&str]) -> Result<()> 
         ensure!(line["families"] == families && line["microseconds"].as_u64() > Some(0), "{line:#}");
         ensure!(line["timestamp"].is_string() && line["level"].is_string(), "{line:#}");
         ensure!(
-            line["target"].as_str().is_some_and(|target| target.starts_with("redirect_user::")),
+            line["target"].as_str().is_some_and(|target| target.starts_with("redirect_agent::")),
             "{line:#}"
         );
     }
@@ -90,7 +90,7 @@ fn in_kubernetes(context: &Context) -> Result<()> {
 }
 
 fn levels(context: &Context) -> Result<()> {
-    const MODULE: &str = "redirect_user::agent::pods";
+    const MODULE: &str = "redirect_agent::pods";
     let levels = format!("warn,{MODULE}=info");
     let node = Node::with_arguments(&context.session()?, &["--log-format", "json", "--log", &levels])?;
     let pod = node.enrolled("pod", Families::Dual)?;

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::{Direction, Verdict};
+use redirect_protocol::wire::PodCounter;
 use redirect_tests::connection::dial;
 use redirect_tests::wait::SOON;
 use redirect_tests::{Families, Node, Pod, Stack};
-use redirect_user::wire::PodCounter;
 
 use crate::context::{Context, for_every_stack};
 use crate::{inbound, inspect, outbound};

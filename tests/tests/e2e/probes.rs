@@ -14,7 +14,7 @@ use redirect_tests::stack::canonical;
 use redirect_tests::testbed::Answer;
 use redirect_tests::{Caller, Entry, Families, Netns, Node, NodeOptions, Pod, PodSpec, Stack, wait};
 
-use redirect_user::placement::Placement;
+use redirect_protocol::placement::Placement;
 
 use crate::context::{Context, for_every_kind, for_every_stack, trial};
 use crate::inbound;

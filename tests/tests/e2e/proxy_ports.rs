@@ -9,10 +9,10 @@ use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::Family;
 use redirect_ebpf::constants::{PORT_DNS, PORT_INBOUND, PORT_OUTBOUND, PORT_TUNNEL};
+use redirect_protocol::placement::Placement;
 use redirect_tests::connection::dial;
 use redirect_tests::wait;
 use redirect_tests::{Families, Netns, Node, NodeOptions, Pod, Server, Stack};
-use redirect_user::placement::Placement;
 
 use crate::context::{Context, for_every_kind, for_every_stack};
 use crate::outbound;

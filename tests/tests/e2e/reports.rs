@@ -9,9 +9,9 @@ use libtest_mimic::Trial;
 use redirect_ebpf::constants::{RULE_PRIORITY_CAPTURE, RULE_PRIORITY_DELIVERY};
 use redirect_ebpf::count::Reason;
 use redirect_ebpf::{Direction, Family, Verdict};
+use redirect_protocol::wire::{PodState, Status};
 use redirect_tests::kernel::{Footprint, bpftool};
 use redirect_tests::{Families, Node, Stack};
-use redirect_user::wire::{PodState, Status};
 use serde_json::Value;
 
 use crate::context::{Context, for_every_stack, trial};

@@ -10,11 +10,11 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use libtest_mimic::Trial;
+use redirect_protocol::placement::Placement;
+use redirect_testing::Fault;
 use redirect_tests::cluster::Cluster;
 use redirect_tests::kernel::Footprint;
 use redirect_tests::{Families, Node, NodeOptions, Pod, Stack, traffic, wait};
-use redirect_user::kube::double::Fault;
-use redirect_user::placement::Placement;
 
 use crate::context::{Context, for_every_stack, needs_tcx, trial};
 use crate::{inbound, outbound};

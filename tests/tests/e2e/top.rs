@@ -8,10 +8,10 @@ use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use ratatui::Terminal;
 use ratatui::backend::TestBackend;
+use redirect_cli::top::Board;
 use redirect_tests::terminal::Pty;
 use redirect_tests::wait::{self, SOON};
 use redirect_tests::{Families, Monitor, Node, Stack};
-use redirect_user::top::Board;
 
 use crate::context::{Context, for_every_stack};
 use crate::outbound;
@@ -32,7 +32,7 @@ fn rates(context: &Context, stack: Stack) -> Result<()> {
     for _ in 0..2 {
         outbound::passes_the_proxy_once(&pod, &server, stack)?;
     }
-    let steered = |flows: &[redirect_user::wire::FlowReport]| {
+    let steered = |flows: &[redirect_protocol::wire::FlowReport]| {
         flows.iter().filter(|flow| flow.direction == "outbound" && flow.verdict == "steered").count()
     };
     wait::until_true("both connections", SOON, || Ok(steered(&monitor.heard()) == 2))?;

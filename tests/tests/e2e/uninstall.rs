@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
+use redirect_protocol::placement::Placement;
 use redirect_tests::cni::REDIRECT;
 use redirect_tests::kernel::Footprint;
 use redirect_tests::{Connection, Families, Node, NodeOptions, Pod};
-use redirect_user::placement::Placement;
 use serde_json::Value;
 
 use crate::context::{Context, needs_tcx, trial};

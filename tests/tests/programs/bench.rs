@@ -12,14 +12,14 @@ use anyhow::{Context, Result, ensure};
 use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, SockHash};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, Pod};
+use redirect_datapath::linux::{self, Capacities, NotedBy, Settings, TcMethod};
 use redirect_ebpf::constants::{MARK_PROXY, PORT_INBOUND, PORT_OUTBOUND};
 use redirect_ebpf::count::{self, Direction, Reason, Verdict};
 use redirect_ebpf::family::Family;
 use redirect_ebpf::flow::FlowLimits;
 use redirect_ebpf::maps::{ListenerKey, PodAddress};
+use redirect_protocol::placement::Placement;
 use redirect_tests::Netns;
-use redirect_user::agent::linux::{self, Capacities, NotedBy, Settings, TcMethod};
-use redirect_user::placement::Placement;
 use socket2::{Domain, Socket, Type};
 
 use crate::packets::{POD_IPV4, POD_IPV6};

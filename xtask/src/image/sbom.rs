@@ -15,9 +15,11 @@ const ROOT: &str = "SPDXRef-ambient-redirect";
 pub(super) fn spdx(workspace: &Workspace, architecture: Architecture, created: u64) -> Result<Vec<u8>> {
     // Names and versions with licences; normal dependencies only, which are those that end up in the programs.
     let mut crates = BTreeMap::new();
-    for (package, target) in
-        [("redirect-user", architecture.target()), ("redirect-ebpf", "bpfel-unknown-none")]
-    {
+    for (package, target) in [
+        ("redirect-cli", architecture.target()),
+        ("redirect-cni", architecture.target()),
+        ("redirect-ebpf", "bpfel-unknown-none"),
+    ] {
         let mut cargo = workspace.cargo();
         cargo.args([
             "tree",
@@ -100,7 +102,7 @@ mod tests {
 
     #[test]
     fn crates_of_the_registry_are_listed_once() {
-        let tree = "redirect-user v0.1.0 (/src/redirect-user)\tApache-2.0\nlibc v0.2.1\tMIT/Apache-2.0\n\nlibc v0.2.1\tMIT/Apache-2.0\n";
+        let tree = "redirect-cli v0.1.0 (/src/redirect-user/cli)\tApache-2.0\nlibc v0.2.1\tMIT/Apache-2.0\n\nlibc v0.2.1\tMIT/Apache-2.0\n";
         let crates = parse(tree).unwrap();
         let document = document(&crates, 0);
         assert_eq!(document["packages"].as_array().unwrap().len(), 2);

@@ -10,11 +10,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrStorage, recvmmsg, recvmsg, sendmmsg, sendmsg};
+use redirect_protocol::placement::Placement;
 use redirect_tests::connection::dial;
 use redirect_tests::dns::{LONG, PORT, check_answer, question, read_framed, write_framed};
 use redirect_tests::wait::SOON;
 use redirect_tests::{Families, ProxyKind, Stack};
-use redirect_user::placement::Placement;
 use socket2::SockRef;
 
 use super::{Scene, answer_to, fresh_question};

@@ -1,0 +1,90 @@
+//! What the kernel side could not do, in the log at debug level: sums over a while, never single connections.
+
+use redirect_ebpf::Verdict;
+use tracing::Level;
+
+use redirect_datapath::linux::{Linux, Report};
+use redirect_datapath::thread::Kernel;
+use redirect_protocol::wire::CounterReport;
+
+/// What was counted when it was last looked at.
+#[derive(Debug, Default)]
+pub(super) struct Diagnostics {
+    before: Option<Report>,
+}
+
+impl Diagnostics {
+    /// Tells what has come since the last time, where anybody wants to know.
+    pub(super) async fn tell(&mut self, kernel: &Kernel<Linux>) {
+        if !tracing::enabled!(Level::DEBUG) {
+            return;
+        }
+        let Ok(Ok(now)) = kernel.run(|linux| linux.report()).await else { return };
+        if let Some(before) = &self.before {
+            for CounterReport { family, direction, reason, connections, .. } in dropped(before, &now) {
+                tracing::debug!(
+                    family,
+                    direction,
+                    reason,
+                    connections,
+                    "the kernel side dropped connections"
+                );
+            }
+            let limit = now.flows_limited.saturating_sub(before.flows_limited);
+            let full = now.flows_full.saturating_sub(before.flows_full);
+            if limit + full > 0 {
+                tracing::debug!(limit, full, "events of connections were lost");
+            }
+        }
+        self.before = Some(now);
+    }
+}
+
+/// The counters of what was dropped, by how much they have grown.
+fn dropped(before: &Report, now: &Report) -> Vec<CounterReport> {
+    let key =
+        |counter: &CounterReport| (counter.family.clone(), counter.direction.clone(), counter.reason.clone());
+    let grown = |counter: &CounterReport| {
+        let is_same = |old: &&CounterReport| old.verdict == counter.verdict && key(old) == key(counter);
+        let old = before.counters.iter().find(is_same).map_or(0, |old| old.connections);
+        let connections = counter.connections.checked_sub(old).filter(|more| *more > 0)?;
+        Some(CounterReport { connections, ..counter.clone() })
+    };
+    now.counters
+        .iter()
+        .filter(|counter| counter.verdict == Verdict::Dropped.label())
+        .filter_map(grown)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_grown_is_told() {
+        let counter = |family: &str, verdict: Verdict, connections| CounterReport {
+            family: family.into(),
+            direction: "inbound".into(),
+            verdict: verdict.label().into(),
+            reason: "malformed".into(),
+            connections,
+        };
+        let report = |counters| Report {
+            programs: Vec::new(),
+            maps: Vec::new(),
+            counters,
+            tcx: false,
+            flows_limited: 0,
+            flows_full: 0,
+        };
+        let before = report(vec![counter("IPv4", Verdict::Dropped, 3), counter("IPv4", Verdict::Passed, 1)]);
+        let now = report(vec![
+            counter("IPv4", Verdict::Dropped, 3),
+            counter("IPv4", Verdict::Passed, 5),
+            counter("IPv6", Verdict::Dropped, 2),
+        ]);
+        assert_eq!(dropped(&before, &now), [counter("IPv6", Verdict::Dropped, 2)]);
+        assert!(dropped(&now, &now).is_empty());
+    }
+}

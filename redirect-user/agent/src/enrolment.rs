@@ -1,0 +1,99 @@
+//! Which of the pods that the CNI plugin brings are to be steered.
+
+use std::future::Future;
+use std::pin::Pin;
+
+use super::pods::{self, Pods, Wanted};
+use redirect_datapath::datapath::Datapath;
+use redirect_linux::netns::NetNs;
+use redirect_protocol::pod::{PodIdentity, PodSettings};
+use redirect_protocol::wire::{Attachment, Error, Reply};
+
+/// What is to be done about a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// Steer it.
+    Enrol {
+        /// Who it is, with everything that the plugin cannot know.
+        identity: PodIdentity,
+        settings: PodSettings,
+    },
+    /// Leave it alone, for this reason.
+    Leave(String),
+}
+
+/// A [`Verdict`] that may take a while.
+pub(crate) type Decision<'a> = Pin<Box<dyn Future<Output = Result<Verdict, Error>> + Send + 'a>>;
+
+/// Decides which pods are steered.
+pub(crate) trait Enrolment: Send + Sync {
+    /// Answers well before the plugin's patience ends.
+    fn decide<'a>(&'a self, pod: &'a PodIdentity) -> Decision<'a>;
+
+    /// Hears that a pod has been enrolled.
+    fn enrolled(&self, _uid: &str) {}
+
+    /// Whether every pod is enrolled, so that one that is not known has been lost.
+    fn is_for_all(&self) -> bool {
+        false
+    }
+}
+
+/// Enrols every pod that the plugin brings: where there is no Kubernetes, the plugin's configuration is the choice.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Everybody;
+
+impl Enrolment for Everybody {
+    fn decide<'a>(&'a self, pod: &'a PodIdentity) -> Decision<'a> {
+        let verdict = Verdict::Enrol { identity: pod.clone(), settings: PodSettings::default() };
+        Box::pin(std::future::ready(Ok(verdict)))
+    }
+
+    fn is_for_all(&self) -> bool {
+        true
+    }
+}
+
+/// Enrols a pod that the plugin brings, if it is to be.
+pub(super) async fn add<D: Datapath + Send + 'static>(
+    pods: &Pods<D>,
+    enrolment: &dyn Enrolment,
+    attachment: Attachment,
+    wanted: Wanted,
+    netns: NetNs,
+) -> Reply {
+    match enrolment.decide(&wanted.identity).await {
+        Ok(Verdict::Leave(reason)) => {
+            tracing::debug!(pod = %wanted.identity, reason, "pod is not enrolled");
+            Reply::Added { enrolled: false }
+        }
+        Ok(Verdict::Enrol { identity, settings }) => {
+            let uid = identity.uid.clone();
+            match pods.add(attachment, Wanted { identity, settings, ..wanted }, netns).await {
+                Ok(()) => {
+                    enrolment.enrolled(&uid);
+                    Reply::Added { enrolled: true }
+                }
+                Err(error) => Reply::Error(error.into()),
+            }
+        }
+        Err(error) => {
+            tracing::warn!(pod = %wanted.identity, uid = wanted.identity.uid, %error, "pod can't be enrolled");
+            Reply::Error(error)
+        }
+    }
+}
+
+/// Compares the kernel with what enrolment promised.
+pub(super) async fn check<D: Datapath + Send + 'static>(
+    pods: &Pods<D>,
+    enrolment: &dyn Enrolment,
+    attachment: &Attachment,
+    addresses: &[std::net::IpAddr],
+) -> Reply {
+    match pods.check(attachment, addresses).await {
+        Ok(()) => Reply::Done,
+        Err(pods::Error::Unknown(_)) if !enrolment.is_for_all() => Reply::Done,
+        Err(error) => Reply::Error(error.into()),
+    }
+}

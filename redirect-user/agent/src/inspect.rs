@@ -1,0 +1,156 @@
+//! What the kernel counted of pods, what is in it for one of them, and what becomes of one connection of it.
+
+use std::net::SocketAddr;
+
+use redirect_ebpf::Family;
+use redirect_ebpf::decide::{Outbound, Protocol};
+
+use super::pods::Pods;
+use redirect_datapath::datapath::Finding;
+use redirect_datapath::linux::Linux;
+use redirect_datapath::listeners::{self, Listener};
+use redirect_datapath::thread::Kernel;
+use redirect_protocol::placement::Placement;
+use redirect_protocol::wire::{
+    Error, ErrorKind, Expectation, Explanation, FactState, PodDetail, PodReport, Transport,
+};
+
+/// A connection that is asked about.
+pub(super) struct Question {
+    pub(super) from: String,
+    pub(super) to: SocketAddr,
+    pub(super) transport: Transport,
+}
+
+/// What is known about all pods.
+pub(super) async fn pods(pods: &Pods<Linux>, kernel: &Kernel<Linux>) -> Result<Vec<PodReport>, Error> {
+    let mut reports = pods.report().await;
+    count(kernel, &mut reports).await?;
+    Ok(reports)
+}
+
+/// Adds what the kernel side counted.
+async fn count(kernel: &Kernel<Linux>, reports: &mut [PodReport]) -> Result<(), Error> {
+    let cookies: Vec<u64> = reports.iter().map(|report| report.netns_cookie).collect();
+    let counted = kernel.run(move |linux| {
+        cookies.into_iter().map(|cookie| linux.counters_of(cookie)).collect::<anyhow::Result<Vec<_>>>()
+    });
+    let counted = read(counted.await)?;
+    reports.iter_mut().zip(counted).for_each(|(report, counters)| report.counters = counters);
+    Ok(())
+}
+
+/// What was read from the kernel.
+pub(super) fn read<T, E: std::fmt::Display>(outcome: Result<anyhow::Result<T>, E>) -> Result<T, Error> {
+    outcome
+        .map_err(|error| Error::new(ErrorKind::Internal, error.to_string()))?
+        .map_err(|error| Error::new(ErrorKind::Datapath, format!("the kernel can't be read: {error:#}")))
+}
+
+/// Everything about the pod.
+pub(super) async fn pod(
+    pods: &Pods<Linux>,
+    kernel: &Kernel<Linux>,
+    placement: Placement,
+    name: &str,
+) -> Result<PodDetail, Error> {
+    let Examined { mut report, findings, listeners } = examine(pods, placement, name).await?;
+    count(kernel, std::slice::from_mut(&mut report)).await?;
+    let facts =
+        findings.iter().map(|Finding { fact, state }| Expectation { what: fact.to_string(), state: *state });
+    let listeners =
+        listeners.iter().map(|(listener, state)| Expectation { what: listener.to_string(), state: *state });
+    Ok(PodDetail { expectations: facts.chain(listeners).collect(), report })
+}
+
+/// What was found out about a pod.
+struct Examined {
+    report: PodReport,
+    findings: Vec<Finding>,
+    listeners: Vec<(Listener, FactState)>,
+}
+
+async fn examine(pods: &Pods<Linux>, placement: Placement, name: &str) -> Result<Examined, Error> {
+    let mut found = pods.called(name).await;
+    let report = match (found.pop(), found.is_empty()) {
+        (Some(report), true) => report,
+        (Some(report), false) => {
+            found.push(report);
+            let names: Vec<_> = found.iter().map(|report| report.pod.to_string()).collect();
+            let message =
+                format!("{name} may be any of {}: write NAMESPACE/NAME, or the UID", names.join(", "));
+            return Err(Error::new(ErrorKind::Unknown, message));
+        }
+        (None, _) => {
+            let message = format!(
+                "pod {name} is not enrolled on this node: its connections are left alone. Is it on this node, has it or its \
+                 namespace the label istio.io/dataplane-mode=ambient, and what do its events say?"
+            );
+            return Err(Error::new(ErrorKind::Unknown, message));
+        }
+    };
+    let (target, findings) = pods.inspect(&report.pod.uid).await?;
+    let unread = |error: &dyn std::fmt::Display| {
+        let message = format!("pod {}: the node proxy's listeners can't be looked at: {error}", report.pod);
+        Error::new(ErrorKind::Internal, message)
+    };
+    let looked = tokio::task::spawn_blocking(move || listeners::look(&target, placement)).await;
+    let listeners = looked.map_err(|error| unread(&error))?.map_err(|error| unread(&error))?;
+    Ok(Examined { report, findings, listeners })
+}
+
+/// The decision on a connection of the pod, and the first thing that is wrong on its way.
+pub(super) async fn explain(
+    pods: &Pods<Linux>,
+    kernel: &Kernel<Linux>,
+    placement: Placement,
+    Question { from, to, transport }: Question,
+) -> Result<Explanation, Error> {
+    let Examined { report, findings, listeners } = examine(pods, placement, &from).await?;
+    let protocol = match transport {
+        Transport::Tcp => Protocol::Tcp,
+        Transport::Udp => Protocol::Udp,
+    };
+    let cookie = report.netns_cookie;
+    let decision = read(kernel.run(move |linux| linux.decide(cookie, to, protocol)).await)?;
+    let family = if to.ip().to_canonical().is_ipv4() { Family::Ipv4 } else { Family::Ipv6 };
+    let mut wrong: Vec<String> = findings
+        .iter()
+        .filter(|finding| finding.fact.family().is_none_or(|of| of == family))
+        .filter_map(Finding::complaint)
+        .collect();
+    let outbound = decision.as_ref().map(|decision| decision.outbound);
+    let steered = matches!(outbound, Some(Outbound::Capture | Outbound::Resolve));
+    if steered && !report.steered.iter().any(|name| name == family.name()) {
+        wrong.push(format!("the pod has no {family} address: it can't connect"));
+    }
+    match &report.proxy {
+        Err(why) if steered => wrong.push(why.clone()),
+        Ok(()) if steered => {
+            let silent = listeners.iter().filter(|(listener, state)| {
+                listener.family == family
+                    && outbound.is_some_and(|decision| listener.serves(decision, transport))
+                    && *state == FactState::Missing
+            });
+            wrong.extend(silent.map(|(listener, _)| format!("{listener} is missing")));
+        }
+        _ => {}
+    }
+    let verdict = match outbound {
+        None => "it leaves the pod past the proxy: the kernel side does not know the pod".into(),
+        Some(Outbound::Capture) => "it is given to the node proxy".into(),
+        Some(Outbound::Resolve) => "it is sent to the node proxy's resolver".into(),
+        Some(Outbound::Deliver) => "it is the proxy's own, to the application".into(),
+        Some(Outbound::Pass(reason)) => format!("it is left alone ({})", reason.label()),
+    };
+    Ok(Explanation {
+        pod: report.pod,
+        to,
+        transport,
+        family: family.name().into(),
+        steps: decision.map(|decision| decision.steps).unwrap_or_default(),
+        steered,
+        verdict,
+        wrong,
+    })
+}

@@ -1,0 +1,99 @@
+//! Why the chain is not as it should be.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::OWN_CONF;
+use redirect_cni::SpecVersion;
+use redirect_protocol::wire::client;
+
+/// Why the chain is not as it should be. It works without the plugin all the same.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nothing to read.
+    #[error("{} can't be read: {source}", path.display())]
+    Read {
+        /// What.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Nothing to write to.
+    #[error("{} can't be changed: {source}", path.display())]
+    Write {
+        /// What.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// There is no chain yet.
+    #[error("there is no CNI configuration in {}{}: has the primary CNI started on this node?", directory.display(), list(.invalid))]
+    NoConfiguration {
+        /// Where.
+        directory: PathBuf,
+        /// Files that are no configurations, and why.
+        invalid: Vec<String>,
+    },
+    /// The configuration that was named is not there or is none.
+    #[error("{name} is no CNI configuration in {}{}", directory.display(), list(.invalid))]
+    NoSuchConfiguration {
+        /// Its name.
+        name: String,
+        /// Where.
+        directory: PathBuf,
+        /// Files that are no configurations, and why.
+        invalid: Vec<String>,
+    },
+    /// A configuration comes before ours.
+    #[error("{first} comes before {OWN_CONF}, so that runtimes would not see the latter: rename {first}")]
+    NotFirst {
+        /// The other.
+        first: String,
+    },
+    /// Two configurations, and only one name for the result.
+    #[error(
+        "there are {conf} and {conflist}, and runtimes use the former: remove the one that is not wanted"
+    )]
+    Ambiguous {
+        /// The single configuration.
+        conf: String,
+        /// The list.
+        conflist: String,
+    },
+    /// Our plugin can't be called with the chain's version.
+    #[error(
+        "{file} has cniVersion {found}, the plugin supports {}: raise it in the primary CNI's configuration",
+        SpecVersion::ALL.map(SpecVersion::as_str).join(" ")
+    )]
+    Version {
+        /// The configuration.
+        file: String,
+        /// Its version.
+        found: String,
+    },
+    /// The binary does not answer as a plugin does.
+    #[error("the plugin {} is not chained: {problem}", path.display())]
+    Plugin {
+        /// The binary.
+        path: PathBuf,
+        /// What it did instead.
+        problem: String,
+    },
+    /// Pods could not start with the plugin in the chain.
+    #[error("the plugin is not chained: {0}")]
+    Agent(#[from] client::Error),
+}
+
+impl Error {
+    pub(super) fn read(path: &Path, source: io::Error) -> Self {
+        Self::Read { path: path.into(), source }
+    }
+
+    pub(super) fn write(path: &Path, source: io::Error) -> Self {
+        Self::Write { path: path.into(), source }
+    }
+}
+
+fn list(invalid: &[String]) -> String {
+    if invalid.is_empty() { String::new() } else { format!(" ({})", invalid.join("; ")) }
+}

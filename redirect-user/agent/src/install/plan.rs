@@ -1,0 +1,155 @@
+//! What is to be done to a configuration directory. Nothing here touches it.
+
+use serde_json::Value;
+
+use super::chain::{Chain, is_list};
+use super::directory::{Conf, Directory};
+use super::error::Error;
+use super::files::Attributes;
+use super::{OWN_CONF, Options, PLUGIN};
+use redirect_cni::SpecVersion;
+
+/// A step. Each leaves a directory that works.
+#[derive(Debug, PartialEq)]
+pub(super) enum Op {
+    /// Replace a file, or make it.
+    Write { name: String, document: Value, attributes: Attributes },
+    /// Remove a file.
+    Remove { name: String },
+}
+
+impl Op {
+    /// The file's.
+    pub(super) fn name(&self) -> &str {
+        match self {
+            Self::Write { name, .. } | Self::Remove { name } => name,
+        }
+    }
+}
+
+/// How the plugin gets into the chain.
+#[derive(Debug)]
+pub(super) struct Plan {
+    /// The configuration that has it in the end.
+    pub(super) target: String,
+    pub(super) ops: Vec<Op>,
+    pub(super) warnings: Vec<String>,
+    versions: Vec<String>,
+}
+
+impl Plan {
+    /// Whether the plugin can be called as the chain wants to.
+    pub(super) fn check_versions(&self, supported: &[SpecVersion]) -> Result<(), Error> {
+        let unknown =
+            |version: &&String| !supported.iter().any(|supported| supported.as_str() == version.as_str());
+        match self.versions.iter().find(unknown) {
+            None => Ok(()),
+            Some(found) => Err(Error::Version { file: self.target.clone(), found: found.clone() }),
+        }
+    }
+}
+
+/// Puts our entry where the options want it.
+pub(super) fn install(directory: &Directory, options: &Options) -> Result<Plan, Error> {
+    let (conf, chain) = primary(directory, options)?;
+    let wanted = chain.with(&options.entry());
+    let target = if options.cni_own_conf { OWN_CONF.to_owned() } else { list_name(&conf.name) };
+
+    let mut ops = Vec::new();
+    let present = directory.get(&target).and_then(|conf| conf.chain.as_ref().ok());
+    if present != Some(&wanted) {
+        if target != conf.name && target != OWN_CONF && present.is_some_and(|present| !present.has(PLUGIN)) {
+            return Err(Error::Ambiguous { conf: conf.name.clone(), conflist: target });
+        }
+        let (document, attributes) = (wanted.document(), conf.attributes);
+        ops.push(Op::Write { name: target.clone(), document, attributes });
+    }
+    // While both are there runtimes use the old one, which comes first.
+    let stale = if options.cni_own_conf { None } else { Some(conf.name.as_str()) };
+    ops.extend(stale.filter(|name| *name != target).map(|name| Op::Remove { name: name.to_owned() }));
+    if !options.cni_own_conf && directory.get(OWN_CONF).is_some() {
+        ops.push(Op::Remove { name: OWN_CONF.into() });
+    }
+    let versions = chain.versions().into_iter().map(str::to_owned).collect();
+    let warnings = warnings(directory, options, &target, chain);
+    Ok(Plan { target, ops, warnings, versions })
+}
+
+/// Takes our entry out of every configuration.
+pub(super) fn remove(directory: &Directory) -> Vec<Op> {
+    let op = |conf: &Conf| {
+        let name = conf.name.clone();
+        if name == OWN_CONF {
+            return Some(Op::Remove { name });
+        }
+        let chain = conf.chain.as_ref().ok().filter(|chain| chain.has(PLUGIN))?;
+        Some(Op::Write { name, document: chain.without().document(), attributes: conf.attributes })
+    };
+    directory.files.iter().filter_map(op).collect()
+}
+
+/// The configuration that is, or would be, the node's without us.
+fn primary<'a>(directory: &'a Directory, options: &Options) -> Result<(&'a Conf, &'a Chain), Error> {
+    let valid = |conf: &'a Conf| Some((conf, conf.chain.as_ref().ok()?));
+    let others = || directory.files.iter().filter(|conf| conf.name != OWN_CONF);
+    if let Some(name) = &options.cni_conf_name {
+        // We may have made a list of it ourselves; the primary CNI may have written it anew since.
+        let names = [name.clone(), list_name(name)];
+        let found = names.iter().find_map(|name| directory.get(name).and_then(valid));
+        return found.ok_or_else(|| Error::NoSuchConfiguration {
+            name: name.clone(),
+            directory: directory.path.clone(),
+            invalid: directory.invalid(),
+        });
+    }
+    let found = others().find_map(valid).ok_or_else(|| Error::NoConfiguration {
+        directory: directory.path.clone(),
+        invalid: directory.invalid(),
+    })?;
+    match others().next() {
+        Some(first) if options.cni_own_conf && first.name.as_str() < OWN_CONF => {
+            Err(Error::NotFirst { first: first.name.clone() })
+        }
+        _ => Ok(found),
+    }
+}
+
+fn list_name(name: &str) -> String {
+    if is_list(name) {
+        return name.to_owned();
+    }
+    let stem = name.strip_suffix(".conf").or_else(|| name.strip_suffix(".json")).unwrap_or(name);
+    format!("{stem}.conflist")
+}
+
+fn warnings(directory: &Directory, options: &Options, target: &str, chain: &Chain) -> Vec<String> {
+    let mut warnings = Vec::new();
+    let before = |conf: &&Conf| conf.name.as_str() < target && list_name(&conf.name) != target;
+    for conf in directory.files.iter().filter(before).filter(|conf| conf.name != OWN_CONF) {
+        warnings.push(match &conf.chain {
+            Ok(_) => format!("runtimes use {}, which comes before {target}", conf.name),
+            Err(problem) => format!("{} {problem}; runtimes may stop at it", conf.name),
+        });
+    }
+    if chain.has("istio-cni") {
+        warnings.push(
+            "the chain has istio-cni: if it serves an ambient mesh, two agents steer the same pods; keep it off this node"
+                .to_owned(),
+        );
+    }
+    let own = format!("{OWN_CONF}.cilium_bak");
+    if options.cni_own_conf && directory.disabled_by_cilium.contains(&own) {
+        warnings.push(format!("Cilium renamed {OWN_CONF} to {own}: {CILIUM}"));
+    }
+    warnings
+}
+
+/// What to do about Cilium.
+pub(super) const CILIUM: &str =
+    "it owns the directory while its Helm value cni.exclusive is true; set cni.exclusive=false";
+
+/// Whether Cilium wrote this chain.
+pub(super) fn is_cilium_s(directory: &Directory, name: &str) -> bool {
+    let chain = directory.get(name).and_then(|conf| conf.chain.as_ref().ok());
+    chain.is_some_and(|chain| chain.has("cilium-cni"))
+}

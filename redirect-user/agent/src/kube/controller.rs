@@ -1,0 +1,474 @@
+//! Brings the pods that are steered in line with those that should be, and their annotations in line with the kernel.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, anyhow};
+use futures::StreamExt as _;
+use kube::Client;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{interval, timeout};
+
+use super::admission::Admission;
+use super::api::{PodView, REDIRECTION};
+use super::informer::{self, Patience, pause};
+use super::queue::Queue;
+use super::rules::{Decision, Reason, Rules, decide};
+use super::sandboxes::Sandboxes;
+use super::store::{Known, Store};
+use super::voice::{Redirection, Voice};
+use crate::metrics::events::events;
+use crate::pods::{Error, Pods, Standing, Wanted};
+use crate::repairs::Repair;
+use redirect_datapath::datapath::Datapath;
+use redirect_protocol::pod::PodSettings;
+use redirect_zds::server::PodProxyState;
+
+/// How many pods are worked on at once.
+const WORKERS: usize = 8;
+
+/// How long the API server may take for an annotation or an event.
+const API: Duration = Duration::from_secs(10);
+
+/// How patient the controller is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Timing {
+    /// How long the plugin waits for the informer to show a pod before the API server is asked.
+    pub(crate) patience: Duration,
+    /// How long the plugin waits for a decision. With the proxy's deadline after it, it stays within the plugin's.
+    pub(crate) admission: Duration,
+    /// How often everything is compared with the kernel.
+    pub(crate) resync: Duration,
+    /// How often a pod is looked at that the proxy has not acknowledged.
+    pub(crate) poll: Duration,
+    /// How long a pod keeps the annotation `enabled` that no proxy acknowledges, while proxy or agent restart. Its
+    /// traffic does not get past the kernel meanwhile.
+    pub(crate) grace: Duration,
+    pub(crate) api: Patience,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            patience: Duration::from_secs(2),
+            admission: Duration::from_secs(12),
+            resync: Duration::from_secs(60),
+            poll: Duration::from_secs(1),
+            grace: Duration::from_secs(30),
+            api: Patience::default(),
+        }
+    }
+}
+
+/// What has to be remembered of a pod from one look to the next.
+#[derive(Clone, Debug, Default)]
+struct Memory {
+    failures: u32,
+    /// What was last said about it.
+    complaint: Option<String>,
+    unacknowledged_since: Option<Instant>,
+    /// The annotation that was last written. The informer shows it a little later.
+    told: Option<(Option<Redirection>, Instant)>,
+}
+
+/// See the module.
+pub(crate) struct Controller<D> {
+    client: Client,
+    node: String,
+    rules: Rules,
+    timing: Timing,
+    pods: Arc<Pods<D>>,
+    store: Arc<Store>,
+    queue: Arc<Queue>,
+    sandboxes: Arc<Sandboxes>,
+    voice: Voice,
+    memory: Mutex<HashMap<String, Memory>>,
+}
+
+impl<D: Datapath + Send + 'static> Controller<D> {
+    pub(crate) fn new(
+        client: Client,
+        node: String,
+        rules: Rules,
+        host_proc: PathBuf,
+        pods: Arc<Pods<D>>,
+        timing: Timing,
+    ) -> Arc<Self> {
+        let queue = Arc::new(Queue::default());
+        Arc::new(Self {
+            voice: Voice::new(client.clone(), &node),
+            client,
+            node,
+            rules,
+            timing,
+            pods,
+            store: Arc::new(Store::new(Arc::clone(&queue))),
+            queue,
+            sandboxes: Arc::new(Sandboxes::new(host_proc)),
+            memory: Mutex::default(),
+        })
+    }
+
+    /// Decides about the pods that the CNI plugin brings.
+    pub(crate) fn admission(&self) -> Admission {
+        Admission {
+            client: self.client.clone(),
+            store: Arc::clone(&self.store),
+            queue: Arc::clone(&self.queue),
+            rules: self.rules.clone(),
+            timing: self.timing,
+        }
+    }
+
+    /// Works until `stop` is true; then finishes what it is at.
+    pub(crate) async fn run(self: Arc<Self>, stop: watch::Receiver<bool>) {
+        let mut background = JoinSet::new();
+        let patience = self.timing.api;
+        let (client, rules, store) = (&self.client, &self.rules, &self.store);
+        background.spawn(informer::pods(
+            client.clone(),
+            self.node.clone(),
+            rules.clone(),
+            Arc::clone(store),
+            patience,
+        ));
+        background.spawn(informer::namespaces(client.clone(), rules.clone(), Arc::clone(store), patience));
+        background.spawn(Arc::clone(&self).resync());
+        background.spawn(Arc::clone(&self).follow_proxies());
+        background.spawn(Arc::clone(&self).tell_repairs());
+        let mut workers = JoinSet::new();
+        for _ in 0..WORKERS {
+            workers.spawn(Arc::clone(&self).work(stop.clone()));
+        }
+        while let Some(ended) = workers.join_next().await {
+            if let Err(error) = ended {
+                tracing::error!(%error, "a worker of the Kubernetes controller has failed");
+            }
+        }
+    }
+
+    /// Waits until the API server has told everything and all of it is done, as far as it can be.
+    pub(crate) async fn caught_up(&self) {
+        let mut changes = self.store.changes();
+        while !self.store.is_synced() {
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+        // Whoever fills the queue may not have been told yet. And pods that the agent before this one steered may be wanted
+        // no more.
+        for uid in self.store.uids().into_iter().chain(self.pods.uids().await) {
+            self.queue.add(&uid);
+        }
+        self.queue.idle().await;
+    }
+
+    /// Takes the annotations off the pods again, after the end of [`Self::run`], when nothing is steered any more. The
+    /// rights to do so may have been taken away by then.
+    pub(crate) async fn retract(&self) {
+        let annotated = |uid: String| {
+            let Known { pod, .. } = self.store.pod(&uid)?;
+            let told = self.memory().get(&uid).and_then(|memory| memory.told);
+            let shown = told.map_or(pod.redirection.is_some(), |(state, _)| state.is_some());
+            (shown && !self.rules.excluded.contains(&pod.namespace)).then_some(pod)
+        };
+        let pods: Vec<PodView> = self.store.uids().into_iter().filter_map(annotated).collect();
+        let mut calls = futures::stream::iter(&pods)
+            .map(|pod| async move { (pod, self.voice.annotate(pod, None).await) })
+            .buffer_unordered(WORKERS);
+        let told = timeout(API, async {
+            while let Some((pod, outcome)) = calls.next().await {
+                outcome.with_context(|| format!("pod {}", pod.identity()))?;
+            }
+            anyhow::Ok(())
+        });
+        let error = match told.await {
+            Ok(Ok(())) => {
+                tracing::info!(pods = pods.len(), "the annotations of the pods are off");
+                return;
+            }
+            Ok(Err(error)) => error,
+            Err(_) => anyhow!("the API server did not answer within {API:?}"),
+        };
+        tracing::warn!(
+            "pods that are not steered any more keep the annotation {REDIRECTION}: {error:#}; to take it off: kubectl annotate \
+             pods --all --all-namespaces {REDIRECTION}-"
+        );
+    }
+
+    /// How many pods are known on this node.
+    pub(crate) fn known(&self) -> usize {
+        self.store.uids().len()
+    }
+
+    async fn work(self: Arc<Self>, mut stop: watch::Receiver<bool>) {
+        loop {
+            let uid = tokio::select! {
+                biased;
+                _ = stop.wait_for(|stop| *stop) => return,
+                uid = self.queue.next() => uid,
+            };
+            let again = self.reconcile(&uid, &stop).await;
+            self.queue.done(&uid);
+            if let Some(delay) = again {
+                self.queue.add_later(&uid, delay);
+            }
+        }
+    }
+
+    /// Compares everything with the kernel from time to time: nobody tells when others change something there.
+    async fn resync(self: Arc<Self>) {
+        let mut ticks = interval(self.timing.resync);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        ticks.tick().await;
+        loop {
+            ticks.tick().await;
+            for uid in self.pods.uids().await {
+                self.pods.reconcile(&uid).await;
+                self.queue.add(&uid);
+            }
+            for uid in self.store.uids() {
+                self.queue.add(&uid);
+            }
+        }
+    }
+
+    async fn follow_proxies(self: Arc<Self>) {
+        let mut connections = self.pods.connections();
+        while connections.changed().await.is_ok() {
+            for uid in self.pods.uids().await {
+                self.queue.add(&uid);
+            }
+        }
+    }
+
+    /// Tells whoever looks at a pod that something else interferes with it.
+    async fn tell_repairs(self: Arc<Self>) {
+        let mut repairs = self.pods.repairs().subscribe();
+        loop {
+            let Repair { pod, what } = match repairs.recv().await {
+                Ok(repair) => repair,
+                Err(RecvError::Lagged(_)) => continue,
+                Err(RecvError::Closed) => return,
+            };
+            let Some(Known { pod, .. }) = self.store.pod(&pod.uid) else { continue };
+            let message = format!("something else on the node had removed and the agent put back: {what}");
+            match timeout(API, self.voice.warn(&pod, "Repaired", &message)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(pod = %pod.identity(), %error, "the event can't be written"),
+                Err(_) => tracing::warn!(pod = %pod.identity(), "the event can't be written in time"),
+            }
+        }
+    }
+
+    /// Looks at one pod. Returns when to look again, if nothing happens before.
+    async fn reconcile(&self, uid: &str, stop: &watch::Receiver<bool>) -> Option<Duration> {
+        let Some(Known { pod, namespace }) = self.store.pod(uid) else {
+            // Before that, an absent pod may only be one that was not listed yet.
+            if self.store.is_synced() {
+                self.pods.forget(uid).await;
+            }
+            self.memory().remove(uid);
+            return None;
+        };
+        let mut memory = self.memory().get(uid).cloned().unwrap_or_default();
+        let decision = decide(&pod, namespace.as_ref(), &self.rules);
+        let again = match decision {
+            Decision::No(Reason::NamespaceUnknown) => None,
+            Decision::No(reason) => {
+                if self.pods.forget(uid).await {
+                    tracing::info!(pod = %pod.identity(), uid, %reason, "pod was un-enrolled");
+                }
+                memory = Memory { told: memory.told, ..Memory::default() };
+                // Nothing in an excluded namespace is touched.
+                if reason == Reason::Excluded {
+                    None
+                } else {
+                    self.annotate(&pod, None, &mut memory, stop).await
+                }
+            }
+            Decision::Refuse(bad) => {
+                // It stays as it is, steered or not.
+                self.complain(&pod, "BadAnnotation", &bad.to_string(), &mut memory, stop).await;
+                self.show(&pod, None, &mut memory, stop).await
+            }
+            Decision::Enrol(settings) => self.enrol(&pod, settings, &mut memory, stop).await,
+        };
+        self.memory().insert(uid.into(), memory);
+        again
+    }
+
+    async fn enrol(
+        &self,
+        pod: &PodView,
+        settings: PodSettings,
+        memory: &mut Memory,
+        stop: &watch::Receiver<bool>,
+    ) -> Option<Duration> {
+        match self.steer(pod, settings).await {
+            Ok(false) => None,
+            Ok(true) => {
+                memory.failures = 0;
+                memory.complaint = None;
+                self.show(pod, Some(Redirection::Pending), memory, stop).await
+            }
+            // Its sandbox ends before Kubernetes forgets it.
+            Err(Error::TakenDown(_)) => None,
+            Err(Error::NoNamespace(_)) if pod.terminating => None,
+            Err(error) => {
+                memory.failures = memory.failures.saturating_add(1);
+                let reason = match &error {
+                    Error::ForeignAddress { .. } => "ForeignAddress",
+                    _ => "NotEnrolled",
+                };
+                // A pod that is just being set up or taken down is not worth an alarm.
+                let passing = matches!(error, Error::NoNamespace(_)) && memory.failures < 3;
+                if !passing {
+                    self.complain(pod, reason, &error.to_string(), memory, stop).await;
+                }
+                let _ = self.show(pod, Some(Redirection::Pending), memory, stop).await;
+                Some(pause(memory.failures, self.timing.api))
+            }
+        }
+    }
+
+    /// Has a pod steered, unless it is. Returns whether it is now; if not, it is too early.
+    async fn steer(&self, pod: &PodView, settings: PodSettings) -> Result<bool, Error> {
+        let wanted = Wanted { identity: pod.identity(), addresses: pod.addresses.clone(), settings };
+        if self.pods.update(&wanted).await? {
+            return Ok(true);
+        }
+        if pod.addresses.is_empty() {
+            // Its sandbox is not set up yet. The plugin will bring it.
+            return Ok(false);
+        }
+        let (sandboxes, uids) = (Arc::clone(&self.sandboxes), pod.node_uids());
+        let found = tokio::task::spawn_blocking(move || sandboxes.find(&uids)).await;
+        let found = match found {
+            Ok(Ok(found)) => found,
+            Ok(Err(error)) => {
+                tracing::warn!(pod = %pod.identity(), %error, "the node's processes can't be looked at");
+                Vec::new()
+            }
+            Err(error) => {
+                tracing::error!(pod = %pod.identity(), %error, "looking at the node's processes failed");
+                Vec::new()
+            }
+        };
+        self.pods.adopt(wanted, found).await.map(|()| true)
+    }
+
+    /// Has the annotation say how far the pod is; `otherwise`, if it is not steered.
+    async fn show(
+        &self,
+        pod: &PodView,
+        otherwise: Option<Redirection>,
+        memory: &mut Memory,
+        stop: &watch::Receiver<bool>,
+    ) -> Option<Duration> {
+        let standing = self.pods.standing(&pod.uid).await;
+        let unacknowledged = match &standing {
+            Some(Standing { steered: true, proxy }) => {
+                !matches!(proxy, PodProxyState::Acknowledged | PodProxyState::Kept)
+            }
+            Some(Standing { steered: false, .. }) | None => false,
+        };
+        let since = unacknowledged.then(|| memory.unacknowledged_since.unwrap_or_else(Instant::now));
+        memory.unacknowledged_since = since;
+        let in_grace = since.is_some_and(|since| since.elapsed() < self.timing.grace);
+        let state = match standing {
+            None => otherwise,
+            Some(Standing { steered: false, .. }) => Some(Redirection::Pending),
+            Some(Standing { proxy: PodProxyState::Refused(_), .. }) => Some(Redirection::Pending),
+            Some(_) if !unacknowledged => Some(Redirection::Enabled),
+            Some(_) if in_grace && pod.redirection.as_deref() == Some(Redirection::Enabled.value()) => {
+                Some(Redirection::Enabled)
+            }
+            Some(_) => Some(Redirection::Pending),
+        };
+        let again = self.annotate(pod, state, memory, stop).await;
+        let poll = unacknowledged.then_some(self.timing.poll);
+        [again, poll].into_iter().flatten().min()
+    }
+
+    /// Writes the annotation unless it is right. Returns when to look again.
+    async fn annotate(
+        &self,
+        pod: &PodView,
+        state: Option<Redirection>,
+        memory: &mut Memory,
+        stop: &watch::Receiver<bool>,
+    ) -> Option<Duration> {
+        if pod.redirection.as_deref() == state.map(Redirection::value) {
+            memory.told = None;
+            return None;
+        }
+        if let Some((told, at)) = memory.told
+            && told == state
+            && at.elapsed() < self.timing.poll
+        {
+            return Some(self.timing.poll);
+        }
+        match self.call(self.voice.annotate(pod, state), stop).await? {
+            Ok(()) => {
+                memory.told = Some((state, Instant::now()));
+                None
+            }
+            Err(error) => {
+                memory.failures = memory.failures.saturating_add(1);
+                events().patch_failed();
+                if memory.failures % 10 == 1 {
+                    tracing::warn!(pod = %pod.identity(), uid = pod.uid, error, "the pod's annotation can't be written");
+                }
+                Some(pause(memory.failures, self.timing.api))
+            }
+        }
+    }
+
+    /// Says once what is wrong with a pod, here and in Kubernetes.
+    async fn complain(
+        &self,
+        pod: &PodView,
+        reason: &str,
+        message: &str,
+        memory: &mut Memory,
+        stop: &watch::Receiver<bool>,
+    ) {
+        if memory.complaint.as_deref() == Some(message) {
+            return;
+        }
+        memory.complaint = Some(message.into());
+        events().pod_refused(reason);
+        tracing::warn!(pod = %pod.identity(), uid = pod.uid, reason, error = message, "pod can't be enrolled");
+        if let Some(Err(error)) = self.call(self.voice.warn(pod, reason, message), stop).await {
+            tracing::warn!(pod = %pod.identity(), error, "the event can't be written");
+        }
+    }
+
+    /// Calls the API server; `None` if the agent stops meanwhile.
+    async fn call(
+        &self,
+        call: impl Future<Output = Result<(), kube::Error>>,
+        stop: &watch::Receiver<bool>,
+    ) -> Option<Result<(), String>> {
+        let mut stop = stop.clone();
+        tokio::select! {
+            biased;
+            _ = stop.wait_for(|stop| *stop) => None,
+            called = timeout(API, call) => Some(match called {
+                Ok(Ok(())) => Ok(()),
+                Ok(Err(error)) => Err(error.to_string()),
+                Err(_) => Err(format!("the API server did not answer within {API:?}")),
+            }),
+        }
+    }
+
+    fn memory(&self) -> MutexGuard<'_, HashMap<String, Memory>> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,33 @@
+//! The agent: learns pods from the CNI plugin, steers them in the kernel, hands them to the node proxy.
+//!
+//! ```text
+//!  redirect-cni ──wire──▶ service ──▶ pods ──▶ thread ──▶ datapath (facts, diff) ──▶ linux: maps, TC, netlink, sysctls
+//!  redirect status, pods ──wire──▶    │  ▲
+//!                                     ▼  └── watch: new interfaces in pods
+//!                              zds::server ──▶ node proxy
+//! ```
+
+mod diagnostics;
+pub(crate) mod enrolment;
+mod flows;
+mod inspect;
+pub mod install;
+pub mod kube;
+pub mod metrics;
+mod observed;
+mod options;
+mod peers;
+pub(crate) mod pods;
+mod probes;
+mod proxies;
+pub mod records;
+pub mod repairs;
+mod run;
+mod service;
+mod stand_in;
+pub mod uninstall;
+mod upkeep;
+pub(crate) mod watch;
+
+pub use options::Options;
+pub use run::run;

@@ -1,0 +1,112 @@
+//! What is read at a scrape.
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::Unit;
+use redirect_ebpf::Family;
+
+use redirect_protocol::wire::{PodReport, Status};
+
+/// The state of the agent at one time.
+#[derive(Debug)]
+pub(crate) struct Snapshot {
+    pub(crate) status: Status,
+    pub(crate) pods: Vec<PodReport>,
+    /// Every kind of repair, those as well that never happened.
+    pub(crate) repairs: Vec<(&'static str, u64)>,
+}
+
+type Labels<const N: usize> = [(&'static str, String); N];
+
+fn encode<const N: usize, M: EncodeMetric>(
+    encoder: &mut DescriptorEncoder<'_>,
+    (name, help, unit): (&str, &str, Option<&Unit>),
+    series: impl IntoIterator<Item = (Labels<N>, M)>,
+) -> std::fmt::Result {
+    let series: Vec<_> = series.into_iter().collect();
+    let Some((_, first)) = series.first() else { return Ok(()) };
+    if N == 0 {
+        return first.encode(encoder.encode_descriptor(name, help, unit, first.metric_type())?);
+    }
+    let mut metric = encoder.encode_descriptor(name, help, unit, first.metric_type())?;
+    series.iter().try_for_each(|(labels, value)| value.encode(metric.encode_family(labels)?))
+}
+
+impl Collector for Snapshot {
+    fn encode(&self, mut to: DescriptorEncoder<'_>) -> std::fmt::Result {
+        let Self { status, pods, repairs } = self;
+        let to = &mut to;
+        encode(
+            to,
+            ("build_info", "The agent's version and the kernel that it runs on", None),
+            [(
+                [("version", status.version.clone()), ("kernel", status.kernel.clone())],
+                ConstGauge::new(1i64),
+            )],
+        )?;
+        encode(
+            to,
+            ("uptime", "Time since the agent started", Some(&Unit::Seconds)),
+            [([], ConstGauge::new(status.uptime))],
+        )?;
+        let connections = status.counters.iter().map(|counter| {
+            let labels = [
+                ("ip_family", counter.family.clone()),
+                ("direction", counter.direction.clone()),
+                ("verdict", counter.verdict.clone()),
+                ("reason", counter.reason.clone()),
+            ];
+            (labels, ConstCounter::new(counter.connections))
+        });
+        encode(to, ("connections", "Connections that the kernel side decided on", None), connections)?;
+        let map = |name: &str| [("map", name.to_owned())];
+        let entries = status.maps.iter().map(|of| (map(&of.name), ConstGauge::new(of.entries as u64)));
+        encode(to, ("map_entries", "Entries of eBPF maps in use", None), entries)?;
+        let capacity = status.maps.iter().map(|of| (map(&of.name), ConstGauge::new(of.capacity)));
+        encode(to, ("map_capacity_entries", "Entries that eBPF maps can hold", None), capacity)?;
+        let attached = status
+            .programs
+            .iter()
+            .map(|program| ([("program", program.name.clone())], ConstGauge::new(program.links as u64)));
+        encode(to, ("program_attachments", "Places that an eBPF program is attached to", None), attached)?;
+        encode(
+            to,
+            ("proxies_connected", "Node proxies that are connected", None),
+            [([], ConstGauge::new(status.proxies.len() as u64))],
+        )?;
+        let refused = status.proxies.first().map_or(0, |proxy| proxy.refused.len() as u64);
+        encode(
+            to,
+            ("proxy_refused_pods", "Pods that the newest node proxy could not serve when last asked", None),
+            [([], ConstGauge::new(refused))],
+        )?;
+        let steered = Family::ALL.map(|family| {
+            let steered = pods.iter().filter(|pod| pod.steered.iter().any(|name| name == family.name()));
+            ([("ip_family", family.name().to_owned())], ConstGauge::new(steered.count() as u64))
+        });
+        encode(to, ("pods_enrolled", "Enrolled pods that have addresses of a family", None), steered)?;
+        let unserved = pods.iter().filter(|pod| pod.proxy.is_err()).count() as u64;
+        encode(
+            to,
+            ("pods_unacknowledged", "Enrolled pods that the newest node proxy does not serve", None),
+            [([], ConstGauge::new(unserved))],
+        )?;
+        let lost = [
+            ("rate_limit", status.flows.rate_limit),
+            ("ring_full", status.flows.ring_full),
+            ("slow_listener", status.flows.slow_listener),
+        ];
+        let lost = lost.map(|(reason, lost)| ([("reason", reason.to_owned())], ConstCounter::new(lost)));
+        encode(to, ("flow_events_lost", "Events of connections that listeners did not get", None), lost)?;
+        encode(
+            to,
+            ("flow_listeners", "Who listens to the events of connections", None),
+            [([], ConstGauge::new(status.flows.listeners as u64))],
+        )?;
+        let repairs =
+            repairs.iter().map(|(kind, count)| ([("kind", (*kind).to_owned())], ConstCounter::new(*count)));
+        encode(to, ("repairs", "What others had changed and the agent put right", None), repairs)
+    }
+}

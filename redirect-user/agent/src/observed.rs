@@ -1,0 +1,159 @@
+//! Health and readiness of the agent, and what Prometheus reads.
+//!
+//! A background task examines what takes time (the kernel, the files of the CNI chain). Answers are what it found last, so that
+//! they come at once however many ask, and say so when it finds nothing any more.
+
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+
+use super::service::Service;
+use crate::install;
+use crate::metrics::Snapshot;
+use crate::metrics::server::{Check, Source};
+use redirect_datapath::linux::Linux;
+use redirect_datapath::thread::Kernel;
+use redirect_protocol::placement::Placement;
+use redirect_protocol::wire::Reply;
+
+/// How often the kernel and the chain are examined.
+const PERIOD: Duration = Duration::from_secs(2);
+
+/// The chain is examined at every so many of these periods: it means reading files, the plugin's among them.
+const CHAIN_EVERY: u32 = 5;
+
+/// How long the datapath's thread may take to answer. Enrolments take milliseconds; many may wait.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Findings that are older are none.
+const STALE: Duration = Duration::from_secs(30);
+
+/// What the last examination found.
+#[derive(Clone, Debug)]
+pub(super) struct Findings {
+    /// When it ended.
+    at: Instant,
+    datapath: Result<(), String>,
+    chain: Result<(), String>,
+}
+
+impl Findings {
+    /// What there is before the first examination: pods can't be enrolled yet, and there is no reason for a restart.
+    fn none() -> Self {
+        let pending = Err("not examined yet".to_owned());
+        Self { at: Instant::now(), datapath: Ok(()), chain: pending }
+    }
+
+    fn of(&self, what: impl FnOnce(&Self) -> &Result<(), String>) -> Result<(), String> {
+        let age = self.at.elapsed();
+        if age > STALE {
+            return Err(format!("the last examination ended {} s ago", age.as_secs()));
+        }
+        what(self).clone()
+    }
+}
+
+/// What has to be examined.
+pub(super) struct Examined {
+    pub(super) kernel: Kernel<Linux>,
+    pub(super) placement: Placement,
+    /// The CNI chain, if this agent keeps it.
+    pub(super) chain: Option<install::Options>,
+}
+
+/// Starts the examinations. They end with the last receiver.
+pub(super) fn examine(what: Examined) -> watch::Receiver<Findings> {
+    let (sender, receiver) = watch::channel(Findings::none());
+    tokio::spawn(async move {
+        let mut ticks = interval(PERIOD);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut chain = Ok(());
+        for round in 0_u32.. {
+            tokio::select! {
+                _ = ticks.tick() => {}
+                () = sender.closed() => return,
+            }
+            if round % CHAIN_EVERY == 0 || chain.is_err() {
+                chain = examine_chain(what.chain.clone()).await;
+            }
+            let datapath = examine_datapath(&what.kernel, what.placement).await;
+            sender.send_replace(Findings { at: Instant::now(), datapath, chain: chain.clone() });
+        }
+    });
+    receiver
+}
+
+/// Whether the plugin is in the node's CNI chain.
+async fn examine_chain(options: Option<install::Options>) -> Result<(), String> {
+    let Some(options) = options else { return Ok(()) };
+    match tokio::task::spawn_blocking(move || install::missing(&options)).await {
+        Ok(Ok(missing)) if missing.is_empty() => Ok(()),
+        Ok(Ok(missing)) => Err(format!("not in place: {}", missing.join(", "))),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Whether the programs are attached and can be worked with.
+async fn examine_datapath(kernel: &Kernel<Linux>, placement: Placement) -> Result<(), String> {
+    let needed = match placement {
+        Placement::Pod => ["outbound_ipv4", "outbound_ipv6"],
+        Placement::Node => ["entrance_ipv4", "entrance_ipv6"],
+    };
+    let detached =
+        kernel.run(move |linux| needed.into_iter().find(|program| linux.attachments(program) == 0));
+    match timeout(PATIENCE, detached).await {
+        Ok(Ok(None)) => Ok(()),
+        Ok(Ok(Some(program))) => Err(format!("program {program} is not attached")),
+        Ok(Err(gone)) => Err(gone.to_string()),
+        Err(_) => Err(format!("the datapath's thread does not answer within {PATIENCE:?}")),
+    }
+}
+
+impl Source for Service {
+    async fn snapshot(&self) -> Result<Snapshot, String> {
+        let status = self.status().await.map_err(|error| error.message)?;
+        let repairs = self.pods.repairs().counts().map(|(kind, count)| (kind.label(), count)).collect();
+        Ok(Snapshot { status, pods: self.pods.report().await, repairs })
+    }
+
+    fn health(&self) -> Vec<Check> {
+        vec![("datapath", self.findings.borrow().of(|findings| &findings.datapath))]
+    }
+
+    fn readiness(&self) -> Vec<Check> {
+        let proxy = match self.ready() {
+            Reply::Error(error) => Err(error.message),
+            _ => Ok(()),
+        };
+        let reconciled = if *self.reconciled.borrow() {
+            Ok(())
+        } else {
+            Err("the API server has not told which pods run on this node".into())
+        };
+        let findings = self.findings.borrow();
+        vec![
+            ("datapath", findings.of(|findings| &findings.datapath)),
+            ("proxy", proxy),
+            ("pods", reconciled),
+            ("chain", findings.of(|findings| &findings.chain)),
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn findings_count_as_long_as_they_are_fresh() {
+        let fresh = Findings { at: Instant::now(), datapath: Ok(()), chain: Err("no plugin".into()) };
+        assert_eq!(fresh.of(|findings| &findings.datapath), Ok(()));
+        assert_eq!(fresh.of(|findings| &findings.chain), Err("no plugin".into()));
+        let at = Instant::now().checked_sub(STALE + Duration::from_secs(1)).expect("a clock that has run");
+        let stale = Findings { at, ..fresh };
+        let complaint = stale.of(|findings| &findings.datapath).unwrap_err();
+        assert!(complaint.contains("31 s ago"), "{complaint}");
+    }
+}

@@ -1,0 +1,772 @@
+//! The pods that the agent steers, and what is done about them. Work on one pod is done in the order in which it was
+//! asked for; pods do not wait for each other.
+//!
+//! A pod comes in one of two ways: the CNI plugin brings it with its sandbox ([`Pods::add`]), or it ran before
+//! anybody wanted it steered, and its namespace was found ([`Pods::adopt`]). It goes when its last attachment goes
+//! ([`Pods::del`]), or when it is no longer wanted ([`Pods::forget`]). Pods that the agent before this one steered are taken
+//! over ([`Pods::restore`]).
+
+mod error;
+mod holders;
+mod report;
+mod restore;
+mod slots;
+mod tell;
+#[cfg(test)]
+mod tests;
+mod upkeep;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use redirect_ebpf::maps::PodFlags;
+use tokio::sync::watch;
+
+use super::records::{Phase, Record, Records};
+use super::repairs::Repairs;
+use super::watch::Watch;
+use crate::metrics::events::events;
+pub(crate) use error::Error;
+use holders::Holders;
+use redirect_datapath::datapath::{
+    self, Datapath, Introduction, Observation, Outcome, Removal, Removed, Target,
+};
+use redirect_datapath::facts::Fact;
+use redirect_datapath::thread::Kernel;
+use redirect_linux::netns::NetNs;
+use redirect_protocol::pod::{PodAddresses, PodIdentity, PodSettings};
+use redirect_protocol::wire::Attachment;
+use redirect_zds::messages::WorkloadInfo;
+use redirect_zds::server::{Handle, Peer, RemoveOutcome, Workload};
+pub(crate) use report::Standing;
+pub(crate) use restore::Restored;
+use slots::{Guard, Slots};
+
+/// How long un-enrolling waits for the proxy to let go of a pod before it goes on without.
+const PROXY_RELEASE: Duration = Duration::from_secs(2);
+
+/// How many containers are remembered that were taken down.
+const RETIRED: usize = 1024;
+
+/// The pods of this node.
+pub(crate) struct Pods<D> {
+    kernel: Kernel<D>,
+    proxies: Handle,
+    defaults: Defaults,
+    /// The cookie of the agent's own namespace: the host's, which is never a pod's.
+    host_cookie: u64,
+    /// Notices interfaces that appear later. Not in tests on a fake kernel.
+    watch: Option<Arc<Watch>>,
+    records: Records,
+    repairs: Repairs,
+    /// By UID.
+    slots: Slots<Enrolled>,
+    /// Pods by the cookie of the namespace. A path, and with it what is there, may be another pod's by now: a namespace
+    /// belongs to the pod that was brought with it last.
+    owners: Mutex<HashMap<u64, PodIdentity>>,
+    holders: Holders,
+    /// The proxy whose listeners for IPv6 were looked for, by the number of its connection.
+    looked_at: AtomicU64,
+    /// UIDs by container ID, which is how the runtime names what it takes down.
+    containers: Mutex<HashMap<String, String>>,
+    /// The containers whose sandboxes the runtime has taken down, newest last. Their processes and addresses may show for
+    /// a little longer.
+    retired: Mutex<VecDeque<String>>,
+}
+
+/// What holds for every pod that says nothing else.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Defaults {
+    /// How long an enrolment waits for the proxy.
+    pub(crate) proxy_deadline: Duration,
+    /// Whether DNS questions go to the proxy's resolver.
+    pub(crate) dns: bool,
+    /// Whether pods may send from addresses that are not theirs, in placement `node`.
+    pub(crate) any_source: bool,
+}
+
+/// A pod that shall be steered.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Wanted {
+    pub(crate) identity: PodIdentity,
+    pub(crate) addresses: Vec<IpAddr>,
+    pub(crate) settings: PodSettings,
+}
+
+/// A network namespace that processes of a pod were found in, and the containers that they belong to.
+#[derive(Clone, Debug)]
+pub(crate) struct Sandbox {
+    pub(crate) netns: NetNs,
+    pub(crate) containers: BTreeSet<String>,
+}
+
+/// An enrolled pod.
+struct Enrolled {
+    target: Target,
+    /// What the CNI plugin brought, with the addresses that it named.
+    attachments: BTreeMap<Attachment, Vec<IpAddr>>,
+    /// The addresses that Kubernetes names.
+    declared: Vec<IpAddr>,
+    /// The containers that were found in its namespace, if that was looked for.
+    containers: BTreeSet<String>,
+    settings: PodSettings,
+    observation: Observation,
+    /// Whether the kernel was as it should be when it was last looked at.
+    steered: bool,
+    since: Instant,
+}
+
+impl Enrolled {
+    fn new(target: Target) -> Self {
+        Self {
+            target,
+            attachments: BTreeMap::new(),
+            declared: Vec::new(),
+            containers: BTreeSet::new(),
+            settings: PodSettings::default(),
+            observation: Observation::default(),
+            steered: false,
+            since: Instant::now(),
+        }
+    }
+
+    fn record(&self, phase: Phase) -> Record {
+        let target = &self.target;
+        let attachments = self.attachments.iter();
+        Record {
+            phase,
+            identity: target.identity.clone(),
+            netns_cookie: target.netns_cookie,
+            netns_inode: target.netns.inode().unwrap_or_default(),
+            netns_path: target.netns.path().map(Into::into),
+            attachments: attachments.map(|(of, addresses)| (of.clone(), addresses.clone())).collect(),
+            declared: self.declared.clone(),
+            containers: self.containers.clone(),
+            settings: self.settings.clone(),
+            foreign: target.foreign.clone(),
+        }
+    }
+
+    fn knows(&self, container_id: &str) -> bool {
+        self.containers.contains(container_id)
+            || self.attachments.keys().any(|attachment| attachment.container_id == container_id)
+    }
+}
+
+impl<D: Datapath + Send + 'static> Pods<D> {
+    pub(crate) fn new(
+        kernel: Kernel<D>,
+        proxies: Handle,
+        defaults: Defaults,
+        host_cookie: u64,
+        watch: Option<Arc<Watch>>,
+        records: Records,
+    ) -> Self {
+        Self {
+            kernel,
+            proxies,
+            defaults,
+            host_cookie,
+            watch,
+            records,
+            repairs: Repairs::default(),
+            slots: Slots::default(),
+            owners: Mutex::default(),
+            holders: Holders::default(),
+            looked_at: AtomicU64::new(u64::MAX),
+            containers: Mutex::default(),
+            retired: Mutex::default(),
+        }
+    }
+
+    /// Steers a pod whose sandbox is being set up and hands it to the proxy; on an error, neither.
+    pub(crate) async fn add(
+        &self,
+        attachment: Attachment,
+        wanted: Wanted,
+        netns: NetNs,
+    ) -> Result<(), Error> {
+        let uid = wanted.identity.uid.clone();
+        // Before the wait: whoever takes the container down from here on waits for this to end.
+        self.containers().insert(attachment.container_id.clone(), uid.clone());
+        self.retired().retain(|container| *container != attachment.container_id);
+        let mut slot = self.slots.lock(&uid).await;
+        let began = Instant::now();
+        let (identity, addresses) = (wanted.identity.clone(), wanted.addresses.iter().copied().collect());
+        let result = self.attach(&mut slot, attachment, wanted, netns).await;
+        if let Err(error) = &result {
+            tell::not_enrolled(&identity, &addresses, began, error);
+        }
+        self.release(slot, &uid).await;
+        result
+    }
+
+    async fn attach(
+        &self,
+        slot: &mut Guard<Enrolled>,
+        attachment: Attachment,
+        wanted: Wanted,
+        netns: NetNs,
+    ) -> Result<(), Error> {
+        let began = Instant::now();
+        let Wanted { identity, addresses, settings } = wanted;
+        refuse_another(slot.as_ref(), &identity)?;
+        let namespace = self.introduce(&identity, &netns).await?;
+        if let Some(old) = slot.take_if(|known| known.target.netns_cookie != namespace.cookie) {
+            tracing::info!(pod = %identity, uid = identity.uid, "the pod has a new sandbox");
+            self.remove(&old.target).await;
+        }
+        let known = slot.is_some();
+        let mut enrolled = match slot.take() {
+            Some(known) => known,
+            None => Enrolled::new(self.defaults.target(
+                identity.clone(),
+                &settings,
+                PodAddresses::default(),
+                netns.clone(),
+                namespace,
+            )),
+        };
+        enrolled.attachments.insert(attachment, addresses.clone());
+        let all = union(&enrolled.attachments, &enrolled.declared);
+        if all.is_empty() {
+            return Err(Error::NoAddresses(identity));
+        }
+        let Target { netns_cookie, ref foreign, .. } = enrolled.target;
+        let namespace = Introduction { cookie: netns_cookie, sysctls: foreign.clone() };
+        enrolled.target = self.defaults.target(identity, &settings, all, netns, namespace);
+        enrolled.settings = settings;
+        if !known {
+            self.records.write(&enrolled.record(Phase::Begun));
+        }
+        self.own(&enrolled.target).await;
+        self.claim(&enrolled.target, addresses);
+        self.follow(&enrolled.target);
+        match self.steer_and_serve(&enrolled.target).await {
+            Ok((observation, proxy)) => {
+                tell::steered(&enrolled.target, &observation, began, proxy);
+                enrolled.observation = observation;
+                enrolled.steered = true;
+                enrolled.since = Instant::now();
+                self.records.write(&enrolled.record(Phase::Done));
+                **slot = Some(enrolled);
+                Ok(())
+            }
+            Err(error) => {
+                self.remove(&enrolled.target).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Returns how long the proxy took as well.
+    async fn steer_and_serve(&self, target: &Target) -> Result<(Observation, Duration), Error> {
+        let outcome = self.steer(target).await?;
+        let handed = Instant::now();
+        self.proxies.add(workload(target), self.defaults.proxy_deadline).await?;
+        let proxy = handed.elapsed();
+        events().enrolled("proxy", proxy);
+        if outcome.observation.namespace.ipv6 && !target.addresses.ipv6.is_empty() {
+            self.tell_of_ipv6(target).await;
+        }
+        Ok((outcome.observation, proxy))
+    }
+
+    /// A proxy that listens for IPv4 alone acknowledges a pod all the same. What it does for its first pod it does for others: the
+    /// kernel takes milliseconds to list sockets, too long for every pod.
+    async fn tell_of_ipv6(&self, target: &Target) {
+        let newest = self.proxies.connections().borrow().iter().map(|peer| peer.id).max();
+        let Some(newest) = newest else { return };
+        if self.looked_at.swap(newest, Ordering::Relaxed) == newest {
+            return;
+        }
+        let netns = target.netns.clone();
+        let served = self.kernel.run(move |datapath| datapath.is_served_in_ipv6(&netns)).await;
+        match served {
+            Ok(Ok(true)) | Err(_) => {}
+            Ok(Ok(false)) => tracing::warn!(
+                pod = %target.identity,
+                uid = target.identity.uid,
+                "the node proxy listens for IPv4 alone: the pod's connections in IPv6 get nowhere; was it started with \
+                 IPV6_ENABLED=false?"
+            ),
+            Ok(Err(error)) => {
+                tracing::warn!(pod = %target.identity, %error, "the proxy's listeners can't be looked at");
+            }
+        }
+    }
+
+    /// Steers a pod that runs already, in the one of these namespaces that holds its addresses. The proxy is told, but
+    /// not waited for: until it serves the pod, the pod's connections get no further than if it refused them.
+    pub(crate) async fn adopt(&self, wanted: Wanted, sandboxes: Vec<Sandbox>) -> Result<(), Error> {
+        let uid = wanted.identity.uid.clone();
+        // Before it is looked whether they were taken down: whoever does that afterwards waits for this to end.
+        let containers = sandboxes.iter().flat_map(|sandbox| &sandbox.containers);
+        self.containers().extend(containers.map(|container| (container.clone(), uid.clone())));
+        let mut slot = self.slots.lock(&uid).await;
+        let result = match &mut *slot {
+            // The plugin brought it meanwhile.
+            Some(known) => self.change(known, &wanted).await,
+            None => self.take_in(&wanted, sandboxes).await.map(|enrolled| *slot = Some(enrolled)),
+        };
+        self.release(slot, &uid).await;
+        result
+    }
+
+    async fn take_in(&self, wanted: &Wanted, sandboxes: Vec<Sandbox>) -> Result<Enrolled, Error> {
+        let began = Instant::now();
+        let Wanted { identity, addresses, settings } = wanted.clone();
+        let mut foreign = None;
+        let mut found = None;
+        for Sandbox { netns, containers } in sandboxes {
+            if self.retired().iter().any(|container| containers.contains(container)) {
+                foreign = Some(Error::TakenDown(identity.clone()));
+                continue;
+            }
+            let namespace = match self.introduce(&identity, &netns).await {
+                Err(Error::HostNetwork(_)) => continue,
+                namespace => namespace?,
+            };
+            match self.holds(&identity, &netns, &addresses).await {
+                Ok(()) => found = Some((netns, namespace, containers)),
+                Err(error) => foreign = Some(error),
+            }
+            if found.is_some() {
+                break;
+            }
+        }
+        let Some((netns, namespace, containers)) = found else {
+            return Err(foreign.unwrap_or(Error::NoNamespace(identity)));
+        };
+        let all = addresses.iter().copied().collect();
+        let target = self.defaults.target(identity, &settings, all, netns, namespace);
+        let target = Target { running: true, ..target };
+        let mut enrolled = Enrolled { declared: addresses, containers, settings, ..Enrolled::new(target) };
+        self.own(&enrolled.target).await;
+        self.claim(&enrolled.target, enrolled.target.addresses.iter());
+        self.records.write(&enrolled.record(Phase::Begun));
+        let steered = match self.steer(&enrolled.target).await {
+            Ok(outcome) => self.hand_over(&enrolled.target).map(|()| outcome.observation),
+            Err(error) => Err(error),
+        };
+        match steered {
+            Ok(observation) => enrolled.observation = observation,
+            Err(error) => {
+                let owned = self.owns(&enrolled.target);
+                self.unenroll(&enrolled.target, Removal::Everything, None).await;
+                if owned {
+                    self.records.remove(enrolled.target.netns_cookie);
+                }
+                return Err(error);
+            }
+        }
+        enrolled.steered = true;
+        self.records.write(&enrolled.record(Phase::Done));
+        self.follow(&enrolled.target);
+        tell::steered(&enrolled.target, &enrolled.observation, began, Duration::ZERO);
+        Ok(enrolled)
+    }
+
+    /// Brings an enrolled pod in line with what Kubernetes says of it. Returns whether the pod is enrolled at all. On an
+    /// error the pod stays as it was.
+    pub(crate) async fn update(&self, wanted: &Wanted) -> Result<bool, Error> {
+        match self.slots.find(&wanted.identity.uid).await.as_deref_mut() {
+            Some(Some(known)) => self.change(known, wanted).await.map(|()| true),
+            Some(None) | None => Ok(false),
+        }
+    }
+
+    async fn change(&self, known: &mut Enrolled, wanted: &Wanted) -> Result<(), Error> {
+        let began = Instant::now();
+        refuse_another(Some(known), &wanted.identity)?;
+        let readdressed = known.declared != wanted.addresses && !wanted.addresses.is_empty();
+        if readdressed {
+            self.holds(&wanted.identity, &known.target.netns, &wanted.addresses).await?;
+        }
+        // A pod that has ended has no addresses any more in Kubernetes, before it goes.
+        let declared = if readdressed { &wanted.addresses } else { &known.declared }.clone();
+        let namespace =
+            Introduction { cookie: known.target.netns_cookie, sysctls: known.target.foreign.clone() };
+        let wanted_target = self.defaults.target(
+            wanted.identity.clone(),
+            &wanted.settings,
+            union(&known.attachments, &declared),
+            known.target.netns.clone(),
+            namespace,
+        );
+        if !differs(&wanted_target, &known.target) {
+            known.declared = declared;
+            return Ok(());
+        }
+        if readdressed {
+            self.claim(&wanted_target, wanted.addresses.iter().copied());
+        }
+        known.observation = self.steer(&wanted_target).await?.observation;
+        self.holders.keep(wanted_target.netns_cookie, &wanted_target.addresses);
+        self.hand_over(&wanted_target)?;
+        tell::changed(&wanted_target, began);
+        known.declared = declared;
+        known.settings = wanted.settings.clone();
+        known.target = wanted_target;
+        known.steered = true;
+        self.records.write(&known.record(Phase::Done));
+        Ok(())
+    }
+
+    /// Steers a pod no longer. Returns whether it was.
+    pub(crate) async fn forget(&self, uid: &str) -> bool {
+        let Some(mut slot) = self.slots.find(uid).await else { return false };
+        let known = slot.take();
+        if let Some(known) = &known {
+            self.end(known).await;
+        }
+        self.release(slot, uid).await;
+        known.is_some()
+    }
+
+    /// Forgets an attachment, and the pod with its last one. What is not known is forgotten already.
+    pub(crate) async fn del(&self, attachment: &Attachment) {
+        self.retire(&attachment.container_id);
+        let Some(uid) = self.containers().get(&attachment.container_id).cloned() else { return };
+        let Some(mut slot) = self.slots.find(&uid).await else { return };
+        if let Some(known) = &mut *slot {
+            let attached = known.attachments.remove(attachment).is_some();
+            // A pod that was adopted has no attachments: its sandbox's container stands for all of them.
+            if !attached && !known.containers.contains(&attachment.container_id) {
+                tracing::debug!(pod = %known.target.identity, ?attachment, "a late removal of an older sandbox");
+            } else if known.attachments.is_empty() {
+                self.end(known).await;
+                *slot = None;
+            } else {
+                known.target.addresses = union(&known.attachments, &known.declared);
+                self.holders.keep(known.target.netns_cookie, &known.target.addresses);
+                self.repair(known).await;
+                self.records.write(&known.record(Phase::Done));
+            }
+        }
+        self.release(slot, &uid).await;
+    }
+
+    async fn end(&self, known: &Enrolled) {
+        let began = Instant::now();
+        let proxy = self.remove(&known.target).await;
+        tell::no_longer_steered(&known.target, began, proxy);
+    }
+
+    /// Takes the pod from the kernel and from the proxy, so that the proxy's connections work until it cuts them. Returns
+    /// how long the proxy took.
+    async fn remove(&self, target: &Target) -> Duration {
+        let owned = self.owns(target);
+        let left = self.unenroll(target, Removal::Capture, None).await;
+        let asked = Instant::now();
+        if let RemoveOutcome::Pending(peers) = self.proxies.remove(&target.identity.uid, PROXY_RELEASE).await
+        {
+            let peers = list(peers.iter());
+            tracing::warn!(pod = %target.identity, peers, "the proxy does not let go of the pod; going on without");
+        }
+        let proxy = asked.elapsed();
+        self.unenroll(target, Removal::Everything, left).await;
+        if owned {
+            self.records.remove(target.netns_cookie);
+        }
+        proxy
+    }
+
+    /// Leaves a namespace alone that is another pod's by now. `known` is what an earlier call has left, which this returns.
+    async fn unenroll(
+        &self,
+        target: &Target,
+        removal: Removal,
+        known: Option<BTreeSet<Fact>>,
+    ) -> Option<BTreeSet<Fact>> {
+        if !self.owns(target) {
+            return None;
+        }
+        if removal == Removal::Everything {
+            self.owners().remove(&target.netns_cookie);
+            self.holders.release(target.netns_cookie);
+        }
+        let copy = target.clone();
+        match self.kernel.run(move |datapath| datapath::unenroll(datapath, &copy, removal, known)).await {
+            Ok(Removed { left, errors }) => {
+                for error in &errors {
+                    tracing::warn!(pod = %target.identity, %error, "something of the pod may be left behind");
+                }
+                errors.is_empty().then_some(left)
+            }
+            Err(error) => {
+                tracing::error!(pod = %target.identity, %error, "the pod can't be un-enrolled");
+                None
+            }
+        }
+    }
+
+    /// Compares the kernel with what enrolment promised.
+    pub(crate) async fn check(&self, attachment: &Attachment, addresses: &[IpAddr]) -> Result<(), Error> {
+        let unknown = || Error::Unknown(attachment.container_id.clone());
+        let uid = self.containers().get(&attachment.container_id).cloned().ok_or_else(unknown)?;
+        let slot = self.slots.find(&uid).await.ok_or_else(unknown)?;
+        let known =
+            slot.as_ref().filter(|known| known.knows(&attachment.container_id)).ok_or_else(unknown)?;
+        let mut target = known.target.clone();
+        target.addresses.extend(addresses.iter().copied());
+        let identity = target.identity.clone();
+        let missing = self.kernel.run(move |datapath| datapath::missing(datapath, &target)).await??;
+        let proxy = report::proxy(&self.proxies, &identity).err();
+        let missing: Vec<String> = missing.iter().map(ToString::to_string).chain(proxy).collect();
+        if missing.is_empty() {
+            Ok(())
+        } else {
+            Err(Error::Missing { pod: identity, missing: missing.join(", ") })
+        }
+    }
+
+    /// Forgets every attachment that is not in the list.
+    pub(crate) async fn collect(&self, valid: &[Attachment]) {
+        let valid: HashSet<&Attachment> = valid.iter().collect();
+        let known = self.slots.each(|_, known| known.attachments.keys().cloned().collect::<Vec<_>>()).await;
+        for stale in known.into_iter().flatten().filter(|known| !valid.contains(known)) {
+            tracing::info!(
+                container = stale.container_id,
+                interface = stale.interface,
+                "collecting a stale attachment"
+            );
+            self.del(&stale).await;
+        }
+    }
+
+    async fn steer(&self, target: &Target) -> Result<Outcome, Error> {
+        let copy = self.holders.held(target);
+        let began = Instant::now();
+        let outcome = self.kernel.run(move |datapath| datapath::enroll(datapath, &copy)).await??;
+        if !outcome.made.is_empty() {
+            events().enrolled("kernel", began.elapsed());
+        }
+        Ok(outcome)
+    }
+
+    /// Removes everything of every pod from the kernel. The proxies keep their pods: an agent that stops is no reason to
+    /// cut connections that were not captured.
+    pub(crate) async fn shut_down(&self) {
+        for known in self.slots.drain().await {
+            self.unenroll(&known.target, Removal::Everything, None).await;
+            self.records.remove(known.target.netns_cookie);
+        }
+    }
+
+    /// The UIDs of all pods.
+    pub(crate) async fn uids(&self) -> Vec<String> {
+        self.slots.names().await
+    }
+
+    /// The connected proxies, as they come and go.
+    pub(crate) fn connections(&self) -> watch::Receiver<Vec<Peer>> {
+        self.proxies.connections()
+    }
+
+    /// Gets to know a pod's namespace, unless that is the host's.
+    async fn introduce(&self, identity: &PodIdentity, netns: &NetNs) -> Result<Introduction, Error> {
+        let netns = netns.clone();
+        match self.kernel.run(move |datapath| datapath.introduce(&netns)).await? {
+            Ok(namespace) if namespace.cookie == self.host_cookie => {
+                Err(Error::HostNetwork(identity.clone()))
+            }
+            Ok(namespace) => Ok(namespace),
+            Err(source) => Err(Error::Cookie { pod: identity.clone(), source }),
+        }
+    }
+
+    /// Whether the namespace has all of these addresses.
+    async fn holds(&self, identity: &PodIdentity, netns: &NetNs, addresses: &[IpAddr]) -> Result<(), Error> {
+        let netns = netns.clone();
+        let held = self.kernel.run(move |datapath| datapath.addresses(&netns)).await?;
+        let held = held.map_err(|source| Error::Addresses { pod: identity.clone(), source })?;
+        match addresses.iter().map(IpAddr::to_canonical).find(|address| !held.contains(address)) {
+            Some(address) => Err(Error::ForeignAddress { pod: identity.clone(), address }),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes the namespace the pod's own. The proxy lets go of the pod that had it before.
+    async fn own(&self, target: &Target) {
+        let before = self.owners().insert(target.netns_cookie, target.identity.clone());
+        if let Some(before) = before.filter(|before| before.uid != target.identity.uid) {
+            tracing::info!(pod = %target.identity, %before, "the network namespace was taken for another pod's");
+            self.proxies.remove(&before.uid, PROXY_RELEASE).await;
+        }
+    }
+
+    /// Makes the namespace the pod's own, unless another pod was brought with it.
+    fn own_if_free(&self, target: &Target) -> bool {
+        let mut owners = self.owners();
+        let owner = owners.entry(target.netns_cookie).or_insert_with(|| target.identity.clone());
+        owner.uid == target.identity.uid
+    }
+
+    /// Tells the proxies of a pod, without waiting for them: unless its namespace is another pod's by now, whose
+    /// connections they would take for this one's.
+    fn hand_over(&self, target: &Target) -> Result<(), Error> {
+        // Whoever takes the namespace from here on has the proxies let go of the pod after they were told of it.
+        let owners = self.owners();
+        if owners.get(&target.netns_cookie).is_some_and(|owner| owner.uid != target.identity.uid) {
+            return Err(Error::NamespaceTaken(target.identity.clone()));
+        }
+        Ok(self.proxies.set(workload(target))?)
+    }
+
+    /// Makes addresses the pod's.
+    fn claim(&self, target: &Target, addresses: impl IntoIterator<Item = IpAddr>) {
+        let addresses = addresses.into_iter().map(|address| address.to_canonical());
+        for (address, before) in self.holders.claim(target.netns_cookie, addresses) {
+            tracing::warn!(
+                pod = %target.identity,
+                %address,
+                before = %self.owner(before).unwrap_or_default(),
+                "the address was another pod's, which nobody has taken down: it is steered no longer at this address"
+            );
+        }
+    }
+
+    /// The pod whose namespace this is, also while it is being worked on.
+    pub(crate) fn owner(&self, netns_cookie: u64) -> Option<PodIdentity> {
+        self.owners().get(&netns_cookie).cloned()
+    }
+
+    /// Whether the namespace is no other pod's.
+    fn owns(&self, target: &Target) -> bool {
+        self.owners().get(&target.netns_cookie).is_none_or(|owner| owner.uid == target.identity.uid)
+    }
+
+    fn owners(&self) -> MutexGuard<'_, HashMap<u64, PodIdentity>> {
+        self.owners.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn follow(&self, target: &Target) {
+        if let Some(watch) = &self.watch
+            && let Err(error) = watch.follow(&target.identity.uid, &target.netns)
+        {
+            tracing::warn!(pod = %target.identity, %error, "interfaces that the pod gets later will not be steered");
+        }
+    }
+
+    /// Lets go of a pod's place, after it was worked on.
+    async fn release(&self, slot: Guard<Enrolled>, uid: &str) {
+        {
+            let mut containers = self.containers();
+            containers.retain(|container, of| {
+                of != uid || slot.as_ref().is_some_and(|known| known.knows(container))
+            });
+            if let Some(known) = &*slot {
+                let attached = known.attachments.keys().map(|attachment| &attachment.container_id);
+                let all = attached.chain(&known.containers);
+                containers.extend(all.map(|container| (container.clone(), uid.to_owned())));
+            }
+        }
+        drop(slot);
+        if self.slots.tidy(uid).await
+            && let Some(watch) = &self.watch
+        {
+            watch.unfollow(uid);
+        }
+    }
+
+    fn retire(&self, container_id: &str) {
+        let mut retired = self.retired();
+        if retired.iter().any(|known| known == container_id) {
+            return;
+        }
+        if retired.len() == RETIRED {
+            retired.pop_front();
+        }
+        retired.push_back(container_id.into());
+    }
+
+    fn retired(&self) -> MutexGuard<'_, VecDeque<String>> {
+        self.retired.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, String>> {
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One UID, one pod: what is known by it stays.
+fn refuse_another(known: Option<&Enrolled>, identity: &PodIdentity) -> Result<(), Error> {
+    match known.map(|known| &known.target.identity) {
+        Some(other) if (&other.namespace, &other.name) != (&identity.namespace, &identity.name) => {
+            Err(Error::SameUid {
+                pod: identity.to_string(),
+                other: other.to_string(),
+                uid: identity.uid.clone(),
+            })
+        }
+        Some(_) | None => Ok(()),
+    }
+}
+
+impl Defaults {
+    fn target(
+        self,
+        identity: PodIdentity,
+        settings: &PodSettings,
+        addresses: PodAddresses,
+        netns: NetNs,
+        namespace: Introduction,
+    ) -> Target {
+        let flags = PodFlags::default()
+            .with(PodFlags::BYPASS_INBOUND, settings.bypass_inbound)
+            .with(PodFlags::DNS, settings.dns.unwrap_or(self.dns))
+            .with(PodFlags::ANY_SOURCE, settings.any_source.unwrap_or(self.any_source));
+        Target {
+            identity,
+            netns,
+            netns_cookie: namespace.cookie,
+            addresses,
+            flags,
+            virtual_interfaces: settings.virtual_interfaces.clone(),
+            exclusions: settings.exclusions.clone(),
+            foreign: namespace.sysctls,
+            running: false,
+        }
+    }
+
+    /// The pod that a record is about.
+    pub(crate) fn recorded(self, record: &Record, netns: NetNs) -> Target {
+        let attached = record.attachments.iter().flat_map(|(_, addresses)| addresses);
+        let addresses = attached.chain(&record.declared).copied().collect();
+        let namespace = Introduction { cookie: record.netns_cookie, sysctls: record.foreign.clone() };
+        self.target(record.identity.clone(), &record.settings, addresses, netns, namespace)
+    }
+}
+
+fn differs(a: &Target, b: &Target) -> bool {
+    let of = |target: &Target| {
+        let Target { identity, addresses, flags, virtual_interfaces, exclusions, .. } = target.clone();
+        (identity, addresses, flags, virtual_interfaces, exclusions)
+    };
+    of(a) != of(b)
+}
+
+fn workload(target: &Target) -> Workload {
+    let identity = &target.identity;
+    Workload {
+        uid: identity.uid.clone(),
+        info: WorkloadInfo {
+            name: identity.name.clone(),
+            namespace: identity.namespace.clone(),
+            service_account: identity.service_account.clone(),
+        },
+        netns: Some(target.netns.descriptor()),
+    }
+}
+
+fn union(attachments: &BTreeMap<Attachment, Vec<IpAddr>>, declared: &[IpAddr]) -> PodAddresses {
+    attachments.values().flatten().chain(declared).copied().collect()
+}
+
+fn list(items: impl Iterator<Item = impl ToString>) -> String {
+    items.map(|item| item.to_string()).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,95 @@
+//! What can be told about pods.
+
+use std::collections::BTreeSet;
+
+use super::{Enrolled, Error, Holders, Pods};
+use redirect_datapath::datapath::{self, Datapath, Finding, Target};
+use redirect_protocol::pod::PodIdentity;
+use redirect_protocol::wire::{PodReport, PodState};
+use redirect_zds::server::{Handle, PodProxyState};
+
+/// How far an enrolled pod is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Standing {
+    /// Whether the kernel was as it should be when it was last looked at.
+    pub(crate) steered: bool,
+    /// Where the pod stands with the newest proxy.
+    pub(crate) proxy: PodProxyState,
+}
+
+impl<D: Datapath + Send + 'static> Pods<D> {
+    /// What is known about all pods, without what the kernel side counted.
+    pub(crate) async fn report(&self) -> Vec<PodReport> {
+        self.slots.each(|_, enrolled| report(enrolled, &self.holders, &self.proxies)).await
+    }
+
+    /// The pods that people may mean by a name. Waits for those that are being worked on.
+    pub(crate) async fn called(&self, name: &str) -> Vec<PodReport> {
+        let others = |owner: &&PodIdentity| !owner.is_called(name);
+        let others: BTreeSet<_> =
+            self.owners().values().filter(others).map(|owner| owner.uid.clone()).collect();
+        let mut called = Vec::new();
+        for uid in self.slots.names().await.into_iter().filter(|uid| !others.contains(uid)) {
+            if let Some(Some(enrolled)) = self.slots.find(&uid).await.as_deref()
+                && enrolled.target.identity.is_called(name)
+            {
+                called.push(report(enrolled, &self.holders, &self.proxies));
+            }
+        }
+        called
+    }
+
+    /// Compares the kernel with what is wanted for an enrolled pod. Returns that as well.
+    pub(crate) async fn inspect(&self, uid: &str) -> Result<(Target, Vec<Finding>), Error> {
+        let unknown = || Error::Unknown(uid.into());
+        let slot = self.slots.find(uid).await.ok_or_else(unknown)?;
+        let target = slot.as_ref().ok_or_else(unknown)?.target.clone();
+        drop(slot);
+        let copy = target.clone();
+        Ok((target, self.kernel.run(move |datapath| datapath::inspect(datapath, &copy)).await??))
+    }
+
+    /// How far a pod is; `None` if it is not enrolled.
+    pub(crate) async fn standing(&self, uid: &str) -> Option<Standing> {
+        let slot = self.slots.find(uid).await?;
+        let enrolled = slot.as_ref()?;
+        Some(Standing { steered: enrolled.steered, proxy: self.proxies.pod(uid) })
+    }
+}
+
+fn report(enrolled: &Enrolled, holders: &Holders, proxies: &Handle) -> PodReport {
+    let Enrolled { attachments, observation, since, .. } = enrolled;
+    let target = holders.held(&enrolled.target);
+    let proxy = proxy(proxies, &target.identity);
+    let interfaces = observation.namespace.interfaces.iter();
+    PodReport {
+        pod: target.identity.clone(),
+        attachments: attachments.keys().cloned().collect(),
+        addresses: target.addresses.iter().collect(),
+        netns_cookie: target.netns_cookie,
+        steered: target.addresses.families().map(|family| family.to_string()).collect(),
+        interfaces: interfaces
+            .filter(|interface| !interface.is_loopback())
+            .map(|interface| interface.name.clone())
+            .collect(),
+        state: match &proxy {
+            _ if !enrolled.steered || target.addresses.is_empty() => PodState::Broken,
+            Ok(()) => PodState::Steered,
+            Err(_) => PodState::Waiting,
+        },
+        proxy,
+        since: since.elapsed().as_secs(),
+        counters: Vec::new(),
+    }
+}
+
+/// Where the pod stands with the newest proxy, in words.
+pub(super) fn proxy(proxies: &Handle, identity: &PodIdentity) -> Result<(), String> {
+    match proxies.pod(&identity.uid) {
+        PodProxyState::Acknowledged | PodProxyState::Kept => Ok(()),
+        PodProxyState::Refused(why) => Err(format!("the node proxy refused the pod: {why}")),
+        PodProxyState::Pending => Err("the node proxy has not acknowledged the pod yet".into()),
+        PodProxyState::NoProxy => Err("no node proxy is connected".into()),
+        PodProxyState::Unknown => Err("the node proxy was not told of the pod".into()),
+    }
+}

@@ -1,0 +1,121 @@
+//! Taking over what the agent before this one steered.
+
+use std::collections::BTreeSet;
+
+use super::super::records::{Found, Phase, Record};
+use super::{Enrolled, Pods, workload};
+use redirect_datapath::datapath::{Datapath, Removal};
+use redirect_datapath::facts::Fact;
+use redirect_linux::netns::NetNs;
+
+/// How many pods became of the records.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Restored {
+    /// They go on being steered.
+    pub(crate) adopted: usize,
+    /// Their enrolment had not come to its end; what there was of it is removed.
+    pub(crate) undone: usize,
+    /// They are gone.
+    pub(crate) gone: usize,
+}
+
+impl<D: Datapath + Send + 'static> Pods<D> {
+    /// Takes the pods over. Done before proxies are served, lest these drop them.
+    pub(crate) async fn restore(&self, found: Vec<Found>) -> Restored {
+        let mut restored = Restored::default();
+        self.recall_holders(&found).await;
+        for Found { mut record, netns } in found {
+            let cookie = record.netns_cookie;
+            let netns = match netns {
+                Some(netns) => Some(netns),
+                None if record.phase == Phase::Done => self.successor(&mut record).await,
+                None => None,
+            };
+            let Some(netns) = netns else {
+                tracing::info!(pod = %record.identity, uid = record.identity.uid, "the pod ended while no agent ran");
+                self.records.remove(cookie);
+                restored.gone += 1;
+                continue;
+            };
+            let target = self.defaults.recorded(&record, netns);
+            if record.phase == Phase::Begun {
+                tracing::info!(
+                    pod = %record.identity,
+                    uid = record.identity.uid,
+                    "the pod's enrolment was cut short by the end of an agent: it is undone, and has to be asked for again"
+                );
+                self.unenroll(&target, Removal::Everything, None).await;
+                let tidied = self.kernel.run(move |datapath| datapath.tidy(&target)).await;
+                if let Ok(Err(error)) = tidied {
+                    tracing::warn!(pod = %record.identity, %error, "something of the pod may be left behind");
+                }
+                self.records.remove(cookie);
+                restored.undone += 1;
+                continue;
+            }
+            let Record { identity, attachments, declared, containers, settings, .. } = record;
+            let mut slot = self.slots.lock(&identity.uid).await;
+            let attachments = attachments.into_iter().collect();
+            let mut enrolled =
+                Enrolled { attachments, declared, containers, settings, ..Enrolled::new(target) };
+            let held = self.holders.held(&enrolled.target).addresses;
+            self.claim(&enrolled.target, held.iter());
+            match self.steer(&enrolled.target).await {
+                Ok(outcome) => {
+                    self.repairs.of_facts(&identity, &outcome.made);
+                    enrolled.observation = outcome.observation;
+                    enrolled.steered = true;
+                }
+                Err(error) => {
+                    tracing::warn!(pod = %identity, %error, "the pod can't be taken over as it should be");
+                }
+            }
+            if let Err(error) = self.proxies.set(workload(&enrolled.target)) {
+                tracing::warn!(pod = %identity, %error, "the proxies are not told of the pod");
+            }
+            self.own(&enrolled.target).await;
+            self.follow(&enrolled.target);
+            if enrolled.target.netns_cookie != cookie {
+                self.repairs.of_namespace(&identity);
+                self.records.write(&enrolled.record(Phase::Done));
+                self.records.remove(cookie);
+            }
+            *slot = Some(enrolled);
+            self.release(slot, &identity.uid).await;
+            restored.adopted += 1;
+        }
+        restored
+    }
+
+    /// Where the records of two pods name an address, the kernel knows which of them had it last.
+    async fn recall_holders(&self, found: &[Found]) {
+        for Found { record, netns } in found {
+            let Some(netns) = netns else { continue };
+            let target = self.defaults.recorded(record, netns.clone());
+            if let Ok(Ok(facts)) = self.kernel.run(move |datapath| datapath.glance(&target)).await {
+                let held = facts.into_iter().filter_map(|fact| match fact {
+                    Fact::Address(address) => Some(address),
+                    _ => None,
+                });
+                self.holders.claim(record.netns_cookie, held);
+            }
+        }
+    }
+
+    /// The namespace that is now where the pod's was, if it holds the pod's addresses: it was made anew without a word from
+    /// the runtime. The record is then about that one.
+    async fn successor(&self, record: &mut Record) -> Option<NetNs> {
+        let netns = NetNs::open(record.netns_path.as_deref()?).ok()?;
+        let namespace = self.introduce(&record.identity, &netns).await.ok()?;
+        let addresses: Vec<_> = self.defaults.recorded(record, netns.clone()).addresses.iter().collect();
+        self.holds(&record.identity, &netns, &addresses).await.ok()?;
+        record.netns_cookie = namespace.cookie;
+        record.foreign = namespace.sysctls;
+        Some(netns)
+    }
+
+    /// The cookies of the namespaces of all pods.
+    pub(crate) async fn cookies(&self) -> BTreeSet<u64> {
+        self.slots.each(|_, enrolled| enrolled.target.netns_cookie).await.into_iter().collect()
+    }
+}

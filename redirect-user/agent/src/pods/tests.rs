@@ -1,0 +1,270 @@
+//! Pods on a kernel that is a double, as the CNI plugin brings and takes them. Other ways are tested with Kubernetes.
+
+use std::convert::Infallible;
+
+use tempfile::TempDir;
+
+use super::*;
+use redirect_datapath::datapath::fake::Fake;
+use redirect_datapath::facts::Fact;
+use redirect_protocol::wire::PodReport;
+use redirect_zds::server::{AddError, Options, Server};
+
+struct Node {
+    directory: TempDir,
+    kernel: Fake,
+    pods: Pods<Fake>,
+}
+
+impl Node {
+    /// Without a proxy: enrolment ends with the proxy's deadline.
+    fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let kernel = Fake::default();
+        let copy = kernel.clone();
+        let (thread, _) = Kernel::start(move || Ok::<_, Infallible>(copy)).unwrap();
+        let (_, handle) = Server::bind(&directory.path().join("zds.sock"), Options::default()).unwrap();
+        let records = Records::open(&directory.path().join("state")).unwrap();
+        let pods = Pods::new(thread, handle, defaults(Duration::from_millis(20)), 1, None, records);
+        Self { directory, kernel, pods }
+    }
+
+    fn netns(&self, name: &str, addresses: &[&str]) -> (NetNs, u64) {
+        let path = self.directory.path().join(name);
+        std::fs::File::create(&path).unwrap();
+        let netns = NetNs::open(&path).unwrap();
+        let cookie = netns.inode().unwrap();
+        self.kernel.insert(cookie, &parse(addresses));
+        (netns, cookie)
+    }
+
+    fn steers(&self, cookie: u64) -> bool {
+        self.kernel.facts(cookie).iter().any(|fact| matches!(fact, Fact::Pod(_)))
+    }
+}
+
+fn defaults(proxy_deadline: Duration) -> Defaults {
+    Defaults { proxy_deadline, dns: false, any_source: false }
+}
+
+fn parse(addresses: &[&str]) -> Vec<IpAddr> {
+    addresses.iter().map(|text| text.parse().unwrap()).collect()
+}
+
+fn wanted(uid: &str, name: &str, addresses: &[&str]) -> Wanted {
+    let identity = PodIdentity {
+        uid: uid.into(),
+        namespace: "shop".into(),
+        name: name.into(),
+        ..PodIdentity::default()
+    };
+    Wanted { identity, addresses: parse(addresses), ..Wanted::default() }
+}
+
+fn attachment(container: &str) -> Attachment {
+    Attachment { container_id: container.into(), interface: "eth0".into() }
+}
+
+#[tokio::test]
+async fn without_a_proxy_the_plugins_pod_is_not_enrolled_and_nothing_is_left() {
+    let node = Node::start();
+    let (netns, cookie) = node.netns("pod", &[]);
+    let error = node.pods.add(attachment("c"), wanted("u", "a", &["10.0.0.2"]), netns).await.unwrap_err();
+    assert!(matches!(error, Error::Proxy(AddError::NotConnected { .. })), "{error}");
+    assert!(node.kernel.facts(cookie).is_empty());
+    assert!(node.pods.uids().await.is_empty());
+    assert!(node.pods.containers().is_empty());
+}
+
+#[tokio::test]
+async fn a_running_pod_is_steered_without_waiting_for_a_proxy() {
+    let node = Node::start();
+    let (netns, cookie) = node.netns("pod", &["10.0.0.2"]);
+    let sandbox = Sandbox { netns, containers: ["c".to_owned()].into() };
+    node.pods.adopt(wanted("u", "a", &["10.0.0.2"]), vec![sandbox.clone()]).await.unwrap();
+    assert!(node.steers(cookie));
+    let standing = node.pods.standing("u").await.unwrap();
+    assert!(standing.steered, "{standing:?}");
+
+    // Another pod can't take its place, and a second time is a change of nothing.
+    let error = node.pods.adopt(wanted("u", "b", &["10.0.0.2"]), vec![sandbox.clone()]).await.unwrap_err();
+    assert!(error.to_string().contains("shop/b") && error.to_string().contains("shop/a"), "{error}");
+    node.kernel.state().applied.clear();
+    node.pods.adopt(wanted("u", "a", &["10.0.0.2"]), vec![sandbox]).await.unwrap();
+    assert!(node.kernel.state().applied.is_empty());
+
+    assert!(node.pods.forget("u").await);
+    assert!(!node.pods.forget("u").await);
+    assert!(node.kernel.facts(cookie).is_empty());
+    assert!(node.pods.containers().is_empty());
+}
+
+#[tokio::test]
+async fn a_pod_without_addresses_is_refused_and_disturbs_nobody() {
+    let node = Node::start();
+    let (netns, cookie) = node.netns("pod", &[]);
+    let (neighbours, neighbour) = node.netns("neighbour", &["10.0.0.3"]);
+    let sandbox = Sandbox { netns: neighbours, containers: BTreeSet::new() };
+    node.pods.adopt(wanted("v", "b", &["10.0.0.3"]), vec![sandbox]).await.unwrap();
+    let error = node.pods.add(attachment("c"), wanted("u", "a", &[]), netns).await.unwrap_err();
+    assert!(matches!(error, Error::NoAddresses(_)), "{error}");
+    assert!(error.to_string().contains("shop/a"), "{error}");
+    assert!(node.kernel.facts(cookie).is_empty());
+    assert!(node.steers(neighbour));
+    assert_eq!(node.pods.uids().await, ["v"]);
+}
+
+#[tokio::test]
+async fn the_hosts_namespace_is_no_pods() {
+    let node = Node::start();
+    let (netns, cookie) = node.netns("host", &["10.0.0.2"]);
+    let host = Pods { host_cookie: cookie, ..node.pods };
+    let error = host.add(attachment("c"), wanted("u", "a", &["10.0.0.2"]), netns.clone()).await.unwrap_err();
+    assert!(matches!(error, Error::HostNetwork(_)), "{error}");
+    let sandbox = Sandbox { netns, containers: BTreeSet::new() };
+    let error = host.adopt(wanted("u", "a", &["10.0.0.2"]), vec![sandbox]).await.unwrap_err();
+    assert!(matches!(error, Error::NoNamespace(_)), "{error}");
+    assert!(node.kernel.facts(cookie).is_empty());
+}
+
+#[tokio::test]
+async fn a_failed_change_leaves_the_pod_as_it_was() {
+    let node = Node::start();
+    let (netns, cookie) = node.netns("pod", &["10.0.0.2", "fd00::2"]);
+    let sandbox = Sandbox { netns, containers: BTreeSet::new() };
+    node.pods.adopt(wanted("u", "a", &["10.0.0.2"]), vec![sandbox]).await.unwrap();
+    let before = node.kernel.facts(cookie);
+    let mut more = wanted("u", "a", &["10.0.0.2", "fd00::2"]);
+    more.settings.bypass_inbound = true;
+    let next = node.kernel.state().applied.len();
+    for step in 0..3 {
+        let now = node.kernel.state().applied.len();
+        node.kernel.state().fail_at = Some(now + step);
+        node.pods.update(&more).await.unwrap_err();
+        assert_eq!(node.kernel.facts(cookie), before, "after a failure at step {step}");
+    }
+    assert!(node.kernel.state().applied.len() > next);
+    assert!(node.pods.update(&more).await.unwrap());
+    assert!(node.kernel.facts(cookie).contains(&Fact::Address("fd00::2".parse().unwrap())));
+    let changed = |fact: &Fact| matches!(fact, Fact::Pod(pod) if pod.flags == 1);
+    assert!(node.kernel.facts(cookie).iter().any(changed));
+    assert!(!node.pods.update(&wanted("other", "b", &[])).await.unwrap());
+}
+
+#[tokio::test]
+async fn a_late_removal_of_the_sandbox_before_does_not_touch_the_one_after_it() {
+    let node = Node::start();
+    let (first, first_cookie) = node.netns("first", &[]);
+    let (second, second_cookie) = node.netns("second", &[]);
+    let server = Server::bind(&node.directory.path().join("acks.sock"), Options::default()).unwrap();
+    let pods = Pods { proxies: server.1, defaults: defaults(Duration::from_secs(5)), ..node.pods };
+    let task = tokio::spawn(server.0.run(std::future::pending()));
+    let proxy = tokio::spawn(acknowledge(node.directory.path().join("acks.sock")));
+    let steers = |cookie: u64| node.kernel.facts(cookie).iter().any(|fact| matches!(fact, Fact::Pod(_)));
+    pods.add(attachment("1"), wanted("u", "a", &["10.0.0.2"]), first).await.unwrap();
+    assert!(steers(first_cookie));
+    pods.add(attachment("2"), wanted("u", "a", &["10.0.0.2"]), second).await.unwrap();
+    assert!(steers(second_cookie) && node.kernel.facts(first_cookie).is_empty());
+    pods.del(&attachment("1")).await;
+    assert!(steers(second_cookie));
+    pods.check(&attachment("2"), &parse(&["10.0.0.2"])).await.unwrap();
+    assert!(matches!(pods.check(&attachment("1"), &[]).await, Err(Error::Unknown(_))));
+    pods.collect(&[attachment("2")]).await;
+    assert!(steers(second_cookie));
+    pods.collect(&[]).await;
+    assert!(node.kernel.facts(second_cookie).is_empty());
+    assert!(pods.report().await.is_empty());
+    task.abort();
+    proxy.abort();
+}
+
+#[tokio::test]
+async fn a_namespace_is_the_pods_that_was_brought_with_it_last() {
+    let node = Node::start();
+    let (old, old_cookie) = node.netns("old", &["10.0.0.2"]);
+    let (new, new_cookie) = node.netns("new", &["10.0.0.2"]);
+    let server = Server::bind(&node.directory.path().join("acks.sock"), Options::default()).unwrap();
+    let pods = Pods { proxies: server.1, defaults: defaults(Duration::from_secs(5)), ..node.pods };
+    let task = tokio::spawn(server.0.run(std::future::pending()));
+    let proxy = tokio::spawn(acknowledge(node.directory.path().join("acks.sock")));
+    let steers = |cookie: u64| node.kernel.facts(cookie).iter().any(|fact| matches!(fact, Fact::Pod(_)));
+    pods.add(attachment("1"), wanted("u", "a", &["10.0.0.2"]), old).await.unwrap();
+    // Where the old pod's namespace was is the new pod's, and it is looked there before the new pod is brought.
+    std::fs::rename(node.directory.path().join("new"), node.directory.path().join("old")).unwrap();
+    pods.look_after("u").await;
+    assert!(steers(new_cookie) && !steers(old_cookie));
+    pods.add(attachment("2"), wanted("v", "b", &["10.0.0.2"]), new).await.unwrap();
+    pods.look_after("u").await;
+    pods.del(&attachment("1")).await;
+    assert!(steers(new_cookie));
+    pods.check(&attachment("2"), &parse(&["10.0.0.2"])).await.unwrap();
+    pods.del(&attachment("2")).await;
+    assert!(node.kernel.facts(new_cookie).is_empty());
+    task.abort();
+    proxy.abort();
+}
+
+#[tokio::test]
+async fn an_address_is_the_pods_that_was_brought_with_it_last() {
+    for contested in ["10.0.0.2", "fd00::2", "::ffff:10.0.0.2"] {
+        let node = Node::start();
+        let adopt = async |name: &str, addresses: &[&str]| {
+            let (netns, cookie) = node.netns(name, &["10.0.0.2", "fd00::2", "10.0.0.3"]);
+            let sandbox = Sandbox { netns, containers: BTreeSet::new() };
+            node.pods.adopt(wanted(name, name, addresses), vec![sandbox]).await.unwrap();
+            cookie
+        };
+        let old = adopt("old", &[contested, "10.0.0.3"]).await;
+        let new = adopt("new", &[contested]).await;
+        let has = |cookie, address: &str| {
+            let address = address.parse::<IpAddr>().unwrap().to_canonical();
+            node.kernel.facts(cookie).contains(&Fact::Address(address))
+        };
+        // The first look finds that the address is gone.
+        node.pods.look_after("old").await;
+        node.kernel.state().applied.clear();
+        node.pods.look_after("old").await;
+        node.pods.look_after("new").await;
+        assert_eq!(node.kernel.state().applied, [], "{contested}");
+        assert!(has(new, contested) && !has(old, contested) && has(old, "10.0.0.3"), "{contested}");
+        let report = node.pods.report().await;
+        let of_old = report.iter().find(|pod| pod.pod.name == "old").unwrap();
+        assert_eq!(of_old.addresses, parse(&["10.0.0.3"]));
+
+        assert!(node.pods.forget("new").await);
+        node.pods.look_after("old").await;
+        assert!(has(old, contested), "{contested}: nobody has it now");
+    }
+}
+
+#[tokio::test]
+async fn a_pod_that_is_being_worked_on_is_waited_for_when_it_is_called() {
+    let node = Node::start();
+    for name in ["a", "b"] {
+        let (netns, _) = node.netns(name, &["10.0.0.2"]);
+        let sandbox = Sandbox { netns, containers: BTreeSet::new() };
+        node.pods.adopt(wanted(name, name, &["10.0.0.2"]), vec![sandbox]).await.unwrap();
+    }
+    let work = node.pods.slots.lock("a").await;
+    let names =
+        |reports: &[PodReport]| reports.iter().map(|report| report.pod.to_string()).collect::<Vec<_>>();
+    assert_eq!(names(&node.pods.called("shop/b").await), ["shop/b"], "another pod's work is not waited for");
+    assert_eq!(names(&node.pods.report().await), ["shop/b"]);
+    let (called, ()) = tokio::join!(node.pods.called("a"), async {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        drop(work);
+    });
+    assert_eq!(names(&called), ["shop/a"]);
+    assert!(node.pods.called("c").await.is_empty());
+}
+
+async fn acknowledge(path: std::path::PathBuf) {
+    use redirect_zds::messages::{Ack, Hello, Response, WorkloadRequest, WorkloadResponse};
+    use redirect_zds::packet;
+    let socket = tokio_seqpacket::UnixSeqpacket::connect(path).await.unwrap();
+    packet::send(&socket, &Hello { version: 1 }, None).await.unwrap();
+    while let Ok(Some(_)) = packet::receive::<WorkloadRequest>(&socket).await {
+        let response = WorkloadResponse { payload: Some(Response::Ack(Ack { error: String::new() })) };
+        packet::send(&socket, &response, None).await.unwrap();
+    }
+}

@@ -1,0 +1,130 @@
+//! Keeping pods steered, whatever others do.
+
+use std::time::Instant;
+
+use super::super::records::Phase;
+use super::super::repairs::Repairs;
+use super::{Enrolled, Error, Pods, tell};
+use redirect_datapath::datapath::{Datapath, Introduction};
+use redirect_datapath::facts::Fact;
+use redirect_linux::netns::NetNs;
+
+impl<D: Datapath + Send + 'static> Pods<D> {
+    /// What was repaired so far.
+    pub(crate) fn repairs(&self) -> &Repairs {
+        &self.repairs
+    }
+
+    /// Brings a pod's facts about anew: its namespace has changed, by an interface more, say.
+    pub(crate) async fn reconcile(&self, uid: &str) {
+        if let Some(Some(known)) = self.slots.find(uid).await.as_deref_mut() {
+            self.repair(known).await;
+        }
+    }
+
+    /// Looks for changes that nobody tells of, and puts them right.
+    pub(crate) async fn look_after(&self, uid: &str) {
+        let Some(mut slot) = self.slots.find(uid).await else { return };
+        let Some(known) = &mut *slot else { return };
+        if let Some(netns) = successor(known) {
+            match self.change_over(known, netns).await {
+                Ok(()) => self.repairs.of_namespace(&known.target.identity),
+                Err(error) => {
+                    let pod = &known.target.identity;
+                    tracing::debug!(%pod, %error, "what is now where the pod's network namespace was is not the pod's");
+                }
+            }
+        }
+        if !self.owns(&known.target) {
+            known.steered = false;
+            return;
+        }
+        let target = self.holders.held(&known.target);
+        let facts = &known.observation.facts;
+        // Another pod may have had them until now.
+        let complete = target.addresses.iter().all(|address| facts.contains(&Fact::Address(address)));
+        let mut quiet = facts.iter().filter(|fact| fact.is_quiet());
+        let intact = match self.kernel.run(move |datapath| datapath.glance(&target)).await {
+            Ok(Ok(facts)) => quiet.all(|fact| facts.contains(fact)),
+            Ok(Err(_)) | Err(_) => false,
+        };
+        if !intact || !complete || !known.steered {
+            self.repair(known).await;
+        }
+    }
+
+    /// The pod's namespace was made anew without a word from the runtime: the pod is steered in the new one, if that holds
+    /// its addresses.
+    async fn change_over(&self, known: &mut Enrolled, netns: NetNs) -> Result<(), Error> {
+        let identity = known.target.identity.clone();
+        let addresses: Vec<_> = known.target.addresses.iter().collect();
+        let Introduction { cookie, sysctls } = self.introduce(&identity, &netns).await?;
+        self.holds(&identity, &netns, &addresses).await?;
+        let old = known.target.clone();
+        known.target.netns = netns;
+        known.target.netns_cookie = cookie;
+        known.target.foreign = sysctls;
+        if !self.own_if_free(&known.target) {
+            known.target = old;
+            return Err(Error::NamespaceTaken(identity));
+        }
+        let addresses = self.holders.held(&old).addresses;
+        self.claim(&known.target, addresses.iter());
+        let steered = match self.steer(&known.target).await {
+            // Its own pod may have been brought meanwhile.
+            Ok(outcome) => self.hand_over(&known.target).map(|()| outcome.observation),
+            Err(error) => Err(error),
+        };
+        match steered {
+            Ok(observation) => known.observation = observation,
+            Err(error) => {
+                if self.owns(&known.target) {
+                    self.owners().remove(&cookie);
+                    self.holders.claim(old.netns_cookie, addresses.iter());
+                }
+                known.target = old;
+                return Err(error);
+            }
+        }
+        known.steered = true;
+        self.records.write(&known.record(Phase::Done));
+        self.follow(&known.target);
+        self.unenroll(&old, super::Removal::Everything, None).await;
+        self.records.remove(old.netns_cookie);
+        Ok(())
+    }
+
+    pub(super) async fn repair(&self, known: &mut Enrolled) {
+        if !self.owns(&known.target) {
+            known.steered = false;
+            return;
+        }
+        let began = Instant::now();
+        match self.steer(&known.target).await {
+            Ok(outcome) => {
+                let before = &known.observation.facts;
+                let lost: Vec<Fact> = outcome.made.into_iter().filter(|fact| before.contains(fact)).collect();
+                self.repairs.of_facts(&known.target.identity, &lost);
+                known.observation = outcome.observation;
+                if !known.steered {
+                    tell::mended(&known.target, began);
+                }
+                known.steered = true;
+            }
+            Err(error) => {
+                if known.steered {
+                    tell::broken(&known.target, began, &error);
+                } else {
+                    tracing::debug!(pod = %known.target.identity, %error, "the pod is still broken");
+                }
+                known.steered = false;
+            }
+        }
+    }
+}
+
+/// The namespace that is now where the pod's was, if it is another one.
+fn successor(known: &Enrolled) -> Option<NetNs> {
+    let now = NetNs::open(known.target.netns.path()?).ok()?;
+    (now != known.target.netns).then_some(now)
+}

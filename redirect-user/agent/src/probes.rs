@@ -1,0 +1,216 @@
+//! Finds the cgroups whose processes probe pods: the kubelet's. Their connections to pods reach the applications without
+//! the proxy; nobody else's on the node do.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::ops::RangeInclusive;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use tokio::io::unix::AsyncFd;
+
+use redirect_datapath::linux::Linux;
+use redirect_datapath::thread::Kernel;
+use redirect_linux::cgroup;
+
+/// Who probes pods.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Probers {
+    /// Processes whose connections to pods are probes, by name; all of their cgroup counts
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "NAME",
+        default_value = "kubelet,k3s,k3s-server,rke2,kubelite"
+    )]
+    pub probe_processes: Vec<String>,
+    /// Cgroups whose processes' connections to pods are probes, as paths from the root of the cgroup2 hierarchy
+    #[arg(long, value_delimiter = ',', value_name = "PATH")]
+    pub probe_cgroups: Vec<PathBuf>,
+}
+
+/// How long until processes are looked for again: soon after something changed, because a cgroup is there before its
+/// process, then ever more seldom. Only their first start has to be found this way: when their cgroups come and go, the
+/// file system says so.
+const LOOK_AGAIN: RangeInclusive<Duration> = Duration::from_millis(200)..=Duration::from_secs(30);
+
+/// How long what changed is left alone until it is looked at.
+const SETTLE: Duration = Duration::from_millis(20);
+
+/// How many places of earlier probers are watched.
+const MOST_PLACES: usize = 64;
+
+/// Keeps the probe program attached to the probers' cgroups, for ever.
+pub(super) async fn follow(probers: Probers, root: PathBuf, kernel: Kernel<Linux>) {
+    let mut known = BTreeSet::new();
+    // Where probers are, were or will be: they come back to the same places.
+    let mut places = probers.cgroups(&root);
+    let mut pause = *LOOK_AGAIN.start();
+    loop {
+        // Before anything is looked for, so that what changes meanwhile is noticed.
+        let watch = watch(&places);
+        let (wanted, root_directory) = (probers.clone(), root.clone());
+        let found =
+            tokio::task::spawn_blocking(move || find(&wanted, &root_directory)).await.unwrap_or_default();
+        if found != known {
+            for directory in found.difference(&known) {
+                tracing::info!(cgroup = %directory.display(), "connections from this cgroup to pods are probes");
+            }
+            known.clone_from(&found);
+        }
+        let directories = found.clone();
+        match kernel.run(move |linux| linux.set_probe_cgroups(&directories)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(error = format!("{error:#}"), "probes will go through the proxy");
+            }
+            Err(error) => {
+                tracing::error!(%error, "probes are no longer followed");
+                return;
+            }
+        }
+        if !found.is_subset(&places) {
+            if places.len() > MOST_PLACES {
+                places = probers.cgroups(&root);
+            }
+            places.extend(found);
+            continue;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => pause = (2 * pause).min(*LOOK_AGAIN.end()),
+            () = changed(watch) => {
+                tokio::time::sleep(SETTLE).await;
+                pause = *LOOK_AGAIN.start();
+            }
+        }
+    }
+}
+
+impl Probers {
+    /// The cgroups that are named, whether they exist or not.
+    fn cgroups(&self, root: &Path) -> BTreeSet<PathBuf> {
+        self.probe_cgroups.iter().map(|path| root.join(path.strip_prefix("/").unwrap_or(path))).collect()
+    }
+}
+
+/// The probers' cgroups that exist.
+fn find(probers: &Probers, root: &Path) -> BTreeSet<PathBuf> {
+    let mut found = probers.cgroups(root);
+    found.retain(|directory| directory.is_dir());
+    for pid in processes(&probers.probe_processes) {
+        match cgroup::of_process(pid) {
+            // Every process is below the root: it would exempt the whole node.
+            Ok(cgroup) if cgroup.is_root() => tracing::warn!(
+                pid,
+                "the kubelet runs in the root of the cgroup2 hierarchy, where its probes can't be told from other \
+                 connections: run it in a cgroup of its own, or its probes go through the proxy"
+            ),
+            Ok(cgroup) => {
+                found.insert(cgroup.directory);
+            }
+            Err(error) => tracing::warn!(pid, %error, "the cgroup of a process that probes pods is unknown"),
+        }
+    }
+    found
+}
+
+/// The host's processes of these names. Anything in a pod can call itself a kubelet, but has namespaces of its own.
+fn processes(names: &[String]) -> Vec<i32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|pid: &i32| {
+            let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            names.iter().any(|name| is_called(comm.trim_end(), name)) && is_of_host(*pid)
+        })
+        .collect()
+}
+
+/// The kernel cuts names after fifteen bytes.
+fn is_called(comm: &str, name: &str) -> bool {
+    const LONGEST: usize = 15;
+    !comm.is_empty() && comm.as_bytes() == name.as_bytes().get(..LONGEST).unwrap_or(name.as_bytes())
+}
+
+/// Whether the process is in the network and PID namespaces of the agent, which are the host's.
+fn is_of_host(pid: i32) -> bool {
+    let network = |process: &str| fs::read_link(format!("/proc/{process}/ns/net")).ok();
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let own = network("self");
+    // A process of an inner PID namespace has one more number there.
+    let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+    own.is_some()
+        && own == network(&pid.to_string())
+        && numbers.is_some_and(|numbers| numbers.split_whitespace().count() == 1)
+}
+
+/// Returns when something appears or vanishes where the watch looks.
+async fn changed(watch: nix::Result<OwnedFd>) {
+    let Ok(descriptor) = watch else { return std::future::pending().await };
+    // SAFETY: an owned descriptor stays the same one until it is dropped.
+    match unsafe { AsyncFd::register(descriptor) } {
+        Ok(descriptor) => {
+            let _ = descriptor.readable().await;
+        }
+        Err(_) => std::future::pending().await,
+    }
+}
+
+/// Watches for cgroups that come and go at these places, or on the way there.
+fn watch(places: &BTreeSet<PathBuf>) -> nix::Result<OwnedFd> {
+    let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+    for place in places {
+        let flags = AddWatchFlags::IN_CREATE | AddWatchFlags::IN_DELETE;
+        // The nearest directory that exists.
+        place.ancestors().skip(1).find(|directory| inotify.add_watch(*directory, flags).is_ok());
+    }
+    inotify.as_fd().try_clone_to_owned().map_err(|_| nix::errno::Errno::EMFILE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processes_are_found_by_name() {
+        let comm = fs::read_to_string("/proc/self/comm").unwrap().trim_end().to_owned();
+        let own = i32::try_from(std::process::id()).unwrap();
+        assert!(processes(&[comm]).contains(&own));
+        assert!(!processes(&["no-such-process".into()]).contains(&own));
+    }
+
+    #[test]
+    fn long_names_are_recognised_as_the_kernel_cuts_them() {
+        assert!(is_called("kubelet", "kubelet"));
+        assert!(is_called("a-rather-long-n", "a-rather-long-name"));
+        assert!(!is_called("kubelet", "kube"));
+        assert!(!is_called("", ""));
+    }
+
+    #[test]
+    fn cgroups_that_do_not_exist_are_left_out() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir_all(root.path().join("system.slice/kubelet.service")).unwrap();
+        let probers = Probers {
+            probe_processes: Vec::new(),
+            probe_cgroups: vec!["/system.slice/kubelet.service".into(), "/system.slice/k3s.service".into()],
+        };
+        let found = find(&probers, root.path());
+        assert_eq!(found, [root.path().join("system.slice/kubelet.service")].into());
+    }
+
+    #[tokio::test]
+    async fn a_cgroup_that_comes_back_is_noticed() {
+        let root = tempfile::tempdir().unwrap();
+        // At its place, and on the way there.
+        for created in ["kubelet.service", "kubelet.slice"] {
+            let places =
+                ["kubelet.service", "kubelet.slice/kubelet.service"].map(|place| root.path().join(place));
+            let watch = watch(&places.into());
+            fs::create_dir(root.path().join(created)).unwrap();
+            tokio::time::timeout(Duration::from_secs(5), changed(watch)).await.unwrap();
+        }
+    }
+}

@@ -1,0 +1,356 @@
+//! What the agent writes down about pods and proxies, so that the agent after it knows whom it finds steered.
+//!
+//! A record is a hint and no more: whether its namespace still exists, and what of ours is there, is asked of the kernel.
+//! The files are on a tmpfs, which ends with the node's uptime, as all of that does.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::net::IpAddr;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use redirect_datapath::facts::Sysctl;
+use redirect_datapath::linux::EarlyDemuxNote;
+use redirect_linux::netns::NetNs;
+use redirect_protocol::pod::{PodIdentity, PodSettings};
+use redirect_protocol::wire::Attachment;
+
+/// Where records are by default.
+pub const DEFAULT_DIRECTORY: &str = "/run/ambient-redirect/state";
+
+/// The directory of records.
+#[derive(Clone, Debug)]
+pub struct Records {
+    directory: PathBuf,
+}
+
+/// What is written down about a pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// How far its enrolment was.
+    pub phase: Phase,
+    /// Who it is.
+    pub identity: PodIdentity,
+    /// The cookie of its network namespace, which no other namespace has until the node starts anew.
+    pub netns_cookie: u64,
+    /// The namespace's inode.
+    pub netns_inode: u64,
+    /// Where the namespace was found.
+    pub netns_path: Option<PathBuf>,
+    /// What the CNI plugin brought, with the addresses that it named.
+    pub attachments: Vec<(Attachment, Vec<IpAddr>)>,
+    /// The addresses that Kubernetes names.
+    pub declared: Vec<IpAddr>,
+    /// The containers that were found in its namespace.
+    pub containers: BTreeSet<String>,
+    /// What is special about it.
+    pub settings: PodSettings,
+    /// Sysctls that were on before it was enrolled.
+    pub foreign: BTreeSet<Sysctl>,
+}
+
+/// How far an enrolment was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Nobody was told that the pod is enrolled.
+    Begun,
+    /// The pod was enrolled.
+    Done,
+}
+
+const PROXIES: &str = "proxies.json";
+/// There, if placement `node` has turned the sysctl off.
+const EARLY_DEMUX: &str = "early-demux-was-on";
+
+impl Records {
+    /// Makes the directory if need be.
+    pub fn open(directory: &Path) -> io::Result<Self> {
+        let records = Self { directory: directory.into() };
+        DirBuilder::new().recursive(true).mode(0o700).create(records.pods())?;
+        Ok(records)
+    }
+
+    /// Those of a directory that may not exist.
+    #[must_use]
+    pub fn at(directory: &Path) -> Self {
+        Self { directory: directory.into() }
+    }
+
+    fn pods(&self) -> PathBuf {
+        self.directory.join("pods")
+    }
+
+    fn file(&self, netns_cookie: u64) -> PathBuf {
+        self.pods().join(format!("{netns_cookie}.json"))
+    }
+
+    /// Every pod's record; none where there is no directory. A record that can't be read is told, and left out.
+    pub fn read(&self) -> io::Result<Vec<Record>> {
+        let entries = match fs::read_dir(self.pods()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries?.collect::<io::Result<Vec<_>>>()?,
+        };
+        let paths = entries.into_iter().map(|entry| entry.path());
+        Ok(paths
+            .filter(|path| path.extension().is_some_and(|extension| extension == "json"))
+            .filter_map(|path| read(&path))
+            .collect())
+    }
+
+    /// Writes a pod's record: the whole of it or nothing.
+    pub fn write(&self, record: &Record) {
+        write(&self.file(record.netns_cookie), record);
+    }
+
+    /// Removes a pod's record.
+    pub fn remove(&self, netns_cookie: u64) {
+        let path = self.file(netns_cookie);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %path.display(), %error, "a record can't be removed");
+            }
+            _ => {}
+        }
+    }
+
+    /// The cgroups of node proxies.
+    #[must_use]
+    pub fn proxies(&self) -> Vec<u64> {
+        let path = self.directory.join(PROXIES);
+        if path.exists() { read(&path).unwrap_or_default() } else { Vec::new() }
+    }
+
+    /// Notes the cgroups of node proxies.
+    pub fn set_proxies(&self, cgroups: &[u64]) {
+        write(&self.directory.join(PROXIES), cgroups);
+    }
+
+    /// Where it is noted that the sysctl was on that placement `node` turns off.
+    #[must_use]
+    pub fn early_demux(&self) -> EarlyDemuxNote {
+        EarlyDemuxNote::at(self.directory.join(EARLY_DEMUX))
+    }
+
+    /// Removes everything, also under an agent that writes there meanwhile.
+    pub fn remove_all(&self) -> io::Result<()> {
+        const ATTEMPTS: usize = 20;
+        let remove = || match fs::remove_dir_all(&self.directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed,
+        };
+        let is_full = |removed: &io::Result<()>| {
+            removed.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::DirectoryNotEmpty)
+        };
+        (1..ATTEMPTS).map(|_| remove()).find(|removed| !is_full(removed)).unwrap_or_else(remove)
+    }
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    let parsed = fs::read(path).and_then(|text| Ok(serde_json::from_slice(&text)?));
+    parsed.inspect_err(|error| tracing::warn!(path = %path.display(), %error, "a record can't be read")).ok()
+}
+
+/// A record that can't be written is no reason not to steer the pod: the agent after this one will say that it does not
+/// know whose namespace it found.
+fn write<T: Serialize + ?Sized>(path: &Path, content: &T) {
+    let unfinished = path.with_extension("new");
+    let written = serde_json::to_vec(content)
+        .map_err(io::Error::other)
+        .and_then(|text| fs::write(&unfinished, text))
+        .and_then(|()| fs::rename(&unfinished, path));
+    if let Err(error) = written {
+        tracing::warn!(path = %path.display(), %error, "a record can't be written: is its file system full?");
+    }
+}
+
+/// A record, and its namespace if that still exists.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// The record.
+    pub record: Record,
+    /// The namespace.
+    pub netns: Option<NetNs>,
+}
+
+/// Looks for the namespaces of records: where they were, then among those of all processes and mounts.
+#[must_use]
+pub fn find(records: Vec<Record>) -> Vec<Found> {
+    let mut everywhere = None;
+    let find = |record: Record| {
+        let is_it = |netns: &NetNs| {
+            netns.inode().is_ok_and(|inode| inode == record.netns_inode)
+                && netns.cookie().is_ok_and(|cookie| cookie == record.netns_cookie)
+        };
+        let hint = record
+            .netns_path
+            .iter()
+            .flat_map(|path| places(path))
+            .find_map(|path| NetNs::open(&path).ok().filter(is_it));
+        let netns = hint.or_else(|| {
+            let everywhere = everywhere.get_or_insert_with(namespaces);
+            let netns = NetNs::open(everywhere.get(&record.netns_inode)?).ok().filter(is_it)?;
+            Some(netns)
+        });
+        Found { netns, record }
+    };
+    records.into_iter().map(find).collect()
+}
+
+/// A path as the agent sees it, and as the host does.
+fn places(path: &Path) -> [PathBuf; 2] {
+    [path.to_owned(), host_path(path)]
+}
+
+fn host_path(path: &Path) -> PathBuf {
+    Path::new("/proc/1/root").join(path.strip_prefix("/").unwrap_or(path))
+}
+
+/// Every network namespace of the node that a process is in or that is mounted, by its inode, with a path to it.
+#[must_use]
+pub fn namespaces() -> BTreeMap<u64, PathBuf> {
+    let mut found = HashMap::new();
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    for process in processes.filter(|entry| entry.file_name().as_encoded_bytes()[0].is_ascii_digit()) {
+        let path = process.path().join("ns/net");
+        if let Ok(link) = fs::read_link(&path)
+            && let Some(inode) = inode(&link.to_string_lossy())
+        {
+            found.entry(inode).or_insert(path);
+        }
+    }
+    for (process, host) in [("self", false), ("1", true)] {
+        let table = fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap_or_default();
+        for line in table.lines() {
+            // "id parent major:minor root mount-point …"; the root of a namespace's mount is its name.
+            let mut fields = line.split(' ').skip(3);
+            let (Some(root), Some(point)) = (fields.next(), fields.next()) else { continue };
+            if let Some(inode) = inode(root) {
+                let point = Path::new(point);
+                found.entry(inode).or_insert_with(|| if host { host_path(point) } else { point.into() });
+            }
+        }
+    }
+    found.into_iter().collect()
+}
+
+/// The number in `net:[4026531840]`.
+fn inode(name: &str) -> Option<u64> {
+    name.strip_prefix("net:[")?.strip_suffix(']')?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use ipnet::IpNet;
+    use redirect_ebpf::{Direction, Family};
+
+    use super::*;
+    use redirect_protocol::pod::Exclusion;
+
+    fn record() -> Record {
+        let network: IpNet = "fd00:1::/64".parse().unwrap();
+        Record {
+            phase: Phase::Done,
+            identity: PodIdentity { uid: "../odd uid".into(), name: "pod".into(), ..PodIdentity::default() },
+            netns_cookie: 7,
+            netns_inode: 8,
+            netns_path: Some("/run/netns/pod".into()),
+            attachments: vec![(
+                Attachment { container_id: "c".into(), interface: "eth0".into() },
+                vec!["10.0.0.2".parse().unwrap(), "fd00::2".parse().unwrap()],
+            )],
+            declared: Vec::new(),
+            containers: ["c".to_owned()].into(),
+            settings: PodSettings {
+                bypass_inbound: true,
+                dns: Some(false),
+                any_source: Some(true),
+                exclusions: [
+                    Exclusion::Port(Direction::Inbound, 9090),
+                    Exclusion::Network(Direction::Outbound, network),
+                ]
+                .into(),
+                virtual_interfaces: vec!["tap0".into()],
+            },
+            foreign: [Sysctl::FwmarkReflect(Family::Ipv6)].into(),
+        }
+    }
+
+    #[test]
+    fn everything_is_removed_although_an_agent_writes() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = directory.path().join("state");
+        for _ in 0..50 {
+            let records = Records::open(&state).unwrap();
+            let over = AtomicBool::new(false);
+            let write = |number: u64| {
+                let mut record = record();
+                record.identity.uid = number.to_string();
+                while !over.load(Ordering::Relaxed) {
+                    records.write(&record);
+                }
+            };
+            let removed = std::thread::scope(|scope| {
+                let write = &write;
+                (0..4).for_each(|number| drop(scope.spawn(move || write(number))));
+                let removed = records.remove_all();
+                over.store(true, Ordering::Relaxed);
+                removed
+            });
+            removed.unwrap();
+            assert!(!state.exists());
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let records = Records::open(&directory.path().join("state")).unwrap();
+        records.write(&record());
+        records.set_proxies(&[5, 6]);
+        assert!(!records.early_demux().is_there());
+        records.early_demux().write();
+        assert_eq!(records.read().unwrap(), [record()]);
+        assert_eq!(records.proxies(), [5, 6]);
+        assert!(records.early_demux().is_there());
+        records.remove(7);
+        records.remove(7);
+        assert!(records.read().unwrap().is_empty());
+        records.remove_all().unwrap();
+        records.remove_all().unwrap();
+        assert!(records.proxies().is_empty());
+    }
+
+    #[test]
+    fn half_written_and_foreign_files_are_left_out() {
+        let directory = tempfile::tempdir().unwrap();
+        let records = Records::open(directory.path()).unwrap();
+        records.write(&record());
+        fs::write(directory.path().join("pods/8.json"), "{").unwrap();
+        fs::write(directory.path().join("pods/9.new"), "{}").unwrap();
+        assert_eq!(records.read().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_namespace_is_found_by_its_inode_and_cookie_not_by_its_path() {
+        let own = NetNs::current().unwrap();
+        let Ok(netns_cookie) = own.cookie() else { return };
+        let living = Record {
+            netns_cookie,
+            netns_inode: own.inode().unwrap(),
+            netns_path: Some("/nowhere".into()),
+            ..record()
+        };
+        let another = Record { netns_path: Some("/proc/self/ns/net".into()), ..record() };
+        let reused = Record { netns_cookie: 1 << 60, ..living.clone() };
+        let found = find(vec![living, another, reused]);
+        let found: Vec<bool> = found.iter().map(|found| found.netns.is_some()).collect();
+        assert_eq!(found, [true, false, false]);
+    }
+}

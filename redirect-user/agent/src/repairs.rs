@@ -1,0 +1,142 @@
+//! What was changed by others and put right, counted and told.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::sync::broadcast;
+
+use redirect_datapath::facts::Fact;
+use redirect_protocol::pod::PodIdentity;
+use redirect_protocol::wire::RepairReport;
+
+/// Counts repairs by kind, and tells whoever wants to hear.
+#[derive(Debug)]
+pub struct Repairs {
+    counts: [AtomicU64; Kind::ALL.len()],
+    told: broadcast::Sender<Repair>,
+}
+
+/// A pod that was repaired.
+#[derive(Clone, Debug)]
+pub struct Repair {
+    /// Who it is.
+    pub pod: PodIdentity,
+    /// What had been changed, in words.
+    pub what: String,
+}
+
+/// What was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `lo` was down.
+    Interface,
+    /// A sysctl was off.
+    Sysctl,
+    /// A route was gone.
+    Route,
+    /// A routing rule was gone.
+    Rule,
+    /// A TC program was gone.
+    Program,
+    /// A link or its pin was gone.
+    Link,
+    /// A map's entry was gone or another.
+    Map,
+    /// The pod's network namespace was replaced.
+    Namespace,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::Interface,
+        Self::Sysctl,
+        Self::Route,
+        Self::Rule,
+        Self::Program,
+        Self::Link,
+        Self::Map,
+        Self::Namespace,
+    ];
+
+    /// The label that metrics and tables show.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Interface => "interface",
+            Self::Sysctl => "sysctl",
+            Self::Route => "route",
+            Self::Rule => "rule",
+            Self::Program => "program",
+            Self::Link => "link",
+            Self::Map => "map",
+            Self::Namespace => "namespace",
+        }
+    }
+
+    const fn of(fact: &Fact) -> Self {
+        match fact {
+            Fact::LoopbackUp => Self::Interface,
+            Fact::Sysctl(_) => Self::Sysctl,
+            Fact::Route { .. } => Self::Route,
+            Fact::Rule { .. } => Self::Rule,
+            Fact::Program { .. } | Fact::Guard { .. } => Self::Program,
+            Fact::Lookup | Fact::ListenerGuard => Self::Link,
+            Fact::Excluded(_) | Fact::Address(_) | Fact::Counters | Fact::Pod(_) | Fact::Device(_) => {
+                Self::Map
+            }
+        }
+    }
+}
+
+impl Default for Repairs {
+    fn default() -> Self {
+        Self { counts: Default::default(), told: broadcast::Sender::new(64) }
+    }
+}
+
+impl Repairs {
+    /// Counts one repair.
+    pub fn count(&self, kind: Kind) {
+        if let Some(count) = self.counts.get(kind as usize) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// How many of each kind there were.
+    pub fn counts(&self) -> impl Iterator<Item = (Kind, u64)> {
+        Kind::ALL.into_iter().zip(&self.counts).map(|(kind, count)| (kind, count.load(Ordering::Relaxed)))
+    }
+
+    /// Those that were, for `redirect status`.
+    #[must_use]
+    pub fn report(&self) -> Vec<RepairReport> {
+        let counts = self.counts().filter(|(_, repairs)| *repairs > 0);
+        counts.map(|(kind, repairs)| RepairReport { kind: kind.label().into(), repairs }).collect()
+    }
+
+    /// The repairs from now on.
+    #[must_use]
+    pub fn subscribe(&self) -> broadcast::Receiver<Repair> {
+        self.told.subscribe()
+    }
+
+    /// Counts and tells what a pod had lost.
+    pub(super) fn of_facts(&self, pod: &PodIdentity, lost: &[Fact]) {
+        lost.iter().for_each(|fact| self.count(Kind::of(fact)));
+        if !lost.is_empty() {
+            self.tell(pod, lost.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "));
+        }
+    }
+
+    /// Counts and tells that a pod has another namespace.
+    pub(super) fn of_namespace(&self, pod: &PodIdentity) {
+        self.count(Kind::Namespace);
+        self.tell(pod, "the network namespace was another one".into());
+    }
+
+    fn tell(&self, pod: &PodIdentity, what: String) {
+        tracing::warn!(%pod, uid = pod.uid, repaired = what, "something else had changed what steers the pod");
+        // An error means that nobody wants to hear.
+        let _ = self.told.send(Repair { pod: pod.clone(), what });
+    }
+}

@@ -1,0 +1,422 @@
+//! Puts the agent together, and takes it apart at the end.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use redirect_ebpf::flow::FlowLimits;
+use redirect_ebpf::maps::ProxyPart;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch as signal_watch};
+
+use super::enrolment::{Enrolment, Everybody};
+use super::flows::Flows;
+use super::observed::{self, Examined};
+use super::options::{OnExit, Options, WithoutProxy};
+use super::pods::{Defaults, Pods, Restored};
+use super::probes;
+use super::proxies::Cgroups;
+use super::records::{self, Found, Phase, Records};
+use super::service::Service;
+use super::watch::{Event, Watch};
+use super::{stand_in, uninstall, upkeep};
+use crate::kube::{self, Controller, OwnDaemonSet, Timing};
+use crate::metrics::events::events;
+use crate::metrics::server::Purpose;
+use crate::{install, metrics};
+use redirect_datapath::kernel_log;
+use redirect_datapath::linux::{Capacities, Linux, NotedBy, Pins, Settings};
+use redirect_datapath::thread::Kernel;
+use redirect_linux::netns::NetNs;
+use redirect_linux::probe::{self, Requirements};
+use redirect_linux::{cgroup, descriptors, privileges};
+use redirect_protocol::placement::Placement;
+use redirect_protocol::wire;
+use redirect_protocol::wire::FeatureReport;
+use redirect_zds as zds;
+
+/// How long interfaces that come and go are left alone until the pod is looked at.
+const SETTLE: Duration = Duration::from_millis(20);
+
+/// Runs until SIGTERM or SIGINT. What becomes of the pods then is a setting.
+pub fn run(options: Options) -> anyhow::Result<()> {
+    let found =
+        probe::require(&Requirements { cgroup: options.cgroup.clone(), pin_dir: options.pin_dir.clone() })?;
+    let features =
+        found.into_iter().map(|check| FeatureReport { name: check.check, found: check.detail }).collect();
+    privileges::keep(privileges::AGENT)?;
+    descriptors::raise_limit();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("the async runtime can't be started")?;
+    runtime.block_on(serve(options, features))
+}
+
+async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result<()> {
+    let started = Instant::now();
+    if let Err(error) = redirect_linux::proc_sys::make_writable() {
+        tracing::warn!(%error, "/proc/sys is read-only and stays so: pods can't be enrolled");
+    }
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminated = false;
+    let cgroup = match options.cgroup {
+        Some(path) => path,
+        None => tokio::task::spawn_blocking(cgroup::mount).await??,
+    };
+    let host_cookie = NetNs::current()
+        .and_then(|netns| netns.cookie())
+        .context("network namespaces can't be identified")?;
+
+    let capacities = Capacities {
+        pods: options.max_pods,
+        addresses: options.max_addresses.unwrap_or(options.max_pods),
+        exclusions: options.max_exclusions,
+    };
+    let records = Records::open(&options.state_dir)
+        .with_context(|| format!("the state directory {} can't be made", options.state_dir.display()))?;
+    let cgroups = Arc::new(Cgroups::new(options.proxy_identity, records.clone()));
+    let settings = Settings {
+        cgroup: cgroup.clone(),
+        host_cookie,
+        capacities,
+        tc: options.tc,
+        refuse: options.without_proxy == WithoutProxy::Refuse,
+        exclusions: options.exclude.exclusions(),
+        proxy_cgroups: match options.placement {
+            Placement::Pod => cgroups.known(),
+            Placement::Node => named_cgroups(&options.proxy_cgroup, &options.outbound_proxy_cgroup)?,
+        },
+        placement: options.placement,
+        rule_priority: options.rule_priority,
+        flows: FlowLimits { one_of: options.flow_sample, rate: options.flow_rate },
+        diagnostics: kernel_log::is_wanted(),
+        object: options.object,
+        noted_by: options.listeners_noted_by.map_or_else(NotedBy::probe, Ok)?,
+    };
+    let defaults = Defaults {
+        proxy_deadline: Duration::from_secs(options.proxy_deadline),
+        dns: options.dns,
+        any_source: !options.source_ip_verification,
+    };
+    let (pin_dir, earlier) = (options.pin_dir.clone(), records.clone());
+    let (pins, found) = tokio::task::spawn_blocking(move || {
+        // First the pins: with them, no other agent writes records.
+        let pins = Pins::open(&pin_dir)?;
+        anyhow::Ok((pins, records::find(earlier.read().context("the records of pods can't be read")?)))
+    })
+    .await??;
+    let steered = found.iter().filter(|found| found.record.phase == Phase::Done);
+    let steered: Vec<_> = steered
+        .filter_map(|Found { record, netns }| Some(defaults.recorded(record, netns.clone()?)))
+        .collect();
+    let note = records.early_demux();
+    let (kernel, loaded) = Kernel::start(move || Linux::load(&settings, pins, note, &steered))
+        .context("the datapath's thread")?;
+    loaded.await.context("the datapath's thread ended")??;
+
+    let admission = kernel.clone();
+    let on_connect: zds::server::OnConnect = Arc::new(move |peer| {
+        let (cgroups, kernel) = (Arc::clone(&cgroups), admission.clone());
+        Box::pin(async move {
+            match options.placement {
+                Placement::Pod => cgroups.admit(&kernel, peer).await?,
+                Placement::Node => stand_in::admit(&peer)?,
+            }
+            Ok(())
+        })
+    });
+    let (zds_server, proxies) = zds::server::Server::bind(
+        &options.zds_socket,
+        zds::server::Options {
+            on_connect: Some(on_connect),
+            recorder: Some(Arc::new(|event| events().zds(event))),
+            ..zds::server::Options::default()
+        },
+    )?;
+    let (watch, events) =
+        Watch::start(options.placement == Placement::Node).context("interfaces of pods can't be watched")?;
+    let pods =
+        Arc::new(Pods::new(kernel.clone(), proxies.clone(), defaults, host_cookie, Some(watch), records));
+    take_over(&kernel, &pods, found).await?;
+    let (probes_kernel, watch_kernel) = (kernel.clone(), kernel.clone());
+    let (upkeep_kernel, log_kernel) = (kernel.clone(), kernel.clone());
+    let controller = controller(&options.kubernetes, &pods).await?;
+    let daemonset = own_daemonset(&options.kubernetes).await;
+    let enrolment: Arc<dyn Enrolment> = match &controller {
+        Some(controller) => Arc::new(controller.admission()),
+        None => Arc::new(Everybody),
+    };
+    let (stop, stopped) = signal_watch::channel(false);
+    let (flows, flows_task) = Flows::start(kernel.clone(), Arc::clone(&pods), stopped.clone()).await?;
+    let (reconciled_by, reconciled) = signal_watch::channel(controller.is_none());
+    let findings = observed::examine(Examined {
+        kernel: kernel.clone(),
+        placement: options.placement,
+        chain: options.install_cni.then(|| options.chain.clone()),
+    });
+    let service = Arc::new(Service {
+        pods: Arc::clone(&pods),
+        enrolment,
+        kernel,
+        proxies,
+        started,
+        cgroup: cgroup.display().to_string(),
+        features,
+        placement: options.placement,
+        flows,
+        reconciled,
+        findings,
+    });
+    let wire_server = wire::server::Server::bind(&options.socket)?;
+
+    let until = |mut stopped: signal_watch::Receiver<bool>| async move {
+        // An error means that the sender is gone, which is as good.
+        let _ = stopped.wait_for(|stop| *stop).await;
+    };
+    let wire_task = tokio::spawn(wire_server.serve(Arc::clone(&service), until(stopped.clone())));
+    let http = |purpose, address| {
+        tokio::spawn(metrics::server::serve(purpose, address, Arc::clone(&service), until(stopped.clone())))
+    };
+    let http_tasks =
+        [http(Purpose::Metrics, options.metrics_address), http(Purpose::Health, options.health_address)];
+    let controller_task = controller.clone().map(|controller| tokio::spawn(controller.run(stopped.clone())));
+    if let Some(controller) = controller.clone() {
+        tokio::spawn(async move {
+            controller.caught_up().await;
+            reconciled_by.send_replace(true);
+        });
+    }
+    // A proxy drops every pod that it is not told of at first.
+    if let Some(controller) = &controller {
+        tokio::select! {
+            () = catch_up(controller, options.kubernetes.initial_wait) => {}
+            _ = terminate.recv() => terminated = true,
+            _ = interrupt.recv() => terminated = true,
+        }
+    }
+    let zds_task = tokio::spawn(zds_server.run(until(stopped.clone())));
+    let chain = options.install_cni.then_some(options.chain);
+    // Not before the plugin is answered.
+    let chain_task = chain.clone().map(|chain| tokio::spawn(install::keep(chain, stopped)));
+    let zds_socket = options.zds_socket.clone();
+    let stand_in_task = (options.placement == Placement::Node)
+        .then(|| tokio::spawn(async move { stand_in::stand_in(&zds_socket).await }));
+    let probes_task = tokio::spawn(probes::follow(options.probers, cgroup.clone(), probes_kernel));
+    let watch_task = tokio::spawn(follow(events, watch_kernel, Arc::clone(&pods)));
+    let every = Duration::from_secs(options.check_interval);
+    let log_task = tokio::spawn(kernel_log::follow(every, log_kernel));
+    let upkeep_task = tokio::spawn(upkeep::keep_up(every, upkeep_kernel, Arc::clone(&pods)));
+    return_memory();
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        socket = %options.socket.display(),
+        zds_socket = %options.zds_socket.display(),
+        cgroup = %cgroup.display(),
+        milliseconds = started.elapsed().as_millis() as u64,
+        "the agent is ready"
+    );
+
+    if !terminated {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    }
+    let stopping = Instant::now();
+    stop.send_replace(true);
+    let last = is_last(daemonset.as_ref()).await;
+    if let (Some(task), Some(chain)) = (chain_task, chain) {
+        task.await.context("the keeper of the CNI chain")?;
+        if last {
+            unchain(chain).await;
+        }
+    }
+    watch_task.abort();
+    upkeep_task.abort();
+    log_task.abort();
+    if let Some(task) = stand_in_task {
+        task.abort();
+    }
+    probes_task.abort();
+    wire_task.await.context("the server of the CNI plugin")?;
+    flows_task.await.context("the reader of connections' events")?;
+    zds_task.await.context("the server of the node proxies")?;
+    for task in http_tasks {
+        task.await.context("the server of metrics and health")?;
+    }
+    if let Some(task) = controller_task {
+        task.await.context("the Kubernetes controller")?;
+    }
+    let remove = match options.on_exit {
+        OnExit::Auto => last,
+        OnExit::Keep => false,
+        OnExit::Remove => true,
+    };
+    if remove {
+        pods.shut_down().await;
+        let (pin_dir, state_dir) = (options.pin_dir, options.state_dir);
+        let everything = uninstall::Options { pin_dir, state_dir, force: true, known_only: true };
+        tokio::task::spawn_blocking(move || uninstall::uninstall(&everything)).await??;
+        if let Some(controller) = controller {
+            controller.retract().await;
+        }
+        tracing::info!(
+            milliseconds = stopping.elapsed().as_millis() as u64,
+            "the agent has removed everything and ends"
+        );
+    } else {
+        tracing::info!(
+            milliseconds = stopping.elapsed().as_millis() as u64,
+            "the agent ends; pods stay steered until `redirect uninstall`"
+        );
+    }
+    Ok(())
+}
+
+/// The cgroups of node proxies that do not mark their sockets, by the numbers by which the kernel side knows them.
+fn named_cgroups(all: &[PathBuf], outbound: &[PathBuf]) -> anyhow::Result<BTreeMap<u64, ProxyPart>> {
+    let rest = if outbound.is_empty() { ProxyPart::ALL } else { ProxyPart::INBOUND };
+    let all = all.iter().map(|directory| ("--proxy-cgroup", directory, rest));
+    let outbound =
+        outbound.iter().map(|directory| ("--outbound-proxy-cgroup", directory, ProxyPart::OUTBOUND));
+    let mut named = BTreeMap::new();
+    for (option, directory, part) in all.chain(outbound) {
+        let context = || format!("{option} {}", directory.display());
+        if named.insert(cgroup::id(directory).with_context(context)?, part).is_some_and(|other| other != part)
+        {
+            bail!("{}: it is named with --proxy-cgroup as well", context());
+        }
+    }
+    Ok(named)
+}
+
+/// Takes over the pods of the agent before, and removes what is left of those that are gone.
+async fn take_over(kernel: &Kernel<Linux>, pods: &Pods<Linux>, found: Vec<Found>) -> anyhow::Result<()> {
+    let began = Instant::now();
+    let restored = pods.restore(found).await;
+    let known = pods.cookies().await;
+    for netns_cookie in kernel.run(move |linux| linux.collect(&known)).await?? {
+        tracing::warn!(
+            netns_cookie,
+            "a network namespace is steered, but no record says whose it is: it stays so, and the proxy is not told of it; \
+             restart its pod, or `redirect uninstall`"
+        );
+    }
+    if restored != Restored::default() {
+        tracing::info!(
+            adopted = restored.adopted,
+            undone = restored.undone,
+            gone = restored.gone,
+            milliseconds = began.elapsed().as_millis() as u64,
+            "the pods of the agent before are taken over"
+        );
+    }
+    Ok(())
+}
+
+/// What keeps pods in step with Kubernetes, if that is wanted.
+async fn controller(
+    options: &kube::Options,
+    pods: &Arc<Pods<Linux>>,
+) -> anyhow::Result<Option<Arc<Controller<Linux>>>> {
+    if !options.kubernetes {
+        return Ok(None);
+    }
+    let node = options.node_name.clone().context("--kubernetes needs --node-name, or NODE_NAME")?;
+    let client = kube::client(kube::config(options.kubeconfig.as_deref()).await?)?;
+    let (rules, proc, pods) = (options.rules(), options.host_proc.clone(), Arc::clone(pods));
+    Ok(Some(Controller::new(client, node, rules, proc, pods, Timing::default())))
+}
+
+/// Waits for the API server's first answer and for the pods that it names.
+async fn catch_up(controller: &Controller<Linux>, seconds: u64) {
+    let limit = if seconds == 0 { Duration::MAX } else { Duration::from_secs(seconds) };
+    if tokio::time::timeout(limit, controller.caught_up()).await.is_ok() {
+        tracing::info!(pods = controller.known(), "the pods of this node are known");
+    } else {
+        tracing::warn!(
+            seconds,
+            "the API server has not told which pods run on this node: node proxies are served without those"
+        );
+    }
+}
+
+async fn own_daemonset(options: &kube::Options) -> Option<OwnDaemonSet> {
+    let (name, namespace) = (options.daemonset.as_ref()?, options.pod_namespace.as_ref()?);
+    match OwnDaemonSet::watch(options.kubeconfig.as_deref(), namespace, name).await {
+        Ok(daemonset) => Some(daemonset),
+        Err(error) => {
+            tracing::warn!(
+                "at the agent's end pods stay steered and the CNI chain keeps the plugin, for DaemonSet {namespace}/{name} \
+                 can't be watched: {error:#}; if there will be no other agent: redirect uninstall"
+            );
+            None
+        }
+    }
+}
+
+/// Whether no other agent will follow on this node: the DaemonSet is gone, or about to go.
+async fn is_last(daemonset: Option<&OwnDaemonSet>) -> bool {
+    let Some(daemonset) = daemonset else { return false };
+    daemonset.is_deleted().await.unwrap_or_else(|error| {
+        tracing::warn!(
+            "pods stay steered, the CNI chain keeps the plugin, and new pods wait for the next agent: the agent's \
+             DaemonSet can't be read, and was not seen to go: {error:#}; if there will be no other agent: redirect \
+             uninstall"
+        );
+        false
+    })
+}
+
+/// Takes the plugin out of the CNI chain.
+async fn unchain(chain: install::Options) {
+    match tokio::task::spawn_blocking(move || install::remove(&chain.directories)).await {
+        Ok(Ok(changed)) => {
+            let changed: Vec<_> = changed.iter().map(|path| path.display().to_string()).collect();
+            tracing::info!(changed = changed.join(" "), "the plugin is out of the CNI chain");
+        }
+        Ok(Err(error)) => tracing::error!("the CNI chain keeps the plugin: {error}"),
+        Err(error) => tracing::error!("the CNI chain keeps the plugin: {error}"),
+    }
+}
+
+/// Keeps pods in step with their namespaces.
+async fn follow(mut events: mpsc::Receiver<Event>, kernel: Kernel<Linux>, pods: Arc<Pods<Linux>>) {
+    while let Some(event) = events.recv().await {
+        // Interfaces come with several messages each.
+        tokio::time::sleep(SETTLE).await;
+        let mut batch = vec![event];
+        while let Ok(more) = events.try_recv() {
+            batch.push(more);
+        }
+        let on_host = batch.contains(&Event::Host);
+        if on_host && upkeep::mend(&kernel, &pods).await.is_err() {
+            return;
+        }
+        let changed: BTreeSet<String> = if on_host || batch.contains(&Event::Lost) {
+            pods.uids().await.into_iter().collect()
+        } else {
+            batch
+                .into_iter()
+                .filter_map(|event| if let Event::Changed(uid) = event { Some(uid) } else { None })
+                .collect()
+        };
+        for uid in changed {
+            pods.reconcile(&uid).await;
+        }
+    }
+}
+
+/// Gives the system what reading the kernel's BTF and the object took: 9 MiB that the allocator would keep for good.
+fn return_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: no preconditions; it works under the allocator's own locks.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}

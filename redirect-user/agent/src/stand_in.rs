@@ -1,0 +1,80 @@
+//! Placement `node`: the node proxy is not connected to the agent, and need not know that there is one. The agent itself
+//! stands in for it: as long as the proxy's listeners are there, it acknowledges every pod in the proxy's name.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use redirect_ebpf::Family;
+use redirect_ebpf::constants::{PORT_INBOUND, PORT_OUTBOUND};
+use tokio::time::sleep;
+
+use redirect_datapath::listeners;
+use redirect_linux::netns::NetNs;
+use redirect_protocol::wire::Transport;
+use redirect_zds::client::{Backoff, Workloads, follow};
+use redirect_zds::messages::WorkloadInfo;
+use redirect_zds::server::Peer;
+
+/// How often it is looked for the listeners.
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// Works for ever.
+pub(super) async fn stand_in(zds_socket: &Path) {
+    loop {
+        until(true).await;
+        tracing::info!("a node proxy listens on ports {PORT_OUTBOUND} and {PORT_INBOUND} of the host");
+        let mut served = Served;
+        tokio::select! {
+            () = follow(zds_socket, &mut served, Backoff::default()) => {}
+            () = until(false) => {}
+        }
+        tracing::warn!(
+            "no node proxy listens on ports {PORT_OUTBOUND} and {PORT_INBOUND} of the host: connections of pods wait, or \
+             are refused, until one does"
+        );
+    }
+}
+
+/// Admits nobody but the agent itself.
+pub(super) fn admit(peer: &Peer) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        peer.pid.is_some_and(|pid| pid.cast_unsigned() == std::process::id()),
+        "{peer}: in placement `node` the agent hands pods to nobody: run the proxy in that placement too, or the agent \
+         with --placement pod"
+    );
+    Ok(())
+}
+
+/// Nothing is to be done for a pod.
+struct Served;
+
+impl Workloads for Served {
+    async fn add(&mut self, _: String, _: WorkloadInfo, _: NetNs) -> Result<(), String> {
+        Ok(())
+    }
+
+    async fn remove(&mut self, _: &str) {}
+
+    async fn retain(&mut self, _: &BTreeSet<String>) {}
+}
+
+async fn until(wanted: bool) {
+    loop {
+        match listens() {
+            Ok(found) if found == wanted => return,
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "it can't be told whether a node proxy listens"),
+        }
+        sleep(PAUSE).await;
+    }
+}
+
+fn listens() -> io::Result<bool> {
+    let mut ports = BTreeSet::new();
+    for family in Family::ALL {
+        ports.extend(listeners::bound(Transport::Tcp, family)?.into_iter().map(|bound| bound.port));
+    }
+    Ok([PORT_OUTBOUND, PORT_INBOUND].iter().all(|port| ports.contains(port)))
+}

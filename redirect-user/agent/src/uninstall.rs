@@ -1,0 +1,126 @@
+//! `redirect uninstall`: takes everything of ours out of the kernel, without an agent and without a cluster. The command
+//! takes the plugin out of the CNI chain as well.
+//!
+//! What is there is found in the kernel: every network namespace of the node is looked at for rules, routes and filters of
+//! ours, and all pins go, whatever their version. Records help with namespaces that no process is in and that are mounted
+//! nowhere, and with sysctls that were on before us.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use serde::Serialize;
+
+use super::records::{self, Records};
+use redirect_datapath::linux::{self, HostReport, InUse, Pins, Stripped};
+use redirect_linux::netns::NetNs;
+use redirect_protocol::pod::PodIdentity;
+
+/// Settings.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Options {
+    /// Where maps and links are pinned
+    #[arg(long, default_value = linux::DEFAULT_DIRECTORY, env = "REDIRECT_PIN_DIR")]
+    pub pin_dir: PathBuf,
+    /// Where the agent writes down which pods it steers
+    #[arg(long, default_value = records::DEFAULT_DIRECTORY, env = "REDIRECT_STATE_DIR")]
+    pub state_dir: PathBuf,
+    /// Go on although an agent runs
+    #[arg(long)]
+    pub force: bool,
+    /// Leave namespaces alone that neither records nor pins name, where several agents share a node
+    #[arg(long)]
+    pub known_only: bool,
+}
+
+/// What was found and removed.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Report {
+    /// The namespaces in which something was.
+    pub namespaces: Vec<NamespaceReport>,
+    /// What was in the host's namespace.
+    pub host: HostReport,
+    /// Pinned maps and links.
+    pub pins: Vec<PathBuf>,
+    /// Records of pods.
+    pub records: usize,
+    /// Files of the CNI chain that were changed or removed, the plugin among them.
+    pub chain: Vec<PathBuf>,
+    /// What could not be removed.
+    pub errors: Vec<String>,
+}
+
+/// What was in one namespace.
+#[derive(Clone, Debug, Serialize)]
+pub struct NamespaceReport {
+    /// Its inode.
+    pub inode: u64,
+    /// Whose it is, if that is known.
+    pub pod: Option<PodIdentity>,
+    /// What was removed.
+    #[serde(flatten)]
+    pub removed: Stripped,
+}
+
+/// Removes everything; `None` if an agent runs.
+pub fn uninstall(options: &Options) -> anyhow::Result<Option<Report>> {
+    let pins = match Pins::open_existing(&options.pin_dir, options.force) {
+        Err(error) if error.is::<InUse>() => return Ok(None),
+        pins => pins?,
+    };
+    let records = Records::at(&options.state_dir);
+    let mut report = Report::default();
+    let known = records.read().unwrap_or_else(|error| {
+        report.errors.push(format!("the records of pods can't be read: {error}"));
+        Vec::new()
+    });
+    report.records = known.len();
+    let pinned = options.known_only.then(|| pins.as_ref().map(Pins::cookies).unwrap_or_default());
+    for (netns, record) in namespaces(known, pinned.as_ref())? {
+        let (pod, foreign) = match record {
+            Some(record) => (Some(record.identity), Some(record.foreign)),
+            None => (None, None),
+        };
+        let inode = netns.inode()?;
+        match linux::strip(&netns, foreign.as_ref()) {
+            Ok(removed) if removed == Stripped::default() => {}
+            Ok(removed) => report.namespaces.push(NamespaceReport { inode, pod, removed }),
+            Err(error) => report.errors.push(match pod {
+                Some(pod) => format!("pod {pod}: network namespace {inode}: {error}"),
+                None => format!("network namespace {inode}: {error}"),
+            }),
+        }
+    }
+    report.host = linux::strip_host(&records.early_demux()).context("the host's network namespace")?;
+    if let Some(pins) = pins {
+        report.pins = pins.remove()?;
+    }
+    let directory = options.state_dir.display();
+    records.remove_all().with_context(|| format!("the state directory {directory} can't be removed"))?;
+    Ok(Some(report))
+}
+
+/// Every network namespace but the host's, with its record if there is one; of those without a record only the ones with
+/// these cookies.
+fn namespaces(
+    known: Vec<records::Record>,
+    limit: Option<&BTreeSet<u64>>,
+) -> anyhow::Result<impl Iterator<Item = (NetNs, Option<records::Record>)>> {
+    let host = NetNs::current().context("the host's network namespace")?.inode()?;
+    let mut all: BTreeMap<u64, (NetNs, Option<records::Record>)> = BTreeMap::new();
+    for (inode, path) in records::namespaces() {
+        let is_wanted = |netns: &NetNs| {
+            limit.is_none_or(|cookies| netns.cookie().is_ok_and(|cookie| cookies.contains(&cookie)))
+        };
+        if let Some(netns) = NetNs::open(&path).ok().filter(is_wanted) {
+            all.insert(inode, (netns, None));
+        }
+    }
+    for found in records::find(known) {
+        if let Some(netns) = found.netns {
+            all.insert(found.record.netns_inode, (netns, Some(found.record)));
+        }
+    }
+    all.remove(&host);
+    Ok(all.into_values())
+}

@@ -1,0 +1,57 @@
+//! Looks from time to time for changes that the kernel tells nobody of: pins, links, sysctls, map entries, and namespaces
+//! that end. All others are noticed by [`super::watch`] at once.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::diagnostics::Diagnostics;
+use super::pods::Pods;
+use super::repairs::Kind;
+use redirect_datapath::linux::Linux;
+use redirect_datapath::thread::{Gone, Kernel};
+
+/// Works for ever.
+pub(super) async fn keep_up(every: Duration, kernel: Kernel<Linux>, pods: Arc<Pods<Linux>>) {
+    let mut ticks = interval(every);
+    let mut diagnostics = Diagnostics::default();
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        for uid in pods.uids().await {
+            pods.look_after(&uid).await;
+        }
+        if mend(&kernel, &pods).await.is_err() {
+            return;
+        }
+        diagnostics.tell(&kernel).await;
+        let known = pods.cookies().await;
+        if let Ok(Err(error)) = kernel.run(move |linux| linux.collect(&known)).await {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "what is left of pods that are gone can't be removed"
+            );
+        }
+    }
+}
+
+/// Looks after what is for the whole node. An error: nobody does any more.
+pub(super) async fn mend(kernel: &Kernel<Linux>, pods: &Pods<Linux>) -> Result<(), Gone> {
+    match kernel.run(Linux::mend).await {
+        Ok(Ok(mended)) => {
+            for what in mended {
+                pods.repairs().count(Kind::Link);
+                tracing::warn!(what, "something else had removed it from the node: it is back");
+            }
+        }
+        Ok(Err(error)) => {
+            tracing::error!(error = format!("{error:#}"), "something that is for the whole node is missing");
+        }
+        Err(error) => {
+            tracing::error!(%error, "nothing is looked after any more");
+            return Err(error);
+        }
+    }
+    Ok(())
+}

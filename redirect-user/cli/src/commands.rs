@@ -1,0 +1,204 @@
+//! The command line.
+
+mod doctor;
+mod inspect;
+mod monitor;
+mod reference;
+mod show;
+mod top;
+mod uninstall;
+mod validate;
+
+use std::io::IsTerminal as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
+use tracing_subscriber::EnvFilter;
+
+use redirect_agent as agent;
+use redirect_agent::install;
+use redirect_linux::bpffs;
+use redirect_linux::probe::Refusal;
+use redirect_protocol::wire;
+use redirect_proxy as proxy;
+
+/// Steers the TCP connections of pods to the node proxy of an ambient mesh, in IPv4 and IPv6 alike
+#[derive(Debug, Parser)]
+#[command(name = "redirect", version)]
+struct Cli {
+    /// What is logged: a level, or levels by module as in `info,redirect_zds=debug`. With `redirect_ebpf=debug` an agent
+    /// loads programs that tell of what should not occur
+    #[arg(long, global = true, default_value = "info", env = "REDIRECT_LOG")]
+    log: String,
+    /// How it is logged
+    #[arg(long, global = true, value_enum, default_value_t)]
+    log_format: LogFormat,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum LogFormat {
+    #[default]
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the agent of this node
+    Agent(Box<agent::Options>),
+    /// Put the CNI plugin into this node's chain
+    Install(install::Install),
+    /// Run the embedded node proxy
+    Proxy(proxy::Options),
+    /// Show what the agent of this node is doing
+    Status(Query),
+    /// Show the pods that the agent of this node steers, and their connections since they were enrolled
+    Pods(Query),
+    /// Examine whether this node can run the data path; exit code 0: it can, 1: with limits, 2: it can't
+    Doctor(doctor::Options),
+    /// Show what is in the kernel for a pod. Exit code 1 if anything is not as it should be
+    Pod(inspect::PodQuery),
+    /// Show what becomes of a connection, and what is wrong on its way. Exit code 1 if anything is
+    Explain(inspect::ExplainQuery),
+    /// Print connections of pods as they are decided on
+    Monitor(monitor::Options),
+    /// Show live rates of connections: of the node, and by pod
+    Top(top::Options),
+    /// Prove, in a pod, that its connections are steered. Exit code 1 if those of a family are not
+    Validate(validate::Options),
+    /// Write a completion script
+    Completion {
+        /// For which shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages
+    #[command(hide = true)]
+    Man {
+        /// The directory that they go to
+        directory: PathBuf,
+    },
+    /// Print the option reference
+    #[command(hide = true)]
+    Reference,
+    /// Mount a bpffs at /sys/fs/bpf unless one is there: for nodes where nothing else does
+    MountBpffs,
+    /// Remove everything of ours from this node's kernel. Needs no agent; refuses (exit code 3) while one runs
+    Uninstall(Uninstall),
+}
+
+#[derive(Debug, clap::Args)]
+struct Uninstall {
+    #[command(flatten)]
+    options: agent::uninstall::Options,
+    /// How to print
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+    // Last: what comes after it would be under its heading.
+    #[command(flatten)]
+    chain: install::Directories,
+}
+
+#[derive(Debug, clap::Args)]
+struct Query {
+    /// Where the agent listens
+    #[arg(long, default_value = wire::DEFAULT_SOCKET, env = "REDIRECT_SOCKET")]
+    socket: PathBuf,
+    /// How to print
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum Output {
+    #[default]
+    Table,
+    Json,
+}
+
+/// Runs the command that the arguments name.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Err(error) = log(&cli) {
+        eprintln!("redirect: {error:#}");
+        return ExitCode::from(2);
+    }
+    let result = match cli.command {
+        Command::Agent(options) => agent::run(*options),
+        Command::Install(install) => install::run(install),
+        Command::Proxy(options) => proxy::run(options),
+        Command::Status(query) => show::status(&query),
+        Command::Pods(query) => show::pods(&query),
+        Command::Doctor(options) => return doctor::doctor(&options).unwrap_or_else(|error| failure(&error)),
+        Command::Pod(query) => return code(inspect::pod(&query)),
+        Command::Explain(query) => return code(inspect::explain(&query)),
+        Command::Monitor(options) => monitor::run(&options),
+        Command::Top(options) => top::run(&options),
+        Command::Validate(options) => return code(validate::run(&options)),
+        Command::Completion { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "redirect", &mut std::io::stdout());
+            Ok(())
+        }
+        Command::Man { directory } => manual(&directory),
+        Command::Reference => {
+            print!("{}", reference::markdown(Cli::command()));
+            Ok(())
+        }
+        Command::MountBpffs => bpffs::ensure_bpffs(),
+        Command::Uninstall(command) => return uninstall::run(&command),
+    };
+    exit(result)
+}
+
+/// One page for the program, and one for each command.
+fn manual(directory: &Path) -> anyhow::Result<()> {
+    std::fs::create_dir_all(directory)?;
+    Ok(clap_mangen::generate_to(Cli::command(), directory)?)
+}
+
+/// An error is exit code 2 where 1 says that something is wrong with what was asked about.
+fn code(result: anyhow::Result<ExitCode>) -> ExitCode {
+    result.unwrap_or_else(|error| {
+        eprintln!("redirect: {error:#}");
+        ExitCode::from(2)
+    })
+}
+
+fn exit(result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failure(&error),
+    }
+}
+
+fn failure(error: &anyhow::Error) -> ExitCode {
+    eprintln!("redirect: {error:#}");
+    error.downcast_ref::<Refusal>().map_or(ExitCode::FAILURE, Refusal::exit_code)
+}
+
+fn log(cli: &Cli) -> anyhow::Result<()> {
+    use anyhow::Context as _;
+    let filter = EnvFilter::builder().parse(&cli.log).with_context(|| format!("--log {}", cli.log))?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
+    match cli.log_format {
+        LogFormat::Text => builder.with_target(false).init(),
+        LogFormat::Json => builder.json().flatten_event(true).init(),
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

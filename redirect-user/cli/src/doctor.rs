@@ -1,0 +1,89 @@
+//! Whether this node can run the data path, found by trying, never by the kernel's version.
+//!
+//! `redirect doctor` prints every [`Check`]; the agent refuses to start when one of [`redirect_linux::probe`] fails. One file
+//! per further group of checks.
+
+mod chain;
+mod netfilter;
+mod others;
+mod programs;
+mod sysctls;
+
+use std::path::PathBuf;
+
+use redirect_linux::probe;
+pub(crate) use redirect_linux::probe::{Cause, Check, State};
+
+use redirect_agent::install;
+use redirect_agent::records::{self, Found, Records};
+use redirect_datapath::linux::{self, TcMethod};
+
+/// What is asked of the node.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Requirements {
+    /// Root of the cgroup2 hierarchy; found among the mounts by default
+    #[arg(long)]
+    pub cgroup: Option<PathBuf>,
+    /// Where the agent is to pin maps and links
+    #[arg(long, default_value = linux::DEFAULT_DIRECTORY, env = "REDIRECT_PIN_DIR")]
+    pub pin_dir: PathBuf,
+    /// How TC programs are to be attached
+    #[arg(long, value_enum, default_value_t)]
+    pub tc: TcMethod,
+    /// Where the agent writes down which pods it steers
+    #[arg(long, default_value = records::DEFAULT_DIRECTORY, env = "REDIRECT_STATE_DIR")]
+    pub state_dir: PathBuf,
+    /// Where the node's CNI chain is.
+    #[command(flatten)]
+    pub chain: install::Directories,
+}
+
+/// A group of checks.
+type Group = fn(&Requirements) -> Vec<Check>;
+
+/// What else the doctor looks at.
+const FURTHER: [Group; 6] = [
+    programs::checks,
+    sysctls::checks,
+    others::at_cgroup,
+    others::on_devices,
+    netfilter::checks,
+    chain::checks,
+];
+
+/// All checks. Blocks for a moment.
+#[must_use]
+pub(crate) fn examine(requirements: &Requirements) -> Vec<Check> {
+    let required =
+        probe::Requirements { cgroup: requirements.cgroup.clone(), pin_dir: requirements.pin_dir.clone() };
+    let mut checks = probe::examine(&required);
+    checks.extend(FURTHER.iter().flat_map(|group| group(requirements)));
+    checks
+}
+
+/// The pods that an agent steers here, as far as their namespaces still exist.
+fn enrolled(requirements: &Requirements) -> std::io::Result<Vec<Found>> {
+    Ok(records::find(Records::at(&requirements.state_dir).read()?))
+}
+
+/// The worst of them.
+#[must_use]
+pub(crate) fn verdict(checks: &[Check]) -> State {
+    checks.iter().map(|check| check.state).max().unwrap_or(State::Ok)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_worst_check_is_the_verdict() {
+        let fine = Check::ok("a", "");
+        let odd = Check::warn("b", "", "");
+        let bad = Check::fail("c", Cause::Btf, "", "");
+        assert_eq!(verdict(&[]), State::Ok);
+        assert_eq!(verdict(&[fine.clone(), fine.clone()]), State::Ok);
+        assert_eq!(verdict(&[odd.clone(), fine.clone()]), State::Warn);
+        assert_eq!(verdict(&[fine, bad, odd]), State::Fail);
+    }
+}

@@ -1,0 +1,16 @@
+//! The kernel side itself, given to the kernel's verifier.
+
+use super::{Cause, Check, Requirements};
+use redirect_datapath::linux;
+
+pub(super) fn checks(requirements: &Requirements) -> Vec<Check> {
+    match linux::try_out(requirements.tc) {
+        Ok(programs) => vec![Check::ok("programs", format!("the kernel accepts all {programs}"))],
+        Err(error) => vec![Check::fail(
+            "programs",
+            Cause::Kernel,
+            format!("{error:#}"),
+            "a kernel of the table in README.md; if this is one, report it with this output",
+        )],
+    }
+}

@@ -1,0 +1,5 @@
+//! `redirect`: agent, embedded node proxy and command line of ambient-redirect.
+
+fn main() -> std::process::ExitCode {
+    redirect_cli::main()
+}

@@ -1,5 +1,0 @@
-//! `redirect`: agent, embedded node proxy and command line of ambient-redirect.
-
-fn main() -> std::process::ExitCode {
-    redirect_user::cli::main()
-}
