@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{Datapath, Error, Introduction, Observation, Target};
 use crate::facts::{Fact, Interface, Namespace, Op};
@@ -43,7 +43,7 @@ pub struct Fake(Arc<Mutex<State>>);
 impl Fake {
     /// To look at, and to change.
     pub fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap()
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Puts a namespace with `lo` and `eth0` into the kernel.
@@ -117,7 +117,7 @@ impl Datapath for Fake {
             // An address leads to one pod.
             state.namespaces.values_mut().for_each(|other| _ = other.facts.remove(fact));
         }
-        let facts = &mut state.namespaces.get_mut(&target.netns_cookie).unwrap().facts;
+        let facts = &mut state.namespaces.entry(target.netns_cookie).or_default().facts;
         match op {
             Op::Ensure(fact) => assert!(facts.insert(fact.clone()), "{fact} twice"),
             Op::Remove(fact) => assert!(facts.remove(fact), "{fact} was not there"),

@@ -1,5 +1,7 @@
 //! An agent for tests: the real server on a real socket, with answers that the test chooses.
 
+#![expect(clippy::unwrap_used, reason = "for tests alone, which fail where it panics")]
+
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
