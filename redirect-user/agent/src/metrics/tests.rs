@@ -63,7 +63,7 @@ fn dashboard_and_alerts_use_metrics_that_there_are() {
     let text = text();
     let exported = exported(&text);
     for file in ["dashboard.json", "alerts.yaml"] {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/chart/monitoring").join(file);
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/chart/monitoring").join(file);
         let content = std::fs::read_to_string(&path).unwrap();
         let words = content.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
         let used: BTreeSet<&str> = words.filter(|word| word.starts_with("redirect_")).collect();
