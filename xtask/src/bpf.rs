@@ -11,7 +11,7 @@ use ::object::{File, Object as _, ObjectSection as _};
 use anyhow::{Context, Result, bail};
 
 use crate::architecture::Architecture;
-use crate::progress;
+use crate::progress::{self, Watch};
 use crate::setup::{self, KernelSide};
 use crate::workspace::Workspace;
 
@@ -35,7 +35,7 @@ pub(crate) fn build(
 ) -> Result<()> {
     let mut cargo = kernel_side.rustc.cargo(workspace, "build");
     for_bpf(workspace, kernel_side, architecture, &mut cargo);
-    progress::run(workspace, "building the kernel side", "build-ebpf", &mut cargo)?;
+    progress::watch(workspace, "building the kernel side", "build-ebpf", &mut cargo, Watch::Cargo)?;
     let built = workspace.target(format!("bpf-build/{TARGET}/release/redirect-ebpf"));
     check(&built)?;
     let object = object(workspace, architecture);
@@ -54,7 +54,7 @@ pub(crate) fn clippy(workspace: &Workspace) -> Result<()> {
     let mut clippy = kernel_side.rustc.clippy(workspace);
     for_bpf(workspace, &kernel_side, Architecture::HOST, &mut clippy);
     clippy.args(["--lib", "--", "-Dwarnings"]);
-    progress::run(workspace, "linting the kernel side", "clippy-ebpf", &mut clippy)
+    progress::watch(workspace, "linting the kernel side", "clippy-ebpf", &mut clippy, Watch::Cargo)
 }
 
 fn for_bpf(workspace: &Workspace, kernel_side: &KernelSide, architecture: Architecture, cargo: &mut Command) {

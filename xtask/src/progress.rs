@@ -1,15 +1,22 @@
-//! What tasks print: one line per step with its duration. Long output of commands goes to a log, whose end is shown
-//! when the command fails.
+//! What tasks print: one line per step, how far it is, and its duration. Long output of commands goes to a log, whose end is
+//! shown when the command fails.
+
+mod cost;
+mod line;
+mod watch;
 
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
 use crate::workspace::Workspace;
+use line::Line;
+
+pub(crate) use cost::{Budget, say_cost};
+pub(crate) use watch::Watch;
 
 /// How much of a failed command's log is shown.
 const TAIL_LINES: usize = 60;
@@ -22,36 +29,40 @@ pub(crate) fn say(line: &str) {
 
 /// Does a step: prints what it is, then how many seconds it took.
 pub(crate) fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
-    let mut stderr = io::stderr();
-    let _ = write!(stderr, "{what} ... ");
-    let _ = stderr.flush();
-    let started = Instant::now();
+    let line = Line::start(what);
     let result = work();
-    let seconds = started.elapsed().as_secs_f32();
-    match &result {
-        Ok(_) => say(&format!("{seconds:.1} s")),
-        Err(_) => say(&format!("failed after {seconds:.1} s")),
-    }
+    line.end(result.is_ok());
     result
 }
 
 /// A step that runs one command, whose output goes to `target/xtask/<log>.log`.
 pub(crate) fn run(workspace: &Workspace, what: &str, log: &str, command: &mut Command) -> Result<()> {
-    let log = workspace.target(format!("xtask/{log}.log"));
-    step(what, || run_logged(&log, command))
+    watch(workspace, what, log, command, Watch::Clock)
 }
 
-fn run_logged(log: &Path, command: &mut Command) -> Result<()> {
+/// The same for a command that says how far it is.
+pub(crate) fn watch(
+    workspace: &Workspace,
+    what: &str,
+    log: &str,
+    command: &mut Command,
+    watch: Watch,
+) -> Result<()> {
+    let log = workspace.target(format!("xtask/{log}.log"));
+    let mut line = Line::start(what);
+    let result = run_logged(&log, command, watch, &mut line);
+    line.end(result.is_ok());
+    result
+}
+
+fn run_logged(log: &Path, command: &mut Command, watch: Watch, line: &mut Line) -> Result<()> {
     let folder = log.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     let mut file = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
     writeln!(file, "{command:?}")?;
     let program = command.get_program().display().to_string();
-    let status = command
-        .stdin(Stdio::null())
-        .stdout(file.try_clone()?)
-        .stderr(file)
-        .status()
+    let status = watch
+        .follow(command, &file, |state| line.show(state))
         .with_context(|| format!("cannot run {program}"))?;
     if status.success() {
         return Ok(());

@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::architecture::Architecture;
+use crate::progress::{self, Budget, Watch, say_cost};
 use crate::setup::KernelSide;
 use crate::workspace::Workspace;
-use crate::{bpf, progress, setup};
+use crate::{bpf, setup};
 
 /// Where the programs that are shipped come from.
 const PACKAGES: [&str; 8] =
@@ -41,7 +42,7 @@ pub(crate) fn build_for_development(workspace: &Workspace, kernel_side: &KernelS
     bpf::build(workspace, kernel_side, Architecture::HOST)?;
     let mut cargo = workspace.cargo();
     cargo.arg("build").args(PACKAGES);
-    progress::run(workspace, "building user space for development", "build", &mut cargo)?;
+    progress::watch(workspace, "building user space for development", "build", &mut cargo, Watch::Cargo)?;
     let folder = workspace.target("debug");
     Ok(Programs { redirect: folder.join("redirect"), plugin: folder.join("redirect-cni") })
 }
@@ -70,7 +71,8 @@ fn cargo_build(
         cargo.env("REDIRECT_BPF_OBJECT", bpf::object(workspace, architecture));
         what += &format!(" for {}", architecture.name());
     }
-    progress::run(workspace, &what, "build", &mut cargo)?;
+    progress::watch(workspace, &what, "build", &mut cargo, Watch::Cargo)?;
+    say_cost(Budget::Programs);
     let release = folder.join(target).join("release");
     Ok(Programs { redirect: release.join("redirect"), plugin: release.join("redirect-cni") })
 }

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use crate::progress;
+use crate::progress::{self, Watch};
 use crate::workspace::Workspace;
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
@@ -48,8 +48,13 @@ impl<'a> Archive<'a> {
         let mut update = archive.apt("apt-get");
         // Without this, apt is content with old lists, or with none.
         update.args(["-q", "-o", "APT::Update::Error-Mode=any", "update"]);
-        let asked =
-            progress::run(workspace, "asking Debian's archive for kernels", "vm-apt-update", &mut update);
+        let asked = progress::watch(
+            workspace,
+            "asking Debian's archive for kernels",
+            "vm-apt-update",
+            &mut update,
+            Watch::Apt,
+        );
         archive.complaint = asked.err().map(|error| format!("{error:#}"));
         if let Some(complaint) = &archive.complaint {
             progress::say(&format!("Debian's archive can't be read in full: {complaint}"));
@@ -75,7 +80,7 @@ impl<'a> Archive<'a> {
         let mut download = self.apt("apt-get");
         download.args(["-q", "download"]).args(packages).current_dir(&debs);
         let what = format!("downloading {}", packages.join(", "));
-        progress::run(self.workspace, &what, "vm-apt-download", &mut download)?;
+        progress::watch(self.workspace, &what, "vm-apt-download", &mut download, Watch::Apt)?;
         for deb in fs::read_dir(&debs)? {
             let mut unpack = self.workspace.command("dpkg-deb");
             self.output(unpack.arg("-x").arg(deb?.path()).arg(folder))?;
