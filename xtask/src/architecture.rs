@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use crate::packages::{Evidence, Package, Packages};
 use crate::progress;
 use crate::userspace::Programs;
-use crate::workspace::{Workspace, which};
+use crate::workspace::Workspace;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Architecture {
@@ -114,7 +114,7 @@ impl Architecture {
         if output.status.success() && Path::new(String::from_utf8_lossy(&output.stdout).trim()).exists() {
             return Ok(());
         }
-        if which("rustup").is_none() {
+        if workspace.which("rustup").is_none() {
             bail!(
                 "rustc has no library for {}\nremedy: install it from where rustc came from",
                 self.target()

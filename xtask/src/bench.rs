@@ -1,14 +1,13 @@
 //! `cargo xtask bench`: this project side by side with iptables, nftables and no redirection.
 
 use std::ffi::OsString;
-use std::process::Command;
 
 use anyhow::Result;
 use clap::Args;
 
 use crate::load::become_it;
 use crate::workspace::Workspace;
-use crate::{host, setup, userspace};
+use crate::{host, packages, setup, userspace};
 
 const PACKAGE: [&str; 4] = ["--package", "redirect-tests", "--bin", "redirect-bench"];
 
@@ -25,8 +24,10 @@ pub(crate) struct Options {
 
 pub(crate) fn bench(workspace: &Workspace, options: &Options) -> Result<()> {
     host::check()?;
-    let programs = userspace::build(workspace, &setup::everything(workspace)?, &PACKAGE)?;
-    let mut command = Command::new(programs.redirect.with_file_name("redirect-bench"));
+    let kernel_side =
+        setup::kernel_side_and(workspace, &[packages::for_pods(), packages::for_bench()].concat())?;
+    let programs = userspace::build(workspace, &kernel_side, &PACKAGE)?;
+    let mut command = workspace.command_here(programs.redirect.with_file_name("redirect-bench"));
     command.env("REDIRECT_BIN", programs.redirect).env("REDIRECT_CNI_BIN", programs.plugin);
     command.arg("run").arg("--output").arg(workspace.target("bench"));
     if options.docs {

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use crate::packages::{Evidence, Package, Packages};
-use crate::progress;
+use crate::progress::{self, Watch};
 use crate::toolchain::Rustc;
-use crate::workspace::{Workspace, which};
+use crate::workspace::Workspace;
 
 const VERSION: &str = "0.13.0";
 
@@ -21,8 +21,11 @@ pub(crate) fn ensure(workspace: &Workspace, packages: &Packages<'_>, rustc: &Rus
     let llvm = rustc.llvm();
     let root = workspace.target(format!("tools/bpf-linker-{VERSION}-llvm{llvm}"));
     let ours = root.join("bin/bpf-linker");
-    let candidates =
-        [which("bpf-linker"), cargo_home().map(|home| home.join("bin/bpf-linker")), Some(ours.clone())];
+    let candidates = [
+        workspace.which("bpf-linker"),
+        cargo_home().map(|home| home.join("bin/bpf-linker")),
+        Some(ours.clone()),
+    ];
     if let Some(found) = candidates.into_iter().flatten().find(|path| matches(workspace, path, llvm)) {
         return Ok(found);
     }
@@ -34,10 +37,31 @@ pub(crate) fn ensure(workspace: &Workspace, packages: &Packages<'_>, rustc: &Rus
 }
 
 fn install(workspace: &Workspace, packages: &Packages<'_>, llvm: u32, root: &Path) -> Result<()> {
-    let prefix = PathBuf::from(format!("/usr/lib/llvm-{llvm}"));
     let mut cargo = workspace.cargo();
+    // The linker is an ordinary program of this machine, and none of ours.
+    for variable in ["CARGO_TARGET_DIR", "RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "CARGO_BUILD_TARGET"] {
+        cargo.env_remove(variable);
+    }
     if packages.has_apt() {
-        packages.ensure(&llvm_packages(llvm))?;
+        packages.ensure(&[Package::new(
+            "g++",
+            Evidence::Program("c++"),
+            "bpf-linker links LLVM, which is C++",
+        )
+        .in_place()])?;
+        packages.ensure_together(&llvm_packages(llvm))?;
+        let prefix = format!("/usr/lib/llvm-{llvm}");
+        let private = packages.private().file(&prefix);
+        if private.is_some() {
+            let libraries = packages.private().libraries();
+            let flag = |path: &PathBuf| {
+                let path = path.display();
+                format!("-Lnative={path}\x1f-Clink-arg=-Wl,-rpath,{path}")
+            };
+            cargo.env("LD_LIBRARY_PATH", env::join_paths(&libraries)?);
+            cargo.env("CARGO_ENCODED_RUSTFLAGS", libraries.iter().map(flag).collect::<Vec<_>>().join("\x1f"));
+        }
+        let prefix = private.unwrap_or_else(|| prefix.into());
         let path = env::var_os("PATH").unwrap_or_default();
         let path = env::join_paths(std::iter::once(prefix.join("bin")).chain(env::split_paths(&path)))?;
         cargo.env("PATH", path).env(format!("LLVM_SYS_{llvm}1_PREFIX"), &prefix);
@@ -49,12 +73,10 @@ fn install(workspace: &Workspace, packages: &Packages<'_>, llvm: u32, root: &Pat
     }
     cargo.args(["install", "bpf-linker", "--locked", "--version", VERSION, "--no-default-features"]);
     cargo.args(["--features", &format!("llvm-{llvm}"), "--root"]).arg(root);
-    // The linker is an ordinary program of this machine, and none of ours.
-    for variable in ["CARGO_TARGET_DIR", "RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "CARGO_BUILD_TARGET"] {
-        cargo.env_remove(variable);
-    }
-    let what = format!("building bpf-linker {VERSION} on LLVM {llvm}, about a minute");
-    progress::run(workspace, &what, "bpf-linker", &mut cargo).context("no bpf-linker")
+    // What takes time when it links is LLVM, which comes compiled.
+    cargo.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0").env("CARGO_PROFILE_RELEASE_DEBUG", "false");
+    let what = format!("building bpf-linker {VERSION} on LLVM {llvm}");
+    progress::watch(workspace, &what, "bpf-linker", &mut cargo, Watch::Cargo).context("no bpf-linker")
 }
 
 /// What building it takes, in Debian.
@@ -64,7 +86,6 @@ fn llvm_packages(llvm: u32) -> Vec<Package> {
         Package::new(format!("libpolly-{llvm}-dev"), Evidence::Installed, "LLVM's own libraries name it"),
         Package::new("libzstd-dev", Evidence::Installed, "LLVM's own libraries name it"),
         Package::new("zlib1g-dev", Evidence::Installed, "LLVM's own libraries name it"),
-        Package::new("g++", Evidence::Program("c++"), "bpf-linker links LLVM, which is C++"),
     ]
 }
 
@@ -95,7 +116,7 @@ fn linked_llvm(text: &str) -> Option<u32> {
 }
 
 fn llvm_config_is(workspace: &Workspace, llvm: u32) -> bool {
-    let Some(program) = which("llvm-config") else { return false };
+    let Some(program) = workspace.which("llvm-config") else { return false };
     let output = workspace.command(program).arg("--version").output();
     output.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).starts_with(&format!("{llvm}.")))
 }

@@ -13,7 +13,7 @@ use crate::{host, progress, setup, userspace};
 pub(crate) fn load(workspace: &Workspace, agent: &[OsString]) -> Result<()> {
     host::check()?;
     let programs = userspace::build(workspace, &setup::kernel_side(workspace)?, &[])?;
-    let mut command = Command::new(programs.redirect);
+    let mut command = workspace.command_here(programs.redirect);
     command.arg("agent").args(agent);
     match become_it(&mut command)? {}
 }

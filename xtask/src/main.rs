@@ -44,7 +44,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Finds, or installs, what builds and tests need.
+    /// Finds, or installs, what all tasks need. Each task does the same for what it needs itself.
     Setup,
     /// Builds the kernel side into target/bpf/redirect.o.
     BuildEbpf,
@@ -102,7 +102,7 @@ fn main() -> ExitCode {
 fn run(task: Task) -> Result<ExitCode> {
     let workspace = Workspace::find();
     match task {
-        Task::Setup => setup::everything(&workspace).map(drop)?,
+        Task::Setup => setup::everything(&workspace)?,
         Task::BuildEbpf => bpf::build(&workspace, &setup::kernel_side(&workspace)?, Architecture::HOST)?,
         Task::ClippyEbpf => bpf::clippy(&workspace)?,
         Task::Build => userspace::build_and_show(&workspace)?,

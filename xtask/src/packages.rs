@@ -1,17 +1,26 @@
-//! What comes from the distribution: looked for first, installed with apt where it is missing, named where there is
-//! no apt.
+//! What comes from the distribution: looked for first, installed where it is missing, named where there is no apt.
+//!
+//! Nothing of the user's is removed or replaced for it. What apt can't install beside what is there is unpacked below
+//! `target/tools`, with all that it depends on.
 
-use std::cell::Cell;
+mod apt;
+mod lists;
+mod private;
+
 use std::collections::HashSet;
 use std::path::Path;
-use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::progress;
-use crate::workspace::{Workspace, which};
+use crate::workspace::Workspace;
+use apt::Apt;
+
+pub(crate) use lists::{for_bench, for_machines, for_pods, for_scripts, for_tests};
+pub(crate) use private::Private;
 
 /// Something that a distribution provides.
+#[derive(Clone, Debug)]
 pub(crate) struct Package {
     /// Its package in Debian.
     pub(crate) name: String,
@@ -19,8 +28,20 @@ pub(crate) struct Package {
     pub(crate) evidence: Evidence,
     /// Why it is needed.
     pub(crate) reason: &'static str,
+    place: Place,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// Installed, or unpacked if that can't be.
+    Either,
+    /// Its files name each other by absolute paths, or scripts of the package make what is needed.
+    Installed,
+    /// It belongs to another package that was unpacked.
+    Unpacked,
+}
+
+#[derive(Clone, Copy, Debug)]
 pub(crate) enum Evidence {
     /// A program in `PATH`.
     Program(&'static str),
@@ -32,239 +53,402 @@ pub(crate) enum Evidence {
 
 impl Package {
     pub(crate) fn new(name: impl Into<String>, evidence: Evidence, reason: &'static str) -> Self {
-        Self { name: name.into(), evidence, reason }
+        Self { name: name.into(), evidence, reason, place: Place::Either }
     }
 
-    fn is_evident(&self) -> bool {
-        match self.evidence {
-            Evidence::Program(program) => which(program).is_some(),
-            Evidence::File(paths) => paths.iter().any(|path| Path::new(path).exists()),
-            Evidence::Installed => false,
-        }
+    /// A package that works only when it is installed.
+    pub(crate) fn in_place(self) -> Self {
+        Self { place: Place::Installed, ..self }
+    }
+
+    /// A package that has to be where another one was unpacked.
+    pub(crate) fn unpacked(self) -> Self {
+        Self { place: Place::Unpacked, ..self }
     }
 }
 
-/// What tests and demo run.
-pub(crate) fn of_the_tests() -> Vec<Package> {
-    const CNI: &[&str] = &["/usr/lib/cni/bridge", "/opt/cni/bin/bridge", "/usr/libexec/cni/bridge"];
-    const FONT: &[&str] = &["/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf"];
-    const BUSYBOX: &[&str] = &["/bin/busybox", "/usr/bin/busybox"];
-    vec![
-        Package::new(
-            "iproute2",
-            Evidence::Program("ip"),
-            "network namespaces, routes and rules of the tests",
-        ),
-        Package::new("nftables", Evidence::Program("nft"), "network address translation of the tests"),
-        Package::new("bpftool", Evidence::Program("bpftool"), "tests list programs, links and maps with it"),
-        Package::new(
-            "containernetworking-plugins",
-            Evidence::File(CNI),
-            "the CNI chain of the end-to-end tests",
-        ),
-        Package::new("iptables", Evidence::Program("iptables-restore"), "the benchmark compares with it"),
-        Package::new("nftables", Evidence::Program("nft"), "the benchmark compares with it"),
-        Package::new("fonts-dejavu-core", Evidence::File(FONT), "the font of the benchmark's plots"),
-        Package::new(
-            "prometheus",
-            Evidence::Program("promtool"),
-            "tests check metrics and alerts with promtool",
-        ),
-        Package::new("bind9-dnsutils", Evidence::Program("dig"), "tests ask DNS servers with dig"),
-        Package::new("ldnsutils", Evidence::Program("drill"), "tests ask DNS servers with drill"),
-        Package::new("haproxy", Evidence::Program("haproxy"), "the node proxy of some tests"),
-        Package::new("podman", Evidence::Program("podman"), "the DaemonSet's pod is run as a container"),
-        Package::new("runc", Evidence::Program("runc"), "podman and containerd run containers with it"),
-        Package::new("containerd", Evidence::Program("containerd"), "tests run containers with its ctr"),
-        Package::new("busybox-static", Evidence::File(BUSYBOX), "the content of the tests' containers"),
-        Package::new("systemd", Evidence::Program("systemd-analyze"), "tests have it verify units"),
-        Package::new("shellcheck", Evidence::Program("shellcheck"), "lints the scripts in deploy"),
-        Package::new(
-            "musl-tools",
-            Evidence::Program("musl-gcc"),
-            "tests ask DNS servers with musl's resolver, in a program that they compile",
-        ),
-    ]
-}
-
-/// What runs tests on other kernels.
-pub(crate) fn of_the_machines() -> Vec<Package> {
-    const AUTHORITIES: &[&str] = &["/etc/ssl/certs/ca-certificates.crt"];
-    let programs = [
-        ("qemu-system-x86", "qemu-system-x86_64"),
-        ("cpio", "cpio"),
-        ("kmod", "modprobe"),
-        ("xz-utils", "xz"),
-        ("zstd", "zstd"),
-        ("binutils", "strip"),
-    ]
-    .map(|(name, program)| (name, Evidence::Program(program)));
-    programs
-        .into_iter()
-        .chain([("ca-certificates", Evidence::File(AUTHORITIES))])
-        .map(|(name, evidence)| Package::new(name, evidence, "tests boot other kernels with it"))
-        .collect()
-}
-
-/// The programs of these packages that are not there.
-pub(crate) fn missing(wanted: &[Package]) -> Option<String> {
-    let missing = wanted.iter().filter(|package| !package.is_evident()).map(|package| package.name.as_str());
-    Some(missing.collect::<Vec<_>>().join(", ")).filter(|names| !names.is_empty())
-}
-
-/// The distribution's package manager, which refreshes its lists at most once.
+/// What installs packages.
 pub(crate) struct Packages<'a> {
     workspace: &'a Workspace,
-    refreshed: Cell<bool>,
+    apt: Apt<'a>,
+    private: Private<'a>,
 }
 
 impl<'a> Packages<'a> {
     pub(crate) fn new(workspace: &'a Workspace) -> Self {
-        Self { workspace, refreshed: Cell::new(false) }
+        Self::with_options(workspace, &[])
+    }
+
+    /// With more options of apt.
+    fn with_options(workspace: &'a Workspace, options: &'a [String]) -> Self {
+        Self {
+            workspace,
+            apt: Apt::new(workspace, options),
+            private: Private::with_options(workspace, options),
+        }
     }
 
     /// Sees to it that all of `wanted` is there.
     pub(crate) fn ensure(&self, wanted: &[Package]) -> Result<()> {
-        let mut missing: Vec<&Package> = wanted.iter().filter(|package| !package.is_evident()).collect();
-        if missing.is_empty() {
-            return Ok(());
-        }
-        let installed = self.installed(&missing)?;
-        missing.retain(|package| !installed.contains(&package.name));
-        self.install(&missing)
+        let missing = self.missing(wanted)?;
+        self.bring(&missing, |missing| Plan::one_by_one(missing, |names| self.apt.simulate(names)))
     }
 
-    /// Installs packages, or newer versions of them.
-    pub(crate) fn install(&self, packages: &[&Package]) -> Result<()> {
+    /// The same for packages that must be in one place: all of them are installed, or all unpacked.
+    pub(crate) fn ensure_together(&self, wanted: &[Package]) -> Result<()> {
+        let missing = self.missing(wanted)?;
+        self.bring(&missing, |missing| Plan::together(wanted, missing, |names| self.apt.simulate(names)))
+    }
+
+    /// Installs all of these, or unpacks all; newer versions if they are there.
+    pub(crate) fn install_together(&self, wanted: &[Package]) -> Result<()> {
+        let all: Vec<&Package> = wanted.iter().collect();
+        self.bring(&all, |all| Plan::together(wanted, all, |names| self.apt.simulate(names)))
+    }
+
+    pub(crate) fn has_apt(&self) -> bool {
+        ["apt-get", "dpkg-query", "dpkg-deb"].iter().all(|program| self.workspace.which(program).is_some())
+    }
+
+    /// Fetches the lists of packages unless that was done before, and says whether it did.
+    pub(crate) fn refresh(&self) -> bool {
+        nix::unistd::geteuid().is_root() && self.apt.refresh()
+    }
+
+    /// What was unpacked instead of being installed.
+    pub(crate) fn private(&self) -> &Private<'a> {
+        &self.private
+    }
+
+    fn missing<'p>(&self, wanted: &'p [Package]) -> Result<Vec<&'p Package>> {
+        let mut missing: Vec<&Package> = wanted.iter().filter(|package| !self.is_evident(package)).collect();
+        let mut seen = HashSet::new();
+        missing.retain(|package| seen.insert(&package.name));
+        if !missing.is_empty() && self.has_apt() {
+            let installed = self.apt.installed(&names(&missing))?;
+            missing.retain(|package| package.place == Place::Unpacked || !installed.contains(&package.name));
+        }
+        Ok(missing)
+    }
+
+    fn is_evident(&self, package: &Package) -> bool {
+        match package.evidence {
+            _ if package.place == Place::Unpacked => self.private.has(&package.name),
+            Evidence::Program(program) => self.workspace.which(program).is_some(),
+            Evidence::File(paths) => {
+                paths.iter().any(|path| Path::new(path).exists() || self.private.file(path).is_some())
+            }
+            Evidence::Installed => self.private.has(&package.name),
+        }
+    }
+
+    fn bring<'p>(
+        &self,
+        packages: &[&'p Package],
+        plan: impl Fn(&[&'p Package]) -> Result<Plan<'p>>,
+    ) -> Result<()> {
         if packages.is_empty() {
             return Ok(());
         }
         for package in packages {
             progress::say(&format!("missing: {} ({})", package.name, package.reason));
         }
-        let names: Vec<&str> = packages.iter().map(|package| package.name.as_str()).collect();
-        let by_hand = names.join(" ");
+        let by_hand = names(packages).join(" ");
         if !self.has_apt() {
             bail!(
                 "this is not a Debian: install what provides these Debian packages, then try again: {by_hand}"
             );
         }
         if !nix::unistd::geteuid().is_root() {
-            bail!(
-                "not root, cannot install packages\nremedy: sudo apt-get install --no-install-recommends {by_hand}"
-            );
+            return self
+                .unpack(packages, "not root, cannot install packages")
+                .with_context(|| format!("remedy: sudo apt-get install --no-install-recommends {by_hand}"));
         }
-        if !self.all_have_candidates(&names)? {
-            self.refresh();
+        let apt = &self.apt;
+        if !apt.all_have_candidates(&names(packages))? {
+            apt.refresh();
         }
-        let first = self.apt_install(&names);
+        let plan = plan(packages)?;
+        for (package, complaint) in &plan.obstacles {
+            progress::say(&format!("{} does not fit beside what is installed: {complaint}", package.name));
+        }
+        if !plan.install.is_empty() {
+            self.again_if_stale(|| apt.install(&names(&plan.install)))?;
+        }
+        self.unpack(&plan.unpack, "can't be installed beside what is there")
+    }
+
+    /// Does it again with fresh lists of packages, if it fails.
+    fn again_if_stale(&self, work: impl Fn() -> Result<()>) -> Result<()> {
+        let first = work();
         if first.is_err() && self.refresh() {
             progress::say("the lists of packages may have been stale: trying once more");
-            return self.apt_install(&names);
+            return work();
         }
-        first.with_context(|| format!("cannot install {by_hand}"))
+        first
     }
 
-    pub(crate) fn has_apt(&self) -> bool {
-        which("apt-get").is_some() && which("dpkg-query").is_some()
-    }
-
-    /// Fetches the lists of packages unless that was done before, and says whether it did.
-    pub(crate) fn refresh(&self) -> bool {
-        if self.refreshed.replace(true) {
-            return false;
+    fn unpack(&self, packages: &[&Package], cause: &str) -> Result<()> {
+        if packages.is_empty() {
+            return Ok(());
         }
-        // A source that cannot be read is no obstacle as long as the others have the packages.
-        let update = apt_get(self.workspace, &["update"]);
-        if let Err(error) =
-            progress::run(self.workspace, "refreshing apt's lists", "apt-update", &mut { update })
-        {
-            progress::say(&format!("going on with the lists that there are: {error:#}"));
+        let fixed = packages.iter().copied().filter(|package| package.place == Place::Installed);
+        let fixed = names(&fixed.collect::<Vec<_>>()).join(" ");
+        ensure!(fixed.is_empty(), "{fixed}: {cause}");
+        let names = names(packages);
+        self.again_if_stale(|| self.private.unpack(&names))
+            .with_context(|| format!("cannot unpack {}", names.join(" ")))?;
+        for package in packages {
+            ensure!(self.is_evident(package), "{} was unpacked, but isn't usable", package.name);
         }
-        true
-    }
-
-    fn apt_install(&self, names: &[&str]) -> Result<()> {
-        let mut install =
-            apt_get(self.workspace, &["install", "--yes", "--no-install-recommends", "--no-remove"]);
-        install.args(names);
-        progress::run(self.workspace, &format!("installing {}", names.join(" ")), "apt-install", &mut install)
-    }
-
-    fn installed(&self, packages: &[&Package]) -> Result<HashSet<String>> {
-        if !self.has_apt() {
-            return Ok(HashSet::new());
-        }
-        let mut query = self.workspace.command("dpkg-query");
-        query.args(["-W", "-f", "${Package} ${db:Status-Status}\n"]);
-        query.args(packages.iter().map(|package| &package.name));
-        // Its exit code is 1 when it does not know one of the packages.
-        let output = query.output().context("cannot run dpkg-query")?;
-        Ok(parse_installed(&String::from_utf8_lossy(&output.stdout)))
-    }
-
-    fn all_have_candidates(&self, names: &[&str]) -> Result<bool> {
-        let output =
-            self.workspace.command("apt-cache").arg("policy").args(names).env("LC_ALL", "C").output();
-        let output = output.context("cannot run apt-cache")?;
-        let known = parse_candidates(&String::from_utf8_lossy(&output.stdout));
-        Ok(names.iter().all(|name| known.contains(*name)))
+        Ok(())
     }
 }
 
-fn apt_get(workspace: &Workspace, arguments: &[&str]) -> Command {
-    let mut command = workspace.command("apt-get");
-    command.args(["-q", "-o", "DPkg::Lock::Timeout=120"]).args(arguments);
-    command.env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C");
-    command
+/// Which packages apt can install without taking another away, and which it can't.
+struct Plan<'p> {
+    install: Vec<&'p Package>,
+    unpack: Vec<&'p Package>,
+    /// What stands in the way, as apt says it.
+    obstacles: Vec<(&'p Package, String)>,
 }
 
-/// The installed packages, from lines `<package> <status>` of dpkg-query.
-fn parse_installed(text: &str) -> HashSet<String> {
-    text.lines().filter_map(|line| line.strip_suffix(" installed")).map(str::to_owned).collect()
-}
-
-/// The packages that could be installed, from `apt-cache policy`.
-fn parse_candidates(text: &str) -> HashSet<String> {
-    let mut name = "";
-    let mut known = HashSet::new();
-    for line in text.lines() {
-        if let Some(header) = line.strip_suffix(':').filter(|line| !line.starts_with(' ')) {
-            name = header;
-        } else if line.trim().strip_prefix("Candidate: ").is_some_and(|version| version != "(none)") {
-            known.insert(name.to_owned());
+impl<'p> Plan<'p> {
+    /// `simulate` says what is wrong with installing these packages together.
+    fn one_by_one(
+        packages: &[&'p Package],
+        simulate: impl Fn(&[&str]) -> Result<Option<String>>,
+    ) -> Result<Self> {
+        let mut plan = Self { install: Vec::new(), unpack: Vec::new(), obstacles: Vec::new() };
+        let (apart, together): (Vec<&Package>, Vec<&Package>) =
+            packages.iter().partition(|package| package.place == Place::Unpacked);
+        plan.unpack = apart;
+        if simulate(&names(&together))?.is_none() {
+            plan.install = together;
+            return Ok(plan);
         }
+        for package in together {
+            plan.install.push(package);
+            if let Some(complaint) = simulate(&names(&plan.install))? {
+                plan.install.pop();
+                plan.unpack.push(package);
+                plan.obstacles.push((package, complaint));
+            }
+        }
+        Ok(plan)
     }
-    known
+
+    /// Those of `all` that are missing can be installed, or all have to be unpacked.
+    fn together(
+        all: &'p [Package],
+        missing: &[&'p Package],
+        simulate: impl Fn(&[&str]) -> Result<Option<String>>,
+    ) -> Result<Self> {
+        Ok(match (simulate(&names(missing))?, missing.first()) {
+            (Some(complaint), Some(first)) => Self {
+                install: Vec::new(),
+                unpack: all.iter().collect(),
+                obstacles: vec![(first, complaint)],
+            },
+            _ => Self { install: missing.to_vec(), unpack: Vec::new(), obstacles: Vec::new() },
+        })
+    }
+}
+
+fn names<'p>(packages: &[&'p Package]) -> Vec<&'p str> {
+    packages.iter().map(|package| package.name.as_str()).collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::process::Command;
+
+    use sha2::{Digest as _, Sha256};
+
     use super::*;
 
-    fn set(names: &[&str]) -> HashSet<String> {
-        names.iter().map(|&name| name.to_owned()).collect()
+    const ALL: [&str; 4] = ["a", "b", "c", "d"];
+
+    fn all() -> Vec<Package> {
+        ALL.map(|name| Package::new(name, Evidence::Installed, "a test")).to_vec()
     }
 
-    #[test]
-    fn installed_packages_are_those_that_dpkg_calls_installed() {
-        let cases: [(&str, &[&str]); 4] = [
-            ("", &[]),
-            ("bpftool installed\nzlib1g-dev installed\n", &["bpftool", "zlib1g-dev"]),
-            ("bpftool config-files\ntcpdump not-installed\nethtool installed\n", &["ethtool"]),
-            ("zlib1g-dev installed\nzlib1g-dev installed\n", &["zlib1g-dev"]),
-        ];
-        for (text, expected) in cases {
-            assert_eq!(parse_installed(text), set(expected), "{text}");
+    /// An apt that refuses to install any of these sets.
+    fn apt(obstacles: &[&str]) -> impl Fn(&[&str]) -> Result<Option<String>> {
+        let obstacles: Vec<String> = obstacles.iter().map(|&names| names.to_owned()).collect();
+        move |names| {
+            let hits = |obstacle: &&String| obstacle.split(' ').all(|name| names.contains(&name));
+            Ok(obstacles.iter().find(hits).map(|obstacle| format!("{obstacle} conflicts")))
         }
     }
 
     #[test]
-    fn candidates_are_packages_with_a_version() {
-        let text = "rustc-web:\n  Installed: (none)\n  Candidate: 1.96.0+dfsg1-1~deb12u2\n  Version table:\n     \
-                    1.96.0+dfsg1-1~deb12u2 500\n        500 http://deb.debian.org/debian-security main\nold:\n  \
-                    Installed: (none)\n  Candidate: (none)\n  Version table:\n";
-        assert_eq!(parse_candidates(text), set(&["rustc-web"]));
-        assert_eq!(parse_candidates(""), set(&[]));
+    fn what_fits_is_installed_and_the_rest_unpacked() {
+        let all = all();
+        let all: Vec<&Package> = all.iter().collect();
+        let cases: [(&[&str], &[&str], &[&str]); 4] = [
+            (&[], &ALL, &[]),
+            // One that never fits, and one that does not fit beside another.
+            (&["b"], &["a", "c", "d"], &["b"]),
+            (&["a c"], &["a", "b", "d"], &["c"]),
+            (&ALL, &[], &ALL),
+        ];
+        for (obstacles, install, unpack) in cases {
+            let plan = Plan::one_by_one(&all, apt(obstacles)).unwrap();
+            assert_eq!(names(&plan.install), install, "{obstacles:?}");
+            assert_eq!(names(&plan.unpack), unpack, "{obstacles:?}");
+            assert!(plan.obstacles.iter().all(|(package, why)| why.contains(&package.name)), "{obstacles:?}");
+            assert_eq!(plan.obstacles.len(), unpack.len(), "{obstacles:?}");
+        }
+    }
+
+    #[test]
+    fn what_belongs_together_is_in_one_place() {
+        let all = all();
+        let missing: Vec<&Package> = all[1..].iter().collect();
+        let plan = Plan::together(&all, &missing, apt(&[])).unwrap();
+        assert_eq!((names(&plan.install), names(&plan.unpack)), (ALL[1..].to_vec(), Vec::new()));
+        let plan = Plan::together(&all, &missing, apt(&["d"])).unwrap();
+        assert_eq!((names(&plan.install), names(&plan.unpack)), (Vec::new(), ALL.to_vec()));
+        assert_eq!(plan.obstacles.len(), 1);
+    }
+
+    /// A repository with a program that says who it is by a library, both of version 2, on a machine that has another program
+    /// of the same source in version 3, and so version 3 of the library.
+    struct Repository {
+        folder: tempfile::TempDir,
+    }
+
+    impl Repository {
+        fn new() -> Self {
+            let repository = Self { folder: tempfile::tempdir().unwrap() };
+            let path = |name: &str| repository.folder.path().join(name);
+            let architecture = crate::architecture::Architecture::HOST;
+            let libraries = format!("usr/lib/{}-linux-gnu", architecture.name());
+            fs::write(path("lib.c"), "const char *greeting(void) { return \"version 2\"; }\n").unwrap();
+            let main = "#include <stdio.h>\nconst char *greeting(void);\nint main(int c, char **v) { puts(greeting()); \
+                        puts(v[c - 1]); return 3; }\n";
+            fs::write(path("main.c"), main).unwrap();
+            for folder in [
+                &format!("library/{libraries}"),
+                "tool/usr/bin",
+                "state/lists/partial",
+                "cache/archives/partial",
+            ] {
+                fs::create_dir_all(path(folder)).unwrap();
+            }
+            let library = path(&format!("library/{libraries}/libgreeting.so.2"));
+            repository.run(
+                Command::new("cc")
+                    .args(["-shared", "-fPIC", "-Wl,-soname,libgreeting.so.2"])
+                    .arg(path("lib.c"))
+                    .arg("-o")
+                    .arg(&library),
+            );
+            let program = path("tool/usr/bin/greeting-tool");
+            repository.run(Command::new("cc").arg(path("main.c")).arg(&library).arg("-o").arg(&program));
+            let index = [
+                repository.package("tool", "greeting-tool", "libgreeting (= 2), libc6"),
+                repository.package("library", "libgreeting", "libc6"),
+            ];
+            fs::write(path("Packages"), index.concat()).unwrap();
+            fs::write(path("sources.list"), format!("deb [trusted=yes] copy:{} ./\n", path("").display()))
+                .unwrap();
+            let installed = |name: &str, fields: &str| {
+                format!(
+                    "Package: {name}\nStatus: install ok installed\nVersion: 3\nArchitecture: {}\nMaintainer: x\n\
+                     Description: x\n{fields}\n",
+                    architecture.in_packages()
+                )
+            };
+            let status = [
+                installed("greeting-utils", "Depends: libgreeting (= 3)\n"),
+                installed("libgreeting", ""),
+                installed("libc6", ""),
+            ];
+            fs::write(path("status"), status.concat()).unwrap();
+            repository
+        }
+
+        fn run(&self, command: &mut Command) {
+            let output = command.output().unwrap();
+            assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+
+        /// Makes a package; its entry in the index.
+        fn package(&self, folder: &str, name: &str, depends: &str) -> String {
+            let folder = self.folder.path().join(folder);
+            let architecture = crate::architecture::Architecture::HOST.in_packages();
+            let control = format!(
+                "Package: {name}\nVersion: 2\nArchitecture: {architecture}\nMaintainer: x\nDepends: {depends}\nDescription: x\n"
+            );
+            fs::create_dir_all(folder.join("DEBIAN")).unwrap();
+            fs::write(folder.join("DEBIAN/control"), &control).unwrap();
+            let deb = self.folder.path().join(format!("{name}.deb"));
+            self.run(Command::new("dpkg-deb").args(["--root-owner-group", "--build"]).arg(&folder).arg(&deb));
+            let bytes = fs::read(&deb).unwrap();
+            let digest: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+            format!("{control}Filename: ./{name}.deb\nSize: {}\nSHA256: {digest}\n\n", bytes.len())
+        }
+
+        fn options(&self) -> Vec<String> {
+            let set = |name: &str, file: &str| format!("{name}={}", self.folder.path().join(file).display());
+            vec![
+                set("Dir::Etc::sourcelist", "sources.list"),
+                "Dir::Etc::sourceparts=/dev/null".to_owned(),
+                set("Dir::State", "state"),
+                set("Dir::State::status", "status"),
+                set("Dir::Cache", "cache"),
+                "APT::Sandbox::User=root".to_owned(),
+            ]
+        }
+    }
+
+    #[test]
+    fn a_package_that_conflicts_with_the_users_is_unpacked_and_works() {
+        let home = tempfile::tempdir().unwrap();
+        let workspace = Workspace::at(home.path());
+        let wanted = Package::new("greeting-tool", Evidence::Program("greeting-tool"), "a test");
+        if !Packages::new(&workspace).has_apt() {
+            let error = Packages::new(&workspace).ensure(&[wanted]).unwrap_err();
+            assert!(error.to_string().contains("not a Debian"), "{error:#}");
+            return;
+        }
+        let repository = Repository::new();
+        let options = repository.options();
+        let packages = Packages::with_options(&workspace, &options);
+        assert!(packages.apt.refresh());
+        let complaint = packages.apt.simulate(&["greeting-tool"]).unwrap().unwrap_or_default();
+        assert!(complaint.contains("greeting"), "{complaint}");
+
+        // What works only when it is installed is refused, with the cause.
+        let fixed = wanted.clone().in_place();
+        let error = packages.ensure(std::slice::from_ref(&fixed)).unwrap_err();
+        assert!(format!("{error:#}").contains("greeting-tool: "), "{error:#}");
+        assert!(workspace.which("greeting-tool").is_none());
+
+        packages.ensure(std::slice::from_ref(&wanted)).unwrap();
+        let program = workspace.which("greeting-tool").unwrap();
+        assert!(program.starts_with(workspace.target("tools/debian/bin")), "{}", program.display());
+        // By its path, and as other programs find it.
+        for name in [program.as_path(), Path::new("greeting-tool")] {
+            let output =
+                workspace.command("sh").args(["-c", "exec \"$0\" 'two words'"]).arg(name).output().unwrap();
+            assert_eq!(String::from_utf8_lossy(&output.stdout), "version 2\ntwo words\n");
+            assert_eq!(output.status.code(), Some(3));
+        }
+        // The user's own is as it was, and nothing is done a second time.
+        let status = fs::read_to_string(repository.folder.path().join("status")).unwrap();
+        assert!(status.contains("Package: greeting-utils") && !status.contains("Version: 2"), "{status}");
+        assert!(packages.missing(&[wanted]).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_has_to_be_unpacked_is_not_installed() {
+        let [a, b] = ["a", "b"].map(|name| Package::new(name, Evidence::Installed, "a test"));
+        let b = b.unpacked();
+        let plan = Plan::one_by_one(&[&a, &b], apt(&[])).unwrap();
+        assert_eq!((names(&plan.install), names(&plan.unpack)), (vec!["a"], vec!["b"]));
     }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
-use crate::packages::{self, Packages};
+use crate::packages::{self, Package, Packages};
 use crate::progress;
 use crate::toolchain::{self, Rustc};
 use crate::workspace::Workspace;
@@ -16,21 +16,37 @@ pub(crate) struct KernelSide {
     pub(crate) linker: PathBuf,
 }
 
-/// What builds, tests and demo need.
-pub(crate) fn everything(workspace: &Workspace) -> Result<KernelSide> {
+/// All that any task needs.
+pub(crate) fn everything(workspace: &Workspace) -> Result<()> {
     let packages = Packages::new(workspace);
-    packages.ensure(&packages::of_the_tests())?;
+    let lists = [packages::for_pods(), packages::for_bench(), packages::for_tests(), packages::for_scripts()];
+    packages.ensure(&lists.concat())?;
+    packages.ensure(&packages::for_machines())?;
     helm::ensure(workspace, &packages)?;
-    // Tests on other kernels are skipped, and say so, where there are no machines.
-    if let Err(error) = packages.ensure(&packages::of_the_machines()) {
-        progress::say(&format!("no tests on other kernels: {error:#}"));
-    }
-    find_kernel_side(workspace, &packages)
+    kernel_side_lints(workspace).map(drop)
 }
 
 /// What builds need.
 pub(crate) fn kernel_side(workspace: &Workspace) -> Result<KernelSide> {
-    find_kernel_side(workspace, &Packages::new(workspace))
+    kernel_side_and(workspace, &[])
+}
+
+/// What builds need, and these packages.
+pub(crate) fn kernel_side_and(workspace: &Workspace, others: &[Package]) -> Result<KernelSide> {
+    let packages = Packages::new(workspace);
+    packages.ensure(others)?;
+    find_kernel_side(workspace, &packages)
+}
+
+/// What tests need, on this host and in machines.
+pub(crate) fn tests(workspace: &Workspace, machines: bool) -> Result<KernelSide> {
+    let packages = Packages::new(workspace);
+    packages.ensure(&[packages::for_pods(), packages::for_tests()].concat())?;
+    if machines {
+        packages.ensure(&packages::for_machines())?;
+    }
+    helm::ensure(workspace, &packages)?;
+    find_kernel_side(workspace, &packages)
 }
 
 /// What linting the kernel side needs.
@@ -55,12 +71,11 @@ fn find_kernel_side(workspace: &Workspace, packages: &Packages<'_>) -> Result<Ke
 
 fn install_rustc(workspace: &Workspace, packages: &Packages<'_>) -> Result<Rustc> {
     let wanted = toolchain::packages();
-    let wanted: Vec<_> = wanted.iter().collect();
-    packages.install(&wanted)?;
+    packages.install_together(&wanted)?;
     let found = Rustc::find(workspace);
     // What stale lists offer may be too old.
     if found.is_err() && packages.refresh() {
-        packages.install(&wanted)?;
+        packages.install_together(&wanted)?;
         return Rustc::find(workspace);
     }
     found

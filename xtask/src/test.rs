@@ -15,12 +15,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
+use crate::progress::{self, Budget, Watch, say_cost};
 use crate::tally::Tally;
 use crate::userspace::Programs;
 use crate::vm::table::table;
 use crate::vm::{self, Plan, Suite, smoke};
 use crate::workspace::Workspace;
-use crate::{deb, host, image, progress, setup, userspace};
+use crate::{deb, host, image, setup, userspace};
 
 /// The kernels and tests that show most in a short time.
 const SMOKE: &str = "smoke";
@@ -77,7 +78,7 @@ enum ProxyKind {
 pub(crate) fn test(workspace: &Workspace, selection: &Selection) -> Result<ExitCode> {
     host::check()?;
     let proxy = selection.proxy.as_ref().map(absolute).transpose()?;
-    let kernel_side = setup::everything(workspace)?;
+    let kernel_side = setup::tests(workspace, !selection.vm.is_empty())?;
     let programs = if selection.dev {
         userspace::build_for_development(workspace, &kernel_side)?
     } else {
@@ -91,7 +92,8 @@ pub(crate) fn test(workspace: &Workspace, selection: &Selection) -> Result<ExitC
 
     let mut build = workspace.cargo();
     build.args(["test", "--workspace", "--no-run"]);
-    progress::run(workspace, "building the tests", "build-tests", &mut build)?;
+    progress::watch(workspace, "building the tests", "build-tests", &mut build, Watch::Cargo)?;
+    say_cost(Budget::Tests);
 
     let started = Instant::now();
     let mut tally = Tally::default();

@@ -11,7 +11,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::packages::{Evidence, Package};
-use crate::workspace::{Workspace, cargo, which};
+use crate::workspace::{Workspace, cargo};
 
 /// The versions of LLVM for which `bpf-linker` can be built.
 const LLVM: std::ops::RangeInclusive<u32> = 21..=23;
@@ -37,7 +37,9 @@ impl Rustc {
     pub(crate) fn find(workspace: &Workspace) -> Result<Self> {
         let in_use = env::var_os("RUSTC").map_or_else(|| "rustc".into(), PathBuf::from);
         let mut complaints = Vec::new();
-        for path in [in_use.as_path(), Path::new(DISTRIBUTION_RUSTC)] {
+        // Not by PATH: the first rustc there is the one in use.
+        let private = workspace.private_programs().join("rustc");
+        for path in [in_use.as_path(), Path::new(DISTRIBUTION_RUSTC), private.as_path()] {
             match Self::examine(workspace, path) {
                 Ok(rustc) => return Ok(rustc),
                 Err(complaint) => complaints.push(format!("  {}: {complaint:#}", path.display())),
@@ -88,11 +90,15 @@ impl Rustc {
 
     /// What `clippy` needs beyond this rustc.
     pub(crate) fn clippy_packages(&self) -> Vec<Package> {
-        if self.path != Path::new(DISTRIBUTION_RUSTC) {
+        // Rustup's brings its own.
+        if !self.path.is_absolute() {
             return Vec::new();
         }
         const DRIVER: &[&str] = &["/usr/bin/clippy-driver"];
-        vec![Package::new("rust-web-clippy", Evidence::File(DRIVER), "lints of the kernel side's compiler")]
+        let clippy =
+            Package::new("rust-web-clippy", Evidence::File(DRIVER), "lints of the kernel side's compiler");
+        let is_installed = self.path == Path::new(DISTRIBUTION_RUSTC);
+        vec![if is_installed { clippy.in_place() } else { clippy.unpacked() }]
     }
 
     fn environment(&self, command: &mut Command) {
@@ -112,7 +118,9 @@ pub(crate) fn packages() -> [Package; 2] {
 pub(crate) const BY_HAND: &str = "rustup component add rust-src, for the toolchain in use";
 
 fn ask(workspace: &Workspace, rustc: &Path, arguments: &[&str]) -> Result<String> {
-    if rustc.is_absolute() && !rustc.exists() || rustc.components().count() == 1 && which("rustc").is_none() {
+    if rustc.is_absolute() && !rustc.exists()
+        || rustc.components().count() == 1 && workspace.which("rustc").is_none()
+    {
         bail!("not there");
     }
     let output = workspace.command(rustc).args(arguments).output().context("cannot run it")?;

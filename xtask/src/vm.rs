@@ -22,9 +22,9 @@ use self::boot::Machine;
 use self::kernels::Kernel;
 use self::root::Root;
 use self::table::{BOOT, Boot, Outcome};
+use crate::progress;
 use crate::test::AGAIN;
 use crate::workspace::Workspace;
-use crate::{packages, progress};
 
 /// What is run in machines.
 pub(crate) struct Suite {
@@ -70,27 +70,17 @@ pub(crate) const MEMORY: u32 = 2048;
 /// That of one whose sockets alone take gigabytes.
 pub(crate) const MUCH_MEMORY: u32 = 8192;
 
-/// Runs what is planned. What can't be booted, for want of the kernel or of qemu, is told as a skipped test, and never
-/// counts as passed.
+/// Runs what is planned. What can't be booted, for want of the kernel, is told as a skipped test, and never counts as passed.
 pub(crate) fn run(workspace: &Workspace, suite: &Suite, plans: Vec<Plan>) -> Result<Vec<Boot>> {
-    let missing = packages::missing(&packages::of_the_machines());
-    let archive = if missing.is_none()
-        && plans.iter().any(|plan| matches!(kernels::is_file(&plan.kernel), Ok(false)))
-    {
-        Some(Archive::open(workspace))
-    } else {
-        None
-    };
+    let asks = plans.iter().any(|plan| matches!(kernels::is_file(&plan.kernel), Ok(false)));
+    let archive = asks.then(|| Archive::open(workspace));
     let mut queue: VecDeque<(usize, Plan, Result<Kernel, String>)> = VecDeque::new();
     for (number, plan) in plans.into_iter().enumerate() {
-        let kernel = match (&missing, kernels::is_file(&plan.kernel)?, &archive) {
-            (Some(programs), ..) => Err(anyhow::anyhow!("{programs} can't be had")),
-            (None, true, _) => Kernel::from_files(Path::new(&plan.kernel)),
-            (None, false, Some(Ok(archive))) => Kernel::from_archive(workspace, archive, &plan.kernel),
-            (None, false, Some(Err(error))) => {
-                Err(anyhow::anyhow!("Debian's archive can't be read: {error:#}"))
-            }
-            (None, false, None) => Err(anyhow::anyhow!("Debian's archive was not asked")),
+        let kernel = match (kernels::is_file(&plan.kernel)?, &archive) {
+            (true, _) => Kernel::from_files(Path::new(&plan.kernel)),
+            (false, Some(Ok(archive))) => Kernel::from_archive(workspace, archive, &plan.kernel),
+            (false, Some(Err(error))) => Err(anyhow::anyhow!("Debian's archive can't be read: {error:#}")),
+            (false, None) => Err(anyhow::anyhow!("Debian's archive was not asked")),
         };
         queue.push_back((number, plan, kernel.map_err(|error| format!("{error:#}"))));
     }

@@ -1,6 +1,7 @@
 //! Where things are in the repository, and how cargo is called there.
 
 use std::env;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -20,6 +21,11 @@ impl Workspace {
         Self { root }
     }
 
+    #[cfg(test)]
+    pub(crate) fn at(root: &Path) -> Self {
+        Self { root: root.to_owned() }
+    }
+
     /// `<path>` in the repository.
     pub(crate) fn root(&self, path: impl AsRef<Path>) -> PathBuf {
         self.root.join(path)
@@ -37,9 +43,44 @@ impl Workspace {
 
     /// A command that runs in the repository's root.
     pub(crate) fn command(&self, program: impl AsRef<Path>) -> Command {
-        let mut command = Command::new(program.as_ref());
+        let mut command = self.command_here(program);
         command.current_dir(&self.root);
         command
+    }
+
+    /// A command that runs in the caller's folder.
+    pub(crate) fn command_here(&self, program: impl AsRef<Path>) -> Command {
+        let mut command = Command::new(program.as_ref());
+        if let Some(path) = self.path() {
+            command.env("PATH", path);
+        }
+        command
+    }
+
+    /// Scripts that start programs which were unpacked below `target/tools`.
+    pub(crate) fn private_programs(&self) -> PathBuf {
+        self.target("tools/debian/bin")
+    }
+
+    /// Finds a program as a shell does, in the administrator's folders, which are not in every user's `PATH`, and among those
+    /// that were unpacked below `target/tools`.
+    pub(crate) fn which(&self, program: &str) -> Option<PathBuf> {
+        let path = env::var_os("PATH").unwrap_or_default();
+        env::split_paths(&path)
+            .chain(["/usr/sbin".into(), "/sbin".into(), self.private_programs()])
+            .map(|folder| folder.join(program))
+            .find(|file| is_executable(file))
+    }
+
+    /// `PATH` of commands, if it isn't ours: with what was unpacked below `target/tools` last.
+    fn path(&self) -> Option<OsString> {
+        let ours = self.private_programs();
+        let path = env::var_os("PATH").unwrap_or_default();
+        let folders: Vec<PathBuf> = env::split_paths(&path).collect();
+        if folders.contains(&ours) || !ours.is_dir() {
+            return None;
+        }
+        env::join_paths(folders.into_iter().chain([ours])).ok()
     }
 
     /// A test binary, which was built before.
@@ -77,15 +118,6 @@ impl Workspace {
 /// The path of the cargo that runs this task.
 pub(crate) fn cargo() -> PathBuf {
     env::var_os("CARGO").map_or_else(|| "cargo".into(), PathBuf::from)
-}
-
-/// Finds a program as a shell does, and in the administrator's folders, which are not in every user's `PATH`.
-pub(crate) fn which(program: &str) -> Option<PathBuf> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path)
-        .chain(["/usr/sbin".into(), "/sbin".into()])
-        .map(|folder| folder.join(program))
-        .find(|file| is_executable(file))
 }
 
 fn is_executable(file: &Path) -> bool {

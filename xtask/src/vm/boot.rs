@@ -12,7 +12,8 @@ use anyhow::{Context, Result, bail};
 
 use super::kernels::Kernel;
 use super::root::Image;
-use crate::workspace::{Workspace, which};
+use crate::packages::Private;
+use crate::workspace::Workspace;
 
 const QEMU: &str = "qemu-system-x86_64";
 
@@ -43,11 +44,18 @@ impl Drop for Qemu {
 impl Machine<'_> {
     /// Boots, hands on what its program prints, and returns the program's exit status.
     pub(super) fn run(&self, workspace: &Workspace, mut line: impl FnMut(&str)) -> Result<i32> {
-        let program = which(QEMU).with_context(|| format!("{QEMU} is not there: cargo xtask setup"))?;
+        let program =
+            workspace.which(QEMU).with_context(|| format!("{QEMU} is not there: cargo xtask setup"))?;
         File::create(&self.console).with_context(|| format!("cannot write {}", self.console.display()))?;
         // It ends with the thread that waits for it, also if this process is killed.
         let mut qemu = workspace.command("setpriv");
         qemu.args(["--pdeathsig", "KILL"]).arg(program);
+        // Where its firmware is, if it was not installed.
+        let private = Private::new(workspace);
+        for firmware in ["/usr/share/qemu", "/usr/share/seabios"].iter().filter_map(|path| private.file(path))
+        {
+            qemu.arg("-L").arg(firmware);
+        }
         qemu.args(["-accel", "tcg,thread=multi,tb-size=256", "-cpu", "max", "-smp", "2"]);
         qemu.arg("-m").arg(self.memory.to_string());
         qemu.args(["-nodefaults", "-display", "none", "-no-reboot"]);

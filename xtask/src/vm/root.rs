@@ -1,6 +1,7 @@
 //! What a virtual machine boots into: an archive in memory, with a handful of programs and what these need.
 
 use std::collections::BTreeSet;
+use std::env;
 use std::fs::{self, File};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -9,7 +10,8 @@ use std::process::Stdio;
 use anyhow::{Context, Result, bail};
 
 use super::kernels::Kernel;
-use crate::workspace::{Workspace, which};
+use crate::packages::Private;
+use crate::workspace::Workspace;
 
 /// What tests need that Debian builds as modules. Those that a kernel has built in, or has not, are left out; the tests
 /// that need them say so.
@@ -108,6 +110,7 @@ poweroff -f
 /// A root folder that is being put together: links, which the archive follows.
 pub(super) struct Root<'a> {
     workspace: &'a Workspace,
+    private: Private<'a>,
     folder: PathBuf,
 }
 
@@ -123,7 +126,7 @@ impl<'a> Root<'a> {
             fs::create_dir_all(folder.join(empty))
                 .with_context(|| format!("cannot create {}", folder.display()))?;
         }
-        let root = Self { workspace, folder };
+        let root = Self { workspace, private: Private::new(workspace), folder };
         root.write("init", INIT)?;
         fs::set_permissions(root.folder.join("init"), fs::Permissions::from_mode(0o755))?;
         root.write("etc/passwd", "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")?;
@@ -131,9 +134,9 @@ impl<'a> Root<'a> {
         root.write("etc/hosts", "127.0.0.1 localhost\n::1 localhost\n")?;
         root.write("etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files dns\n")?;
         root.write("etc/resolv.conf", "")?;
-        root.put(&find("busybox")?, Path::new("/vm/busybox"))?;
+        root.put(&root.find("busybox")?, Path::new("/vm/busybox"))?;
         for program in PROGRAMS {
-            let path = find(program)?;
+            let path = root.find(program)?;
             root.program(&path, &Path::new("/usr/bin").join(program))?;
         }
         let plugins = ["/usr/lib/cni", "/opt/cni/bin", "/usr/libexec/cni"].map(PathBuf::from);
@@ -155,7 +158,7 @@ impl<'a> Root<'a> {
     pub(super) fn built(&self, from: &Path, to: &Path) -> Result<()> {
         let place = self.folder.join(to.strip_prefix("/").unwrap_or(to));
         fs::create_dir_all(place.parent().unwrap_or(&self.folder))?;
-        let status = self.workspace.command(find("strip")?).arg("-o").arg(&place).arg(from).status()?;
+        let status = self.workspace.command(self.find("strip")?).arg("-o").arg(&place).arg(from).status()?;
         if !status.success() {
             bail!("strip failed for {}", from.display());
         }
@@ -164,16 +167,25 @@ impl<'a> Root<'a> {
 
     /// A program of this machine's, with the libraries that it is linked to.
     fn program(&self, from: &Path, to: &Path) -> Result<()> {
-        self.put(from, to)?;
-        self.libraries(from)
+        let from = self.private.program(from).unwrap_or_else(|| from.to_owned());
+        self.put(&from, to)?;
+        self.libraries(&from)
     }
 
     fn libraries(&self, from: &Path) -> Result<()> {
-        let output = self.workspace.command("ldd").arg(from).stderr(Stdio::null()).output()?;
+        let mut ldd = self.workspace.command("ldd");
+        if self.private.place(from) != from {
+            ldd.env("LD_LIBRARY_PATH", env::join_paths(self.private.libraries())?);
+        }
+        let output = ldd.arg(from).stderr(Stdio::null()).output()?;
         for library in libraries(&String::from_utf8_lossy(&output.stdout)) {
-            self.put(&library, &library)?;
+            self.put(&library, &self.private.place(&library))?;
         }
         Ok(())
+    }
+
+    fn find(&self, program: &str) -> Result<PathBuf> {
+        self.workspace.which(program).with_context(|| format!("{program} is not there: cargo xtask setup"))
     }
 
     pub(super) fn write(&self, path: &str, text: &str) -> Result<()> {
@@ -195,7 +207,7 @@ impl<'a> Root<'a> {
 
     fn modules(&self, kernel: &Kernel) -> Result<()> {
         if !kernel.modules.join("lib/modules").join(&kernel.release).join("modules.dep.bin").exists() {
-            let mut depmod = self.workspace.command(find("depmod")?);
+            let mut depmod = self.workspace.command(self.find("depmod")?);
             let status = depmod.arg("-b").arg(&kernel.modules).arg(&kernel.release).status()?;
             if !status.success() {
                 bail!("depmod failed for {}", kernel.release);
@@ -203,7 +215,7 @@ impl<'a> Root<'a> {
         }
         let (mut seen, mut order) = (BTreeSet::new(), String::new());
         for module in MODULES {
-            let mut modprobe = self.workspace.command(find("modprobe")?);
+            let mut modprobe = self.workspace.command(self.find("modprobe")?);
             modprobe.arg("-d").arg(&kernel.modules).args(["-S", &kernel.release, "--show-depends", module]);
             let output = modprobe.output()?;
             for file in inserted(&String::from_utf8_lossy(&output.stdout)) {
@@ -227,7 +239,7 @@ impl<'a> Root<'a> {
             Some("zst") => "zstd",
             _ => return symlink(from, to).with_context(|| format!("cannot link {}", to.display())),
         };
-        let mut command = self.workspace.command(find(program)?);
+        let mut command = self.workspace.command(self.find(program)?);
         let status = command.arg("-qdc").arg(from).stdout(File::create(to)?).status()?;
         if !status.success() {
             bail!("{program} can't decompress {}", from.display());
@@ -257,10 +269,6 @@ impl Drop for Image {
         // What is left is written over the next time.
         let _ = fs::remove_file(&self.0);
     }
-}
-
-fn find(program: &str) -> Result<PathBuf> {
-    which(program).with_context(|| format!("{program} is not there: cargo xtask setup"))
 }
 
 /// The files in what ldd prints.
