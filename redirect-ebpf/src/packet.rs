@@ -10,8 +10,8 @@ pub const RST: u8 = 0x04;
 /// TCP flag: acknowledgement.
 pub const ACK: u8 = 0x10;
 
-/// The bytes of a packet, counted from its network header (behind the Ethernet header and behind the VLAN tags that
-/// the kernel has already taken off).
+/// The bytes of a packet, counted from behind its Ethernet header (and behind the VLAN tags that the kernel has already
+/// taken off).
 pub trait Packet {
     /// `N` bytes at `offset`, or nothing where the packet is shorter.
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
@@ -37,10 +37,11 @@ pub enum Parsed<A> {
     Fragment(Segment<A>),
     /// A UDP datagram, or the first fragment of one.
     Datagram(Segment<A>),
-    /// Nothing of ours: another family, another protocol, or a later fragment, which is harmless without the first.
-    Other,
-    /// Its headers end too early, contradict themselves or go on for too long.
-    Malformed,
+    /// Surely nothing of ours: another family, another protocol, or a later fragment, which is harmless without the first.
+    NotOurs,
+    /// Nobody can tell: its headers end too early, contradict themselves or go on for longer than anyone reads them here. The
+    /// kernel may find a connection in it all the same, so whoever guards against connections drops it.
+    Unknown,
 }
 
 /// Addresses, ports and flags of a TCP segment, or of a UDP datagram, which has no flags.
@@ -76,7 +77,8 @@ const IPV6_HEADER: u32 = 40;
 /// 802.1Q and 802.1ad.
 const VLAN_TYPES: [u16; 2] = [0x8100, 0x88a8];
 
-/// Two tags (QinQ) are as deep as it gets in practice; a third makes the packet somebody else's.
+/// Two tags (QinQ) are as deep as it gets in practice. The kernel takes off any number of priority tags (VLAN 0) and finds IP
+/// behind them, so a packet with more is not somebody else's: it is [`Parsed::Unknown`].
 const MAX_VLAN_TAGS: u32 = 2;
 
 /// Longer chains of extension headers are legal and useless; the packet is treated as malformed.
@@ -155,11 +157,17 @@ fn network_header<I: Parse>(packet: &impl Packet) -> Result<u32, Parsed<I::Addre
         if !VLAN_TYPES.contains(&ether_type) {
             break;
         }
-        let Some([_, _, high, low]) = packet.load::<4>(offset) else { return Err(Parsed::Malformed) };
+        let Some([_, _, high, low]) = packet.load::<4>(offset) else { return Err(Parsed::Unknown) };
         ether_type = u16::from_be_bytes([high, low]);
         offset += 4;
     }
-    if ether_type == I::ETHER_TYPE { Ok(offset) } else { Err(Parsed::Other) }
+    if ether_type == I::ETHER_TYPE {
+        Ok(offset)
+    } else if VLAN_TYPES.contains(&ether_type) {
+        Err(Parsed::Unknown)
+    } else {
+        Err(Parsed::NotOurs)
+    }
 }
 
 impl Parse for Ipv4 {
@@ -184,18 +192,18 @@ impl Parse for Ipv4 {
 
     #[inline(always)]
     fn parse_at(packet: &impl Packet, offset: u32, extent: Extent) -> Parsed<[u8; 4]> {
-        let Some(header) = packet.load::<20>(offset) else { return Parsed::Malformed };
+        let Some(header) = packet.load::<20>(offset) else { return Parsed::Unknown };
         let length = u32::from(header[0] & 0xf) * 4;
         if header[0] >> 4 != 4 || length < 20 {
-            return Parsed::Malformed;
+            return Parsed::Unknown;
         }
         let protocol = header[9];
         if protocol != IPPROTO_TCP && protocol != IPPROTO_UDP {
-            return Parsed::Other;
+            return Parsed::NotOurs;
         }
         let fragment = u16::from_be_bytes([header[6], header[7]]);
         if fragment & 0x1fff != 0 {
-            return Parsed::Other;
+            return Parsed::NotOurs;
         }
         let addresses = (
             [header[12], header[13], header[14], header[15]],
@@ -247,16 +255,16 @@ impl Parse for Ipv6 {
 
     #[inline(always)]
     fn parse_at(packet: &impl Packet, offset: u32, extent: Extent) -> Parsed<[u8; 16]> {
-        let Some(header) = packet.load::<8>(offset) else { return Parsed::Malformed };
+        let Some(header) = packet.load::<8>(offset) else { return Parsed::Unknown };
         if header[0] >> 4 != 6 {
-            return Parsed::Malformed;
+            return Parsed::Unknown;
         }
         let mut next = header[6];
         let fragmented = extent == Extent::Quoted;
         let mut place = Place { network: offset, transport: offset + IPV6_HEADER, fragmented };
         for _ in 0..MAX_EXTENSION_HEADERS {
             let Some(kind) = Extension::of(next) else { break };
-            let Some(extension) = packet.load::<8>(place.transport) else { return Parsed::Malformed };
+            let Some(extension) = packet.load::<8>(place.transport) else { return Parsed::Unknown };
             let mut fragmented = place.fragmented;
             let length = match kind {
                 Extension::Options => (u32::from(extension[1]) + 1) * 8,
@@ -264,7 +272,7 @@ impl Parse for Ipv6 {
                 Extension::Fragment => {
                     let fragment = u16::from_be_bytes([extension[2], extension[3]]);
                     if fragment & 0xfff8 != 0 {
-                        return Parsed::Other;
+                        return Parsed::NotOurs;
                     }
                     fragmented |= fragment & 1 != 0;
                     8
@@ -277,10 +285,10 @@ impl Parse for Ipv6 {
             next = extension[0];
         }
         if next != IPPROTO_TCP && next != IPPROTO_UDP {
-            return if Extension::of(next).is_some() { Parsed::Malformed } else { Parsed::Other };
+            return if Extension::of(next).is_some() { Parsed::Unknown } else { Parsed::NotOurs };
         }
-        let Some(source) = packet.load::<16>(offset + 8) else { return Parsed::Malformed };
-        let Some(destination) = packet.load::<16>(offset + 24) else { return Parsed::Malformed };
+        let Some(source) = packet.load::<16>(offset + 8) else { return Parsed::Unknown };
+        let Some(destination) = packet.load::<16>(offset + 24) else { return Parsed::Unknown };
         transport(packet, next, (source, destination), place)
     }
 
@@ -354,7 +362,7 @@ fn transport<A>(
     place: Place,
 ) -> Parsed<A> {
     // The first fragment may be cut right behind the ports and the sequence number: eight bytes are its minimum.
-    let Some(ports) = packet.load::<4>(place.transport) else { return Parsed::Malformed };
+    let Some(ports) = packet.load::<4>(place.transport) else { return Parsed::Unknown };
     let segment = Segment {
         source,
         destination,
@@ -370,7 +378,7 @@ fn transport<A>(
     if place.fragmented {
         return Parsed::Fragment(segment);
     }
-    let Some([_, flags]) = packet.load::<2>(place.transport + 12) else { return Parsed::Malformed };
+    let Some([_, flags]) = packet.load::<2>(place.transport + 12) else { return Parsed::Unknown };
     Parsed::Tcp(Segment { flags, ..segment })
 }
 

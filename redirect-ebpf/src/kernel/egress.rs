@@ -18,7 +18,7 @@ use super::exclusions::{ExcludedIp, excluded};
 use super::flows::{self, About};
 use super::pods::{self, PodIp};
 use super::proxies;
-use super::skb::Skb;
+use super::skb::Frame;
 use super::socket::{self, State};
 use super::steer::Action;
 
@@ -35,13 +35,18 @@ pub(crate) fn egress_ipv6(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn egress<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
     // Nearly every packet is the proxy's: it is let go before its headers are looked at.
-    if is_of_another_family::<I>(&Skb(ctx)) || proxies::sent(ctx) {
+    if proxies::sent(ctx) {
         return Action::Continue;
     }
-    let parsed = parse::<I>(&Skb(ctx));
+    // Not `skb->protocol`: the frame says what the other end will take it for.
+    let frame = Frame::leaving(ctx);
+    if is_of_another_family::<I>(&frame) {
+        return Action::Continue;
+    }
+    let parsed = parse::<I>(&frame);
     let (leaves, reason) = match parsed {
-        Parsed::Other | Parsed::Datagram(_) => (true, Reason::Unmarked),
-        Parsed::Malformed => (false, Reason::Malformed),
+        Parsed::NotOurs | Parsed::Datagram(_) => (true, Reason::Unmarked),
+        Parsed::Unknown => (false, Reason::Malformed),
         Parsed::Tcp(segment) if segment.opens() => (is_exempt::<I>(&segment), Reason::Unmarked),
         // What goes on must not change over from the proxy to the network in the middle.
         Parsed::Tcp(segment) => (segment.resets() || !is_proxied(ctx, &segment), Reason::Unmarked),
@@ -51,12 +56,12 @@ fn egress<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
     if leaves {
         return Action::Continue;
     }
-    if matches!(parsed, Parsed::Malformed) {
+    if matches!(parsed, Parsed::Unknown) {
         diagnostics::malformed::<I>(ctx, Hook::Egress);
     }
     let segment = match parsed {
         Parsed::Tcp(segment) | Parsed::Fragment(segment) => Some(segment),
-        Parsed::Malformed | Parsed::Other | Parsed::Datagram(_) => None,
+        Parsed::Unknown | Parsed::NotOurs | Parsed::Datagram(_) => None,
     };
     let pod = segment.and_then(|segment| I::owner(&segment.source));
     count(I::FAMILY, Direction::Outbound, Verdict::Dropped, reason, pod, || match segment {

@@ -51,8 +51,8 @@ fn from_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
         return drop::<I>(Reason::Spoofed, cookie, None);
     }
     match parse::<I>(&Skb(ctx)) {
-        Parsed::Other => enter_complaint::<I>(ctx),
-        Parsed::Malformed => {
+        Parsed::NotOurs => enter_complaint::<I>(ctx),
+        Parsed::Unknown => {
             diagnostics::malformed::<I>(ctx, Hook::FromPod);
             drop::<I>(Reason::Malformed, cookie, None)
         }

@@ -1,14 +1,16 @@
-//! A packet at a TC hook, as [`redirect_ebpf::packet`] wants to read it.
+//! A packet at a TC hook, as [`redirect_ebpf::packet`] wants to read it: [`Skb`] where it came in, [`Frame`] where it leaves.
 
 use core::mem::MaybeUninit;
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
-use aya_ebpf::helpers::bpf_skb_load_bytes_relative;
+use aya_ebpf::helpers::{bpf_check_mtu, bpf_skb_load_bytes, bpf_skb_load_bytes_relative};
 use aya_ebpf::programs::TcContext;
+use redirect_ebpf::family::{Ip as _, Ipv4, Ipv6};
 use redirect_ebpf::packet::{Packet, Parse, Parsed, parse};
 
-/// Offsets count from the network header, because devices without Ethernet headers (tun, WireGuard) exist in pods too.
+/// A packet that came in by an interface. The kernel itself has just read its type from the frame, and set the network header
+/// behind it. Offsets count from there, because devices without Ethernet headers (tun, WireGuard) exist in pods too.
 pub(super) struct Skb<'a>(pub(super) &'a TcContext);
 
 impl Packet for Skb<'_> {
@@ -38,10 +40,88 @@ impl Packet for Skb<'_> {
 
     #[inline(always)]
     fn forget(&self, number: u32) -> u32 {
-        // SAFETY: every TC context has `len`. It stays the same, which the verifier does not know.
-        let length = || unsafe { (&raw const (*self.0.skb.skb).len).read_volatile() };
-        number ^ length() ^ length()
+        forget(self.0, number)
     }
+}
+
+#[inline(always)]
+fn forget(ctx: &TcContext, number: u32) -> u32 {
+    // SAFETY: every TC context has `len`. It stays the same, which the verifier does not know.
+    let length = || unsafe { (&raw const (*ctx.skb.skb).len).read_volatile() };
+    number ^ length() ^ length()
+}
+
+/// A packet that leaves by an interface, read from its first byte on, as whoever receives it will. Its sender may have chosen
+/// both `skb->protocol` and, by tags, where the network header is (`AF_PACKET`): neither is believed.
+pub(super) struct Frame<'a> {
+    ctx: &'a TcContext,
+    /// How long the Ethernet header is: zero where the interface has none.
+    link: u32,
+}
+
+impl<'a> Frame<'a> {
+    /// On an interface that has Ethernet headers for sure.
+    #[inline(always)]
+    pub(super) fn ethernet(ctx: &'a TcContext) -> Self {
+        Self { ctx, link: ETHERNET_HEADER as u32 }
+    }
+
+    /// On any interface.
+    #[inline(always)]
+    pub(super) fn leaving(ctx: &'a TcContext) -> Self {
+        if has_link_headers(ctx) { Self::ethernet(ctx) } else { Self { ctx, link: 0 } }
+    }
+
+    #[inline(always)]
+    fn at<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
+        let (skb, place) = (self.ctx.as_ptr().cast_const(), bytes.as_mut_ptr().cast());
+        // SAFETY: the buffer has room for N bytes.
+        let result = unsafe { bpf_skb_load_bytes(skb, offset, place, N as u32) };
+        // SAFETY: the helper wrote all N bytes if it returned zero.
+        (result == 0).then(|| unsafe { bytes.assume_init() })
+    }
+}
+
+impl Packet for Frame<'_> {
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        self.at(self.link + offset)
+    }
+
+    #[inline(always)]
+    fn ether_type(&self) -> u16 {
+        const TYPE: u32 = 12;
+        if self.link != 0 {
+            // A frame without a type can't be sent.
+            return self.at::<2>(TYPE).map_or(0, u16::from_be_bytes);
+        }
+        match self.at::<1>(0).map(|[first]| first >> 4) {
+            Some(4) => Ipv4::ETHER_TYPE,
+            Some(6) => Ipv6::ETHER_TYPE,
+            _ => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn forget(&self, number: u32) -> u32 {
+        forget(self.ctx, number)
+    }
+}
+
+/// Whether packets of the interface begin with an Ethernet header. No field of the context says so; the limit that
+/// `bpf_check_mtu` compares a packet's length with is the interface's MTU and the length of its link header.
+#[inline(always)]
+fn has_link_headers(ctx: &TcContext) -> bool {
+    let check = |mtu: &mut u32, difference: i32| {
+        // SAFETY: the number lives for the length of the call. Zero stands for the packet's own interface.
+        unsafe { bpf_check_mtu(ctx.as_ptr(), 0, &raw mut *mtu, difference, 0) }
+    };
+    // Its first answer tells the MTU, whatever else it says.
+    let mut mtu = 0;
+    check(&mut mtu, 0);
+    let longest = mtu as i32 + ETHERNET_HEADER as i32;
+    check(&mut 0, longest.wrapping_sub(ctx.len() as i32)) == 0
 }
 
 /// Reads a packet on `lo`, which has an Ethernet header: where it is, without a call of the kernel, if it is plain.

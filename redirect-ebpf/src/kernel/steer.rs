@@ -91,8 +91,8 @@ pub(super) fn steer_parsed<I: Parse + PodIp, R: Route<I>>(
 ) -> Action {
     let segment = match parsed {
         Parsed::Tcp(segment) => segment,
-        Parsed::Other | Parsed::Datagram(_) => return Action::Continue,
-        Parsed::Malformed => {
+        Parsed::NotOurs | Parsed::Datagram(_) => return Action::Continue,
+        Parsed::Unknown => {
             if let Some(hook) = R::HOOK {
                 diagnostics::malformed::<I>(ctx, hook);
             }

@@ -25,7 +25,7 @@ use super::probe::is_probe;
 use super::proxies::{Sender, sender};
 use super::refuse::{Back, is_refused, refuse};
 use super::rewrite::set_source_port;
-use super::skb::Skb;
+use super::skb::Frame;
 use super::socket;
 use super::steer::Action;
 
@@ -41,16 +41,16 @@ pub(crate) fn to_pod_ipv6(ctx: TcContext) -> i32 {
 
 #[inline(always)]
 fn to_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
-    if is_of_another_family::<I>(&Skb(ctx)) {
+    if is_of_another_family::<I>(&Frame::ethernet(ctx)) {
         return Action::Continue;
     }
     // SAFETY: every TC context has `ifindex`.
     let interface = unsafe { (*ctx.skb.skb).ifindex };
     let Some((cookie, flags)) = pods::behind(interface) else { return Action::Continue };
     let sender = sender(ctx);
-    match parse::<I>(&Skb(ctx)) {
-        Parsed::Other => enter_complaint::<I>(ctx),
-        Parsed::Malformed => {
+    match parse::<I>(&Frame::ethernet(ctx)) {
+        Parsed::NotOurs => enter_complaint::<I>(ctx),
+        Parsed::Unknown => {
             diagnostics::malformed::<I>(ctx, Hook::ToPod);
             drop::<I>(Reason::Malformed, cookie, None)
         }

@@ -92,13 +92,13 @@ fn plain_headers() {
 
 #[test]
 fn a_family_ignores_the_other_and_other_protocols() {
-    assert_eq!(parse::<Ipv6>(&ipv4(&[], 0, 6, &tcp(SYN))), Parsed::Other);
-    assert_eq!(parse::<Ipv4>(&ipv6(6, &tcp(SYN))), Parsed::Other);
+    assert_eq!(parse::<Ipv6>(&ipv4(&[], 0, 6, &tcp(SYN))), Parsed::NotOurs);
+    assert_eq!(parse::<Ipv4>(&ipv6(6, &tcp(SYN))), Parsed::NotOurs);
     for protocol in [1, 50, 132] {
-        assert_eq!(parse::<Ipv4>(&ipv4(&[], 0, protocol, &tcp(SYN))), Parsed::Other);
-        assert_eq!(parse::<Ipv6>(&ipv6(protocol, &tcp(SYN))), Parsed::Other);
+        assert_eq!(parse::<Ipv4>(&ipv4(&[], 0, protocol, &tcp(SYN))), Parsed::NotOurs);
+        assert_eq!(parse::<Ipv6>(&ipv6(protocol, &tcp(SYN))), Parsed::NotOurs);
     }
-    assert_eq!(parse::<Ipv6>(&ipv6(58, &tcp(SYN))), Parsed::Other, "neighbour discovery is not touched");
+    assert_eq!(parse::<Ipv6>(&ipv6(58, &tcp(SYN))), Parsed::NotOurs, "neighbour discovery is not touched");
 }
 
 #[test]
@@ -113,7 +113,7 @@ fn datagrams_have_ports_and_no_flags() {
     check::<Ipv4>(&ipv4(&[], 0, 17, &tcp(SYN)));
     check::<Ipv4>(&ipv4(&[], 0x2000, 17, &tcp(SYN)));
     check::<Ipv6>(&ipv6(17, &tcp(SYN)));
-    assert_eq!(parse::<Ipv4>(&ipv4(&[], 1, 17, &tcp(SYN))), Parsed::Other);
+    assert_eq!(parse::<Ipv4>(&ipv4(&[], 1, 17, &tcp(SYN))), Parsed::NotOurs);
 }
 
 #[test]
@@ -123,9 +123,18 @@ fn vlan_tags() {
         let segment = expect_tcp::<Ipv6>(&tagged(ipv6(6, &tcp(SYN)), tags), SYN);
         assert_eq!(segment.network_offset, 4 * tags.len() as u32);
     }
-    assert_eq!(parse::<Ipv4>(&tagged(ipv4(&[], 0, 6, &tcp(SYN)), &[0x8100; 3])), Parsed::Other);
+    // The kernel finds IP behind any number of priority tags: more than we read is not "nothing of ours".
+    for tags in 3..6 {
+        for kind in [0x8100, 0x88a8] {
+            let packet = tagged(ipv4(&[], 0, 6, &tcp(SYN)), &vec![kind; tags]);
+            assert_eq!(parse::<Ipv4>(&packet), Parsed::Unknown, "{tags} tags");
+            assert_eq!(parse::<Ipv6>(&packet), Parsed::Unknown, "{tags} tags");
+        }
+    }
+    let other = Bytes { ether_type: 0x0806, bytes: vec![0; 28] };
+    assert_eq!(parse::<Ipv4>(&tagged(other, &[0x8100, 0x8100])), Parsed::NotOurs);
     let bare = Bytes { ether_type: 0x8100, bytes: vec![0, 1] };
-    assert_eq!(parse::<Ipv4>(&bare), Parsed::Malformed);
+    assert_eq!(parse::<Ipv4>(&bare), Parsed::Unknown);
 }
 
 #[test]
@@ -136,7 +145,7 @@ fn ipv4_options() {
     }
     let mut short = ipv4(&[], 0, 6, &tcp(SYN));
     short.bytes[0] = 0x44;
-    assert_eq!(parse::<Ipv4>(&short), Parsed::Malformed);
+    assert_eq!(parse::<Ipv4>(&short), Parsed::Unknown);
 }
 
 #[test]
@@ -161,7 +170,7 @@ fn ipv6_extension_headers() {
     for _ in 0..MAX_EXTENSION_HEADERS + 1 {
         endless.extend(hop_by_hop(60));
     }
-    assert_eq!(parse::<Ipv6>(&ipv6(60, &endless)), Parsed::Malformed);
+    assert_eq!(parse::<Ipv6>(&ipv6(60, &endless)), Parsed::Unknown);
 
     let mut longest = Vec::new();
     for left in (0..MAX_EXTENSION_HEADERS).rev() {
@@ -175,8 +184,8 @@ fn ipv6_extension_headers() {
 fn fragments() {
     let tiny = &tcp(SYN)[..8];
     assert!(matches!(parse::<Ipv4>(&ipv4(&[], 0x2000, 6, tiny)), Parsed::Fragment(_)));
-    assert_eq!(parse::<Ipv4>(&ipv4(&[], 0x2001, 6, tiny)), Parsed::Other);
-    assert_eq!(parse::<Ipv4>(&ipv4(&[], 0x0001, 6, tiny)), Parsed::Other);
+    assert_eq!(parse::<Ipv4>(&ipv4(&[], 0x2001, 6, tiny)), Parsed::NotOurs);
+    assert_eq!(parse::<Ipv4>(&ipv4(&[], 0x0001, 6, tiny)), Parsed::NotOurs);
     let fragment = |bits: u16| {
         let [high, low] = bits.to_be_bytes();
         let mut header = vec![6, 0, high, low, 0, 0, 0, 9];
@@ -184,25 +193,25 @@ fn fragments() {
         header
     };
     assert!(matches!(parse::<Ipv6>(&ipv6(44, &fragment(1))), Parsed::Fragment(_)));
-    assert_eq!(parse::<Ipv6>(&ipv6(44, &fragment(8 | 1))), Parsed::Other);
-    assert_eq!(parse::<Ipv6>(&ipv6(44, &fragment(8))), Parsed::Other);
+    assert_eq!(parse::<Ipv6>(&ipv6(44, &fragment(8 | 1))), Parsed::NotOurs);
+    assert_eq!(parse::<Ipv6>(&ipv6(44, &fragment(8))), Parsed::NotOurs);
     let mut atomic = vec![6, 0, 0, 0, 0, 0, 0, 9];
     atomic.extend(tcp(SYN));
     expect_tcp::<Ipv6>(&ipv6(44, &atomic), SYN);
 }
 
 #[test]
-fn truncated_headers_are_malformed_at_every_length() {
+fn truncated_headers_are_unknown_at_every_length() {
     for whole in [ipv4(&[1; 8], 0, 6, &tcp(SYN)[..14]).bytes, ipv4(&[], 0, 6, &tcp(SYN)[..14]).bytes] {
         for length in 0..whole.len() {
             let cut = Bytes { ether_type: Ipv4::ETHER_TYPE, bytes: whole[..length].to_vec() };
-            assert_eq!(parse::<Ipv4>(&cut), Parsed::Malformed, "{length}");
+            assert_eq!(parse::<Ipv4>(&cut), Parsed::Unknown, "{length}");
         }
     }
     let whole = ipv6(60, &[&[6, 0, 0, 0, 0, 0, 0, 0], &tcp(SYN)[..14]].concat()).bytes;
     for length in 0..whole.len() {
         let cut = Bytes { ether_type: Ipv6::ETHER_TYPE, bytes: whole[..length].to_vec() };
-        assert_eq!(parse::<Ipv6>(&cut), Parsed::Malformed, "{length}");
+        assert_eq!(parse::<Ipv6>(&cut), Parsed::Unknown, "{length}");
     }
 }
 

@@ -74,6 +74,10 @@ fn malformed_and_fragments(bench: &Bench, program: &str, family: Family) -> Resu
     };
     expect(bench, program, &first, 0, Fate::Dropped(Reason::Fragmented))?;
     expect(bench, program, &first, MARK_PROXY, Fate::Untouched)?;
+    for tags in 3..6 {
+        let tagged = Packet { tags: vec![0x8100; tags], ..syn(family) };
+        expect(bench, program, &tagged, 0, Fate::Dropped(Reason::Malformed))?;
+    }
     let short = Packet { payload: Some(vec![0; 3]), ..syn(family) };
     expect(bench, program, &short, 0, Fate::Dropped(Reason::Malformed))
 }

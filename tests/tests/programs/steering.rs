@@ -124,8 +124,12 @@ fn tags(bench: &Bench, subject: Subject) -> Result<()> {
     for tags in [vec![0x8100], vec![0x88a8], vec![0x88a8, 0x8100], vec![0x8100, 0x8100]] {
         subject.is_new(bench, &Packet { tags, ..subject.syn() })?;
     }
-    // Deeper than that nobody looks; no stack takes such a packet for IP either.
-    subject.always(bench, &Packet { tags: vec![0x8100; 3], ..subject.syn() }, Fate::Untouched)
+    // Deeper than that nobody looks here; but the kernel does, as long as the tags are of VLAN 0.
+    for deeper in 3..6 {
+        let packet = Packet { tags: vec![0x8100; deeper], ..subject.syn() };
+        subject.always(bench, &packet, Fate::Dropped(Reason::Malformed))?;
+    }
+    Ok(())
 }
 
 /// Cut off behind every byte: what is too short for its own headers is dropped, and nothing is taken for a connection.
