@@ -136,17 +136,42 @@ impl Records {
         EarlyDemuxNote::at(self.directory.join(EARLY_DEMUX))
     }
 
-    /// Removes everything, also under an agent that writes there meanwhile.
+    /// Removes all records, also under an agent that writes there meanwhile. What others have in the directory stays, and the
+    /// directory with it.
     pub fn remove_all(&self) -> io::Result<()> {
         const ATTEMPTS: usize = 20;
-        let remove = || match fs::remove_dir_all(&self.directory) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            removed => removed,
-        };
-        let is_full = |removed: &io::Result<()>| {
-            removed.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::DirectoryNotEmpty)
-        };
-        (1..ATTEMPTS).map(|_| remove()).find(|removed| !is_full(removed)).unwrap_or_else(remove)
+        (1..ATTEMPTS).find_map(|_| self.remove_ours().transpose()).unwrap_or(Ok(()))
+    }
+
+    /// `None`: something is left.
+    fn remove_ours(&self) -> io::Result<Option<()>> {
+        let pods = self.pods();
+        if pods.is_symlink() {
+            return Ok(Some(()));
+        }
+        let is_record = |path: &PathBuf| path.extension().is_some_and(|kind| kind == "json" || kind == "new");
+        let written = fs::read_dir(&pods).into_iter().flatten().flatten().map(|entry| entry.path());
+        let ours = written.filter(is_record);
+        let names = [PROXIES, EARLY_DEMUX].map(|name| self.directory.join(name));
+        let unfinished = names.clone().map(|path| path.with_extension("new"));
+        for path in ours.chain(names).chain(unfinished) {
+            gone(fs::remove_file(&path))?;
+        }
+        for directory in [&pods, &self.directory] {
+            match gone(fs::remove_dir(directory)) {
+                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => return Ok(None),
+                removed => removed?,
+            }
+        }
+        Ok(Some(()))
+    }
+}
+
+/// What is gone already need not be removed.
+fn gone(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
     }
 }
 
@@ -325,6 +350,30 @@ mod tests {
         records.remove_all().unwrap();
         records.remove_all().unwrap();
         assert!(records.proxies().is_empty());
+    }
+
+    #[test]
+    fn only_records_are_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let records = Records::open(directory.path()).unwrap();
+        records.write(&record());
+        records.set_proxies(&[5]);
+        fs::write(directory.path().join("pods/notes.txt"), "").unwrap();
+        fs::create_dir(directory.path().join("others")).unwrap();
+        fs::write(directory.path().join("others/8.json"), "").unwrap();
+        records.remove_all().unwrap();
+        assert!(records.read().unwrap().is_empty() && records.proxies().is_empty());
+        assert!(directory.path().join("pods/notes.txt").exists());
+        assert!(directory.path().join("others/8.json").exists());
+    }
+
+    #[test]
+    fn records_behind_a_link_are_not_removed() {
+        let (directory, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::write(elsewhere.path().join("8.json"), "").unwrap();
+        std::os::unix::fs::symlink(elsewhere.path(), directory.path().join("pods")).unwrap();
+        Records::at(directory.path()).remove_all().unwrap();
+        assert!(elsewhere.path().join("8.json").exists());
     }
 
     #[test]

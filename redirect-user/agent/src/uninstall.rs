@@ -62,12 +62,16 @@ pub struct NamespaceReport {
     pub removed: Stripped,
 }
 
-/// Removes everything; `None` if an agent runs.
-pub fn uninstall(options: &Options) -> anyhow::Result<Option<Report>> {
-    let pins = match Pins::open_existing(&options.pin_dir, options.force) {
-        Err(error) if error.is::<InUse>() => return Ok(None),
-        pins => pins?,
-    };
+/// Removes everything. While an agent runs, on this pin directory or, unless its namespaces are left alone, on another one,
+/// the error is an [`InUse`].
+pub fn uninstall(options: &Options) -> anyhow::Result<Report> {
+    let pins = Pins::open_existing(&options.pin_dir, options.force)?;
+    if !options.force
+        && !options.known_only
+        && let Some(other) = Pins::of_others(&options.pin_dir)?.into_iter().next()
+    {
+        return Err(InUse(other).into());
+    }
     let records = Records::at(&options.state_dir);
     let mut report = Report::default();
     let known = records.read().unwrap_or_else(|error| {
@@ -97,7 +101,7 @@ pub fn uninstall(options: &Options) -> anyhow::Result<Option<Report>> {
     }
     let directory = options.state_dir.display();
     records.remove_all().with_context(|| format!("the state directory {directory} can't be removed"))?;
-    Ok(Some(report))
+    Ok(report)
 }
 
 /// Every network namespace but the host's, with its record if there is one; of those without a record only the ones with

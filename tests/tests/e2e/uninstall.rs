@@ -26,6 +26,8 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         case("without_pins", Case { without_pins: true, ..Case::default() }),
         case("with_another_layout", Case { another_layout: true, ..Case::default() }),
         trial(context, "uninstall::refuses_while_an_agent_runs", refuses),
+        trial(context, "uninstall::refuses_while_another_agent_runs", refuses_for_another),
+        trial(context, "uninstall::leaves_pins_of_others", leaves_pins_of_others),
         trial(context, "uninstall::twice_is_as_good_as_once", twice),
         trial(context, "uninstall::takes_the_plugin_out_of_the_chain", takes_the_plugin_out),
     ]
@@ -139,6 +141,49 @@ fn refuses(context: &Context) -> Result<()> {
     let report = report(&node.uninstall(&["--force"])?)?;
     ensure!(report["pins"].as_array().is_some_and(|pins| !pins.is_empty()), "{report:#}");
     Ok(())
+}
+
+/// The agent of another pin directory holds pods, which are steered no less than one's own.
+fn refuses_for_another(context: &Context) -> Result<()> {
+    let node = Node::start(&context.session()?)?;
+    let pod = node.enrolled("pod", Families::Dual)?;
+    // A bpffs takes no names with dots.
+    let elsewhere = node.pin_dir().with_file_name("elsewhere");
+    let uninstall = |arguments: &[&str]| {
+        let mut command = Command::new(&context.session()?.binaries().redirect);
+        command.args(["uninstall", "-o", "json", "--cni-conf-dir"]).arg(node.dir().join("net.d"));
+        command.arg("--cni-bin-dir").arg(node.dir().join("bin"));
+        command.arg("--state-dir").arg(node.dir().join("elsewhere")).arg("--pin-dir").arg(&elsewhere);
+        Ok::<_, anyhow::Error>(node.netns().run(|| command.args(arguments).output())??)
+    };
+    let output = uninstall(&[])?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(3) && text.contains("--known-only"), "{}: {text}", output.status);
+    // It may be the agent of another test.
+    ensure!(text.contains("an agent runs and uses /sys/fs/bpf/"), "{text}");
+    report(&uninstall(&["--known-only"])?)?;
+    pod.check().context("after a refusal")
+}
+
+/// Whoever points it at the root of the bpffs, say, loses nothing that is not ours.
+fn leaves_pins_of_others(context: &Context) -> Result<()> {
+    let node = Node::start(&context.session()?)?;
+    let _pod = node.enrolled("pod", Families::Dual)?;
+    let objects = node.with_agent(|agent| agent.objects())?;
+    node.kill_agent()?;
+    let others = node.pin_dir().join("cilium");
+    std::fs::create_dir_all(&others)?;
+    let map = objects.maps.first().context("a map")?.to_string();
+    let theirs = others.join("map");
+    let pinned = Command::new("bpftool").args(["map", "pin", "id", &map]).arg(&theirs).status()?;
+    ensure!(pinned.success());
+    report(&node.uninstall(&[])?)?;
+    ensure!(theirs.exists(), "the pin of others is gone");
+    let left: Vec<_> = std::fs::read_dir(node.pin_dir())?.flatten().map(|entry| entry.path()).collect();
+    ensure!(left == [others.clone()], "{left:?}");
+    std::fs::remove_file(theirs)?;
+    std::fs::remove_dir(&others)?;
+    Ok(std::fs::remove_dir(node.pin_dir())?)
 }
 
 fn twice(context: &Context) -> Result<()> {

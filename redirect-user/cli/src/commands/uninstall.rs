@@ -1,11 +1,12 @@
 //! `redirect uninstall`.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use super::{Output, Uninstall, exit};
 use redirect_agent::install;
 use redirect_agent::uninstall::{NamespaceReport, Report, uninstall};
-use redirect_datapath::linux::HostReport;
+use redirect_datapath::linux::{HostReport, InUse};
 
 /// The exit code when an agent runs.
 const IN_USE: u8 = 3;
@@ -13,21 +14,32 @@ const IN_USE: u8 = 3;
 /// Code 0: nothing is left, whether there was something or not; 1: something is.
 pub(super) fn run(command: &Uninstall) -> ExitCode {
     match uninstall(&command.options) {
-        Ok(Some(mut report)) => {
+        Ok(mut report) => {
             match install::remove(&command.chain) {
                 Ok(changed) => report.chain = changed,
                 Err(error) => report.errors.push(format!("the CNI chain keeps the plugin: {error}")),
             }
             exit(show(&report, command.output))
         }
-        Ok(None) => {
-            let directory = command.options.pin_dir.display();
-            eprintln!(
-                "redirect: an agent runs and uses {directory}: end it first (its DaemonSet, say), or use --force"
-            );
-            ExitCode::from(IN_USE)
-        }
-        Err(error) => exit(Err(error)),
+        Err(error) => match error.downcast_ref::<InUse>() {
+            Some(InUse(directory)) => {
+                eprintln!("redirect: {}", in_use(directory, &command.options.pin_dir));
+                ExitCode::from(IN_USE)
+            }
+            None => exit(Err(error)),
+        },
+    }
+}
+
+/// What to do about an agent that runs.
+fn in_use(directory: &Path, ours: &Path) -> String {
+    let running = format!("an agent runs and uses {}", directory.display());
+    if directory == ours {
+        format!("{running}: end it first (its DaemonSet, say), or use --force")
+    } else {
+        format!(
+            "{running}: --known-only leaves its pods alone; end it first, or use --force, to remove them as well"
+        )
     }
 }
 

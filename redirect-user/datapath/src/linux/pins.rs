@@ -33,6 +33,9 @@ pub const DEFAULT_DIRECTORY: &str = "/sys/fs/bpf/ambient-redirect";
 /// How long an agent waits for the one before it to end.
 const PREDECESSOR: Duration = Duration::from_secs(5);
 
+/// Where links are, below that.
+const LINKS: &str = "links";
+
 /// The directory, held so that no second agent works on it.
 #[derive(Debug)]
 pub struct Pins {
@@ -43,7 +46,7 @@ pub struct Pins {
 /// Why the directory can't be had.
 #[derive(Debug, thiserror::Error)]
 #[error("another agent uses {}: end it first", .0.display())]
-pub struct InUse(PathBuf);
+pub struct InUse(pub PathBuf);
 
 impl Pins {
     /// Makes the directory if need be, and takes it.
@@ -95,7 +98,7 @@ impl Pins {
     }
 
     pub(super) fn links(&self) -> PathBuf {
-        self.directory.join("links")
+        self.directory.join(LINKS)
     }
 
     pub(super) fn maps(&self) -> PathBuf {
@@ -113,9 +116,7 @@ impl Pins {
         let maps = self.maps();
         for entry in fs::read_dir(&self.directory)? {
             let path = entry?.path();
-            if path != maps
-                && path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("maps-"))
-            {
+            if path != maps && is_of_maps(&path) {
                 tracing::info!(path = %path.display(), "maps of another layout are removed");
                 fs::remove_dir_all(&path).with_context(|| path.display().to_string())?;
             }
@@ -130,29 +131,89 @@ impl Pins {
         Ok(())
     }
 
-    /// Removes everything, and returns what there was.
+    /// Removes what agents of any version pinned, and returns what there was. What others have in the directory stays, and
+    /// the directory with it.
     pub fn remove(self) -> anyhow::Result<Vec<PathBuf>> {
-        let mut removed = Vec::new();
-        remove_tree(&self.directory, &mut removed)
-            .with_context(|| format!("pin directory {}", self.directory.display()))?;
-        Ok(removed)
+        remove_ours(&self.directory).with_context(|| format!("pin directory {}", self.directory.display()))
+    }
+
+    /// The pin directories of other agents that run, on any bpffs that is mounted here.
+    pub fn of_others(own: &Path) -> anyhow::Result<Vec<PathBuf>> {
+        let own = own.canonicalize().unwrap_or_else(|_| own.into());
+        let mounts = fs::read_to_string("/proc/self/mountinfo").context("/proc/self/mountinfo")?;
+        let roots = mounts.lines().filter_map(bpffs_of_mount);
+        let directories: BTreeSet<PathBuf> = roots.flat_map(|root| below(&root, DEPTH)).collect();
+        let others =
+            directories.into_iter().filter(|directory| *directory != own && is_pin_directory(directory));
+        // A directory that has gone meanwhile is nobody's.
+        Ok(others.filter(|directory| matches!(Self::lock(directory), Ok(None))).collect())
     }
 }
 
-/// Links go first: programs keep their maps.
-fn remove_tree(directory: &Path, removed: &mut Vec<PathBuf>) -> io::Result<()> {
+/// How deep below its root pin directories are looked for on a bpffs.
+const DEPTH: usize = 2;
+
+/// The mount point, if the line of `mountinfo` is of a bpffs: `… mount-point options … - bpf source options`.
+fn bpffs_of_mount(line: &str) -> Option<PathBuf> {
+    let (mount, source) = line.split_once(" - ")?;
+    source.starts_with("bpf ").then(|| mount.split(' ').nth(4).map(PathBuf::from)).flatten()
+}
+
+/// A directory and those below it, without following links.
+fn below(directory: &Path, depth: usize) -> Vec<PathBuf> {
+    let mut found = vec![directory.to_owned()];
+    if depth > 0 {
+        let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+        let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        found.extend(directories.flat_map(|entry| below(&entry.path(), depth - 1)));
+    }
+    found
+}
+
+fn is_pin_directory(directory: &Path) -> bool {
+    let names: Vec<_> = fs::read_dir(directory).into_iter().flatten().flatten().collect();
+    names.iter().any(|entry| entry.file_name() == LINKS)
+        && names.iter().any(|entry| is_of_maps(&entry.path()))
+}
+
+/// Links go first: programs keep their maps. Neither what has another name nor what is behind a symbolic link is ours.
+fn remove_ours(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut removed = Vec::new();
     let mut entries =
         fs::read_dir(directory)?.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>()?;
+    entries.retain(|path| path.symlink_metadata().is_ok_and(|found| found.is_dir()));
+    entries.retain(|path| path.ends_with(LINKS) || is_of_maps(path));
     entries.sort();
     for path in entries {
-        if path.is_dir() {
-            remove_tree(&path, removed)?;
-        } else {
-            fs::remove_file(&path)?;
-            removed.push(path);
+        for entry in fs::read_dir(&path)? {
+            let entry = entry?;
+            if entry.file_type()?.is_file() {
+                fs::remove_file(entry.path())?;
+                removed.push(entry.path());
+            }
         }
+        remove_if_empty(&path)?;
     }
-    fs::remove_dir(directory)
+    remove_if_empty(directory)?;
+    Ok(removed)
+}
+
+fn remove_if_empty(directory: &Path) -> io::Result<()> {
+    match fs::remove_dir(directory) {
+        // A mount's root can't be removed, and is nobody's to remove.
+        Err(error)
+            if matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::ResourceBusy) =>
+        {
+            Ok(())
+        }
+        removed => removed,
+    }
+}
+
+fn is_of_maps(path: &Path) -> bool {
+    let version =
+        path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_prefix("maps-v"));
+    version.is_some_and(|version| !version.is_empty() && version.bytes().all(|digit| digit.is_ascii_digit()))
 }
 
 fn is_not_found(error: &anyhow::Error) -> bool {
@@ -268,3 +329,64 @@ impl Links {
 
 /// How the pins of links end that are not yet in their place.
 const UNFINISHED: &str = "-new";
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// Files in a directory, by their paths below it.
+    fn files(directory: &Path) -> BTreeSet<PathBuf> {
+        let all = below(directory, 5);
+        let entries = all.iter().flat_map(|directory| fs::read_dir(directory).unwrap().flatten());
+        let files = entries.filter(|entry| entry.file_type().unwrap().is_file());
+        files.map(|entry| entry.path().strip_prefix(directory).unwrap().to_owned()).collect()
+    }
+
+    #[test]
+    fn only_what_agents_pin_is_removed() {
+        let elsewhere = tempfile::tempdir().unwrap();
+        fs::write(elsewhere.path().join("precious"), "").unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let directory = directory.path();
+        let ours = ["links/outbound_ipv4", "links/probe-17", "maps-v1/PODS-1-8-12-1024-1", "maps-v12/OLD"];
+        let others = ["tc/globals/cilium_lxc", "cilium_state", "maps-vx/a", "maps-v/a", "links/deeper/a"];
+        for file in ours.iter().chain(&others) {
+            let path = directory.join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "").unwrap();
+        }
+        symlink(elsewhere.path(), directory.join("maps-v3")).unwrap();
+        symlink(elsewhere.path().join("precious"), directory.join("links/linked")).unwrap();
+
+        let removed: BTreeSet<PathBuf> = remove_ours(directory).unwrap().into_iter().collect();
+        assert_eq!(removed, ours.iter().map(|file| directory.join(file)).collect());
+        assert_eq!(files(directory), others.iter().map(PathBuf::from).collect());
+        assert!(elsewhere.path().join("precious").exists());
+    }
+
+    #[test]
+    fn a_directory_with_nothing_else_goes_as_well() {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = parent.path().join("pins");
+        for folder in ["links", "maps-v1"] {
+            fs::create_dir_all(directory.join(folder)).unwrap();
+            fs::write(directory.join(folder).join("a"), "").unwrap();
+        }
+        assert_eq!(remove_ours(&directory).unwrap().len(), 2);
+        assert!(!directory.exists());
+    }
+
+    #[test]
+    fn mounts_of_a_bpffs_are_told_from_others() {
+        let cases = [
+            ("30 23 0:27 / /sys/fs/bpf rw,nosuid shared:9 - bpf bpf rw,mode=700", Some("/sys/fs/bpf")),
+            ("31 23 0:28 / /bpf rw - tmpfs bpf rw", None),
+            ("nonsense", None),
+        ];
+        for (line, expected) in cases {
+            assert_eq!(bpffs_of_mount(line).as_deref(), expected.map(Path::new), "{line}");
+        }
+    }
+}
