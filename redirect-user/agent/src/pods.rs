@@ -104,6 +104,7 @@ pub(crate) struct Sandbox {
 }
 
 /// An enrolled pod.
+#[derive(Clone)]
 struct Enrolled {
     target: Target,
     /// What the CNI plugin brought, with the addresses that it named.
@@ -219,9 +220,10 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             tracing::info!(pod = %identity, uid = identity.uid, "the pod has a new sandbox");
             self.remove(&old.target).await;
         }
-        let known = slot.is_some();
-        let mut enrolled = match slot.take() {
-            Some(known) => known,
+        // The slot is changed when everything is done: on an error, a pod that is enrolled stays as it was.
+        let before = slot.as_ref().cloned();
+        let mut enrolled = match &before {
+            Some(known) => known.clone(),
             None => Enrolled::new(self.defaults.target(
                 identity.clone(),
                 &settings,
@@ -239,7 +241,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let namespace = Introduction { cookie: netns_cookie, sysctls: foreign.clone() };
         enrolled.target = self.defaults.target(identity, &settings, all, netns, namespace);
         enrolled.settings = settings;
-        if !known {
+        if before.is_none() {
             self.records.write(&enrolled.record(Phase::Begun));
         }
         self.own(&enrolled.target).await;
@@ -256,9 +258,24 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 Ok(())
             }
             Err(error) => {
-                self.remove(&enrolled.target).await;
+                match &before {
+                    Some(known) => self.put_back(&known.target).await,
+                    None => _ = self.remove(&enrolled.target).await,
+                }
                 Err(error)
             }
+        }
+    }
+
+    /// Makes an enrolled pod what it was, after a change that failed.
+    async fn put_back(&self, target: &Target) {
+        self.holders.keep(target.netns_cookie, &target.addresses);
+        if let Err(error) = self.steer(target).await {
+            // It is captured all the same, and looked at again before long.
+            tracing::warn!(pod = %target.identity, %error, "a change that failed can't be undone yet");
+        }
+        if let Err(error) = self.hand_over(target) {
+            tracing::warn!(pod = %target.identity, %error, "the node proxy can't be told of the pod again");
         }
     }
 

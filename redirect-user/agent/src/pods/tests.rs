@@ -151,6 +151,38 @@ async fn a_failed_change_leaves_the_pod_as_it_was() {
     assert!(!node.pods.update(&wanted("other", "b", &[])).await.unwrap());
 }
 
+/// A second interface, say, while the proxy is slow, the kernel refuses a step, or the request makes no sense.
+#[tokio::test]
+async fn a_failed_second_add_leaves_the_pod_as_it_was() {
+    let node = Node::start();
+    let (netns, cookie) = node.netns("pod", &["10.0.0.2", "fd00::2"]);
+    let sandbox = Sandbox { netns: netns.clone(), containers: BTreeSet::new() };
+    node.pods.adopt(wanted("u", "a", &["10.0.0.2"]), vec![sandbox]).await.unwrap();
+    let (facts, report) = (node.kernel.facts(cookie), node.pods.report().await);
+    let again =
+        |addresses: &[&str]| node.pods.add(attachment("2"), wanted("u", "a", addresses), netns.clone());
+    let as_it_was = async |case: &str| {
+        assert_eq!(node.kernel.facts(cookie), facts, "{case}");
+        let mut now = node.pods.report().await;
+        now.iter_mut().zip(&report).for_each(|(now, before)| now.since = before.since);
+        assert_eq!(now, report, "{case}");
+        assert!(!node.pods.containers().contains_key("2"), "{case}");
+    };
+    for address in ["10.0.0.3", "fd00::2", "::ffff:10.0.0.4"] {
+        // No proxy acknowledges it in time.
+        let error = again(&[address]).await.unwrap_err();
+        assert!(matches!(error, Error::Proxy(AddError::NotConnected { .. })), "{error}");
+        as_it_was(&format!("{address}, slow proxy")).await;
+        let now = node.kernel.state().applied.len();
+        node.kernel.state().fail_at = Some(now);
+        let error = again(&[address]).await.unwrap_err();
+        assert!(matches!(error, Error::Datapath(_)), "{error}");
+        as_it_was(&format!("{address}, refused step")).await;
+    }
+    assert!(node.pods.forget("u").await, "the pod is no longer known");
+    assert!(node.kernel.facts(cookie).is_empty());
+}
+
 #[tokio::test]
 async fn a_late_removal_of_the_sandbox_before_does_not_touch_the_one_after_it() {
     let node = Node::start();
