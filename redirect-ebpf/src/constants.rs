@@ -10,12 +10,12 @@ pub const MARK_PROXY: u32 = 0x539;
 /// (`net.ipv4.tcp_fwmark_accept`), so that its replies return to the proxy instead of leaving the pod.
 pub const MARK_DELIVERY: u32 = 0x111;
 
-/// The mark of an application's outbound connection that is to be captured.
+/// The mark of an application's outbound connection that the proxy captures.
 ///
-/// In placement `node`: of every packet that the host's stack is to deliver to the proxy.
+/// In placement `node`, the mark of every packet that the host's stack delivers to the proxy.
 pub const MARK_CAPTURE: u32 = 0x112;
 
-/// Placement `node`, of packets on their way to the entrance alone: for the proxy's inbound listener.
+/// Placement `node`, only on packets on their way to the ingress device: for the proxy's inbound listener.
 pub const MARK_INBOUND: u32 = 0x113;
 
 /// As [`MARK_INBOUND`], for the proxy's tunnel listener.
@@ -30,7 +30,7 @@ pub const PORT_OUTBOUND: u16 = 15001;
 /// The proxy's listener for captured inbound plaintext connections.
 pub const PORT_INBOUND: u16 = 15006;
 
-/// The proxy's listener for tunnelled (HBONE, mTLS) connections. Never captured: peers dial it themselves.
+/// The proxy's listener for tunneled (HBONE, mTLS) connections. Never captured: peers dial it directly.
 pub const PORT_TUNNEL: u16 = 15008;
 
 /// The proxy's DNS resolver: on the loopback address of each family, in placement `node` on every address.
@@ -45,7 +45,7 @@ pub const PROXY_PORTS: [u16; 4] = [PORT_OUTBOUND, PORT_INBOUND, PORT_TUNNEL, POR
 /// The routing table, inside each enrolled pod, whose only route delivers everything locally through `lo`.
 pub const ROUTE_TABLE: u32 = 15001;
 
-/// The metric of that route's companions, one for each interface, is this and the interface's index.
+/// The metric of that route's companions, one per interface, is this plus the interface's index.
 pub const ROUTE_METRIC: u32 = 0x1_0000;
 
 /// Priority of the rule `fwmark MARK_CAPTURE lookup ROUTE_TABLE`, before `main` (32766).
@@ -54,11 +54,11 @@ pub const RULE_PRIORITY_CAPTURE: u32 = 15001;
 /// Priority of the rule `fwmark MARK_DELIVERY lookup ROUTE_TABLE`.
 pub const RULE_PRIORITY_DELIVERY: u32 = 15006;
 
-/// The network device, in the host's namespace, through which packets of pods reach the proxy in placement `node`.
+/// Placement `node`: the ingress device, in the host's namespace, through which packets of pods reach the proxy.
 pub const ENTRANCE: &str = "redirect0";
 
-/// The other end of that pair of devices, which is never up.
+/// The other end of that veth pair, which is never up.
 pub const ENTRANCE_PEER: &str = "redirect1";
 
-/// How many cgroups of node proxies the kernel side knows at once: a rolling upgrade has two.
+/// How many proxy cgroups the kernel side knows at a time: a rolling upgrade has two.
 pub const MAX_PROXY_CGROUPS: u32 = 16;

@@ -1,4 +1,4 @@
-//! What is counted: connections, by family, direction, verdict and reason.
+//! Counters of connections, by family, direction, verdict and reason.
 
 use crate::family::Family;
 
@@ -24,7 +24,7 @@ macro_rules! counted {
 pub(crate) use counted;
 
 counted! {
-    /// Which way a connection goes, seen from the pod.
+    /// The direction of a connection, seen from the pod.
     Direction {
         /// From the pod's application.
         Outbound = "outbound",
@@ -32,13 +32,13 @@ counted! {
         Inbound = "inbound",
         /// From the proxy to the pod's application.
         Delivery = "delivery",
-        /// A socket that binds an address.
+        /// A call of `bind()`.
         Bind = "bind",
     }
 }
 
 counted! {
-    /// What became of a connection.
+    /// What the kernel side did with a connection.
     Verdict {
         /// Given to the node proxy.
         Steered = "steered",
@@ -50,7 +50,7 @@ counted! {
 }
 
 counted! {
-    /// Why.
+    /// Why it did that.
     Reason {
         /// An enrolled pod's connection.
         Enrolled = "enrolled",
@@ -64,42 +64,42 @@ counted! {
         LinkScoped = "link_scoped",
         /// To the proxy's tunnel port 15008.
         TunnelPort = "tunnel_port",
-        /// The pod takes inbound connections without the proxy.
+        /// The pod accepts inbound connections without the proxy.
         BypassInbound = "bypass_inbound",
         /// Neither TCP nor DNS. Not counted.
         NotSteered = "not_steered",
         /// An exclusion of the node or of the pod.
         Excluded = "excluded",
-        /// A DNS question, to the proxy's resolver.
+        /// A DNS query, to the proxy's resolver.
         Dns = "dns",
-        /// A probe of the node's kubelet.
+        /// A probe of the kubelet.
         Probe = "probe",
-        /// An application wants one of the proxy's ports for itself.
+        /// An application tried to bind one of the proxy's ports.
         ProxyPort = "proxy_port",
-        /// From or to a network behind the pod (containers in the pod), which nobody declared.
+        /// From or to an undeclared network behind the pod (containers in the pod).
         Forwarded = "forwarded",
-        /// It would leave the pod past the proxy: the connect hook did not see it, or it lost the mark that it was given.
+        /// It would leave the pod past the proxy: the connect hook did not see it, or it has lost its mark.
         Unmarked = "unmarked",
-        /// No node proxy listens in the pod: held until one does.
+        /// No node proxy listens in the pod: the SYN is dropped until one does.
         NoListener = "no_listener",
-        /// A listener is there, but the kernel refuses to give it the connection.
+        /// The proxy listens, but the kernel refuses to assign the connection to its listener.
         AssignFailed = "assign_failed",
         /// A source address that is not the pod's.
         Spoofed = "spoofed",
-        /// A TCP header split over fragments, where no established connection is.
+        /// A TCP header split across fragments, outside an established connection.
         Fragmented = "fragmented",
-        /// Headers that end too early or never end.
+        /// Headers that are truncated or too long a chain.
         Malformed = "malformed",
         /// The socket refused its mark.
         MarkFailed = "mark_failed",
     }
 }
 
-/// How many counters there are: the capacity of the map `COUNTERS`.
+/// The capacity of the map `COUNTERS`.
 pub const COUNTERS: u32 =
     (Family::ALL.len() * Direction::ALL.len() * Verdict::ALL.len() * Reason::ALL.len()) as u32;
 
-/// The place of a counter in the map `COUNTERS`.
+/// The index of a counter in the map `COUNTERS`.
 #[must_use]
 #[inline(always)]
 pub const fn index(family: Family, direction: Direction, verdict: Verdict, reason: Reason) -> u32 {
@@ -109,11 +109,11 @@ pub const fn index(family: Family, direction: Direction, verdict: Verdict, reaso
         + reason as u32
 }
 
-/// How many counters each pod has, in an entry of the map `POD_COUNTERS`.
+/// The number of counters in an entry of the map `POD_COUNTERS`.
 pub const OF_POD: usize = Family::ALL.len() * 2 * Verdict::ALL.len();
 
-/// The place of a counter in a pod's entry. `None`: what the node proxy does in a pod, and calls of `bind()`, are no
-/// connections of the pod's.
+/// The index of a counter in a pod's entry. `None` for the node proxy's own connections and for calls of `bind()`, which are
+/// not connections of the pod.
 #[must_use]
 #[inline(always)]
 pub const fn of_pod(family: Family, direction: Direction, verdict: Verdict, reason: Reason) -> Option<usize> {

@@ -34,7 +34,7 @@ impl fmt::Display for Family {
     }
 }
 
-/// An address family as a type, with what differs between the two.
+/// An address family as a type, with everything that differs between the two.
 pub trait Ip: Copy + 'static {
     /// An address in network byte order.
     type Address: Copy + Eq + Hash + fmt::Debug;
@@ -48,20 +48,19 @@ pub trait Ip: Copy + 'static {
     /// The address in sixteen bytes: IPv4 in its v4-mapped form.
     fn widen(address: Self::Address) -> [u8; 16];
 
-    /// Whether `connect()` to the address stays on this host as far as Istio's rules go: 127.0.0.1 and ::1, no more of
-    /// 127.0.0.0/8, and the unspecified address, which the kernel takes for them.
+    /// Whether Istio's rules treat the address as loopback: 127.0.0.1 and ::1, not the rest of 127.0.0.0/8, and the
+    /// unspecified address, which the kernel replaces with them.
     fn is_loopback(address: Self::Address) -> bool;
 
-    /// Whether a DNS server at the address is on this host: all of 127.0.0.0/8, where stub resolvers such as 127.0.0.53
-    /// are. Istio leaves out whatever leaves through `lo`.
+    /// Whether a DNS server at the address is on this host: all of 127.0.0.0/8, for stub resolvers such as 127.0.0.53.
+    /// Istio exempts whatever leaves through `lo`.
     fn is_local_resolver(address: Self::Address) -> bool;
 
-    /// Whether a packet with this source comes from an interface that has no address yet, or from its link-local address,
-    /// which nobody hands out.
+    /// Whether it is the source of an interface without an address yet, or a link-local address, which no IPAM assigns.
     fn is_unassigned(address: Self::Address) -> bool;
 
-    /// Whether the address means something only on its link (IPv6 link-local) or is a group (multicast, broadcast).
-    /// IPv4 link-local unicast is not: cloud metadata servers live there and Istio steers connections to them.
+    /// Whether the address is valid on its link only (IPv6 link-local) or is a group (multicast, broadcast). IPv4
+    /// link-local unicast does not count: cloud metadata servers use it, and Istio captures connections to them.
     fn is_link_scoped(address: Self::Address) -> bool;
 }
 

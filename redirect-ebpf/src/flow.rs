@@ -1,4 +1,4 @@
-//! What is told about single connections while somebody listens.
+//! Events of single connections, while a monitor is attached.
 //!
 //! | map | type | value |
 //! |---|---|---|
@@ -11,11 +11,11 @@ use core::mem::size_of;
 
 use crate::maps::Tuple;
 
-/// A connection that was decided on.
+/// A decision on a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Flow {
-    /// When, in nanoseconds of `bpf_ktime_get_ns`.
+    /// Time, in nanoseconds of `bpf_ktime_get_ns`.
     pub time: u64,
     /// Cookie of the pod's network namespace; zero if the kernel side does not know the pod.
     pub netns_cookie: u64,
@@ -33,36 +33,36 @@ pub struct Flow {
     pub reason: u8,
 }
 
-/// How many events there may be.
+/// Limits on events.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct FlowLimits {
-    /// One of so many connections makes an event. Zero counts as one.
+    /// Report 1 in so many connections. Zero counts as one.
     pub one_of: u32,
-    /// Events in a second, on each CPU.
+    /// Events per second and CPU.
     pub rate: u32,
 }
 
-/// What a CPU counts.
+/// The state of one CPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct FlowState {
-    /// When its present second began, in nanoseconds of `bpf_ktime_get_ns`.
+    /// Start of the current second, in nanoseconds of `bpf_ktime_get_ns`.
     pub second: u64,
-    /// Events that were lost to the limit.
+    /// Events lost to the limit.
     pub limited: u64,
-    /// Events that were lost because the ring buffer was full.
+    /// Events lost because the ring buffer was full.
     pub full: u64,
-    /// Connections that were seen, for the choice of one of so many.
+    /// Connections seen, for sampling.
     pub seen: u32,
-    /// Events in its present second.
+    /// Events in the current second.
     pub events: u32,
 }
 
 impl FlowState {
     const SECOND: u64 = 1_000_000_000;
 
-    /// Whether another connection makes an event.
+    /// Whether to report another connection.
     #[inline(always)]
     pub fn admit(&mut self, limits: FlowLimits, now: u64) -> bool {
         self.seen = self.seen.wrapping_add(1);

@@ -4,17 +4,17 @@
 //! |---|---|---|---|
 //! | `PODS` | hash | network namespace cookie, `u64` in host order as the kernel hands it out | [`Pod`] |
 //! | `POD_IPV4`, `POD_IPV6` | hash | address, network order | [`PodAddress`] |
-//! | `INTERFACES` | hash | index of the host's end of an enrolled pod's device, `u32` in host order; placement `node` | [`PodAddress`] |
+//! | `INTERFACES` | hash | index of the host end of an enrolled pod's device, `u32` in host order; placement `node` | [`PodAddress`] |
 //! | `PROXY_CGROUPS` | hash | cgroup v2 id of a node proxy, `u64` in host order | [`ProxyCgroup`] |
 //! | `CONFIG` | array of one | – | [`Config`] |
 //! | `EXCLUDED_IPV4`, `EXCLUDED_IPV6` | LPM trie | [`ExcludedAddress`] | `u8`, no meaning |
 //! | `EXCLUDED_PORTS` | hash | [`ExcludedPort`] | `u8`, no meaning |
-//! | `PROBES` | LRU hash | [`Tuple`] | `u64`, when the probe began, in nanoseconds of `bpf_ktime_get_ns` |
+//! | `PROBES` | LRU hash | [`Tuple`] | `u64`, start of the probe, in nanoseconds of `bpf_ktime_get_ns` |
 //! | `ASKED` | socket storage | – | [`Asked`] |
 //! | `HANDED_OVER` | per-CPU array | 0 | [`HandedOver`] |
-//! | `LISTENERS` | socket hash | [`ListenerKey`] | a listener of a node proxy, put there by the kernel side itself |
-//! | `NAMESPACES` | socket storage of listeners | – | `u64`, the network namespace's cookie; where TC programs may not put sockets into maps |
-//! | `COOKIES` | socket storage | – | `u64`, the socket's cookie; while somebody listens to flow events |
+//! | `LISTENERS` | socket hash | [`ListenerKey`] | a listener of a node proxy, stored by the kernel side itself |
+//! | `NAMESPACES` | socket storage of listeners | – | `u64`, the network namespace's cookie; on kernels where TC programs may not store sockets in maps |
+//! | `COOKIES` | socket storage | – | `u64`, the socket's cookie; while a monitor is attached |
 //! | `SYN_COOKIES` | array of one | – | `u64`, when a proxy last answered with a SYN cookie, in nanoseconds of `bpf_ktime_get_coarse_ns`; zero for never |
 //! | `COUNTERS` | per-CPU array | [`crate::count::index`] | `u64`, connections |
 //! | `POD_COUNTERS` | hash | as in `PODS` | [`PodCounters`] |
@@ -23,8 +23,8 @@ use core::mem::{align_of, size_of};
 
 use crate::count::{Direction, OF_POD};
 
-/// The meaning of keys and values. A build that changes it without changing their sizes counts up, lest it takes over the
-/// maps of a build that means something else.
+/// Version of the meaning of keys and values. Increment it when the meaning changes and the sizes don't, so that a build
+/// never reuses maps with another meaning.
 pub const LAYOUT: u32 = 1;
 
 /// An enrolled pod, found by the cookie of its network namespace.
@@ -39,7 +39,7 @@ pub struct Pod {
     pub ipv6: [u8; 16],
 }
 
-/// Who owns an address, or a device, of an enrolled pod.
+/// The owner of an address, or of a device, of an enrolled pod.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(C)]
 pub struct PodAddress {
@@ -47,8 +47,8 @@ pub struct PodAddress {
     pub netns_cookie: u64,
 }
 
-/// What a pod's connections were counted as since it was enrolled. The kernel side adds with atomic instructions: counters of
-/// its own for each CPU would take a pod's memory times the CPUs, for a few nanoseconds of a connection.
+/// Counters of a pod's connections since its enrollment. All CPUs share them and add with atomic instructions: per-CPU
+/// counters would multiply the memory per pod by the number of CPUs to save a few nanoseconds per connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct PodCounters {
@@ -64,7 +64,7 @@ pub struct ProxyCgroup {
     pub part: ProxyPart,
 }
 
-/// A part of a node proxy that sets no marks, as far as parts have cgroups of their own.
+/// A part of a node proxy that sets no marks, if its parts run in cgroups of their own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(transparent)]
 pub struct ProxyPart(pub u32);
@@ -74,11 +74,11 @@ impl ProxyPart {
     pub const ALL: Self = Self(1);
     /// The one for connections that were captured on their way out of a pod. Placement `node`.
     pub const OUTBOUND: Self = Self(2);
-    /// The other one, which delivers to applications. Placement `node`.
+    /// The one that delivers to applications. Placement `node`.
     pub const INBOUND: Self = Self(3);
 }
 
-/// Settings of the kernel side that hold for the whole node.
+/// Settings of the kernel side for the whole node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Config {
@@ -90,7 +90,7 @@ pub struct Config {
     pub entrance: u64,
 }
 
-/// The addresses and ports of a connection, as its SYN has them.
+/// The addresses and ports of a connection, as in its SYN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Tuple {
@@ -108,11 +108,11 @@ pub struct Tuple {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct HandedOver {
-    /// Where it is to go.
+    /// Its target.
     pub listener: ListenerKey,
-    /// When it was handed over, in nanoseconds of `bpf_ktime_get_coarse_ns`; zero if the lookup has been, or nothing ever was.
+    /// Time of the hand-over, in nanoseconds of `bpf_ktime_get_coarse_ns`; zero if the lookup has used it, or if it was never set.
     pub time: u64,
-    /// Which connection it is.
+    /// The connection.
     pub tuple: Tuple,
     /// Zero.
     pub padding: [u8; 4],
@@ -185,7 +185,7 @@ pub struct ExcludedAddress<A> {
     pub address: A,
 }
 
-/// Which connections an exclusion is about.
+/// The connections that an exclusion covers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct Scope {
@@ -196,7 +196,7 @@ pub struct Scope {
 }
 
 impl Scope {
-    /// How many bits of a trie's key the scope takes.
+    /// The size of the scope in a trie's key, in bits.
     pub const BITS: u32 = 72;
 
     /// Connections of one direction, of a pod or (cookie zero) of every pod.
@@ -207,26 +207,26 @@ impl Scope {
     }
 }
 
-/// The DNS servers that a socket asked, kept with the socket.
+/// The DNS servers that a socket has queried, in its storage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Asked {
-    /// When the last question to a server of its own was sent, in nanoseconds of `bpf_ktime_get_ns`.
+    /// Time of the last query that named its server, in nanoseconds of `bpf_ktime_get_ns`.
     pub time: u64,
-    /// The server that the socket is connected to, if it is.
+    /// The server that the socket is connected to, if any.
     pub peer: Server,
-    /// The latest servers of questions that named theirs, in a ring.
+    /// A ring of the servers of the latest queries that named theirs.
     pub servers: [Server; Asked::RING],
-    /// How many such questions were sent.
+    /// Number of such queries sent.
     pub sent: u32,
-    /// How many of them were answered.
+    /// Number of them answered.
     pub answered: u32,
     /// 1 if the socket is connected to a server, else 0.
     pub connected: u32,
 }
 
 impl Asked {
-    /// How many servers are remembered: resolvers ask three at most.
+    /// Number of servers kept: resolvers query three at most.
     pub const RING: usize = 4;
 
     /// Nothing asked.
@@ -239,8 +239,8 @@ impl Asked {
         connected: 0,
     };
 
-    /// After such a pause, in nanoseconds, whatever was not answered before counts as lost: less than any resolver waits
-    /// until it asks again, more than an answer usually takes.
+    /// After a pause of this length, in nanoseconds, unanswered queries count as lost: less than any resolver waits before
+    /// it retries, more than an answer usually takes.
     pub const PAUSE: u64 = 700_000_000;
 
     /// Connects the socket to a server.
@@ -248,11 +248,11 @@ impl Asked {
     pub fn connect(&mut self, server: Server) {
         self.peer = server;
         self.connected = 1;
-        // A connected socket drops what others sent to it before.
+        // A connected socket drops earlier datagrams of others.
         self.answered = self.sent;
     }
 
-    /// Remembers the server of a question that names it.
+    /// Records the server of a query that names it.
     #[inline(always)]
     pub fn ask(&mut self, server: Server, now: u64) {
         if now.wrapping_sub(self.time) > Self::PAUSE {
@@ -265,12 +265,12 @@ impl Asked {
         self.sent = self.sent.wrapping_add(1);
     }
 
-    /// The server that an answer is from: of the questions that are open, the oldest one's. Answers carry nothing that the
-    /// kernel side sees and that tells them apart.
+    /// The server of an answer: that of the oldest open query. Answers carry nothing visible to the kernel side that tells
+    /// them apart.
     #[inline(always)]
     pub fn answer(&mut self) -> Option<Server> {
         let open = self.sent.wrapping_sub(self.answered);
-        // Two threads that read at once may have counted one answer too many.
+        // Two concurrent readers may have counted one answer too many.
         if open == 0 || open > u32::MAX / 2 {
             return self
                 .peer()
@@ -285,7 +285,7 @@ impl Asked {
         self.servers.get(place).copied()
     }
 
-    /// The server that the socket is connected to.
+    /// The server that the socket is connected to, if any.
     #[inline(always)]
     pub fn peer(&self) -> Option<Server> {
         if self.connected == 1 { Some(self.peer) } else { None }
@@ -321,14 +321,14 @@ macro_rules! flags {
         impl $name {
             $($(#[$doc])* pub const $flag: Self = Self(1 << $bit);)+
 
-            /// Whether every switch of `other` is on.
+            /// Whether every flag of `other` is set.
             #[must_use]
             #[inline(always)]
             pub const fn contains(self, other: Self) -> bool {
                 self.0 & other.0 == other.0
             }
 
-            /// The same, with `other` on if `on`.
+            /// A copy with `other` set to `on`.
             #[must_use]
             pub const fn with(self, other: Self, on: bool) -> Self {
                 Self(if on { self.0 | other.0 } else { self.0 & !other.0 })
@@ -338,13 +338,13 @@ macro_rules! flags {
 }
 
 flags! {
-    /// Switches of one pod.
+    /// Flags of one pod.
     PodFlags {
         /// Inbound connections reach the application without the proxy (`ambient.istio.io/bypass-inbound-capture`).
         BYPASS_INBOUND = 0,
-        /// The pod's DNS questions go to the proxy's resolver.
+        /// The pod's DNS queries go to the proxy's resolver.
         DNS = 1,
-        /// There are exclusions for this pod alone.
+        /// The pod has exclusions of its own.
         EXCLUSIONS = 2,
         /// The pod may send from addresses that are neither its own nor another enrolled pod's. Placement `node`.
         ANY_SOURCE = 3,
@@ -352,17 +352,17 @@ flags! {
 }
 
 flags! {
-    /// Switches of the node.
+    /// Flags of the node.
     ConfigFlags {
         /// A socket is the proxy's only if its process is also in one of `PROXY_CGROUPS`.
         PROXY_BY_CGROUP = 0,
-        /// Connections for which no proxy listens are refused at once instead of held.
+        /// Connections without a listening proxy are refused at once; otherwise their SYNs are dropped.
         REFUSE = 1,
         /// There are exclusions for every pod.
         EXCLUSIONS = 2,
-        /// Placement `node`: sockets of processes in one of `PROXY_CGROUPS` are the proxy's also without its mark.
+        /// Placement `node`: sockets of processes in one of `PROXY_CGROUPS` are the proxy's even without its mark.
         UNMARKED_PROXY = 3,
-        /// Somebody listens to the events of connections.
+        /// A monitor is attached.
         FLOWS = 4,
     }
 }

@@ -1,4 +1,4 @@
-//! Settings of the node, written by the agent.
+//! Settings of the node. The agent writes them.
 
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::Array;
@@ -13,7 +13,7 @@ pub(super) fn flags() -> ConfigFlags {
     CONFIG.get_ptr(0).map_or(ConfigFlags(0), |config| ConfigFlags(unsafe { (*config).flags } as u32))
 }
 
-/// Placement `node`: the device through which packets reach the proxy.
+/// Placement `node`: the ingress device, through which packets reach the proxy.
 #[inline(always)]
 pub(super) fn entrance() -> u32 {
     // SAFETY: as above.

@@ -1,11 +1,11 @@
-//! Reads the fields of a context. The verifier accepts them word by word only, each at an offset that it knows: hence the
-//! volatile reads, which the compiler neither merges nor splits.
+//! Reads the fields of a context. The verifier accepts only word-sized reads at known offsets, hence the volatile reads, which
+//! the compiler neither merges nor splits.
 
 use redirect_ebpf::family::{Ip as _, Ipv4};
 
 const AF_INET: u32 = 2;
 
-/// Where a context has one end of a connection, in each family.
+/// The offsets of one end of a connection in a context, by family.
 #[derive(Clone, Copy)]
 pub(super) struct End {
     pub(super) ipv4: usize,
@@ -32,8 +32,8 @@ fn words<C>(context: *const C, offset: usize) -> [u8; 16] {
 
 /// The addresses of two ends, IPv4 in its v4-mapped form. `family` is the offset of the context's family.
 ///
-/// Read without a branch, for the compiler would merge the branches' reads into one at a variable offset, which the
-/// verifier rejects. The fields of the other family read as zero.
+/// Read without a branch, because the compiler would merge the reads of the branches into one at a variable offset, which
+/// the verifier rejects. The fields of the other family read as zero.
 #[inline(always)]
 pub(super) fn addresses<C>(context: *const C, family: usize, ends: [End; 2]) -> [[u8; 16]; 2] {
     let ipv4 = ends.map(|end| Ipv4::widen(word(context, end.ipv4).to_ne_bytes()));

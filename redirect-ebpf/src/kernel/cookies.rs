@@ -1,4 +1,4 @@
-//! SYN cookies: under a SYN flood the kernel keeps nothing of a handshake, and its last step has to find the listener again.
+//! SYN cookies: under a SYN flood the kernel keeps no state of a handshake, and its last ACK has to find the listener again.
 
 use aya_ebpf::bindings::tcphdr;
 use aya_ebpf::helpers::{bpf_ktime_get_coarse_ns, bpf_tcp_check_syncookie};
@@ -10,17 +10,17 @@ use redirect_ebpf::packet::{Packet, Parse, Segment};
 use super::skb::Skb;
 use super::socket::{Socket, State, answered};
 
-/// When a proxy last answered with a cookie on the `lo` of any pod, in nanoseconds; zero for never.
+/// Time of the last SYN cookie that a proxy sent on the `lo` of any pod, in nanoseconds; zero for never.
 #[map]
 static SYN_COOKIES: Array<u64> = Array::with_max_entries(1, 0);
 
-/// How long the kernel takes a cookie back (`TCP_SYNCOOKIE_VALID`).
+/// How long the kernel accepts a cookie (`TCP_SYNCOOKIE_VALID`).
 const VALID: u64 = 120_000_000_000;
 
-/// Often enough: the note is written for all processors.
+/// How often the time is updated at most: all CPUs share it.
 const REFRESH: u64 = 1_000_000_000;
 
-/// Notes whether a listener answers a SYN with a cookie: then the kernel has nothing for its tuple.
+/// Detects that a listener answers a SYN with a cookie: the kernel then has no socket for its tuple.
 #[inline(always)]
 pub(super) fn watch<A: Copy>(ctx: &TcContext, segment: &Segment<A>) {
     if segment.accepts()
@@ -32,7 +32,7 @@ pub(super) fn watch<A: Copy>(ctx: &TcContext, segment: &Segment<A>) {
     }
 }
 
-/// Whether a segment without a connection may hold a cookie. [`watch`] has seen the cookie before its client did.
+/// Whether a segment without a connection may carry a cookie. [`watch`] sees a cookie before the client does.
 #[inline(always)]
 pub(super) fn are_about() -> bool {
     age().is_some_and(|age| age <= VALID)
@@ -58,12 +58,12 @@ pub(super) fn acknowledged<I: Parse>(
     Socket::listener(ctx, segment, port).filter(|listener| holds_cookie::<I>(ctx, segment, listener))
 }
 
-/// Whether the segment acknowledges a SYN cookie that `listener` handed out.
+/// Whether the segment acknowledges a SYN cookie of `listener`.
 #[inline(always)]
 fn holds_cookie<I: Parse>(ctx: &TcContext, segment: &Segment<I::Address>, listener: &Socket) -> bool {
     const IP_HEADER: usize = 40;
     const TCP_HEADER: usize = 20;
-    // An IPv4 header is shorter, but what follows it is there as well: a TCP header of twenty bytes.
+    // An IPv4 header is shorter, but the TCP header of twenty bytes behind it makes up for that.
     let Some(mut ip) = Skb(ctx).load::<IP_HEADER>(segment.network_offset) else { return false };
     let Some(mut tcp) = Skb(ctx).load::<TCP_HEADER>(segment.transport_offset) else { return false };
     // SAFETY: both headers live for the length of the call, and their sizes are right.

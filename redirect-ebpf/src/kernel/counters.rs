@@ -1,5 +1,5 @@
-//! Connections by family, direction, verdict and reason, on the node and of each pod; each is told of as well while somebody
-//! listens ([`flows`]).
+//! Counts connections by family, direction, verdict and reason, for the node and for each pod, and reports each one while a
+//! monitor is attached ([`flows`]).
 
 use core::arch::asm;
 
@@ -15,11 +15,11 @@ use super::flows::{self, About};
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(count::COUNTERS, 0);
 
-/// The entries are the agent's, which sets the capacity as well (`--max-pods`).
+/// The agent creates the entries, and sets the capacity (`--max-pods`).
 #[map]
 static POD_COUNTERS: HashMap<u64, PodCounters> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
 
-/// What became of a connection.
+/// The decision on a connection.
 #[derive(Clone, Copy)]
 pub(super) struct What {
     pub(super) family: Family,
@@ -28,8 +28,8 @@ pub(super) struct What {
     pub(super) reason: Reason,
 }
 
-/// Counts one connection. `pod` is the cookie of the pod's network namespace, as far as the hook knows the pod; `about` tells
-/// which connection it is.
+/// Counts one connection. `pod` is the cookie of the pod's network namespace, if the hook knows the pod; `about` identifies
+/// the connection.
 #[inline(always)]
 pub(super) fn count(
     family: Family,
@@ -40,8 +40,8 @@ pub(super) fn count(
     about: impl FnOnce() -> About,
 ) {
     if let Some(counter) = COUNTERS.get_ptr_mut(count::index(family, direction, verdict, reason)) {
-        // SAFETY: the map hands out a valid pointer into this CPU's array. A program may interrupt another one on the
-        // same CPU between load and store; a count lost that way is tolerable, a bus lock on each connection is not.
+        // SAFETY: the map returns a valid pointer into this CPU's array. A program may interrupt another one on the same CPU
+        // between load and store: losing a count is tolerable, a bus lock per connection is not.
         unsafe { *counter += 1 };
     }
     if let (Some(pod), Some(place)) = (pod, count::of_pod(family, direction, verdict, reason)) {
@@ -61,7 +61,7 @@ fn count_for(pod: u64, place: usize) {
     // SAFETY: the place is in the entry. Other CPUs add to it as well, also atomically, and the agent only reads it.
     unsafe {
         let counter = (&raw mut (*counters).connections).cast::<u64>().add(place);
-        // core has no such instruction for this target.
+        // core has no atomic add for this target.
         asm!("lock *(u64 *)({counter} + 0) += {one}", counter = in(reg) counter, one = in(reg) 1_u64);
     }
 }

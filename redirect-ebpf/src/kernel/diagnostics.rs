@@ -1,5 +1,5 @@
-//! Tells developers of what should not occur. While nobody wants to know, the verifier finds the level to be zero, and takes
-//! all of it out of the programs.
+//! The drop log: reports single outcomes that should not occur. While it is off, the level is a constant zero, and the verifier
+//! removes all of this from the programs.
 
 use core::mem::size_of;
 
@@ -18,9 +18,9 @@ use redirect_ebpf::packet::Parse;
 #[map]
 static DIAGNOSTICS: PerCpuArray<FlowState> = PerCpuArray::with_max_entries(1, 0);
 
-// Its macros look at the level themselves; here it is looked at first, so that not even the call of [`tell`] is left.
+// aya-log's macros check the level themselves; checking it first removes even the call of [`tell`].
 
-/// What went wrong in a call of a socket. `netns_cookie` says in which pod, if that is known.
+/// Reports a fault in a socket call. `netns_cookie` identifies the pod, if it is known.
 #[inline(always)]
 pub(super) fn of_call(fault: Fault, hook: Hook, family: Family, error: i64, netns_cookie: u64) {
     if level_enabled(Level::Debug) {
@@ -28,7 +28,7 @@ pub(super) fn of_call(fault: Fault, hook: Hook, family: Family, error: i64, netn
     }
 }
 
-/// What went wrong with a packet.
+/// Reports a fault in a packet.
 #[inline(always)]
 pub(super) fn of_packet<I: Ip>(ctx: &TcContext, fault: Fault, hook: Hook, error: i64) {
     if level_enabled(Level::Debug) {
@@ -38,10 +38,10 @@ pub(super) fn of_packet<I: Ip>(ctx: &TcContext, fault: Fault, hook: Hook, error:
     }
 }
 
-/// A packet that could not be read.
+/// Reports a packet that could not be parsed.
 #[inline(always)]
 pub(super) fn malformed<I: Parse>(ctx: &TcContext, hook: Hook) {
-    /// How much of a TCP header has to be there: its flags are the last.
+    /// The part of a TCP header that has to be there: its flags come last.
     const TCP: u32 = 14;
     if level_enabled(Level::Debug) {
         let last = I::DESTINATION + size_of::<I::Address>() as u32 + TCP - 1;
@@ -64,16 +64,15 @@ const fn pack(fault: Fault, hook: Hook, family: Family) -> u32 {
     fault as u32 | (hook as u32) << 8 | (family as u32) << 16
 }
 
-/// The one place that writes to the log: its code is long. A function of its own, so that its stack is not that of the
-/// programs.
+/// The one place that writes to the log, because its code is long. It is not inlined, so that the programs don't share its stack.
 #[cold]
 #[inline(never)]
 fn tell(what: u32, error: i64, netns_cookie: u64, interface: u32, length: u32) {
     let Some(state) = DIAGNOSTICS.get_ptr_mut(0) else { return };
     // SAFETY: the helper has no preconditions.
     let now = unsafe { bpf_ktime_get_ns() };
-    // SAFETY: the map hands out a valid pointer into this CPU's array. A program that interrupts another one may make its
-    // count wrong by one.
+    // SAFETY: the map returns a valid pointer into this CPU's array. A program that interrupts another one may make its count
+    // wrong by one.
     if !unsafe { &mut *state }.admit(LIMITS, now) {
         return;
     }

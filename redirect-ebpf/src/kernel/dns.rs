@@ -1,8 +1,8 @@
-//! DNS questions: the one place where addresses are rewritten, because the proxy's resolver listens on loopback.
+//! DNS queries: the one place where addresses are rewritten, because the proxy's resolver listens on loopback.
 //!
-//! A question goes to the resolver on the loopback address of its family instead of to the server (connect and sendmsg
-//! hooks), and the application sees the server that it asked (recvmsg and getpeername hooks). The servers are kept with
-//! the socket, see [`Asked`].
+//! The connect and sendmsg hooks send a query to the resolver on the loopback address of its family instead of to the server.
+//! The recvmsg and getpeername hooks show the application the server that it asked. Socket storage holds the servers, see
+//! [`Asked`].
 
 use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_set_retval};
@@ -32,8 +32,8 @@ const RESOLVER_IPV6: [u8; 16] = 1u128.to_be_bytes();
 /// 127.0.0.1 in its v4-mapped form.
 const RESOLVER_IPV4: [u8; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 127, 0, 0, 1];
 
-/// Connects the socket to the resolver, from the pod's address: the kernel would pick the resolver's, which the
-/// application would see, and which would keep an IPv4 socket from being connected to anything else.
+/// Connects the socket to the resolver, from the pod's address. The kernel would choose the resolver's address: the
+/// application would see it, and it would keep an IPv4 socket from connecting to anything else.
 #[inline(always)]
 pub(super) fn connect_ipv4(ctx: &SockAddrContext, caller: &Caller) -> i32 {
     if connect(ctx, caller, Ipv4::widen(user_ip4(ctx))).is_none() {
@@ -141,14 +141,14 @@ pub(crate) fn getpeername_ipv6(ctx: SockAddrContext) -> i32 {
     ALLOW
 }
 
-/// Whether a datagram is a question that is to go to the resolver.
+/// Whether a datagram is a query for the resolver.
 #[inline(always)]
 fn is_question<I: PodIp + ExcludedIp>(
     ctx: &SockAddrContext,
     caller: &Caller,
     destination: I::Address,
 ) -> bool {
-    // The source is only of use for connections that the proxy delivers.
+    // The source matters only for deliveries of the proxy.
     let decision = outbound::decision::<I>(ctx, caller, destination, mark(ctx), destination);
     let about = || outbound::about::<I>(ctx, None, destination);
     let pod = Some(caller.netns_cookie);
@@ -161,15 +161,14 @@ fn is_question<I: PodIp + ExcludedIp>(
     decision == Outbound::Resolve
 }
 
-/// Why a datagram can't get to the resolver: the kernel has picked the interface already through which it is to leave, the
-/// resolver's address and all.
+/// Why a datagram can't reach the resolver: the kernel has already chosen the interface through which it leaves.
 enum Stuck {
-    /// The socket is bound to the interface. It no longer is, so that the next datagram gets through: this one fails as
-    /// if the interface's queue were full.
+    /// The socket was bound to the interface. The hook has unbound it, so the next datagram succeeds; this one fails as if
+    /// the interface's queue were full.
     Interface,
-    /// The interface is part of the address. Only a connected socket gets to the resolver instead.
+    /// The interface is part of the address. Only a connected socket can reach the resolver instead.
     Scope,
-    /// The socket can't be freed from its interface.
+    /// The socket can't be unbound from its interface.
     Bound,
 }
 
@@ -229,13 +228,13 @@ fn is_resolver_ipv6(ctx: &SockAddrContext) -> bool {
     address == RESOLVER_IPV6 || address == RESOLVER_IPV4
 }
 
-/// Which questions an address is asked in.
+/// The family of queries to a server.
 #[inline(always)]
 fn family(server: [u8; 16]) -> Family {
     if v4_mapped(server).is_some() { Family::Ipv4 } else { Family::Ipv6 }
 }
 
-/// Frees the socket from its interface, see [`leave_interface`].
+/// Unbinds the socket from its interface, see [`leave_interface`].
 #[inline(always)]
 fn leave(ctx: &SockAddrContext, caller: &Caller, family: Family) -> Result<bool, i64> {
     leave_interface(ctx).inspect_err(|error| {
@@ -243,7 +242,7 @@ fn leave(ctx: &SockAddrContext, caller: &Caller, family: Family) -> Result<bool,
     })
 }
 
-/// Frees the socket from its interface, and remembers the server that it is connected to.
+/// Unbinds the socket from its interface, and records the server that it connects to.
 #[inline(always)]
 fn connect(ctx: &SockAddrContext, caller: &Caller, address: [u8; 16]) -> Option<()> {
     leave(ctx, caller, family(address)).ok()?;
@@ -254,7 +253,7 @@ fn connect(ctx: &SockAddrContext, caller: &Caller, address: [u8; 16]) -> Option<
     })
 }
 
-/// Remembers the server that a question is for.
+/// Records the server of a query.
 #[inline(always)]
 fn ask(ctx: &SockAddrContext, caller: &Caller, address: [u8; 16]) -> Option<()> {
     let server = Server { address, port: raw_port(ctx) };
@@ -266,7 +265,7 @@ fn ask(ctx: &SockAddrContext, caller: &Caller, address: [u8; 16]) -> Option<()> 
     })
 }
 
-/// The server that an answer is from.
+/// The server that sent an answer.
 #[inline(always)]
 fn answer(ctx: &SockAddrContext) -> Option<Server> {
     with(asked(ctx), Asked::answer)
@@ -280,8 +279,8 @@ fn peer(ctx: &SockAddrContext) -> Option<Server> {
 
 /// Works on the entry of a socket, if there is one.
 ///
-/// Threads that use one socket at once may write into its entry at once. What comes of that is the server of another
-/// question of the same socket.
+/// Threads that share a socket may write to its entry concurrently. The worst outcome is the server of another query of the
+/// same socket.
 #[inline(always)]
 fn with<T>(entry: *mut Asked, work: impl FnOnce(&mut Asked) -> Option<T>) -> Option<T> {
     // SAFETY: the entry, if it is there, lives as long as the socket of the call.

@@ -1,9 +1,9 @@
-//! TC ingress of the entrance, placement `node`: a device of the host through which [`super::from_pod`] and
-//! [`super::to_pod`] send what the proxy in the host's namespace is to get. A policy rule delivers what comes in here
-//! locally, whatever its destination.
+//! TC ingress of the ingress device, placement `node`: [`super::from_pod`] and [`super::to_pod`] send packets for the proxy in
+//! the host's namespace through this device of the host. A policy rule delivers what arrives here locally, whatever its
+//! destination.
 //!
-//! A device of our own, because packets to a pod come from anywhere: as if received from the pod's device they would fail
-//! the reverse path filter and mislead the bridge about who is where.
+//! It is a device of its own, because packets to a pod come from anywhere: if they seemed to arrive from the pod's device, they
+//! would fail the reverse path filter and mislead the bridge about where addresses are.
 
 use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_OK, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::bpf_redirect;
@@ -39,11 +39,11 @@ pub(crate) fn entrance_ipv6(ctx: TcContext) -> i32 {
     entrance::<Ipv6>(&ctx)
 }
 
-/// Sends a packet to the entrance, with one of the marks that tell what it is there for.
+/// Sends a packet to the ingress device. The mark says which socket it is for.
 #[inline(always)]
 pub(super) fn enter<I: Ip>(ctx: &TcContext, mark: u32) -> Action {
     if Skb(ctx).ether_type() != I::ETHER_TYPE {
-        // The host's stack would look for a VLAN on the entrance.
+        // The host's stack would look for a VLAN on the ingress device.
         count(I::FAMILY, direction(mark), Verdict::Dropped, Reason::Malformed, None, || About::unread(ctx));
         return Action::Drop;
     }
@@ -52,15 +52,15 @@ pub(super) fn enter<I: Ip>(ctx: &TcContext, mark: u32) -> Action {
     Action::Redirect(unsafe { bpf_redirect(config::entrance(), BPF_F_INGRESS.into()) } as i32)
 }
 
-/// Whether one end is known on its link alone: the proxy's sockets would take such an address for one on the entrance, so
-/// that nobody would get their answers.
+/// Whether one end is valid on its link only: the proxy's sockets would take such an address for one on the ingress device,
+/// and their answers would reach nobody.
 #[inline(always)]
 pub(super) fn is_of_the_link<I: Ip>(segment: &Segment<I::Address>) -> bool {
     I::is_link_scoped(segment.source) || I::is_link_scoped(segment.destination)
 }
 
-/// Sends an ICMP error about a connection of the proxy to the entrance: it is addressed to the end that the proxy stands in
-/// for. Other packets that are neither TCP nor UDP are left alone.
+/// Sends an ICMP error about a connection of the proxy to the ingress device: it is addressed to the end that the proxy
+/// impersonates. Other packets that are neither TCP nor UDP are left alone.
 #[inline(always)]
 pub(super) fn enter_complaint<I: Parse>(ctx: &TcContext) -> Action {
     match complained_of::<I>(&Skb(ctx)) {
@@ -69,7 +69,7 @@ pub(super) fn enter_complaint<I: Parse>(ctx: &TcContext) -> Action {
     }
 }
 
-/// Nothing runs behind it: while filters are replaced by tcx links it is there twice, and the mark is not what it was.
+/// Later filters don't run: while tcx links replace filters the program is attached twice, and the first run changes the mark.
 #[inline(always)]
 fn entrance<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
     if Skb(ctx).ether_type() != I::ETHER_TYPE {
@@ -87,7 +87,7 @@ fn admit<I: Parse + PodIp>(ctx: &TcContext) -> Action {
     // SAFETY: every TC context has `mark`.
     let mark = unsafe { (*ctx.skb.skb).mark } & MARK_MASK;
     set_mark(ctx, MARK_CAPTURE);
-    // Its link address is not the entrance's.
+    // Its link address is not that of the ingress device.
     if ctx.change_type(PACKET_HOST).is_err() {
         return Action::Drop;
     }
@@ -96,7 +96,7 @@ fn admit<I: Parse + PodIp>(ctx: &TcContext) -> Action {
         MARK_INBOUND => steer::<I, Inwards>(ctx),
         MARK_TUNNEL => steer::<I, Tunnelled>(ctx),
         MARK_RESOLVE => resolve::<I>(ctx),
-        // Nobody else has anything to send here.
+        // Nothing else belongs here.
         _ => Action::Drop,
     }
 }
@@ -115,7 +115,7 @@ const fn direction(mark: u32) -> Direction {
     }
 }
 
-/// A DNS question goes to the proxy's resolver.
+/// Gives a DNS query to the proxy's resolver.
 #[inline(always)]
 fn resolve<I: Parse + PodIp>(ctx: &TcContext) -> Action {
     let Parsed::Datagram(segment) = parse::<I>(&Skb(ctx)) else { return steer::<I, Question>(ctx) };
@@ -133,7 +133,7 @@ fn resolve<I: Parse + PodIp>(ctx: &TcContext) -> Action {
     Action::Continue
 }
 
-/// A route of the entrance: what came here is for the proxy, that is decided.
+/// A route of the ingress device: the packet is for the proxy, that is already decided.
 macro_rules! route {
     ($(#[$doc:meta])* $name:ident, $direction:ident, $port:expr, $reason:ident, $pod:ident) => {
         $(#[$doc])*
@@ -160,7 +160,7 @@ macro_rules! route {
             where
                 I: PodIp,
             {
-                // Always known: what serves other packets would take stack that is not there.
+                // Always known: handling an unknown namespace would take more stack than is left.
                 Some(config::host_cookie().unwrap_or_default())
             }
         }

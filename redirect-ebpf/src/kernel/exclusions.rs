@@ -1,4 +1,4 @@
-//! Peers and ports that are not steered, for every pod of the node or for one.
+//! Peers and ports that are not captured, for every pod of the node or for one.
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
@@ -40,7 +40,7 @@ impl ExcludedIp for Ipv6 {
     }
 }
 
-/// Whether an exclusion holds for a connection of the pod with `peer`, to `port` (network order).
+/// Whether an exclusion covers a connection of the pod with `peer`, to `port` (network order).
 #[inline(always)]
 pub(super) fn excluded<I: ExcludedIp>(
     netns_cookie: u64,

@@ -1,4 +1,4 @@
-//! Events of single connections, off until the agent says that somebody listens.
+//! Events of single connections, off until the agent turns them on for a monitor.
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::btf_maps::SkStorage;
@@ -14,7 +14,7 @@ use super::config;
 use super::counters::What;
 use super::socket::Socket;
 
-/// Room for some 3600 events: the agent reads them as they come.
+/// Room for about 3600 events: the agent reads them as they arrive.
 #[map]
 static FLOWS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
 
@@ -24,11 +24,11 @@ static FLOW_LIMITS: Array<FlowLimits> = Array::with_max_entries(1, 0);
 #[map]
 static FLOW_STATE: PerCpuArray<FlowState> = PerCpuArray::with_max_entries(1, 0);
 
-/// A packet on `lo` has lost its socket: what the connect hook knew of it is kept here. Only while somebody listens.
+/// A packet on `lo` has lost its socket, so the connect hook keeps the socket's cookie here. Only while a monitor is attached.
 #[btf_map]
 static COOKIES: SkStorage<u64> = SkStorage::new();
 
-/// Which connection an event is about.
+/// The connection that an event describes.
 #[derive(Clone, Copy)]
 pub(super) struct About {
     pub(super) socket_cookie: u64,
@@ -36,7 +36,7 @@ pub(super) struct About {
 }
 
 impl About {
-    /// No address and no port is known yet. A function, for the compiler would put a constant into a map.
+    /// Without addresses and ports. A function, because the compiler would put a constant into a map.
     #[inline(always)]
     pub(super) fn new(socket_cookie: u64) -> Self {
         let (source, destination) = ([0; 16], [0; 16]);
@@ -44,13 +44,13 @@ impl About {
         Self { socket_cookie, tuple }
     }
 
-    /// A packet that could not be read.
+    /// A packet that could not be parsed.
     #[inline(always)]
     pub(super) fn unread(ctx: &TcContext) -> Self {
         Self::new(sender(ctx))
     }
 
-    /// A packet, as far as it could be read.
+    /// A packet, as far as it could be parsed.
     #[inline(always)]
     pub(super) fn packet<I: Parse>(segment: Option<&Segment<I::Address>>) -> Self {
         let mut about = Self::new(0);
@@ -72,15 +72,15 @@ pub(super) fn are_wanted() -> bool {
     config::flags().contains(ConfigFlags::FLOWS)
 }
 
-/// Tells of a connection of a pod (zero: not known whose), within the limits.
+/// Reports a connection of a pod (zero: unknown pod), within the limits.
 #[inline(always)]
 pub(super) fn tell(what: What, netns_cookie: u64, about: &About) {
     // SAFETY: the helper has no preconditions.
     let time = unsafe { bpf_ktime_get_ns() };
     let Some(limits) = FLOW_LIMITS.get(0) else { return };
     let Some(state) = FLOW_STATE.get_ptr_mut(0) else { return };
-    // SAFETY: the map hands out a valid pointer into this CPU's array. A program that interrupts another one may make its
-    // count wrong by one.
+    // SAFETY: the map returns a valid pointer into this CPU's array. A program that interrupts another one may make its count
+    // wrong by one.
     let state = unsafe { &mut *state };
     if !state.admit(*limits, time) {
         return;
@@ -103,14 +103,14 @@ pub(super) fn tell(what: What, netns_cookie: u64, about: &About) {
     event.submit(0);
 }
 
-/// The cookie of the socket that a hook is about.
+/// The cookie of the hook's socket.
 #[inline(always)]
 pub(super) fn cookie(ctx: &SockAddrContext) -> u64 {
     // SAFETY: the helper takes the context.
     unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }
 }
 
-/// The cookie of the socket that sent a packet, as long as the packet knows.
+/// The cookie of the socket that sent a packet, as long as the packet has it.
 #[inline(always)]
 pub(super) fn sender(ctx: &TcContext) -> u64 {
     // SAFETY: the helper takes the context.
@@ -127,7 +127,7 @@ pub(super) fn remember(ctx: &SockAddrContext) {
     }
 }
 
-/// The cookie of the socket that opens a connection on `lo`; zero if it is not known.
+/// The cookie of the socket that opens a connection on `lo`; zero if unknown.
 #[inline(always)]
 pub(super) fn remembered<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> u64 {
     Socket::sender(ctx, segment).and_then(|socket| socket.stored(&COOKIES)).unwrap_or(0)

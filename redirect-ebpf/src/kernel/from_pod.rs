@@ -1,5 +1,5 @@
-//! TC ingress of the host's end of an enrolled pod's device, placement `node`: what the pod sends. New connections and DNS
-//! questions go to the proxy by way of the [`super::entrance`], and so do packets of connections that the proxy has.
+//! TC ingress of the host end of an enrolled pod's device, placement `node`: what the pod sends. New connections, DNS queries and
+//! packets of the proxy's connections go to the proxy through the ingress device ([`super::entrance`]).
 
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
@@ -41,12 +41,12 @@ fn from_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
     // SAFETY: every TC context has `ifindex`.
     let interface = unsafe { (*ctx.skb.skb).ifindex };
     let Some((cookie, flags)) = pods::behind(interface) else { return Action::Continue };
-    // Nobody may pass for another pod.
+    // No pod may impersonate another pod.
     let spoofs = |source| match I::owner(&source) {
         Some(owner) => owner != cookie,
         None => !flags.contains(PodFlags::ANY_SOURCE) && !I::is_unassigned(source),
     };
-    // A packet that is too short for an address is dropped below.
+    // A packet too short for an address is dropped below.
     if source::<I>(&Skb(ctx)).is_some_and(spoofs) {
         return drop::<I>(Reason::Spoofed, cookie, None);
     }
@@ -64,7 +64,7 @@ fn from_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
             Outbound::Resolve => enter::<I>(ctx, MARK_RESOLVE),
             _ => Action::Continue,
         },
-        // It may open a connection, and nobody can tell; but TCP itself never sends such.
+        // It may open a connection: its flags are in another fragment. TCP itself never sends such packets.
         Parsed::Fragment(segment) => match decision::<I>(&segment, Protocol::Tcp, cookie, flags) {
             Outbound::Pass(_) => Action::Continue,
             _ => drop::<I>(Reason::Fragmented, cookie, Some(&segment)),

@@ -1,4 +1,4 @@
-//! The maps of enrolled pods, written by the agent.
+//! The maps of enrolled pods. The agent writes them.
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
@@ -16,11 +16,11 @@ static POD_IPV4: HashMap<[u8; 4], PodAddress> = HashMap::with_max_entries(1, BPF
 #[map]
 static POD_IPV6: HashMap<[u8; 16], PodAddress> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
 
-/// The host's ends of the devices of enrolled pods, in placement `node`.
+/// The host ends of the devices of enrolled pods, in placement `node`.
 #[map]
 static INTERFACES: HashMap<u32, PodAddress> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
 
-/// The pod behind a device of the host: the cookie of its network namespace, and its switches.
+/// The pod behind a device of the host: the cookie of its network namespace, and its flags.
 #[inline(always)]
 pub(super) fn behind(interface: u32) -> Option<(u64, PodFlags)> {
     // SAFETY: the entry is only read, and an aligned u64 is never seen half-written.
@@ -63,13 +63,13 @@ impl PodIp for Ipv6 {
 
     #[inline(always)]
     unsafe fn first(pod: *const Pod) -> Self::Address {
-        // SAFETY: the caller passes an entry. What is seen while the agent changes it is at worst no address of the pod,
-        // which nobody can be bound to.
+        // SAFETY: the caller passes an entry. A read during an update returns at worst an address that the pod doesn't have,
+        // to which no socket can be bound.
         unsafe { (*pod).ipv6 }
     }
 }
 
-/// The switches of the pod whose network namespace has this cookie, if it is enrolled.
+/// The flags of the pod whose network namespace has this cookie, if it is enrolled.
 #[inline(always)]
 pub(super) fn flags(netns_cookie: u64) -> Option<PodFlags> {
     // SAFETY: the entry is only read, and an aligned u32 is never seen half-written.

@@ -1,5 +1,5 @@
-//! Refuses connections at once, where that is asked for, while no proxy listens (placement `node`): the SYN is turned into
-//! the reset that answers it. The kernel itself cannot: it has no route from an address that is not its own.
+//! Refuses connections while no proxy listens, if `--without-proxy refuse` is set (placement `node`): turns the SYN into the
+//! reset that answers it. The kernel can't send the reset: it has no route from an address that is not its own.
 
 use aya_ebpf::bindings::BPF_F_INGRESS;
 use aya_ebpf::helpers::bpf_redirect;
@@ -15,22 +15,22 @@ use super::skb::Skb;
 use super::socket::Socket;
 use super::steer::Action;
 
-/// Which way the answer goes.
+/// The direction of the answer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Back {
     /// To the pod, whose SYN it was.
     ToPod,
-    /// To somebody else, as if the pod had sent it.
+    /// To the pod's peer, as if the pod had sent it.
     FromPod,
 }
 
-/// Where in the TCP header: sequence number, acknowledgement, length and flags, checksum.
+/// Offsets in the TCP header: sequence number, acknowledgment, length and flags, checksum.
 const SEQUENCE: u32 = 4;
 const ACKNOWLEDGEMENT: u32 = 8;
 const FLAGS: u32 = 12;
 const CHECKSUM: u32 = 16;
 
-/// Whether a connection to the proxy's listener is to be refused because there is none.
+/// Whether to refuse a connection because the proxy does not listen.
 #[inline(always)]
 pub(super) fn is_refused<A: Copy>(ctx: &TcContext, segment: &Segment<A>, port: u16) -> bool {
     config::flags().contains(ConfigFlags::REFUSE) && Socket::listener(ctx, segment, port).is_none()
@@ -64,7 +64,7 @@ fn turn<I: Parse>(ctx: &TcContext, segment: &Segment<I::Address>) -> Result<(), 
     let acknowledgement: [u8; 4] = skb.load(transport + ACKNOWLEDGEMENT).ok_or(EINVAL)?;
     let [length, flags] = skb.load(transport + FLAGS).ok_or(EINVAL)?;
 
-    // What is only exchanged leaves the checksums as they are.
+    // Exchanging fields leaves the checksums as they are.
     store(ctx, 0, &links[1])?;
     store(ctx, 6, &links[0])?;
     store(ctx, place(segment.network_offset + I::SOURCE), &segment.destination)?;

@@ -7,12 +7,12 @@ use redirect_ebpf::packet::Segment;
 const ETHERNET: u32 = 14;
 const UDP_CHECKSUM: u32 = 6;
 
-/// A checksum of zero says that there is none.
+/// A checksum of zero means that there is none.
 const BPF_F_MARK_MANGLED_0: u64 = 1 << 5;
-/// Keeps the checksum that the device has computed of the whole packet right.
+/// Updates the checksum that the device has computed over the whole packet.
 const BPF_F_RECOMPUTE_CSUM: u64 = 1;
 
-/// Where an offset from the network header is in the packet.
+/// The offset in the packet of an offset from the network header.
 #[inline(always)]
 pub(super) const fn place(offset: u32) -> usize {
     (ETHERNET + offset) as usize

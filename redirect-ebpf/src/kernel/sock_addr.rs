@@ -1,7 +1,7 @@
 //! Reads and writes the context of the cgroup hooks on socket addresses.
 //!
-//! The verifier accepts a context field word by word only, and a write of a port as a whole word: hence the volatile
-//! accesses, which the compiler neither merges nor splits.
+//! The verifier accepts only word-sized accesses to a context, and a port only as a whole word, hence the volatile accesses,
+//! which the compiler neither merges nor splits.
 
 use core::mem::size_of;
 use core::ptr::{addr_of, addr_of_mut};
@@ -18,14 +18,14 @@ use super::pods;
 
 /// The call goes on.
 pub(super) const ALLOW: i32 = 1;
-/// The call fails with `EPERM`, or with what [`fail_with`] said.
+/// The call fails with `EPERM`, or with the error of [`fail_with`].
 pub(super) const DENY: i32 = 0;
 
 const SOL_SOCKET: i32 = 1;
 const IPPROTO_TCP: u32 = 6;
 const IPPROTO_UDP: u32 = 17;
 
-/// The enrolled pod that a call is made in.
+/// The enrolled pod in which a process makes a call.
 #[derive(Clone, Copy)]
 pub(super) struct Caller {
     pub(super) netns_cookie: u64,
@@ -33,7 +33,7 @@ pub(super) struct Caller {
     pub(super) protocol: Protocol,
 }
 
-/// Who makes the call, if it concerns us.
+/// The caller, if it is in an enrolled pod and uses TCP or UDP.
 #[inline(always)]
 pub(super) fn caller(ctx: &SockAddrContext) -> Option<Caller> {
     // SAFETY: every context has `protocol`.
@@ -44,7 +44,7 @@ pub(super) fn caller(ctx: &SockAddrContext) -> Option<Caller> {
     Some(Caller { netns_cookie, flags, protocol })
 }
 
-/// What concerns us of the protocols.
+/// TCP and UDP; no other protocol is captured.
 #[inline(always)]
 pub(super) const fn protocol(number: u32) -> Option<Protocol> {
     match number {
@@ -54,7 +54,7 @@ pub(super) const fn protocol(number: u32) -> Option<Protocol> {
     }
 }
 
-/// The call fails with this error.
+/// Makes the call fail with this error.
 #[inline(always)]
 pub(super) fn fail_with(error: i32) -> i32 {
     // SAFETY: the helper has no preconditions; the value is a valid error.
@@ -178,23 +178,21 @@ struct Sockaddr6 {
     scope: u32,
 }
 
-/// For connect hooks on IPv4 addresses. Gives a socket without one a source address; its port is still the kernel's
-/// choice.
+/// For connect hooks on IPv4 addresses. Gives an unbound socket a source address; the kernel still chooses its port.
 #[inline(always)]
 pub(super) fn bind_ip4(ctx: &SockAddrContext, address: [u8; 4]) {
     const AF_INET: u16 = 2;
     bind(ctx, Sockaddr4 { family: AF_INET, port: 0, address, zero: [0; 8] });
 }
 
-/// For connect hooks on IPv6 addresses. Gives a socket without one a source address; its port is still the kernel's
-/// choice.
+/// For connect hooks on IPv6 addresses. Gives an unbound socket a source address; the kernel still chooses its port.
 #[inline(always)]
 pub(super) fn bind_ip6(ctx: &SockAddrContext, address: [u8; 16]) {
     const AF_INET6: u16 = 10;
     bind(ctx, Sockaddr6 { family: AF_INET6, port: 0, flow_information: 0, address, scope: 0 });
 }
 
-/// Fails where the socket has an address, or the address is none of the pod's: then the socket stays as it is.
+/// Fails if the socket has an address, or if the address is not the pod's: the socket then stays as it is.
 #[inline(always)]
 fn bind<A>(ctx: &SockAddrContext, mut address: A) {
     // SAFETY: the address lives on the stack for the length of the call, and its size is right.
@@ -215,16 +213,16 @@ pub(super) fn set_mark(ctx: &SockAddrContext, mark: u32) -> Result<(), i64> {
     set_option(ctx, SO_MARK, mark)
 }
 
-/// Lets the socket be bound beside connections that use the same address and port.
+/// Lets the socket bind an address and port that existing connections use.
 #[inline(always)]
 pub(super) fn set_reuse_address(ctx: &SockAddrContext) -> Result<(), i64> {
     const SO_REUSEADDR: i32 = 2;
     set_option(ctx, SO_REUSEADDR, 1)
 }
 
-/// Lets a socket that is bound to an interface use any of them, and says whether it was bound.
+/// Unbinds a socket from its interface, and returns whether it was bound.
 ///
-/// Fails where the process may not do that itself (it lacks `CAP_NET_RAW`).
+/// Fails if the process may not do that itself (it lacks `CAP_NET_RAW`).
 #[inline(always)]
 pub(super) fn leave_interface(ctx: &SockAddrContext) -> Result<bool, i64> {
     const SO_BINDTODEVICE: i32 = 25;
@@ -235,7 +233,7 @@ pub(super) fn leave_interface(ctx: &SockAddrContext) -> Result<bool, i64> {
     if unsafe { interface.read_volatile() } == 0 {
         return Ok(false);
     }
-    // The name of no interface.
+    // An empty name unbinds.
     set_option(ctx, SO_BINDTODEVICE, 0).map(|()| true)
 }
 

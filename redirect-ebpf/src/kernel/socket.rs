@@ -1,4 +1,4 @@
-//! Looks sockets up in the network namespace of the packet, or of the socket that a hook is about.
+//! Looks sockets up in the network namespace of the packet, or of the hook's socket.
 
 use core::mem::size_of;
 use core::ptr::{self, NonNull, addr_of};
@@ -29,18 +29,18 @@ struct Tuple<A> {
     destination_port: [u8; 2],
 }
 
-/// What the kernel has for a 4-tuple.
+/// The kernel's state of a 4-tuple.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum State {
     /// A connection, or a handshake in progress.
     Connected,
-    /// A closed connection whose tuple is not yet free again.
+    /// A closed connection whose tuple is not free yet.
     TimeWait,
     /// Only a listener, or nothing.
     Open,
 }
 
-/// The source port of our own questions for a listener, which no connection has: [`super::lookup`] sees them as well.
+/// The source port of our own lookups of a listener, which no connection has: [`super::lookup`] sees them as well.
 pub(super) const NO_PORT: [u8; 2] = [0; 2];
 
 const TCP_TIME_WAIT: u32 = 6;
@@ -56,14 +56,14 @@ pub(super) fn state<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> State {
     }
 }
 
-/// The state of the tuple whose other end answers with this segment.
+/// The state of the reversed tuple, whose other end answers with this segment.
 #[inline(always)]
 pub(super) fn answered<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> State {
     state(ctx, &segment.reversed())
 }
 
-/// Whether a connection of the host's namespace has the segment's 4-tuple (placement `node`). Where one end of it is not an
-/// address of the host, that is one of the proxy's.
+/// Whether a connection of the host's namespace has the segment's 4-tuple (placement `node`). If its local end is not an
+/// address of the host, it is one of the proxy's.
 #[inline(always)]
 pub(super) fn is_known<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> bool {
     Socket::existing(ctx, segment).is_some_and(|socket| socket.state() != TCP_LISTEN)
@@ -110,16 +110,16 @@ impl Socket {
         NonNull::new(socket).map(Self)
     }
 
-    /// The proxy's listener on `port`, for the segment's connection. One without the proxy's mark has still to prove that it
-    /// is the proxy's, see [`super::steer`].
+    /// The proxy's listener on `port`, for the segment's connection. [`super::steer`] verifies that one without the proxy's
+    /// mark is the proxy's.
     #[inline(always)]
     pub(super) fn listener<A: Copy>(ctx: &TcContext, segment: &Segment<A>, port: u16) -> Option<Self> {
         let socket = Self::listening(ctx, segment.source, segment.destination, port)?;
         (socket.is_marked() || config::flags().contains(ConfigFlags::UNMARKED_PROXY)).then_some(socket)
     }
 
-    /// The proxy's listener on `port`, for connections from a client to an address. Of several proxies' listeners the
-    /// kernel picks one when it takes the connection.
+    /// The proxy's listener on `port`, for connections from a client to an address. If several proxies listen, the kernel
+    /// picks one when it accepts the connection.
     #[inline(always)]
     pub(super) fn listener_for<A: Copy>(
         ctx: &impl EbpfContext,
@@ -178,14 +178,14 @@ impl Socket {
         unsafe { addr_of!((*self.0.as_ptr()).state).read_volatile() }
     }
 
-    /// Whether it has the proxy's mark. For full sockets only, as those that listen are.
+    /// Whether it has the proxy's mark. For full sockets only, such as listeners.
     #[inline(always)]
     pub(super) fn is_marked(&self) -> bool {
         // SAFETY: the reference is held.
         decide::is_proxy_mark(unsafe { addr_of!((*self.0.as_ptr()).mark).read_volatile() })
     }
 
-    /// What is kept in the storage of a full socket, if anything is.
+    /// The value in the storage of a full socket, if any.
     #[inline(always)]
     pub(super) fn stored(&self, storage: &'static SkStorage<u64>) -> Option<u64> {
         // SAFETY: the map and the socket are valid for the length of the call.

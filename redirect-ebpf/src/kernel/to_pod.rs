@@ -1,6 +1,6 @@
-//! TC egress of the host's end of an enrolled pod's device, placement `node`: what is sent to the pod. New connections go
-//! to the proxy by way of the [`super::entrance`], and so do packets of connections that the proxy has, also those that it
-//! made in the pod's name: their answers come to the pod's address.
+//! TC egress of the host end of an enrolled pod's device, placement `node`: what is sent to the pod. New connections and packets of
+//! the proxy's connections go to the proxy through the ingress device ([`super::entrance`]). That includes connections that the
+//! proxy made from the pod's address, because their answers are addressed to the pod.
 
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
@@ -67,7 +67,7 @@ fn to_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
             Action::Continue
         }
         Parsed::Tcp(segment) => tcp::<I>(ctx, &segment, cookie, flags),
-        // It may open a connection, and nobody can tell; but TCP itself never sends such.
+        // It may open a connection: its flags are in another fragment. TCP itself never sends such packets.
         Parsed::Fragment(segment) => match decision::<I>(&segment, cookie, flags) {
             Inbound::Pass(reason) if reason != Reason::TunnelPort => Action::Continue,
             _ => drop::<I>(Reason::Fragmented, cookie, Some(&segment)),
@@ -131,7 +131,7 @@ fn decision<I: PodIp + ExcludedIp>(segment: &Segment<I::Address>, cookie: u64, f
     )
 }
 
-/// The resolver answers from its own port, and the application shall see the server's.
+/// The resolver answers from its own port; the application has to see the server's.
 #[inline(always)]
 fn answer<I: Parse>(ctx: &TcContext, segment: &Segment<I::Address>) -> Action {
     match set_source_port(ctx, segment, PORT_DOMAIN) {

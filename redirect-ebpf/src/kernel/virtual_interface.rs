@@ -1,6 +1,5 @@
-//! TC ingress of interfaces behind which others' connections begin (virtual machines, containers in the pod), as a pod
-//! declares them with `istio.io/reroute-virtual-interfaces`: TCP from there counts as the pod's own and goes to the
-//! proxy's outbound listener.
+//! TC ingress of interfaces to virtual machines or containers behind the pod, which the pod declares with
+//! `istio.io/reroute-virtual-interfaces`: TCP from there counts as the pod's own and goes to the proxy's outbound listener.
 
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
@@ -28,7 +27,7 @@ fn from_behind<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
     if !matches!(parse::<I>(&Skb(ctx)), Parsed::Tcp(_) | Parsed::Fragment(_)) {
         return Action::Continue.into();
     }
-    // The mark has the pod's policy rule deliver every packet of the connection here instead of routing it on.
+    // The mark makes the pod's policy rule deliver every packet of the connection locally instead of forwarding it.
     ctx.set_mark(MARK_CAPTURE);
     steer::<I, Captured>(ctx).into()
 }
