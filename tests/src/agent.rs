@@ -71,6 +71,10 @@ impl Agent {
         let deadline = wait::patient(wait::SOON).as_secs().to_string();
         command.args(["--proxy-deadline", &deadline]);
         command.args(arguments);
+        let systemd = notify_socket(dir);
+        if systemd.exists() {
+            command.env("NOTIFY_SOCKET", systemd);
+        }
         let name = format!("agent of {}", netns.name());
         let process = Process::spawn(&name, command, netns, cgroup, &dir.join("agent.log"))?;
         let binary = session.binaries().redirect.clone();
@@ -180,6 +184,12 @@ pub(crate) fn placement(session: &Session) -> &'static str {
 #[must_use]
 pub fn socket(dir: &Path) -> PathBuf {
     dir.join("agent.sock")
+}
+
+/// Where it notifies systemd of its state, if the test stands in for systemd and listens there.
+#[must_use]
+pub fn notify_socket(dir: &Path) -> PathBuf {
+    dir.join("notify.sock")
 }
 
 /// Where it listens for the proxy.

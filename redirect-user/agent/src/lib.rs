@@ -20,6 +20,7 @@ mod peers;
 pub(crate) mod pods;
 mod probes;
 mod proxies;
+mod ready;
 pub mod records;
 pub mod repairs;
 mod run;

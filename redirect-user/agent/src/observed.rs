@@ -35,22 +35,47 @@ pub(super) struct Findings {
     /// When it ended.
     at: Instant,
     datapath: Result<(), String>,
-    chain: Result<(), String>,
+    chain: Result<(), Unchained>,
+}
+
+/// Why the plugin is not in the CNI chain.
+#[derive(Clone, Debug)]
+struct Unchained {
+    why: String,
+    /// Without a chain no container has a network.
+    no_chain: bool,
 }
 
 impl Findings {
     /// What there is before the first examination: pods can't be enrolled yet, and there is no reason for a restart.
     fn none() -> Self {
-        let pending = Err("not examined yet".to_owned());
+        let pending = Err(Unchained { why: "not examined yet".to_owned(), no_chain: false });
         Self { at: Instant::now(), datapath: Ok(()), chain: pending }
     }
 
-    fn of(&self, what: impl FnOnce(&Self) -> &Result<(), String>) -> Result<(), String> {
+    /// Why a container that starts now may get past the plugin.
+    pub(super) fn blocked(&self) -> Option<String> {
+        match (&self.datapath, &self.chain) {
+            (Err(why), _) => Some(why.clone()),
+            (_, Err(Unchained { why, no_chain: false })) => Some(why.clone()),
+            _ => None,
+        }
+    }
+
+    fn of(&self, what: impl FnOnce(&Self) -> Result<(), String>) -> Result<(), String> {
         let age = self.at.elapsed();
         if age > STALE {
             return Err(format!("the last examination ended {} s ago", age.as_secs()));
         }
-        what(self).clone()
+        what(self)
+    }
+
+    fn datapath(&self) -> Result<(), String> {
+        self.of(|findings| findings.datapath.clone())
+    }
+
+    fn chain(&self) -> Result<(), String> {
+        self.of(|findings| findings.chain.clone().map_err(|unchained| unchained.why))
     }
 }
 
@@ -85,13 +110,17 @@ pub(super) fn examine(what: Examined) -> watch::Receiver<Findings> {
 }
 
 /// Whether the plugin is in the node's CNI chain.
-async fn examine_chain(options: Option<install::Options>) -> Result<(), String> {
+async fn examine_chain(options: Option<install::Options>) -> Result<(), Unchained> {
+    let failed = |why: String| Err(Unchained { why, no_chain: false });
     let Some(options) = options else { return Ok(()) };
     match tokio::task::spawn_blocking(move || install::missing(&options)).await {
         Ok(Ok(missing)) if missing.is_empty() => Ok(()),
-        Ok(Ok(missing)) => Err(format!("not in place: {}", missing.join(", "))),
-        Ok(Err(error)) => Err(error.to_string()),
-        Err(error) => Err(error.to_string()),
+        Ok(Ok(missing)) => failed(format!("not in place: {}", missing.join(", "))),
+        Ok(Err(error)) => {
+            let no_chain = matches!(error, install::Error::NoConfiguration { .. });
+            Err(Unchained { why: error.to_string(), no_chain })
+        }
+        Err(error) => failed(error.to_string()),
     }
 }
 
@@ -119,7 +148,7 @@ impl Source for Service {
     }
 
     fn health(&self) -> Vec<Check> {
-        vec![("datapath", self.findings.borrow().of(|findings| &findings.datapath))]
+        vec![("datapath", self.findings.borrow().datapath())]
     }
 
     fn readiness(&self) -> Vec<Check> {
@@ -134,10 +163,10 @@ impl Source for Service {
         };
         let findings = self.findings.borrow();
         vec![
-            ("datapath", findings.of(|findings| &findings.datapath)),
+            ("datapath", findings.datapath()),
             ("proxy", proxy),
             ("pods", reconciled),
-            ("chain", findings.of(|findings| &findings.chain)),
+            ("chain", findings.chain()),
         ]
     }
 }
@@ -146,14 +175,28 @@ impl Source for Service {
 mod tests {
     use super::*;
 
+    fn findings(datapath: Result<(), &str>, chain: Result<(), (&str, bool)>) -> Findings {
+        let chain = chain.map_err(|(why, no_chain)| Unchained { why: why.to_owned(), no_chain });
+        Findings { at: Instant::now(), datapath: datapath.map_err(str::to_owned), chain }
+    }
+
     #[test]
     fn findings_count_as_long_as_they_are_fresh() {
-        let fresh = Findings { at: Instant::now(), datapath: Ok(()), chain: Err("no plugin".into()) };
-        assert_eq!(fresh.of(|findings| &findings.datapath), Ok(()));
-        assert_eq!(fresh.of(|findings| &findings.chain), Err("no plugin".into()));
+        let fresh = findings(Ok(()), Err(("no plugin", false)));
+        assert_eq!(fresh.datapath(), Ok(()));
+        assert_eq!(fresh.chain(), Err("no plugin".into()));
         let at = Instant::now().checked_sub(STALE + Duration::from_secs(1)).expect("a clock that has run");
         let stale = Findings { at, ..fresh };
-        let complaint = stale.of(|findings| &findings.datapath).unwrap_err();
+        let complaint = stale.datapath().unwrap_err();
         assert!(complaint.contains("31 s ago"), "{complaint}");
+    }
+
+    #[test]
+    fn containers_wait_for_programs_and_plugin_but_not_for_a_chain() {
+        assert_eq!(findings(Ok(()), Ok(())).blocked(), None);
+        assert_eq!(findings(Ok(()), Err(("no configuration", true))).blocked(), None);
+        assert_eq!(findings(Ok(()), Err(("no plugin", false))).blocked(), Some("no plugin".into()));
+        assert_eq!(findings(Err("not attached"), Ok(())).blocked(), Some("not attached".into()));
+        assert_eq!(Findings::none().blocked(), Some("not examined yet".into()));
     }
 }

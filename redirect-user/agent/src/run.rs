@@ -18,6 +18,7 @@ use super::options::{OnExit, Options, WithoutProxy};
 use super::pods::{Defaults, Pods, Restored};
 use super::probes;
 use super::proxies::Cgroups;
+use super::ready;
 use super::records::{self, Found, Phase, Records};
 use super::service::Service;
 use super::watch::{Event, Watch};
@@ -159,6 +160,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         placement: options.placement,
         chain: options.install_cni.then(|| options.chain.clone()),
     });
+    let announced = findings.clone();
     let service = Arc::new(Service {
         pods: Arc::clone(&pods),
         enrolment,
@@ -211,6 +213,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     let every = Duration::from_secs(options.check_interval);
     let log_task = tokio::spawn(kernel_log::follow(every, log_kernel));
     let upkeep_task = tokio::spawn(upkeep::keep_up(every, upkeep_kernel, Arc::clone(&pods)));
+    let ready_task = tokio::spawn(ready::announce(announced));
     return_memory();
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -228,6 +231,8 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         }
     }
     let stopping = Instant::now();
+    redirect_linux::systemd::stopping();
+    ready_task.abort();
     stop.send_replace(true);
     let last = is_last(daemonset.as_ref()).await;
     if let (Some(task), Some(chain)) = (chain_task, chain) {

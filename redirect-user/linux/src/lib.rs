@@ -12,3 +12,4 @@ pub mod privileges;
 pub mod probe;
 pub mod proc_sys;
 pub mod socket_file;
+pub mod systemd;

@@ -13,6 +13,7 @@ use super::connection::Context;
 use super::listener::{Listeners, Phase};
 use super::{Identity, Shared};
 use redirect_linux::netns::NetNs;
+use redirect_linux::systemd;
 use redirect_zds::client::Workloads;
 use redirect_zds::messages::WorkloadInfo;
 
@@ -42,7 +43,10 @@ impl Pods {
         let identity = Identity { name: "of the node".into(), uid: "".into() };
         let context = Arc::new(Context::new(shared.clone(), identity, host));
         let listeners = match Listeners::open(&context).await {
-            Ok(listeners) => Some(listeners),
+            Ok(listeners) => {
+                systemd::ready("serving the pods of the node");
+                Some(listeners)
+            }
             Err(error) => {
                 tracing::error!("{error}; next attempt in {:?}", shared.retry);
                 None
@@ -102,6 +106,8 @@ impl Workloads for Pods {
         for uid in gone {
             self.remove(&uid).await;
         }
+        // The agent has named every pod of the node.
+        systemd::ready("serving the pods of the agent");
     }
 }
 

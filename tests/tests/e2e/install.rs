@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
+use redirect_tests::agent::notify_socket;
 use redirect_tests::cni::{Chain, REDIRECT};
 use redirect_tests::wait::{self, SOON};
 use redirect_tests::{Families, Node, NodeOptions, Pod, Stack};
@@ -22,6 +24,8 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials.push(trial(context, "install::removed", removed));
     trials.push(trial(context, "install::killed", killed));
     trials.push(trial(context, "install::by_the_agent", by_the_agent));
+    trials.push(trial(context, "install::ready_for_systemd", ready_for_systemd));
+    trials.push(trial(context, "install::ready_without_a_chain", ready_without_a_chain));
     trials
 }
 
@@ -187,4 +191,70 @@ fn by_the_agent(context: &Context) -> Result<()> {
         "the agent took the plugin out of the chain although another may follow"
     );
     Ok(())
+}
+
+/// What systemd is notified of.
+struct Systemd {
+    socket: UnixDatagram,
+    received: Vec<String>,
+}
+
+impl Systemd {
+    fn listen(node: &Node) -> Result<Self> {
+        let socket = UnixDatagram::bind(notify_socket(node.dir()))?;
+        socket.set_nonblocking(true)?;
+        Ok(Self { socket, received: Vec::new() })
+    }
+
+    /// Whether a line of this beginning has come.
+    fn has(&mut self, line: &str) -> bool {
+        let mut buffer = [0; 4096];
+        while let Ok(size) = self.socket.recv(&mut buffer) {
+            self.received.extend(String::from_utf8_lossy(&buffer[..size]).lines().map(str::to_owned));
+        }
+        self.received.iter().any(|received| received.starts_with(line))
+    }
+
+    fn wait_for(&mut self, line: &str) -> Result<()> {
+        let waited = wait::until_true(line, SOON, || Ok(self.has(line)));
+        waited.with_context(|| format!("systemd received {:?}", self.received))
+    }
+}
+
+/// The unit starts before container runtimes: it is ready when the chain has the plugin, and not before.
+fn ready_for_systemd(context: &Context) -> Result<()> {
+    let node = Node::with(
+        &context.session()?,
+        NodeOptions { agent: false, proxy: false, ..NodeOptions::default() },
+    )?;
+    let mut systemd = Systemd::listen(&node)?;
+    let directories = Directories::new(&node, Families::Dual)?;
+    // Container runtimes accept this one, but it is too old for the plugin.
+    let configuration = directories.configurations().join(CONFIGURATION);
+    let old = fs::read_to_string(&configuration)?;
+    let version = node.chain(Families::Dual, &[]).list()["cniVersion"].clone();
+    fs::write(&configuration, old.replace(&version.to_string(), "\"0.2.0\""))?;
+    node.start_agent(&directories.agent_arguments())?;
+    systemd.wait_for("STATUS=not in place")?;
+    ensure!(!systemd.has("READY=1"), "ready without the plugin in the chain: {:?}", systemd.received);
+
+    directories.write_primary(Families::Dual)?;
+    systemd.wait_for("READY=1")?;
+    ensure!(directories.is_chained(), "ready, and the chain has no plugin");
+    ensure!(!systemd.has("STOPPING=1"), "{:?}", systemd.received);
+    node.stop_agent()?;
+    systemd.wait_for("STOPPING=1")
+}
+
+/// Without a chain no container has a network. What brings the chain may be a container itself, which must not wait.
+fn ready_without_a_chain(context: &Context) -> Result<()> {
+    let node = Node::with(
+        &context.session()?,
+        NodeOptions { agent: false, proxy: false, ..NodeOptions::default() },
+    )?;
+    let mut systemd = Systemd::listen(&node)?;
+    let directories = Directories::new(&node, Families::Dual)?;
+    fs::remove_file(directories.configurations().join(CONFIGURATION))?;
+    node.start_agent(&directories.agent_arguments())?;
+    systemd.wait_for("READY=1")
 }

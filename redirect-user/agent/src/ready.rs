@@ -1,0 +1,27 @@
+//! Tells systemd when containers may start: from then on, each of them passes the plugin.
+//!
+//! The unit is ordered before container runtimes. If it was ready any earlier, containers that start with the node would get
+//! past the plugin.
+
+use tokio::sync::watch;
+
+use super::observed::Findings;
+use redirect_linux::systemd;
+
+/// Ends when systemd knows that the agent is ready.
+pub(super) async fn announce(mut findings: watch::Receiver<Findings>) {
+    let mut told = None;
+    loop {
+        let blocked = findings.borrow_and_update().blocked();
+        let Some(why) = blocked else { break };
+        if told.as_ref() != Some(&why) {
+            systemd::starting(&why);
+        }
+        told = Some(why);
+        // An error means that the agent ends.
+        if findings.changed().await.is_err() {
+            return;
+        }
+    }
+    systemd::ready("new pods are enrolled");
+}
