@@ -26,6 +26,7 @@
 )]
 
 mod bind;
+mod call;
 mod config;
 mod context;
 mod cookies;

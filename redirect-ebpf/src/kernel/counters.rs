@@ -10,7 +10,7 @@ use redirect_ebpf::count::{self, Direction, Reason, Verdict};
 use redirect_ebpf::family::Family;
 use redirect_ebpf::maps::PodCounters;
 
-use super::flows::{self, About};
+use super::flows::{self, About, What};
 
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(count::COUNTERS, 0);
@@ -18,15 +18,6 @@ static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(count::COUNTER
 /// The agent creates the entries, and sets the capacity (`--max-pods`).
 #[map]
 static POD_COUNTERS: HashMap<u64, PodCounters> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
-
-/// The decision on a connection.
-#[derive(Clone, Copy)]
-pub(super) struct What {
-    pub(super) family: Family,
-    pub(super) direction: Direction,
-    pub(super) verdict: Verdict,
-    pub(super) reason: Reason,
-}
 
 /// Counts one connection. `pod` is the cookie of the pod's network namespace, if the hook knows the pod; `about` identifies
 /// the connection.

@@ -15,10 +15,10 @@ use redirect_ebpf::diagnostics::{Fault, Hook};
 use redirect_ebpf::family::{Family, Ip, Ipv4, Ipv6, v4_mapped};
 use redirect_ebpf::maps::{Asked, Server};
 
+use super::call;
 use super::counters::count;
 use super::diagnostics;
 use super::exclusions::ExcludedIp;
-use super::outbound;
 use super::pods::{PodIp, first_address};
 use super::sock_addr::{
     ALLOW, Caller, DENY, bind_ip4, bind_ip6, caller, leave_interface, mark, raw_port, set_raw_port,
@@ -149,8 +149,8 @@ fn is_question<I: PodIp + ExcludedIp>(
     destination: I::Address,
 ) -> bool {
     // The source matters only for deliveries of the proxy.
-    let decision = outbound::decision::<I>(ctx, caller, destination, mark(ctx), destination);
-    let about = || outbound::about::<I>(ctx, None, destination);
+    let decision = call::decision::<I>(ctx, caller, destination, mark(ctx), destination);
+    let about = || call::about::<I>(ctx, None, destination);
     let pod = Some(caller.netns_cookie);
     match decision {
         Outbound::Resolve => count(I::FAMILY, Direction::Outbound, Verdict::Steered, Reason::Dns, pod, about),

@@ -6,12 +6,13 @@ use aya_ebpf::helpers::{bpf_get_socket_cookie, bpf_ktime_get_ns};
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, PerCpuArray, RingBuf};
 use aya_ebpf::programs::{SockAddrContext, TcContext};
+use redirect_ebpf::count::{Direction, Reason, Verdict};
+use redirect_ebpf::family::Family;
 use redirect_ebpf::flow::{Flow, FlowLimits, FlowState};
 use redirect_ebpf::maps::{ConfigFlags, Tuple};
 use redirect_ebpf::packet::{Parse, Segment};
 
 use super::config;
-use super::counters::What;
 use super::socket::Socket;
 
 /// Room for about 3600 events: the agent reads them as they arrive.
@@ -27,6 +28,15 @@ static FLOW_STATE: PerCpuArray<FlowState> = PerCpuArray::with_max_entries(1, 0);
 /// A packet on `lo` has lost its socket, so the connect hook keeps the socket's cookie here. Only while a monitor is attached.
 #[btf_map]
 static COOKIES: SkStorage<u64> = SkStorage::new();
+
+/// The decision on a connection.
+#[derive(Clone, Copy)]
+pub(super) struct What {
+    pub(super) family: Family,
+    pub(super) direction: Direction,
+    pub(super) verdict: Verdict,
+    pub(super) reason: Reason,
+}
 
 /// The connection that an event describes.
 #[derive(Clone, Copy)]

@@ -6,22 +6,20 @@ use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use redirect_ebpf::constants::PORT_OUTBOUND;
 use redirect_ebpf::count::{Direction, Reason, Verdict};
-use redirect_ebpf::decide::{self, Connect, Outbound};
+use redirect_ebpf::decide::{self, Outbound};
 use redirect_ebpf::diagnostics::{Fault, Hook};
 use redirect_ebpf::family::{Ip, Ipv4, Ipv6, v4_mapped};
 use redirect_ebpf::maps::ConfigFlags;
 
+use super::call;
 use super::config;
 use super::counters::count;
 use super::diagnostics;
 use super::dns;
-use super::exclusions::{ExcludedIp, excluded};
-use super::flows::{self, About};
+use super::exclusions::ExcludedIp;
+use super::flows;
 use super::pods::PodIp;
-use super::proxies;
-use super::sock_addr::{
-    ALLOW, BoundIp, Caller, DENY, caller, fail_with, mark, port, set_mark, user_ip4, user_ip6,
-};
+use super::sock_addr::{ALLOW, BoundIp, Caller, DENY, caller, fail_with, mark, set_mark, user_ip4, user_ip6};
 use super::socket::Socket;
 
 const ECONNREFUSED: i32 = 111;
@@ -70,8 +68,8 @@ fn steer<I: PodIp + ExcludedIp + BoundIp>(
 ) -> Call {
     let current = mark(ctx);
     let source = I::bound(ctx);
-    let decision = decision::<I>(ctx, caller, destination, current, source);
-    let about = || about::<I>(ctx, Some(source), destination);
+    let decision = call::decision::<I>(ctx, caller, destination, current, source);
+    let about = || call::about::<I>(ctx, Some(source), destination);
     let pod = Some(caller.netns_cookie);
     let (direction, counted) = match decision {
         // Captured connections are counted where the proxy gets them.
@@ -104,48 +102,6 @@ fn steer<I: PodIp + ExcludedIp + BoundIp>(
         }
         _ => Call::Allow,
     }
-}
-
-/// What an event tells of a socket's call. A datagram may leave with another source than the one that its socket has.
-#[inline(always)]
-pub(super) fn about<I: Ip>(
-    ctx: &SockAddrContext,
-    source: Option<I::Address>,
-    destination: I::Address,
-) -> About {
-    let mut about = About::new(flows::cookie(ctx));
-    if let Some(source) = source {
-        about.tuple.source = I::widen(source);
-    }
-    about.tuple.destination = I::widen(destination);
-    about.tuple.destination_port = port(ctx).to_be_bytes();
-    about
-}
-
-/// What becomes of a connection, or of a datagram, to `destination`. `mark` is the socket's, `source` the address that it is
-/// bound to.
-#[inline(always)]
-pub(super) fn decision<I: PodIp + ExcludedIp>(
-    ctx: &SockAddrContext,
-    caller: &Caller,
-    destination: I::Address,
-    mark: u32,
-    source: I::Address,
-) -> Outbound {
-    let (cookie, port) = (caller.netns_cookie, port(ctx));
-    let connect = Connect {
-        protocol: caller.protocol,
-        destination,
-        port,
-        proxy: proxies::is_proxy(mark),
-        source,
-        flags: caller.flags,
-    };
-    decide::outbound::<I>(
-        &connect,
-        |address| I::owner(&address) == Some(cookie),
-        || excluded::<I>(cookie, caller.flags, Direction::Outbound, destination, port.to_be_bytes()),
-    )
 }
 
 /// Whether a captured connection is to be refused because no proxy listens. It has to be here: a reset from the

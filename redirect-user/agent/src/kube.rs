@@ -16,20 +16,23 @@ mod controller;
 mod daemonset;
 mod exclusions;
 mod informer;
+mod labels;
 mod options;
 mod process_cgroup;
 mod queue;
 mod rules;
 mod sandboxes;
 mod store;
+mod timing;
 mod voice;
 
+pub use labels::{EnableLabel, Rules};
 pub use options::Options;
-pub use rules::{EnableLabel, Rules};
 
 #[cfg(test)]
 mod tests;
 
 pub(crate) use client::{client, config};
-pub(crate) use controller::{Controller, Timing};
+pub(crate) use controller::Controller;
 pub(crate) use daemonset::OwnDaemonSet;
+pub(crate) use timing::Timing;

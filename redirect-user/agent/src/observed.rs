@@ -1,4 +1,4 @@
-//! Health and readiness of the agent, and what Prometheus reads.
+//! What health and readiness of the agent rest on.
 //!
 //! A background task examines what takes time (the kernel, the files of the CNI chain). Answers are what it found last, so that
 //! they come at once however many ask, and say so when it finds nothing any more.
@@ -8,14 +8,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
-use super::service::Service;
 use crate::install;
-use crate::metrics::Snapshot;
-use crate::metrics::server::{Check, Source};
 use redirect_datapath::linux::Linux;
 use redirect_datapath::thread::Kernel;
 use redirect_protocol::placement::Placement;
-use redirect_protocol::wire::Reply;
 
 /// How often the kernel and the chain are examined.
 const PERIOD: Duration = Duration::from_secs(2);
@@ -70,11 +66,11 @@ impl Findings {
         what(self)
     }
 
-    fn datapath(&self) -> Result<(), String> {
+    pub(super) fn datapath(&self) -> Result<(), String> {
         self.of(|findings| findings.datapath.clone())
     }
 
-    fn chain(&self) -> Result<(), String> {
+    pub(super) fn chain(&self) -> Result<(), String> {
         self.of(|findings| findings.chain.clone().map_err(|unchained| unchained.why))
     }
 }
@@ -137,37 +133,6 @@ async fn examine_datapath(kernel: &Kernel<Linux>, placement: Placement) -> Resul
         Ok(Ok(Some(program))) => Err(format!("program {program} is not attached")),
         Ok(Err(gone)) => Err(gone.to_string()),
         Err(_) => Err(format!("the datapath's thread does not answer within {PATIENCE:?}")),
-    }
-}
-
-impl Source for Service {
-    async fn snapshot(&self) -> Result<Snapshot, String> {
-        let status = self.status().await.map_err(|error| error.message)?;
-        let repairs = self.pods.repairs().counts().map(|(kind, count)| (kind.label(), count)).collect();
-        Ok(Snapshot { status, pods: self.pods.report().await, repairs })
-    }
-
-    fn health(&self) -> Vec<Check> {
-        vec![("datapath", self.findings.borrow().datapath())]
-    }
-
-    fn readiness(&self) -> Vec<Check> {
-        let proxy = match self.ready() {
-            Reply::Error(error) => Err(error.message),
-            _ => Ok(()),
-        };
-        let reconciled = if *self.reconciled.borrow() {
-            Ok(())
-        } else {
-            Err("the API server has not told which pods run on this node".into())
-        };
-        let findings = self.findings.borrow();
-        vec![
-            ("datapath", findings.datapath()),
-            ("proxy", proxy),
-            ("pods", reconciled),
-            ("chain", findings.chain()),
-        ]
     }
 }
 

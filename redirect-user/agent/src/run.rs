@@ -27,7 +27,7 @@ use crate::kube::{self, Controller, OwnDaemonSet, Timing};
 use crate::metrics::events::events;
 use crate::metrics::server::Purpose;
 use crate::{install, metrics};
-use redirect_datapath::kernel_log;
+use redirect_datapath::bpf_log;
 use redirect_datapath::linux::{Capacities, Linux, NotedBy, Pins, Settings};
 use redirect_datapath::thread::Kernel;
 use redirect_linux::netns::NetNs;
@@ -95,7 +95,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         placement: options.placement,
         rule_priority: options.rule_priority,
         flows: FlowLimits { one_of: options.flow_sample, rate: options.flow_rate },
-        diagnostics: kernel_log::is_wanted(),
+        diagnostics: bpf_log::is_wanted(),
         object: options.object,
         noted_by: options.listeners_noted_by.map_or_else(NotedBy::probe, Ok)?,
     };
@@ -211,7 +211,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     let probes_task = tokio::spawn(probes::follow(options.probers, cgroup.clone(), probes_kernel));
     let watch_task = tokio::spawn(follow(events, watch_kernel, Arc::clone(&pods)));
     let every = Duration::from_secs(options.check_interval);
-    let log_task = tokio::spawn(kernel_log::follow(every, log_kernel));
+    let log_task = tokio::spawn(bpf_log::follow(every, log_kernel));
     let upkeep_task = tokio::spawn(upkeep::keep_up(every, upkeep_kernel, Arc::clone(&pods)));
     let ready_task = tokio::spawn(ready::announce(announced));
     return_memory();

@@ -13,7 +13,9 @@ use super::inspect;
 use super::observed::Findings;
 use super::peers;
 use super::pods::{self, Pods, Wanted};
+use crate::metrics::Snapshot;
 use crate::metrics::events::events;
+use crate::metrics::server::{Check, Source};
 use redirect_datapath::linux::Linux;
 use redirect_datapath::thread::Kernel;
 use redirect_linux::netns::NetNs;
@@ -58,6 +60,37 @@ impl Handler for Service {
             events().cni(command, result(reply));
         }
         replies
+    }
+}
+
+impl Source for Service {
+    async fn snapshot(&self) -> Result<Snapshot, String> {
+        let status = self.status().await.map_err(|error| error.message)?;
+        let repairs = self.pods.repairs().counts().map(|(kind, count)| (kind.label(), count)).collect();
+        Ok(Snapshot { status, pods: self.pods.report().await, repairs })
+    }
+
+    fn health(&self) -> Vec<Check> {
+        vec![("datapath", self.findings.borrow().datapath())]
+    }
+
+    fn readiness(&self) -> Vec<Check> {
+        let proxy = match self.ready() {
+            Reply::Error(error) => Err(error.message),
+            _ => Ok(()),
+        };
+        let reconciled = if *self.reconciled.borrow() {
+            Ok(())
+        } else {
+            Err("the API server has not told which pods run on this node".into())
+        };
+        let findings = self.findings.borrow();
+        vec![
+            ("datapath", findings.datapath()),
+            ("proxy", proxy),
+            ("pods", reconciled),
+            ("chain", findings.chain()),
+        ]
     }
 }
 

@@ -37,7 +37,7 @@ use redirect_ebpf::maps::ProxyPart;
 
 use super::datapath::{Datapath, Error, Introduction, Observation, Target};
 use super::facts::{Fact, Hook, Interface, LOOPBACK_INDEX, Lookup, Namespace, Op};
-use super::kernel_log::Words;
+use super::faults::Words;
 pub use attached::{Attached, at_cgroup, on_devices};
 pub use entrance::EarlyDemuxNote;
 use listeners::LISTENING;

@@ -14,8 +14,7 @@ use std::thread::{self, JoinHandle};
 
 use serde::Serialize;
 
-use super::Direction;
-use super::resolver::Transport;
+use super::{Direction, Transport};
 
 /// Lines that may wait for the thread.
 const QUEUE: usize = 16 * 1024;

@@ -12,10 +12,9 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 
 use super::access_log::{ConnectionLine, End, Event, Line};
-use super::clients::Clients;
+use super::context::Context;
 use super::relay::{Connection, Counters, RelayError, relay};
-use super::{Direction, Identity, OriginalDestination, Shared, sockets};
-use redirect_linux::netns::NetNs;
+use super::{Direction, OriginalDestination, sockets};
 use redirect_protocol::placement::Placement;
 
 /// How long the destination may take to answer.
@@ -36,29 +35,6 @@ enum ConnectionError {
     ConnectTimeout,
     #[error(transparent)]
     Relay(#[from] RelayError),
-}
-
-/// What the connections of one pod share.
-#[derive(Debug)]
-pub(super) struct Context {
-    pub(super) shared: Shared,
-    pub(super) identity: Identity,
-    pub(super) netns: NetNs,
-    pub(super) clients: Clients,
-}
-
-impl Context {
-    pub(super) fn new(shared: Shared, identity: Identity, netns: NetNs) -> Self {
-        Self { shared, identity, netns, clients: Clients::default() }
-    }
-
-    /// What the access log calls the pod at this end of a connection: the proxy of a node knows addresses alone.
-    pub(super) fn pod(&self, end: SocketAddr) -> Arc<str> {
-        match self.shared.placement {
-            Placement::Pod => Arc::clone(&self.identity.name),
-            Placement::Node => end.ip().to_string().into(),
-        }
-    }
 }
 
 /// Where a connection comes from and where it was to go.

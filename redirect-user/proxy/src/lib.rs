@@ -20,6 +20,7 @@
 mod access_log;
 mod clients;
 mod connection;
+mod context;
 mod listener;
 mod pods;
 mod relay;
@@ -77,4 +78,12 @@ impl Direction {
             Self::Inbound => redirect_ebpf::constants::PORT_INBOUND,
         }
     }
+}
+
+/// How a question came, and how it is passed on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Transport {
+    Udp,
+    Tcp,
 }

@@ -12,9 +12,11 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use super::connection::{self, Context};
+use super::Direction;
+use super::connection;
+use super::context::Context;
 use super::resolver::Resolver;
-use super::{Direction, sockets};
+use super::sockets::{self, OpenError};
 
 /// How long accepting pauses when the process has no descriptors left.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
@@ -28,28 +30,6 @@ pub(super) enum Phase {
     Drain,
     /// Cut all connections and end.
     Cut,
-}
-
-/// Why a pod's listeners cannot be opened.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum OpenError {
-    #[error(
-        "its network namespace cannot be entered: {0}; the proxy needs CAP_SYS_ADMIN, and the pod to exist"
-    )]
-    Namespace(io::Error),
-    #[error("port {0}: another process listens on it in the pod; move that process to another port")]
-    InUse(u16),
-    #[error("port {port}: {error}; the proxy needs CAP_NET_ADMIN in the pod's network namespace")]
-    Listen { port: u16, error: io::Error },
-}
-
-impl OpenError {
-    pub(super) fn of(port: u16, error: io::Error) -> Self {
-        match error.kind() {
-            io::ErrorKind::AddrInUse => Self::InUse(port),
-            _ => Self::Listen { port, error },
-        }
-    }
 }
 
 /// The listeners of a pod.

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::connection::Context;
+use super::context::Context;
 use super::listener::{Listeners, Phase};
 use super::{Identity, Shared};
 use redirect_linux::netns::NetNs;

@@ -25,17 +25,16 @@ use std::time::{Duration, Instant};
 
 use hickory_proto::op::ResponseCode;
 use redirect_ebpf::constants::PORT_DNS;
-use serde::Serialize;
 use socket2::{Domain, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+use super::Transport;
 use super::access_log::{DnsLine, Line};
-use super::connection::Context;
-use super::listener::OpenError;
-use super::sockets;
+use super::context::Context;
+use super::sockets::{self, OpenError};
 use datagrams::Datagrams;
 use message::{Answer, Question, Received};
 use redirect_protocol::placement::Placement;
@@ -56,14 +55,6 @@ const IDLE: Duration = Duration::from_secs(10);
 
 /// How long nothing is received or accepted after the kernel refused to.
 const PAUSE: Duration = Duration::from_millis(50);
-
-/// How a question came, and how it is passed on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum Transport {
-    Udp,
-    Tcp,
-}
 
 /// The sockets of a pod's resolver.
 #[derive(Debug)]

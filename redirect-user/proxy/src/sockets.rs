@@ -33,6 +33,28 @@ const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
     .with_interval(Duration::from_secs(30))
     .with_retries(5);
 
+/// Why a pod's listeners cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum OpenError {
+    #[error(
+        "its network namespace cannot be entered: {0}; the proxy needs CAP_SYS_ADMIN, and the pod to exist"
+    )]
+    Namespace(io::Error),
+    #[error("port {0}: another process listens on it in the pod; move that process to another port")]
+    InUse(u16),
+    #[error("port {port}: {error}; the proxy needs CAP_NET_ADMIN in the pod's network namespace")]
+    Listen { port: u16, error: io::Error },
+}
+
+impl OpenError {
+    pub(super) fn of(port: u16, error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::AddrInUse => Self::InUse(port),
+            _ => Self::Listen { port, error },
+        }
+    }
+}
+
 type Work = Box<dyn FnOnce(io::Result<()>) + Send>;
 
 /// Hands work to the thread that visits namespaces. The thread ends with the last handle.

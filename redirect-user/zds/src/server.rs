@@ -29,6 +29,7 @@ mod connection;
 mod desired;
 mod handle;
 mod listener;
+mod options;
 mod peer;
 mod serve;
 mod shared;
@@ -38,8 +39,9 @@ mod workload;
 mod tests;
 
 pub use handle::{AddError, Handle, RemoveOutcome};
+pub use options::{AdmitError, Event, OnConnect, Options, Recorder};
 pub use peer::Peer;
 pub use redirect_linux::socket_file::BindError;
-pub use serve::{AdmitError, Event, OnConnect, Options, Recorder, Server};
+pub use serve::Server;
 pub use shared::{PodProxyState, ProxyState};
 pub use workload::{InvalidWorkload, Workload};

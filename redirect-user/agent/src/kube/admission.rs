@@ -11,10 +11,11 @@ use kube::{Api, Client};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::api::{ApiPod, NamespaceView, PodView};
-use super::controller::Timing;
+use super::labels::Rules;
 use super::queue::Queue;
-use super::rules::{Decision as Rule, Reason, Rules, decide};
+use super::rules::{Decision as Rule, Reason, decide};
 use super::store::{Known, Store};
+use super::timing::Timing;
 use crate::enrolment::{Decision, Enrolment, Verdict};
 use redirect_protocol::pod::PodIdentity;
 use redirect_protocol::wire::{Error, ErrorKind};

@@ -13,7 +13,9 @@ use kube::core::{NamespaceResourceScope, Resource};
 use serde::Deserialize;
 
 use super::exclusions;
-use super::rules::{BYPASS_INBOUND, DNS_CAPTURE, Rules, SIDECAR, SOURCE_IP_VERIFICATION, VIRTUAL_INTERFACES};
+use super::labels::{
+    BYPASS_INBOUND, DNS_CAPTURE, Rules, SIDECAR, SOURCE_IP_VERIFICATION, VIRTUAL_INTERFACES,
+};
 use redirect_protocol::pod::PodIdentity;
 
 /// The annotation that shows how far a pod is.

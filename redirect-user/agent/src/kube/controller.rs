@@ -16,11 +16,13 @@ use tokio::time::{interval, timeout};
 
 use super::admission::Admission;
 use super::api::{PodView, REDIRECTION};
-use super::informer::{self, Patience, pause};
+use super::informer::{self, pause};
+use super::labels::Rules;
 use super::queue::Queue;
-use super::rules::{Decision, Reason, Rules, decide};
+use super::rules::{Decision, Reason, decide};
 use super::sandboxes::Sandboxes;
 use super::store::{Known, Store};
+use super::timing::Timing;
 use super::voice::{Redirection, Voice};
 use crate::metrics::events::events;
 use crate::pods::{Error, Pods, Standing, Wanted};
@@ -34,36 +36,6 @@ const WORKERS: usize = 8;
 
 /// How long the API server may take for an annotation or an event.
 const API: Duration = Duration::from_secs(10);
-
-/// How patient the controller is.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Timing {
-    /// How long the plugin waits for the informer to show a pod before the API server is asked.
-    pub(crate) patience: Duration,
-    /// How long the plugin waits for a decision. With the proxy's deadline after it, it stays within the plugin's.
-    pub(crate) admission: Duration,
-    /// How often everything is compared with the kernel.
-    pub(crate) resync: Duration,
-    /// How often a pod is looked at that the proxy has not acknowledged.
-    pub(crate) poll: Duration,
-    /// How long a pod keeps the annotation `enabled` that no proxy acknowledges, while proxy or agent restart. Its
-    /// traffic does not get past the kernel meanwhile.
-    pub(crate) grace: Duration,
-    pub(crate) api: Patience,
-}
-
-impl Default for Timing {
-    fn default() -> Self {
-        Self {
-            patience: Duration::from_secs(2),
-            admission: Duration::from_secs(12),
-            resync: Duration::from_secs(60),
-            poll: Duration::from_secs(1),
-            grace: Duration::from_secs(30),
-            api: Patience::default(),
-        }
-    }
-}
 
 /// What has to be remembered of a pod from one look to the next.
 #[derive(Clone, Debug, Default)]

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use redirect_ebpf::Direction;
 
-use super::rules::BadAnnotation;
+use super::labels::BadAnnotation;
 use redirect_protocol::pod::{Exclusion, network};
 
 /// What an annotation lists.

@@ -14,7 +14,7 @@ use kube::{Client, ResourceExt};
 use tokio::time::{sleep, timeout};
 
 use super::api::{ApiPod, NamespaceView, PodView};
-use super::rules::Rules;
+use super::labels::Rules;
 use super::store::Store;
 use crate::metrics::events as metrics;
 

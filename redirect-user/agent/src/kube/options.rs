@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use super::rules::{EnableLabel, Rules};
+use super::labels::{EnableLabel, Rules};
 
 /// How the agent works with Kubernetes.
 #[derive(Clone, Debug, clap::Args)]

@@ -1,74 +1,14 @@
 //! Who is enrolled: Istio ambient's conventions, as a pure function.
 
-use std::collections::BTreeSet;
-use std::fmt;
-use std::str::FromStr;
-
 use super::api::{NamespaceView, PodView};
 use super::exclusions;
+use super::labels::{
+    BYPASS_INBOUND, BadAnnotation, DNS_CAPTURE, OPT_OUT, Rules, SOURCE_IP_VERIFICATION, VIRTUAL_INTERFACES,
+};
 use redirect_protocol::pod::PodSettings;
 
-/// The annotation that keeps inbound connections from the proxy.
-pub(super) const BYPASS_INBOUND: &str = "ambient.istio.io/bypass-inbound-capture";
-/// The annotation that names interfaces whose inbound connections count as outbound.
-pub(super) const VIRTUAL_INTERFACES: &str = "istio.io/reroute-virtual-interfaces";
-/// The annotation that turns the capture of DNS questions on or off.
-pub(super) const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
-/// The annotation that says whether what the pod sends from addresses that are not its own is dropped. Placement `node`.
-pub(super) const SOURCE_IP_VERIFICATION: &str = "ambient-redirect.io/source-ip-verification";
-/// The annotation of a pod whose sidecar is its proxy.
-pub(super) const SIDECAR: &str = "sidecar.istio.io/status";
-/// The value of the label that keeps a pod out.
-const OPT_OUT: &str = "none";
 /// `IFNAMSIZ` without the terminating zero.
 const INTERFACE_NAME: usize = 15;
-
-/// What the decision depends on, apart from the pod.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Rules {
-    /// The label that enrols.
-    pub enable_label: EnableLabel,
-    /// Namespaces that are left alone.
-    pub excluded: BTreeSet<String>,
-    /// Whether the annotations of Istio's sidecars that exclude networks and ports are honoured.
-    pub istio_exclusions: bool,
-}
-
-/// A label and the value that enrols.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct EnableLabel {
-    /// Its key.
-    pub key: String,
-    /// Its value.
-    pub value: String,
-}
-
-impl Default for EnableLabel {
-    fn default() -> Self {
-        Self { key: "istio.io/dataplane-mode".into(), value: "ambient".into() }
-    }
-}
-
-impl fmt::Display for EnableLabel {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}={}", self.key, self.value)
-    }
-}
-
-impl FromStr for EnableLabel {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text.split_once('=') {
-            Some((key, value)) if !key.is_empty() && !value.is_empty() && value != OPT_OUT => {
-                Ok(Self { key: key.into(), value: value.into() })
-            }
-            _ => Err(format!(
-                "{text:?} is no label that enrols: write key=value, with another value than {OPT_OUT}"
-            )),
-        }
-    }
-}
 
 /// What is to be done about a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,15 +38,6 @@ pub(super) enum Reason {
     NotLabelled,
     #[error("its namespace is not known yet")]
     NamespaceUnknown,
-}
-
-/// An annotation that can't be understood.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("annotation {annotation} is {value:?}: {remedy}")]
-pub(super) struct BadAnnotation {
-    pub(super) annotation: &'static str,
-    pub(super) value: String,
-    pub(super) remedy: &'static str,
 }
 
 /// Decides about a pod. `None` for its namespace: nothing is known of that yet.

@@ -21,7 +21,7 @@ use super::listeners::NotedBy;
 use super::pins::Pins;
 use super::{PROBE, Settings, cgroup_programs};
 use crate::facts::{Hook, Lookup};
-use crate::kernel_log::Words;
+use crate::faults::Words;
 use redirect_linux::bpf;
 use redirect_linux::link;
 use redirect_protocol::placement::Placement;

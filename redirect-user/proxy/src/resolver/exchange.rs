@@ -9,9 +9,9 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream, UdpSocket};
 use tokio::time::timeout;
 
-use super::super::connection::Context;
+use super::super::Transport;
+use super::super::context::Context;
 use super::super::sockets;
-use super::Transport;
 use super::message::{Answer, Question};
 
 /// How long a server may take.

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
 use super::super::access_log::AccessLog;
-use super::super::connection::Context;
+use super::super::context::Context;
 use super::super::resolver::Upstreams;
 use super::super::sockets::Namespaces;
 use super::super::{Identity, OriginalDestination, Shared};

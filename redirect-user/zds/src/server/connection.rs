@@ -10,8 +10,8 @@ use tokio::time::timeout;
 use tokio_seqpacket::UnixSeqpacket;
 
 use super::desired::{Next, Step};
+use super::options::{AdmitError, Event, Options};
 use super::peer::{self, Peer};
-use super::serve::{AdmitError, Event, Options};
 use super::shared::Shared;
 use super::workload::{add_request, pod_name};
 use crate::messages::{

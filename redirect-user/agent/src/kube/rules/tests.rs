@@ -1,3 +1,4 @@
+use super::super::labels::EnableLabel;
 use super::*;
 
 fn rules() -> Rules {

@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::*;
 use crate::enrolment::{Enrolment, Verdict};
 use crate::kube::admission::Admission;
-use crate::kube::rules::BYPASS_INBOUND;
+use crate::kube::labels::BYPASS_INBOUND;
 use crate::pods::Wanted;
 use redirect_protocol::pod::PodIdentity;
 use redirect_protocol::wire::{Attachment, Error, ErrorKind};

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::kube::api::REDIRECTION;
-use crate::kube::rules::{BYPASS_INBOUND, VIRTUAL_INTERFACES};
+use crate::kube::labels::{BYPASS_INBOUND, VIRTUAL_INTERFACES};
 use redirect_protocol::wire::Attachment;
 
 #[tokio::test]

@@ -163,7 +163,7 @@ async fn a_real_api_server_is_followed_and_annotated() {
     }
 
     // An event, too, is something that a real API server is particular about.
-    let bad = annotation(crate::kube::rules::BYPASS_INBOUND, Some("maybe"));
+    let bad = annotation(crate::kube::labels::BYPASS_INBOUND, Some("maybe"));
     pods.patch("pod-1", &merge, &Patch::Merge(&bad)).await.unwrap();
     let events: Api<k8s_openapi::api::core::v1::Event> = Api::namespaced(admin.clone(), "shop");
     let told = tokio::time::timeout(LONG, async {

@@ -1,0 +1,54 @@
+//! What is decided about a socket's call, whether it connects or sends a datagram.
+
+use aya_ebpf::programs::SockAddrContext;
+use redirect_ebpf::count::Direction;
+use redirect_ebpf::decide::{self, Connect, Outbound};
+use redirect_ebpf::family::Ip;
+
+use super::exclusions::{ExcludedIp, excluded};
+use super::flows::{self, About};
+use super::pods::PodIp;
+use super::proxies;
+use super::sock_addr::{Caller, port};
+
+/// What an event tells of a socket's call. A datagram may leave with another source than the one that its socket has.
+#[inline(always)]
+pub(super) fn about<I: Ip>(
+    ctx: &SockAddrContext,
+    source: Option<I::Address>,
+    destination: I::Address,
+) -> About {
+    let mut about = About::new(flows::cookie(ctx));
+    if let Some(source) = source {
+        about.tuple.source = I::widen(source);
+    }
+    about.tuple.destination = I::widen(destination);
+    about.tuple.destination_port = port(ctx).to_be_bytes();
+    about
+}
+
+/// What becomes of a connection, or of a datagram, to `destination`. `mark` is the socket's, `source` the address that it is
+/// bound to.
+#[inline(always)]
+pub(super) fn decision<I: PodIp + ExcludedIp>(
+    ctx: &SockAddrContext,
+    caller: &Caller,
+    destination: I::Address,
+    mark: u32,
+    source: I::Address,
+) -> Outbound {
+    let (cookie, port) = (caller.netns_cookie, port(ctx));
+    let connect = Connect {
+        protocol: caller.protocol,
+        destination,
+        port,
+        proxy: proxies::is_proxy(mark),
+        source,
+        flags: caller.flags,
+    };
+    decide::outbound::<I>(
+        &connect,
+        |address| I::owner(&address) == Some(cookie),
+        || excluded::<I>(cookie, caller.flags, Direction::Outbound, destination, port.to_be_bytes()),
+    )
+}

@@ -1,0 +1,35 @@
+//! How patient the controller and the admission of pods are.
+
+use std::time::Duration;
+
+use super::informer::Patience;
+
+/// How patient the controller is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Timing {
+    /// How long the plugin waits for the informer to show a pod before the API server is asked.
+    pub(crate) patience: Duration,
+    /// How long the plugin waits for a decision. With the proxy's deadline after it, it stays within the plugin's.
+    pub(crate) admission: Duration,
+    /// How often everything is compared with the kernel.
+    pub(crate) resync: Duration,
+    /// How often a pod is looked at that the proxy has not acknowledged.
+    pub(crate) poll: Duration,
+    /// How long a pod keeps the annotation `enabled` that no proxy acknowledges, while proxy or agent restart. Its
+    /// traffic does not get past the kernel meanwhile.
+    pub(crate) grace: Duration,
+    pub(crate) api: Patience,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            patience: Duration::from_secs(2),
+            admission: Duration::from_secs(12),
+            resync: Duration::from_secs(60),
+            poll: Duration::from_secs(1),
+            grace: Duration::from_secs(30),
+            api: Patience::default(),
+        }
+    }
+}
