@@ -25,10 +25,13 @@ mod tests;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use serde_json::{Map, Value};
+
 pub use error::Error;
 pub use keep::keep;
 pub use options::{Directories, Install, Options};
 
+use chain::Chain;
 use directory::Directory;
 use files::{Disk, Files};
 use plan::Op;
@@ -114,6 +117,16 @@ pub fn find(directories: &Directories) -> Result<Found, Error> {
         chained: chain.has(PLUGIN),
         plugin: plugin::versions(&plugin).map(|_| plugin).map_err(|error| error.to_string()),
     })
+}
+
+/// A configuration with the plugin's entry, as `redirect install` writes it, or why container runtimes reject it.
+pub fn chained(name: &str, configuration: &[u8], entry: &Map<String, Value>) -> Result<Value, String> {
+    Ok(Chain::parse(name, configuration)?.with(entry).document())
+}
+
+/// A configuration without the plugin, as `redirect install --remove` leaves it.
+pub fn unchained(name: &str, configuration: &[u8]) -> Result<Value, String> {
+    Ok(Chain::parse(name, configuration)?.without().document())
 }
 
 /// What an installation would change.

@@ -34,6 +34,7 @@ use serde_json::{Value, json};
 
 pub use config::Config;
 pub use error::Error;
+pub use result::addresses;
 pub use version::SpecVersion;
 
 use environment::{Command, Invocation};

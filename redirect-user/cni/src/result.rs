@@ -10,8 +10,8 @@ use super::error::Error;
 use super::version::SpecVersion;
 use redirect_protocol::pod::PodAddresses;
 
-/// The pod's own addresses: those of interfaces inside its sandbox, and those that name no interface.
-pub(super) fn addresses(result: &Value) -> Result<PodAddresses, Error> {
+/// The pod's own addresses in a CNI result: those of interfaces inside its sandbox, and those that name no interface.
+pub fn addresses(result: &Value) -> Result<PodAddresses, Error> {
     let interfaces = list(result, "interfaces")?;
     let mut addresses = PodAddresses::default();
     for (i, ip) in list(result, "ips")?.iter().enumerate() {

@@ -22,6 +22,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use flows::{FlowFilter, FlowReport};
+pub use packet::{PacketError, decode, encode};
 
 use crate::pod::PodIdentity;
 

@@ -7,11 +7,20 @@ use super::{Envelope, MAX_PACKET, VERSION};
 
 /// Why a packet cannot be made or understood.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum PacketError {
+pub enum PacketError {
+    /// It does not fit.
     #[error("the packet has {size} bytes, {MAX_PACKET} fit")]
-    TooLarge { size: usize },
+    TooLarge {
+        /// Its size.
+        size: usize,
+    },
+    /// The sender speaks another version.
     #[error("protocol version {theirs} instead of {VERSION}")]
-    Version { theirs: u16 },
+    Version {
+        /// The sender's.
+        theirs: u16,
+    },
+    /// Not the JSON of a message.
     #[error("the packet is not the expected JSON: {0}")]
     Json(#[from] serde_json::Error),
 }
@@ -22,13 +31,14 @@ struct Header {
     version: u16,
 }
 
-pub(super) fn encode<T: Serialize>(body: &T) -> Result<Vec<u8>, PacketError> {
+/// The packet of a message.
+pub fn encode<T: Serialize>(body: &T) -> Result<Vec<u8>, PacketError> {
     let packet = serde_json::to_vec(&Envelope { version: VERSION, body })?;
     if packet.len() > MAX_PACKET { Err(PacketError::TooLarge { size: packet.len() }) } else { Ok(packet) }
 }
 
-/// The version is looked at first: the body of another version need not make sense to us.
-pub(super) fn decode<T: DeserializeOwned>(packet: &[u8]) -> Result<T, PacketError> {
+/// The message of a packet. The version is checked first, because the body of another version may have any form.
+pub fn decode<T: DeserializeOwned>(packet: &[u8]) -> Result<T, PacketError> {
     let Header { version } = serde_json::from_slice(packet)?;
     if version != VERSION {
         return Err(PacketError::Version { theirs: version });
