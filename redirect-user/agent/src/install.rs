@@ -32,7 +32,7 @@ pub use keep::keep;
 pub use options::{Directories, Install, Options};
 
 use chain::Chain;
-use directory::Directory;
+use directory::{Directory, is_original};
 use files::{Disk, Files};
 use plan::Op;
 
@@ -187,13 +187,13 @@ fn execute(directory: &Path, ops: Vec<Op>, files: &mut impl Files) -> Result<Vec
     for op in ops {
         let path = directory.join(op.name());
         let done = match op {
-            Op::Write { document, attributes, .. } => {
-                files::replace(files, &path, format!("{document:#}\n").as_bytes(), attributes)
-            }
+            Op::Write { ref bytes, attributes, .. } => files::replace(files, &path, bytes, attributes),
             Op::Remove { .. } => files.remove(&path).and_then(|()| files.sync_directory(directory)),
         };
         done.map_err(|source| Error::write(&path, source))?;
-        changed.push(path);
+        if !is_original(op.name()) {
+            changed.push(path);
+        }
     }
     Ok(changed)
 }

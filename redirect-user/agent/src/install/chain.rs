@@ -78,6 +78,11 @@ impl Chain {
         document.insert("plugins".into(), self.plugins.iter().cloned().map(Value::Object).collect());
         Value::Object(document)
     }
+
+    /// The same, as people can read it.
+    pub(super) fn text(&self) -> Vec<u8> {
+        format!("{:#}\n", self.document()).into_bytes()
+    }
 }
 
 /// Whether runtimes expect a list in a file of this name.

@@ -14,8 +14,23 @@ use super::files::Attributes;
 pub(super) struct Directory {
     pub(super) path: PathBuf,
     pub(super) files: Vec<Conf>,
+    /// What was there before our entry came, by the names that the files had.
+    pub(super) originals: Vec<Conf>,
     /// Names that Cilium gave to configurations of others, to disable them.
     pub(super) disabled_by_cilium: Vec<String>,
+}
+
+/// How the name of a file ends that keeps what was in a configuration before our entry came. Runtimes read no such file.
+const ORIGINAL: &str = ".before-ambient-redirect";
+
+/// The name of the file that keeps what was in a configuration.
+pub(super) fn original_of(name: &str) -> String {
+    format!("{name}{ORIGINAL}")
+}
+
+/// Whether a file of this name keeps what was in a configuration.
+pub(super) fn is_original(name: &str) -> bool {
+    name.ends_with(ORIGINAL)
 }
 
 /// One of them.
@@ -23,6 +38,7 @@ pub(super) struct Directory {
 pub(super) struct Conf {
     pub(super) name: String,
     pub(super) attributes: Attributes,
+    pub(super) bytes: Vec<u8>,
     /// The error says why it is no configuration.
     pub(super) chain: Result<Chain, String>,
 }
@@ -30,13 +46,20 @@ pub(super) struct Conf {
 impl Directory {
     pub(super) fn read(path: &Path) -> Result<Self, Error> {
         let failed = |source| Error::read(path, source);
-        let mut directory = Self { path: path.into(), files: Vec::new(), disabled_by_cilium: Vec::new() };
+        let mut directory = Self {
+            path: path.into(),
+            files: Vec::new(),
+            originals: Vec::new(),
+            disabled_by_cilium: Vec::new(),
+        };
         for entry in fs::read_dir(path).map_err(failed)? {
             let Ok(name) = entry.map_err(failed)?.file_name().into_string() else { continue };
             if name.ends_with(".cilium_bak") {
                 directory.disabled_by_cilium.push(name);
+            } else if let Some(of) = name.strip_suffix(ORIGINAL) {
+                directory.originals.extend(Conf::read(&path.join(&name), of.to_owned())?);
             } else if [".conf", ".conflist", ".json"].iter().any(|end| name.ends_with(end)) {
-                directory.files.extend(Conf::read(path, name)?);
+                directory.files.extend(Conf::read(&path.join(&name), name)?);
             }
         }
         directory.files.sort_by(|a, b| a.name.cmp(&b.name));
@@ -56,21 +79,20 @@ impl Directory {
 
 impl Conf {
     /// `None` if it is no file, or has just gone.
-    fn read(directory: &Path, name: String) -> Result<Option<Self>, Error> {
-        let path = directory.join(&name);
+    fn read(path: &Path, name: String) -> Result<Option<Self>, Error> {
         let gone = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
-        let metadata = match fs::metadata(&path) {
+        let metadata = match fs::metadata(path) {
             Ok(metadata) if metadata.is_file() => metadata,
             Ok(_) => return Ok(None),
             Err(error) if gone(&error) => return Ok(None),
-            Err(error) => return Err(Error::read(&path, error)),
+            Err(error) => return Err(Error::read(path, error)),
         };
         let attributes =
             Attributes { mode: metadata.mode() & 0o7777, uid: metadata.uid(), gid: metadata.gid() };
-        match fs::read(&path) {
-            Ok(bytes) => Ok(Some(Self { chain: Chain::parse(&name, &bytes), name, attributes })),
+        match fs::read(path) {
+            Ok(bytes) => Ok(Some(Self { chain: Chain::parse(&name, &bytes), name, attributes, bytes })),
             Err(error) if gone(&error) => Ok(None),
-            Err(error) => Err(Error::read(&path, error)),
+            Err(error) => Err(Error::read(path, error)),
         }
     }
 }

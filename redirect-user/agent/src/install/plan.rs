@@ -1,9 +1,7 @@
 //! What is to be done to a configuration directory. Nothing here touches it.
 
-use serde_json::Value;
-
 use super::chain::{Chain, is_list};
-use super::directory::{Conf, Directory};
+use super::directory::{Conf, Directory, original_of};
 use super::error::Error;
 use super::files::Attributes;
 use super::{OWN_CONF, Options, PLUGIN};
@@ -13,7 +11,7 @@ use redirect_cni::SpecVersion;
 #[derive(Debug, PartialEq)]
 pub(super) enum Op {
     /// Replace a file, or make it.
-    Write { name: String, document: Value, attributes: Attributes },
+    Write { name: String, bytes: Vec<u8>, attributes: Attributes },
     /// Remove a file.
     Remove { name: String },
 }
@@ -61,8 +59,11 @@ pub(super) fn install(directory: &Directory, options: &Options) -> Result<Plan, 
         if target != conf.name && target != OWN_CONF && present.is_some_and(|present| !present.has(PLUGIN)) {
             return Err(Error::Ambiguous { conf: conf.name.clone(), conflist: target });
         }
-        let (document, attributes) = (wanted.document(), conf.attributes);
-        ops.push(Op::Write { name: target.clone(), document, attributes });
+        // What the primary CNI wrote is kept, to be put back when the plugin goes.
+        if target != OWN_CONF && !chain.has(PLUGIN) {
+            ops.push(conf.written_to(original_of(&conf.name)));
+        }
+        ops.push(Op::Write { name: target.clone(), bytes: wanted.text(), attributes: conf.attributes });
     }
     // While both are there runtimes use the old one, which comes first.
     let stale = if options.cni_own_conf { None } else { Some(conf.name.as_str()) };
@@ -75,17 +76,41 @@ pub(super) fn install(directory: &Directory, options: &Options) -> Result<Plan, 
     Ok(Plan { target, ops, warnings, versions })
 }
 
-/// Takes our entry out of every configuration.
+/// Takes our entry out of every configuration. What nobody else has changed since becomes what it was, byte for byte and
+/// under the name that it had.
 pub(super) fn remove(directory: &Directory) -> Vec<Op> {
-    let op = |conf: &Conf| {
-        let name = conf.name.clone();
-        if name == OWN_CONF {
-            return Some(Op::Remove { name });
+    let mut ops: Vec<Op> = directory.files.iter().flat_map(|conf| without(directory, conf)).collect();
+    let kept = directory.originals.iter().map(|original| original_of(&original.name));
+    ops.extend(kept.map(|name| Op::Remove { name }));
+    ops
+}
+
+fn without(directory: &Directory, conf: &Conf) -> Vec<Op> {
+    let name = conf.name.clone();
+    if name == OWN_CONF {
+        return vec![Op::Remove { name }];
+    }
+    let Some(chain) = conf.chain.as_ref().ok().filter(|chain| chain.has(PLUGIN)) else { return Vec::new() };
+    let chain = chain.without();
+    let original = directory.originals.iter().find(|original| list_name(&original.name) == name);
+    match original {
+        // We made a list of it, and the primary CNI has written it once more.
+        Some(original) if original.name != name && directory.get(&original.name).is_some() => {
+            vec![Op::Remove { name }]
         }
-        let chain = conf.chain.as_ref().ok().filter(|chain| chain.has(PLUGIN))?;
-        Some(Op::Write { name, document: chain.without().document(), attributes: conf.attributes })
-    };
-    directory.files.iter().filter_map(op).collect()
+        Some(original) if original.chain.as_ref() == Ok(&chain) => {
+            let restored = original.written_to(original.name.clone());
+            if original.name == name { vec![restored] } else { vec![restored, Op::Remove { name }] }
+        }
+        _ => vec![Op::Write { name, bytes: chain.text(), attributes: conf.attributes }],
+    }
+}
+
+impl Conf {
+    /// The step that writes just this to a file.
+    fn written_to(&self, name: String) -> Op {
+        Op::Write { name, bytes: self.bytes.clone(), attributes: self.attributes }
+    }
 }
 
 /// The configuration that is, or would be, the node's without us.

@@ -75,9 +75,12 @@ impl Host {
         install_once(&self.options)
     }
 
-    /// Every file by name, but for those that a keeper renames meanwhile.
+    /// Every file by name, but for what is kept to be put back, and for those that a keeper renames meanwhile.
     fn files(&self) -> BTreeMap<String, Value> {
         let read = |entry: fs::DirEntry| {
+            if is_original(&entry.file_name().to_string_lossy()) {
+                return None;
+            }
             let content = match fs::read(entry.path()) {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
                 content => serde_json::from_slice(&content.unwrap()).unwrap_or(Value::Null),
@@ -259,6 +262,74 @@ fn removal_leaves_what_was_there_before() {
         assert!(!host.options.directories.installed_plugin().exists());
         assert!(remove(&host.options.directories).unwrap().is_empty());
     }
+}
+
+/// Name, mode, owner and bytes of every file.
+fn exactly(host: &Host) -> BTreeMap<PathBuf, (u32, u32, u32, Vec<u8>)> {
+    let read = |entry: fs::DirEntry| {
+        let metadata = entry.metadata().unwrap();
+        let attributes = (metadata.mode(), metadata.uid(), metadata.gid());
+        (entry.path(), (attributes.0, attributes.1, attributes.2, fs::read(entry.path()).unwrap()))
+    };
+    fs::read_dir(&host.options.directories.cni_conf_dir).unwrap().map(|entry| read(entry.unwrap())).collect()
+}
+
+/// As people write it: another order of keys, other spaces.
+const BY_HAND: &str = r#"{ "name":"pods",
+   "cniVersion" : "1.0.0",
+ "plugins":[ {"type":"bridge",  "bridge":"cni0"}   ] }"#;
+
+const SINGLE_BY_HAND: &str = r#"{ "name":"pods", "type":"bridge",
+   "cniVersion" : "1.0.0" }"#;
+
+#[test]
+fn removal_puts_back_the_very_bytes_name_mode_and_owner() {
+    for (name, text) in
+        [("10-b.conflist", BY_HAND), ("10-b.conf", SINGLE_BY_HAND), ("10-b.json", SINGLE_BY_HAND)]
+    {
+        let mut host = Host::new(&[("20-c.conflist", list())]);
+        fs::write(host.path(name), text).unwrap();
+        fs::set_permissions(host.path(name), Permissions::from_mode(0o640)).unwrap();
+        if nix::unistd::geteuid().is_root() {
+            chown(host.path(name), Some(7), Some(8)).unwrap();
+        }
+        let before = exactly(&host);
+        host.install().unwrap();
+        // Settings change, and the plugin is looked after: none of it is what was there before.
+        host.options.cni_timeout = Some(7);
+        host.install().unwrap();
+        assert_ne!(exactly(&host), before);
+        remove(&host.options.directories).unwrap();
+        assert_eq!(exactly(&host), before, "{name}");
+    }
+}
+
+#[test]
+fn removal_keeps_what_others_have_changed_since() {
+    let host = Host::new(&[]);
+    fs::write(host.path("10-b.conflist"), BY_HAND).unwrap();
+    host.install().unwrap();
+    let mut changed = host.files()["10-b.conflist"].clone();
+    changed["plugins"][0]["bridge"] = json!("cni1");
+    host.write("10-b.conflist", &changed);
+    remove(&host.options.directories).unwrap();
+    assert_eq!(host.files()["10-b.conflist"]["plugins"], json!([{"type": "bridge", "bridge": "cni1"}]));
+    assert_eq!(exactly(&host).len(), 1, "nothing is kept any longer");
+
+    // The primary CNI writes its single configuration once more, and nobody chains it before the removal.
+    let host = Host::new(&[]);
+    fs::write(host.path("10-b.conf"), SINGLE_BY_HAND).unwrap();
+    host.install().unwrap();
+    let mut newer = single();
+    newer["bridge"] = json!("cni1");
+    host.write("10-b.conf", &newer);
+    let (path, text) = (host.path("10-b.conf"), newer.to_string());
+    remove(&host.options.directories).unwrap();
+    let files = exactly(&host);
+    assert_eq!(
+        files.iter().map(|(path, file)| (path, &file.3[..])).collect::<Vec<_>>(),
+        [(&path, text.as_bytes())]
+    );
 }
 
 #[test]

@@ -95,14 +95,14 @@ const REPLACE: [&str; 6] = ["create", "write", "attribute", "sync", "rename", "s
 fn installation() {
     let fresh = || Host::new(&[("10-b.conflist", list())]);
     let steps = die_everywhere(fresh, install_task, &["bridge", PLUGIN]);
-    assert_eq!(steps, [REPLACE, REPLACE].concat(), "the plugin, then the configuration");
+    assert_eq!(steps, [REPLACE; 3].concat(), "the plugin, the configuration as it was, then the new one");
 }
 
 #[test]
 fn conversion_of_a_single_configuration() {
     let fresh = || Host::new(&[("10-b.conf", single())]);
     let steps = die_everywhere(fresh, install_task, &["bridge", PLUGIN]);
-    assert_eq!(steps, [&REPLACE[..], &REPLACE, &["remove", "sync_directory"]].concat());
+    assert_eq!(steps, [&[REPLACE; 3].concat()[..], &["remove", "sync_directory"]].concat());
 }
 
 #[test]
@@ -144,5 +144,20 @@ fn removal() {
         host
     };
     let steps = die_everywhere(installed, remove_task, &["bridge"]);
-    assert_eq!(steps, [&REPLACE[..], &["remove"]].concat(), "the configuration, then the plugin");
+    let after = ["remove", "sync_directory", "remove"];
+    assert_eq!(
+        steps,
+        [&REPLACE[..], &after].concat(),
+        "the configuration, what was kept of it, then the plugin"
+    );
+}
+
+#[test]
+fn removal_of_a_single_configuration() {
+    let installed = || {
+        let host = Host::new(&[("10-b.conf", single())]);
+        host.install().unwrap();
+        host
+    };
+    die_everywhere(installed, remove_task, &["bridge"]);
 }
