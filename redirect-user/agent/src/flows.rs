@@ -14,7 +14,6 @@ use redirect_ebpf::flow::Flow;
 use redirect_ebpf::{Direction, Family, Reason, Verdict};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{broadcast, watch};
-use tokio::task::JoinHandle;
 
 use super::pods::Pods;
 use redirect_datapath::linux::Linux;
@@ -43,12 +42,12 @@ pub(super) struct Flows {
 }
 
 impl Flows {
-    /// Reads events from now on, as long as there are listeners, until `stopped`. The task ends when they are turned off.
+    /// Reads events from now on, as long as there are listeners, until `stopped`. What reads ends when they are turned off.
     pub(super) async fn start(
         kernel: Kernel<Linux>,
         pods: Arc<Pods<Linux>>,
         stopped: watch::Receiver<bool>,
-    ) -> anyhow::Result<(Self, JoinHandle<()>)> {
+    ) -> anyhow::Result<(Self, impl Future<Output = anyhow::Result<()>> + use<>)> {
         let ring =
             kernel.run(Linux::take_flows).await?.context("the events of connections are read twice")?;
         let (events, _) = broadcast::channel(BACKLOG);
@@ -65,16 +64,15 @@ impl Flows {
             names: Names { pods, known: HashMap::new() },
         };
         let mut until = stopped.clone();
-        let task = tokio::spawn(async move {
-            tokio::select! {
-                _ = until.wait_for(|stop| *stop) => {}
-                result = reader.run() => if let Err(error) = result {
-                    tracing::error!(error = format!("{error:#}"), "events of connections can't be read any more");
-                }
-            }
+        let reading = async move {
+            let outcome = tokio::select! {
+                _ = until.wait_for(|stop| *stop) => Ok(()),
+                outcome = reader.run() => outcome,
+            };
             reader.turn(false).await;
-        });
-        Ok((Self { events, listeners, on, stopped, slow: Arc::default() }, task))
+            outcome
+        };
+        Ok((Self { events, listeners, on, stopped, slow: Arc::default() }, reading))
     }
 
     pub(super) fn listeners(&self) -> usize {

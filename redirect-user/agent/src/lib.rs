@@ -26,6 +26,7 @@ pub mod repairs;
 mod run;
 mod service;
 mod stand_in;
+mod supervisor;
 pub mod uninstall;
 mod upkeep;
 pub(crate) mod watch;

@@ -76,6 +76,7 @@ impl Findings {
 }
 
 /// What has to be examined.
+#[derive(Clone)]
 pub(super) struct Examined {
     pub(super) kernel: Kernel<Linux>,
     pub(super) placement: Placement,
@@ -83,26 +84,25 @@ pub(super) struct Examined {
     pub(super) chain: Option<install::Options>,
 }
 
-/// Starts the examinations. They end with the last receiver.
-pub(super) fn examine(what: Examined) -> watch::Receiver<Findings> {
-    let (sender, receiver) = watch::channel(Findings::none());
-    tokio::spawn(async move {
-        let mut ticks = interval(PERIOD);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut chain = Ok(());
-        for round in 0_u32.. {
-            tokio::select! {
-                _ = ticks.tick() => {}
-                () = sender.closed() => return,
-            }
-            if round % CHAIN_EVERY == 0 || chain.is_err() {
-                chain = examine_chain(what.chain.clone()).await;
-            }
-            let datapath = examine_datapath(&what.kernel, what.placement).await;
-            sender.send_replace(Findings { at: Instant::now(), datapath, chain: chain.clone() });
+/// Where findings are put, and where they are read.
+pub(super) fn channel() -> (watch::Sender<Findings>, watch::Receiver<Findings>) {
+    watch::channel(Findings::none())
+}
+
+/// Examines again and again.
+pub(super) async fn examine(what: Examined, findings: watch::Sender<Findings>) -> anyhow::Result<()> {
+    let mut ticks = interval(PERIOD);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut chain = Ok(());
+    for round in 0_u32.. {
+        ticks.tick().await;
+        if round % CHAIN_EVERY == 0 || chain.is_err() {
+            chain = examine_chain(what.chain.clone()).await;
         }
-    });
-    receiver
+        let datapath = examine_datapath(&what.kernel, what.placement).await;
+        findings.send_replace(Findings { at: Instant::now(), datapath, chain: chain.clone() });
+    }
+    Ok(())
 }
 
 /// Whether the plugin is in the node's CNI chain.

@@ -43,7 +43,7 @@ const SETTLE: Duration = Duration::from_millis(20);
 const MOST_PLACES: usize = 64;
 
 /// Keeps the probe program attached to the probers' cgroups, for ever.
-pub(super) async fn follow(probers: Probers, root: PathBuf, kernel: Kernel<Linux>) {
+pub(super) async fn follow(probers: Probers, root: PathBuf, kernel: Kernel<Linux>) -> anyhow::Result<()> {
     let mut known = BTreeSet::new();
     // Where probers are, were or will be: they come back to the same places.
     let mut places = probers.cgroups(&root);
@@ -61,15 +61,8 @@ pub(super) async fn follow(probers: Probers, root: PathBuf, kernel: Kernel<Linux
             known.clone_from(&found);
         }
         let directories = found.clone();
-        match kernel.run(move |linux| linux.set_probe_cgroups(&directories)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                tracing::warn!(error = format!("{error:#}"), "probes will go through the proxy");
-            }
-            Err(error) => {
-                tracing::error!(%error, "probes are no longer followed");
-                return;
-            }
+        if let Err(error) = kernel.run(move |linux| linux.set_probe_cgroups(&directories)).await? {
+            tracing::warn!(error = format!("{error:#}"), "probes will go through the proxy");
         }
         if !found.is_subset(&places) {
             if places.len() > MOST_PLACES {

@@ -1,6 +1,7 @@
 //! Puts the agent together, and takes it apart at the end.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,6 +22,7 @@ use super::proxies::Cgroups;
 use super::ready;
 use super::records::{self, Found, Phase, Records};
 use super::service::Service;
+use super::supervisor::{Stop, Supervisor};
 use super::watch::{Event, Watch};
 use super::{stand_in, uninstall, upkeep};
 use crate::kube::{self, Controller, OwnDaemonSet, Timing};
@@ -40,6 +42,9 @@ use redirect_zds as zds;
 
 /// How long interfaces that come and go are left alone until the pod is looked at.
 const SETTLE: Duration = Duration::from_millis(20);
+
+/// The service that keeps the plugin in the CNI chain, which ends before the others.
+const CNI_CHAIN: &str = "CNI chain";
 
 /// Runs until SIGTERM or SIGINT. What becomes of the pods then is a setting.
 pub fn run(options: Options) -> anyhow::Result<()> {
@@ -139,32 +144,35 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
             ..zds::server::Options::default()
         },
     )?;
-    let (watch, events) =
-        Watch::start(options.placement == Placement::Node).context("interfaces of pods can't be watched")?;
-    let pods =
-        Arc::new(Pods::new(kernel.clone(), proxies.clone(), defaults, host_cookie, Some(watch), records));
+    let watch =
+        Watch::new(options.placement == Placement::Node).context("interfaces of pods can't be watched")?;
+    // From now on, so that nothing is missed that changes while pods are taken over.
+    let mut events = Some(watch.listen().context("interfaces of pods can't be watched")?);
+    let pods = Arc::new(Pods::new(
+        kernel.clone(),
+        proxies.clone(),
+        defaults,
+        host_cookie,
+        Some(Arc::clone(&watch)),
+        records,
+    ));
     take_over(&kernel, &pods, found).await?;
-    let (probes_kernel, watch_kernel) = (kernel.clone(), kernel.clone());
-    let (upkeep_kernel, log_kernel) = (kernel.clone(), kernel.clone());
     let controller = controller(&options.kubernetes, &pods).await?;
     let daemonset = own_daemonset(&options.kubernetes).await;
     let enrolment: Arc<dyn Enrolment> = match &controller {
         Some(controller) => Arc::new(controller.admission()),
         None => Arc::new(Everybody),
     };
-    let (stop, stopped) = signal_watch::channel(false);
-    let (flows, flows_task) = Flows::start(kernel.clone(), Arc::clone(&pods), stopped.clone()).await?;
+    let mut supervisor = Supervisor::new();
+    let (flows, reading) = Flows::start(kernel.clone(), Arc::clone(&pods), supervisor.stopped()).await?;
     let (reconciled_by, reconciled) = signal_watch::channel(controller.is_none());
-    let findings = observed::examine(Examined {
-        kernel: kernel.clone(),
-        placement: options.placement,
-        chain: options.install_cni.then(|| options.chain.clone()),
-    });
+    let chain = options.install_cni.then_some(options.chain);
+    let (found, findings) = observed::channel();
     let announced = findings.clone();
     let service = Arc::new(Service {
         pods: Arc::clone(&pods),
         enrolment,
-        kernel,
+        kernel: kernel.clone(),
         proxies,
         started,
         cgroup: cgroup.display().to_string(),
@@ -173,21 +181,44 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         flows,
         reconciled,
         findings,
+        services: supervisor.services(),
     });
-    let wire_server = wire::server::Server::bind(&options.socket)?;
+    let mut wire_server = Some(wire::server::Server::bind(&options.socket)?);
 
-    let until = |mut stopped: signal_watch::Receiver<bool>| async move {
-        // An error means that the sender is gone, which is as good.
-        let _ = stopped.wait_for(|stop| *stop).await;
-    };
-    let wire_task = tokio::spawn(wire_server.serve(Arc::clone(&service), until(stopped.clone())));
-    let http = |purpose, address| {
-        tokio::spawn(metrics::server::serve(purpose, address, Arc::clone(&service), until(stopped.clone())))
-    };
-    let http_tasks =
-        [http(Purpose::Metrics, options.metrics_address), http(Purpose::Health, options.health_address)];
-    let controller_task = controller.clone().map(|controller| tokio::spawn(controller.run(stopped.clone())));
+    supervisor.restarting("service for CNI plugin and command line", Stop::Finishes, {
+        let (service, stopped, socket) = (Arc::clone(&service), supervisor.stopped(), options.socket.clone());
+        move || {
+            let server = wire_server.take().map_or_else(|| wire::server::Server::bind(&socket), Ok);
+            let (service, stopped) = (Arc::clone(&service), until_stopped(stopped.clone()));
+            async {
+                server?.serve(service, stopped).await;
+                Ok(())
+            }
+        }
+    });
+    for (name, purpose, address) in [
+        ("metrics over HTTP", Purpose::Metrics, options.metrics_address),
+        ("health over HTTP", Purpose::Health, options.health_address),
+    ] {
+        let (service, stopped) = (Arc::clone(&service), supervisor.stopped());
+        supervisor.restarting(name, Stop::Finishes, move || {
+            let (service, stopped) = (Arc::clone(&service), until_stopped(stopped.clone()));
+            async move {
+                metrics::server::serve(purpose, address, service, stopped).await;
+                Ok(())
+            }
+        });
+    }
+    supervisor.once("events of connections", Stop::Finishes, reading);
+    let examined = Examined { kernel: kernel.clone(), placement: options.placement, chain: chain.clone() };
+    supervisor.restarting("examination of kernel and CNI chain", Stop::Cut, move || {
+        observed::examine(examined.clone(), found.clone())
+    });
     if let Some(controller) = controller.clone() {
+        let (running, stopped) = (Arc::clone(&controller), supervisor.stopped());
+        supervisor.restarting("Kubernetes controller", Stop::Finishes, move || {
+            Arc::clone(&running).run(stopped.clone())
+        });
         tokio::spawn(async move {
             controller.caught_up().await;
             reconciled_by.send_replace(true);
@@ -201,18 +232,45 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
             _ = interrupt.recv() => terminated = true,
         }
     }
-    let zds_task = tokio::spawn(zds_server.run(until(stopped.clone())));
-    let chain = options.install_cni.then_some(options.chain);
+    // Its handle is what pods are told through: another socket would need another one.
+    let zds_stopped = supervisor.until_stopped();
+    supervisor.once("service for node proxies", Stop::Finishes, async {
+        zds_server.run(zds_stopped).await;
+        Ok(())
+    });
     // Not before the plugin is answered.
-    let chain_task = chain.clone().map(|chain| tokio::spawn(install::keep(chain, stopped)));
-    let zds_socket = options.zds_socket.clone();
-    let stand_in_task = (options.placement == Placement::Node)
-        .then(|| tokio::spawn(async move { stand_in::stand_in(&zds_socket).await }));
-    let probes_task = tokio::spawn(probes::follow(options.probers, cgroup.clone(), probes_kernel));
-    let watch_task = tokio::spawn(follow(events, watch_kernel, Arc::clone(&pods)));
+    if let Some(chain) = chain.clone() {
+        let stopped = supervisor.stopped();
+        supervisor.restarting(CNI_CHAIN, Stop::Finishes, move || {
+            let (chain, stopped) = (chain.clone(), stopped.clone());
+            async {
+                install::keep(chain, stopped).await;
+                Ok(())
+            }
+        });
+    }
+    if options.placement == Placement::Node {
+        let zds_socket = options.zds_socket.clone();
+        supervisor.restarting("stand-in for the node proxy", Stop::Cut, move || {
+            stand_in::stand_in(zds_socket.clone())
+        });
+    }
+    supervisor.restarting("probers", Stop::Cut, {
+        let (probers, cgroup, kernel) = (options.probers, cgroup.clone(), kernel.clone());
+        move || probes::follow(probers.clone(), cgroup.clone(), kernel.clone())
+    });
+    supervisor.restarting("watch of pods' interfaces", Stop::Cut, {
+        let (kernel, pods) = (kernel.clone(), Arc::clone(&pods));
+        move || follow(events.take(), Arc::clone(&watch), kernel.clone(), Arc::clone(&pods))
+    });
     let every = Duration::from_secs(options.check_interval);
-    let log_task = tokio::spawn(bpf_log::follow(every, log_kernel));
-    let upkeep_task = tokio::spawn(upkeep::keep_up(every, upkeep_kernel, Arc::clone(&pods)));
+    supervisor.restarting("resync with the kernel", Stop::Cut, {
+        let (kernel, pods) = (kernel.clone(), Arc::clone(&pods));
+        move || upkeep::keep_up(every, kernel.clone(), Arc::clone(&pods))
+    });
+    if bpf_log::is_wanted() {
+        supervisor.once("log of the kernel side", Stop::Cut, bpf_log::follow(every, kernel));
+    }
     let ready_task = tokio::spawn(ready::announce(announced));
     return_memory();
     tracing::info!(
@@ -233,30 +291,15 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     let stopping = Instant::now();
     redirect_linux::systemd::stopping();
     ready_task.abort();
-    stop.send_replace(true);
+    supervisor.stop();
     let last = is_last(daemonset.as_ref()).await;
-    if let (Some(task), Some(chain)) = (chain_task, chain) {
-        task.await.context("the keeper of the CNI chain")?;
+    if let Some(chain) = chain {
+        supervisor.join(CNI_CHAIN).await;
         if last {
             unchain(chain).await;
         }
     }
-    watch_task.abort();
-    upkeep_task.abort();
-    log_task.abort();
-    if let Some(task) = stand_in_task {
-        task.abort();
-    }
-    probes_task.abort();
-    wire_task.await.context("the server of the CNI plugin")?;
-    flows_task.await.context("the reader of connections' events")?;
-    zds_task.await.context("the server of the node proxies")?;
-    for task in http_tasks {
-        task.await.context("the server of metrics and health")?;
-    }
-    if let Some(task) = controller_task {
-        task.await.context("the Kubernetes controller")?;
-    }
+    supervisor.join_all().await;
     let remove = match options.on_exit {
         OnExit::Auto => last,
         OnExit::Keep => false,
@@ -390,31 +433,52 @@ async fn unchain(chain: install::Options) {
     }
 }
 
-/// Keeps pods in step with their namespaces.
-async fn follow(mut events: mpsc::Receiver<Event>, kernel: Kernel<Linux>, pods: Arc<Pods<Linux>>) {
-    while let Some(event) = events.recv().await {
+/// Keeps pods in step with their namespaces. Without events that somebody listens to already, any pod may have changed.
+async fn follow(
+    listening: Option<mpsc::Receiver<io::Result<Event>>>,
+    watch: Arc<Watch>,
+    kernel: Kernel<Linux>,
+    pods: Arc<Pods<Linux>>,
+) -> anyhow::Result<()> {
+    let mut batch = Vec::new();
+    let mut events = match listening {
+        Some(events) => events,
+        None => {
+            batch.push(Event::Lost);
+            watch.listen()?
+        }
+    };
+    loop {
+        if batch.is_empty() {
+            batch.push(events.recv().await.context("the watch's thread ended")??);
+        }
         // Interfaces come with several messages each.
         tokio::time::sleep(SETTLE).await;
-        let mut batch = vec![event];
         while let Ok(more) = events.try_recv() {
-            batch.push(more);
+            batch.push(more?);
         }
         let on_host = batch.contains(&Event::Host);
-        if on_host && upkeep::mend(&kernel, &pods).await.is_err() {
-            return;
+        if on_host {
+            upkeep::mend(&kernel, &pods).await?;
         }
         let changed: BTreeSet<String> = if on_host || batch.contains(&Event::Lost) {
             pods.uids().await.into_iter().collect()
         } else {
             batch
-                .into_iter()
+                .drain(..)
                 .filter_map(|event| if let Event::Changed(uid) = event { Some(uid) } else { None })
                 .collect()
         };
+        batch.clear();
         for uid in changed {
             pods.reconcile(&uid).await;
         }
     }
+}
+
+async fn until_stopped(mut stopped: signal_watch::Receiver<bool>) {
+    // An error means that the sender is gone, which is as good.
+    let _ = stopped.wait_for(|stop| *stop).await;
 }
 
 /// Gives the system what reading the kernel's BTF and the object took: 9 MiB that the allocator would keep for good.

@@ -13,6 +13,7 @@ use super::inspect;
 use super::observed::Findings;
 use super::peers;
 use super::pods::{self, Pods, Wanted};
+use super::supervisor::Services;
 use crate::metrics::Snapshot;
 use crate::metrics::events::events;
 use crate::metrics::server::{Check, Source};
@@ -41,6 +42,8 @@ pub(super) struct Service {
     pub(super) reconciled: watch::Receiver<bool>,
     /// What the last examination of kernel and chain found.
     pub(super) findings: watch::Receiver<Findings>,
+    /// Which services of the agent run.
+    pub(super) services: Services,
 }
 
 impl Handler for Service {
@@ -71,7 +74,7 @@ impl Source for Service {
     }
 
     fn health(&self) -> Vec<Check> {
-        vec![("datapath", self.findings.borrow().datapath())]
+        vec![("datapath", self.findings.borrow().datapath()), ("services", self.services.health())]
     }
 
     fn readiness(&self) -> Vec<Check> {
@@ -90,6 +93,7 @@ impl Source for Service {
             ("proxy", proxy),
             ("pods", reconciled),
             ("chain", findings.chain()),
+            ("services", self.services.readiness()),
         ]
     }
 }

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use redirect_ebpf::Family;
@@ -21,13 +21,13 @@ use redirect_zds::server::Peer;
 const PAUSE: Duration = Duration::from_millis(250);
 
 /// Works for ever.
-pub(super) async fn stand_in(zds_socket: &Path) {
+pub(super) async fn stand_in(zds_socket: PathBuf) -> anyhow::Result<()> {
     loop {
         until(true).await;
         tracing::info!("a node proxy listens on ports {PORT_OUTBOUND} and {PORT_INBOUND} of the host");
         let mut served = Served;
         tokio::select! {
-            () = follow(zds_socket, &mut served, Backoff::default()) => {}
+            () = follow(&zds_socket, &mut served, Backoff::default()) => {}
             () = until(false) => {}
         }
         tracing::warn!(

@@ -12,8 +12,12 @@ use super::repairs::Kind;
 use redirect_datapath::linux::Linux;
 use redirect_datapath::thread::{Gone, Kernel};
 
-/// Works for ever.
-pub(super) async fn keep_up(every: Duration, kernel: Kernel<Linux>, pods: Arc<Pods<Linux>>) {
+/// Works until the datapath's thread is gone.
+pub(super) async fn keep_up(
+    every: Duration,
+    kernel: Kernel<Linux>,
+    pods: Arc<Pods<Linux>>,
+) -> anyhow::Result<()> {
     let mut ticks = interval(every);
     let mut diagnostics = Diagnostics::default();
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -22,9 +26,7 @@ pub(super) async fn keep_up(every: Duration, kernel: Kernel<Linux>, pods: Arc<Po
         for uid in pods.uids().await {
             pods.look_after(&uid).await;
         }
-        if mend(&kernel, &pods).await.is_err() {
-            return;
-        }
+        mend(&kernel, &pods).await?;
         diagnostics.tell(&kernel).await;
         let known = pods.cookies().await;
         if let Ok(Err(error)) = kernel.run(move |linux| linux.collect(&known)).await {
@@ -38,19 +40,15 @@ pub(super) async fn keep_up(every: Duration, kernel: Kernel<Linux>, pods: Arc<Po
 
 /// Looks after what is for the whole node. An error: nobody does any more.
 pub(super) async fn mend(kernel: &Kernel<Linux>, pods: &Pods<Linux>) -> Result<(), Gone> {
-    match kernel.run(Linux::mend).await {
-        Ok(Ok(mended)) => {
+    match kernel.run(Linux::mend).await? {
+        Ok(mended) => {
             for what in mended {
                 pods.repairs().count(Kind::Link);
                 tracing::warn!(what, "something else had removed it from the node: it is back");
             }
         }
-        Ok(Err(error)) => {
-            tracing::error!(error = format!("{error:#}"), "something that is for the whole node is missing");
-        }
         Err(error) => {
-            tracing::error!(%error, "nothing is looked after any more");
-            return Err(error);
+            tracing::error!(error = format!("{error:#}"), "something that is for the whole node is missing");
         }
     }
     Ok(())

@@ -60,8 +60,14 @@ const BATCH: usize = 1024;
 const QUEUE: usize = 256;
 
 impl Watch {
-    /// Starts to watch pods, and the host or not. Events end when the receiver is dropped.
-    pub(super) fn start(host: bool) -> io::Result<(Arc<Self>, mpsc::Receiver<Event>)> {
+    /// Watches pods, and the host or not, once somebody listens.
+    pub(super) fn new(host: bool) -> io::Result<Arc<Self>> {
+        let netlink = Mutex::new(Netlink::open()?);
+        Ok(Arc::new(Self { netlink, host, followed: Mutex::default() }))
+    }
+
+    /// Starts to listen. Events end with an error, or when the receiver is dropped.
+    pub(super) fn listen(self: &Arc<Self>) -> io::Result<mpsc::Receiver<io::Result<Event>>> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind(&SocketAddr::new(0, 0))?;
         socket.set_listen_all_namespaces(true)?;
@@ -69,12 +75,10 @@ impl Watch {
             socket.add_membership(group)?;
         }
         socket.set_rx_buf_sz(BUFFER)?;
-        let netlink = Mutex::new(Netlink::open()?);
-        let watch = Arc::new(Self { netlink, host, followed: Mutex::default() });
         let (events, receiver) = mpsc::channel(QUEUE);
-        let watcher = Arc::clone(&watch);
-        thread::Builder::new().name("watch".into()).spawn(move || watcher.listen(&socket, &events))?;
-        Ok((watch, receiver))
+        let watcher = Arc::clone(self);
+        thread::Builder::new().name("watch".into()).spawn(move || watcher.read(&socket, &events))?;
+        Ok(receiver)
     }
 
     /// Watches a pod's namespace.
@@ -96,7 +100,7 @@ impl Watch {
         self.followed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn listen(&self, socket: &Socket, events: &mpsc::Sender<Event>) {
+    fn read(&self, socket: &Socket, events: &mpsc::Sender<io::Result<Event>>) {
         loop {
             let batch = match next_batch(socket) {
                 Ok(changes) => {
@@ -110,15 +114,16 @@ impl Watch {
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => vec![Event::Lost],
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
-                    tracing::error!(%error, "what changes in pods is no longer noticed");
+                    // Whoever listens is gone or ends by it.
+                    let _ = events.blocking_send(Err(error));
                     return;
                 }
             };
             for event in batch {
-                match events.try_send(event) {
+                match events.try_send(Ok(event)) {
                     Ok(()) => {}
                     Err(mpsc::error::TrySendError::Full(_)) => {
-                        if events.blocking_send(Event::Lost).is_err() {
+                        if events.blocking_send(Ok(Event::Lost)).is_err() {
                             return;
                         }
                     }

@@ -20,14 +20,10 @@ pub fn is_wanted() -> bool {
 }
 
 /// Passes records on as long as the agent runs; every so often also how many were lost.
-pub async fn follow(every: Duration, kernel: Kernel<Linux>) {
-    if let Err(error) = pass_on(every, &kernel).await {
-        tracing::error!(error = format!("{error:#}"), "the kernel side's log can't be read any more");
-    }
-}
-
-async fn pass_on(every: Duration, kernel: &Kernel<Linux>) -> anyhow::Result<()> {
-    let Some((logger, read)) = kernel.run(Linux::take_log).await? else { return Ok(()) };
+pub async fn follow(every: Duration, kernel: Kernel<Linux>) -> anyhow::Result<()> {
+    let Some((logger, read)) = kernel.run(Linux::take_log).await? else {
+        anyhow::bail!("there is no log, or somebody reads it")
+    };
     // SAFETY: the ring buffer's descriptor is always the same, and open as long as the buffer is there.
     let mut logger = unsafe { AsyncFd::register(logger) }?;
     let mut ticks = interval(every);

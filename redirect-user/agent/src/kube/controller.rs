@@ -98,7 +98,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
     }
 
     /// Works until `stop` is true; then finishes what it is at.
-    pub(crate) async fn run(self: Arc<Self>, stop: watch::Receiver<bool>) {
+    pub(crate) async fn run(self: Arc<Self>, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
         let mut background = JoinSet::new();
         let patience = self.timing.api;
         let (client, rules, store) = (&self.client, &self.rules, &self.store);
@@ -117,9 +117,17 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         for _ in 0..WORKERS {
             workers.spawn(Arc::clone(&self).work(stop.clone()));
         }
-        while let Some(ended) = workers.join_next().await {
-            if let Err(error) = ended {
-                tracing::error!(%error, "a worker of the Kubernetes controller has failed");
+        loop {
+            tokio::select! {
+                worker = workers.join_next() => match worker {
+                    Some(ended) => ended.context("a worker")?,
+                    None if *stop.borrow() => return Ok(()),
+                    None => anyhow::bail!("all workers ended"),
+                },
+                Some(ended) = background.join_next(), if !*stop.borrow() => {
+                    ended.context("a background task")?;
+                    anyhow::bail!("a background task ended");
+                }
             }
         }
     }

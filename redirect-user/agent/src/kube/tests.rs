@@ -64,7 +64,7 @@ struct Node {
     controller: Arc<Controller<Fake>>,
     next_pid: AtomicU32,
     stop: watch::Sender<bool>,
-    task: JoinHandle<()>,
+    task: JoinHandle<anyhow::Result<()>>,
     _zds: oneshot::Sender<()>,
 }
 
@@ -157,7 +157,7 @@ impl Node {
 
     async fn stop(self) {
         self.stop.send_replace(true);
-        self.task.await.unwrap();
+        self.task.await.unwrap().unwrap();
         self.pods.shut_down().await;
     }
 }
