@@ -7,7 +7,7 @@
 //! over ([`Pods::restore`]).
 
 mod error;
-mod holders;
+mod ownership;
 mod report;
 mod restore;
 mod slots;
@@ -16,10 +16,10 @@ mod tell;
 mod tests;
 mod upkeep;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use redirect_ebpf::maps::PodFlags;
@@ -30,7 +30,7 @@ use super::repairs::Repairs;
 use super::watch::Watch;
 use crate::metrics::events::events;
 pub(crate) use error::Error;
-use holders::Holders;
+use ownership::Ownership;
 use redirect_datapath::datapath::{
     self, Datapath, Introduction, Observation, Outcome, Removal, Removed, Target,
 };
@@ -48,9 +48,6 @@ use slots::{Guard, Slots};
 /// How long un-enrolling waits for the proxy to let go of a pod before it goes on without.
 const PROXY_RELEASE: Duration = Duration::from_secs(2);
 
-/// How many containers are remembered that were taken down.
-const RETIRED: usize = 1024;
-
 /// The pods of this node.
 pub(crate) struct Pods<D> {
     kernel: Kernel<D>,
@@ -64,17 +61,9 @@ pub(crate) struct Pods<D> {
     repairs: Repairs,
     /// By UID.
     slots: Slots<Enrolled>,
-    /// Pods by the cookie of the namespace. A path, and with it what is there, may be another pod's by now: a namespace
-    /// belongs to the pod that was brought with it last.
-    owners: Mutex<HashMap<u64, PodIdentity>>,
-    holders: Holders,
+    ownership: Ownership,
     /// The proxy whose listeners for IPv6 were looked for, by the number of its connection.
     looked_at: AtomicU64,
-    /// UIDs by container ID, which is how the runtime names what it takes down.
-    containers: Mutex<HashMap<String, String>>,
-    /// The containers whose sandboxes the runtime has taken down, newest last. Their processes and addresses may show for
-    /// a little longer.
-    retired: Mutex<VecDeque<String>>,
 }
 
 /// What holds for every pod that says nothing else.
@@ -151,9 +140,13 @@ impl Enrolled {
         }
     }
 
+    /// Those of its attachments, and those that were found in its namespace.
+    fn containers(&self) -> impl Iterator<Item = &String> {
+        self.attachments.keys().map(|attachment| &attachment.container_id).chain(&self.containers)
+    }
+
     fn knows(&self, container_id: &str) -> bool {
-        self.containers.contains(container_id)
-            || self.attachments.keys().any(|attachment| attachment.container_id == container_id)
+        self.containers().any(|container| container == container_id)
     }
 }
 
@@ -175,11 +168,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             records,
             repairs: Repairs::default(),
             slots: Slots::default(),
-            owners: Mutex::default(),
-            holders: Holders::default(),
+            ownership: Ownership::default(),
             looked_at: AtomicU64::new(u64::MAX),
-            containers: Mutex::default(),
-            retired: Mutex::default(),
         }
     }
 
@@ -192,8 +182,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     ) -> Result<(), Error> {
         let uid = wanted.identity.uid.clone();
         // Before the wait: whoever takes the container down from here on waits for this to end.
-        self.containers().insert(attachment.container_id.clone(), uid.clone());
-        self.retired().retain(|container| *container != attachment.container_id);
+        self.ownership.begin(&attachment.container_id, &uid);
         let mut slot = self.slots.lock(&uid).await;
         let began = Instant::now();
         let (identity, addresses) = (wanted.identity.clone(), wanted.addresses.iter().copied().collect());
@@ -269,7 +258,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
 
     /// Makes an enrolled pod what it was, after a change that failed.
     async fn put_back(&self, target: &Target) {
-        self.holders.keep(target.netns_cookie, &target.addresses);
+        self.ownership.keep(target.netns_cookie, &target.addresses);
         if let Err(error) = self.steer(target).await {
             // It is captured all the same, and looked at again before long.
             tracing::warn!(pod = %target.identity, %error, "a change that failed can't be undone yet");
@@ -322,7 +311,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let uid = wanted.identity.uid.clone();
         // Before it is looked whether they were taken down: whoever does that afterwards waits for this to end.
         let containers = sandboxes.iter().flat_map(|sandbox| &sandbox.containers);
-        self.containers().extend(containers.map(|container| (container.clone(), uid.clone())));
+        self.ownership.find(containers, &uid);
         let mut slot = self.slots.lock(&uid).await;
         let result = match &mut *slot {
             // The plugin brought it meanwhile.
@@ -339,7 +328,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let mut foreign = None;
         let mut found = None;
         for Sandbox { netns, containers } in sandboxes {
-            if self.retired().iter().any(|container| containers.contains(container)) {
+            if self.ownership.is_retired(&containers) {
                 foreign = Some(Error::TakenDown(identity.clone()));
                 continue;
             }
@@ -372,7 +361,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         match steered {
             Ok(observation) => enrolled.observation = observation,
             Err(error) => {
-                let owned = self.owns(&enrolled.target);
+                let owned = self.ownership.is_of(&enrolled.target);
                 self.unenroll(&enrolled.target, Removal::Everything, None).await;
                 if owned {
                     self.records.remove(enrolled.target.netns_cookie);
@@ -422,7 +411,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             self.claim(&wanted_target, wanted.addresses.iter().copied());
         }
         known.observation = self.steer(&wanted_target).await?.observation;
-        self.holders.keep(wanted_target.netns_cookie, &wanted_target.addresses);
+        self.ownership.keep(wanted_target.netns_cookie, &wanted_target.addresses);
         self.hand_over(&wanted_target)?;
         tell::changed(&wanted_target, began);
         known.declared = declared;
@@ -446,8 +435,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
 
     /// Forgets an attachment, and the pod with its last one. What is not known is forgotten already.
     pub(crate) async fn del(&self, attachment: &Attachment) {
-        self.retire(&attachment.container_id);
-        let Some(uid) = self.containers().get(&attachment.container_id).cloned() else { return };
+        self.ownership.retire(&attachment.container_id);
+        let Some(uid) = self.ownership.pod_of(&attachment.container_id) else { return };
         let Some(mut slot) = self.slots.find(&uid).await else { return };
         if let Some(known) = &mut *slot {
             let attached = known.attachments.remove(attachment).is_some();
@@ -459,7 +448,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 *slot = None;
             } else {
                 known.target.addresses = union(&known.attachments, &known.declared);
-                self.holders.keep(known.target.netns_cookie, &known.target.addresses);
+                self.ownership.keep(known.target.netns_cookie, &known.target.addresses);
                 self.repair(known).await;
                 self.records.write(&known.record(Phase::Done));
             }
@@ -476,7 +465,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     /// Takes the pod from the kernel and from the proxy, so that the proxy's connections work until it cuts them. Returns
     /// how long the proxy took.
     async fn remove(&self, target: &Target) -> Duration {
-        let owned = self.owns(target);
+        let owned = self.ownership.is_of(target);
         let left = self.unenroll(target, Removal::Capture, None).await;
         let asked = Instant::now();
         if let RemoveOutcome::Pending(peers) = self.proxies.remove(&target.identity.uid, PROXY_RELEASE).await
@@ -499,12 +488,11 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         removal: Removal,
         known: Option<BTreeSet<Fact>>,
     ) -> Option<BTreeSet<Fact>> {
-        if !self.owns(target) {
+        if !self.ownership.is_of(target) {
             return None;
         }
         if removal == Removal::Everything {
-            self.owners().remove(&target.netns_cookie);
-            self.holders.release(target.netns_cookie);
+            self.ownership.release(target.netns_cookie);
         }
         let copy = target.clone();
         match self.kernel.run(move |datapath| datapath::unenroll(datapath, &copy, removal, known)).await {
@@ -524,7 +512,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     /// Compares the kernel with what enrolment promised.
     pub(crate) async fn check(&self, attachment: &Attachment, addresses: &[IpAddr]) -> Result<(), Error> {
         let unknown = || Error::Unknown(attachment.container_id.clone());
-        let uid = self.containers().get(&attachment.container_id).cloned().ok_or_else(unknown)?;
+        let uid = self.ownership.pod_of(&attachment.container_id).ok_or_else(unknown)?;
         let slot = self.slots.find(&uid).await.ok_or_else(unknown)?;
         let known =
             slot.as_ref().filter(|known| known.knows(&attachment.container_id)).ok_or_else(unknown)?;
@@ -556,7 +544,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     }
 
     async fn steer(&self, target: &Target) -> Result<Outcome, Error> {
-        let copy = self.holders.held(target);
+        let copy = self.ownership.held(target);
         let began = Instant::now();
         let outcome = self.kernel.run(move |datapath| datapath::enroll(datapath, &copy)).await??;
         if !outcome.made.is_empty() {
@@ -609,39 +597,28 @@ impl<D: Datapath + Send + 'static> Pods<D> {
 
     /// Makes the namespace the pod's own. The proxy lets go of the pod that had it before.
     async fn own(&self, target: &Target) {
-        let before = self.owners().insert(target.netns_cookie, target.identity.clone());
-        if let Some(before) = before.filter(|before| before.uid != target.identity.uid) {
+        if let Some(before) = self.ownership.take(target) {
             tracing::info!(pod = %target.identity, %before, "the network namespace was taken for another pod's");
             self.proxies.remove(&before.uid, PROXY_RELEASE).await;
         }
-    }
-
-    /// Makes the namespace the pod's own, unless another pod was brought with it.
-    fn own_if_free(&self, target: &Target) -> bool {
-        let mut owners = self.owners();
-        let owner = owners.entry(target.netns_cookie).or_insert_with(|| target.identity.clone());
-        owner.uid == target.identity.uid
     }
 
     /// Tells the proxies of a pod, without waiting for them: unless its namespace is another pod's by now, whose
     /// connections they would take for this one's.
     fn hand_over(&self, target: &Target) -> Result<(), Error> {
         // Whoever takes the namespace from here on has the proxies let go of the pod after they were told of it.
-        let owners = self.owners();
-        if owners.get(&target.netns_cookie).is_some_and(|owner| owner.uid != target.identity.uid) {
-            return Err(Error::NamespaceTaken(target.identity.clone()));
-        }
-        Ok(self.proxies.set(workload(target))?)
+        let told = self.ownership.while_owned(target, || self.proxies.set(workload(target)));
+        Ok(told.ok_or_else(|| Error::NamespaceTaken(target.identity.clone()))??)
     }
 
     /// Makes addresses the pod's.
     fn claim(&self, target: &Target, addresses: impl IntoIterator<Item = IpAddr>) {
         let addresses = addresses.into_iter().map(|address| address.to_canonical());
-        for (address, before) in self.holders.claim(target.netns_cookie, addresses) {
+        for (address, before) in self.ownership.claim(target.netns_cookie, addresses) {
             tracing::warn!(
                 pod = %target.identity,
                 %address,
-                before = %self.owner(before).unwrap_or_default(),
+                before = %before.unwrap_or_default(),
                 "the address was another pod's, which nobody has taken down: it is steered no longer at this address"
             );
         }
@@ -649,16 +626,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
 
     /// The pod whose namespace this is, also while it is being worked on.
     pub(crate) fn owner(&self, netns_cookie: u64) -> Option<PodIdentity> {
-        self.owners().get(&netns_cookie).cloned()
-    }
-
-    /// Whether the namespace is no other pod's.
-    fn owns(&self, target: &Target) -> bool {
-        self.owners().get(&target.netns_cookie).is_none_or(|owner| owner.uid == target.identity.uid)
-    }
-
-    fn owners(&self) -> MutexGuard<'_, HashMap<u64, PodIdentity>> {
-        self.owners.lock().unwrap_or_else(PoisonError::into_inner)
+        self.ownership.owner(netns_cookie)
     }
 
     fn follow(&self, target: &Target) {
@@ -671,42 +639,13 @@ impl<D: Datapath + Send + 'static> Pods<D> {
 
     /// Lets go of a pod's place, after it was worked on.
     async fn release(&self, slot: Guard<Enrolled>, uid: &str) {
-        {
-            let mut containers = self.containers();
-            containers.retain(|container, of| {
-                of != uid || slot.as_ref().is_some_and(|known| known.knows(container))
-            });
-            if let Some(known) = &*slot {
-                let attached = known.attachments.keys().map(|attachment| &attachment.container_id);
-                let all = attached.chain(&known.containers);
-                containers.extend(all.map(|container| (container.clone(), uid.to_owned())));
-            }
-        }
+        self.ownership.settle(uid, slot.iter().flat_map(Enrolled::containers));
         drop(slot);
         if self.slots.tidy(uid).await
             && let Some(watch) = &self.watch
         {
             watch.unfollow(uid);
         }
-    }
-
-    fn retire(&self, container_id: &str) {
-        let mut retired = self.retired();
-        if retired.iter().any(|known| known == container_id) {
-            return;
-        }
-        if retired.len() == RETIRED {
-            retired.pop_front();
-        }
-        retired.push_back(container_id.into());
-    }
-
-    fn retired(&self) -> MutexGuard<'_, VecDeque<String>> {
-        self.retired.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn containers(&self) -> MutexGuard<'_, HashMap<String, String>> {
-        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Enrolled, Error, Holders, Pods};
+use super::{Enrolled, Error, Ownership, Pods};
 use redirect_datapath::datapath::{self, Datapath, Finding, Target};
 use redirect_protocol::pod::PodIdentity;
 use redirect_protocol::wire::{PodReport, PodState};
@@ -20,20 +20,19 @@ pub(crate) struct Standing {
 impl<D: Datapath + Send + 'static> Pods<D> {
     /// What is known about all pods, without what the kernel side counted.
     pub(crate) async fn report(&self) -> Vec<PodReport> {
-        self.slots.each(|_, enrolled| report(enrolled, &self.holders, &self.proxies)).await
+        self.slots.each(|_, enrolled| report(enrolled, &self.ownership, &self.proxies)).await
     }
 
     /// The pods that people may mean by a name. Waits for those that are being worked on.
     pub(crate) async fn called(&self, name: &str) -> Vec<PodReport> {
-        let others = |owner: &&PodIdentity| !owner.is_called(name);
-        let others: BTreeSet<_> =
-            self.owners().values().filter(others).map(|owner| owner.uid.clone()).collect();
+        let others = self.ownership.pods().into_iter().filter(|owner| !owner.is_called(name));
+        let others: BTreeSet<_> = others.map(|owner| owner.uid).collect();
         let mut called = Vec::new();
         for uid in self.slots.names().await.into_iter().filter(|uid| !others.contains(uid)) {
             if let Some(Some(enrolled)) = self.slots.find(&uid).await.as_deref()
                 && enrolled.target.identity.is_called(name)
             {
-                called.push(report(enrolled, &self.holders, &self.proxies));
+                called.push(report(enrolled, &self.ownership, &self.proxies));
             }
         }
         called
@@ -57,9 +56,9 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     }
 }
 
-fn report(enrolled: &Enrolled, holders: &Holders, proxies: &Handle) -> PodReport {
+fn report(enrolled: &Enrolled, ownership: &Ownership, proxies: &Handle) -> PodReport {
     let Enrolled { attachments, observation, since, .. } = enrolled;
-    let target = holders.held(&enrolled.target);
+    let target = ownership.held(&enrolled.target);
     let proxy = proxy(proxies, &target.identity);
     let interfaces = observation.namespace.interfaces.iter();
     PodReport {

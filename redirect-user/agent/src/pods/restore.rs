@@ -58,7 +58,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             let attachments = attachments.into_iter().collect();
             let mut enrolled =
                 Enrolled { attachments, declared, containers, settings, ..Enrolled::new(target) };
-            let held = self.holders.held(&enrolled.target).addresses;
+            let held = self.ownership.held(&enrolled.target).addresses;
             self.claim(&enrolled.target, held.iter());
             match self.steer(&enrolled.target).await {
                 Ok(outcome) => {
@@ -97,7 +97,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                     Fact::Address(address) => Some(address),
                     _ => None,
                 });
-                self.holders.claim(record.netns_cookie, held);
+                self.ownership.claim(record.netns_cookie, held);
             }
         }
     }

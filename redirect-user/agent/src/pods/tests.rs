@@ -73,7 +73,7 @@ async fn without_a_proxy_the_plugins_pod_is_not_enrolled_and_nothing_is_left() {
     assert!(matches!(error, Error::Proxy(AddError::NotConnected { .. })), "{error}");
     assert!(node.kernel.facts(cookie).is_empty());
     assert!(node.pods.uids().await.is_empty());
-    assert!(node.pods.containers().is_empty());
+    assert!(node.pods.ownership.containers().is_empty());
 }
 
 #[tokio::test]
@@ -96,7 +96,7 @@ async fn a_running_pod_is_steered_without_waiting_for_a_proxy() {
     assert!(node.pods.forget("u").await);
     assert!(!node.pods.forget("u").await);
     assert!(node.kernel.facts(cookie).is_empty());
-    assert!(node.pods.containers().is_empty());
+    assert!(node.pods.ownership.containers().is_empty());
 }
 
 #[tokio::test]
@@ -166,7 +166,7 @@ async fn a_failed_second_add_leaves_the_pod_as_it_was() {
         let mut now = node.pods.report().await;
         now.iter_mut().zip(&report).for_each(|(now, before)| now.since = before.since);
         assert_eq!(now, report, "{case}");
-        assert!(!node.pods.containers().contains_key("2"), "{case}");
+        assert!(!node.pods.ownership.containers().contains("2"), "{case}");
     };
     for address in ["10.0.0.3", "fd00::2", "::ffff:10.0.0.4"] {
         // No proxy acknowledges it in time.

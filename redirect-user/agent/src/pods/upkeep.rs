@@ -35,11 +35,11 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 }
             }
         }
-        if !self.owns(&known.target) {
+        if !self.ownership.is_of(&known.target) {
             known.steered = false;
             return;
         }
-        let target = self.holders.held(&known.target);
+        let target = self.ownership.held(&known.target);
         let facts = &known.observation.facts;
         // Another pod may have had them until now.
         let complete = target.addresses.iter().all(|address| facts.contains(&Fact::Address(address)));
@@ -64,11 +64,11 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         known.target.netns = netns;
         known.target.netns_cookie = cookie;
         known.target.foreign = sysctls;
-        if !self.own_if_free(&known.target) {
+        if !self.ownership.take_if_free(&known.target) {
             known.target = old;
             return Err(Error::NamespaceTaken(identity));
         }
-        let addresses = self.holders.held(&old).addresses;
+        let addresses = self.ownership.held(&old).addresses;
         self.claim(&known.target, addresses.iter());
         let steered = match self.steer(&known.target).await {
             // Its own pod may have been brought meanwhile.
@@ -78,10 +78,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         match steered {
             Ok(observation) => known.observation = observation,
             Err(error) => {
-                if self.owns(&known.target) {
-                    self.owners().remove(&cookie);
-                    self.holders.claim(old.netns_cookie, addresses.iter());
-                }
+                self.ownership.give_back(&known.target, old.netns_cookie, &addresses);
                 known.target = old;
                 return Err(error);
             }
@@ -95,7 +92,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     }
 
     pub(super) async fn repair(&self, known: &mut Enrolled) {
-        if !self.owns(&known.target) {
+        if !self.ownership.is_of(&known.target) {
             known.steered = false;
             return;
         }
