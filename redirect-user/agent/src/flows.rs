@@ -16,8 +16,8 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{broadcast, watch};
 
 use super::pods::Pods;
+use redirect_datapath::handle::DatapathHandle;
 use redirect_datapath::linux::Linux;
-use redirect_datapath::thread::Kernel;
 use redirect_protocol::pod::PodIdentity;
 use redirect_protocol::wire::{Error, ErrorKind, FlowFilter, FlowReport, Reply};
 
@@ -44,7 +44,7 @@ pub(super) struct Flows {
 impl Flows {
     /// Reads events from now on, as long as there are listeners, until `stopped`. What reads ends when they are turned off.
     pub(super) async fn start(
-        kernel: Kernel<Linux>,
+        kernel: DatapathHandle<Linux>,
         pods: Arc<Pods<Linux>>,
         stopped: watch::Receiver<bool>,
     ) -> anyhow::Result<(Self, impl Future<Output = anyhow::Result<()>> + use<>)> {
@@ -168,7 +168,7 @@ impl Listener {
 
 struct Reader {
     ring: AsyncFd<RingBuf<MapData>>,
-    kernel: Kernel<Linux>,
+    kernel: DatapathHandle<Linux>,
     events: broadcast::Sender<Arc<FlowReport>>,
     wanted: watch::Receiver<usize>,
     switch: watch::Sender<bool>,

@@ -7,9 +7,9 @@ use redirect_ebpf::decide::{Outbound, Protocol};
 
 use super::pods::Pods;
 use redirect_datapath::datapath::Finding;
+use redirect_datapath::handle::DatapathHandle;
 use redirect_datapath::linux::Linux;
 use redirect_datapath::listeners::{self, Listener};
-use redirect_datapath::thread::Kernel;
 use redirect_protocol::placement::Placement;
 use redirect_protocol::wire::{
     Error, ErrorKind, Expectation, Explanation, FactState, PodDetail, PodReport, Transport,
@@ -23,14 +23,17 @@ pub(super) struct Question {
 }
 
 /// What is known about all pods.
-pub(super) async fn pods(pods: &Pods<Linux>, kernel: &Kernel<Linux>) -> Result<Vec<PodReport>, Error> {
+pub(super) async fn pods(
+    pods: &Pods<Linux>,
+    kernel: &DatapathHandle<Linux>,
+) -> Result<Vec<PodReport>, Error> {
     let mut reports = pods.report().await;
     count(kernel, &mut reports).await?;
     Ok(reports)
 }
 
 /// Adds what the kernel side counted.
-async fn count(kernel: &Kernel<Linux>, reports: &mut [PodReport]) -> Result<(), Error> {
+async fn count(kernel: &DatapathHandle<Linux>, reports: &mut [PodReport]) -> Result<(), Error> {
     let cookies: Vec<u64> = reports.iter().map(|report| report.netns_cookie).collect();
     let counted = kernel.run(move |linux| {
         cookies.into_iter().map(|cookie| linux.counters_of(cookie)).collect::<anyhow::Result<Vec<_>>>()
@@ -50,7 +53,7 @@ pub(super) fn read<T, E: std::fmt::Display>(outcome: Result<anyhow::Result<T>, E
 /// Everything about the pod.
 pub(super) async fn pod(
     pods: &Pods<Linux>,
-    kernel: &Kernel<Linux>,
+    kernel: &DatapathHandle<Linux>,
     placement: Placement,
     name: &str,
 ) -> Result<PodDetail, Error> {
@@ -102,7 +105,7 @@ async fn examine(pods: &Pods<Linux>, placement: Placement, name: &str) -> Result
 /// The decision on a connection of the pod, and the first thing that is wrong on its way.
 pub(super) async fn explain(
     pods: &Pods<Linux>,
-    kernel: &Kernel<Linux>,
+    kernel: &DatapathHandle<Linux>,
     placement: Placement,
     Question { from, to, transport }: Question,
 ) -> Result<Explanation, Error> {

@@ -3,7 +3,7 @@
 //! ```text
 //!  API server ──watch──▶ informer ──▶ store ──▶ queue ──▶ controller ──▶ agent::pods
 //!                                      ▲ │                    │  └─ sandboxes: /proc, for pods that run already
-//!        redirect-cni ──▶ admission ───┘ └─ rules             └──▶ voice: annotation, events ──▶ API server
+//!        redirect-cni ──▶ admission ───┘ └─ rules             └──▶ status: annotation, events ──▶ API server
 //! ```
 //!
 //! The API server says what is wanted, never what is: whether a pod is steered is asked of the kernel, and its
@@ -22,9 +22,9 @@ mod process_cgroup;
 mod queue;
 mod rules;
 mod sandboxes;
+mod status;
 mod store;
 mod timing;
-mod voice;
 
 pub use labels::{EnableLabel, Rules};
 pub use options::Options;

@@ -7,25 +7,25 @@
 //!                              zds::server ──▶ node proxy
 //! ```
 
-mod diagnostics;
+mod drop_log;
 pub(crate) mod enrolment;
 mod flows;
+mod health;
 mod inspect;
 pub mod install;
 pub mod kube;
 pub mod metrics;
-mod observed;
+mod node_ack;
 mod options;
-mod peers;
+mod peer_auth;
 pub(crate) mod pods;
 mod probes;
-mod proxies;
+mod proxy_cgroups;
 mod ready;
 pub mod records;
 pub mod repairs;
 mod run;
 mod service;
-mod stand_in;
 mod supervisor;
 pub mod uninstall;
 mod upkeep;

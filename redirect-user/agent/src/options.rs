@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use redirect_ebpf::Direction;
 
 use super::probes::Probers;
-use super::proxies::ProxyIdentity;
+use super::proxy_cgroups::ProxyIdentity;
 use super::records;
 use crate::{install, kube, metrics};
 use redirect_datapath::linux::{self, NotedBy, TcMethod};

@@ -35,7 +35,7 @@ use redirect_datapath::datapath::{
     self, Datapath, Introduction, Observation, Outcome, Removal, Removed, Target,
 };
 use redirect_datapath::facts::Fact;
-use redirect_datapath::thread::Kernel;
+use redirect_datapath::handle::DatapathHandle;
 use redirect_linux::netns::NetNs;
 use redirect_protocol::pod::{PodAddresses, PodIdentity, PodSettings};
 use redirect_protocol::wire::Attachment;
@@ -50,7 +50,7 @@ const PROXY_RELEASE: Duration = Duration::from_secs(2);
 
 /// The pods of this node.
 pub(crate) struct Pods<D> {
-    kernel: Kernel<D>,
+    kernel: DatapathHandle<D>,
     proxies: Handle,
     defaults: Defaults,
     /// The cookie of the agent's own namespace: the host's, which is never a pod's.
@@ -152,7 +152,7 @@ impl Enrolled {
 
 impl<D: Datapath + Send + 'static> Pods<D> {
     pub(crate) fn new(
-        kernel: Kernel<D>,
+        kernel: DatapathHandle<D>,
         proxies: Handle,
         defaults: Defaults,
         host_cookie: u64,

@@ -11,8 +11,8 @@ use std::time::Duration;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::io::unix::AsyncFd;
 
+use redirect_datapath::handle::DatapathHandle;
 use redirect_datapath::linux::Linux;
-use redirect_datapath::thread::Kernel;
 use redirect_linux::cgroup;
 
 /// Who probes pods.
@@ -43,7 +43,11 @@ const SETTLE: Duration = Duration::from_millis(20);
 const MOST_PLACES: usize = 64;
 
 /// Keeps the probe program attached to the probers' cgroups, for ever.
-pub(super) async fn follow(probers: Probers, root: PathBuf, kernel: Kernel<Linux>) -> anyhow::Result<()> {
+pub(super) async fn follow(
+    probers: Probers,
+    root: PathBuf,
+    kernel: DatapathHandle<Linux>,
+) -> anyhow::Result<()> {
     let mut known = BTreeSet::new();
     // Where probers are, were or will be: they come back to the same places.
     let mut places = probers.cgroups(&root);

@@ -5,7 +5,7 @@
 
 use tokio::sync::watch;
 
-use super::observed::Findings;
+use super::health::Findings;
 use redirect_linux::systemd;
 
 /// Ends when systemd knows that the agent is ready.

@@ -14,24 +14,24 @@ use tokio::sync::{mpsc, watch as signal_watch};
 
 use super::enrolment::{Enrolment, Everybody};
 use super::flows::Flows;
-use super::observed::{self, Examined};
+use super::health::{self, Examined};
 use super::options::{OnExit, Options, WithoutProxy};
 use super::pods::{Defaults, Pods, Restored};
 use super::probes;
-use super::proxies::Cgroups;
+use super::proxy_cgroups::Cgroups;
 use super::ready;
 use super::records::{self, Found, Phase, Records};
 use super::service::Service;
 use super::supervisor::{Stop, Supervisor};
 use super::watch::{Event, Watch};
-use super::{stand_in, uninstall, upkeep};
+use super::{node_ack, uninstall, upkeep};
 use crate::kube::{self, Controller, OwnDaemonSet, Timing};
 use crate::metrics::events::events;
 use crate::metrics::server::Purpose;
 use crate::{install, metrics};
 use redirect_datapath::bpf_log;
+use redirect_datapath::handle::DatapathHandle;
 use redirect_datapath::linux::{Capacities, Linux, NotedBy, Pins, Settings};
-use redirect_datapath::thread::Kernel;
 use redirect_linux::netns::NetNs;
 use redirect_linux::probe::{self, Requirements};
 use redirect_linux::{cgroup, descriptors, privileges};
@@ -121,7 +121,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         .filter_map(|Found { record, netns }| Some(defaults.recorded(record, netns.clone()?)))
         .collect();
     let note = records.early_demux();
-    let (kernel, loaded) = Kernel::start(move || Linux::load(&settings, pins, note, &steered))
+    let (kernel, loaded) = DatapathHandle::start(move || Linux::load(&settings, pins, note, &steered))
         .context("the datapath's thread")?;
     loaded.await.context("the datapath's thread ended")??;
 
@@ -131,7 +131,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         Box::pin(async move {
             match options.placement {
                 Placement::Pod => cgroups.admit(&kernel, peer).await?,
-                Placement::Node => stand_in::admit(&peer)?,
+                Placement::Node => node_ack::admit(&peer)?,
             }
             Ok(())
         })
@@ -167,7 +167,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     let (flows, reading) = Flows::start(kernel.clone(), Arc::clone(&pods), supervisor.stopped()).await?;
     let (reconciled_by, reconciled) = signal_watch::channel(controller.is_none());
     let chain = options.install_cni.then_some(options.chain);
-    let (found, findings) = observed::channel();
+    let (found, findings) = health::channel();
     let announced = findings.clone();
     let service = Arc::new(Service {
         pods: Arc::clone(&pods),
@@ -212,7 +212,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     supervisor.once("events of connections", Stop::Finishes, reading);
     let examined = Examined { kernel: kernel.clone(), placement: options.placement, chain: chain.clone() };
     supervisor.restarting("examination of kernel and CNI chain", Stop::Cut, move || {
-        observed::examine(examined.clone(), found.clone())
+        health::examine(examined.clone(), found.clone())
     });
     if let Some(controller) = controller.clone() {
         let (running, stopped) = (Arc::clone(&controller), supervisor.stopped());
@@ -252,7 +252,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     if options.placement == Placement::Node {
         let zds_socket = options.zds_socket.clone();
         supervisor.restarting("stand-in for the node proxy", Stop::Cut, move || {
-            stand_in::stand_in(zds_socket.clone())
+            node_ack::acknowledge(zds_socket.clone())
         });
     }
     supervisor.restarting("probers", Stop::Cut, {
@@ -344,7 +344,11 @@ fn named_cgroups(all: &[PathBuf], outbound: &[PathBuf]) -> anyhow::Result<BTreeM
 }
 
 /// Takes over the pods of the agent before, and removes what is left of those that are gone.
-async fn take_over(kernel: &Kernel<Linux>, pods: &Pods<Linux>, found: Vec<Found>) -> anyhow::Result<()> {
+async fn take_over(
+    kernel: &DatapathHandle<Linux>,
+    pods: &Pods<Linux>,
+    found: Vec<Found>,
+) -> anyhow::Result<()> {
     let began = Instant::now();
     let restored = pods.restore(found).await;
     let known = pods.cookies().await;
@@ -437,7 +441,7 @@ async fn unchain(chain: install::Options) {
 async fn follow(
     listening: Option<mpsc::Receiver<io::Result<Event>>>,
     watch: Arc<Watch>,
-    kernel: Kernel<Linux>,
+    kernel: DatapathHandle<Linux>,
     pods: Arc<Pods<Linux>>,
 ) -> anyhow::Result<()> {
     let mut batch = Vec::new();

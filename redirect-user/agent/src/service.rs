@@ -9,16 +9,16 @@ use tokio::sync::watch;
 
 use super::enrolment::{self, Enrolment};
 use super::flows::Flows;
+use super::health::Findings;
 use super::inspect;
-use super::observed::Findings;
-use super::peers;
+use super::peer_auth;
 use super::pods::{self, Pods, Wanted};
 use super::supervisor::Services;
 use crate::metrics::Snapshot;
 use crate::metrics::events::events;
 use crate::metrics::server::{Check, Source};
+use redirect_datapath::handle::DatapathHandle;
 use redirect_datapath::linux::Linux;
-use redirect_datapath::thread::Kernel;
 use redirect_linux::netns::NetNs;
 use redirect_protocol::placement::Placement;
 use redirect_protocol::wire::server::Handler;
@@ -30,7 +30,7 @@ use redirect_zds::server::{AddError, Handle};
 pub(super) struct Service {
     pub(super) pods: Arc<Pods<Linux>>,
     pub(super) enrolment: Arc<dyn Enrolment>,
-    pub(super) kernel: Kernel<Linux>,
+    pub(super) kernel: DatapathHandle<Linux>,
     pub(super) proxies: Handle,
     pub(super) started: Instant,
     pub(super) cgroup: String,
@@ -48,7 +48,7 @@ pub(super) struct Service {
 
 impl Handler for Service {
     async fn permit(&self, pid: Option<i32>) -> Result<(), Error> {
-        let permitted = peers::check(&self.kernel, pid).await;
+        let permitted = peer_auth::check(&self.kernel, pid).await;
         permitted.map_err(|error| Error::new(ErrorKind::Denied, format!("{error:#}")))
     }
 

@@ -6,20 +6,20 @@ use std::time::Duration;
 
 use tokio::time::{MissedTickBehavior, interval};
 
-use super::diagnostics::Diagnostics;
+use super::drop_log::DropLog;
 use super::pods::Pods;
 use super::repairs::Kind;
+use redirect_datapath::handle::{DatapathHandle, Gone};
 use redirect_datapath::linux::Linux;
-use redirect_datapath::thread::{Gone, Kernel};
 
 /// Works until the datapath's thread is gone.
 pub(super) async fn keep_up(
     every: Duration,
-    kernel: Kernel<Linux>,
+    kernel: DatapathHandle<Linux>,
     pods: Arc<Pods<Linux>>,
 ) -> anyhow::Result<()> {
     let mut ticks = interval(every);
-    let mut diagnostics = Diagnostics::default();
+    let mut diagnostics = DropLog::default();
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
@@ -39,7 +39,7 @@ pub(super) async fn keep_up(
 }
 
 /// Looks after what is for the whole node. An error: nobody does any more.
-pub(super) async fn mend(kernel: &Kernel<Linux>, pods: &Pods<Linux>) -> Result<(), Gone> {
+pub(super) async fn mend(kernel: &DatapathHandle<Linux>, pods: &Pods<Linux>) -> Result<(), Gone> {
     match kernel.run(Linux::mend).await? {
         Ok(mended) => {
             for what in mended {

@@ -12,7 +12,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tracing::Level;
 
 use super::linux::Linux;
-use super::thread::Kernel;
+use crate::handle::DatapathHandle;
 
 /// Whether anybody wants to know.
 pub fn is_wanted() -> bool {
@@ -20,7 +20,7 @@ pub fn is_wanted() -> bool {
 }
 
 /// Passes records on as long as the agent runs; every so often also how many were lost.
-pub async fn follow(every: Duration, kernel: Kernel<Linux>) -> anyhow::Result<()> {
+pub async fn follow(every: Duration, kernel: DatapathHandle<Linux>) -> anyhow::Result<()> {
     let Some((logger, read)) = kernel.run(Linux::take_log).await? else {
         anyhow::bail!("there is no log, or somebody reads it")
     };

@@ -5,6 +5,6 @@ pub mod bpf_log;
 pub mod datapath;
 pub mod facts;
 mod faults;
+pub mod handle;
 pub mod linux;
 pub mod listeners;
-pub mod thread;

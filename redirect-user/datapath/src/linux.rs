@@ -1,7 +1,7 @@
 //! The kernel as a [`Datapath`]: maps and programs through aya, rules and routes through netlink, sysctls through
 //! `/proc`.
 //!
-//! Everything here runs on one thread of its own ([`super::thread`]): entering a network namespace is a property of a
+//! Everything here runs on one thread of its own ([`crate::handle`]): entering a network namespace is a property of a
 //! thread.
 
 mod attached;
@@ -10,13 +10,13 @@ mod devices;
 mod entrance;
 mod listeners;
 mod maps;
+mod notrack;
 mod object;
 mod pins;
 mod strip;
 mod sysctl;
 mod tc;
 mod try_out;
-mod untracked;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;

@@ -21,9 +21,9 @@ use super::labels::Rules;
 use super::queue::Queue;
 use super::rules::{Decision, Reason, decide};
 use super::sandboxes::Sandboxes;
+use super::status::{Redirection, StatusWriter};
 use super::store::{Known, Store};
 use super::timing::Timing;
-use super::voice::{Redirection, Voice};
 use crate::metrics::events::events;
 use crate::pods::{Error, Pods, Standing, Wanted};
 use crate::repairs::Repair;
@@ -58,7 +58,7 @@ pub(crate) struct Controller<D> {
     store: Arc<Store>,
     queue: Arc<Queue>,
     sandboxes: Arc<Sandboxes>,
-    voice: Voice,
+    status: StatusWriter,
     memory: Mutex<HashMap<String, Memory>>,
 }
 
@@ -73,7 +73,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
     ) -> Arc<Self> {
         let queue = Arc::new(Queue::default());
         Arc::new(Self {
-            voice: Voice::new(client.clone(), &node),
+            status: StatusWriter::new(client.clone(), &node),
             client,
             node,
             rules,
@@ -159,7 +159,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         };
         let pods: Vec<PodView> = self.store.uids().into_iter().filter_map(annotated).collect();
         let mut calls = futures::stream::iter(&pods)
-            .map(|pod| async move { (pod, self.voice.annotate(pod, None).await) })
+            .map(|pod| async move { (pod, self.status.annotate(pod, None).await) })
             .buffer_unordered(WORKERS);
         let told = timeout(API, async {
             while let Some((pod, outcome)) = calls.next().await {
@@ -238,7 +238,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
             };
             let Some(Known { pod, .. }) = self.store.pod(&pod.uid) else { continue };
             let message = format!("something else on the node had removed and the agent put back: {what}");
-            match timeout(API, self.voice.warn(&pod, "Repaired", &message)).await {
+            match timeout(API, self.status.warn(&pod, "Repaired", &message)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!(pod = %pod.identity(), %error, "the event can't be written"),
                 Err(_) => tracing::warn!(pod = %pod.identity(), "the event can't be written in time"),
@@ -394,7 +394,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         {
             return Some(self.timing.poll);
         }
-        match self.call(self.voice.annotate(pod, state), stop).await? {
+        match self.call(self.status.annotate(pod, state), stop).await? {
             Ok(()) => {
                 memory.told = Some((state, Instant::now()));
                 None
@@ -425,7 +425,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         memory.complaint = Some(message.into());
         events().pod_refused(reason);
         tracing::warn!(pod = %pod.identity(), uid = pod.uid, reason, error = message, "pod can't be enrolled");
-        if let Some(Err(error)) = self.call(self.voice.warn(pod, reason, message), stop).await {
+        if let Some(Err(error)) = self.call(self.status.warn(pod, reason, message), stop).await {
             tracing::warn!(pod = %pod.identity(), error, "the event can't be written");
         }
     }

@@ -27,7 +27,7 @@ use crate::records::Records;
 use proxy::Proxy;
 use redirect_datapath::datapath::fake::Fake;
 use redirect_datapath::facts::Fact;
-use redirect_datapath::thread::Kernel;
+use redirect_datapath::handle::DatapathHandle;
 use redirect_linux::netns::NetNs;
 use redirect_testing::ApiServer;
 use redirect_zds::server::{Options, Server};
@@ -86,7 +86,7 @@ impl Node {
         let directory = tempfile::tempdir().unwrap();
         let kernel = Fake::default();
         let copy = kernel.clone();
-        let (thread, _) = Kernel::start(move || Ok::<_, std::convert::Infallible>(copy)).unwrap();
+        let (thread, _) = DatapathHandle::start(move || Ok::<_, std::convert::Infallible>(copy)).unwrap();
         let (server, handle) = Server::bind(&directory.path().join("zds.sock"), Options::default()).unwrap();
         let (zds, stopped) = oneshot::channel::<()>();
         tokio::spawn(server.run(async {

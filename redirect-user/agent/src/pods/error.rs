@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use redirect_datapath::datapath;
-use redirect_datapath::thread::Gone;
+use redirect_datapath::handle::Gone;
 use redirect_protocol::pod::{PodIdentity, family};
 use redirect_zds::server::{AddError, InvalidWorkload};
 

@@ -22,7 +22,7 @@ impl Node {
         let directory = tempfile::tempdir().unwrap();
         let kernel = Fake::default();
         let copy = kernel.clone();
-        let (thread, _) = Kernel::start(move || Ok::<_, Infallible>(copy)).unwrap();
+        let (thread, _) = DatapathHandle::start(move || Ok::<_, Infallible>(copy)).unwrap();
         let (_, handle) = Server::bind(&directory.path().join("zds.sock"), Options::default()).unwrap();
         let records = Records::open(&directory.path().join("state")).unwrap();
         let pods = Pods::new(thread, handle, defaults(Duration::from_millis(20)), 1, None, records);

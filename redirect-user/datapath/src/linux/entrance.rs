@@ -13,7 +13,7 @@ use anyhow::{Context as _, bail};
 use redirect_ebpf::Family;
 use redirect_ebpf::constants::{ENTRANCE, ENTRANCE_PEER};
 
-use super::{sysctl, untracked};
+use super::{notrack, sysctl};
 use crate::facts::Interface;
 use redirect_linux::netlink::Netlink;
 
@@ -116,7 +116,7 @@ pub(super) fn ensure(
         }
         mended |= netlink.ensure_entrance_rule(family, priority).with_context(|| format!("{family} rule"))?;
     }
-    mended |= untracked::ensure();
+    mended |= notrack::ensure();
     Ok(Entrance { interface: ours, mended })
 }
 
@@ -134,7 +134,7 @@ pub(super) fn remove(netlink: &mut Netlink, note: &EarlyDemuxNote) -> io::Result
     if let Some(found) = &found {
         netlink.delete_link(found.index)?;
     }
-    Ok((rules, found.is_some(), untracked::remove()?))
+    Ok((rules, found.is_some(), notrack::remove()?))
 }
 
 /// Whether the entrance says that the sysctl was on.

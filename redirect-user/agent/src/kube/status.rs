@@ -37,12 +37,12 @@ impl Redirection {
 }
 
 /// Tells the API server.
-pub(super) struct Voice {
+pub(super) struct StatusWriter {
     client: Client,
     node: String,
 }
 
-impl Voice {
+impl StatusWriter {
     pub(super) fn new(client: Client, node: &str) -> Self {
         Self { client, node: node.chars().take(INSTANCE).collect() }
     }

@@ -5,10 +5,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use redirect_ebpf::maps::ProxyPart;
 
-use super::peers;
+use super::peer_auth;
 use super::records::Records;
+use redirect_datapath::handle::DatapathHandle;
 use redirect_datapath::linux::Linux;
-use redirect_datapath::thread::Kernel;
 use redirect_zds::server::Peer;
 
 /// How a socket is known to be the proxy's own.
@@ -44,8 +44,8 @@ impl Cgroups {
     }
 
     /// Admits a proxy, before it is told any pod.
-    pub(super) async fn admit(&self, kernel: &Kernel<Linux>, peer: Peer) -> anyhow::Result<()> {
-        peers::check(kernel, peer.pid).await?;
+    pub(super) async fn admit(&self, kernel: &DatapathHandle<Linux>, peer: Peer) -> anyhow::Result<()> {
+        peer_auth::check(kernel, peer.pid).await?;
         if self.identity == ProxyIdentity::Mark {
             return Ok(());
         }

@@ -12,11 +12,11 @@ type Job<D> = Box<dyn FnOnce(&mut D) + Send>;
 
 /// Hands work to the datapath's thread. The thread ends when the last handle is gone.
 #[derive(Debug)]
-pub struct Kernel<D> {
+pub struct DatapathHandle<D> {
     jobs: mpsc::Sender<Job<D>>,
 }
 
-impl<D> Clone for Kernel<D> {
+impl<D> Clone for DatapathHandle<D> {
     fn clone(&self) -> Self {
         Self { jobs: self.jobs.clone() }
     }
@@ -30,7 +30,7 @@ pub struct Gone;
 /// How many pieces of work may wait before those who bring more have to wait themselves.
 const QUEUE: usize = 64;
 
-impl<D: Datapath + 'static> Kernel<D> {
+impl<D: Datapath + 'static> DatapathHandle<D> {
     /// Starts the thread, on which `load` makes the datapath.
     pub fn start<E: Send + 'static>(
         load: impl FnOnce() -> Result<D, E> + Send + 'static,

@@ -21,7 +21,7 @@ use redirect_zds::server::Peer;
 const PAUSE: Duration = Duration::from_millis(250);
 
 /// Works for ever.
-pub(super) async fn stand_in(zds_socket: PathBuf) -> anyhow::Result<()> {
+pub(super) async fn acknowledge(zds_socket: PathBuf) -> anyhow::Result<()> {
     loop {
         until(true).await;
         tracing::info!("a node proxy listens on ports {PORT_OUTBOUND} and {PORT_INBOUND} of the host");

@@ -9,8 +9,8 @@ use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::install;
+use redirect_datapath::handle::DatapathHandle;
 use redirect_datapath::linux::Linux;
-use redirect_datapath::thread::Kernel;
 use redirect_protocol::placement::Placement;
 
 /// How often the kernel and the chain are examined.
@@ -78,7 +78,7 @@ impl Findings {
 /// What has to be examined.
 #[derive(Clone)]
 pub(super) struct Examined {
-    pub(super) kernel: Kernel<Linux>,
+    pub(super) kernel: DatapathHandle<Linux>,
     pub(super) placement: Placement,
     /// The CNI chain, if this agent keeps it.
     pub(super) chain: Option<install::Options>,
@@ -121,7 +121,7 @@ async fn examine_chain(options: Option<install::Options>) -> Result<(), Unchaine
 }
 
 /// Whether the programs are attached and can be worked with.
-async fn examine_datapath(kernel: &Kernel<Linux>, placement: Placement) -> Result<(), String> {
+async fn examine_datapath(kernel: &DatapathHandle<Linux>, placement: Placement) -> Result<(), String> {
     let needed = match placement {
         Placement::Pod => ["outbound_ipv4", "outbound_ipv6"],
         Placement::Node => ["entrance_ipv4", "entrance_ipv6"],

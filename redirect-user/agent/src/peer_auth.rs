@@ -5,12 +5,12 @@
 
 use std::path::PathBuf;
 
+use redirect_datapath::handle::DatapathHandle;
 use redirect_datapath::linux::Linux;
-use redirect_datapath::thread::Kernel;
 use redirect_linux::netns::NetNs;
 
 /// Fails if the process is in the network namespace of an enrolled pod. A process that has ended is none.
-pub(super) async fn check(kernel: &Kernel<Linux>, pid: Option<i32>) -> anyhow::Result<()> {
+pub(super) async fn check(kernel: &DatapathHandle<Linux>, pid: Option<i32>) -> anyhow::Result<()> {
     let Some(pid) = pid else { return Ok(()) };
     let Ok(netns) = NetNs::open(&PathBuf::from(format!("/proc/{pid}/ns/net"))) else { return Ok(()) };
     // By far the most are in the agent's own.

@@ -3,19 +3,19 @@
 use redirect_ebpf::Verdict;
 use tracing::Level;
 
+use redirect_datapath::handle::DatapathHandle;
 use redirect_datapath::linux::{Linux, Report};
-use redirect_datapath::thread::Kernel;
 use redirect_protocol::wire::CounterReport;
 
 /// What was counted when it was last looked at.
 #[derive(Debug, Default)]
-pub(super) struct Diagnostics {
+pub(super) struct DropLog {
     before: Option<Report>,
 }
 
-impl Diagnostics {
+impl DropLog {
     /// Tells what has come since the last time, where anybody wants to know.
-    pub(super) async fn tell(&mut self, kernel: &Kernel<Linux>) {
+    pub(super) async fn tell(&mut self, kernel: &DatapathHandle<Linux>) {
         if !tracing::enabled!(Level::DEBUG) {
             return;
         }
