@@ -140,30 +140,41 @@ impl Records {
     /// directory with it.
     pub fn remove_all(&self) -> io::Result<()> {
         const ATTEMPTS: usize = 20;
-        (1..ATTEMPTS).find_map(|_| self.remove_ours().transpose()).unwrap_or(Ok(()))
+        // Under another name first: whoever writes on finds no directory.
+        let (pods, moved) = (self.pods(), self.directory.join("pods.removed"));
+        if pods.is_symlink() || moved.is_symlink() {
+            return Ok(());
+        }
+        for _ in 0..ATTEMPTS {
+            match gone(fs::rename(&pods, &moved)) {
+                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+                renamed => renamed?,
+            }
+            if self.remove_ours(&moved)? {
+                return Ok(());
+            }
+        }
+        // Others' files are in it.
+        gone(fs::rename(&moved, &pods))
     }
 
-    /// `None`: something is left.
-    fn remove_ours(&self) -> io::Result<Option<()>> {
-        let pods = self.pods();
-        if pods.is_symlink() {
-            return Ok(Some(()));
-        }
+    /// Whether nothing is left.
+    fn remove_ours(&self, pods: &Path) -> io::Result<bool> {
         let is_record = |path: &PathBuf| path.extension().is_some_and(|kind| kind == "json" || kind == "new");
-        let written = fs::read_dir(&pods).into_iter().flatten().flatten().map(|entry| entry.path());
+        let written = fs::read_dir(pods).into_iter().flatten().flatten().map(|entry| entry.path());
         let ours = written.filter(is_record);
         let names = [PROXIES, EARLY_DEMUX].map(|name| self.directory.join(name));
         let unfinished = names.clone().map(|path| path.with_extension("new"));
         for path in ours.chain(names).chain(unfinished) {
             gone(fs::remove_file(&path))?;
         }
-        for directory in [&pods, &self.directory] {
+        for directory in [pods, &self.directory] {
             match gone(fs::remove_dir(directory)) {
-                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => return Ok(None),
+                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => return Ok(false),
                 removed => removed?,
             }
         }
-        Ok(Some(()))
+        Ok(true)
     }
 }
 
