@@ -1,6 +1,6 @@
 #!/bin/sh
-# Connects from every sleep pod to every address of the tcp-echo Services and pods and compares the greetings, then looks
-# whether the pods are enrolled, unless --plain is given. KUBECTL names another kubectl, as in KUBECTL="k3s kubectl".
+# Connects from every sleep pod to every address of the tcp-echo Services and pods and compares the greetings, then checks
+# that the pods are enrolled, unless --plain is given. KUBECTL names another kubectl, as in KUBECTL="k3s kubectl".
 set -eu
 
 kubectl=${KUBECTL:-kubectl}
@@ -22,7 +22,7 @@ k() { $kubectl -n "$namespace" "$@"; }
 
 k rollout status deployment --timeout=180s >/dev/null
 
-# What a template says of each pod that is there to stay.
+# Prints a template for each pod that is not being deleted.
 pods() {
     k get pods -l "$1" -o "go-template={{range .items}}{{if not .metadata.deletionTimestamp}}$2{{end}}{{end}}"
 }
@@ -32,7 +32,7 @@ sleepers=$(pods app=sleep '{{.metadata.name}} ')
 greets() {
     what=$1 address=$2 greeting=$3
     for sleeper in $sleepers; do
-        # Expanded in the pod. A Service that was just made may not be on every node yet: its first answer is waited for.
+        # Expanded in the pod. A new Service may not be on every node yet, so this waits for its first answer.
         # shellcheck disable=SC2016
         heard=$(k exec "$sleeper" -- sh -c 'for i in $(seq 10); do [ -z "$(nc -w 5 "$1" 9000 </dev/null 2>/dev/null)" ] || break; sleep 1; done
             for i in $(seq "$2"); do nc -w 5 "$1" 9000 </dev/null 2>&1 || echo "nothing"; done | sort -u' \
@@ -45,7 +45,7 @@ greets() {
     done
 }
 
-# A Service, what it says, how many families it has at least, and its pods' families.
+# A Service, its greeting, its minimum number of families, and the families of its pods.
 expect() {
     service=$1 greeting=$2 families=$3 wanted=$4
     addresses=$(k get service "$service" -o 'jsonpath={.spec.clusterIPs[*]}')

@@ -42,7 +42,7 @@ impl Monitor {
         let mut monitor = Self { child, heard, reader: Some(reader) };
         let mut first = String::new();
         BufReader::new(err).read_line(&mut first)?;
-        if !first.contains("listening") {
+        if !first.contains("monitoring") {
             monitor.kill()?;
             bail!("redirect monitor: {first}");
         }

@@ -21,10 +21,9 @@ use crate::wait::SOON;
 
 const PORT: u16 = 9000;
 
-const HEAD: &str = "# What flows, and what does not\n\n\
-    Written by `cargo xtask transcript` from a real run. Times, addresses, ports and cookies are replaced; options that name the \
-    run's own\nsockets and directories are left out. `shop/sleep` and `shop/tcp-echo` are enrolled pods with addresses of both \
-    families.\n";
+const HEAD: &str = "# The CLI at work\n\n\
+    `cargo xtask transcript` writes this file from a real run. It replaces times, addresses, ports and cookies, and leaves out \
+    options that\nname the run's own sockets and directories. `shop/sleep` and `shop/tcp-echo` are enrolled dual-stack pods.\n";
 
 /// The document, as this run has it.
 pub fn record(session: &Arc<Session>) -> Result<String> {
@@ -34,15 +33,15 @@ pub fn record(session: &Arc<Session>) -> Result<String> {
     let (sleep, echo) = (pod("sleep")?, pod("tcp-echo")?);
     let _servers = [Stack::V4, Stack::V6].map(|stack| Server::start(echo.netns(), stack, PORT, "hello"));
     let mut transcript = Transcript::new(&node, &[&sleep, &echo])?;
-    transcript.say("Connections as they are decided on", MONITOR);
+    transcript.say("Watch connections", MONITOR);
     transcript.monitor(&sleep, &echo)?;
 
     let to = echo.endpoint(Family::Ipv6, PORT)?.to_string();
     let explain = ["explain", "--from", "shop/sleep", "--to", &to];
-    transcript.say("A connection, step by step", EXPLAIN);
+    transcript.say("Explain a connection", EXPLAIN);
     transcript.run(&explain, &[])?;
 
-    transcript.say("A pod that is broken", BROKEN);
+    transcript.say("A broken pod", BROKEN);
     sleep.netns().set_sysctl("net.ipv6.fwmark_reflect", "0")?;
     transcript.run(&explain, &[])?;
     transcript.run(&["pod", "shop/sleep"], &[])?;
@@ -58,12 +57,12 @@ pub fn record(session: &Arc<Session>) -> Result<String> {
 }
 
 const MONITOR: &str = "The pod connects to a server in IPv4, in IPv6 and with a v4-mapped socket, then to a closed port of its \
-    own. What the node proxy\nconnects on is told of as well.";
+    own. The monitor\nalso reports the node proxy's onward connections.";
 const EXPLAIN: &str = "";
-const BROKEN: &str = "Something turns the sysctl `net.ipv6.fwmark_reflect` off in the pod. (The agent, which would put that \
-    right, looks at pods\nonly once an hour here.)";
-const DOCTOR: &str = "This node has no CNI configuration, which is a warning; exit code 2 would mean that the data path does not \
-    work.";
+const BROKEN: &str = "Something turns the sysctl `net.ipv6.fwmark_reflect` off in the pod. (The agent would repair that, but \
+    resyncs only\nonce an hour here.)";
+const DOCTOR: &str = "This node has no CNI configuration, which is a warning. Exit code 2 would mean that the node cannot run the \
+    data path.";
 
 /// What of the document has to be the same in every run: all but what the doctor finds of the kernel.
 #[must_use]
@@ -157,7 +156,7 @@ impl Transcript {
         let mut listening = String::new();
         BufReader::new(child.stderr.take().context("a pipe")?).read_line(&mut listening)?;
         let connect = || -> Result<()> {
-            ensure!(listening.contains("listening"), "{listening}");
+            ensure!(listening.contains("monitoring"), "{listening}");
             for stack in Stack::ALL {
                 from.connect(stack, to.endpoint(stack.family(), PORT)?)?;
             }

@@ -219,7 +219,7 @@ fn left_on_nodes(cluster: &Cluster<'_>, daemonset: &Value) -> Result<String> {
         cluster.until_ended(&name)?;
         let found = [cluster.logs(&name, "uninstall")?, cluster.logs(&name, "remove")?];
         cluster.delete_pod(&name)?;
-        if found[0].trim() != "nothing was there" || !found[1].trim().is_empty() {
+        if found[0].trim() != "nothing to remove" || !found[1].trim().is_empty() {
             bail!("{node} had something left: {}", found.join("\n"));
         }
     }

@@ -1,4 +1,4 @@
-//! What the kernel side could not do, in the log at debug level: sums over a while, never single connections.
+//! Logs dropped connections and lost events at debug level, as sums over an interval, never one by one.
 
 use redirect_ebpf::Verdict;
 use tracing::Level;
@@ -22,18 +22,12 @@ impl DropLog {
         let Ok(Ok(now)) = kernel.run(|linux| linux.report()).await else { return };
         if let Some(before) = &self.before {
             for CounterReport { family, direction, reason, connections, .. } in dropped(before, &now) {
-                tracing::debug!(
-                    family,
-                    direction,
-                    reason,
-                    connections,
-                    "the kernel side dropped connections"
-                );
+                tracing::debug!(family, direction, reason, connections, "kernel dropped connections");
             }
             let limit = now.flows_limited.saturating_sub(before.flows_limited);
             let full = now.flows_full.saturating_sub(before.flows_full);
             if limit + full > 0 {
-                tracing::debug!(limit, full, "events of connections were lost");
+                tracing::debug!(limit, full, "connection events lost");
             }
         }
         self.before = Some(now);

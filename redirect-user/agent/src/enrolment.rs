@@ -1,4 +1,4 @@
-//! Which of the pods that the CNI plugin brings are to be steered.
+//! Decides which of the pods that the CNI plugin adds are enrolled.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -78,7 +78,7 @@ pub(super) async fn add<D: Datapath + Send + 'static>(
             }
         }
         Err(error) => {
-            tracing::warn!(pod = %wanted.identity, uid = wanted.identity.uid, %error, "pod can't be enrolled");
+            tracing::warn!(pod = %wanted.identity, uid = wanted.identity.uid, %error, "cannot enroll pod");
             Reply::Error(error)
         }
     }

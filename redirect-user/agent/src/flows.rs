@@ -1,4 +1,4 @@
-//! Events of single connections: on as long as somebody listens, read from the kernel's ring buffer once for all listeners.
+//! Connection events: on while a monitor is attached, and read from the kernel's ring buffer once for all monitors.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -48,8 +48,7 @@ impl Flows {
         pods: Arc<Pods<Linux>>,
         stopped: watch::Receiver<bool>,
     ) -> anyhow::Result<(Self, impl Future<Output = anyhow::Result<()>> + use<>)> {
-        let ring =
-            kernel.run(Linux::take_flows).await?.context("the events of connections are read twice")?;
+        let ring = kernel.run(Linux::take_flows).await?.context("connection events already have a reader")?;
         let (events, _) = broadcast::channel(BACKLOG);
         let (listeners, wanted) = watch::channel(0);
         let (switch, on) = watch::channel(false);
@@ -212,9 +211,9 @@ impl Reader {
         match self.kernel.run(move |linux| linux.tell_flows(on)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
-                tracing::warn!(error = format!("{error:#}"), "the events of connections can't be switched");
+                tracing::warn!(error = format!("{error:#}"), "cannot switch connection events on or off");
             }
-            Err(error) => tracing::warn!(%error, "the events of connections can't be switched"),
+            Err(error) => tracing::warn!(%error, "cannot switch connection events on or off"),
         }
     }
 

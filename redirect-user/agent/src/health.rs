@@ -1,7 +1,7 @@
-//! What health and readiness of the agent rest on.
+//! Health and readiness of the agent.
 //!
-//! A background task examines what takes time (the kernel, the files of the CNI chain). Answers are what it found last, so that
-//! they come at once however many ask, and say so when it finds nothing any more.
+//! A background task examines what takes time: the kernel, and the files of the CNI chain. Answers are its latest findings, so
+//! they come at once however many clients ask, and they report when the task stops finding anything.
 
 use std::time::{Duration, Instant};
 
@@ -38,7 +38,7 @@ pub(super) struct Findings {
 #[derive(Clone, Debug)]
 struct Unchained {
     why: String,
-    /// Without a chain no container has a network.
+    /// There is no configuration at all, so no container has a network. One that can't be read may be about to work.
     no_chain: bool,
 }
 
@@ -113,7 +113,8 @@ async fn examine_chain(options: Option<install::Options>) -> Result<(), Unchaine
         Ok(Ok(missing)) if missing.is_empty() => Ok(()),
         Ok(Ok(missing)) => failed(format!("not in place: {}", missing.join(", "))),
         Ok(Err(error)) => {
-            let no_chain = matches!(error, install::Error::NoConfiguration { .. });
+            let no_chain =
+                matches!(&error, install::Error::NoConfiguration { invalid, .. } if invalid.is_empty());
             Err(Unchained { why: error.to_string(), no_chain })
         }
         Err(error) => failed(error.to_string()),
@@ -132,7 +133,7 @@ async fn examine_datapath(kernel: &DatapathHandle<Linux>, placement: Placement) 
         Ok(Ok(None)) => Ok(()),
         Ok(Ok(Some(program))) => Err(format!("program {program} is not attached")),
         Ok(Err(gone)) => Err(gone.to_string()),
-        Err(_) => Err(format!("the datapath's thread does not answer within {PATIENCE:?}")),
+        Err(_) => Err(format!("the datapath thread does not answer within {PATIENCE:?}")),
     }
 }
 

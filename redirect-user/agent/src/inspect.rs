@@ -1,4 +1,4 @@
-//! What the kernel counted of pods, what is in it for one of them, and what becomes of one connection of it.
+//! Answers `redirect pods`, `redirect pod` and `redirect explain` from the state of the kernel.
 
 use std::net::SocketAddr;
 
@@ -45,9 +45,9 @@ async fn count(kernel: &DatapathHandle<Linux>, reports: &mut [PodReport]) -> Res
 
 /// What was read from the kernel.
 pub(super) fn read<T, E: std::fmt::Display>(outcome: Result<anyhow::Result<T>, E>) -> Result<T, Error> {
-    outcome
-        .map_err(|error| Error::new(ErrorKind::Internal, error.to_string()))?
-        .map_err(|error| Error::new(ErrorKind::Datapath, format!("the kernel can't be read: {error:#}")))
+    outcome.map_err(|error| Error::new(ErrorKind::Internal, error.to_string()))?.map_err(|error| {
+        Error::new(ErrorKind::Datapath, format!("cannot read the kernel's state: {error:#}"))
+    })
 }
 
 /// Everything about the pod.
@@ -81,20 +81,21 @@ async fn examine(pods: &Pods<Linux>, placement: Placement, name: &str) -> Result
             found.push(report);
             let names: Vec<_> = found.iter().map(|report| report.pod.to_string()).collect();
             let message =
-                format!("{name} may be any of {}: write NAMESPACE/NAME, or the UID", names.join(", "));
+                format!("{name} is ambiguous ({}): use NAMESPACE/NAME or the UID", names.join(", "));
             return Err(Error::new(ErrorKind::Unknown, message));
         }
         (None, _) => {
             let message = format!(
-                "pod {name} is not enrolled on this node: its connections are left alone. Is it on this node, has it or its \
-                 namespace the label istio.io/dataplane-mode=ambient, and what do its events say?"
+                "pod {name} is not enrolled on this node, so its connections are left alone. Check that it \
+                 runs on this node and that it or its namespace has the label \
+                 istio.io/dataplane-mode=ambient, and look at its events"
             );
             return Err(Error::new(ErrorKind::Unknown, message));
         }
     };
     let (target, findings) = pods.inspect(&report.pod.uid).await?;
     let unread = |error: &dyn std::fmt::Display| {
-        let message = format!("pod {}: the node proxy's listeners can't be looked at: {error}", report.pod);
+        let message = format!("pod {}: cannot observe the node proxy's listeners: {error}", report.pod);
         Error::new(ErrorKind::Internal, message)
     };
     let looked = tokio::task::spawn_blocking(move || listeners::look(&target, placement)).await;
@@ -125,7 +126,7 @@ pub(super) async fn explain(
     let outbound = decision.as_ref().map(|decision| decision.outbound);
     let steered = matches!(outbound, Some(Outbound::Capture | Outbound::Resolve));
     if steered && !report.steered.iter().any(|name| name == family.name()) {
-        wrong.push(format!("the pod has no {family} address: it can't connect"));
+        wrong.push(format!("the pod has no {family} address and cannot connect"));
     }
     match &report.proxy {
         Err(why) if steered => wrong.push(why.clone()),
@@ -140,11 +141,11 @@ pub(super) async fn explain(
         _ => {}
     }
     let verdict = match outbound {
-        None => "it leaves the pod past the proxy: the kernel side does not know the pod".into(),
-        Some(Outbound::Capture) => "it is given to the node proxy".into(),
-        Some(Outbound::Resolve) => "it is sent to the node proxy's resolver".into(),
-        Some(Outbound::Deliver) => "it is the proxy's own, to the application".into(),
-        Some(Outbound::Pass(reason)) => format!("it is left alone ({})", reason.label()),
+        None => "not captured: the kernel side does not know the pod".into(),
+        Some(Outbound::Capture) => "captured: goes to the node proxy".into(),
+        Some(Outbound::Resolve) => "captured: goes to the node proxy's resolver".into(),
+        Some(Outbound::Deliver) => "left alone: the proxy's own connection to the application".into(),
+        Some(Outbound::Pass(reason)) => format!("left alone ({})", reason.label()),
     };
     Ok(Explanation {
         pod: report.pod,

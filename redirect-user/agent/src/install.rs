@@ -1,4 +1,4 @@
-//! Puts the plugin into the node's CNI chain, keeps it there, and takes it out again.
+//! Adds the plugin to the node's CNI chain, keeps it there, and removes it.
 //!
 //! ```text
 //!  directory: what is there ──▶ plan: what is to be done ──▶ files: one atomic step after the other
@@ -7,8 +7,8 @@
 //!  keep: inotify, repairs, and how often
 //! ```
 //!
-//! Invariant: after every single step the directory holds a chain that works, with or without our plugin. So the
-//! binary is in place before a configuration names it, and no configuration names it when it goes.
+//! Invariant: after every single step the directory holds a working chain, with or without our plugin. So the binary is in
+//! place before a configuration names it, and no configuration names it when it is removed.
 
 mod chain;
 mod directory;

@@ -1,4 +1,4 @@
-//! Kubernetes: which pods of this node are to be steered, and what it is told about them.
+//! Kubernetes: which pods of this node to enroll, and what to report about them.
 //!
 //! ```text
 //!  API server ──watch──▶ informer ──▶ store ──▶ queue ──▶ controller ──▶ agent::pods
@@ -6,7 +6,7 @@
 //!        redirect-cni ──▶ admission ───┘ └─ rules             └──▶ status: annotation, events ──▶ API server
 //! ```
 //!
-//! The API server says what is wanted, never what is: whether a pod is steered is asked of the kernel, and its
+//! The API server holds the desired state, never the actual one: the kernel decides whether a pod is enrolled, and the
 //! annotation follows.
 
 mod admission;

@@ -1,4 +1,4 @@
-//! The agent: learns pods from the CNI plugin, steers them in the kernel, hands them to the node proxy.
+//! The agent: receives pods from the CNI plugin, enrolls them in the kernel, announces them to the node proxy.
 //!
 //! ```text
 //!  redirect-cni ──wire──▶ service ──▶ pods ──▶ thread ──▶ datapath (facts, diff) ──▶ linux: maps, TC, netlink, sysctls

@@ -1,7 +1,7 @@
-//! What the agent tells Prometheus and the kubelet: `/metrics`, `/healthz`, `/readyz`.
+//! Metrics, health and readiness: `/metrics`, `/healthz`, `/readyz`.
 //!
-//! What the kernel counts is read at each scrape (`snapshot`); what happens in this process is counted where it happens
-//! ([`events`]). Nothing is counted per pod: the number of series does not grow with the pods.
+//! Each scrape reads the kernel's counters (`snapshot`). Events in this process are counted where they happen ([`events`]).
+//! There are no metrics per pod, so the number of series does not grow with the pods.
 
 pub mod events;
 pub(crate) mod server;

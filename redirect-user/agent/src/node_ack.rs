@@ -1,5 +1,5 @@
-//! Placement `node`: the node proxy is not connected to the agent, and need not know that there is one. The agent itself
-//! stands in for it: as long as the proxy's listeners are there, it acknowledges every pod in the proxy's name.
+//! Placement `node`: the node proxy is not connected to the agent and need not know about it. While the proxy's listeners are
+//! open, the agent acknowledges every pod on the proxy's behalf.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -24,15 +24,15 @@ const PAUSE: Duration = Duration::from_millis(250);
 pub(super) async fn acknowledge(zds_socket: PathBuf) -> anyhow::Result<()> {
     loop {
         until(true).await;
-        tracing::info!("a node proxy listens on ports {PORT_OUTBOUND} and {PORT_INBOUND} of the host");
+        tracing::info!("node proxy listens on ports {PORT_OUTBOUND} and {PORT_INBOUND} of the host");
         let mut served = Served;
         tokio::select! {
             () = follow(&zds_socket, &mut served, Backoff::default()) => {}
             () = until(false) => {}
         }
         tracing::warn!(
-            "no node proxy listens on ports {PORT_OUTBOUND} and {PORT_INBOUND} of the host: connections of pods wait, or \
-             are refused, until one does"
+            "no node proxy listens on ports {PORT_OUTBOUND} and {PORT_INBOUND} of the host: connections of \
+             pods wait, or are refused, until one does"
         );
     }
 }
@@ -41,8 +41,8 @@ pub(super) async fn acknowledge(zds_socket: PathBuf) -> anyhow::Result<()> {
 pub(super) fn admit(peer: &Peer) -> anyhow::Result<()> {
     anyhow::ensure!(
         peer.pid.is_some_and(|pid| pid.cast_unsigned() == std::process::id()),
-        "{peer}: in placement `node` the agent hands pods to nobody: run the proxy in that placement too, or the agent \
-         with --placement pod"
+        "{peer}: in placement `node` the agent announces no pods: run the proxy with --placement node too, \
+         or the agent with --placement pod"
     );
     Ok(())
 }
@@ -65,7 +65,7 @@ async fn until(wanted: bool) {
         match listens() {
             Ok(found) if found == wanted => return,
             Ok(_) => {}
-            Err(error) => tracing::warn!(%error, "it can't be told whether a node proxy listens"),
+            Err(error) => tracing::warn!(%error, "cannot find out whether a node proxy listens"),
         }
         sleep(PAUSE).await;
     }

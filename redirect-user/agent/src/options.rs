@@ -20,90 +20,90 @@ use redirect_zds as zds;
 /// Settings of the agent.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
-    /// Where the CNI plugin and the command line find the agent
-    #[arg(long, default_value = wire::DEFAULT_SOCKET, env = "REDIRECT_SOCKET")]
+    /// UNIX socket for the CNI plugin and the CLI
+    #[arg(long, default_value = wire::DEFAULT_SOCKET, env = "REDIRECT_SOCKET", value_name = "FILE")]
     pub socket: PathBuf,
-    /// Where node proxies find the agent
-    #[arg(long, default_value = zds::DEFAULT_SOCKET, env = "REDIRECT_ZDS_SOCKET")]
+    /// UNIX socket for node proxies (ZDS)
+    #[arg(long, default_value = zds::DEFAULT_SOCKET, env = "REDIRECT_ZDS_SOCKET", value_name = "FILE")]
     pub zds_socket: PathBuf,
-    /// Where the node proxy's listeners are
+    /// Where the node proxy listens
     #[arg(long, value_enum, default_value_t, env = "REDIRECT_PLACEMENT")]
     pub placement: Placement,
-    /// Placement `node`: the priority of the host's routing rule; rules that look pods' addresses up have to come later
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    /// Placement `node`: priority of the host's routing rule; rules that route to pods must come later
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..), value_name = "NUMBER")]
     pub rule_priority: u32,
-    /// Placement `node`: a cgroup whose processes are the node proxy, for proxies that do not mark their sockets
+    /// Placement `node`: cgroup of a node proxy that does not mark its sockets; can be repeated
     #[arg(long, value_name = "DIRECTORY")]
     pub proxy_cgroup: Vec<PathBuf>,
-    /// Placement `node`: likewise, of the part of such a proxy that listens on port 15001, where the rest has a cgroup of its
-    /// own (--proxy-cgroup): what it connects to another pod of the node comes in there through the proxy as well
+    /// Placement `node`: cgroup of the part of such a proxy that listens on port 15001, if its other part has a cgroup of its
+    /// own (--proxy-cgroup): connections between pods of the node then pass the proxy on both sides
     #[arg(long, value_name = "DIRECTORY")]
     pub outbound_proxy_cgroup: Vec<PathBuf>,
-    /// Placement `node`: drop what pods send from addresses that are not theirs; addresses of other enrolled pods are
-    /// never let pass
-    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
+    /// Placement `node`: drop packets of pods whose source address is not the pod's. Addresses of other enrolled pods are
+    /// always dropped
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, value_name = "BOOL")]
     pub source_ip_verification: bool,
-    /// Root of the cgroup2 hierarchy; found among the mounts by default
-    #[arg(long)]
+    /// Root of the cgroup2 hierarchy (default: the cgroup2 mount)
+    #[arg(long, value_name = "DIRECTORY")]
     pub cgroup: Option<PathBuf>,
-    /// Where maps and links are pinned, so that they outlive the agent: a directory of a bpffs
-    #[arg(long, default_value = linux::DEFAULT_DIRECTORY, env = "REDIRECT_PIN_DIR")]
+    /// Directory on a bpffs for the pins of maps and links, which outlive the agent
+    #[arg(long, default_value = linux::DEFAULT_DIRECTORY, env = "REDIRECT_PIN_DIR", value_name = "DIRECTORY")]
     pub pin_dir: PathBuf,
-    /// Where the agent writes down which pods it steers, for the agent after it
-    #[arg(long, default_value = records::DEFAULT_DIRECTORY, env = "REDIRECT_STATE_DIR")]
+    /// Directory for checkpoints of enrolled pods, which the next agent reads
+    #[arg(long, default_value = records::DEFAULT_DIRECTORY, env = "REDIRECT_STATE_DIR", value_name = "DIRECTORY")]
     pub state_dir: PathBuf,
-    /// What becomes of the pods when the agent is told to end
+    /// What to do with enrolled pods when the agent stops
     #[arg(long, value_enum, default_value_t)]
     pub on_exit: OnExit,
-    /// How often it is looked whether others changed what the kernel tells nobody of (pins, sysctls), in seconds
-    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
+    /// Resync interval for state the kernel sends no notifications for (pins, sysctls, map entries), in seconds
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..), value_name = "SECONDS")]
     pub check_interval: u64,
-    /// Address and port that serve /metrics, and /healthz and /readyz as well, over HTTP
-    #[arg(long, default_value = metrics::DEFAULT_ADDRESS, env = "REDIRECT_METRICS_ADDRESS")]
+    /// Address and port that serve /metrics, /healthz and /readyz over HTTP
+    #[arg(long, default_value = metrics::DEFAULT_ADDRESS, env = "REDIRECT_METRICS_ADDRESS", value_name = "ADDRESS:PORT")]
     pub metrics_address: SocketAddr,
-    /// Address and port that serve /healthz and /readyz alone over HTTP, for the kubelet's probes
-    #[arg(long, default_value = metrics::DEFAULT_HEALTH_ADDRESS, env = "REDIRECT_HEALTH_ADDRESS")]
+    /// Address and port that serve only /healthz and /readyz over HTTP, for kubelet probes
+    #[arg(long, default_value = metrics::DEFAULT_HEALTH_ADDRESS, env = "REDIRECT_HEALTH_ADDRESS", value_name = "ADDRESS:PORT")]
     pub health_address: SocketAddr,
-    /// Of how many connections one is told to those who listen (`redirect monitor`)
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    /// Report 1 in N connections to monitors (`redirect monitor`)
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..), value_name = "N")]
     pub flow_sample: u32,
-    /// How many connections are told of in a second, on each CPU
-    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
+    /// Report at most this many connections per second and CPU to monitors
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..), value_name = "NUMBER")]
     pub flow_rate: u32,
-    /// Another eBPF object than the embedded one, for development
+    /// eBPF object to load instead of the embedded one, for development
     #[arg(long, hide = true)]
     pub object: Option<PathBuf>,
-    /// Who notes the node proxy's listeners for the socket lookup; as the kernel allows it by default
+    /// Which programs store the node proxy's listeners for the socket lookup (default: by kernel support)
     #[arg(long, value_enum, hide = true)]
     pub listeners_noted_by: Option<NotedBy>,
-    /// How many pods can be enrolled at once
-    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    /// Maximum number of enrolled pods
+    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..), value_name = "NUMBER")]
     pub max_pods: u32,
-    /// How many addresses of each family enrolled pods can have; one per pod by default
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    /// Maximum number of addresses of enrolled pods, per family (default: --max-pods)
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..), value_name = "NUMBER")]
     pub max_addresses: Option<u32>,
-    /// How many ports, and how many networks of each family, can be excluded in all
-    #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..))]
+    /// Maximum number of excluded ports, and of excluded networks per family
+    #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..), value_name = "NUMBER")]
     pub max_exclusions: u32,
-    /// How long an enrolment waits for the node proxy, in seconds
-    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
+    /// How long the enrollment of a pod waits for the node proxy, in seconds
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..), value_name = "SECONDS")]
     pub proxy_deadline: u64,
-    /// How the node proxy's own sockets are recognised
+    /// How to recognize the node proxy's own sockets
     #[arg(long, value_enum, default_value_t)]
     pub proxy_identity: ProxyIdentity,
-    /// What becomes of connections while no node proxy listens in the pod
+    /// What to do with connections while no node proxy listens in the pod
     #[arg(long, value_enum, default_value_t)]
     pub without_proxy: WithoutProxy,
-    /// Send the DNS questions of pods to the node proxy's resolver
-    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
+    /// Redirect DNS queries of pods to the node proxy's resolver
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, value_name = "BOOL")]
     pub dns: bool,
-    /// How TC programs are attached
+    /// How to attach TC programs
     #[arg(long, value_enum, default_value_t)]
     pub tc: TcMethod,
     /// Whose connections to pods are probes.
     #[command(flatten)]
     pub probers: Probers,
-    /// What is not steered, in any pod.
+    /// Connections that are captured in no pod.
     #[command(flatten)]
     pub exclude: Exclude,
     /// Kubernetes.
@@ -117,41 +117,42 @@ pub struct Options {
     pub chain: install::Options,
 }
 
-/// What becomes of the pods when the agent is told to end.
+/// What happens to enrolled pods when the agent stops.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum OnExit {
-    /// As `remove` if the agent's DaemonSet is gone or being deleted, else, also if that can't be told, as `keep`.
+    /// `remove` if the agent's DaemonSet was deleted, otherwise `keep`. A 401, a 403 or an unreachable API server is not
+    /// treated as a deletion.
     #[default]
     Auto,
-    /// They stay steered, and the next agent takes them over.
+    /// They stay enrolled, and the next agent adopts them.
     Keep,
-    /// Everything is removed.
+    /// The agent un-enrolls them and removes everything from the node.
     Remove,
 }
 
-/// What becomes of connections while no node proxy listens. None of it is plaintext past the proxy.
+/// What happens to connections while no node proxy listens. They never bypass it in plaintext.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum WithoutProxy {
-    /// They wait: a retransmission meets the proxy when it is back.
+    /// SYNs are dropped until a proxy listens; a retransmission then connects.
     #[default]
     Hold,
-    /// They are refused at once.
+    /// Connections are refused at once.
     Refuse,
 }
 
-/// Connections that are not steered, in any pod. Networks and ports are separated by commas.
+/// Connections that are captured in no pod. Networks and ports are separated by commas.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct Exclude {
-    /// Destination networks of outbound connections
+    /// Don't capture outbound connections to these networks
     #[arg(long, value_delimiter = ',', value_name = "CIDR", value_parser = network)]
     pub exclude_outbound_networks: Vec<IpNet>,
-    /// Destination ports of outbound connections
+    /// Don't capture outbound connections to these ports
     #[arg(long, value_delimiter = ',', value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub exclude_outbound_ports: Vec<u16>,
-    /// Source networks of inbound connections
+    /// Don't capture inbound connections from these networks
     #[arg(long, value_delimiter = ',', value_name = "CIDR", value_parser = network)]
     pub exclude_inbound_networks: Vec<IpNet>,
-    /// Destination ports of inbound connections
+    /// Don't capture inbound connections to these ports
     #[arg(long, value_delimiter = ',', value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub exclude_inbound_ports: Vec<u16>,
 }

@@ -1,7 +1,7 @@
-//! Who may speak to the agent's sockets: nobody in a pod that the agent steers.
+//! Who may use the agent's sockets: nobody in an enrolled pod.
 //!
-//! The sockets are root's, in directories of the host. A pod that can reach them all the same (it mounts the host's files)
-//! must neither pass for the node proxy, whose connections are not captured, nor un-enrol itself.
+//! The sockets belong to root, in directories of the host. A pod that reaches them all the same (because it mounts the host's
+//! files) must neither impersonate the node proxy, whose connections are not captured, nor un-enroll itself.
 
 use std::path::PathBuf;
 
@@ -20,7 +20,7 @@ pub(super) async fn check(kernel: &DatapathHandle<Linux>, pid: Option<i32>) -> a
     let enrolled = kernel.run(move |linux| linux.is_enrolled(&netns)).await??;
     anyhow::ensure!(
         !enrolled,
-        "process {pid} is in an enrolled pod, whose processes may not speak to the agent"
+        "process {pid} is in an enrolled pod, whose processes may not connect to the agent"
     );
     Ok(())
 }

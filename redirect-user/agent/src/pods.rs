@@ -1,10 +1,8 @@
-//! The pods that the agent steers, and what is done about them. Work on one pod is done in the order in which it was
-//! asked for; pods do not wait for each other.
+//! The lifecycle of enrolled pods. Operations on one pod run in order; pods do not wait for each other.
 //!
-//! A pod comes in one of two ways: the CNI plugin brings it with its sandbox ([`Pods::add`]), or it ran before
-//! anybody wanted it steered, and its namespace was found ([`Pods::adopt`]). It goes when its last attachment goes
-//! ([`Pods::del`]), or when it is no longer wanted ([`Pods::forget`]). Pods that the agent before this one steered are taken
-//! over ([`Pods::restore`]).
+//! The CNI plugin adds a pod with its sandbox ([`Pods::add`]), or the agent adopts a running pod whose namespace it has found
+//! ([`Pods::adopt`]). A pod leaves with its last attachment ([`Pods::del`]), or when it is no longer wanted ([`Pods::forget`]).
+//! An agent that starts adopts the pods of the previous one ([`Pods::restore`]).
 
 mod error;
 mod ownership;
@@ -206,7 +204,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         refuse_another(slot.as_ref(), &identity)?;
         let namespace = self.introduce(&identity, &netns).await?;
         if let Some(old) = slot.take_if(|known| known.target.netns_cookie != namespace.cookie) {
-            tracing::info!(pod = %identity, uid = identity.uid, "the pod has a new sandbox");
+            tracing::info!(pod = %identity, uid = identity.uid, "pod has a new sandbox");
             self.remove(&old.target).await;
         }
         // The slot is changed when everything is done: on an error, a pod that is enrolled stays as it was.
@@ -261,10 +259,10 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         self.ownership.keep(target.netns_cookie, &target.addresses);
         if let Err(error) = self.steer(target).await {
             // It is captured all the same, and looked at again before long.
-            tracing::warn!(pod = %target.identity, %error, "a change that failed can't be undone yet");
+            tracing::warn!(pod = %target.identity, %error, "cannot roll back a failed change to the pod yet");
         }
         if let Err(error) = self.hand_over(target) {
-            tracing::warn!(pod = %target.identity, %error, "the node proxy can't be told of the pod again");
+            tracing::warn!(pod = %target.identity, %error, "cannot announce the pod to the node proxy again");
         }
     }
 
@@ -296,11 +294,11 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             Ok(Ok(false)) => tracing::warn!(
                 pod = %target.identity,
                 uid = target.identity.uid,
-                "the node proxy listens for IPv4 alone: the pod's connections in IPv6 get nowhere; was it started with \
-                 IPV6_ENABLED=false?"
+                "node proxy listens in IPv4 only: the pod's IPv6 connections fail; was the proxy started \
+                 with IPV6_ENABLED=false?"
             ),
             Ok(Err(error)) => {
-                tracing::warn!(pod = %target.identity, %error, "the proxy's listeners can't be looked at");
+                tracing::warn!(pod = %target.identity, %error, "cannot observe the node proxy's listeners");
             }
         }
     }
@@ -442,7 +440,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             let attached = known.attachments.remove(attachment).is_some();
             // A pod that was adopted has no attachments: its sandbox's container stands for all of them.
             if !attached && !known.containers.contains(&attachment.container_id) {
-                tracing::debug!(pod = %known.target.identity, ?attachment, "a late removal of an older sandbox");
+                tracing::debug!(pod = %known.target.identity, ?attachment, "late removal of an older \
+                     sandbox");
             } else if known.attachments.is_empty() {
                 self.end(known).await;
                 *slot = None;
@@ -471,7 +470,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         if let RemoveOutcome::Pending(peers) = self.proxies.remove(&target.identity.uid, PROXY_RELEASE).await
         {
             let peers = list(peers.iter());
-            tracing::warn!(pod = %target.identity, peers, "the proxy does not let go of the pod; going on without");
+            tracing::warn!(pod = %target.identity, peers, "node proxy did not release the pod in time; \
+                 un-enrolling anyway");
         }
         let proxy = asked.elapsed();
         self.unenroll(target, Removal::Everything, left).await;
@@ -498,12 +498,12 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         match self.kernel.run(move |datapath| datapath::unenroll(datapath, &copy, removal, known)).await {
             Ok(Removed { left, errors }) => {
                 for error in &errors {
-                    tracing::warn!(pod = %target.identity, %error, "something of the pod may be left behind");
+                    tracing::warn!(pod = %target.identity, %error, "pod was not removed completely");
                 }
                 errors.is_empty().then_some(left)
             }
             Err(error) => {
-                tracing::error!(pod = %target.identity, %error, "the pod can't be un-enrolled");
+                tracing::error!(pod = %target.identity, %error, "cannot un-enroll pod");
                 None
             }
         }
@@ -537,7 +537,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             tracing::info!(
                 container = stale.container_id,
                 interface = stale.interface,
-                "collecting a stale attachment"
+                "removing stale attachment"
             );
             self.del(&stale).await;
         }
@@ -598,7 +598,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     /// Makes the namespace the pod's own. The proxy lets go of the pod that had it before.
     async fn own(&self, target: &Target) {
         if let Some(before) = self.ownership.take(target) {
-            tracing::info!(pod = %target.identity, %before, "the network namespace was taken for another pod's");
+            tracing::info!(pod = %target.identity, %before, "network namespace was attributed to another \
+                 pod");
             self.proxies.remove(&before.uid, PROXY_RELEASE).await;
         }
     }
@@ -619,7 +620,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 pod = %target.identity,
                 %address,
                 before = %before.unwrap_or_default(),
-                "the address was another pod's, which nobody has taken down: it is steered no longer at this address"
+                "address belongs to another pod that was not torn down: that pod is no longer captured at \
+                 this address"
             );
         }
     }
@@ -633,7 +635,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         if let Some(watch) = &self.watch
             && let Err(error) = watch.follow(&target.identity.uid, &target.netns)
         {
-            tracing::warn!(pod = %target.identity, %error, "interfaces that the pod gets later will not be steered");
+            tracing::warn!(pod = %target.identity, %error, "cannot watch the pod's interfaces; interfaces \
+                 that it gets later are not captured");
         }
     }
 

@@ -1,5 +1,4 @@
-//! Finds the cgroups whose processes probe pods: the kubelet's. Their connections to pods reach the applications without
-//! the proxy; nobody else's on the node do.
+//! Finds the kubelet's cgroups. Only connections from them reach applications without the proxy, as probes.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,7 +17,7 @@ use redirect_linux::cgroup;
 /// Who probes pods.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Probers {
-    /// Processes whose connections to pods are probes, by name; all of their cgroup counts
+    /// Names of kubelet processes; connections to pods from anywhere in their cgroups count as probes
     #[arg(
         long,
         value_delimiter = ',',
@@ -26,7 +25,7 @@ pub struct Probers {
         default_value = "kubelet,k3s,k3s-server,rke2,kubelite"
     )]
     pub probe_processes: Vec<String>,
-    /// Cgroups whose processes' connections to pods are probes, as paths from the root of the cgroup2 hierarchy
+    /// Cgroups of kubelets, relative to the root of the cgroup2 hierarchy; connections to pods from them count as probes
     #[arg(long, value_delimiter = ',', value_name = "PATH")]
     pub probe_cgroups: Vec<PathBuf>,
 }
@@ -60,13 +59,17 @@ pub(super) async fn follow(
             tokio::task::spawn_blocking(move || find(&wanted, &root_directory)).await.unwrap_or_default();
         if found != known {
             for directory in found.difference(&known) {
-                tracing::info!(cgroup = %directory.display(), "connections from this cgroup to pods are probes");
+                tracing::info!(cgroup = %directory.display(), "connections from this cgroup to pods count \
+                     as kubelet probes");
             }
             known.clone_from(&found);
         }
         let directories = found.clone();
         if let Err(error) = kernel.run(move |linux| linux.set_probe_cgroups(&directories)).await? {
-            tracing::warn!(error = format!("{error:#}"), "probes will go through the proxy");
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "cannot exempt kubelet probes; they go through the node proxy"
+            );
         }
         if !found.is_subset(&places) {
             if places.len() > MOST_PLACES {
@@ -101,13 +104,14 @@ fn find(probers: &Probers, root: &Path) -> BTreeSet<PathBuf> {
             // Every process is below the root: it would exempt the whole node.
             Ok(cgroup) if cgroup.is_root() => tracing::warn!(
                 pid,
-                "the kubelet runs in the root of the cgroup2 hierarchy, where its probes can't be told from other \
-                 connections: run it in a cgroup of its own, or its probes go through the proxy"
+                "the kubelet runs in the root of the cgroup2 hierarchy, where its probes are \
+                 indistinguishable from other connections: run it in a cgroup of its own, or its probes go \
+                 through the node proxy"
             ),
             Ok(cgroup) => {
                 found.insert(cgroup.directory);
             }
-            Err(error) => tracing::warn!(pid, %error, "the cgroup of a process that probes pods is unknown"),
+            Err(error) => tracing::warn!(pid, %error, "cannot find the cgroup of a kubelet process"),
         }
     }
     found

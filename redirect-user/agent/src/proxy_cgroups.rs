@@ -1,4 +1,4 @@
-//! Tells the kernel side which cgroups are the node proxies'.
+//! Keeps the kernel side's map of proxy cgroups.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,13 +11,13 @@ use redirect_datapath::handle::DatapathHandle;
 use redirect_datapath::linux::Linux;
 use redirect_zds::server::Peer;
 
-/// How a socket is known to be the proxy's own.
+/// How the proxy's own sockets are recognized.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum ProxyIdentity {
-    /// By its mark and by its process's cgroup, if the connected proxies have cgroups of their own.
+    /// By mark and by the cgroup of the process, if the connected proxies have cgroups of their own.
     #[default]
     Cgroup,
-    /// By its mark alone: any process with CAP_NET_ADMIN in a pod can pass for the proxy.
+    /// By mark only: any process with CAP_NET_ADMIN in a pod can impersonate the proxy.
     Mark,
 }
 
@@ -53,8 +53,8 @@ impl Cgroups {
         if cgroups.is_empty() {
             tracing::warn!(
                 %peer,
-                "the node proxy has no cgroup of its own: its sockets are known by their mark alone, \
-                 which any process with CAP_NET_ADMIN in a pod can set"
+                "node proxy has no cgroup of its own: its sockets are identified by their mark only, which \
+                 any process with CAP_NET_ADMIN in a pod can set"
             );
         }
         self.records.set_proxies(&cgroups);

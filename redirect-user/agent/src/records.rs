@@ -1,7 +1,7 @@
-//! What the agent writes down about pods and proxies, so that the agent after it knows whom it finds steered.
+//! Checkpoints of pods and proxies, from which the next agent identifies the pods that it finds enrolled.
 //!
-//! A record is a hint and no more: whether its namespace still exists, and what of ours is there, is asked of the kernel.
-//! The files are on a tmpfs, which ends with the node's uptime, as all of that does.
+//! A checkpoint is only a hint: the agent observes in the kernel whether its namespace still exists and what is in it. The files
+//! are on a tmpfs, because everything that they describe ends with a reboot.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, DirBuilder};
@@ -112,7 +112,7 @@ impl Records {
         let path = self.file(netns_cookie);
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(path = %path.display(), %error, "a record can't be removed");
+                tracing::warn!(path = %path.display(), %error, "cannot remove checkpoint");
             }
             _ => {}
         }
@@ -188,7 +188,7 @@ fn gone(removed: io::Result<()>) -> io::Result<()> {
 
 fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
     let parsed = fs::read(path).and_then(|text| Ok(serde_json::from_slice(&text)?));
-    parsed.inspect_err(|error| tracing::warn!(path = %path.display(), %error, "a record can't be read")).ok()
+    parsed.inspect_err(|error| tracing::warn!(path = %path.display(), %error, "cannot read checkpoint")).ok()
 }
 
 /// A record that can't be written is no reason not to steer the pod: the agent after this one will say that it does not
@@ -200,7 +200,7 @@ fn write<T: Serialize + ?Sized>(path: &Path, content: &T) {
         .and_then(|text| fs::write(&unfinished, text))
         .and_then(|()| fs::rename(&unfinished, path));
     if let Err(error) = written {
-        tracing::warn!(path = %path.display(), %error, "a record can't be written: is its file system full?");
+        tracing::warn!(path = %path.display(), %error, "cannot write checkpoint: is its file system full?");
     }
 }
 

@@ -1,4 +1,4 @@
-//! What was changed by others and put right, counted and told.
+//! Counts and reports repairs of changes made by other software.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -135,7 +135,7 @@ impl Repairs {
     }
 
     fn tell(&self, pod: &PodIdentity, what: String) {
-        tracing::warn!(%pod, uid = pod.uid, repaired = what, "something else had changed what steers the pod");
+        tracing::warn!(%pod, uid = pod.uid, repaired = what, "repaired pod datapath drift");
         // An error means that nobody wants to hear.
         let _ = self.told.send(Repair { pod: pod.clone(), what });
     }

@@ -1,4 +1,4 @@
-//! Puts the agent together, and takes it apart at the end.
+//! Assembles the agent, and shuts it down.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -58,14 +58,14 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         .worker_threads(2)
         .enable_all()
         .build()
-        .context("the async runtime can't be started")?;
+        .context("cannot start the async runtime")?;
     runtime.block_on(serve(options, features))
 }
 
 async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result<()> {
     let started = Instant::now();
     if let Err(error) = redirect_linux::proc_sys::make_writable() {
-        tracing::warn!(%error, "/proc/sys is read-only and stays so: pods can't be enrolled");
+        tracing::warn!(%error, "cannot remount /proc/sys writable: pods cannot be enrolled");
     }
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -74,9 +74,8 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         Some(path) => path,
         None => tokio::task::spawn_blocking(cgroup::mount).await??,
     };
-    let host_cookie = NetNs::current()
-        .and_then(|netns| netns.cookie())
-        .context("network namespaces can't be identified")?;
+    let host_cookie =
+        NetNs::current().and_then(|netns| netns.cookie()).context("cannot identify network namespaces")?;
 
     let capacities = Capacities {
         pods: options.max_pods,
@@ -84,7 +83,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         exclusions: options.max_exclusions,
     };
     let records = Records::open(&options.state_dir)
-        .with_context(|| format!("the state directory {} can't be made", options.state_dir.display()))?;
+        .with_context(|| format!("cannot create the state directory {}", options.state_dir.display()))?;
     let cgroups = Arc::new(Cgroups::new(options.proxy_identity, records.clone()));
     let settings = Settings {
         cgroup: cgroup.clone(),
@@ -113,7 +112,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     let (pins, found) = tokio::task::spawn_blocking(move || {
         // First the pins: with them, no other agent writes records.
         let pins = Pins::open(&pin_dir)?;
-        anyhow::Ok((pins, records::find(earlier.read().context("the records of pods can't be read")?)))
+        anyhow::Ok((pins, records::find(earlier.read().context("cannot read the checkpoints of pods")?)))
     })
     .await??;
     let steered = found.iter().filter(|found| found.record.phase == Phase::Done);
@@ -122,8 +121,8 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         .collect();
     let note = records.early_demux();
     let (kernel, loaded) = DatapathHandle::start(move || Linux::load(&settings, pins, note, &steered))
-        .context("the datapath's thread")?;
-    loaded.await.context("the datapath's thread ended")??;
+        .context("datapath thread")?;
+    loaded.await.context("the datapath thread ended")??;
 
     let admission = kernel.clone();
     let on_connect: zds::server::OnConnect = Arc::new(move |peer| {
@@ -145,9 +144,9 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         },
     )?;
     let watch =
-        Watch::new(options.placement == Placement::Node).context("interfaces of pods can't be watched")?;
+        Watch::new(options.placement == Placement::Node).context("cannot watch the interfaces of pods")?;
     // From now on, so that nothing is missed that changes while pods are taken over.
-    let mut events = Some(watch.listen().context("interfaces of pods can't be watched")?);
+    let mut events = Some(watch.listen().context("cannot watch the interfaces of pods")?);
     let pods = Arc::new(Pods::new(
         kernel.clone(),
         proxies.clone(),
@@ -279,7 +278,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         zds_socket = %options.zds_socket.display(),
         cgroup = %cgroup.display(),
         milliseconds = started.elapsed().as_millis() as u64,
-        "the agent is ready"
+        "agent is ready"
     );
 
     if !terminated {
@@ -315,12 +314,12 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         }
         tracing::info!(
             milliseconds = stopping.elapsed().as_millis() as u64,
-            "the agent has removed everything and ends"
+            "agent has removed everything and exits"
         );
     } else {
         tracing::info!(
             milliseconds = stopping.elapsed().as_millis() as u64,
-            "the agent ends; pods stay steered until `redirect uninstall`"
+            "agent exits; pods stay enrolled until `redirect uninstall`"
         );
     }
     Ok(())
@@ -355,8 +354,8 @@ async fn take_over(
     for netns_cookie in kernel.run(move |linux| linux.collect(&known)).await?? {
         tracing::warn!(
             netns_cookie,
-            "a network namespace is steered, but no record says whose it is: it stays so, and the proxy is not told of it; \
-             restart its pod, or `redirect uninstall`"
+            "network namespace is enrolled but has no checkpoint: it stays enrolled, and the node proxy \
+             does not serve it; restart its pod, or run `redirect uninstall`"
         );
     }
     if restored != Restored::default() {
@@ -365,7 +364,7 @@ async fn take_over(
             undone = restored.undone,
             gone = restored.gone,
             milliseconds = began.elapsed().as_millis() as u64,
-            "the pods of the agent before are taken over"
+            "adopted the pods of the previous agent"
         );
     }
     Ok(())
@@ -389,11 +388,11 @@ async fn controller(
 async fn catch_up(controller: &Controller<Linux>, seconds: u64) {
     let limit = if seconds == 0 { Duration::MAX } else { Duration::from_secs(seconds) };
     if tokio::time::timeout(limit, controller.caught_up()).await.is_ok() {
-        tracing::info!(pods = controller.known(), "the pods of this node are known");
+        tracing::info!(pods = controller.known(), "received the pods of this node");
     } else {
         tracing::warn!(
             seconds,
-            "the API server has not told which pods run on this node: node proxies are served without those"
+            "no pod list from the API server yet: serving node proxies without this node's pods"
         );
     }
 }
@@ -404,8 +403,8 @@ async fn own_daemonset(options: &kube::Options) -> Option<OwnDaemonSet> {
         Ok(daemonset) => Some(daemonset),
         Err(error) => {
             tracing::warn!(
-                "at the agent's end pods stay steered and the CNI chain keeps the plugin, for DaemonSet {namespace}/{name} \
-                 can't be watched: {error:#}; if there will be no other agent: redirect uninstall"
+                "cannot watch DaemonSet {namespace}/{name}: {error:#}; on exit, pods stay enrolled and the \
+                 CNI chain keeps the plugin. If no other agent follows, run `redirect uninstall`"
             );
             None
         }
@@ -417,9 +416,9 @@ async fn is_last(daemonset: Option<&OwnDaemonSet>) -> bool {
     let Some(daemonset) = daemonset else { return false };
     daemonset.is_deleted().await.unwrap_or_else(|error| {
         tracing::warn!(
-            "pods stay steered, the CNI chain keeps the plugin, and new pods wait for the next agent: the agent's \
-             DaemonSet can't be read, and was not seen to go: {error:#}; if there will be no other agent: redirect \
-             uninstall"
+            "cannot read the agent's DaemonSet, and did not see it deleted: {error:#}; pods stay enrolled, \
+             the CNI chain keeps the plugin, and new pods wait for the next agent. If no other agent \
+             follows, run `redirect uninstall`"
         );
         false
     })
@@ -430,10 +429,10 @@ async fn unchain(chain: install::Options) {
     match tokio::task::spawn_blocking(move || install::remove(&chain.directories)).await {
         Ok(Ok(changed)) => {
             let changed: Vec<_> = changed.iter().map(|path| path.display().to_string()).collect();
-            tracing::info!(changed = changed.join(" "), "the plugin is out of the CNI chain");
+            tracing::info!(changed = changed.join(" "), "removed the plugin from the CNI chain");
         }
-        Ok(Err(error)) => tracing::error!("the CNI chain keeps the plugin: {error}"),
-        Err(error) => tracing::error!("the CNI chain keeps the plugin: {error}"),
+        Ok(Err(error)) => tracing::error!("cannot remove the plugin from the CNI chain: {error}"),
+        Err(error) => tracing::error!("cannot remove the plugin from the CNI chain: {error}"),
     }
 }
 

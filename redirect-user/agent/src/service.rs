@@ -1,4 +1,4 @@
-//! What the agent answers to the CNI plugin and to the command line.
+//! Serves requests of the CNI plugin and the CLI.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -85,7 +85,7 @@ impl Source for Service {
         let reconciled = if *self.reconciled.borrow() {
             Ok(())
         } else {
-            Err("the API server has not told which pods run on this node".into())
+            Err("no pod list from the API server yet".into())
         };
         let findings = self.findings.borrow();
         vec![

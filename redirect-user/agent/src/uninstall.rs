@@ -1,5 +1,5 @@
-//! `redirect uninstall`: takes everything of ours out of the kernel, without an agent and without a cluster. The command
-//! takes the plugin out of the CNI chain as well.
+//! `redirect uninstall`: removes everything that this project created from the kernel, without agent or cluster. The command
+//! also removes the plugin from the CNI chain.
 //!
 //! What is there is found in the kernel: every network namespace of the node is looked at for rules, routes and filters of
 //! ours, and all pins go, whatever their version. Records help with namespaces that no process is in and that are mounted
@@ -19,16 +19,16 @@ use redirect_protocol::pod::PodIdentity;
 /// Settings.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
-    /// Where maps and links are pinned
-    #[arg(long, default_value = linux::DEFAULT_DIRECTORY, env = "REDIRECT_PIN_DIR")]
+    /// Directory of the pins of maps and links
+    #[arg(long, default_value = linux::DEFAULT_DIRECTORY, env = "REDIRECT_PIN_DIR", value_name = "DIRECTORY")]
     pub pin_dir: PathBuf,
-    /// Where the agent writes down which pods it steers
-    #[arg(long, default_value = records::DEFAULT_DIRECTORY, env = "REDIRECT_STATE_DIR")]
+    /// Directory of the checkpoints of enrolled pods
+    #[arg(long, default_value = records::DEFAULT_DIRECTORY, env = "REDIRECT_STATE_DIR", value_name = "DIRECTORY")]
     pub state_dir: PathBuf,
-    /// Go on although an agent runs
+    /// Continue even if an agent runs
     #[arg(long)]
     pub force: bool,
-    /// Leave namespaces alone that neither records nor pins name, where several agents share a node
+    /// Only clean up namespaces that checkpoints or pins name, for nodes that several agents share
     #[arg(long)]
     pub known_only: bool,
 }
@@ -75,7 +75,7 @@ pub fn uninstall(options: &Options) -> anyhow::Result<Report> {
     let records = Records::at(&options.state_dir);
     let mut report = Report::default();
     let known = records.read().unwrap_or_else(|error| {
-        report.errors.push(format!("the records of pods can't be read: {error}"));
+        report.errors.push(format!("cannot read the checkpoints of pods: {error}"));
         Vec::new()
     });
     report.records = known.len();
@@ -100,7 +100,7 @@ pub fn uninstall(options: &Options) -> anyhow::Result<Report> {
         report.pins = pins.remove()?;
     }
     let directory = options.state_dir.display();
-    records.remove_all().with_context(|| format!("the state directory {directory} can't be removed"))?;
+    records.remove_all().with_context(|| format!("cannot remove the state directory {directory}"))?;
     Ok(report)
 }
 

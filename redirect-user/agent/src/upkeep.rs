@@ -1,5 +1,5 @@
-//! Looks from time to time for changes that the kernel tells nobody of: pins, links, sysctls, map entries, and namespaces
-//! that end. All others are noticed by [`super::watch`] at once.
+//! Periodic resync, for state the kernel sends no notifications for: pins, links, sysctls, map entries, and namespaces that
+//! end. [`super::watch`] notices all other changes at once.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,10 +30,7 @@ pub(super) async fn keep_up(
         diagnostics.tell(&kernel).await;
         let known = pods.cookies().await;
         if let Ok(Err(error)) = kernel.run(move |linux| linux.collect(&known)).await {
-            tracing::warn!(
-                error = format!("{error:#}"),
-                "what is left of pods that are gone can't be removed"
-            );
+            tracing::warn!(error = format!("{error:#}"), "cannot remove leftovers of pods that are gone");
         }
     }
 }
@@ -44,11 +41,11 @@ pub(super) async fn mend(kernel: &DatapathHandle<Linux>, pods: &Pods<Linux>) -> 
         Ok(mended) => {
             for what in mended {
                 pods.repairs().count(Kind::Link);
-                tracing::warn!(what, "something else had removed it from the node: it is back");
+                tracing::warn!(what, "repaired node datapath drift");
             }
         }
         Err(error) => {
-            tracing::error!(error = format!("{error:#}"), "something that is for the whole node is missing");
+            tracing::error!(error = format!("{error:#}"), "cannot repair node datapath");
         }
     }
     Ok(())

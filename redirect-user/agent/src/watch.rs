@@ -1,8 +1,8 @@
-//! Notices interfaces that appear in pods after they were enrolled, and rules, routes and TC filters that others remove
-//! there; in placement `node`, what they remove on the host.
+//! Watches for interfaces that appear in enrolled pods, and for rules, routes and TC filters that other software removes there;
+//! in placement `node`, on the host.
 //!
-//! One netlink socket in the agent's namespace hears of every namespace that has an ID there
-//! (`NETLINK_LISTEN_ALL_NSID`), so that no pod has to be polled.
+//! One netlink socket in the agent's namespace receives the notifications of every namespace that has an ID there
+//! (`NETLINK_LISTEN_ALL_NSID`), so the agent need not poll pods.
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;

@@ -1,4 +1,4 @@
-//! The command line.
+//! The subcommands of `redirect`.
 
 mod doctor;
 mod inspect;
@@ -23,16 +23,16 @@ use redirect_linux::probe::Refusal;
 use redirect_protocol::wire;
 use redirect_proxy as proxy;
 
-/// Steers the TCP connections of pods to the node proxy of an ambient mesh, in IPv4 and IPv6 alike
+/// eBPF traffic redirection to the node proxy of an ambient mesh, in IPv4 and IPv6 alike
 #[derive(Debug, Parser)]
 #[command(name = "redirect", version)]
 struct Cli {
-    /// What is logged: a level, or levels by module as in `info,redirect_zds=debug`. With `redirect_ebpf=debug` an agent
-    /// loads programs that tell of what should not occur
-    #[arg(long, global = true, default_value = "info", env = "REDIRECT_LOG")]
+    /// Log level, or levels by module as in `info,redirect_zds=debug`. With `redirect_ebpf=debug` the agent also logs drops
+    /// that should not occur, one by one
+    #[arg(long, global = true, default_value = "info", env = "REDIRECT_LOG", value_name = "FILTER")]
     log: String,
-    /// How it is logged
-    #[arg(long, global = true, value_enum, default_value_t)]
+    /// Log format
+    #[arg(long, global = true, value_enum, default_value_t, value_name = "FORMAT")]
     log_format: LogFormat,
     #[command(subcommand)]
     command: Command,
@@ -47,45 +47,45 @@ enum LogFormat {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run the agent of this node
+    /// Run this node's agent
     Agent(Box<agent::Options>),
-    /// Put the CNI plugin into this node's chain
+    /// Add the CNI plugin to this node's chain
     Install(install::Install),
     /// Run the embedded node proxy
     Proxy(proxy::Options),
-    /// Show what the agent of this node is doing
+    /// Show the state of this node's agent: programs, maps, node proxies, counters
     Status(Query),
-    /// Show the pods that the agent of this node steers, and their connections since they were enrolled
+    /// Show the enrolled pods of this node, and their connections since enrollment
     Pods(Query),
-    /// Examine whether this node can run the data path; exit code 0: it can, 1: with limits, 2: it can't
+    /// Check whether this node can run the data path. Exit code 0: yes, 1: with limits, 2: no
     Doctor(doctor::Options),
-    /// Show what is in the kernel for a pod. Exit code 1 if anything is not as it should be
+    /// Show what must be in the kernel for a pod, and whether it is. Exit code 1 if anything is missing
     Pod(inspect::PodQuery),
-    /// Show what becomes of a connection, and what is wrong on its way. Exit code 1 if anything is
+    /// Show how the kernel decides on a connection, and the first fault on its way. Exit code 1 if there is one
     Explain(inspect::ExplainQuery),
-    /// Print connections of pods as they are decided on
+    /// Print connections of pods as the kernel decides on them
     Monitor(monitor::Options),
-    /// Show live rates of connections: of the node, and by pod
+    /// Show live connection rates of the node and of each pod
     Top(top::Options),
-    /// Prove, in a pod, that its connections are steered. Exit code 1 if those of a family are not
+    /// Run in a pod: check that its connections are captured. Exit code 1 if those of a family are not
     Validate(validate::Options),
-    /// Write a completion script
+    /// Print a shell completion script
     Completion {
-        /// For which shell
+        /// Shell
         shell: clap_complete::Shell,
     },
-    /// Write the manual pages
+    /// Write the manual pages to a directory
     #[command(hide = true)]
     Man {
-        /// The directory that they go to
+        /// Directory
         directory: PathBuf,
     },
     /// Print the option reference
     #[command(hide = true)]
     Reference,
-    /// Mount a bpffs at /sys/fs/bpf unless one is there: for nodes where nothing else does
+    /// Mount a bpffs on /sys/fs/bpf if there is none, for nodes where nothing else does
     MountBpffs,
-    /// Remove everything of ours from this node's kernel. Needs no agent; refuses (exit code 3) while one runs
+    /// Remove everything that ambient-redirect created on this node. Needs no agent. Exit code 3: an agent runs
     Uninstall(Uninstall),
 }
 
@@ -93,7 +93,7 @@ enum Command {
 struct Uninstall {
     #[command(flatten)]
     options: agent::uninstall::Options,
-    /// How to print
+    /// Output format
     #[arg(short, long, value_enum, default_value_t)]
     output: Output,
     // Last: what comes after it would be under its heading.
@@ -103,10 +103,10 @@ struct Uninstall {
 
 #[derive(Debug, clap::Args)]
 struct Query {
-    /// Where the agent listens
-    #[arg(long, default_value = wire::DEFAULT_SOCKET, env = "REDIRECT_SOCKET")]
+    /// The agent's UNIX socket
+    #[arg(long, default_value = wire::DEFAULT_SOCKET, env = "REDIRECT_SOCKET", value_name = "FILE")]
     socket: PathBuf,
-    /// How to print
+    /// Output format
     #[arg(short, long, value_enum, default_value_t)]
     output: Output,
 }

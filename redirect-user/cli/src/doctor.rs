@@ -1,4 +1,4 @@
-//! Whether this node can run the data path, found by trying, never by the kernel's version.
+//! Checks whether this node can run the data path, by probing, never by the kernel's version.
 //!
 //! `redirect doctor` prints every [`Check`]; the agent refuses to start when one of [`redirect_linux::probe`] fails. One file
 //! per further group of checks.
@@ -21,17 +21,17 @@ use redirect_datapath::linux::{self, TcMethod};
 /// What is asked of the node.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Requirements {
-    /// Root of the cgroup2 hierarchy; found among the mounts by default
-    #[arg(long)]
+    /// Root of the cgroup2 hierarchy (default: the cgroup2 mount)
+    #[arg(long, value_name = "DIRECTORY")]
     pub cgroup: Option<PathBuf>,
-    /// Where the agent is to pin maps and links
-    #[arg(long, default_value = linux::DEFAULT_DIRECTORY, env = "REDIRECT_PIN_DIR")]
+    /// Directory on a bpffs for the pins of maps and links
+    #[arg(long, default_value = linux::DEFAULT_DIRECTORY, env = "REDIRECT_PIN_DIR", value_name = "DIRECTORY")]
     pub pin_dir: PathBuf,
-    /// How TC programs are to be attached
+    /// How to attach TC programs
     #[arg(long, value_enum, default_value_t)]
     pub tc: TcMethod,
-    /// Where the agent writes down which pods it steers
-    #[arg(long, default_value = records::DEFAULT_DIRECTORY, env = "REDIRECT_STATE_DIR")]
+    /// Directory of the checkpoints of enrolled pods
+    #[arg(long, default_value = records::DEFAULT_DIRECTORY, env = "REDIRECT_STATE_DIR", value_name = "DIRECTORY")]
     pub state_dir: PathBuf,
     /// Where the node's CNI chain is.
     #[command(flatten)]

@@ -1,8 +1,8 @@
-//! `redirect`: the command line of ambient-redirect, which runs the agent and the embedded node proxy as well.
+//! `redirect`: the CLI of ambient-redirect, which also runs the agent and the embedded node proxy.
 //!
-//! - `doctor`: whether a node can run the data path.
-//! - [`top`]: connections as they are decided on.
-//! - `validate`: proves from inside a pod that it is steered.
+//! - `doctor`: checks whether a node can run the data path.
+//! - [`top`]: live connection rates.
+//! - `validate`: checks from inside a pod that its connections are captured.
 
 mod commands;
 mod doctor;

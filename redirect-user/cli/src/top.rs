@@ -1,6 +1,6 @@
-//! What `redirect top` shows: how many connections there are in a second.
+//! The screen of `redirect top`: connections per second.
 //!
-//! The kernel side counts connections of all pods together: those figures are exact. Which pod they are of is told by events
+//! The node's rates come from the kernel's counters and are exact. Rates of pods come from events
 //! ([`redirect_protocol::wire::Request::Monitor`]), of which some may be lost.
 
 use std::collections::BTreeMap;

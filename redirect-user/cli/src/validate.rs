@@ -1,8 +1,7 @@
-//! Proves from inside a pod that its connections are steered, in every family that it has an address of.
+//! Checks from inside a pod that its connections are captured, in every family in which it has an address.
 //!
-//! It connects to addresses that are for documentation only (RFC 5737, RFC 3849). No network has them, so that whoever
-//! accepts the connection is a proxy on its way. Steering a connection begins with the very `connect()` that any
-//! application makes; what the proxy does with the connection afterwards is not looked at.
+//! It connects to documentation addresses (RFC 5737, RFC 3849). No network has them, so only a proxy on the way can accept the
+//! connection. What the proxy then does with the connection does not matter here.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -35,7 +34,7 @@ pub(crate) fn validate(port: u16, patience: Duration) -> io::Result<Vec<Finding>
             scope.spawn(move || look(family, has, port, patience))
         });
         let findings = looks.into_iter().zip(Family::ALL).map(|(look, family)| {
-            look.join().unwrap_or_else(|_| finding(family, Some(false), "it could not be looked at".into()))
+            look.join().unwrap_or_else(|_| finding(family, Some(false), "the check failed".into()))
         });
         findings.collect()
     }))
@@ -77,10 +76,10 @@ fn look(family: Family, has: bool, port: u16, patience: Duration) -> Finding {
         None => finding(
             family,
             Some(true),
-            format!("a proxy accepted the connection to {to}, which no network has"),
+            format!("a proxy accepted the connection to {to}, an address that no network has"),
         ),
         Some(error) => {
-            finding(family, Some(false), format!("nothing accepted the connection to {to}: {error}"))
+            finding(family, Some(false), format!("no proxy accepted the connection to {to}: {error}"))
         }
     }
 }

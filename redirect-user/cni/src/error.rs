@@ -1,4 +1,4 @@
-//! What can go wrong, and how the runtime is told.
+//! Errors, and how they are reported to the container runtime.
 
 use std::error::Error as _;
 use std::io;
@@ -34,13 +34,13 @@ use redirect_protocol::wire::{self, ErrorKind, client};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The configuration's version is unknown.
-    #[error("cniVersion {} is not supported, these are: {}", found.as_deref().unwrap_or("0.1.0 (none is given)"), supported())]
+    #[error("cniVersion {} is not supported; supported versions: {}", found.as_deref().unwrap_or("0.1.0 (none is given)"), supported())]
     Version {
         /// What the configuration says.
         found: Option<String>,
     },
     /// The command is younger than the configuration's version.
-    #[error("{command} needs cniVersion {since} or later, the configuration has {version}")]
+    #[error("{command} needs cniVersion {since} or later; the configuration has {version}")]
     CommandVersion {
         /// What was asked for.
         command: &'static str,
@@ -50,7 +50,7 @@ pub enum Error {
         version: SpecVersion,
     },
     /// Environment variables are missing or wrong.
-    #[error("the environment is not as the CNI specification has it: {problems}")]
+    #[error("the environment violates the CNI specification: {problems}")]
     Environment {
         /// Each variable with what is wrong.
         problems: String,

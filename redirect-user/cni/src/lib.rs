@@ -1,15 +1,15 @@
-//! The CNI plugin: the last link of the chain, which tells the agent that a pod came, stays or went.
+//! The CNI plugin: the last plugin of the chain, which reports pods to the agent.
 //!
-//! The plugin itself changes nothing in the kernel. `ADD` passes the pod's network namespace and the addresses that
-//! the plugins before it reported to the agent, returns when both families are steered, and prints their result
-//! unchanged. It is synchronous, has no threads and no logger: it runs for every pod and must start in milliseconds.
+//! The plugin changes nothing in the kernel. `ADD` passes the pod's network namespace, and the addresses that the plugins before
+//! it have reported, to the agent. It returns when both families are captured, and prints the previous result unchanged. The
+//! plugin is synchronous, without threads and logger: it runs for every pod and must start in milliseconds.
 //!
 //! | command | what happens |
 //! |---|---|
-//! | `ADD` | the agent steers the pod; an agent that cannot be reached is an error, but not in `excludeNamespaces` |
-//! | `DEL` | the agent forgets the pod; an agent that cannot be reached is no error, for it compares itself with the cluster when it starts |
-//! | `CHECK` (≥ 0.4.0) | the agent compares the kernel with what `ADD` promised |
-//! | `STATUS` (≥ 1.1.0) | whether `ADD` would be served |
+//! | `ADD` | the agent enrolls the pod; an unreachable agent is an error, except in `excludeNamespaces` |
+//! | `DEL` | the agent un-enrolls the pod; an unreachable agent is no error, because it reconciles with the cluster when it starts |
+//! | `CHECK` (≥ 0.4.0) | the agent compares the kernel with what `ADD` set up |
+//! | `STATUS` (≥ 1.1.0) | whether `ADD` would succeed |
 //! | `GC` (≥ 1.1.0) | the agent forgets what the runtime does not know any more |
 //! | `VERSION` | the supported versions of the specification: 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0 |
 //!

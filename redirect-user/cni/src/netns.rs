@@ -1,4 +1,4 @@
-//! Opens the pod's network namespace and makes sure that it is one.
+//! Opens the pod's network namespace and verifies that it is one.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};

@@ -1,4 +1,4 @@
-//! The result of the plugins before us: read for its addresses, printed as it came.
+//! The result of the previous plugins: read for its addresses, printed unchanged.
 
 use std::net::IpAddr;
 

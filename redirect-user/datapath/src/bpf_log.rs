@@ -1,5 +1,5 @@
-//! The kernel side's own log, in the agent's: what should not occur, one by one. Off unless the agent's log has
-//! [`TARGET`] at level debug when it starts: the programs are loaded without it then.
+//! Passes the kernel side's drop log on to the agent's log. It is off, and the programs are loaded without it, unless the
+//! agent's log enables [`TARGET`] at level debug when the agent starts.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -58,7 +58,7 @@ impl Lost {
     fn tell(&mut self, counted: FlowState, read: u32) {
         let Self { limit, full } = self.grow(counted, read);
         if limit + full > 0 {
-            tracing::debug!(target: TARGET, limit, full, "diagnostics were lost");
+            tracing::debug!(target: TARGET, limit, full, "drop log entries lost");
         }
     }
 

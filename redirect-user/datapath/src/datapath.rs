@@ -1,5 +1,5 @@
-//! The seam between what should be and the kernel: one trait, the Linux implementation in [`super::linux`], and a
-//! recording fake for tests.
+//! The seam between the desired state and the kernel: one trait, the Linux implementation in [`super::linux`], and a recording
+//! fake for tests.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -90,7 +90,7 @@ impl Observation {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The namespace can't be entered or read.
-    #[error("pod {pod}: its network namespace can't be read: {source}")]
+    #[error("pod {pod}: cannot read its network namespace: {source}")]
     Namespace {
         /// The pod.
         pod: String,
@@ -99,8 +99,8 @@ pub enum Error {
     },
     /// The pod has IPv6 addresses and no IPv6 to steer them with.
     #[error(
-        "pod {pod}: IPv6: it has the address {address}, but IPv6 is off on its lo, so that its connections can't be \
-         steered: set net.ipv6.conf.lo.disable_ipv6=0 in the pod, or give it no IPv6 address"
+        "pod {pod}: IPv6: it has the address {address}, but IPv6 is disabled on its lo, so its connections \
+         cannot be captured: set net.ipv6.conf.lo.disable_ipv6=0 in the pod, or give it no IPv6 address"
     )]
     Ipv6Off {
         /// The pod.
@@ -110,8 +110,9 @@ pub enum Error {
     },
     /// Placement `node`, and a device that does not lead to the host.
     #[error(
-        "pod {pod}: interface {interface} is no veth with its other end in the host's network namespace, so that nothing \
-         on the host sees its packets: leave the pod out of the mesh, or use placement `pod`"
+        "pod {pod}: interface {interface} is not a veth whose other end is in the host's network \
+         namespace, so the host cannot see its packets: leave the pod out of the mesh, or use placement \
+         `pod`"
     )]
     Unreachable {
         /// The pod.
@@ -194,7 +195,8 @@ pub fn enroll(datapath: &mut impl Datapath, target: &Target) -> Result<Outcome, 
             let steps = ops.iter().take(done).rev().map(Op::inverse).filter(|undo| !replaced(undo));
             for undo in steps {
                 if let Err(error) = datapath.apply(target, &undo) {
-                    tracing::warn!(pod = %target.identity, %error, "could not undo a step of a failed enrolment");
+                    tracing::warn!(pod = %target.identity, %error, "cannot roll back a step of a failed \
+                         enrollment");
                 }
             }
             return Err(error);
@@ -206,7 +208,7 @@ pub fn enroll(datapath: &mut impl Datapath, target: &Target) -> Result<Outcome, 
         read_microseconds = read.as_micros() as u64,
         write_microseconds = (began.elapsed() - read).as_micros() as u64,
         steps = ops.len(),
-        "facts are brought about"
+        "reconciling datapath"
     );
     let lacked = |fact: &&Fact| !before.facts.contains(*fact) && !before.stale.contains(*fact);
     let made = wanted.iter().filter(lacked).cloned().collect();

@@ -1,5 +1,5 @@
-//! What must be true in the kernel for a pod to be steered, as a set of facts; and the operations that lead from the
-//! facts that are to those that should be. Pure.
+//! The desired state of an enrolled pod in the kernel, as a set of facts, and the operations that lead from the observed facts to
+//! the desired ones. Pure.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -414,7 +414,7 @@ impl fmt::Display for Fact {
             Self::Route { family, interface, source: Some(source) } => {
                 write!(f, "{family} route through lo for sockets of {} from {source}", interface.name)
             }
-            Self::Route { family, source: None, .. } => write!(f, "{family} route that refuses"),
+            Self::Route { family, source: None, .. } => write!(f, "{family} route unreachable default"),
             Self::Rule { family, mark: Mark::Capture } => write!(f, "{family} rule for captured connections"),
             Self::Rule { family, mark: Mark::Delivery } => {
                 write!(f, "{family} rule for replies to the proxy")
@@ -468,7 +468,7 @@ impl<'de> Deserialize<'de> for Sysctl {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let name = String::deserialize(deserializer)?;
         let known = Self::ALL.into_iter().find(|sysctl| sysctl.name() == name);
-        known.ok_or_else(|| serde::de::Error::custom(format!("{name} is no sysctl of ours")))
+        known.ok_or_else(|| serde::de::Error::custom(format!("{name} is not a sysctl that the agent sets")))
     }
 }
 

@@ -1,4 +1,4 @@
-//! What the kernel side says of faults, in words.
+//! Turns the drop log's numbers into words.
 
 use std::io;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! The thread that the datapath lives on. Entering a network namespace moves a thread, so that this is never a thread of
-//! the runtime; and one thread means one piece of work at a time, without locks.
+//! The datapath thread. Entering a network namespace moves a whole thread, so this is never a runtime thread; and one thread runs
+//! one job at a time, without locks.
 
 use std::io;
 use std::thread;
@@ -24,7 +24,7 @@ impl<D> Clone for DatapathHandle<D> {
 
 /// The datapath's thread is gone: it panicked.
 #[derive(Debug, thiserror::Error)]
-#[error("the datapath's thread has ended; the agent has to be restarted")]
+#[error("the datapath thread has ended; restart the agent")]
 pub struct Gone;
 
 /// How many pieces of work may wait before those who bring more have to wait themselves.

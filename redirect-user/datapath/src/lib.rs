@@ -1,5 +1,5 @@
-//! What is in the kernel for pods: which facts have to hold, how they differ from those that do, and the Linux that brings
-//! them about. Nothing here knows of pods' life, of Kubernetes, or of what is said to others.
+//! The data path of pods: the facts that have to hold, their difference from the observed ones, and the Linux implementation.
+//! Nothing here knows about the lifecycle of pods, Kubernetes, or protocols.
 
 pub mod bpf_log;
 pub mod datapath;

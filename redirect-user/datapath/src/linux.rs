@@ -206,7 +206,7 @@ impl Linux {
         for pod in pods {
             maps.fill(pod).with_context(|| format!("pod {}", pod.identity))?;
         }
-        let host = NetNs::current().context("the agent's own network namespace can't be opened")?;
+        let host = NetNs::current().context("cannot open the agent's own network namespace")?;
         let mut host_netlink = Netlink::open()?;
         let Settings { placement, noted_by, rule_priority, host_cookie, .. } = *settings;
         if placement == Placement::Node {
@@ -223,7 +223,7 @@ impl Linux {
         let programs = Programs::load(&mut object, &[placement], noted_by)?;
         let tc = tc::Tc::new(&programs, settings.tc, Hook::of(placement))?;
         let cgroup = Directory::open(&settings.cgroup)
-            .with_context(|| format!("cgroup2 directory {} can't be opened", settings.cgroup.display()))?;
+            .with_context(|| format!("cannot open the cgroup2 directory {}", settings.cgroup.display()))?;
         let links = Links::find(&pins)?;
         pins.remove_other_maps(&paths)?;
         let mut linux = Self {
@@ -314,7 +314,7 @@ impl Linux {
                 living.push(*cookie);
                 continue;
             }
-            tracing::info!(netns_cookie = cookie, "what was left of a pod that is gone is removed");
+            tracing::info!(netns_cookie = cookie, "removed leftovers of a pod that is gone");
             self.maps.forget(*cookie)?;
             for name in self.tc.links_of(&self.links, *cookie).into_iter().chain(lookups) {
                 self.links.remove(&name)?;
@@ -352,7 +352,7 @@ impl Linux {
             && let Err(error) = self.host.enter()
         {
             // The next pod's namespace is entered from here just as well; only this pod's stays for longer.
-            tracing::warn!(%error, "could not return to the host's network namespace");
+            tracing::warn!(%error, "cannot return to the host's network namespace");
         }
     }
 

@@ -1,4 +1,4 @@
-//! The node proxy's listeners, as the tables of sockets of a network namespace show them.
+//! Finds the node proxy's listeners in the socket tables of a network namespace.
 
 use std::fmt;
 use std::fs::{self, File};

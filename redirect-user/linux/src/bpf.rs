@@ -1,4 +1,4 @@
-//! bpf(2), for what aya has no call for: links that outlive the agent, and probes.
+//! bpf(2) calls that aya lacks: links that outlive the agent, and probes.
 
 use std::ffi::{CStr, CString};
 use std::io;

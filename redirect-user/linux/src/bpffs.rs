@@ -1,4 +1,4 @@
-//! The file system that pins are in.
+//! The file system of pins.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -46,14 +46,14 @@ pub fn bpffs(directory: &Path) -> io::Result<Option<Bpffs>> {
 
 /// Mounts a bpffs at its usual place, unless one is there.
 pub fn ensure_bpffs() -> anyhow::Result<()> {
-    let there = statfs(BPFFS).with_context(|| format!("{BPFFS} can't be examined"))?;
+    let there = statfs(BPFFS).with_context(|| format!("cannot examine {BPFFS}"))?;
     if there.filesystem_type() == BPF_FS_MAGIC { Ok(()) } else { mount_bpffs() }
 }
 
 /// Mounts a bpffs at its usual place.
 pub fn mount_bpffs() -> anyhow::Result<()> {
     mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), Some("mode=700"))
-        .with_context(|| format!("a bpffs can't be mounted on {BPFFS}"))?;
-    tracing::info!("a bpffs was mounted on {BPFFS}");
+        .with_context(|| format!("cannot mount a bpffs on {BPFFS}"))?;
+    tracing::info!("mounted a bpffs on {BPFFS}");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Which cgroup a process is in, as the kernel side names it.
+//! Finds the cgroup of a process, as the kernel side identifies it.
 //!
 //! The programs see a process's cgroup as a number: the inode of its directory in the cgroup2 hierarchy, which is what
 //! `bpf_get_current_cgroup_id` returns. Processes are named by path in `/proc/<pid>/cgroup`.
@@ -24,7 +24,7 @@ pub enum CgroupError {
     )]
     NotMounted,
     /// The process is in no cgroup of the cgroup2 hierarchy.
-    #[error("process {0} is in no cgroup of the cgroup2 hierarchy: does the node run with cgroup_no_v2?")]
+    #[error("process {0} has no cgroup in the cgroup2 hierarchy: does the node run with cgroup_no_v2?")]
     NoCgroup(i32),
     /// The process's cgroup lies outside what the agent can see.
     #[error("the cgroup {path} of process {pid} is not visible to the agent: set hostPID: true for it")]
@@ -112,7 +112,7 @@ pub fn in_host_view<T: Send, E: Send + From<CgroupError>>(
     thread::scope(|scope| {
         let thread = thread::Builder::new().name("cgroup-lookup".into()).spawn_scoped(scope, || {
             if let Err(error) = join_host_namespace() {
-                tracing::debug!(%error, "cgroups are looked up in the agent's own cgroup namespace");
+                tracing::debug!(%error, "resolving cgroups in the agent's own cgroup namespace");
             }
             look_up()
         });

@@ -1,4 +1,4 @@
-//! How many files a process may have open.
+//! The open file limit.
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -8,6 +8,6 @@ pub fn raise_limit() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(error) = raised {
-        tracing::warn!("cannot raise the limit of open files: {error}");
+        tracing::warn!("cannot raise the open file limit: {error}");
     }
 }

@@ -1,5 +1,5 @@
-//! What the kernel offers and neither std nor aya has: bpf(2), links, netlink, sysctls, namespaces, cgroups, privileges,
-//! and what the node can do, found by trying. Nothing here knows of pods.
+//! Linux interfaces that neither std nor aya has: bpf(2), links, netlink, sysctls, namespaces, cgroups, privileges, and probes of
+//! what the node supports. Nothing here knows about pods.
 
 pub mod bpf;
 pub mod bpffs;

@@ -1,5 +1,5 @@
-//! Links that outlive the agent: made, pinned, found again, given another program. aya has none of them for links of cgroups
-//! and of network namespaces.
+//! Links that outlive the agent: creates, pins, finds and updates them. aya has none of that for links of cgroups and network
+//! namespaces.
 
 use std::ffi::CStr;
 use std::io;

@@ -1,5 +1,5 @@
-//! Links, rules and routes of the network namespace that the calling thread is in. Synchronous: each request is
-//! answered by the time it was sent.
+//! Links, rules and routes of the calling thread's network namespace. Synchronous: the kernel answers a request before `send`
+//! returns.
 
 mod raw;
 

@@ -1,6 +1,6 @@
-//! Gives up what a process does not need, for good.
+//! Drops privileges that a process does not need, for good.
 //!
-//! Capabilities are a thread's own and pass on to the threads that it starts: this comes before any of those.
+//! Capabilities belong to a thread, and the threads that it starts inherit them: so this comes before any of those.
 
 use caps::{CapSet, CapsHashSet};
 use nix::errno::Errno;

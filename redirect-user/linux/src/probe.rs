@@ -1,4 +1,4 @@
-//! What the node can do, found by trying, never by the kernel's version: what the agent can't run without.
+//! Probes for what the agent can't run without, never by the kernel's version.
 
 mod families;
 mod kernel;

@@ -92,7 +92,7 @@ impl Drop for SocketFile {
         if inode(&self.path).is_ok_and(|now| now == self.inode)
             && let Err(error) = fs::remove_file(&self.path)
         {
-            tracing::warn!(path = %self.path.display(), %error, "the socket's file stays behind");
+            tracing::warn!(path = %self.path.display(), %error, "cannot remove socket file");
         }
     }
 }

@@ -3,9 +3,9 @@
 /// Where the node proxy's listeners are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Placement {
-    /// In each pod's network namespace, as ztunnel has them.
+    /// In each pod's network namespace, as ztunnel does.
     #[default]
     Pod,
-    /// In the host's network namespace, once for the node.
+    /// Once per node, in the host's network namespace.
     Node,
 }

@@ -151,7 +151,7 @@ impl fmt::Display for Exclusion {
 
 /// Why a text is no exclusion.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error("{0:?} is no exclusion: it is \"outbound 10.0.0.0/8\" or \"inbound port 80\", say")]
+#[error("{0:?} is not an exclusion, such as \"outbound 10.0.0.0/8\" or \"inbound port 80\"")]
 pub struct NoExclusion(String);
 
 impl FromStr for Exclusion {

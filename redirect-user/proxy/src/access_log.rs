@@ -123,11 +123,13 @@ impl AccessLog {
 fn write(queue: &Receiver<Line>, mut output: impl Write, dropped: &AtomicU64) {
     while let Ok(first) = queue.recv() {
         if let Err(error) = batch(first, queue, &mut output) {
-            tracing::error!("access log: {error}; what was to be written is lost");
+            tracing::error!("access log: {error}; entries were lost");
         }
         let lost = dropped.swap(0, Ordering::Relaxed);
         if lost > 0 {
-            tracing::warn!("access log: {lost} lines left out, its file cannot take as many as there are");
+            tracing::warn!(
+                "access log: dropped {lost} lines, because its file does not accept them fast enough"
+            );
         }
     }
 }

@@ -124,6 +124,6 @@ fn warn_once_per_second(error: &io::Error) {
     static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
     let now = START.get_or_init(Instant::now).elapsed().as_secs();
     if NEXT.fetch_max(now + 1, Ordering::Relaxed) <= now {
-        tracing::warn!("accept: {error}; connections wait. Raise the process's limit of open files");
+        tracing::warn!("accept: {error}; connections wait. Raise the open file limit of the process");
     }
 }

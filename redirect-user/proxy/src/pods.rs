@@ -123,7 +123,7 @@ impl Pod {
     async fn cut(self) {
         self.phase.send_replace(Phase::Cut);
         if let Err(error) = self.task.await {
-            tracing::error!("pod {}: its task failed: {error}", self.context.identity.name);
+            tracing::error!("pod {}: task failed: {error}", self.context.identity.name);
         }
     }
 }

@@ -241,8 +241,8 @@ impl Desk {
         }
         if poor.is_none() && !self.warned.swap(true, Ordering::Relaxed) {
             tracing::warn!(
-                "pod {}: none of the DNS servers {upstreams:?} answers over {}; they must be reachable from the pod in \
-                 a family that it has: see --dns-upstream",
+                "pod {}: none of the DNS servers {upstreams:?} answers over {}: they must be reachable \
+                 from the pod in one of its families; see --dns-upstream",
                 self.context.identity.name,
                 if upstreams.iter().all(SocketAddr::is_ipv4) { "IPv4" } else { "IPv4 and IPv6" },
             );

@@ -29,40 +29,40 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// Settings of the node proxy.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
-    /// Where to listen: in each pod that the agent names, or once on this node
+    /// Where to listen
     #[arg(long, value_enum, default_value_t, env = "REDIRECT_PLACEMENT")]
     pub placement: Placement,
-    /// Where the agent listens
-    #[arg(long, default_value = zds::DEFAULT_SOCKET, env = "REDIRECT_ZDS_SOCKET")]
+    /// The agent's UNIX socket for node proxies (ZDS)
+    #[arg(long, default_value = zds::DEFAULT_SOCKET, env = "REDIRECT_ZDS_SOCKET", value_name = "FILE")]
     pub zds_socket: PathBuf,
-    /// Where a line about each connection and each DNS question goes, `-` is standard output; nowhere by default
-    #[arg(long, env = "REDIRECT_ACCESS_LOG")]
+    /// File for the access log, one line per connection and DNS query; `-` is standard output (default: no log)
+    #[arg(long, env = "REDIRECT_ACCESS_LOG", value_name = "FILE")]
     pub access_log: Option<PathBuf>,
-    /// How long connections may go on after the proxy was told to stop, in seconds
-    #[arg(long, default_value_t = 5)]
+    /// How long open connections may continue after the proxy is told to stop, in seconds
+    #[arg(long, default_value_t = 5, value_name = "SECONDS")]
     pub drain: u64,
-    /// Whether to listen on IPv6 where a pod has it
-    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, env = "IPV6_ENABLED")]
+    /// Listen on IPv6 in pods that have it
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, env = "IPV6_ENABLED", value_name = "BOOL")]
     pub ipv6_enabled: bool,
-    /// Where the original destination of a connection is found
-    #[arg(long, value_enum, default_value_t)]
+    /// How to find the original destination of a connection
+    #[arg(long, value_enum, default_value_t, value_name = "SOURCE")]
     pub original_destination: OriginalDestination,
-    /// The servers that DNS questions of pods go to, as seen from the pods, each `address` or `address:port`; those of
-    /// the proxy's own /etc/resolv.conf by default
+    /// DNS servers that queries of pods are forwarded to, reachable from the pods, each `address` or `address:port`
+    /// (default: those of the proxy's /etc/resolv.conf)
     #[arg(long, value_delimiter = ',', value_parser = parse_upstream, value_name = "SERVER")]
     pub dns_upstream: Vec<SocketAddr>,
-    /// Threads that relay; one per processor by default
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+    /// Number of worker threads (default: one per CPU)
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..), value_name = "NUMBER")]
     pub worker_threads: Option<u16>,
 }
 
-/// Where the original destination of a connection is found.
+/// The source of a connection's original destination.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum OriginalDestination {
-    /// The accepted socket's own address: nobody rewrote it.
+    /// The accepted socket's local address, which nothing has rewritten.
     #[default]
     Socket,
-    /// What conntrack remembers, if anything: for pods whose connections rules of netfilter redirect.
+    /// The conntrack entry, if any: for pods whose connections netfilter rules redirect.
     Conntrack,
 }
 
@@ -89,7 +89,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     if let Some(writer) = writer
         && writer.join().is_err()
     {
-        tracing::error!("access log: its thread failed");
+        tracing::error!("access log: thread failed");
     }
     result
 }
@@ -123,10 +123,10 @@ async fn serve(options: Options, access_log: Option<AccessLog>) -> anyhow::Resul
             node
         }
     };
-    tracing::info!("stopping, connections may go on for {} s", options.drain);
+    tracing::info!("stopping; connections have {} s to finish", options.drain);
     tokio::select! {
         () = pods.drain(Duration::from_secs(options.drain)) => {}
-        () = stop.asked() => tracing::info!("asked twice, stopping at once"),
+        () = stop.asked() => tracing::info!("second signal: stopping at once"),
     }
     Ok(())
 }

@@ -21,7 +21,7 @@ const ANCILLARY_BYTES: usize = 64;
 #[derive(Debug, thiserror::Error)]
 pub enum PacketError {
     /// The message does not fit.
-    #[error("the message takes {0} bytes, a packet holds {MAX_PACKET}: shorten the pod's names")]
+    #[error("the message has {0} bytes, the limit is {MAX_PACKET}: shorten the pod's names")]
     TooLarge(usize),
     /// The message has no bytes: the other side would take it for the end of the connection.
     #[error("the message is empty")]

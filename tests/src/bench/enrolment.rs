@@ -191,11 +191,11 @@ fn read_log(log: &str, resident: &BarePod, times: &mut Enrolment) -> Result<()> 
         );
         Ok(values.into_iter().skip(offset).step_by(2).collect())
     };
-    times.proxy = share(all("pod is steered", "proxy_microseconds"), 0)?;
-    times.plugin_agent = share(all("pod is steered", "microseconds"), 1)?;
-    times.read = share(all("facts are brought about", "read_microseconds"), 0)?;
-    times.write = share(all("facts are brought about", "write_microseconds"), 0)?;
-    times.release_proxy = share(all("pod is no longer steered", "proxy_microseconds"), 0)?;
+    times.proxy = share(all("pod enrolled", "proxy_microseconds"), 0)?;
+    times.plugin_agent = share(all("pod enrolled", "microseconds"), 1)?;
+    times.read = share(all("reconciling datapath", "read_microseconds"), 0)?;
+    times.write = share(all("reconciling datapath", "write_microseconds"), 0)?;
+    times.release_proxy = share(all("pod un-enrolled", "proxy_microseconds"), 0)?;
     Ok(())
 }
 

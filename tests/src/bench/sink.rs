@@ -35,7 +35,7 @@ pub fn run(options: &Options) -> Result<()> {
     options.place.take()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let mut sink = Sink { acknowledge_only: options.acknowledge_only, pods: BTreeMap::new() };
-    let runtime = runtime.context("the async runtime can't be started")?;
+    let runtime = runtime.context("cannot start the async runtime")?;
     runtime.block_on(follow(&options.zds_socket, &mut sink, Backoff::default()));
     Ok(())
 }

@@ -169,7 +169,7 @@ fn limited(context: &Context, stack: Stack) -> Result<()> {
     scene.send(route, MANY)?;
     let single = |line: &Value| is_about(line, Fault::Malformed, route.hook, stack.family());
     let lost = |line: &Value| {
-        if line["message"] == "diagnostics were lost" {
+        if line["message"] == "drop log entries lost" {
             line["limit"].as_u64().unwrap_or(0) + line["full"].as_u64().unwrap_or(0)
         } else {
             0

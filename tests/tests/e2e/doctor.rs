@@ -262,7 +262,7 @@ fn chain(context: &Context) -> Result<()> {
         ensure!(code.is_some_and(|code| code >= least), "{code:?}: {found:#?}");
         Ok(())
     };
-    says("warn", "can't be read")?;
+    says("warn", "cannot read")?;
     std::fs::create_dir(&conf)?;
     says("warn", "there is no CNI configuration")?;
     let list = |plugins: &str| {
@@ -417,7 +417,7 @@ fn unread(context: &Context) -> Result<()> {
     for name in ["netfilter rules in pods", "TC programs of others"] {
         let (found, code) = asked(context, &["--state-dir", &state], name)?;
         ensure!(found.len() == 1 && found[0]["state"] == "warn" && code >= Some(1), "{code:?}: {found:#?}");
-        ensure!(found[0]["detail"].as_str().is_some_and(|text| text.contains("can't be read")), "{found:#?}");
+        ensure!(found[0]["detail"].as_str().is_some_and(|text| text.contains("cannot read")), "{found:#?}");
     }
     Ok(())
 }

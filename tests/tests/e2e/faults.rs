@@ -108,7 +108,7 @@ fn nonsense(context: &Context) -> Result<()> {
             inbound::passes_the_proxy_once(other.netns(), pod, stack)?;
         }
     }
-    for what in ["it speaks version 7", "it said no hello", "the node proxy's connection is closed"] {
+    for what in ["it speaks version 7", "it said no hello", "closed the node proxy's connection"] {
         agent_says(&node, what)?;
     }
     drop(silent);

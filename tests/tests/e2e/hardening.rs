@@ -108,7 +108,7 @@ fn pods_as_proxy(context: &Context) -> Result<()> {
     let agent_log = node.dir().join("agent.log");
     let (refusal, proxies) = match context.placement() {
         Placement::Pod => ("is in an enrolled pod", 1),
-        Placement::Node => ("the agent hands pods to nobody", 0),
+        Placement::Node => ("the agent announces no pods", 0),
     };
     wait::until_true("refusal", wait::SOON, || Ok(fs::read_to_string(&agent_log)?.contains(refusal)))?;
     let status = node.status()?;

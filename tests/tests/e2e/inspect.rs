@@ -135,7 +135,7 @@ fn decisions(context: &Context, stack: Stack) -> Result<()> {
     let pod = node.enrolled("pod", Families::Dual)?;
     let own = stack.spell(pod.endpoint(stack.family(), 80)?).to_string();
     for (to, steered, word) in
-        [(destination(stack), true, "given to the node proxy"), (&own, false, "own_address")]
+        [(destination(stack), true, "goes to the node proxy"), (&own, false, "own_address")]
     {
         let (explanation, code) = explain(&node, &pod, to)?;
         ensure!(code == Some(0), "{explanation:#?}");

@@ -70,7 +70,7 @@ fn changes(context: &Context) -> Result<()> {
         // Another filter is where ours has to be.
         add_filter(&pod, "arp", "1", "ingress")?;
         restarts::message(pod.enrol())?;
-        let messages = ["pod is steered", "pod is no longer steered", "pod can't be enrolled"];
+        let messages = ["pod enrolled", "pod un-enrolled", "cannot enroll pod"];
         say(&node, &uid, &names(families), &messages)?;
     }
     Ok(())
@@ -83,7 +83,7 @@ fn in_kubernetes(context: &Context) -> Result<()> {
         cluster.announce(&pod, &[]);
         pod.enrol()?;
         cluster.announce(&pod, &[("ambient-redirect.io/exclude-outbound-ports", "8443")]);
-        let messages = ["pod is steered", "pod has changed"];
+        let messages = ["pod enrolled", "pod changed"];
         say(cluster.node(), &pod.identity().uid, &names(families), &messages)?;
     }
     Ok(())
@@ -94,7 +94,7 @@ fn levels(context: &Context) -> Result<()> {
     let levels = format!("warn,{MODULE}=info");
     let node = Node::with_arguments(&context.session()?, &["--log-format", "json", "--log", &levels])?;
     let pod = node.enrolled("pod", Families::Dual)?;
-    say(&node, &pod.identity().uid, "IPv4, IPv6", &["pod is steered"])?;
+    say(&node, &pod.identity().uid, "IPv4, IPv6", &["pod enrolled"])?;
     let lines = lines(&node)?;
     let modules: BTreeSet<_> = lines
         .iter()
@@ -103,7 +103,7 @@ fn levels(context: &Context) -> Result<()> {
         .collect();
     ensure!(modules.iter().all(|module| module.starts_with(MODULE)), "{modules:?}");
     // Elsewhere all modules have their say.
-    ensure!(log(&*context.node()?)?.contains("the agent is ready"));
+    ensure!(log(&*context.node()?)?.contains("agent is ready"));
     Ok(())
 }
 
@@ -137,7 +137,7 @@ fn drops(context: &Context, stack: Stack) -> Result<()> {
     }
     let told = || -> Result<u64> {
         let is_drop = |line: &Value| {
-            line["message"] == "the kernel side dropped connections"
+            line["message"] == "kernel dropped connections"
                 && line["family"] == stack.family().name()
                 && line["direction"] == "outbound"
                 && line["reason"] == "no_listener"

@@ -106,7 +106,7 @@ fn features(context: &Context) -> Result<()> {
         );
     }
     ensure!(
-        text.contains("events of connections: listeners ") && text.contains("; lost to the limit "),
+        text.contains("connection events: monitors ") && text.contains("; lost to the rate limit "),
         "{text}"
     );
     Ok(())

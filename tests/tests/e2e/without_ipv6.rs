@@ -78,7 +78,7 @@ fn off_in_the_pod(context: &Context) -> Result<()> {
     let other = node.plain("other", Families::Dual)?;
     let pod = pod_with_ipv6_off(&node, Families::V4Only, &["all", "default", "lo"])?;
     pod.enrol()?;
-    agent_says(&node, &pod, "IPv6 is off on the pod's lo")?;
+    agent_says(&node, &pod, "IPv6 is disabled on the pod's lo")?;
     works(&pod, &other, &IPV4)
 }
 
@@ -88,7 +88,7 @@ fn off_on_the_pods_lo(context: &Context) -> Result<()> {
     let other = node.plain("other", Families::Dual)?;
     let pod = pod_with_ipv6_off(&node, Families::V4Only, &["lo"])?;
     pod.enrol()?;
-    agent_says(&node, &pod, "IPv6 is off on the pod's lo")?;
+    agent_says(&node, &pod, "IPv6 is disabled on the pod's lo")?;
     works(&pod, &other, &IPV4)?;
 
     let late = node.address(Family::Ipv6, 0x3e00);
@@ -162,7 +162,7 @@ fn off_on_the_node(context: &Context) -> Result<()> {
 fn off_in_the_kernel(context: &Context) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let log = fs::read_to_string(node.dir().join("agent.log"))?;
-    ensure!(log.contains("off in this kernel: pods are steered in IPv4 alone"), "{log}");
+    ensure!(log.contains("off in this kernel: pods have IPv4 only"), "{log}");
     let (pod, other) = (node.enrolled("pod", Families::V4Only)?, node.plain("other", Families::V4Only)?);
     works(&pod, &other, &[Stack::V4])?;
     let report = node.report(&pod)?.context("the agent does not know the pod")?;
@@ -195,7 +195,7 @@ fn off_in_the_proxy(context: &Context, setting: &str) -> Result<()> {
     let environment = vec![("IPV6_ENABLED".to_owned(), "false".to_owned())];
     node.start_proxy_with(&ProxyOptions { environment, ..ProxyOptions::default() })?;
     let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
-    agent_says(&node, &pod, "the node proxy listens for IPv4 alone")?;
+    agent_says(&node, &pod, "node proxy listens in IPv4 only")?;
     works(&pod, &other, &IPV4)?;
 
     for (direction, client, server) in [(Way::Outbound, &pod, &other), (Way::Inbound, &other, &pod)] {

@@ -1,4 +1,4 @@
-//! A network configuration as runtimes read it, and what our entry makes of it.
+//! A network configuration as container runtimes read it, with and without our entry.
 
 use serde_json::{Map, Value};
 

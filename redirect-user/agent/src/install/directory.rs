@@ -1,4 +1,4 @@
-//! What a configuration directory holds.
+//! The contents of a configuration directory.
 
 use std::fs;
 use std::io;

@@ -1,4 +1,4 @@
-//! Why the chain is not as it should be.
+//! Why the plugin can't be added to the chain.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use redirect_protocol::wire::client;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Nothing to read.
-    #[error("{} can't be read: {source}", path.display())]
+    #[error("cannot read {}: {source}", path.display())]
     Read {
         /// What.
         path: PathBuf,
@@ -19,7 +19,7 @@ pub enum Error {
         source: io::Error,
     },
     /// Nothing to write to.
-    #[error("{} can't be changed: {source}", path.display())]
+    #[error("cannot write {}: {source}", path.display())]
     Write {
         /// What.
         path: PathBuf,
@@ -35,7 +35,7 @@ pub enum Error {
         invalid: Vec<String>,
     },
     /// The configuration that was named is not there or is none.
-    #[error("{name} is no CNI configuration in {}{}", directory.display(), list(.invalid))]
+    #[error("{name} is not a CNI configuration in {}{}", directory.display(), list(.invalid))]
     NoSuchConfiguration {
         /// Its name.
         name: String,
@@ -45,14 +45,17 @@ pub enum Error {
         invalid: Vec<String>,
     },
     /// A configuration comes before ours.
-    #[error("{first} comes before {OWN_CONF}, so that runtimes would not see the latter: rename {first}")]
+    #[error(
+        "{first} comes before {OWN_CONF}, so container runtimes would not use {OWN_CONF}: rename {first}"
+    )]
     NotFirst {
         /// The other.
         first: String,
     },
     /// Two configurations, and only one name for the result.
     #[error(
-        "there are {conf} and {conflist}, and runtimes use the former: remove the one that is not wanted"
+        "both {conf} and {conflist} exist, and container runtimes use {conf}: remove the one that you \
+         don't want"
     )]
     Ambiguous {
         /// The single configuration.
@@ -72,7 +75,7 @@ pub enum Error {
         found: String,
     },
     /// The binary does not answer as a plugin does.
-    #[error("the plugin {} is not chained: {problem}", path.display())]
+    #[error("cannot chain the plugin {}: {problem}", path.display())]
     Plugin {
         /// The binary.
         path: PathBuf,
@@ -80,7 +83,7 @@ pub enum Error {
         problem: String,
     },
     /// Pods could not start with the plugin in the chain.
-    #[error("the plugin is not chained: {0}")]
+    #[error("cannot chain the plugin: {0}")]
     Agent(#[from] client::Error),
 }
 

@@ -1,4 +1,4 @@
-//! What is done on the disk, behind a trait: tests let the process die between any two steps.
+//! Disk operations behind a trait, so that tests can kill the process between any two steps.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write};

@@ -1,4 +1,4 @@
-//! Stays, and repairs the chain when another process changes it.
+//! Watches the chain and repairs it when another process changes it.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -87,7 +87,7 @@ impl Keeper {
         let configuration = outcome.configuration.display();
         if outcome.changed.is_empty() {
             if self.complaint.take().is_some() {
-                tracing::info!(%configuration, "the CNI chain has the plugin");
+                tracing::info!(%configuration, "plugin is in the CNI chain");
             }
             return;
         }
@@ -95,7 +95,7 @@ impl Keeper {
         events().chain_repaired();
         let repairs = self.pace.repaired(Instant::now()) - 1;
         let changed: Vec<_> = outcome.changed.iter().map(|path| path.display().to_string()).collect();
-        tracing::info!(%configuration, changed = changed.join(" "), repairs, "the CNI chain has the plugin");
+        tracing::info!(%configuration, changed = changed.join(" "), repairs, "plugin is in the CNI chain");
         for warning in &outcome.warnings {
             tracing::warn!("{warning}");
         }
@@ -104,7 +104,7 @@ impl Keeper {
             tracing::warn!(
                 repairs,
                 seconds,
-                "another process changes {configuration} again and again; the next repair waits{}",
+                "another process repeatedly changes {configuration}; delaying the next repair{}",
                 self.culprit(&outcome.configuration)
             );
         }
@@ -131,7 +131,7 @@ impl Keeper {
         match changes(directories.map(AsRef::as_ref)) {
             Ok(changes) => Some(changes),
             Err(error) => {
-                self.complain(format!("changes of the CNI chain are noticed every {PERIOD:?} only: {error}"));
+                self.complain(format!("cannot watch the CNI chain, checking it every {PERIOD:?}: {error}"));
                 None
             }
         }

@@ -14,10 +14,10 @@ use redirect_protocol::wire;
 #[group(id = "chain-directories")]
 pub struct Directories {
     /// Directory of the node's CNI configurations
-    #[arg(long, default_value = "/etc/cni/net.d", value_name = "DIR")]
+    #[arg(long, default_value = "/etc/cni/net.d", value_name = "DIRECTORY")]
     pub cni_conf_dir: PathBuf,
     /// Directory of the node's CNI plugins
-    #[arg(long, default_value = "/opt/cni/bin", value_name = "DIR")]
+    #[arg(long, default_value = "/opt/cni/bin", value_name = "DIRECTORY")]
     pub cni_bin_dir: PathBuf,
 }
 
@@ -30,36 +30,36 @@ pub struct Options {
     /// Where it is.
     #[command(flatten)]
     pub directories: Directories,
-    /// The configuration that gets the plugin; by default the first one, which is the one that container runtimes use
+    /// CNI configuration to add the plugin to (default: the first one, which container runtimes use)
     #[arg(long, value_name = "FILE", conflicts_with = "cni_own_conf")]
     pub cni_conf_name: Option<String>,
-    /// Leave the primary CNI's configuration alone: keep a copy of it, with the plugin, in 00-ambient-redirect.conflist
+    /// Don't change the primary CNI's configuration: maintain a copy of it with the plugin, 00-ambient-redirect.conflist
     #[arg(long)]
     pub cni_own_conf: bool,
-    /// The plugin to install; by default redirect-cni beside this program
+    /// Plugin to install (default: redirect-cni next to this program)
     #[arg(long, value_name = "FILE")]
     pub cni_plugin: Option<PathBuf>,
-    /// Where the plugin finds the agent
+    /// Agent socket that the plugin connects to
     #[arg(long, default_value = wire::DEFAULT_SOCKET, value_name = "FILE")]
     pub cni_agent_socket: PathBuf,
-    /// How long the plugin waits for the agent, in seconds; 25 by default
+    /// How long the plugin waits for the agent, in seconds (default: 25)
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=3600), value_name = "SECONDS")]
     pub cni_timeout: Option<u64>,
-    /// Namespaces whose pods start without the agent; kube-system and ambient-redirect by default
+    /// Namespaces whose pods may start without the agent (default: kube-system,ambient-redirect)
     #[arg(long, value_delimiter = ',', value_name = "NAMESPACES")]
     pub cni_exclude_namespaces: Option<Vec<String>>,
 }
 
-/// Put the CNI plugin into this node's chain
+/// Add the CNI plugin to this node's chain
 #[derive(Clone, Debug, clap::Args)]
 pub struct Install {
-    /// Stay, and repair the chain when another process changes it
+    /// Keep running, and repair the chain when another process changes it
     #[arg(long, conflicts_with_all = ["remove", "check"])]
     pub watch: bool,
-    /// Take the plugin out of every configuration, and remove it
+    /// Remove the plugin from every configuration, then its binary
     #[arg(long, conflicts_with = "check")]
     pub remove: bool,
-    /// Change nothing; fail if anything is not in place
+    /// Change nothing; exit with 1 if anything is missing
     #[arg(long)]
     pub check: bool,
     /// Where and how. Last: what comes after it would be under its heading.

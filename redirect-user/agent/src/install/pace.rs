@@ -1,4 +1,4 @@
-//! How soon the next repair may come.
+//! Rate limit of repairs.
 
 use std::time::{Duration, Instant};
 

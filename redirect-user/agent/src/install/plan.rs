@@ -1,4 +1,4 @@
-//! What is to be done to a configuration directory. Nothing here touches it.
+//! Plans the changes to a configuration directory, without touching it.
 
 use super::chain::{Chain, is_list};
 use super::directory::{Conf, Directory, original_of};
@@ -152,13 +152,14 @@ fn warnings(directory: &Directory, options: &Options, target: &str, chain: &Chai
     let before = |conf: &&Conf| conf.name.as_str() < target && list_name(&conf.name) != target;
     for conf in directory.files.iter().filter(before).filter(|conf| conf.name != OWN_CONF) {
         warnings.push(match &conf.chain {
-            Ok(_) => format!("runtimes use {}, which comes before {target}", conf.name),
-            Err(problem) => format!("{} {problem}; runtimes may stop at it", conf.name),
+            Ok(_) => format!("container runtimes use {}, which comes before {target}", conf.name),
+            Err(problem) => format!("{} {problem}; container runtimes may stop at it", conf.name),
         });
     }
     if chain.has("istio-cni") {
         warnings.push(
-            "the chain has istio-cni: if it serves an ambient mesh, two agents steer the same pods; keep it off this node"
+            "the chain contains istio-cni: if it serves an ambient mesh, two agents redirect the same \
+             pods; keep it off this node"
                 .to_owned(),
         );
     }
@@ -171,7 +172,7 @@ fn warnings(directory: &Directory, options: &Options, target: &str, chain: &Chai
 
 /// What to do about Cilium.
 pub(super) const CILIUM: &str =
-    "it owns the directory while its Helm value cni.exclusive is true; set cni.exclusive=false";
+    "Cilium owns the directory while its Helm value cni.exclusive is true; set cni.exclusive=false";
 
 /// Whether Cilium wrote this chain.
 pub(super) fn is_cilium_s(directory: &Directory, name: &str) -> bool {

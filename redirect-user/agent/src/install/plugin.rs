@@ -1,4 +1,4 @@
-//! The plugin's binary: copied, and asked itself before a configuration names it.
+//! Installs the plugin's binary, and calls it with VERSION and STATUS before a configuration names it.
 
 use std::fs;
 use std::io::{self, Write};
@@ -66,7 +66,7 @@ pub(super) fn versions(plugin: &Path) -> Result<Vec<SpecVersion>, Error> {
         supported_versions: Vec<String>,
     }
     let wrong = |problem: String| Error::Plugin { path: plugin.into(), problem };
-    let output = ask(plugin, "VERSION", "{}").map_err(|error| wrong(format!("it can't be run: {error}")))?;
+    let output = ask(plugin, "VERSION", "{}").map_err(|error| wrong(format!("cannot run it: {error}")))?;
     if !output.status.success() {
         return Err(wrong(format!("VERSION fails: {}", said(&output))));
     }
@@ -85,10 +85,8 @@ pub(super) fn ready(options: &Options) -> Result<Option<String>, Error> {
     config.insert("cniVersion".into(), SpecVersion::LATEST.as_str().into());
     config.insert("name".into(), "status".into());
     config.insert("timeoutSeconds".into(), json!(Options::PATIENCE.as_secs()));
-    let output = ask(&path, "STATUS", &json!(config).to_string()).map_err(|error| Error::Plugin {
-        path: path.clone(),
-        problem: format!("it can't be run: {error}"),
-    })?;
+    let output = ask(&path, "STATUS", &json!(config).to_string())
+        .map_err(|error| Error::Plugin { path: path.clone(), problem: format!("cannot run it: {error}") })?;
     if output.status.success() {
         return Ok(None);
     }

@@ -355,8 +355,8 @@ fn a_plugin_that_does_not_answer_is_not_chained() {
     for (script, words) in [
         ("#!/bin/sh\nexit 1\n", "VERSION fails"),
         ("#!/bin/sh\necho nonsense\n", "VERSION answers"),
-        ("#!/nowhere\n", "can't be run"),
-        ("\u{7f}ELF", "can't be run"),
+        ("#!/nowhere\n", "cannot run it"),
+        ("\u{7f}ELF", "cannot run it"),
         (
             "#!/bin/sh\n[ $CNI_COMMAND = VERSION ] && echo '{\"supportedVersions\":[\"1.0.0\"]}'\n",
             "STATUS fails",

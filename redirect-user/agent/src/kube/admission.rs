@@ -1,7 +1,8 @@
-//! What the CNI plugin is answered: whether the pod that is being set up is to be enrolled.
+//! Tells the CNI plugin whether to enroll the pod that is being set up.
 //!
-//! The kubelet sets a sandbox up as soon as it knows the pod, which may be before the informer does. So this waits for
-//! the informer, asks the API server once in a while if that takes long, and gives up in time for the plugin to say why.
+//! The kubelet sets up a sandbox as soon as it knows the pod, possibly before the informer does. So this waits for the
+//! informer, queries the API server from time to time if that takes long, and gives up early enough for the plugin to report
+//! why.
 
 use std::sync::Arc;
 

@@ -1,7 +1,7 @@
-//! What is read of Kubernetes' objects, and the little that is kept of them.
+//! The fields of Kubernetes objects that the agent reads and keeps.
 //!
-//! Only the fields that matter are decoded, so that neither a newer API server nor an unusual pod is a reason to lose
-//! sight of a node's pods; and a node's pods take kilobytes, not megabytes.
+//! Only these fields are decoded. So neither a newer API server nor an unusual pod makes the agent lose track of a node's pods,
+//! and a node's pods take kilobytes, not megabytes.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;

@@ -20,11 +20,11 @@ pub(crate) enum ClientError {
     #[error("kubeconfig {}: {error}", path.display())]
     Kubeconfig { path: PathBuf, error: Box<kube::config::KubeconfigError> },
     #[error(
-        "there is neither a kubeconfig nor a service account: give --kubeconfig, or run the agent as a pod with \
+        "no kubeconfig and no service account: set --kubeconfig, or run the agent as a pod with \
          automountServiceAccountToken: {0}"
     )]
     Infer(Box<kube::config::InferConfigError>),
-    #[error("the settings for the API server can't be used: {0}")]
+    #[error("invalid settings for the API server: {0}")]
     Build(Box<kube::Error>),
 }
 

@@ -1,4 +1,4 @@
-//! Brings the pods that are steered in line with those that should be, and their annotations in line with the kernel.
+//! Reconciles the enrolled pods with those that Kubernetes wants enrolled, and their annotations with the kernel.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -169,15 +169,15 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         });
         let error = match told.await {
             Ok(Ok(())) => {
-                tracing::info!(pods = pods.len(), "the annotations of the pods are off");
+                tracing::info!(pods = pods.len(), "removed the annotation from the node's pods");
                 return;
             }
             Ok(Err(error)) => error,
             Err(_) => anyhow!("the API server did not answer within {API:?}"),
         };
         tracing::warn!(
-            "pods that are not steered any more keep the annotation {REDIRECTION}: {error:#}; to take it off: kubectl annotate \
-             pods --all --all-namespaces {REDIRECTION}-"
+            "pods that are no longer enrolled keep the annotation {REDIRECTION}: {error:#}; to remove it: \
+             kubectl annotate pods --all --all-namespaces {REDIRECTION}-"
         );
     }
 
@@ -237,11 +237,11 @@ impl<D: Datapath + Send + 'static> Controller<D> {
                 Err(RecvError::Closed) => return,
             };
             let Some(Known { pod, .. }) = self.store.pod(&pod.uid) else { continue };
-            let message = format!("something else on the node had removed and the agent put back: {what}");
+            let message = format!("repaired after changes by other software on the node: {what}");
             match timeout(API, self.status.warn(&pod, "Repaired", &message)).await {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::warn!(pod = %pod.identity(), %error, "the event can't be written"),
-                Err(_) => tracing::warn!(pod = %pod.identity(), "the event can't be written in time"),
+                Ok(Err(error)) => tracing::warn!(pod = %pod.identity(), %error, "cannot create event"),
+                Err(_) => tracing::warn!(pod = %pod.identity(), "creating the event timed out"),
             }
         }
     }
@@ -332,11 +332,11 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         let found = match found {
             Ok(Ok(found)) => found,
             Ok(Err(error)) => {
-                tracing::warn!(pod = %pod.identity(), %error, "the node's processes can't be looked at");
+                tracing::warn!(pod = %pod.identity(), %error, "cannot scan the node's processes");
                 Vec::new()
             }
             Err(error) => {
-                tracing::error!(pod = %pod.identity(), %error, "looking at the node's processes failed");
+                tracing::error!(pod = %pod.identity(), %error, "scanning the node's processes failed");
                 Vec::new()
             }
         };
@@ -403,7 +403,8 @@ impl<D: Datapath + Send + 'static> Controller<D> {
                 memory.failures = memory.failures.saturating_add(1);
                 events().patch_failed();
                 if memory.failures % 10 == 1 {
-                    tracing::warn!(pod = %pod.identity(), uid = pod.uid, error, "the pod's annotation can't be written");
+                    tracing::warn!(pod = %pod.identity(), uid = pod.uid, error, "cannot write the pod's \
+                         annotation");
                 }
                 Some(pause(memory.failures, self.timing.api))
             }
@@ -424,9 +425,9 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         }
         memory.complaint = Some(message.into());
         events().pod_refused(reason);
-        tracing::warn!(pod = %pod.identity(), uid = pod.uid, reason, error = message, "pod can't be enrolled");
+        tracing::warn!(pod = %pod.identity(), uid = pod.uid, reason, error = message, "cannot enroll pod");
         if let Some(Err(error)) = self.call(self.status.warn(pod, reason, message), stop).await {
-            tracing::warn!(pod = %pod.identity(), error, "the event can't be written");
+            tracing::warn!(pod = %pod.identity(), error, "cannot create event");
         }
     }
 

@@ -46,7 +46,7 @@ impl OwnDaemonSet {
         let task = tokio::spawn(seen.for_each(move |seen| {
             match seen {
                 Ok(daemonset) => drop(sender.send_replace(daemonset.is_none_or(|found| is_going(&found)))),
-                Err(error) => tracing::debug!(%error, "the agent's DaemonSet can't be watched"),
+                Err(error) => tracing::debug!(%error, "cannot watch the agent's DaemonSet"),
             }
             std::future::ready(())
         }));
@@ -56,10 +56,10 @@ impl OwnDaemonSet {
     /// Whether it is gone or about to go.
     pub(crate) async fn is_deleted(&self) -> anyhow::Result<bool> {
         let answer = tokio::time::timeout(DEADLINE, self.api.get(&self.name)).await;
-        let error = match answer.context("the API server is silent") {
+        let error = match answer.context("the API server does not answer") {
             Ok(Ok(daemonset)) => return Ok(is_going(&daemonset)),
             Ok(Err(kube::Error::Api(status))) if status.code == 404 => return Ok(true),
-            Ok(Err(error)) => anyhow::Error::new(error).context("the API server's answer"),
+            Ok(Err(error)) => anyhow::Error::new(error).context("the API server answered"),
             Err(silence) => silence,
         };
         if *self.going.borrow() { Ok(true) } else { Err(error) }

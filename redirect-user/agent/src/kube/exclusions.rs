@@ -1,4 +1,4 @@
-//! What a pod's annotations exclude from steering.
+//! Networks and ports that a pod's annotations exclude from capture.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,4 +1,4 @@
-//! Keeps the store in step with the API server, through everything that happens to a watch.
+//! Keeps the store in sync with the API server, across failures and restarts of watches.
 
 use std::fmt::Debug;
 use std::hash::{BuildHasher, RandomState};
@@ -89,7 +89,7 @@ where
                 Ok(None) | Err(_) => {
                     failures = failures.saturating_add(1);
                     metrics::events().watch_failed(sink.name());
-                    tracing::warn!(of = sink.name(), "the API server does not finish its list: asking anew");
+                    tracing::warn!(of = sink.name(), "API server did not finish its list, restarting it");
                     sleep(pause(failures, patience)).await;
                     break;
                 }
@@ -97,7 +97,7 @@ where
             listing = matches!(event, Event::Init | Event::InitApply(_));
             // Every attempt at a list begins with it, also one that comes to nothing.
             if !matches!(event, Event::Init) && std::mem::take(&mut failures) > 0 {
-                tracing::info!(of = sink.name(), "the API server answers again");
+                tracing::info!(of = sink.name(), "API server answers again");
             }
             match event {
                 Event::Init => sink.begin(),
@@ -113,7 +113,7 @@ where
 /// The first failure and every tenth are for people to read.
 fn tell(error: &watcher::Error, failures: u32, of: &str) {
     if failures % 10 != 1 {
-        return tracing::debug!(of, %error, failures, "the API server can't be watched");
+        return tracing::debug!(of, %error, failures, "API server watch failed");
     }
     let forbidden = matches!(
         error,
@@ -126,7 +126,7 @@ fn tell(error: &watcher::Error, failures: u32, of: &str) {
     } else {
         "the agent goes on with what it knows, and tries again"
     };
-    tracing::warn!(of, %error, failures, remedy, "the API server can't be watched");
+    tracing::warn!(of, %error, failures, remedy, "API server watch failed");
 }
 
 /// Doubles with every failure, and differs between nodes, which all lose the API server at once.
@@ -157,7 +157,7 @@ impl PodSink {
             pod = name,
             uid,
             error,
-            "the API server's pod can't be read: it stays as it was known"
+            "ignoring an invalid pod from the API server; keeping its last valid state"
         );
         self.store.pod(&uid?).map(|known| known.pod)
     }
@@ -208,7 +208,7 @@ struct NamespaceSink {
 impl NamespaceSink {
     fn view(&self, namespace: PartialObjectMeta<Namespace>) -> Option<NamespaceView> {
         NamespaceView::new(namespace.metadata, &self.rules)
-            .inspect_err(|error| tracing::warn!(%error, "the API server's namespace can't be read"))
+            .inspect_err(|error| tracing::warn!(%error, "ignoring an invalid namespace from the API server"))
             .ok()
     }
 }

@@ -58,7 +58,8 @@ impl FromStr for EnableLabel {
                 Ok(Self { key: key.into(), value: value.into() })
             }
             _ => Err(format!(
-                "{text:?} is no label that enrols: write key=value, with another value than {OPT_OUT}"
+                "{text:?} is not a label that enrolls pods: write key=value, with a value other than \
+                 {OPT_OUT}"
             )),
         }
     }

@@ -10,36 +10,35 @@ use super::labels::{EnableLabel, Rules};
 #[command(next_help_heading = "Kubernetes")]
 #[group(id = "kubernetes-options")]
 pub struct Options {
-    /// Enrol the pods of this node that Kubernetes wants enrolled; without it, all that the CNI plugin brings
+    /// Enroll pods of this node by their Kubernetes labels; otherwise, every pod that the CNI plugin adds
     #[arg(long, env = "REDIRECT_KUBERNETES", requires = "node_name")]
     pub kubernetes: bool,
-    /// The node's name in Kubernetes
-    #[arg(long, env = "NODE_NAME")]
+    /// Name of this node in Kubernetes
+    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
     pub node_name: Option<String>,
-    /// How to reach the API server; by default KUBECONFIG, ~/.kube/config, then the pod's service account
-    #[arg(long)]
+    /// Kubeconfig for the API server (default: KUBECONFIG, ~/.kube/config, then the pod's service account)
+    #[arg(long, value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
-    /// Namespaces whose pods are never enrolled, and nothing in which is touched; by default kube-system and the
-    /// agent's own
-    #[arg(long, value_delimiter = ',')]
+    /// Namespaces whose pods are never enrolled or changed (default: kube-system and the agent's own)
+    #[arg(long, value_delimiter = ',', value_name = "NAMESPACES")]
     pub exclude_namespaces: Option<Vec<String>>,
-    /// The agent's own namespace
-    #[arg(long, env = "POD_NAMESPACE")]
+    /// Namespace of the agent's pod
+    #[arg(long, env = "POD_NAMESPACE", value_name = "NAME")]
     pub pod_namespace: Option<String>,
-    /// The agent's own DaemonSet: when it is deleted, the agent takes the CNI plugin out of the chain as it ends
-    #[arg(long, env = "DAEMONSET_NAME", requires = "pod_namespace")]
+    /// DaemonSet of the agent: if it is deleted, the agent removes the CNI plugin from the chain when it stops
+    #[arg(long, env = "DAEMONSET_NAME", requires = "pod_namespace", value_name = "NAME")]
     pub daemonset: Option<String>,
-    /// The label that enrols a pod, or all pods of a namespace; with the value "none" it keeps a pod out
-    #[arg(long, default_value_t)]
+    /// Label that enrolls a pod, or all pods of a namespace; the value "none" opts a pod out
+    #[arg(long, default_value_t, value_name = "KEY=VALUE")]
     pub enable_label: EnableLabel,
-    /// Honour the annotations of Istio's sidecars that exclude networks and ports (traffic.sidecar.istio.io/exclude…)
+    /// Honor the annotations of Istio's sidecars that exclude networks and ports (traffic.sidecar.istio.io/exclude…)
     #[arg(long)]
     pub istio_exclusions: bool,
-    /// The host's /proc
-    #[arg(long, default_value = "/proc")]
+    /// Path of the host's /proc
+    #[arg(long, default_value = "/proc", value_name = "DIRECTORY")]
     pub host_proc: PathBuf,
-    /// How long node proxies that connect wait for the API server's first answer, in seconds; 0: for as long as it takes
-    #[arg(long, default_value_t = 10)]
+    /// How long node proxies wait for the API server's first pod list, in seconds; 0 waits indefinitely
+    #[arg(long, default_value_t = 10, value_name = "SECONDS")]
     pub initial_wait: u64,
 }
 

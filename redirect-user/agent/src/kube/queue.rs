@@ -1,4 +1,4 @@
-//! Pods that have to be looked at: each once at a time, however often it is asked for, now or later.
+//! A work queue of pods: each is processed once at a time, however often it is queued, now or after a delay.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -26,13 +26,13 @@ pub(super) enum Decision {
 pub(super) enum Reason {
     #[error("its namespace is excluded")]
     Excluded,
-    #[error("it is in the node's network (hostNetwork)")]
+    #[error("it uses the node's network (hostNetwork)")]
     HostNetwork,
     #[error("it has ended")]
     Ended,
     #[error("it has a sidecar")]
     Sidecar,
-    #[error("its label keeps it out")]
+    #[error("its label opts it out")]
     OptedOut,
     #[error("neither it nor its namespace has the label")]
     NotLabelled,

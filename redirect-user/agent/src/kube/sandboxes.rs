@@ -1,8 +1,7 @@
-//! Finds the network namespaces of pods that run already, by their processes.
+//! Finds the network namespaces of running pods by their processes.
 //!
-//! Where the API server, the runtime and `/proc` each tell a part, none is believed alone: a namespace counts if a
-//! process whose cgroup is the pod's lives in it, if it is not the host's, and (which `agent::pods` sees to) if it holds
-//! the pod's addresses.
+//! The API server, the runtime and `/proc` each know a part, and none is trusted alone: a namespace counts if a process in the
+//! pod's cgroup runs in it, if it is not the host's, and if it holds the pod's addresses (`agent::pods` checks that).
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
@@ -72,7 +71,8 @@ impl Sandboxes {
         match NetNs::open(&path) {
             Ok(host) => hosts.push(host),
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                tracing::debug!(path = %path.display(), %error, "the agent's own network namespace counts as the host's");
+                tracing::debug!(path = %path.display(), %error, "using the agent's own network namespace \
+                     as the host's");
             }
             Err(error) => {
                 let message = format!("{}: {error}: is it the host's /proc?", path.display());

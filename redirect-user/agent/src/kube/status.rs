@@ -1,4 +1,4 @@
-//! What Kubernetes is told: a pod's annotation, and events.
+//! Reports to Kubernetes: a pod's annotation, and events.
 
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::events::v1::Event;
@@ -61,7 +61,7 @@ impl StatusWriter {
         match pods.patch_status(&pod.name, &PatchParams::default(), &Patch::Merge(&patch)).await {
             Ok(_) => Ok(()),
             Err(Error::Api(status)) if status.code == 404 || status.code == 409 => {
-                tracing::debug!(pod = %pod.identity(), uid = pod.uid, code = status.code, "the pod is gone");
+                tracing::debug!(pod = %pod.identity(), uid = pod.uid, code = status.code, "pod is gone");
                 Ok(())
             }
             Err(error) => Err(error),

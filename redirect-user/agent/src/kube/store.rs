@@ -1,4 +1,4 @@
-//! What is known of this node's pods and of the namespaces. Changes put pods into the queue.
+//! The known pods of this node and the known namespaces. Changes queue the pods concerned.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -178,7 +178,7 @@ impl State {
                     uid = pod.uid,
                     pod = %pod.identity(),
                     other = %known.identity(),
-                    "the API server gives two pods the same UID: the one that was known first is kept, this one is ignored"
+                    "two pods from the API server have the same UID: keeping the first, ignoring this one"
                 );
                 return;
             }

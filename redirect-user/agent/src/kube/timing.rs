@@ -1,4 +1,4 @@
-//! How patient the controller and the admission of pods are.
+//! Deadlines and delays of the controller and of the admission of pods.
 
 use std::time::Duration;
 

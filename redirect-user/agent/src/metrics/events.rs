@@ -1,4 +1,4 @@
-//! What is counted in this process. There is one set of counters, as there is one agent in a process.
+//! Counters of events in this process. There is one set of them, because a process runs one agent.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -121,7 +121,7 @@ impl Events {
 
     /// Under their names.
     pub(super) fn register(&self, registry: &mut Registry) {
-        let seconds = "Time to enrol a pod, by phase: the kernel, the node proxy's acknowledgement";
+        let seconds = "Time to enroll a pod, by phase: the kernel, the node proxy's acknowledgment";
         registry.register_with_unit("enrolment_duration", seconds, Unit::Seconds, self.enrolment.clone());
         registry.register(
             "cni_requests",
@@ -130,7 +130,7 @@ impl Events {
         );
         registry.register(
             "zds_connections",
-            "Node proxies that have connected",
+            "Connections of node proxies since the agent started",
             self.zds_connections.clone(),
         );
         registry.register("zds_answers", "Answers of node proxies: ack or nack", self.zds_answers.clone());
@@ -141,22 +141,22 @@ impl Events {
         );
         registry.register(
             "cni_chain_repairs",
-            "How often the plugin was put into the CNI chain, or back into it",
+            "Insertions of the plugin into the CNI chain, first or repeated",
             self.chain_repairs.clone(),
         );
         registry.register(
             "kubernetes_watch_failures",
-            "Watches of the API server that failed and were begun anew",
+            "API server watches that failed and were restarted",
             self.watch_failures.clone(),
         );
         registry.register(
             "kubernetes_patch_failures",
-            "Annotations of pods that could not be written",
+            "Failed writes of pod annotations",
             self.patch_failures.clone(),
         );
         registry.register(
             "kubernetes_refused_pods",
-            "Pods that can't be enrolled, by reason",
+            "Pods that cannot be enrolled, by reason",
             self.refused_pods.clone(),
         );
     }

@@ -1,7 +1,7 @@
-//! Serves them: HTTP/1, one answer per path and connection.
+//! The HTTP/1 server: one answer per connection.
 //!
-//! Health and readiness have a listener of their own on the node's loopback address, apart from the one for metrics, which
-//! the network reaches. Their answers are in memory: no client makes the agent do work for them.
+//! Health and readiness have a listener of their own on the node's loopback address, apart from the one for metrics, which the
+//! network can reach. Their answers are in memory, so no client makes the agent work for them.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -96,7 +96,7 @@ async fn listen(purpose: Purpose, address: SocketAddr, source: Arc<impl Source>)
             Ok(listener) => break listener,
             Err(error) if !reported => {
                 reported = true;
-                tracing::error!(%address, %error, "cannot listen, trying again: see {}", purpose.option());
+                tracing::error!(%address, %error, "cannot listen, retrying: see {}", purpose.option());
             }
             Err(_) => {}
         }
@@ -109,7 +109,7 @@ async fn listen(purpose: Purpose, address: SocketAddr, source: Arc<impl Source>)
         match listener.accept().await {
             Ok((stream, _)) => connections.serve(stream, &server),
             Err(error) => {
-                tracing::debug!(%error, "a client of the HTTP server can't be accepted");
+                tracing::debug!(%error, "cannot accept HTTP connection");
                 sleep(Duration::from_millis(100)).await;
             }
         }

@@ -1,4 +1,4 @@
-//! What is read at a scrape.
+//! Metrics that are read at each scrape.
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
@@ -60,7 +60,7 @@ impl Collector for Snapshot {
             ];
             (labels, ConstCounter::new(counter.connections))
         });
-        encode(to, ("connections", "Connections that the kernel side decided on", None), connections)?;
+        encode(to, ("connections", "Connections decided on by the kernel side", None), connections)?;
         let map = |name: &str| [("map", name.to_owned())];
         let entries = status.maps.iter().map(|of| (map(&of.name), ConstGauge::new(of.entries as u64)));
         encode(to, ("map_entries", "Entries of eBPF maps in use", None), entries)?;
@@ -70,27 +70,27 @@ impl Collector for Snapshot {
             .programs
             .iter()
             .map(|program| ([("program", program.name.clone())], ConstGauge::new(program.links as u64)));
-        encode(to, ("program_attachments", "Places that an eBPF program is attached to", None), attached)?;
+        encode(to, ("program_attachments", "Attachments of an eBPF program", None), attached)?;
         encode(
             to,
-            ("proxies_connected", "Node proxies that are connected", None),
+            ("proxies_connected", "Connected node proxies", None),
             [([], ConstGauge::new(status.proxies.len() as u64))],
         )?;
         let refused = status.proxies.first().map_or(0, |proxy| proxy.refused.len() as u64);
         encode(
             to,
-            ("proxy_refused_pods", "Pods that the newest node proxy could not serve when last asked", None),
+            ("proxy_refused_pods", "Pods that the newest node proxy rejected", None),
             [([], ConstGauge::new(refused))],
         )?;
         let steered = Family::ALL.map(|family| {
             let steered = pods.iter().filter(|pod| pod.steered.iter().any(|name| name == family.name()));
             ([("ip_family", family.name().to_owned())], ConstGauge::new(steered.count() as u64))
         });
-        encode(to, ("pods_enrolled", "Enrolled pods that have addresses of a family", None), steered)?;
+        encode(to, ("pods_enrolled", "Enrolled pods with addresses of a family", None), steered)?;
         let unserved = pods.iter().filter(|pod| pod.proxy.is_err()).count() as u64;
         encode(
             to,
-            ("pods_unacknowledged", "Enrolled pods that the newest node proxy does not serve", None),
+            ("pods_unacknowledged", "Enrolled pods that the newest node proxy has not acknowledged", None),
             [([], ConstGauge::new(unserved))],
         )?;
         let lost = [
@@ -99,14 +99,14 @@ impl Collector for Snapshot {
             ("slow_listener", status.flows.slow_listener),
         ];
         let lost = lost.map(|(reason, lost)| ([("reason", reason.to_owned())], ConstCounter::new(lost)));
-        encode(to, ("flow_events_lost", "Events of connections that listeners did not get", None), lost)?;
+        encode(to, ("flow_events_lost", "Connection events lost before they reached a monitor", None), lost)?;
         encode(
             to,
-            ("flow_listeners", "Who listens to the events of connections", None),
+            ("flow_listeners", "Attached monitors", None),
             [([], ConstGauge::new(status.flows.listeners as u64))],
         )?;
         let repairs =
             repairs.iter().map(|(kind, count)| ([("kind", (*kind).to_owned())], ConstCounter::new(*count)));
-        encode(to, ("repairs", "What others had changed and the agent put right", None), repairs)
+        encode(to, ("repairs", "Repairs of changes made by other software", None), repairs)
     }
 }

@@ -1,4 +1,4 @@
-//! The text that is sent: OpenMetrics, or the older format of Prometheus for those who do not ask for that.
+//! The exposition formats: OpenMetrics, or the older Prometheus format for clients that don't ask for OpenMetrics.
 
 use prometheus_client::registry::Registry;
 

@@ -18,28 +18,25 @@ pub(crate) enum Error {
     Proxy(#[from] AddError),
     #[error(transparent)]
     Workload(#[from] InvalidWorkload),
-    #[error("pod {pod}: its network namespace can't be identified (this needs Linux 5.14): {source}")]
+    #[error("pod {pod}: cannot identify its network namespace (needs Linux 5.14): {source}")]
     Cookie { pod: PodIdentity, source: std::io::Error },
-    #[error("pod {0} is in the node's own network namespace (hostNetwork), which is never steered")]
+    #[error("pod {0} is in the node's network namespace (hostNetwork), which is never enrolled")]
     HostNetwork(PodIdentity),
-    #[error("pod {0} has no addresses: the plugin has to come after one that sets them")]
+    #[error("pod {0} has no addresses: chain the plugin after one that sets addresses")]
     NoAddresses(PodIdentity),
-    #[error(
-        "pod {pod} has the UID {uid} of pod {other}, which is enrolled: pods can't share a UID, remove one of them"
-    )]
+    #[error("pod {pod} has the same UID {uid} as enrolled pod {other}: remove one of them")]
     SameUid { pod: String, other: String, uid: String },
     #[error(
-        "pod {0} has no process on this node that shows its network namespace: it is looked for again; if this stays, \
-         does the agent run with hostPID, and is the pod's sandbox up?"
+        "pod {0}: no process on this node reveals its network namespace, retrying; if this persists, check \
+         that the agent runs with hostPID and that the pod's sandbox is up"
     )]
     NoNamespace(PodIdentity),
     #[error(
-        "pod {0}: another pod was brought with its network namespace: it is not steered until it has one of its own"
+        "pod {0}: its network namespace belongs to another pod: it is not enrolled until it has one of its \
+         own"
     )]
     NamespaceTaken(PodIdentity),
-    #[error(
-        "pod {0}: its sandbox has been taken down by the runtime: a new one will be enrolled when it is set up"
-    )]
+    #[error("pod {0}: the runtime has torn down its sandbox: the next one will be enrolled")]
     TakenDown(PodIdentity),
     #[error(
         "pod {pod}: {}: Kubernetes says that its address is {address}, but no interface in its network namespace has it: \
@@ -47,10 +44,10 @@ pub(crate) enum Error {
         family(*address)
     )]
     ForeignAddress { pod: PodIdentity, address: IpAddr },
-    #[error("pod {pod}: the addresses in its network namespace can't be read: {source}")]
+    #[error("pod {pod}: cannot read the addresses in its network namespace: {source}")]
     Addresses { pod: PodIdentity, source: std::io::Error },
     #[error("container {0} is not enrolled: add it again")]
     Unknown(String),
-    #[error("pod {pod} is not steered as it should be, missing: {missing}; add it again")]
+    #[error("pod {pod} is not captured completely, missing: {missing}; add it again")]
     Missing { pod: PodIdentity, missing: String },
 }

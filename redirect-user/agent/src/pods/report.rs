@@ -1,4 +1,4 @@
-//! What can be told about pods.
+//! Reports about pods.
 
 use std::collections::BTreeSet;
 

@@ -1,4 +1,4 @@
-//! Taking over what the agent before this one steered.
+//! Adopts the pods of the previous agent.
 
 use std::collections::BTreeSet;
 
@@ -32,7 +32,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 None => None,
             };
             let Some(netns) = netns else {
-                tracing::info!(pod = %record.identity, uid = record.identity.uid, "the pod ended while no agent ran");
+                tracing::info!(pod = %record.identity, uid = record.identity.uid, "pod ended while no \
+                     agent ran");
                 self.records.remove(cookie);
                 restored.gone += 1;
                 continue;
@@ -42,12 +43,13 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 tracing::info!(
                     pod = %record.identity,
                     uid = record.identity.uid,
-                    "the pod's enrolment was cut short by the end of an agent: it is undone, and has to be asked for again"
+                    "rolled back an enrollment that a previous agent did not complete; the pod has to be \
+                     added again"
                 );
                 self.unenroll(&target, Removal::Everything, None).await;
                 let tidied = self.kernel.run(move |datapath| datapath.tidy(&target)).await;
                 if let Ok(Err(error)) = tidied {
-                    tracing::warn!(pod = %record.identity, %error, "something of the pod may be left behind");
+                    tracing::warn!(pod = %record.identity, %error, "pod was not removed completely");
                 }
                 self.records.remove(cookie);
                 restored.undone += 1;
@@ -67,11 +69,11 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                     enrolled.steered = true;
                 }
                 Err(error) => {
-                    tracing::warn!(pod = %identity, %error, "the pod can't be taken over as it should be");
+                    tracing::warn!(pod = %identity, %error, "cannot adopt the pod completely");
                 }
             }
             if let Err(error) = self.proxies.set(workload(&enrolled.target)) {
-                tracing::warn!(pod = %identity, %error, "the proxies are not told of the pod");
+                tracing::warn!(pod = %identity, %error, "pod is not announced to node proxies");
             }
             self.own(&enrolled.target).await;
             self.follow(&enrolled.target);

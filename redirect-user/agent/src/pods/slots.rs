@@ -1,4 +1,4 @@
-//! Things by name, each behind a lock of its own, so that work on one does not wait for work on another.
+//! Named slots, each behind its own lock, so that work on one does not wait for work on another.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -1,5 +1,4 @@
-//! What the log says of pods: one line for each change of a pod's state, with its UID, its families and how long the change
-//! took.
+//! Logs the changes of pods: one line for each, with the pod's UID, its families and the duration of the change.
 
 use std::time::{Duration, Instant};
 
@@ -16,13 +15,13 @@ pub(super) fn steered(target: &Target, observation: &Observation, began: Instant
         addresses = %list(target.addresses.iter()),
         microseconds = microseconds(began.elapsed()),
         proxy_microseconds = microseconds(proxy),
-        "pod is steered"
+        "pod enrolled"
     );
     if !observation.namespace.ipv6 {
         tracing::info!(
             pod = %target.identity,
             uid = target.identity.uid,
-            "IPv6 is off on the pod's lo: the pod is steered in IPv4 alone, connections in IPv6 are dropped"
+            "IPv6 is disabled on the pod's lo: capturing IPv4 only, dropping IPv6 connections"
         );
     }
 }
@@ -35,7 +34,7 @@ pub(super) fn not_enrolled(pod: &PodIdentity, addresses: &PodAddresses, began: I
         families = %list(addresses.families()),
         microseconds = microseconds(began.elapsed()),
         %error,
-        "pod can't be enrolled"
+        "cannot enroll pod"
     );
 }
 
@@ -47,7 +46,7 @@ pub(super) fn changed(target: &Target, began: Instant) {
         families = %list(target.addresses.families()),
         addresses = %list(target.addresses.iter()),
         microseconds = microseconds(began.elapsed()),
-        "pod has changed"
+        "pod changed"
     );
 }
 
@@ -59,7 +58,7 @@ pub(super) fn broken(target: &Target, began: Instant, error: &Error) {
         families = %list(target.addresses.families()),
         microseconds = microseconds(began.elapsed()),
         %error,
-        "the pod can't be kept in step"
+        "cannot reconcile pod"
     );
 }
 
@@ -70,7 +69,7 @@ pub(super) fn mended(target: &Target, began: Instant) {
         uid = target.identity.uid,
         families = %list(target.addresses.families()),
         microseconds = microseconds(began.elapsed()),
-        "pod is steered again"
+        "pod captured again"
     );
 }
 
@@ -82,7 +81,7 @@ pub(super) fn no_longer_steered(target: &Target, began: Instant, proxy: Duration
         families = %list(target.addresses.families()),
         microseconds = microseconds(began.elapsed()),
         proxy_microseconds = microseconds(proxy),
-        "pod is no longer steered"
+        "pod un-enrolled"
     );
 }
 

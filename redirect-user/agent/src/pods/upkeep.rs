@@ -1,4 +1,4 @@
-//! Keeping pods steered, whatever others do.
+//! Reconciles pods whose data path other software has changed.
 
 use std::time::Instant;
 
@@ -31,7 +31,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 Ok(()) => self.repairs.of_namespace(&known.target.identity),
                 Err(error) => {
                     let pod = &known.target.identity;
-                    tracing::debug!(%pod, %error, "what is now where the pod's network namespace was is not the pod's");
+                    tracing::debug!(%pod, %error, "the namespace at the pod's path is no longer the pod's");
                 }
             }
         }
@@ -112,7 +112,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 if known.steered {
                     tell::broken(&known.target, began, &error);
                 } else {
-                    tracing::debug!(pod = %known.target.identity, %error, "the pod is still broken");
+                    tracing::debug!(pod = %known.target.identity, %error, "pod is still broken");
                 }
                 known.steered = false;
             }

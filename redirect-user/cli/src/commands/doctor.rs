@@ -6,10 +6,10 @@ use super::Output;
 use super::show::{json, table};
 use crate::doctor::{self, Check, Requirements, State};
 
-/// What is looked at, and how it is printed.
+/// What to examine, and how to print it.
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
-    /// How to print
+    /// Output format
     #[arg(short, long, value_enum, default_value_t)]
     output: Output,
     // Last: what comes after it would be under its heading.

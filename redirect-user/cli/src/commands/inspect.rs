@@ -24,13 +24,13 @@ pub(super) struct PodQuery {
 /// Which connection.
 #[derive(Debug, clap::Args)]
 pub(super) struct ExplainQuery {
-    /// The pod that connects: NAMESPACE/NAME, name or UID
+    /// Pod that connects: NAMESPACE/NAME, name or UID
     #[arg(long, value_name = "POD")]
     from: String,
-    /// Where to: 192.0.2.1:80, [2001:db8::1]:80
+    /// Destination, such as 192.0.2.1:80 or [2001:db8::1]:80
     #[arg(long, value_name = "ADDRESS:PORT")]
     to: SocketAddr,
-    /// The connection's protocol
+    /// Protocol of the connection
     #[arg(long, value_enum, default_value_t)]
     transport: Transport,
     #[command(flatten)]
@@ -41,7 +41,7 @@ pub(super) struct ExplainQuery {
 pub(super) fn pod(PodQuery { name, query }: &PodQuery) -> anyhow::Result<ExitCode> {
     let detail = match ask(query, &Request::Pod { name: name.clone() })? {
         Reply::Pod(detail) => detail,
-        other => anyhow::bail!("the agent gave an answer of the wrong kind: {other:?}"),
+        other => anyhow::bail!("unexpected answer from the agent: {other:?}"),
     };
     match query.output {
         Output::Json => json(&detail)?,
@@ -58,7 +58,7 @@ pub(super) fn explain(asked: &ExplainQuery) -> anyhow::Result<ExitCode> {
     let request = Request::Explain { from: from.clone(), to: *to, transport: *transport };
     let explanation = match ask(query, &request)? {
         Reply::Explained(explanation) => explanation,
-        other => anyhow::bail!("the agent gave an answer of the wrong kind: {other:?}"),
+        other => anyhow::bail!("unexpected answer from the agent: {other:?}"),
     };
     match query.output {
         Output::Json => json(&explanation)?,
@@ -112,9 +112,9 @@ fn explanation_text(explanation: &Explanation) -> String {
     }
     text += &format!("\n⇒ {verdict}\n");
     match wrong.split_first() {
-        None => text += "nothing is wrong on its way\n",
+        None => text += "no fault found on its way\n",
         Some((first, others)) => {
-            text += &format!("wrong: {first}\n");
+            text += &format!("fault: {first}\n");
             others.iter().for_each(|other| text += &format!("also:  {other}\n"));
         }
     }
@@ -173,10 +173,10 @@ mod tests {
             family: "IPv6".into(),
             steps: vec![
                 Step { question: "the pod is in the kernel's map of pods".into(), answer: true },
-                Step { question: "it is to 127.0.0.1 or ::1".into(), answer: false },
+                Step { question: "the destination is 127.0.0.1 or ::1".into(), answer: false },
             ],
             steered: true,
-            verdict: "it is given to the node proxy".into(),
+            verdict: "captured: goes to the node proxy".into(),
             wrong: vec![
                 "IPv6 rule for captured connections is missing".into(),
                 "no node proxy is connected".into(),

@@ -14,7 +14,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(super) struct Options {
     #[command(flatten)]
     filter: FlowFilter,
-    /// End after so many connections
+    /// Exit after this many connections
     #[arg(short, long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
     count: Option<u64>,
     #[command(flatten)]
@@ -33,7 +33,7 @@ pub(super) fn run(Options { filter, count, query }: &Options) -> anyhow::Result<
             return ControlFlow::Break(());
         };
         if !std::mem::replace(&mut begun, true) {
-            eprintln!("redirect: listening to the connections of this node's pods");
+            eprintln!("redirect: monitoring the connections of this node's pods");
         }
         match print(&flows, lost, query.output, &mut left) {
             Ok(()) if left > 0 => ControlFlow::Continue(()),
@@ -63,7 +63,7 @@ fn print(flows: &[FlowReport], lost: u64, output: Output, left: &mut u64) -> io:
     }
     if lost > 0 {
         // Not on the standard output, where programs expect connections.
-        eprintln!("redirect: {lost} connections were lost: they came faster than they were read");
+        eprintln!("redirect: {lost} events lost: they came faster than this terminal reads them");
     }
     out.flush()
 }

@@ -140,7 +140,7 @@ mod tests {
         let text = markdown(Cli::command());
         assert!(!text.contains("--object"));
         for there in
-            ["## redirect agent", "`--pin-dir PIN_DIR`<br>`REDIRECT_PIN_DIR`", "`hold`: ", "### CNI chain"]
+            ["## redirect agent", "`--pin-dir DIRECTORY`<br>`REDIRECT_PIN_DIR`", "`hold`: ", "### CNI chain"]
         {
             assert!(text.contains(there), "{there}");
         }

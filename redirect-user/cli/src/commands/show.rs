@@ -87,15 +87,19 @@ fn status_text(status: &Status) -> String {
     let mut repairs = String::new();
     if !status.repairs.is_empty() {
         let counted = status.repairs.iter().map(|repair| format!("{} {}", repair.repairs, repair.kind));
-        repairs = format!("\nrepaired after changes by others: {}\n", counted.collect::<Vec<_>>().join(", "));
+        repairs = format!(
+            "\nrepairs after changes by other software: {}\n",
+            counted.collect::<Vec<_>>().join(", ")
+        );
     }
     let FlowStatus { listeners, rate_limit, ring_full, slow_listener } = status.flows;
     let flows = format!(
-        "listeners {listeners}; lost to the limit {rate_limit}, to a full buffer {ring_full}, to slow listeners {slow_listener}"
+        "monitors {listeners}; lost to the rate limit {rate_limit}, to a full buffer {ring_full}, to slow \
+         monitors {slow_listener}"
     );
     format!(
-        "agent {} (pid {}), up {}, Linux {}\noutbound programs on {}, TC programs by {}\n\n{features}\n\n{programs}\n\n{maps}\n\n\
-         {}\n\n{}\n\nevents of connections: {flows}\n{repairs}",
+        "agent {} (pid {}), up {}, Linux {}\noutbound programs on {}, TC programs by \
+         {}\n\n{features}\n\n{programs}\n\n{maps}\n\n{}\n\n{}\n\nconnection events: {flows}\n{repairs}",
         status.version,
         status.pid,
         duration(status.uptime),

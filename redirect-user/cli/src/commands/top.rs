@@ -16,11 +16,11 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How often it looks.
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
-    /// Seconds between two looks
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    /// Refresh interval, in seconds
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=3600), value_name = "SECONDS")]
     interval: u64,
-    /// Where the agent listens
-    #[arg(long, default_value = wire::DEFAULT_SOCKET, env = "REDIRECT_SOCKET")]
+    /// The agent's UNIX socket
+    #[arg(long, default_value = wire::DEFAULT_SOCKET, env = "REDIRECT_SOCKET", value_name = "FILE")]
     socket: PathBuf,
 }
 

@@ -17,7 +17,9 @@ pub(super) fn run(command: &Uninstall) -> ExitCode {
         Ok(mut report) => {
             match install::remove(&command.chain) {
                 Ok(changed) => report.chain = changed,
-                Err(error) => report.errors.push(format!("the CNI chain keeps the plugin: {error}")),
+                Err(error) => {
+                    report.errors.push(format!("cannot remove the plugin from the CNI chain: {error}"))
+                }
             }
             exit(show(&report, command.output))
         }
@@ -35,10 +37,11 @@ pub(super) fn run(command: &Uninstall) -> ExitCode {
 fn in_use(directory: &Path, ours: &Path) -> String {
     let running = format!("an agent runs and uses {}", directory.display());
     if directory == ours {
-        format!("{running}: end it first (its DaemonSet, say), or use --force")
+        format!("{running}: stop it first (delete its DaemonSet), or use --force")
     } else {
         format!(
-            "{running}: --known-only leaves its pods alone; end it first, or use --force, to remove them as well"
+            "{running}: --known-only leaves its pods alone; stop it first, or use --force, to remove them \
+             as well"
         )
     }
 }
@@ -48,8 +51,9 @@ fn show(report: &Report, output: Output) -> anyhow::Result<()> {
         Output::Json => println!("{}", serde_json::to_string_pretty(report)?),
         Output::Table => {
             for NamespaceReport { inode, pod, removed } in &report.namespaces {
-                let pod =
-                    pod.as_ref().map_or_else(|| "a pod of no record".into(), |pod| format!("pod {pod}"));
+                let pod = pod
+                    .as_ref()
+                    .map_or_else(|| "a pod without a checkpoint".into(), |pod| format!("pod {pod}"));
                 println!(
                     "{pod}, network namespace {inode}: removed {} TC filters, {} rules, {} routes; turned off {} sysctls",
                     removed.filters, removed.rules, removed.routes, removed.sysctls
@@ -71,7 +75,7 @@ fn show(report: &Report, output: Output) -> anyhow::Result<()> {
             }
             let found = report.namespaces.len() + report.pins.len() + report.records + report.chain.len();
             if found + report.errors.len() == 0 && report.host == HostReport::default() {
-                println!("nothing was there");
+                println!("nothing to remove");
             }
         }
     }

@@ -10,13 +10,13 @@ use crate::validate::{Finding, validate};
 /// How it is looked.
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
-    /// The port to connect to: one that is not excluded from steering
-    #[arg(long, default_value_t = 80, value_parser = clap::value_parser!(u16).range(1..))]
+    /// Port to connect to; it must not be excluded from capture
+    #[arg(long, default_value_t = 80, value_parser = clap::value_parser!(u16).range(1..), value_name = "PORT")]
     port: u16,
-    /// How long an answer may take, in seconds
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
+    /// How long to wait for an answer, in seconds
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..), value_name = "SECONDS")]
     timeout: u64,
-    /// How to print
+    /// Output format
     #[arg(short, long, value_enum, default_value_t)]
     output: Output,
 }

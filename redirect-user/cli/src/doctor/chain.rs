@@ -1,4 +1,4 @@
-//! Whether container runtimes call our plugin.
+//! Checks that container runtimes call our plugin.
 
 use super::{Check, Requirements};
 use redirect_agent::install::{self, PLUGIN};
@@ -16,8 +16,8 @@ pub(super) fn checks(requirements: &Requirements) -> Vec<Check> {
         (true, Ok(plugin)) => Check::ok(NAME, format!("{configuration} has {}", plugin.display())),
         (true, Err(problem)) => Check::broken(
             NAME,
-            format!("{configuration} has {PLUGIN}, so that no pod starts: {problem}"),
-            "redirect install puts the plugin in its place, redirect install --remove takes it out of the chain",
+            format!("{configuration} contains {PLUGIN}, and no pod starts: {problem}"),
+            "redirect install installs the plugin, redirect install --remove removes it from the chain",
         ),
         (false, _) => Check::warn(
             NAME,

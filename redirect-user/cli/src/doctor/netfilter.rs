@@ -1,4 +1,4 @@
-//! Rules that another agent of a mesh left in the namespaces of enrolled pods: Istio's chains, of iptables and of nftables.
+//! Finds netfilter rules of other mesh agents in the namespaces of enrolled pods: Istio's chains, in iptables and nftables.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,7 +17,7 @@ pub(super) fn checks(requirements: &Requirements) -> Vec<Check> {
         |detail| Check::warn(NAME, detail, "run it as root, in the host's network and PID namespaces");
     let pods = match super::enrolled(requirements) {
         Ok(pods) => pods,
-        Err(error) => return vec![unread(format!("the enrolled pods can't be read: {error}"))],
+        Err(error) => return vec![unread(format!("cannot read the enrolled pods: {error}"))],
     };
     let mut checks = Vec::new();
     let mut fine = 0;
@@ -31,13 +31,14 @@ pub(super) fn checks(requirements: &Requirements) -> Vec<Check> {
                 checks.push(Check::warn(
                     NAME,
                     format!(
-                        "pod {pod} has those of another mesh agent as well ({}): connections may be redirected twice",
+                        "pod {pod} also has those of another mesh agent ({}): connections may be \
+                         redirected twice",
                         names.join(", ")
                     ),
                     "restart the pod once istio-cni is gone, or remove its rules",
                 ));
             }
-            Err(error) => checks.push(unread(format!("those of pod {pod} can't be read: {error}"))),
+            Err(error) => checks.push(unread(format!("cannot read those of pod {pod}: {error}"))),
         }
     }
     if checks.is_empty() {

@@ -1,4 +1,4 @@
-//! Programs of others at our hooks: of the cgroup, and on the devices of enrolled pods.
+//! Finds programs of other software at our hooks: on the cgroup, and on the devices of enrolled pods.
 
 use std::collections::BTreeSet;
 
@@ -14,16 +14,18 @@ pub(super) fn at_cgroup(requirements: &Requirements) -> Vec<Check> {
     let shown = cgroup.display();
     let hooks = match linux::at_cgroup(&cgroup) {
         Ok(hooks) => hooks,
-        Err(error) => return vec![unread(NAME, format!("those of {shown} can't be read: {error}"))],
+        Err(error) => return vec![unread(NAME, format!("cannot read those of {shown}: {error}"))],
     };
     let warning = |hook: &Attached, before: &str| {
         Check::warn(
             NAME,
             format!(
-                "{} of {shown}: {before} runs before ours, and the node proxy gets connections for the addresses that it chooses",
+                "{} of {shown}: {before} runs before ours, so the node proxy sees the destination \
+                 addresses that it chooses",
                 hook.place
             ),
-            "nothing, if that is wanted; else Linux 6.17, where ours come first, and a restart of the agent",
+            "nothing, if that is intended; otherwise Linux 6.17, where ours run first, and a restart of \
+             the agent",
         )
     };
     let mut checks = warnings(&hooks, warning);
@@ -37,7 +39,7 @@ pub(super) fn on_devices(requirements: &Requirements) -> Vec<Check> {
     const NAME: &str = "TC programs of others";
     let pods = match super::enrolled(requirements) {
         Ok(pods) => pods,
-        Err(error) => return vec![unread(NAME, format!("the enrolled pods can't be read: {error}"))],
+        Err(error) => return vec![unread(NAME, format!("cannot read the enrolled pods: {error}"))],
     };
     let (mut checks, mut devices) = (Vec::new(), Vec::new());
     for found in pods {
@@ -45,7 +47,7 @@ pub(super) fn on_devices(requirements: &Requirements) -> Vec<Check> {
         let attached = match linux::on_devices(&netns) {
             Ok(attached) => attached,
             Err(error) => {
-                checks.push(unread(NAME, format!("those of pod {pod} can't be read: {error}")));
+                checks.push(unread(NAME, format!("cannot read those of pod {pod}: {error}")));
                 continue;
             }
         };
@@ -53,7 +55,8 @@ pub(super) fn on_devices(requirements: &Requirements) -> Vec<Check> {
             Check::warn(
                 NAME,
                 format!(
-                    "pod {pod}: {}: {before} runs before ours, and what it decides on does not reach the node proxy",
+                    "pod {pod}: {}: {before} runs before ours, and packets that it decides on do not reach \
+                     the node proxy",
                     device.place
                 ),
                 "attach it after ours, with BPF_F_AFTER or as a filter with a priority of 3 or more",

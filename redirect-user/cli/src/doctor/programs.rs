@@ -1,4 +1,4 @@
-//! The kernel side itself, given to the kernel's verifier.
+//! Passes the programs to the kernel's verifier.
 
 use super::{Cause, Check, Requirements};
 use redirect_datapath::linux;

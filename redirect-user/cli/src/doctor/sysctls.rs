@@ -1,4 +1,4 @@
-//! Sysctls that enrolment needs, and those of the node that make a difference.
+//! Checks the sysctls that enrollment needs, and those of the node that matter.
 
 use std::fs;
 use std::path::Path;
@@ -21,7 +21,7 @@ fn of_pods() -> Check {
     }
     Check::broken(
         "sysctls of pods",
-        format!("the kernel lacks {}: pods can't be enrolled", missing.join(", ")),
+        format!("the kernel lacks {}: pods cannot be enrolled", missing.join(", ")),
         "Linux 5.14 has all of them; in a container, /proc/sys/net has to be the kernel's",
     )
 }
@@ -30,11 +30,11 @@ fn jit() -> Check {
     match read("net/core/bpf_jit_enable") {
         Some(0) => Check::warn(
             "net.core.bpf_jit_enable",
-            "0: programs are interpreted, which makes each packet several times as dear",
+            "0: the kernel interprets programs, which makes each packet several times as expensive",
             "sysctl -w net.core.bpf_jit_enable=1",
         ),
         Some(value) => Check::ok("net.core.bpf_jit_enable", value.to_string()),
-        None => Check::ok("net.core.bpf_jit_enable", "not there: a kernel that always compiles"),
+        None => Check::ok("net.core.bpf_jit_enable", "absent: this kernel always compiles programs"),
     }
 }
 
@@ -42,7 +42,7 @@ fn syn_cookies() -> Check {
     match read("net/ipv4/tcp_syncookies") {
         Some(0) => Check::warn(
             "net.ipv4.tcp_syncookies",
-            "0: a flood of SYNs keeps clients out of pods whose namespaces have the same",
+            "0: a SYN flood keeps clients out of pods whose namespaces have the same setting",
             "sysctl -w net.ipv4.tcp_syncookies=1",
         ),
         Some(value) => Check::ok("net.ipv4.tcp_syncookies", value.to_string()),

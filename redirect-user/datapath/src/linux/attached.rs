@@ -1,4 +1,4 @@
-//! What is attached where our programs are, whoever's it is.
+//! Lists the programs attached to our hooks, ours and others.
 
 use std::collections::BTreeSet;
 use std::fs::File;

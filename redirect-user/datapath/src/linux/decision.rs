@@ -1,4 +1,4 @@
-//! What the kernel side would decide about a connection: the code that it runs, on the maps that it reads.
+//! Computes the kernel side's decision on a connection, with the same code and the same maps.
 
 use std::cell::RefCell;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -67,9 +67,9 @@ impl Asked<'_> {
         };
         ask("the pod is in the kernel's map of pods".into(), true);
         if self.port == redirect_ebpf::constants::PORT_DOMAIN {
-            ask("the pod's DNS questions go to the proxy".into(), flags.contains(PodFlags::DNS));
+            ask("the pod's DNS queries go to the proxy".into(), flags.contains(PodFlags::DNS));
         }
-        ask("it is to 127.0.0.1 or ::1".into(), I::is_loopback(destination));
+        ask("the destination is 127.0.0.1 or ::1".into(), I::is_loopback(destination));
         let connect = Connect {
             protocol: self.protocol,
             destination,
@@ -94,14 +94,14 @@ impl Asked<'_> {
                 *failed.borrow_mut() = Some(error);
                 false
             });
-            ask("an exclusion of the node or of the pod holds".into(), excluded)
+            ask("an exclusion of the node or the pod covers it".into(), excluded)
         };
         let outbound = decide::outbound::<I>(&connect, own, excluded);
         if let Some(error) = failed.into_inner() {
             return Err(error);
         }
         if matches!(outbound, Outbound::Capture | Outbound::Pass(redirect_ebpf::count::Reason::LinkScoped)) {
-            ask("it is link-local (IPv6), or to a group".into(), I::is_link_scoped(destination));
+            ask("the destination is link-local (IPv6) or a group".into(), I::is_link_scoped(destination));
         }
         Ok(Decision { outbound, steps: steps.into_inner() })
     }

@@ -1,5 +1,5 @@
-//! Which devices of the host lead to a pod, placement `node`. The kernel tells: each end of a veth pair names the index of
-//! the other one and the namespace that it is in. What the CNI plugins call them does not matter.
+//! Finds the host's devices that lead to a pod, placement `node`. Each end of a veth pair names the index and the namespace of the
+//! other one, so the names that CNI plugins give them do not matter.
 
 use std::io;
 

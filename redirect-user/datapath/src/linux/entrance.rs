@@ -1,8 +1,8 @@
-//! The entrance, placement `node`: a device of the host through which packets of pods reach the proxy, and the rules and
-//! routes that deliver locally whatever comes in there.
+//! The ingress device, placement `node`: packets of pods reach the proxy through this device of the host, and rules and routes
+//! deliver locally whatever arrives there.
 //!
-//! It is one end of a pair of devices. Nothing is ever sent through the pair: packets are put to the end that is ours as
-//! if they had come through.
+//! It is one end of a veth pair. Nothing is ever sent through the pair: the programs redirect packets to this end as if they had
+//! arrived through it.
 
 use std::fs;
 use std::io;
@@ -55,7 +55,8 @@ impl EarlyDemuxNote {
     /// Notes that it was.
     pub fn write(&self) {
         if let Err(error) = fs::write(&self.0, "true") {
-            tracing::warn!(path = %self.0.display(), %error, "a note can't be written: is its file system full?");
+            tracing::warn!(path = %self.0.display(), %error, "cannot save sysctl state: is its file system \
+                 full?");
         }
     }
 }
@@ -151,7 +152,7 @@ fn turn_early_demux_off(netlink: &mut Netlink, note: &EarlyDemuxNote) -> anyhow:
     netlink.set_alias(ENTRANCE, WAS_ON)?;
     note.write();
     fs::write(EARLY_DEMUX, "0")
-        .with_context(|| format!("{EARLY_DEMUX} can't be written: is /proc/sys read-only?"))?;
+        .with_context(|| format!("cannot write {EARLY_DEMUX}: is /proc/sys read-only?"))?;
     Ok(true)
 }
 

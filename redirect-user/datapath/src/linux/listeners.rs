@@ -1,4 +1,4 @@
-//! How the socket lookup comes to know the proxies' listeners.
+//! Which programs store the proxies' listeners for the socket lookup.
 
 use anyhow::Context as _;
 
@@ -16,7 +16,8 @@ pub enum NotedBy {
 impl NotedBy {
     /// As the kernel allows it.
     pub fn probe() -> anyhow::Result<Self> {
-        let may = probe::tc_may_keep_sockets().context("it can't be found out who may note listeners")?;
+        let may =
+            probe::tc_may_keep_sockets().context("cannot find out which programs may store listeners")?;
         Ok(if may { Self::Tc } else { Self::SockOps })
     }
 }

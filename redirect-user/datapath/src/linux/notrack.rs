@@ -1,4 +1,4 @@
-//! Placement `node`: keeps the host's connection tracking away from what comes in at the entrance.
+//! Placement `node`: exempts packets on the ingress device from the host's connection tracking.
 //!
 //! Where the host translates addresses of Services (kube-proxy does), the address of a pod would take the place of the one
 //! that was dialled before the proxy's socket has the packet: the proxy would not know the Service, and no socket the next
@@ -42,8 +42,8 @@ pub(super) fn ensure() -> bool {
         TOLD.call_once(|| {
             tracing::warn!(
                 %error,
-                "pods that are steered can't reach Services whose addresses the host translates: the kernel does not take \
-                 the rule of nftables that keeps connection tracking off device {ENTRANCE} (CONFIG_NF_TABLES, CONFIG_NFT_CT)"
+                "cannot exempt device {ENTRANCE} from connection tracking by nftables (CONFIG_NF_TABLES, \
+                 CONFIG_NFT_CT): enrolled pods cannot reach Services whose addresses the host translates"
             );
         });
         false

@@ -1,4 +1,4 @@
-//! The object: its maps, adopted from the pins or made, and its programs, always its own.
+//! Loads the eBPF object. Its maps are reused from the pins or created; its programs are always its own.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -60,7 +60,7 @@ const REMEDY: &str =
 /// As [`load`], with maps that are pinned. Returns their pins as well.
 pub(super) fn load_pinned(settings: &Settings, pins: &Pins) -> anyhow::Result<(Ebpf, Vec<PathBuf>)> {
     let bytes = bytes(settings)?;
-    let object = aya_obj::Object::parse(&bytes).context("the eBPF object can't be read")?;
+    let object = aya_obj::Object::parse(&bytes).context("cannot parse the eBPF object")?;
     let capacities = capacities(settings);
     let mut loader = loader(settings);
     let mut paths = Vec::new();
@@ -80,7 +80,7 @@ pub(super) fn load_pinned(settings: &Settings, pins: &Pins) -> anyhow::Result<(E
             Ok(found) if found == layout => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             found => {
-                tracing::warn!(pin = %path.display(), ?found, "the pin is not that of our map: it is replaced");
+                tracing::warn!(pin = %path.display(), ?found, "replacing a pin that is not our map");
                 fs::remove_file(&path).with_context(|| path.display().to_string())?;
             }
         }
@@ -104,7 +104,7 @@ fn outlives_the_agent(map: &str, kind: EbpfSectionKind) -> bool {
 /// What the programs tell of what should not occur. Before they are loaded.
 pub(super) fn log(object: &mut Ebpf) -> anyhow::Result<(EbpfLogger<Words>, Arc<AtomicU32>)> {
     let (words, read) = Words::counted();
-    Ok((EbpfLogger::init_with_logger(object, words).context("the log of the eBPF programs")?, read))
+    Ok((EbpfLogger::init_with_logger(object, words).context("drop log of the eBPF programs")?, read))
 }
 
 fn bytes(settings: &Settings) -> anyhow::Result<Cow<'static, [u8]>> {
@@ -188,7 +188,7 @@ impl Programs {
                 Program::SockOps(program) => SockOps::load(program),
                 other => bail!("program {name} is of an unexpected type {:?}", other.prog_type()),
             };
-            loaded.with_context(|| format!("the kernel refuses program {name}"))?;
+            loaded.with_context(|| format!("the kernel rejects program {name}"))?;
             let fd = program.fd()?.as_fd().try_clone_to_owned()?;
             programs.insert(name, link::Program { fd, id: program.info()?.id() });
         }

@@ -45,20 +45,20 @@ pub struct Pins {
 
 /// Why the directory can't be had.
 #[derive(Debug, thiserror::Error)]
-#[error("another agent uses {}: end it first", .0.display())]
+#[error("another agent uses {}: stop it first", .0.display())]
 pub struct InUse(pub PathBuf);
 
 impl Pins {
     /// Makes the directory if need be, and takes it.
     pub fn open(directory: &Path) -> anyhow::Result<Self> {
         let shown = directory.display();
-        match bpffs(directory).with_context(|| format!("the pin directory {shown} can't be examined"))? {
+        match bpffs(directory).with_context(|| format!("cannot examine the pin directory {shown}"))? {
             Some(Bpffs::Mounted) => {}
             Some(Bpffs::Mountable) => mount_bpffs()?,
             None => bail!("the pin directory {shown} is not on a bpffs: {NO_BPFFS_REMEDY}"),
         }
         let make = |path: &Path| DirBuilder::new().recursive(true).mode(0o700).create(path);
-        make(directory).with_context(|| format!("the pin directory {shown} can't be made"))?;
+        make(directory).with_context(|| format!("cannot create the pin directory {shown}"))?;
         let waited = Instant::now();
         let lock = loop {
             match Self::lock(directory)? {
@@ -117,14 +117,14 @@ impl Pins {
         for entry in fs::read_dir(&self.directory)? {
             let path = entry?.path();
             if path != maps && is_of_maps(&path) {
-                tracing::info!(path = %path.display(), "maps of another layout are removed");
+                tracing::info!(path = %path.display(), "removing maps of another layout");
                 fs::remove_dir_all(&path).with_context(|| path.display().to_string())?;
             }
         }
         for entry in fs::read_dir(&maps)? {
             let path = entry?.path();
             if !current.contains(&path) {
-                tracing::info!(path = %path.display(), "a map of another layout is removed");
+                tracing::info!(path = %path.display(), "removing a map of another layout");
                 fs::remove_file(&path).with_context(|| path.display().to_string())?;
             }
         }

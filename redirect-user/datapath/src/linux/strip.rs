@@ -1,4 +1,4 @@
-//! Takes everything of ours out of a network namespace, whoever put it there and whatever is known about it.
+//! Removes everything that this project created from a network namespace, without checkpoints.
 
 use std::collections::BTreeSet;
 use std::io;

@@ -56,7 +56,7 @@ impl Sysctls {
 
     pub(super) fn turn_on(&self, sysctl: Sysctl) -> anyhow::Result<()> {
         self.write(sysctl, b"1")
-            .with_context(|| format!("{} can't be written: is /proc/sys read-only?", sysctl.name()))
+            .with_context(|| format!("cannot write {}: is /proc/sys read-only?", sysctl.name()))
     }
 
     pub(super) fn turn_off(&self, sysctl: Sysctl) -> io::Result<()> {

@@ -1,11 +1,11 @@
 //! TC programs on the interfaces of pods, as clsact filters or as tcx links.
 //!
-//! A tcx link (Linux 6.6) is the more robust attachment: nobody but its holder can remove it. But the kernel waits for an
-//! RCU grace period under the rtnl lock whenever one is made or removed: 8 to 16 ms each, which nobody on the node can
-//! make or change a device in. A pod needs six. A clsact filter takes some 50 µs and is what the agent uses for new pods,
-//! unless it is told otherwise (`--tc tcx`). But an interface that gets its clsact qdisc, or loses it, drops what is sent
-//! meanwhile (`qdisc_graft` deactivates the device): a connection of a running pod that loses its SYN so stands still for a
-//! second. So pods that are taken on while they run get tcx links, where the kernel has them.
+//! A tcx link (Linux 6.6) is the more robust attachment: only its holder can remove it. But the kernel waits for an RCU grace
+//! period under the rtnl lock whenever one is created or removed: 8 to 16 ms each, during which nothing on the node can create or
+//! change a device. A pod needs six. A clsact filter takes about 50 µs, and is what the agent uses for new pods by default
+//! (`--tc tcx` overrides that). But an interface that gains or loses its clsact qdisc drops what is sent meanwhile (`qdisc_graft`
+//! deactivates the device): a connection of a running pod that loses its SYN this way stalls for a second. So adopted pods get tcx
+//! links, where the kernel has them.
 //!
 //! Each program has its own place on an interface: a side, a priority and a handle. So it is found again by whoever
 //! comes later, and the program of another build is replaced in one step.
@@ -41,7 +41,7 @@ pub enum TcMethod {
     /// Filters of a clsact qdisc.
     #[default]
     Clsact,
-    /// tcx links. Needs Linux 6.6.
+    /// tcx links; needs Linux 6.6.
     Tcx,
 }
 
@@ -265,7 +265,7 @@ fn probe(programs: &Programs, method: TcMethod, hook: Hook) -> anyhow::Result<()
     let program = programs.get(hook.program())?;
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
-            unshare(CloneFlags::CLONE_NEWNET).context("a network namespace for probing can't be made")?;
+            unshare(CloneFlags::CLONE_NEWNET).context("cannot create a network namespace for probing")?;
             match method {
                 TcMethod::Tcx => Link::create(program, place(hook.side(), LOOPBACK_INDEX))
                     .map(drop)

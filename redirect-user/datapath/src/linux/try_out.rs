@@ -1,4 +1,4 @@
-//! Gives the kernel side to the kernel without using it.
+//! Loads the programs without attaching them, to see whether the kernel accepts them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;

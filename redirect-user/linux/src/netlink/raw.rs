@@ -1,5 +1,5 @@
-//! Answers of the kernel as they come. It tells much of each object, most of which nobody asks for: to read all of it takes the
-//! agent longer than the kernel needs to write it.
+//! Raw answers of the kernel. It sends many attributes of each object, most of which the agent doesn't need: decoding all of them
+//! would take longer than the kernel needs to write them.
 
 use rtnetlink::packet_core::{DecodeError, NetlinkDeserializable, NetlinkHeader};
 

@@ -1,4 +1,4 @@
-//! Address families that the kernel speaks.
+//! Address families that the kernel supports.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ pub(super) fn checks(_: &Requirements) -> Vec<Check> {
     }
     vec![Check::warn(
         "IPv6",
-        "off in this kernel: pods are steered in IPv4 alone, and have no other family",
+        "off in this kernel: pods have IPv4 only",
         "for IPv6, boot without ipv6.disable=1",
     )]
 }

@@ -1,4 +1,4 @@
-//! What the data path needs of the kernel's BPF.
+//! BPF features that the data path needs.
 
 use std::os::fd::{AsFd as _, RawFd};
 
@@ -134,7 +134,7 @@ fn hook_check(needs: &HookNeeds) -> Check {
         match tiny::has_helper(needs.hook, *helper) {
             Ok(true) => {}
             Ok(false) => lacking.push((*name, *remedy)),
-            Err(error) => return missing(needs.name, format!("{name} can't be probed: {error}"), remedy),
+            Err(error) => return missing(needs.name, format!("cannot probe {name}: {error}"), remedy),
         }
     }
     if lacking.is_empty() {
@@ -170,10 +170,10 @@ fn maps() -> Check {
 fn listeners() -> Check {
     const NAME: &str = "listeners";
     match tiny::tc_may_keep_sockets() {
-        Ok(true) => Check::ok(NAME, "noted by TC programs"),
-        Ok(false) => Check::ok(NAME, "noted by sock_ops: TC programs may not (Linux 7.3)"),
+        Ok(true) => Check::ok(NAME, "stored by TC programs"),
+        Ok(false) => Check::ok(NAME, "stored by sock_ops: TC programs may not (Linux 7.3)"),
         Err(error) => {
-            missing(NAME, format!("TC programs can't put sockets into a map: {error}"), "Linux 5.10")
+            missing(NAME, format!("TC programs cannot store sockets in a map: {error}"), "Linux 5.10")
         }
     }
 }
@@ -189,12 +189,10 @@ fn link_update() -> Check {
 
 fn netns_cookie() -> Check {
     match netns::current_cookie() {
-        Ok(_) => Check::ok("SO_NETNS_COOKIE", "network namespaces can be told apart"),
-        Err(error) => missing(
-            "SO_NETNS_COOKIE",
-            format!("network namespaces can't be identified: {error}"),
-            "Linux 5.14",
-        ),
+        Ok(_) => Check::ok("SO_NETNS_COOKIE", "network namespaces are distinguishable"),
+        Err(error) => {
+            missing("SO_NETNS_COOKIE", format!("cannot identify network namespaces: {error}"), "Linux 5.14")
+        }
     }
 }
 
@@ -204,7 +202,7 @@ fn tcx() -> Check {
     let tried = tiny::load(hook(BPF_PROG_TYPE_SCHED_CLS, None))
         .and_then(|program| bpf::link_create(program.as_fd(), NO_INTERFACE, BPF_TCX_INGRESS, 0));
     if matches!(tried, Err(Errno::ENODEV)) {
-        return Check::ok("tcx links", "can be chosen with --tc tcx");
+        return Check::ok("tcx links", "available with --tc tcx");
     }
-    Check::ok("tcx links", "none (Linux 6.6 has them): clsact filters are used")
+    Check::ok("tcx links", "none (needs Linux 6.6): clsact filters are used")
 }

@@ -1,4 +1,4 @@
-//! File systems of the kernel's that have to be there.
+//! Kernel file systems that have to be mounted.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -21,7 +21,7 @@ fn btf() -> Check {
         Err(error) => Check::fail(
             "BTF",
             Cause::Btf,
-            format!("the kernel does not describe its types: {BTF}: {error}"),
+            format!("the kernel has no BTF: {BTF}: {error}"),
             "boot a kernel with CONFIG_DEBUG_INFO_BTF=y, as distributions build them; in a container, mount the host's /sys",
         ),
     }
@@ -43,7 +43,7 @@ fn cgroup2(chosen: Option<&Path>) -> Check {
         // Programs are attached to a directory that is open for reading: a read-only mount does.
         Some(CGROUP2_SUPER_MAGIC) => Check::ok("cgroup2", shown.to_string()),
         Some(_) => fail(format!("{shown} is not in a cgroup2 hierarchy")),
-        None => fail(format!("{shown} can't be read")),
+        None => fail(format!("cannot read {shown}")),
     }
 }
 
@@ -57,9 +57,9 @@ fn bpffs(pin_dir: &Path) -> Check {
     let fail = |detail| Check::fail("bpffs", Cause::Bpffs, detail, NO_BPFFS_REMEDY);
     match bpffs::bpffs(pin_dir) {
         Ok(Some(Bpffs::Mounted)) => Check::ok("bpffs", shown.to_string()),
-        Ok(Some(Bpffs::Mountable)) => Check::ok("bpffs", format!("the agent mounts one for {shown}")),
+        Ok(Some(Bpffs::Mountable)) => Check::ok("bpffs", format!("the agent will mount one for {shown}")),
         Ok(None) => fail(format!("the pin directory {shown} is not on a bpffs")),
-        Err(error) => fail(format!("the pin directory {shown} can't be examined: {error}")),
+        Err(error) => fail(format!("cannot examine the pin directory {shown}: {error}")),
     }
 }
 

@@ -1,4 +1,4 @@
-//! What the process may do.
+//! Privileges of the process.
 
 use caps::CapSet;
 
@@ -15,7 +15,7 @@ pub(super) fn checks(_: &Requirements) -> Vec<Check> {
     vec![Check::fail(
         "privileges",
         Cause::Privileges,
-        format!("this needs the capabilities {}", missing.join(", ")),
+        format!("missing capabilities: {}", missing.join(", ")),
         "run it as root, or add them to the container's securityContext",
     )]
 }

@@ -1,4 +1,4 @@
-//! Programs of a few instructions: whether the kernel takes them tells what it can do.
+//! Programs of a few instructions: whether the kernel accepts them shows what it supports.
 
 use std::os::fd::{AsRawFd as _, OwnedFd};
 

@@ -70,7 +70,7 @@ pub enum Error {
         source: serde_json::Error,
     },
     /// The agent answered something else than what it was asked.
-    #[error("the agent at {} gave an answer of the wrong kind; install the same release of both", socket.display())]
+    #[error("unexpected answer from the agent at {}; install the same release of both", socket.display())]
     Unexpected {
         /// Where the agent listens.
         socket: PathBuf,

@@ -33,22 +33,22 @@ pub struct FlowReport {
 /// Which events are wanted: those that every condition holds for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::Args)]
 pub struct FlowFilter {
-    /// Of this pod: NAMESPACE/NAME, name or UID
+    /// Only connections of this pod: NAMESPACE/NAME, name or UID
     #[arg(long)]
     pub pod: Option<String>,
-    /// Of the pods of this namespace
+    /// Only connections of pods in this namespace
     #[arg(long)]
     pub namespace: Option<String>,
-    /// Of this family
+    /// Only connections of this family
     #[arg(long, value_parser = ["IPv4", "IPv6"], ignore_case = true)]
     pub family: Option<String>,
-    /// Of this direction
+    /// Only connections in this direction
     #[arg(long, value_parser = ["outbound", "inbound", "delivery", "bind"])]
     pub direction: Option<String>,
-    /// With this verdict
+    /// Only connections with this verdict
     #[arg(long, value_parser = ["steered", "passed", "dropped"])]
     pub verdict: Option<String>,
-    /// From or to this address or network: 192.0.2.0/24, 2001:db8::1
+    /// Only connections from or to this address or network, such as 192.0.2.0/24 or 2001:db8::1
     #[arg(long, value_name = "CIDR", value_parser = crate::pod::network)]
     pub address: Option<IpNet>,
 }

@@ -9,7 +9,7 @@ use super::{Envelope, MAX_PACKET, VERSION};
 #[derive(Debug, thiserror::Error)]
 pub enum PacketError {
     /// It does not fit.
-    #[error("the packet has {size} bytes, {MAX_PACKET} fit")]
+    #[error("the packet has {size} bytes, the limit is {MAX_PACKET}")]
     TooLarge {
         /// Its size.
         size: usize,

@@ -83,7 +83,7 @@ impl Server {
                 () = &mut shutdown => break,
                 Some(ended) = connections.join_next(), if !connections.is_empty() => {
                     if let Err(error) = ended {
-                        tracing::error!(%error, "serving a client failed");
+                        tracing::error!(%error, "client connection failed");
                     }
                 }
                 accepted = self.listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
@@ -91,7 +91,7 @@ impl Server {
                         connections.spawn(converse(socket, Arc::clone(&handler)));
                     }
                     Err(error) => {
-                        tracing::warn!(%error, "cannot accept a client");
+                        tracing::warn!(%error, "cannot accept client connection");
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
                 },
@@ -102,7 +102,7 @@ impl Server {
         drop(listener);
         let finished = async { while connections.join_next().await.is_some() {} };
         if timeout(SHUTDOWN_GRACE, finished).await.is_err() {
-            tracing::warn!("requests were cut off by the shutdown");
+            tracing::warn!("shutdown aborted pending requests");
         }
     }
 }
@@ -119,14 +119,14 @@ async fn converse<H: Handler>(socket: UnixSeqpacket, handler: Arc<H>) {
                 request => handler.handle(request, netns).await,
             },
             Err(error) => {
-                tracing::warn!(%error, "refused a client");
+                tracing::warn!(%error, "client rejected");
                 vec![Reply::Error(error)]
             }
         },
         // Nothing was asked: a successor that looks whether we live.
         Ok(Ok(None)) => return,
         Ok(Err(error)) => {
-            tracing::debug!(%error, "refused a client");
+            tracing::debug!(%error, "client rejected");
             vec![Reply::Error(error)]
         }
         Err(_elapsed) => {
@@ -137,8 +137,8 @@ async fn converse<H: Handler>(socket: UnixSeqpacket, handler: Arc<H>) {
     for packet in packets(&replies) {
         match timeout(CLIENT_DEADLINE, socket.send(&packet)).await {
             Ok(Ok(_)) => {}
-            Ok(Err(error)) => return tracing::debug!(%error, "a client did not wait for its answer"),
-            Err(_elapsed) => return tracing::debug!("a client does not read its answer"),
+            Ok(Err(error)) => return tracing::debug!(%error, "client disconnected before its answer"),
+            Err(_elapsed) => return tracing::debug!("client does not read its answer"),
         }
     }
 }
@@ -162,8 +162,8 @@ async fn follow(socket: &UnixSeqpacket, replies: BoxStream<'static, Reply>) {
         let Some(packet) = packet else { return };
         match timeout(CLIENT_DEADLINE, socket.send(&packet)).await {
             Ok(Ok(_)) => {}
-            Ok(Err(error)) => return tracing::debug!(%error, "a listener has left"),
-            Err(_elapsed) => return tracing::debug!("a listener does not read"),
+            Ok(Err(error)) => return tracing::debug!(%error, "monitor disconnected"),
+            Err(_elapsed) => return tracing::debug!("monitor does not read its events"),
         }
     }
 }
@@ -269,7 +269,7 @@ fn packets(replies: &[Reply]) -> Vec<Vec<u8>> {
 }
 
 fn failure(message: &str) -> Option<Vec<u8>> {
-    tracing::error!(message, "the agent's answer cannot be sent");
+    tracing::error!(message, "cannot send answer");
     packet::encode(&Reply::Error(Error::new(ErrorKind::Internal, message))).ok()
 }
 

@@ -74,10 +74,10 @@ impl Seen {
         match found.and_then(|_| fs::read_to_string(path)) {
             Ok(text) => {
                 let (usable, loopback) = parse(&text);
-                tracing::info!("DNS questions of pods go to {usable:?}, by {}", path.display());
+                tracing::info!("forwarding DNS queries of pods to {usable:?} from {}", path.display());
                 if usable.is_empty() {
                     tracing::warn!(
-                        "{} names no DNS server that pods can reach ({loopback} on loopback); name some with \
+                        "{} names no DNS server that pods can reach ({loopback} on loopback): set \
                          --dns-upstream",
                         path.display()
                     );
@@ -86,7 +86,7 @@ impl Seen {
             }
             // The servers that were known are better than none.
             Err(error) => tracing::warn!(
-                "{}: {error}; DNS questions of pods go to {:?}: name others with --dns-upstream",
+                "{}: {error}; forwarding DNS queries of pods to {:?}: set --dns-upstream for others",
                 path.display(),
                 self.servers
             ),

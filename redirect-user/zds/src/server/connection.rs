@@ -31,15 +31,15 @@ enum ConnectionError {
     NoHello(Duration),
     #[error("it speaks version {0} of the protocol, the agent speaks 1: run versions that match")]
     Version(i32),
-    #[error("the agent did not prepare for it: {0}")]
+    #[error("the agent rejected it: {0}")]
     Admit(AdmitError),
-    #[error("the agent did not prepare for it within {0:?}")]
+    #[error("the agent did not admit it within {0:?}")]
     AdmitDeadline(Duration),
     #[error("it did not answer within {within:?} to {request}: see its log and its load")]
     Deadline { request: String, within: Duration },
     #[error("it refused the end of the snapshot: {0}")]
     SnapshotRefused(String),
-    #[error("it answered without having been asked")]
+    #[error("it sent an answer without a request")]
     Unasked,
     #[error("its answer to {0} is empty")]
     EmptyAnswer(String),
@@ -77,10 +77,10 @@ impl Drop for Registration<'_> {
 pub(super) async fn serve(id: u64, socket: UnixSeqpacket, shared: Arc<Shared>, options: Arc<Options>) {
     let socket = Arc::new(socket);
     match converse(id, &socket, &shared, &options).await {
-        Ok(()) => tracing::info!(connection = id, "the node proxy disconnected"),
+        Ok(()) => tracing::info!(connection = id, "node proxy disconnected"),
         Err(error) => {
             options.record(Event::Closed { reason: error.label() });
-            tracing::warn!(connection = id, %error, "the node proxy's connection is closed");
+            tracing::warn!(connection = id, %error, "closed the node proxy's connection");
             tokio::time::sleep(options.penalty).await;
         }
     }
@@ -115,14 +115,14 @@ async fn converse(
             .map_err(ConnectionError::Admit)?;
     }
     shared.update(|desired| desired.ready(id));
-    tracing::info!(connection = id, %peer, cgroup = ?peer.cgroup_path, "a node proxy connected");
+    tracing::info!(connection = id, %peer, cgroup = ?peer.cgroup_path, "node proxy connected");
     keep_in_step(id, socket, shared, options).await
 }
 
 async fn examine(id: u64, pid: Option<i32>, socket: &Arc<UnixSeqpacket>) -> Peer {
     let clone = Arc::clone(socket);
     tokio::task::spawn_blocking(move || peer::examine(id, pid, &clone)).await.unwrap_or_else(|error| {
-        tracing::warn!(connection = id, %error, "the node proxy could not be examined");
+        tracing::warn!(connection = id, %error, "cannot examine node proxy");
         Peer { id, pid, cgroup_path: None, cgroup_id: None }
     })
 }
@@ -228,13 +228,13 @@ fn conclude(
         if !error.is_empty() {
             return Err(ConnectionError::SnapshotRefused(error.to_owned()));
         }
-        tracing::info!(connection = id, "the node proxy has its snapshot");
+        tracing::info!(connection = id, "node proxy is in sync");
     }
     let news = shared.update(|desired| desired.answered(id, step, error, Instant::now(), options.retry));
     let request = describe(step);
     match (news, error.is_empty()) {
-        (true, false) => tracing::warn!(connection = id, request, error, "the node proxy refused"),
-        (true, true) => tracing::info!(connection = id, request, "the node proxy no longer refuses"),
+        (true, false) => tracing::warn!(connection = id, request, error, "node proxy rejected a request"),
+        (true, true) => tracing::info!(connection = id, request, "node proxy accepts requests again"),
         (false, _) => tracing::debug!(connection = id, request, error, "answered"),
     }
     Ok(())

@@ -17,7 +17,7 @@ use super::workload::{InvalidWorkload, Workload, pod_name};
 pub enum AddError {
     /// Nobody to tell.
     #[error(
-        "no node proxy is connected to {}, pod {pod} waits for it: is ztunnel running on this node?",
+        "pod {pod} waits for a node proxy, none is connected to {}: is ztunnel running on this node?",
         socket.display()
     )]
     NotConnected {
@@ -27,7 +27,7 @@ pub enum AddError {
         socket: PathBuf,
     },
     /// The proxy could not do it.
-    #[error("the node proxy could not serve pod {pod}, its log says more, and it is asked again: {error}")]
+    #[error("the node proxy could not serve pod {pod}, retrying; see its log: {error}")]
     Nack {
         /// The pod.
         pod: String,
@@ -43,7 +43,7 @@ pub enum AddError {
         within: Duration,
     },
     /// Somebody removed or replaced the pod meanwhile.
-    #[error("pod {pod} was removed or replaced while the node proxy was being told: nothing to do")]
+    #[error("pod {pod} was removed or replaced while it was announced to the node proxy: nothing to do")]
     Withdrawn {
         /// The pod.
         pod: String,

@@ -43,7 +43,7 @@ pub(super) fn permitted(uid: u32) -> bool {
 pub(super) fn examine(id: u64, pid: Option<i32>, socket: &UnixSeqpacket) -> Peer {
     let unknown = Peer { id, pid, cgroup_path: None, cgroup_id: None };
     let Some(pid) = pid else {
-        tracing::warn!(peer = %unknown, "the node proxy's process is not visible: set hostPID: true for the agent");
+        tracing::warn!(peer = %unknown, "node proxy process is not visible: set hostPID: true for the agent");
         return unknown;
     };
     let found = cgroup::of_process(pid).and_then(|cgroup| {
@@ -52,11 +52,11 @@ pub(super) fn examine(id: u64, pid: Option<i32>, socket: &UnixSeqpacket) -> Peer
     });
     match found {
         Err(error) => {
-            tracing::warn!(peer = %unknown, %error, "the node proxy's cgroup is unknown");
+            tracing::warn!(peer = %unknown, %error, "cannot find the node proxy's cgroup");
             unknown
         }
         Ok(_) if is_gone(pid, socket) => {
-            tracing::warn!(peer = %unknown, "the node proxy's process ended right after connecting");
+            tracing::warn!(peer = %unknown, "node proxy process ended right after connecting");
             unknown
         }
         Ok((cgroup, _)) if cgroup.is_root() => unknown,

@@ -45,7 +45,7 @@ impl Server {
             if slots.available_permits() == 0 {
                 tracing::warn!(
                     connections = self.options.max_connections,
-                    "no further node proxy is accepted: end those that are left over"
+                    "too many node proxies are connected: end those that are left over"
                 );
             }
             let accepted = async {
@@ -66,7 +66,7 @@ impl Server {
                     });
                 }
                 Err(error) => {
-                    tracing::error!(%error, "a node proxy's connection cannot be accepted");
+                    tracing::error!(%error, "cannot accept node proxy connection");
                     // Likely out of descriptors: give the others time to end.
                     tokio::select! {
                         () = &mut shutdown => break,
