@@ -92,6 +92,9 @@ counted! {
         Malformed = "malformed",
         /// The socket refused its mark.
         MarkFailed = "mark_failed",
+        /// TCP that neither the proxy sent nor an exemption lets pass: it got past the programs in the pod (raw frames, filters of
+        /// the pod's own, a device that was moved away) and is dropped at the host's end of the pod's device.
+        PastPod = "past_pod",
     }
 }
 

@@ -59,5 +59,7 @@ counted! {
         ToPod = "to_pod",
         /// The kubelet's sockets.
         Probe = "probe",
+        /// What a pod sends, at the gate on the host's end of its device.
+        HostGate = "host_gate",
     }
 }

@@ -7,6 +7,7 @@
 //! | [`inbound`] | TC ingress of the pod's other interfaces | gives inbound connections to the proxy |
 //! | [`virtual_interface`] | TC ingress of interfaces that a pod declares | gives connections from behind them to the proxy |
 //! | [`egress`] | TC egress of the pod's other interfaces | the egress guard: stops what would leave past the proxy |
+//! | [`host_gate`] | TC ingress of the host end of the pod's device | drops TCP that neither the proxy sent nor an exemption lets pass |
 //! | [`lookup`] | sk_lookup of the pod's namespace | gives to a listener what TC can't assign |
 //! | [`listeners`] | sock_ops of the root cgroup | stores the proxies' listeners where TC can't |
 //! | [`bind`] | cgroup/bind4, bind6 | guards the proxy's ports |
@@ -38,6 +39,7 @@ mod entrance;
 mod exclusions;
 mod flows;
 mod from_pod;
+mod host_gate;
 mod inbound;
 mod listeners;
 mod lookup;

@@ -4,12 +4,12 @@
 //! |---|---|---|---|
 //! | `PODS` | hash | network namespace cookie, `u64` in host order as the kernel hands it out | [`Pod`] |
 //! | `POD_IPV4`, `POD_IPV6` | hash | address, network order | [`PodAddress`] |
-//! | `INTERFACES` | hash | index of the host end of an enrolled pod's device, `u32` in host order; placement `node` | [`PodAddress`] |
+//! | `INTERFACES` | hash | index of the host end of an enrolled pod's device, `u32` in host order | [`PodAddress`] |
 //! | `PROXY_CGROUPS` | hash | cgroup v2 id of a node proxy, `u64` in host order | [`ProxyCgroup`] |
 //! | `CONFIG` | array of one | – | [`Config`] |
 //! | `EXCLUDED_IPV4`, `EXCLUDED_IPV6` | LPM trie | [`ExcludedAddress`] | `u8`, no meaning |
 //! | `EXCLUDED_PORTS` | hash | [`ExcludedPort`] | `u8`, no meaning |
-//! | `PROBES` | LRU hash | [`Tuple`] | `u64`, start of the probe, in nanoseconds of `bpf_ktime_get_ns` |
+//! | `PROBE_SOCKETS` | socket storage | – | `u64`, 1: the kubelet's socket, connected to an enrolled pod |
 //! | `ASKED` | socket storage | – | [`Asked`] |
 //! | `HANDED_OVER` | per-CPU array | 0 | [`HandedOver`] |
 //! | `LISTENERS` | socket hash | [`ListenerKey`] | a listener of a node proxy, stored by the kernel side itself |
@@ -348,13 +348,16 @@ flags! {
         EXCLUSIONS = 2,
         /// The pod may send from addresses that are neither its own nor another enrolled pod's. Placement `node`.
         ANY_SOURCE = 3,
+        /// There may be connections from before the pod was enrolled, which are left alone.
+        EARLIER_CONNECTIONS = 4,
     }
 }
 
 flags! {
     /// Flags of the node.
     ConfigFlags {
-        /// A socket is the proxy's only if its process is also in one of `PROXY_CGROUPS`.
+        /// Always on, for the programs of earlier builds, which run until they are replaced: without it they take any socket
+        /// with the proxy's mark for the proxy's.
         PROXY_BY_CGROUP = 0,
         /// Connections without a listening proxy are refused at once; otherwise their SYNs are dropped.
         REFUSE = 1,
@@ -364,6 +367,8 @@ flags! {
         UNMARKED_PROXY = 3,
         /// A monitor is attached.
         FLOWS = 4,
+        /// The proxy's mark alone makes a socket the proxy's (`--proxy-identity mark`).
+        PROXY_BY_MARK = 5,
     }
 }
 

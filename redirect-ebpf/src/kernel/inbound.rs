@@ -44,7 +44,7 @@ impl<I: Parse + PodIp + ExcludedIp + Fib> Route<I> for FromOutside {
             excluded::<I>(cookie, flags, Direction::Inbound, segment.source, segment.destination_port)
         };
         let port = u16::from_be_bytes(segment.destination_port);
-        decide::inbound(port, flags, || is_probe::<I>(segment), excluded, || forwarded::<I>(ctx, segment))
+        decide::inbound(port, flags, || is_probe(ctx), excluded, || forwarded::<I>(ctx, segment))
     }
 
     #[inline(always)]

@@ -1,15 +1,15 @@
-//! sock_ops of the kubelet's cgroup: notes the connections that it makes from the host to enrolled pods, so that
+//! sock_ops of the kubelet's cgroup: notes the sockets by which it connects from the host to enrolled pods, so that
 //! [`super::inbound`] lets these, and no others from the node, reach the application without the proxy.
 
 use core::mem::offset_of;
 
-use aya_ebpf::bindings::{BPF_ANY, BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock_ops};
-use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_ktime_get_ns};
-use aya_ebpf::macros::{map, sock_ops};
-use aya_ebpf::maps::LruHashMap;
-use aya_ebpf::programs::SockOpsContext;
+use aya_ebpf::bindings::{BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock_ops};
+use aya_ebpf::btf_maps::SkStorage;
+use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_sk_fullsock, bpf_sk_storage_get};
+use aya_ebpf::macros::{btf_map, sock_ops};
+use aya_ebpf::programs::{SockOpsContext, TcContext};
 use redirect_ebpf::diagnostics::{Fault, Hook};
-use redirect_ebpf::family::{Family, Ip, Ipv4, Ipv6, v4_mapped};
+use redirect_ebpf::family::{Family, Ipv4, Ipv6, v4_mapped};
 use redirect_ebpf::maps::Tuple;
 use redirect_ebpf::packet::Segment;
 
@@ -17,24 +17,44 @@ use super::config;
 use super::context::{End, addresses, word};
 use super::diagnostics;
 use super::pods::PodIp as _;
+use super::socket::Socket;
 
-/// Probes live from connect() to the SYN's arrival, retransmissions included.
-#[map]
-static PROBES: LruHashMap<Tuple, u64> = LruHashMap::with_max_entries(4096, 0);
-
-/// A SYN is sent again after 1, 3 and 7 seconds; kubelet gives up before the next.
-const LIFETIME: u64 = 10_000_000_000;
+/// The kubelet's sockets that are connected to enrolled pods. An entry goes with its socket, so that nobody inherits the exemption
+/// with a port.
+#[btf_map]
+static PROBE_SOCKETS: SkStorage<u64> = SkStorage::new();
 
 const UNUSED: u32 = 1;
 
-/// Whether the segment opens a connection that the kubelet made.
+/// Whether the kubelet sent the packet: its socket is still the packet's when it arrives at the pod.
 #[inline(always)]
-pub(super) fn is_probe<I: Ip>(segment: &Segment<I::Address>) -> bool {
-    let tuple = segment.tuple::<I>();
-    // SAFETY: the entry is only read, and an aligned u64 is never seen half-written.
-    let Some(began) = PROBES.get_ptr(tuple).map(|began| unsafe { *began }) else { return false };
-    // SAFETY: the helper has no preconditions.
-    unsafe { bpf_ktime_get_ns() }.wrapping_sub(began) < LIFETIME
+pub(super) fn is_probe(ctx: &TcContext) -> bool {
+    // SAFETY: every TC context has `sk`; the verifier checks that it is not null.
+    let socket = unsafe { (&raw const (*ctx.skb.skb).__bindgen_anon_2.sk).read_volatile() };
+    if socket.is_null() {
+        return false;
+    }
+    // SAFETY: the socket is not null.
+    let socket = unsafe { bpf_sk_fullsock(socket) };
+    if socket.is_null() {
+        return false;
+    }
+    // SAFETY: map and socket are valid for the length of the call.
+    let noted = unsafe {
+        bpf_sk_storage_get(
+            (&raw const PROBE_SOCKETS).cast_mut().cast(),
+            socket.cast(),
+            core::ptr::null_mut(),
+            0,
+        )
+    };
+    !noted.is_null()
+}
+
+/// Whether a segment is for the kubelet: an answer to one of its probes. In the host's namespace.
+#[inline(always)]
+pub(super) fn is_for_probe<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> bool {
+    Socket::full(ctx, segment).is_some_and(|socket| socket.stored(&PROBE_SOCKETS).is_some())
 }
 
 #[sock_ops]
@@ -52,15 +72,34 @@ pub(crate) fn probe(ctx: SockOpsContext) -> u32 {
         Some(address) => (Family::Ipv4, Ipv4::owner(&address)),
         None => (Family::Ipv6, Ipv6::owner(&tuple.destination)),
     };
-    if let Some(pod) = pod {
-        // SAFETY: the helper has no preconditions.
-        let now = unsafe { bpf_ktime_get_ns() };
-        // A probe that is not noted goes through the proxy: it is the safe side.
-        if let Err(error) = PROBES.insert(tuple, now, BPF_ANY.into()) {
-            diagnostics::of_call(Fault::Probe, Hook::Probe, family, error.into(), pod);
-        }
+    // A probe that is not noted goes through the proxy: it is the safe side.
+    if let Some(pod) = pod
+        && let Err(error) = note(&ctx)
+    {
+        diagnostics::of_call(Fault::Probe, Hook::Probe, family, error, pod);
     }
     UNUSED
+}
+
+#[inline(always)]
+fn note(ctx: &SockOpsContext) -> Result<(), i64> {
+    const ENOMEM: i64 = -12;
+    // SAFETY: every sock_ops context has `sk`.
+    let socket = unsafe { (&raw const (*ctx.ops).__bindgen_anon_2.sk).read_volatile() };
+    if socket.is_null() {
+        return Err(ENOMEM);
+    }
+    let mut noted = 1u64;
+    // SAFETY: map, socket and value are valid for the length of the call.
+    let place = unsafe {
+        bpf_sk_storage_get(
+            (&raw const PROBE_SOCKETS).cast_mut().cast(),
+            socket.cast(),
+            (&raw mut noted).cast(),
+            BPF_SK_STORAGE_GET_F_CREATE.into(),
+        )
+    };
+    if place.is_null() { Err(ENOMEM) } else { Ok(()) }
 }
 
 #[inline(always)]

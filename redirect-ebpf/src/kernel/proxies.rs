@@ -1,4 +1,7 @@
-//! Which sockets are the node proxy's own.
+//! Which sockets are the node proxy's own: those of processes in a cgroup of a node proxy.
+//!
+//! A mark proves nothing. Any process with `CAP_NET_RAW` can set it (`SO_MARK`, since Linux 5.17), and container runtimes grant
+//! that by default. Where no proxy is known, nobody is the proxy. Only `--proxy-identity mark` lets the mark suffice.
 
 use aya_ebpf::helpers::{bpf_get_current_cgroup_id, bpf_skb_cgroup_id};
 use aya_ebpf::macros::map;
@@ -14,21 +17,31 @@ use super::config;
 static PROXY_CGROUPS: HashMap<u64, ProxyCgroup> = HashMap::with_max_entries(MAX_PROXY_CGROUPS, 0);
 
 /// Whether a socket with this mark, used by the current process, is the proxy's own.
-///
-/// A process with `CAP_NET_ADMIN` in its pod can forge the mark; it cannot forge its cgroup.
 #[inline(always)]
 pub(super) fn is_proxy(mark: u32) -> bool {
     // SAFETY: the helper has no preconditions.
-    is_mark_of(mark, || unsafe { bpf_get_current_cgroup_id() })
+    owns(mark, unsafe { bpf_get_current_cgroup_id() })
 }
 
-/// Whether a packet that leaves an interface comes from one of the proxy's own sockets.
+/// Whether a packet comes from one of the proxy's own sockets. Its socket survives a veth pair, its mark does not.
 #[inline(always)]
 pub(super) fn sent(ctx: &TcContext) -> bool {
     // SAFETY: every TC context has `mark`.
     let mark = unsafe { (*ctx.skb.skb).mark };
     // SAFETY: the helper takes the context. A packet without a socket has the cgroup 0.
-    is_mark_of(mark, || unsafe { bpf_skb_cgroup_id(ctx.skb.skb) })
+    owns(mark, unsafe { bpf_skb_cgroup_id(ctx.skb.skb) })
+}
+
+/// The one place that decides who is the proxy.
+#[inline(always)]
+fn owns(mark: u32, cgroup: u64) -> bool {
+    PROXY_CGROUPS.get_ptr(cgroup).is_some() || (is_known_by_mark() && decide::is_proxy_mark(mark))
+}
+
+/// Whether the mark alone makes a socket the proxy's.
+#[inline(always)]
+fn is_known_by_mark() -> bool {
+    config::flags().contains(ConfigFlags::PROXY_BY_MARK)
 }
 
 /// Whose a packet is that leaves the host towards a pod, in placement `node`.
@@ -44,15 +57,18 @@ pub(super) enum Sender {
     Other,
 }
 
-/// Whose packet it is. Marks do not cross from one namespace to another: whoever sets one here has `CAP_NET_ADMIN` on the
-/// node itself. A proxy that sets none is known by its cgroup, and delivers, unless its parts have cgroups of their own.
+/// Whose packet it is. The mark tells the proxy's connections apart. It is believed of the proxy's own sockets, and of what
+/// opens no connection: the kernel sends resets and last acknowledgements in a socket's name, with its mark and without it. A
+/// proxy that sets no marks delivers, unless its parts have cgroups of their own.
 #[inline(always)]
-pub(super) fn sender(ctx: &TcContext) -> Sender {
+pub(super) fn sender(ctx: &TcContext, opens: bool) -> Sender {
+    let part = part(ctx);
+    let believed = part.is_some() || !opens || is_known_by_mark();
     // SAFETY: every TC context has `mark`.
     match unsafe { (*ctx.skb.skb).mark } & MARK_MASK {
-        MARK_DELIVERY => Sender::Delivery,
-        MARK_PROXY => Sender::Proxy,
-        _ => match part(ctx) {
+        MARK_DELIVERY if believed => Sender::Delivery,
+        MARK_PROXY if believed => Sender::Proxy,
+        _ => match part {
             Some(ProxyPart::OUTBOUND) => Sender::Proxy,
             Some(ProxyPart::INBOUND) => Sender::Inbound,
             Some(_) => Sender::Delivery,
@@ -73,11 +89,4 @@ fn part(ctx: &TcContext) -> Option<ProxyPart> {
     let cgroup = PROXY_CGROUPS.get_ptr(unsafe { bpf_skb_cgroup_id(ctx.skb.skb) })?;
     // SAFETY: the entry is only read, and an aligned u32 is never seen half-written.
     Some(unsafe { (*cgroup).part })
-}
-
-#[inline(always)]
-fn is_mark_of(mark: u32, cgroup: impl FnOnce() -> u64) -> bool {
-    decide::is_proxy_mark(mark)
-        && (!config::flags().contains(ConfigFlags::PROXY_BY_CGROUP)
-            || PROXY_CGROUPS.get_ptr(cgroup()).is_some())
 }

@@ -95,7 +95,13 @@ impl Socket {
     /// The full socket that sent a segment that opens a connection, if it is in this namespace.
     #[inline(always)]
     pub(super) fn sender<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> Option<Self> {
-        let Segment { source, destination, source_port, destination_port, .. } = segment.reversed();
+        Self::full(ctx, &segment.reversed())
+    }
+
+    /// The full socket that a segment is for, if it is in this namespace: a connection's, else a listener's.
+    #[inline(always)]
+    pub(super) fn full<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> Option<Self> {
+        let &Segment { source, destination, source_port, destination_port, .. } = segment;
         let mut tuple = Tuple { source, destination, source_port, destination_port };
         // SAFETY: the tuple lives for the length of the call, and its size is right.
         let socket = unsafe {

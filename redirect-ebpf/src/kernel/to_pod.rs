@@ -47,7 +47,6 @@ fn to_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
     // SAFETY: every TC context has `ifindex`.
     let interface = unsafe { (*ctx.skb.skb).ifindex };
     let Some((cookie, flags)) = pods::behind(interface) else { return Action::Continue };
-    let sender = sender(ctx);
     match parse::<I>(&Frame::ethernet(ctx)) {
         Parsed::NotOurs => enter_complaint::<I>(ctx),
         Parsed::Unknown => {
@@ -55,20 +54,17 @@ fn to_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
             drop::<I>(Reason::Malformed, cookie, None)
         }
         Parsed::Datagram(segment) => {
-            if sender != Sender::Other && u16::from_be_bytes(segment.source_port) == PORT_DNS {
+            if u16::from_be_bytes(segment.source_port) == PORT_DNS && sender(ctx, true) != Sender::Other {
                 return answer::<I>(ctx, &segment);
             }
             Action::Continue
         }
-        Parsed::Tcp(segment) if sender == Sender::Inbound && is_of_a_connection(ctx, &segment) => {
-            enter::<I>(ctx, MARK_CAPTURE)
-        }
-        Parsed::Tcp(_) | Parsed::Fragment(_) if matches!(sender, Sender::Delivery | Sender::Inbound) => {
-            Action::Continue
-        }
         Parsed::Tcp(segment) => tcp::<I>(ctx, &segment, cookie, flags),
         // It may open a connection: its flags are in another fragment. TCP itself never sends such packets.
-        Parsed::Fragment(segment) => match decision::<I>(&segment, cookie, flags) {
+        Parsed::Fragment(_) if matches!(sender(ctx, true), Sender::Delivery | Sender::Inbound) => {
+            Action::Continue
+        }
+        Parsed::Fragment(segment) => match decision::<I>(ctx, &segment, cookie, flags) {
             Inbound::Pass(reason) if reason != Reason::TunnelPort => Action::Continue,
             _ => drop::<I>(Reason::Fragmented, cookie, Some(&segment)),
         },
@@ -83,7 +79,13 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
     flags: PodFlags,
 ) -> Action {
     let about = || About::packet::<I>(Some(segment));
-    if is_of_a_connection(ctx, segment) {
+    let known = || is_of_a_connection(ctx, segment);
+    match sender(ctx, segment.opens()) {
+        Sender::Delivery => return Action::Continue,
+        Sender::Inbound if !known() => return Action::Continue,
+        Sender::Inbound | Sender::Proxy | Sender::Other => {}
+    }
+    if known() {
         return enter::<I>(ctx, MARK_CAPTURE);
     }
     let tunnel = u16::from_be_bytes(segment.destination_port) == PORT_TUNNEL;
@@ -95,7 +97,7 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
             Action::Continue
         };
     }
-    match decision::<I>(segment, cookie, flags) {
+    match decision::<I>(ctx, segment, cookie, flags) {
         // The proxy's listener is not in the pod.
         Inbound::Capture | Inbound::Pass(Reason::TunnelPort) => {}
         Inbound::Drop(reason) => return drop::<I>(reason, cookie, Some(segment)),
@@ -121,11 +123,16 @@ fn is_of_a_connection<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> bool {
 }
 
 #[inline(always)]
-fn decision<I: PodIp + ExcludedIp>(segment: &Segment<I::Address>, cookie: u64, flags: PodFlags) -> Inbound {
+fn decision<I: PodIp + ExcludedIp>(
+    ctx: &TcContext,
+    segment: &Segment<I::Address>,
+    cookie: u64,
+    flags: PodFlags,
+) -> Inbound {
     decide::inbound(
         u16::from_be_bytes(segment.destination_port),
         Some(flags),
-        || is_probe::<I>(segment),
+        || is_probe(ctx),
         || excluded::<I>(cookie, flags, Direction::Inbound, segment.source, segment.destination_port),
         || false,
     )

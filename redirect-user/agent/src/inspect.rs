@@ -123,6 +123,12 @@ pub(super) async fn explain(
         .filter(|finding| finding.fact.family().is_none_or(|of| of == family))
         .filter_map(Finding::complaint)
         .collect();
+    let moved = |device: &String| {
+        format!(
+            "device {device} of the host: its other end was moved out of the pod, and what comes from there is dropped"
+        )
+    };
+    wrong.extend(report.strayed.iter().map(moved));
     let outbound = decision.as_ref().map(|decision| decision.outbound);
     let steered = matches!(outbound, Some(Outbound::Capture | Outbound::Resolve));
     if steered && !report.steered.iter().any(|name| name == family.name()) {

@@ -40,7 +40,7 @@ pub(super) async fn acknowledge(zds_socket: PathBuf) -> anyhow::Result<()> {
 /// Admits nobody but the agent itself.
 pub(super) fn admit(peer: &Peer) -> anyhow::Result<()> {
     anyhow::ensure!(
-        peer.pid.is_some_and(|pid| pid.cast_unsigned() == std::process::id()),
+        peer.process.pid().cast_unsigned() == std::process::id(),
         "{peer}: in placement `node` the agent announces no pods: run the proxy with --placement node too, \
          or the agent with --placement pod"
     );

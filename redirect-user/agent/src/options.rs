@@ -8,10 +8,9 @@ use ipnet::IpNet;
 use redirect_ebpf::Direction;
 
 use super::probes::Probers;
-use super::proxy_cgroups::ProxyIdentity;
 use super::records;
 use crate::{install, kube, metrics};
-use redirect_datapath::linux::{self, NotedBy, TcMethod};
+use redirect_datapath::linux::{self, NotedBy, ProxyIdentity, TcMethod};
 use redirect_protocol::placement::Placement;
 use redirect_protocol::pod::{Exclusion, network};
 use redirect_protocol::wire;

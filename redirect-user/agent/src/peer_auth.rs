@@ -5,14 +5,19 @@
 
 use std::path::PathBuf;
 
+use anyhow::Context as _;
 use redirect_datapath::handle::DatapathHandle;
 use redirect_datapath::linux::Linux;
 use redirect_linux::netns::NetNs;
+use redirect_linux::peer_process::PeerProcess;
 
-/// Fails if the process is in the network namespace of an enrolled pod. A process that has ended is none.
-pub(super) async fn check(kernel: &DatapathHandle<Linux>, pid: Option<i32>) -> anyhow::Result<()> {
-    let Some(pid) = pid else { return Ok(()) };
-    let Ok(netns) = NetNs::open(&PathBuf::from(format!("/proc/{pid}/ns/net"))) else { return Ok(()) };
+/// Fails if the process is in the network namespace of an enrolled pod, or if that can't be told.
+pub(super) async fn check(kernel: &DatapathHandle<Linux>, process: &PeerProcess) -> anyhow::Result<()> {
+    let pid = process.pid();
+    let netns = NetNs::open(&PathBuf::from(format!("/proc/{pid}/ns/net")));
+    // Before the namespace is believed to be the process's.
+    process.check()?;
+    let netns = netns.with_context(|| format!("the network namespace of process {pid} is unknown"))?;
     // By far the most are in the agent's own.
     if netns.inode()? == NetNs::current()?.inode()? {
         return Ok(());

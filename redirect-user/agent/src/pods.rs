@@ -135,6 +135,7 @@ impl Enrolled {
             containers: self.containers.clone(),
             settings: self.settings.clone(),
             foreign: target.foreign.clone(),
+            earlier_connections: target.flags.contains(PodFlags::EARLIER_CONNECTIONS),
         }
     }
 
@@ -224,8 +225,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         if all.is_empty() {
             return Err(Error::NoAddresses(identity));
         }
-        let Target { netns_cookie, ref foreign, .. } = enrolled.target;
-        let namespace = Introduction { cookie: netns_cookie, sysctls: foreign.clone() };
+        let namespace = enrolled.target.introduction();
         enrolled.target = self.defaults.target(identity, &settings, all, netns, namespace);
         enrolled.settings = settings;
         if before.is_none() {
@@ -392,8 +392,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
         // A pod that has ended has no addresses any more in Kubernetes, before it goes.
         let declared = if readdressed { &wanted.addresses } else { &known.declared }.clone();
-        let namespace =
-            Introduction { cookie: known.target.netns_cookie, sysctls: known.target.foreign.clone() };
+        let namespace = known.target.introduction();
         let wanted_target = self.defaults.target(
             wanted.identity.clone(),
             &wanted.settings,
@@ -678,7 +677,8 @@ impl Defaults {
         let flags = PodFlags::default()
             .with(PodFlags::BYPASS_INBOUND, settings.bypass_inbound)
             .with(PodFlags::DNS, settings.dns.unwrap_or(self.dns))
-            .with(PodFlags::ANY_SOURCE, settings.any_source.unwrap_or(self.any_source));
+            .with(PodFlags::ANY_SOURCE, settings.any_source.unwrap_or(self.any_source))
+            .with(PodFlags::EARLIER_CONNECTIONS, namespace.earlier_connections);
         Target {
             identity,
             netns,
@@ -696,7 +696,11 @@ impl Defaults {
     pub(crate) fn recorded(self, record: &Record, netns: NetNs) -> Target {
         let attached = record.attachments.iter().flat_map(|(_, addresses)| addresses);
         let addresses = attached.chain(&record.declared).copied().collect();
-        let namespace = Introduction { cookie: record.netns_cookie, sysctls: record.foreign.clone() };
+        let namespace = Introduction {
+            cookie: record.netns_cookie,
+            sysctls: record.foreign.clone(),
+            earlier_connections: record.earlier_connections,
+        };
         self.target(record.identity.clone(), &record.settings, addresses, netns, namespace)
     }
 }

@@ -51,6 +51,13 @@ pub struct Record {
     pub settings: PodSettings,
     /// Sysctls that were on before it was enrolled.
     pub foreign: BTreeSet<Sysctl>,
+    /// Whether it may have connections from before it was enrolled. Records of earlier builds do not say.
+    #[serde(default = "unknown")]
+    pub earlier_connections: bool,
+}
+
+const fn unknown() -> bool {
+    true
 }
 
 /// How far an enrolment was.
@@ -292,6 +299,7 @@ mod tests {
     fn record() -> Record {
         let network: IpNet = "fd00:1::/64".parse().unwrap();
         Record {
+            earlier_connections: false,
             phase: Phase::Done,
             identity: PodIdentity { uid: "../odd uid".into(), name: "pod".into(), ..PodIdentity::default() },
             netns_cookie: 7,

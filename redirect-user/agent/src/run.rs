@@ -31,7 +31,7 @@ use crate::metrics::server::Purpose;
 use crate::{install, metrics};
 use redirect_datapath::bpf_log;
 use redirect_datapath::handle::DatapathHandle;
-use redirect_datapath::linux::{Capacities, Linux, NotedBy, Pins, Settings};
+use redirect_datapath::linux::{Capacities, Linux, NotedBy, Pins, ProxyIdentity, Settings};
 use redirect_linux::netns::NetNs;
 use redirect_linux::probe::{self, Requirements};
 use redirect_linux::{cgroup, descriptors, privileges};
@@ -92,8 +92,20 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         tc: options.tc,
         refuse: options.without_proxy == WithoutProxy::Refuse,
         exclusions: options.exclude.exclusions(),
+        proxy_identity: match options.placement {
+            Placement::Node
+                if options.proxy_cgroup.is_empty() && options.outbound_proxy_cgroup.is_empty() =>
+            {
+                tracing::warn!(
+                    "no --proxy-cgroup names the node proxy's cgroup: any process with CAP_NET_RAW in the node's network namespace \
+                     can pass for it"
+                );
+                ProxyIdentity::Mark
+            }
+            Placement::Pod | Placement::Node => options.proxy_identity,
+        },
         proxy_cgroups: match options.placement {
-            Placement::Pod => cgroups.known(),
+            Placement::Pod => cgroups.known().await,
             Placement::Node => named_cgroups(&options.proxy_cgroup, &options.outbound_proxy_cgroup)?,
         },
         placement: options.placement,
@@ -464,6 +476,10 @@ async fn follow(
         if on_host {
             upkeep::mend(&kernel, &pods).await?;
         }
+        let devices: BTreeSet<u32> = batch
+            .iter()
+            .filter_map(|event| if let Event::Device(index) = event { Some(*index) } else { None })
+            .collect();
         let changed: BTreeSet<String> = if on_host || batch.contains(&Event::Lost) {
             pods.uids().await.into_iter().collect()
         } else {
@@ -473,8 +489,8 @@ async fn follow(
                 .collect()
         };
         batch.clear();
-        for uid in changed {
-            pods.reconcile(&uid).await;
+        for uid in changed.union(&behind(&devices, &kernel, &pods).await) {
+            pods.reconcile(uid).await;
         }
     }
 }
@@ -482,6 +498,22 @@ async fn follow(
 async fn until_stopped(mut stopped: signal_watch::Receiver<bool>) {
     // An error means that the sender is gone, which is as good.
     let _ = stopped.wait_for(|stop| *stop).await;
+}
+
+/// The pods whose devices of the host these are. Others' filters come and go as well.
+async fn behind(
+    devices: &BTreeSet<u32>,
+    kernel: &DatapathHandle<Linux>,
+    pods: &Pods<Linux>,
+) -> BTreeSet<String> {
+    if devices.is_empty() {
+        return BTreeSet::new();
+    }
+    let devices = devices.clone();
+    let found = kernel.run(move |linux| {
+        devices.into_iter().filter_map(|index| linux.pod_behind(index)).collect::<Vec<u64>>()
+    });
+    found.await.unwrap_or_default().into_iter().filter_map(|cookie| pods.uid_of(cookie)).collect()
 }
 
 /// Gives the system what reading the kernel's BTF and the object took: 9 MiB that the allocator would keep for good.

@@ -20,6 +20,7 @@ use crate::metrics::server::{Check, Source};
 use redirect_datapath::handle::DatapathHandle;
 use redirect_datapath::linux::Linux;
 use redirect_linux::netns::NetNs;
+use redirect_linux::peer_process::PeerProcess;
 use redirect_protocol::placement::Placement;
 use redirect_protocol::wire::server::Handler;
 use redirect_protocol::wire::{
@@ -47,8 +48,8 @@ pub(super) struct Service {
 }
 
 impl Handler for Service {
-    async fn permit(&self, pid: Option<i32>) -> Result<(), Error> {
-        let permitted = peer_auth::check(&self.kernel, pid).await;
+    async fn permit(&self, process: &PeerProcess) -> Result<(), Error> {
+        let permitted = peer_auth::check(&self.kernel, process).await;
         permitted.map_err(|error| Error::new(ErrorKind::Denied, format!("{error:#}")))
     }
 
@@ -183,7 +184,7 @@ impl Service {
     pub(super) async fn status(&self) -> Result<Status, Error> {
         let report = inspect::read(self.kernel.run(|linux| linux.report()).await)?;
         let proxies = self.proxies.proxies().into_iter().map(|proxy| ProxyReport {
-            pid: proxy.peer.pid.and_then(|pid| pid.try_into().ok()).unwrap_or_default(),
+            pid: proxy.peer.process.pid().cast_unsigned(),
             cgroup: proxy.peer.cgroup_path,
             synced: proxy.synced,
             acknowledged: proxy.acknowledged,

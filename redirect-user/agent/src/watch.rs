@@ -34,6 +34,8 @@ pub(super) enum Event {
     Changed(String),
     /// Something was removed on the host.
     Host,
+    /// A filter was removed from the device of the host with this index.
+    Device(u32),
     /// Events were lost: any pod may have changed.
     Lost,
 }
@@ -107,6 +109,8 @@ impl Watch {
                     let followed = self.followed();
                     let event = |change| match change {
                         Change::OnHost => self.host.then_some(Event::Host),
+                        Change::OnDevice(_) if self.host => Some(Event::Host),
+                        Change::OnDevice(index) => Some(Event::Device(index)),
                         Change::InNamespace(id) => followed.get(&id).cloned().map(Event::Changed),
                     };
                     changes.into_iter().filter_map(event).collect()
@@ -158,6 +162,8 @@ enum Change {
     InNamespace(i32),
     /// Something was removed from the socket's own namespace.
     OnHost,
+    /// A filter was removed from the device with this index in the socket's own namespace.
+    OnDevice(u32),
 }
 
 /// The type of a message.
@@ -165,6 +171,11 @@ fn kind(packet: &[u8]) -> u16 {
     // After the length.
     let [_, _, _, _, low, high, ..] = *packet else { return 0 };
     u16::from_ne_bytes([low, high])
+}
+
+/// The index of the device whose filters a message is about: in `struct tcmsg`, behind the header.
+fn device(packet: &[u8]) -> u32 {
+    packet.get(20..24).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_ne_bytes)
 }
 
 /// Whether a message calls for a look at its namespace: any about a link, and those about what is removed. What it says
@@ -216,5 +227,8 @@ fn next_change(socket: &Socket, flags: libc::c_int) -> io::Result<Option<Change>
         // SAFETY: the header and the entry are the kernel's.
         entry = unsafe { libc::CMSG_NXTHDR(&raw const message, entry) };
     }
-    Ok(removes(&packet).then_some(Change::OnHost))
+    Ok(removes(&packet).then(|| match kind(&packet) {
+        libc::RTM_DELQDISC | libc::RTM_DELTFILTER => Change::OnDevice(device(&packet)),
+        _ => Change::OnHost,
+    }))
 }

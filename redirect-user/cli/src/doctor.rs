@@ -4,6 +4,7 @@
 //! per further group of checks.
 
 mod chain;
+mod gates;
 mod netfilter;
 mod others;
 mod programs;
@@ -42,11 +43,12 @@ pub(crate) struct Requirements {
 type Group = fn(&Requirements) -> Vec<Check>;
 
 /// What else the doctor looks at.
-const FURTHER: [Group; 6] = [
+const FURTHER: [Group; 7] = [
     programs::checks,
     sysctls::checks,
     others::at_cgroup,
     others::on_devices,
+    gates::check,
     netfilter::checks,
     chain::checks,
 ];

@@ -10,6 +10,7 @@ use redirect_ebpf::maps::{Pod, PodFlags};
 
 use super::facts::{Fact, Namespace, Op, Sysctl, Wanted, desired, diff};
 use redirect_linux::netns::NetNs;
+use redirect_protocol::placement::Placement;
 use redirect_protocol::pod::{Exclusion, PodAddresses, PodIdentity};
 use redirect_protocol::wire::FactState;
 
@@ -46,6 +47,16 @@ impl Target {
         }
     }
 
+    /// What is known of its namespace.
+    #[must_use]
+    pub fn introduction(&self) -> Introduction {
+        Introduction {
+            cookie: self.netns_cookie,
+            sysctls: self.foreign.clone(),
+            earlier_connections: self.flags.contains(PodFlags::EARLIER_CONNECTIONS),
+        }
+    }
+
     /// The pod's map entry.
     #[must_use]
     pub fn kernel_pod(&self) -> Pod {
@@ -64,6 +75,8 @@ pub struct Introduction {
     pub cookie: u64,
     /// The sysctls that are on, unless we turned them on.
     pub sysctls: BTreeSet<Sysctl>,
+    /// Whether connections may be open in it that are to go on as they are.
+    pub earlier_connections: bool,
 }
 
 /// What is in the kernel for a pod.
@@ -177,7 +190,8 @@ pub fn enroll(datapath: &mut impl Datapath, target: &Target) -> Result<Outcome, 
     if let (false, Some(address)) = (before.namespace.ipv6, target.addresses.ipv6.first()) {
         return Err(Error::Ipv6Off { pod: target.identity.to_string(), address: *address });
     }
-    if let Some(interface) = before.namespace.devices.as_ref().and_then(|devices| devices.unreachable.first())
+    if before.namespace.placement == Placement::Node
+        && let Some(interface) = before.namespace.devices.unreachable.first()
     {
         let (pod, interface) = (target.identity.to_string(), interface.clone());
         return Err(Error::Unreachable { pod, interface });

@@ -68,8 +68,8 @@ pub enum Fact {
         /// The family.
         family: Family,
     },
-    /// The device of the host is in `INTERFACES` as the end of this pod's (placement `node`). From then on the programs on
-    /// it steer, both families and both directions at once.
+    /// The device of the host is in `INTERFACES` as the end of this pod's. From then on the programs on it work, for both
+    /// families and both directions at once. After the pod, as the guards.
     Device(Interface),
     /// The program that keeps connections that were not captured off the proxy's listeners is attached to the namespace.
     /// After the pod as well: what other rules redirect to the proxy until then must still get there.
@@ -85,7 +85,7 @@ impl Fact {
             | Self::Route { family, .. }
             | Self::Rule { family, .. }
             | Self::Guard { family, .. } => Some(*family),
-            Self::Program { hook, .. } => Some(hook.family()),
+            Self::Program { hook, .. } => hook.family(),
             Self::Address(IpAddr::V4(_)) => Some(Family::Ipv4),
             Self::Address(IpAddr::V6(_)) => Some(Family::Ipv6),
             Self::LoopbackUp
@@ -143,6 +143,8 @@ pub enum Hook {
     Virtual(Family),
     /// On the other interfaces, outwards: what would leave past the proxy.
     Egress(Family),
+    /// On the host's end of a pod's device: what would leave past the proxy and past the programs in the pod, in both families.
+    HostGate,
     /// On the host's end of a pod's device: what the pod sends.
     FromPod(Family),
     /// The same: what is sent to the pod.
@@ -170,7 +172,7 @@ impl Hook {
         Self::Entrance(Family::Ipv6),
     ];
 
-    const IN_POD: [Self; 8] = [
+    const IN_POD: [Self; 9] = [
         Self::Loopback(Family::Ipv4),
         Self::Loopback(Family::Ipv6),
         Self::Inbound(Family::Ipv4),
@@ -179,19 +181,28 @@ impl Hook {
         Self::Virtual(Family::Ipv6),
         Self::Egress(Family::Ipv4),
         Self::Egress(Family::Ipv6),
+        Self::HostGate,
     ];
 
-    /// The family of the packets that the program sees.
+    /// Whether it is attached to the host's end of a pod's device.
     #[must_use]
-    pub const fn family(self) -> Family {
-        let (Self::Loopback(family)
-        | Self::Inbound(family)
-        | Self::Virtual(family)
-        | Self::Egress(family)
-        | Self::FromPod(family)
-        | Self::ToPod(family)
-        | Self::Entrance(family)) = self;
-        family
+    pub const fn is_on_host(self) -> bool {
+        matches!(self, Self::HostGate | Self::FromPod(_) | Self::ToPod(_) | Self::Entrance(_))
+    }
+
+    /// The family of the packets that the program sees, if it is one.
+    #[must_use]
+    pub const fn family(self) -> Option<Family> {
+        match self {
+            Self::Loopback(family)
+            | Self::Inbound(family)
+            | Self::Virtual(family)
+            | Self::Egress(family)
+            | Self::FromPod(family)
+            | Self::ToPod(family)
+            | Self::Entrance(family) => Some(family),
+            Self::HostGate => None,
+        }
     }
 
     /// The program's name in the object and in the kernel.
@@ -206,6 +217,7 @@ impl Hook {
             Self::Virtual(Family::Ipv6) => "virtual_ipv6",
             Self::Egress(Family::Ipv4) => "egress_ipv4",
             Self::Egress(Family::Ipv6) => "egress_ipv6",
+            Self::HostGate => "host_gate",
             Self::FromPod(Family::Ipv4) => "from_pod_ipv4",
             Self::FromPod(Family::Ipv6) => "from_pod_ipv6",
             Self::ToPod(Family::Ipv4) => "to_pod_ipv4",
@@ -258,8 +270,13 @@ pub struct Namespace {
     /// Whether IPv6 works in it: the kernel has it and `lo` does not have it turned off. In placement `node` it is the
     /// host's that counts.
     pub ipv6: bool,
-    /// Placement `node`: the devices that lead out of it.
-    pub devices: Option<Devices>,
+    /// The devices that lead out of it.
+    pub devices: Devices,
+    /// Where the proxy's listeners are.
+    pub placement: Placement,
+    /// Whether the host's ends of its devices are guarded, placement `pod`: where the mark alone tells the proxy, packets no
+    /// longer have it there.
+    pub gated: bool,
 }
 
 /// The devices that lead out of a pod.
@@ -267,8 +284,18 @@ pub struct Namespace {
 pub struct Devices {
     /// Their ends in the host's namespace.
     pub ends: Vec<Interface>,
+    /// Ends in the host's namespace of devices that the pod had and has no more: somebody moved them into another namespace. What
+    /// comes from there still counts as the pod's.
+    pub strayed: Vec<Interface>,
     /// The names, in the pod, of those whose other ends are elsewhere.
     pub unreachable: Vec<String>,
+}
+
+impl Devices {
+    /// The host's ends of the pod's devices, wherever the other ends are.
+    pub fn on_host(&self) -> impl Iterator<Item = &Interface> {
+        self.ends.iter().chain(&self.strayed)
+    }
 }
 
 /// What is wanted for a pod.
@@ -303,8 +330,8 @@ impl Wanted<'_> {
 /// address that appears later must not be a way around the proxy.
 #[must_use]
 pub fn desired(wanted: &Wanted<'_>, namespace: &Namespace) -> BTreeSet<Fact> {
-    if let Some(devices) = &namespace.devices {
-        return desired_on_node(wanted, devices);
+    if namespace.placement == Placement::Node {
+        return desired_on_node(wanted, &namespace.devices);
     }
     let Wanted { addresses, virtual_interfaces, exclusions, .. } = wanted;
     let mut facts = BTreeSet::from([
@@ -318,6 +345,10 @@ pub fn desired(wanted: &Wanted<'_>, namespace: &Namespace) -> BTreeSet<Fact> {
     ]);
     facts.extend(addresses.iter().map(Fact::Address));
     facts.extend(exclusions.iter().copied().map(Fact::Excluded));
+    for end in namespace.devices.on_host().filter(|_| namespace.gated) {
+        facts.insert(Fact::Program { interface: end.clone(), hook: Hook::HostGate });
+        facts.insert(Fact::Device(end.clone()));
+    }
     for family in Family::ALL {
         // Programs do not depend on what `lo` can do: where it has no IPv6 and another interface has, nothing can be
         // given to the proxy, and nothing is to get by either.
@@ -347,7 +378,7 @@ fn desired_on_node(wanted: &Wanted<'_>, devices: &Devices) -> BTreeSet<Fact> {
     let mut facts = BTreeSet::from([Fact::Counters, Fact::Pod(wanted.kernel_pod())]);
     facts.extend(wanted.addresses.iter().map(Fact::Address));
     facts.extend(wanted.exclusions.iter().copied().map(Fact::Excluded));
-    for end in &devices.ends {
+    for end in devices.on_host() {
         let hooks = Family::ALL.into_iter().flat_map(|family| [Hook::FromPod(family), Hook::ToPod(family)]);
         facts.extend(hooks.map(|hook| Fact::Program { interface: end.clone(), hook }));
         facts.insert(Fact::Device(end.clone()));
@@ -488,7 +519,9 @@ mod tests {
             interfaces: vec![interface(1, "lo"), interface(2, "eth0")],
             routable,
             ipv6,
-            devices: None,
+            devices: Devices::default(),
+            placement: Placement::Pod,
+            gated: true,
         }
     }
 

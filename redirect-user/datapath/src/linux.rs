@@ -36,9 +36,9 @@ use redirect_ebpf::flow::{FlowLimits, FlowState};
 use redirect_ebpf::maps::ProxyPart;
 
 use super::datapath::{Datapath, Error, Introduction, Observation, Target};
-use super::facts::{Fact, Hook, Interface, LOOPBACK_INDEX, Lookup, Namespace, Op};
+use super::facts::{Devices, Fact, Hook, Interface, LOOPBACK_INDEX, Lookup, Namespace, Op};
 use super::faults::Words;
-pub use attached::{Attached, at_cgroup, on_devices};
+pub use attached::{Attached, at_cgroup, on_devices, unguarded};
 pub use entrance::EarlyDemuxNote;
 use listeners::LISTENING;
 pub use listeners::NotedBy;
@@ -89,6 +89,16 @@ fn cgroup_programs(
 /// The program that is attached to the kubelet's cgroup.
 const PROBE: &str = "probe";
 
+/// How the proxy's own sockets are recognized.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum ProxyIdentity {
+    /// By the cgroup of the process; a proxy without a cgroup of its own is refused.
+    #[default]
+    Cgroup,
+    /// By mark only: any process with CAP_NET_RAW in a pod can impersonate the proxy.
+    Mark,
+}
+
 /// How the kernel side is loaded.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -104,6 +114,8 @@ pub struct Settings {
     pub refuse: bool,
     /// What is not steered, in any pod.
     pub exclusions: BTreeSet<Exclusion>,
+    /// How a socket is known to be the proxy's own.
+    pub proxy_identity: ProxyIdentity,
     /// The cgroups of the node proxies, as far as they are known from before.
     pub proxy_cgroups: BTreeMap<u64, ProxyPart>,
     /// Where the proxy's listeners are.
@@ -131,6 +143,8 @@ pub struct Linux {
     placement: Placement,
     noted_by: NotedBy,
     rule_priority: u32,
+    /// Whether the host's ends of pods' devices are guarded.
+    gated: bool,
     host: NetNs,
     host_cookie: u64,
     /// A socket in the host's namespace.
@@ -235,6 +249,7 @@ impl Linux {
             placement,
             noted_by,
             rule_priority,
+            gated: settings.proxy_identity == ProxyIdentity::Cgroup,
             host,
             host_cookie,
             host_netlink,
@@ -279,8 +294,8 @@ impl Linux {
         }
         let interface = entrance.interface;
         self.maps.change_entrance(interface.index)?;
-        let attached =
-            tc.look(host_netlink, links, programs, *host_cookie, std::slice::from_ref(&interface))?.current;
+        let place = tc::Where { interfaces: std::slice::from_ref(&interface), on_host: true };
+        let attached = tc.look(host_netlink, links, programs, *host_cookie, place)?.current;
         for hook in Family::ALL.map(Hook::Entrance) {
             if !attached.contains(&Fact::Program { interface: interface.clone(), hook }) {
                 let spot =
@@ -382,7 +397,7 @@ impl Linux {
         self.maps.diagnostics()
     }
 
-    /// Replaces the set of cgroups whose processes are node proxies. An empty set: the mark alone tells.
+    /// Replaces the set of cgroups whose processes are node proxies. An empty set: nobody is the proxy.
     pub fn set_proxy_cgroups(&mut self, cgroups: &BTreeMap<u64, ProxyPart>) -> anyhow::Result<()> {
         self.maps.set_proxy_cgroups(cgroups)
     }
@@ -412,6 +427,11 @@ impl Linux {
 
     fn probes(&self) -> impl Iterator<Item = &str> {
         self.links.names().filter(|name| name.starts_with("probe-"))
+    }
+
+    /// The pod that a device of the host leads to, by the cookie of its namespace.
+    pub fn pod_behind(&self, index: u32) -> Option<u64> {
+        self.maps.pod_behind(index)
     }
 
     /// What the pod's connections were counted as: the counters that are not zero.
@@ -458,29 +478,57 @@ impl Linux {
     }
 
     fn look_at_devices(&mut self, target: &Target) -> io::Result<Observation> {
-        self.leave();
-        let devices = devices::of(&target.netns, &self.host, &mut self.host_netlink)?;
+        let (found, host_id) = {
+            let host = self.host.clone();
+            let netlink = &mut self.enter(target)?.netlink;
+            (netlink.devices()?, netlink.namespace_id(&host)?)
+        };
+        let known = self.maps.devices(target.netns_cookie);
+        let devices = devices::lead_to(&found, host_id, &known, &mut self.host_netlink)?;
+        let mut observation = Observation::default();
+        self.look_at_host(target, &devices, &mut observation)?;
+        observation.facts.extend(self.maps.facts(target));
+        observation.namespace = Namespace {
+            ipv6: sysctl::has_ipv6(),
+            devices,
+            placement: Placement::Node,
+            ..Namespace::default()
+        };
+        Ok(observation)
+    }
+
+    /// What is attached to the host's ends of a pod's devices, and which of them are noted.
+    fn look_at_host(
+        &mut self,
+        target: &Target,
+        devices: &Devices,
+        observation: &mut Observation,
+    ) -> io::Result<()> {
         let cookie = target.netns_cookie;
-        let attached =
-            self.tc.look(&mut self.host_netlink, &self.links, &self.programs, cookie, &devices.ends)?;
-        let mut facts = attached.current;
-        facts.extend(self.maps.facts(target));
+        let ends: Vec<Interface> = devices.on_host().cloned().collect();
+        let attached = self.at_host(target, |linux| {
+            let place = tc::Where { interfaces: &ends, on_host: true };
+            linux.tc.look(&mut linux.host_netlink, &linux.links, &linux.programs, cookie, place)
+        })?;
+        observation.facts.extend(attached.current);
+        observation.stale.extend(attached.stale);
+        observation.damaged.extend(attached.damaged);
         for index in self.maps.devices(cookie) {
-            let known = devices.ends.iter().find(|end| end.index == index).cloned();
+            let known = ends.iter().find(|end| end.index == index).cloned();
             // One that is gone has no name any more.
-            facts.insert(Fact::Device(known.unwrap_or(Interface { index, name: index.to_string() })));
+            let end = known.unwrap_or(Interface { index, name: index.to_string() });
+            observation.facts.insert(Fact::Device(end));
         }
-        Ok(Observation {
-            namespace: Namespace { ipv6: sysctl::has_ipv6(), devices: Some(devices), ..Namespace::default() },
-            facts,
-            stale: attached.stale,
-            damaged: attached.damaged,
-        })
+        Ok(())
     }
 
     fn look_into_pod(&mut self, target: &Target) -> io::Result<Observation> {
+        let (host, gated) = (self.host.clone(), self.gated);
         let Session { netlink, sysctls, .. } = self.enter(target)?;
-        let (interfaces, up) = netlink.interfaces()?;
+        let (found, host_id) = (netlink.devices()?, netlink.namespace_id(&host)?);
+        let interfaces: Vec<Interface> = found.iter().map(|device| device.interface.clone()).collect();
+        let up: BTreeSet<u32> =
+            found.iter().filter(|device| device.up).map(|device| device.interface.index).collect();
         let ipv6 = sysctls.ipv6_enabled("lo");
         let has_ipv6 = |interface: &Interface| {
             ipv6 && (interface.is_loopback() || sysctls.ipv6_enabled(&interface.name))
@@ -495,7 +543,7 @@ impl Linux {
             .map(|(interface, family)| (family, interface.index))
             .collect();
         let mut observation = Observation {
-            namespace: Namespace { interfaces, routable, ipv6, devices: None },
+            namespace: Namespace { interfaces, routable, ipv6, gated, ..Namespace::default() },
             ..Observation::default()
         };
         let interfaces = &observation.namespace.interfaces;
@@ -515,7 +563,8 @@ impl Linux {
             );
         }
         let Session { netlink, netns_cookie, .. } = entered(&mut self.session)?;
-        let attached = self.tc.look(netlink, &self.links, &self.programs, *netns_cookie, interfaces)?;
+        let place = tc::Where { interfaces, on_host: false };
+        let attached = self.tc.look(netlink, &self.links, &self.programs, *netns_cookie, place)?;
         facts.extend(attached.current);
         observation.stale = attached.stale;
         observation.damaged = attached.damaged;
@@ -528,7 +577,29 @@ impl Linux {
             };
         }
         observation.facts.extend(self.sysctls_and_entries(target)?);
+        let known = self.maps.devices(target.netns_cookie);
+        let devices = devices::lead_to(&found, host_id, &known, &mut self.host_netlink)?;
+        self.look_at_host(target, &devices, &mut observation)?;
+        observation.namespace.devices = devices;
         Ok(observation)
+    }
+
+    /// Does something in the host's namespace, and comes back to where the thread was.
+    fn at_host<T, E: From<io::Error>>(
+        &mut self,
+        target: &Target,
+        work: impl FnOnce(&mut Self) -> Result<T, E>,
+    ) -> Result<T, E> {
+        if self.session.as_ref().is_none_or(|session| session.netns_cookie != target.netns_cookie) {
+            self.leave();
+            return work(self);
+        }
+        self.host.enter()?;
+        let result = work(self);
+        if target.netns.enter().is_err() {
+            self.session = None;
+        }
+        result
     }
 
     fn lookup_state(&self, lookup: Lookup, target: &Target) -> io::Result<Option<State>> {
@@ -562,16 +633,26 @@ impl Linux {
                 facts.insert(lookup.fact());
             }
         }
+        for index in self.maps.devices(target.netns_cookie) {
+            facts.extend(self.host_netlink.interface(index)?.map(Fact::Device));
+        }
         Ok(facts)
     }
 
     fn attach(&mut self, target: &Target, interface: &Interface, hook: Hook) -> anyhow::Result<()> {
-        if self.placement == Placement::Node {
-            self.leave();
-            let Self { tc, links, programs, host_netlink, .. } = self;
-            let spot =
-                tc::Spot { netns_cookie: target.netns_cookie, interface, carries_traffic: target.running };
-            return tc.attach(host_netlink, links, programs, &spot, hook);
+        let netns_cookie = target.netns_cookie;
+        if hook.is_on_host() {
+            // In placement `pod` a pod that is enrolled already gets the gate after an upgrade, or gets it back. A filter that is
+            // there is replaced by a filter.
+            let carries_traffic = target.running
+                || (hook == Hook::HostGate
+                    && self.maps.has_pod(netns_cookie)
+                    && !self.tc.has_filter(netns_cookie, interface.index, hook));
+            let spot = tc::Spot { netns_cookie, interface, carries_traffic };
+            return self.at_host(target, |linux| {
+                let Self { tc, links, programs, host_netlink, .. } = linux;
+                tc.attach(host_netlink, links, programs, &spot, hook)
+            });
         }
         self.enter(target)?;
         let Session { netlink, netns_cookie, .. } = entered(&mut self.session)?;
@@ -580,10 +661,11 @@ impl Linux {
     }
 
     fn detach(&mut self, target: &Target, interface: &Interface, hook: Hook) -> anyhow::Result<()> {
-        if self.placement == Placement::Node {
-            self.leave();
-            let Self { tc, links, host_netlink, .. } = self;
-            return Ok(tc.detach(host_netlink, links, target.netns_cookie, interface.index, hook)?);
+        if hook.is_on_host() {
+            return self.at_host(target, |linux| {
+                let Self { tc, links, host_netlink, .. } = linux;
+                Ok(tc.detach(host_netlink, links, target.netns_cookie, interface.index, hook)?)
+            });
         }
         self.enter(target)?;
         let Session { netlink, netns_cookie, .. } = entered(&mut self.session)?;
@@ -656,7 +738,7 @@ impl Datapath for Linux {
         let known = self.maps.has_pod(cookie);
         let sysctls =
             if known { BTreeSet::new() } else { entered(&mut self.session)?.sysctls.that_are_on()? };
-        Ok(Introduction { cookie, sysctls })
+        Ok(Introduction { cookie, sysctls, earlier_connections: known || super::listeners::has_sockets()? })
     }
 
     fn glance(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>> {

@@ -100,6 +100,22 @@ pub fn bound(transport: Transport, family: Family) -> io::Result<Vec<Bound>> {
     Ok(listening(transport, BufReader::new(file).lines().map_while(Result::ok)))
 }
 
+/// Whether the calling thread's namespace has any TCP socket that listens or is connected. The kernel keeps count.
+pub(super) fn has_sockets() -> io::Result<bool> {
+    for (file, line) in [("sockstat", "TCP: inuse "), ("sockstat6", "TCP6: inuse ")] {
+        let text = match fs::read_to_string(format!("/proc/thread-self/net/{file}")) {
+            // The kernel has no IPv6.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            text => text?,
+        };
+        let counted = text.lines().find_map(|of| of.strip_prefix(line)?.split(' ').next()?.parse().ok());
+        if counted != Some(0u32) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Those in a table: "sl local_address rem_address st …". That of TCP has listeners first, and may be long.
 fn listening(transport: Transport, lines: impl Iterator<Item = String>) -> Vec<Bound> {
     const LISTEN: &str = "0A";

@@ -8,6 +8,7 @@ pub mod descriptors;
 pub mod link;
 pub mod netlink;
 pub mod netns;
+pub mod peer_process;
 pub mod privileges;
 pub mod probe;
 pub mod proc_sys;

@@ -35,7 +35,7 @@ use crate::netns::NetNs;
 use raw::Raw;
 
 /// Our filters' handles: each program has one. The kernel takes more memory for larger numbers.
-pub const HANDLES: RangeInclusive<u32> = 1501..=1514;
+pub const HANDLES: RangeInclusive<u32> = 1501..=1515;
 
 /// The index of `lo`, in every network namespace.
 pub const LOOPBACK_INDEX: u32 = 1;
@@ -92,6 +92,21 @@ pub struct Netlink {
     socket: Socket,
     sequence: u32,
     packet: Vec<u8>,
+}
+
+/// An interface, and what it is linked to.
+#[derive(Clone, Debug)]
+pub struct Device {
+    /// It.
+    pub interface: Interface,
+    /// Whether it is up.
+    pub up: bool,
+    /// What drives it, if it is no hardware: `veth`, `ipvlan`.
+    pub kind: Option<String>,
+    /// The index of the device that it is the other end of, or that it is on.
+    pub peer: Option<u32>,
+    /// The ID of the namespace that this one is in, if it is another.
+    pub namespace: Option<i32>,
 }
 
 impl Netlink {
@@ -181,18 +196,39 @@ impl Netlink {
 
     /// The interfaces that are in the namespace, and the indices of those that are up.
     pub fn interfaces(&mut self) -> io::Result<(Vec<Interface>, BTreeSet<u32>)> {
+        let devices = self.devices()?;
+        let up = devices.iter().filter(|device| device.up).map(|device| device.interface.index).collect();
+        Ok((devices.into_iter().map(|device| device.interface).collect(), up))
+    }
+
+    /// The interfaces that are in the namespace, and what they are linked to.
+    pub fn devices(&mut self) -> io::Result<Vec<Device>> {
         // `struct ifinfomsg`
         const SIZE: usize = 16;
         const INDEX: usize = 4;
         const FLAGS: usize = 8;
+        const INFO_KIND: u16 = 1;
         let links = self.list(RouteNetlinkMessage::GetLink(LinkMessage::default()), libc::RTM_NEWLINK)?;
-        let is_up = |link: &&Raw| link.word(FLAGS) & libc::IFF_UP.cast_unsigned() != 0;
-        let up = links.iter().filter(is_up).map(|link| link.word(INDEX)).collect();
-        let interface = |link: &Raw| {
-            let (_, name) = link.attributes(SIZE).find(|(kind, _)| *kind == libc::IFLA_IFNAME)?;
-            Some(Interface { index: link.word(INDEX), name: raw::text(name) })
+        let device = |link: &Raw| {
+            let mut name = None;
+            let (mut kind, mut peer, mut namespace) = (None, None, None);
+            for (number, value) in link.attributes(SIZE) {
+                match number {
+                    libc::IFLA_IFNAME => name = Some(raw::text(value)),
+                    libc::IFLA_LINK => peer = raw::word(value),
+                    libc::IFLA_LINK_NETNSID => namespace = raw::word(value).map(u32::cast_signed),
+                    libc::IFLA_LINKINFO => {
+                        let found = raw::attributes(value).find(|(number, _)| *number == INFO_KIND);
+                        kind = found.map(|(_, value)| raw::text(value));
+                    }
+                    _ => {}
+                }
+            }
+            let interface = Interface { index: link.word(INDEX), name: name? };
+            let up = link.word(FLAGS) & libc::IFF_UP.cast_unsigned() != 0;
+            Some(Device { interface, up, kind, peer, namespace })
         };
-        Ok((links.iter().filter_map(interface).collect(), up))
+        Ok(links.iter().filter_map(device).collect())
     }
 
     /// All objects of a kind.

@@ -440,6 +440,13 @@ pub struct PodReport {
     pub steered: Vec<String>,
     /// The interfaces whose inbound connections are steered.
     pub interfaces: Vec<String>,
+    /// Devices of the host that led to the pod and whose other ends somebody moved into another namespace. What comes from there
+    /// and is not the proxy's is dropped.
+    #[serde(default)]
+    pub strayed: Vec<String>,
+    /// Interfaces without an end on the host where what leaves them past the pod's own programs could be stopped.
+    #[serde(default)]
+    pub unguarded: Vec<String>,
     /// How it is with the pod.
     pub state: PodState,
     /// Whether the newest proxy acknowledged the pod; if not, what it said or that it is not connected.

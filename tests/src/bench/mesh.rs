@@ -60,7 +60,7 @@ impl Mesh {
             let proxies = self.handle.proxies();
             Ok(proxies
                 .iter()
-                .any(|proxy| proxy.peer.pid == Some(process) && proxy.synced && proxy.refused.is_empty()))
+                .any(|proxy| proxy.peer.process.pid() == process && proxy.synced && proxy.refused.is_empty()))
         })
     }
 

@@ -1,5 +1,6 @@
 //! Which sockets are the proxy's own: not those that only look like it.
 
+use std::process::Command;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
@@ -22,8 +23,11 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials.extend(for_every_stack(context, "identity::mark_at_own_address_stays_inside", own_address));
     trials.extend(for_every_kind(context, "identity::proxy_in_a_new_cgroup", new_cgroup));
     type Test = fn(&Context, Stack) -> Result<()>;
-    let tests: [(&str, Test); 2] =
-        [("cgroup_of_a_proxy_that_is_gone", gone), ("mark_alone_suffices_if_wanted", mark_suffices)];
+    let tests: [(&str, Test); 3] = [
+        ("cgroup_of_a_proxy_that_is_gone", gone),
+        ("peers_that_name_no_proxy", no_proxy_named),
+        ("mark_alone_suffices_if_wanted", mark_suffices),
+    ];
     for (name, test) in tests {
         trials.extend(for_every_stack_in_pods(context, &format!("identity::{name}"), NO_CONNECTION, test));
     }
@@ -107,6 +111,46 @@ fn gone(context: &Context, stack: Stack) -> Result<()> {
     let answer = impostor.call_with_mark(pod.netns(), stack, to, MARK_PROXY)?;
     ensure!(answer.error.is_none() && !answer.is_direct(), "{answer:?}");
     pod.proxied_times(Direction::Outbound, to, 1).map(drop)
+}
+
+/// A peer that ends right after its hello, so that nobody can tell whose number it has, and one in the root of the cgroups: the agent
+/// refuses both, and goes on knowing the proxy that it knows. No mark makes a pod's process the proxy.
+fn no_proxy_named(context: &Context, stack: Stack) -> Result<()> {
+    let node = Node::start(&context.session()?)?;
+    let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    let impostor = Caller::new(node.session(), &format!("impostor-of-{}", node.netns().name()))?;
+    let listening = other.listen(stack)?;
+    let to = other.endpoint(stack.family(), listening.port())?;
+    let is_captured = || -> Result<()> {
+        let answer = impostor.call_with_mark(pod.netns(), stack, to, MARK_PROXY)?;
+        ensure!(answer.error.is_none() && !answer.is_direct(), "past the proxy: {answer:?}");
+        Ok(())
+    };
+    let root = redirect_linux::cgroup::mount()?.join("cgroup.procs");
+    let hello = |after: &str| -> Result<String> {
+        let socket = redirect_tests::agent::zds_socket(node.dir());
+        // The protobuf message is `version: 1`.
+        let program = format!(
+            "import os, socket\nopen({:?}, 'w').write(str(os.getpid()))\ns = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n\
+             s.connect({:?})\ns.send(bytes([8, 1]))\n{after}",
+            root.display().to_string(),
+            socket.display().to_string()
+        );
+        let mut python = Command::new("python3");
+        python.args(["-c", &program]);
+        Ok(String::from_utf8(node.netns().output(python, b"")?)?)
+    };
+    for _ in 0..5 {
+        hello("os._exit(0)")?;
+        is_captured()?;
+    }
+    match hello("s.settimeout(5); print(len(s.recv(1024)))") {
+        Ok(heard) => ensure!(heard.trim() == "0", "a proxy without a cgroup was told of pods: {heard}"),
+        // Reset, which is as good.
+        Err(error) => ensure!(format!("{error:#}").contains("ConnectionReset"), "{error:#}"),
+    }
+    is_captured()?;
+    outbound::passes_the_proxy_once(&pod, &other, stack)
 }
 
 /// For proxies that have no cgroup of their own.

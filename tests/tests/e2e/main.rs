@@ -20,6 +20,7 @@ mod fragments;
 mod hand_over;
 mod hardening;
 mod harness;
+mod host_gate;
 mod identity;
 mod inbound;
 mod inspect;
@@ -105,6 +106,7 @@ fn everywhere(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         probes::trials(context),
         exclusions::trials(context),
         odd_sockets::trials(context),
+        host_gate::trials(context),
         fragments::trials(context),
         syn_flood::trials(context),
         without_proxy::trials(context),

@@ -31,15 +31,15 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 }
 
 /// How long something is waited for that must not happen: longer than the first retransmission of a SYN takes.
-const LONG_ENOUGH: Duration = Duration::from_millis(1500);
+pub(crate) const LONG_ENOUGH: Duration = Duration::from_millis(1500);
 
 /// An enrolled client, and a server outside the mesh that it may reach through the proxy only.
-struct Scene {
+pub(crate) struct Scene {
     stack: Stack,
-    client: Pod,
-    server: Pod,
-    listening: Server,
-    to: SocketAddr,
+    pub(crate) client: Pod,
+    pub(crate) server: Pod,
+    pub(crate) listening: Server,
+    pub(crate) to: SocketAddr,
     /// The segments that the server's namespace had received before.
     segments: u64,
 }
@@ -53,7 +53,7 @@ impl Scene {
     }
 
     /// On a node of its own, for tests that count, or that stop the proxy.
-    fn alone(context: &Context, stack: Stack) -> Result<Self> {
+    pub(crate) fn alone(context: &Context, stack: Stack) -> Result<Self> {
         let node = Node::start(&context.session()?)?;
         let client = node.enrolled("client", Families::Dual)?;
         Self::with(client, &node, stack)
@@ -68,12 +68,12 @@ impl Scene {
     }
 
     /// The destination as the client's socket spells it.
-    fn destination(&self) -> SocketAddr {
+    pub(crate) fn destination(&self) -> SocketAddr {
         self.stack.spell(self.to)
     }
 
     /// A socket of the client's.
-    fn socket(&self) -> Result<Socket> {
+    pub(crate) fn socket(&self) -> Result<Socket> {
         socket_in(self.client.netns(), self.stack)
     }
 
@@ -89,7 +89,7 @@ impl Scene {
     }
 
     /// Exactly these connections came to the server, and none of them from the client itself.
-    fn came_by_the_proxy(&self, connections: &[Connection]) -> Result<()> {
+    pub(crate) fn came_by_the_proxy(&self, connections: &[Connection]) -> Result<()> {
         let accepted = self.listening.accepted();
         ensure!(accepted.len() == connections.len(), "the server accepted {accepted:?}");
         for connection in connections {
@@ -113,17 +113,22 @@ impl Scene {
     }
 
     /// Not a single segment came to the server, and there is a count of what was dropped, for this reason.
-    fn was_held(&self, way: Way, reason: Reason) -> Result<()> {
+    pub(crate) fn was_held(&self, way: Way, reason: Reason) -> Result<()> {
         ensure!(self.listening.accepted().is_empty(), "the server accepted {:?}", self.listening.accepted());
-        let segments = segments_received(self.server.netns())? - self.segments;
+        let segments = self.segments_came()?;
         ensure!(segments == 0, "{segments} segments came to the server");
         let dropped = self.dropped(way, reason)?;
         ensure!(dropped > 0, "nothing was counted as {}", reason.label());
         Ok(())
     }
 
+    /// How many segments came to the server's namespace.
+    pub(crate) fn segments_came(&self) -> Result<u64> {
+        Ok(segments_received(self.server.netns())? - self.segments)
+    }
+
     /// How many packets of the family the node's programs have dropped for this reason.
-    fn dropped(&self, way: Way, reason: Reason) -> Result<u64> {
+    pub(crate) fn dropped(&self, way: Way, reason: Reason) -> Result<u64> {
         dropped(self.client.node(), self.stack, way, reason)
     }
 }
@@ -186,7 +191,7 @@ fn connect(socket: Socket, to: SocketAddr) -> Result<Connection> {
 }
 
 /// That an attempt to connect does not succeed.
-fn fails(socket: &Socket, to: SocketAddr) -> Result<io::Error> {
+pub(crate) fn fails(socket: &Socket, to: SocketAddr) -> Result<io::Error> {
     match socket.connect_timeout(&to.into(), LONG_ENOUGH) {
         Ok(()) => bail!("the connection to {to} was made"),
         Err(error) => Ok(error),

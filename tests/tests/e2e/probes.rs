@@ -28,6 +28,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials.extend(for_every_stack(context, "probes::closed_port", closed_port));
     trials.extend(for_every_stack(context, "probes::without_a_proxy", without_a_proxy));
     trials.extend(for_every_kind(context, "probes::others_on_the_node_are_captured", others_on_the_node));
+    trials.extend(for_every_stack(context, "probes::port_of_a_probe_is_no_exemption", port_of_a_probe));
     trials.extend(for_every_kind(context, "probes::kubelets_cgroup_in_a_pod_is_captured", in_a_pod));
     trials.extend(for_every_kind(context, "probes::routed_pod", routed_pod));
     trials.push(trial(context, "probes::link_local_node::v6", link_local_node));
@@ -160,6 +161,31 @@ fn others_on_the_node(context: &Context, families: Families, stack: Stack) -> Re
         is_captured(&other, node.netns(), &pod, stack)?;
     }
     inbound::passes_the_proxy_once(node.netns(), &pod, stack)
+}
+
+/// The exemption is the kubelet's socket's. Whoever has its address and port next is captured.
+fn port_of_a_probe(context: &Context, stack: Stack) -> Result<()> {
+    let Probing { node, kubelet } = probing(context)?;
+    let pod = node.enrolled("pod", Families::Dual)?;
+    // The port is free again a second after the kubelet has closed its connection.
+    node.netns().set_sysctl("net.ipv4.tcp_tw_reuse", "1")?;
+    let listening = pod.listen(stack)?;
+    let to = stack.spell(pod.endpoint(stack.family(), listening.port())?);
+    let answer = kubelet.call(node.netns(), stack, to)?;
+    ensure!(answer.is_direct(), "a probe went through the proxy: {answer:?}");
+    let source = answer.getsockname.context("no source")?;
+    std::thread::sleep(Duration::from_millis(2100));
+    let stream = node.netns().run(|| -> Result<_> {
+        let socket = socket2::Socket::new(stack.domain(), socket2::Type::STREAM, None)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&source.into())?;
+        socket.connect_timeout(&to.into(), wait::patient(wait::SOON))?;
+        socket.set_read_timeout(Some(wait::patient(wait::SOON)))?;
+        Ok(std::net::TcpStream::from(socket))
+    })??;
+    let connection = redirect_tests::Connection::greeted(stream)?;
+    ensure!(!connection.is_direct(), "past the proxy: {:?}", connection.heard);
+    Ok(())
 }
 
 /// What the kubelet starts inside pods is no probe.

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsRawFd as _;
 
 use anyhow::{Result, ensure};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -106,16 +107,7 @@ fn checksum(source: IpAddr, to: IpAddr, segment: &[u8]) -> u16 {
     bytes.extend([0, TCP]);
     bytes.extend((segment.len() as u16).to_be_bytes());
     bytes.extend(segment);
-    let words = bytes.chunks(2).map(|pair| match *pair {
-        [high, low] => u32::from(u16::from_be_bytes([high, low])),
-        [high] => u32::from(u16::from_be_bytes([high, 0])),
-        _ => 0,
-    });
-    let mut sum: u32 = words.sum();
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    !(sum as u16)
+    internet_checksum(&bytes)
 }
 
 /// A raw socket in the namespace of the calling thread that sends packets with their IP header.
@@ -135,4 +127,100 @@ pub(crate) fn send_marked(packet: &[u8], to: IpAddr, mark: u32) -> Result<()> {
     socket.set_mark(mark)?;
     ensure!(socket.send_to(packet, &SocketAddr::new(to, 0).into())? == packet.len());
     Ok(())
+}
+
+/// How a frame is sent by a packet socket.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ethernet {
+    /// Whether it is put past the queueing discipline, and with it past TC.
+    past_qdisc: bool,
+    /// Priority tags (VLAN 0) before the packet.
+    tags: usize,
+    /// What the sender says that the frame is, instead of what it says itself.
+    protocol: Option<u16>,
+}
+
+impl Ethernet {
+    /// Past TC, behind tags.
+    pub(crate) const fn past_qdisc(tags: usize) -> Self {
+        Self { past_qdisc: true, tags, protocol: None }
+    }
+
+    /// An IP packet that its sender declares to be ARP.
+    pub(crate) const fn of_arp() -> Self {
+        Self { past_qdisc: false, tags: 0, protocol: Some(0x0806) }
+    }
+
+    /// Sends a packet with its IP header from the namespace of the calling thread, to one link address, from another.
+    pub(crate) fn send(self, device: &str, ends: ([u8; 6], [u8; 6]), packet: &[u8]) -> Result<()> {
+        const PACKET_QDISC_BYPASS: libc::c_int = 20;
+        const TAGGED: u16 = 0x8100;
+        let ipv4 = packet[0] >> 4 == 4;
+        let kind: u16 = if ipv4 { 0x0800 } else { 0x86dd };
+        let mut frame = [ends.0, ends.1].concat();
+        for _ in 0..self.tags {
+            frame.extend(TAGGED.to_be_bytes());
+            frame.extend([0, 0]);
+        }
+        frame.extend(kind.to_be_bytes());
+        let header = frame.len();
+        frame.extend(packet);
+        if ipv4 {
+            let sum = internet_checksum(&frame[header..header + 20]);
+            frame[header + 10..header + 12].copy_from_slice(&sum.to_be_bytes());
+        }
+        let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(0)))?;
+        if self.past_qdisc {
+            let on: libc::c_int = 1;
+            // SAFETY: the option's value lives for the length of the call, and its size is right.
+            let result = unsafe {
+                libc::setsockopt(
+                    socket.as_raw_fd(),
+                    libc::SOL_PACKET,
+                    PACKET_QDISC_BYPASS,
+                    (&raw const on).cast(),
+                    size_of_val(&on) as libc::socklen_t,
+                )
+            };
+            ensure!(result == 0, "PACKET_QDISC_BYPASS: {}", io::Error::last_os_error());
+        }
+        let protocol = self.protocol.unwrap_or(if self.tags == 0 { kind } else { TAGGED });
+        // SAFETY: integers only: zero is a valid value.
+        let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        to.sll_family = libc::AF_PACKET as libc::c_ushort;
+        to.sll_protocol = protocol.to_be();
+        to.sll_ifindex = nix::net::if_::if_nametoindex(device)? as libc::c_int;
+        to.sll_halen = 6;
+        to.sll_addr[..6].copy_from_slice(&ends.0);
+        // SAFETY: frame and address live for the length of the call, with these lengths.
+        let sent = unsafe {
+            libc::sendto(
+                socket.as_raw_fd(),
+                frame.as_ptr().cast(),
+                frame.len(),
+                0,
+                (&raw const to).cast(),
+                size_of_val(&to) as libc::socklen_t,
+            )
+        };
+        let error = io::Error::last_os_error();
+        // What the kernel says of a packet that TC dropped.
+        let dropped = sent < 0 && error.raw_os_error() == Some(libc::ENOBUFS);
+        ensure!(sent == frame.len() as isize || dropped, "{sent} bytes were sent: {error}");
+        Ok(())
+    }
+}
+
+/// The checksum of bytes in which its place is zero.
+fn internet_checksum(bytes: &[u8]) -> u16 {
+    let words = bytes.chunks(2).map(|pair| match *pair {
+        [high, low] => u32::from(u16::from_be_bytes([high, low])),
+        [high] => u32::from(u16::from_be_bytes([high, 0])),
+        _ => 0,
+    });
+    let mut sum: u32 = words.sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !(sum as u16)
 }

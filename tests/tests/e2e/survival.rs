@@ -155,7 +155,7 @@ fn survives(context: &Context, stack: Stack, change: Change) -> Result<()> {
                     let pins = pins.collect::<Result<BTreeSet<String>>>()?;
                     let maps: BTreeSet<&str> = pins.iter().filter_map(|pin| pin.split('-').next()).collect();
                     ensure!(
-                        maps.contains("PROBES") && maps.len() == pins.len(),
+                        maps.contains("FLOWS") && maps.len() == pins.len(),
                         "a map of another layout is left: {pins:?}"
                     );
                 }
@@ -190,7 +190,7 @@ fn random(most: Duration) -> Duration {
 enum Patch {
     /// How long handed-over connections are waited for.
     Program,
-    /// The capacity of `PROBES`.
+    /// The capacity of `FLOWS`.
     Map,
 }
 
@@ -204,8 +204,8 @@ fn object(node: &Node, patch: Patch) -> Result<String> {
         // A legacy map definition: type, key size, value size, entries.
         Patch::Map => {
             let definition =
-                |entries: u32| [9, 36, 8, entries].iter().flat_map(|word: &u32| word.to_le_bytes()).collect();
-            (definition(4096), definition(2048))
+                |entries: u32| [27, 0, 0, entries].iter().flat_map(|word: &u32| word.to_le_bytes()).collect();
+            (definition(256 << 10), definition(128 << 10))
         }
     };
     let mut places = Vec::new();

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, SockHash};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, Pod};
-use redirect_datapath::linux::{self, Capacities, NotedBy, Settings, TcMethod};
+use redirect_datapath::linux::{self, Capacities, NotedBy, ProxyIdentity, Settings, TcMethod};
 use redirect_ebpf::constants::{MARK_PROXY, PORT_INBOUND, PORT_OUTBOUND};
 use redirect_ebpf::count::{self, Direction, Reason, Verdict};
 use redirect_ebpf::family::Family;
@@ -204,6 +204,7 @@ pub(crate) fn object(diagnostics: bool) -> Result<Ebpf> {
         refuse: false,
         host_cookie: 0,
         exclusions: BTreeSet::new(),
+        proxy_identity: ProxyIdentity::Mark,
         proxy_cgroups: BTreeMap::new(),
         placement: Placement::Pod,
         rule_priority: 0,

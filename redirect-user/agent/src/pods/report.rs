@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 
 use super::{Enrolled, Error, Ownership, Pods};
 use redirect_datapath::datapath::{self, Datapath, Finding, Target};
+use redirect_datapath::facts::Interface;
+use redirect_protocol::placement::Placement;
 use redirect_protocol::pod::PodIdentity;
 use redirect_protocol::wire::{PodReport, PodState};
 use redirect_zds::server::{Handle, PodProxyState};
@@ -48,6 +50,11 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         Ok((target, self.kernel.run(move |datapath| datapath::inspect(datapath, &copy)).await??))
     }
 
+    /// The pod that a namespace belongs to.
+    pub(crate) fn uid_of(&self, netns_cookie: u64) -> Option<String> {
+        self.ownership.owner(netns_cookie).map(|owner| owner.uid)
+    }
+
     /// How far a pod is; `None` if it is not enrolled.
     pub(crate) async fn standing(&self, uid: &str) -> Option<Standing> {
         let slot = self.slots.find(uid).await?;
@@ -60,19 +67,29 @@ fn report(enrolled: &Enrolled, ownership: &Ownership, proxies: &Handle) -> PodRe
     let Enrolled { attachments, observation, since, .. } = enrolled;
     let target = ownership.held(&enrolled.target);
     let proxy = proxy(proxies, &target.identity);
-    let interfaces = observation.namespace.interfaces.iter();
+    let interfaces = observation.namespace.interfaces.iter().filter(|interface| !interface.is_loopback());
+    let interfaces: Vec<String> = interfaces.map(|interface| interface.name.clone()).collect();
     PodReport {
         pod: target.identity.clone(),
         attachments: attachments.keys().cloned().collect(),
         addresses: target.addresses.iter().collect(),
         netns_cookie: target.netns_cookie,
         steered: target.addresses.families().map(|family| family.to_string()).collect(),
-        interfaces: interfaces
-            .filter(|interface| !interface.is_loopback())
-            .map(|interface| interface.name.clone())
-            .collect(),
+        strayed: names(&observation.namespace.devices.strayed),
+        unguarded: match (observation.namespace.placement, observation.namespace.gated) {
+            (Placement::Pod, false) => interfaces.clone(),
+            (Placement::Pod, true) => observation.namespace.devices.unreachable.clone(),
+            // Such a pod is not enrolled.
+            (Placement::Node, _) => Vec::new(),
+        },
+        interfaces,
         state: match &proxy {
-            _ if !enrolled.steered || target.addresses.is_empty() => PodState::Broken,
+            _ if !enrolled.steered
+                || target.addresses.is_empty()
+                || !observation.namespace.devices.strayed.is_empty() =>
+            {
+                PodState::Broken
+            }
             Ok(()) => PodState::Steered,
             Err(_) => PodState::Waiting,
         },
@@ -80,6 +97,10 @@ fn report(enrolled: &Enrolled, ownership: &Ownership, proxies: &Handle) -> PodRe
         since: since.elapsed().as_secs(),
         counters: Vec::new(),
     }
+}
+
+fn names(interfaces: &[Interface]) -> Vec<String> {
+    interfaces.iter().map(|interface| interface.name.clone()).collect()
 }
 
 /// Where the pod stands with the newest proxy, in words.

@@ -113,6 +113,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         self.holds(&record.identity, &netns, &addresses).await.ok()?;
         record.netns_cookie = namespace.cookie;
         record.foreign = namespace.sysctls;
+        record.earlier_connections = namespace.earlier_connections;
         Some(netns)
     }
 

@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use redirect_ebpf::maps::PodFlags;
+
 use super::super::records::Phase;
 use super::super::repairs::Repairs;
 use super::{Enrolled, Error, Pods, tell};
@@ -58,12 +60,13 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     async fn change_over(&self, known: &mut Enrolled, netns: NetNs) -> Result<(), Error> {
         let identity = known.target.identity.clone();
         let addresses: Vec<_> = known.target.addresses.iter().collect();
-        let Introduction { cookie, sysctls } = self.introduce(&identity, &netns).await?;
+        let Introduction { cookie, sysctls, earlier_connections } = self.introduce(&identity, &netns).await?;
         self.holds(&identity, &netns, &addresses).await?;
         let old = known.target.clone();
         known.target.netns = netns;
         known.target.netns_cookie = cookie;
         known.target.foreign = sysctls;
+        known.target.flags = known.target.flags.with(PodFlags::EARLIER_CONNECTIONS, earlier_connections);
         if !self.ownership.take_if_free(&known.target) {
             known.target = old;
             return Err(Error::NamespaceTaken(identity));

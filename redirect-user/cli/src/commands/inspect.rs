@@ -48,6 +48,7 @@ pub(super) fn pod(PodQuery { name, query }: &PodQuery) -> anyhow::Result<ExitCod
         Output::Table => print!("{}", pod_text(&detail)),
     }
     let good = detail.report.proxy.is_ok()
+        && detail.report.strayed.is_empty()
         && detail.expectations.iter().all(|expectation| expectation.state == FactState::Present);
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -82,6 +83,14 @@ fn pod_text(detail: &PodDetail) -> String {
             FactState::Surplus => ("✗", ": should not be there"),
         };
         expectations.add_row([sign.to_owned(), format!("{}{remark}", expectation.what)]);
+    }
+    for device in &detail.report.strayed {
+        let gone = format!("device {device} of the host: its other end was moved out of the pod");
+        expectations.add_row(["✗".to_owned(), gone]);
+    }
+    for interface in &detail.report.unguarded {
+        let unguarded = format!("no gate on the host for {interface}, which has no veth end there");
+        expectations.add_row(["!".to_owned(), unguarded]);
     }
     let (sign, proxy) = match &detail.report.proxy {
         Ok(()) => ("✓", "the node proxy has acknowledged the pod".to_owned()),
@@ -147,7 +156,9 @@ mod tests {
                 addresses: vec!["10.0.0.2".parse().unwrap(), "fd00::2".parse().unwrap()],
                 netns_cookie: 1,
                 steered: vec!["IPv4".into(), "IPv6".into()],
-                interfaces: vec!["eth0".into()],
+                interfaces: vec!["eth0".into(), "net1".into()],
+                strayed: vec!["veth7".into()],
+                unguarded: vec!["net1".into()],
                 state: PodState::Steered,
                 proxy: Ok(()),
                 since: 7,

@@ -129,7 +129,7 @@ pub(super) fn pods_table(pods: &[PodReport]) -> Table {
             report.state.label().into(),
             report.steered.join(", "),
             report.addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"),
-            report.interfaces.join(", "),
+            interfaces(report),
             match &report.proxy {
                 Ok(()) => "acknowledged".into(),
                 Err(why) => why.clone(),
@@ -140,6 +140,16 @@ pub(super) fn pods_table(pods: &[PodReport]) -> Table {
         ]);
     }
     table
+}
+
+/// A pod's interfaces, and what is special about them.
+fn interfaces(report: &PodReport) -> String {
+    let own = report.interfaces.iter().map(|name| match report.unguarded.contains(name) {
+        true => format!("{name} (no gate)"),
+        false => name.clone(),
+    });
+    let strayed = report.strayed.iter().map(|name| format!("{name} (moved away)"));
+    own.chain(strayed).collect::<Vec<_>>().join(", ")
 }
 
 /// A pod's connections of one direction, of both families.
@@ -238,6 +248,8 @@ mod tests {
             netns_cookie: 1,
             steered: families.iter().map(ToString::to_string).collect(),
             interfaces: vec!["eth0".into()],
+            strayed: Vec::new(),
+            unguarded: if name == "v6-only" { vec!["eth0".into()] } else { Vec::new() },
             state: if proxy == Ok(()) { PodState::Steered } else { PodState::Waiting },
             proxy,
             since: 90_061,

@@ -67,6 +67,11 @@ pub fn on_devices(pod: &NetNs) -> io::Result<Vec<Attached>> {
     Ok(attached)
 }
 
+/// The interfaces of a pod that have no end in the calling thread's namespace, where nothing can be attached for them.
+pub fn unguarded(pod: &NetNs) -> io::Result<Vec<String>> {
+    Ok(devices::of(pod, &NetNs::current()?, &mut Netlink::open()?)?.unreachable)
+}
+
 /// On interfaces of the calling thread's namespace. The kernel runs tcx programs before filters.
 fn on(netlink: &mut Netlink, interfaces: &[Interface]) -> io::Result<Vec<Attached>> {
     let ours: Vec<_> =

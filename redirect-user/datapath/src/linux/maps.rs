@@ -18,8 +18,8 @@ use redirect_ebpf::maps::{
     ProxyPart, Scope,
 };
 
-use super::Settings;
 use super::object::DIAGNOSTICS;
+use super::{ProxyIdentity, Settings};
 use crate::datapath::Target;
 use crate::facts::Fact;
 use redirect_protocol::placement::Placement;
@@ -137,7 +137,10 @@ impl Maps {
                 ConfigFlags::UNMARKED_PROXY,
                 settings.placement == Placement::Node && !settings.proxy_cgroups.is_empty(),
             )
-            .with(ConfigFlags::EXCLUSIONS, !settings.exclusions.is_empty());
+            .with(ConfigFlags::EXCLUSIONS, !settings.exclusions.is_empty())
+            .with(ConfigFlags::PROXY_BY_CGROUP, true)
+            .with(ConfigFlags::PROXY_BY_MARK, settings.proxy_identity == ProxyIdentity::Mark);
+        self.set_flags(self.flags)?;
         self.set_proxy_cgroups(&settings.proxy_cgroups)
     }
 
@@ -249,6 +252,11 @@ impl Maps {
     pub(super) fn devices(&self, cookie: u64) -> Vec<u32> {
         let all = self.interfaces.map.iter().flatten();
         all.filter(|(_, owner)| owner.netns_cookie == cookie).map(|(index, _)| index).collect()
+    }
+
+    /// The pod that a device of the host leads to.
+    pub(super) fn pod_behind(&self, index: u32) -> Option<u64> {
+        self.interfaces.get(&index).map(|owner| owner.netns_cookie)
     }
 
     pub(super) fn insert_device(&mut self, cookie: u64, index: u32) -> anyhow::Result<()> {
@@ -439,7 +447,6 @@ impl Maps {
         for (cgroup, part) in cgroups {
             self.proxy_cgroups.insert(*cgroup, ProxyCgroup { part: *part })?;
         }
-        self.set_flags(self.flags.with(ConfigFlags::PROXY_BY_CGROUP, !cgroups.is_empty()))?;
         let stale: Vec<u64> =
             self.proxy_cgroups.map.keys().flatten().filter(|cgroup| !cgroups.contains_key(cgroup)).collect();
         stale.iter().try_for_each(|cgroup| self.proxy_cgroups.remove(cgroup))

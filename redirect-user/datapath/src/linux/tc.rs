@@ -54,6 +54,7 @@ impl Hook {
             Self::Loopback(_)
             | Self::Inbound(_)
             | Self::Virtual(_)
+            | Self::HostGate
             | Self::FromPod(_)
             | Self::Entrance(_) => Side::Ingress,
             Self::Egress(_) | Self::ToPod(_) => Side::Egress,
@@ -70,6 +71,7 @@ impl Hook {
             Self::FromPod(family) => (4, family),
             Self::ToPod(family) => (5, family),
             Self::Entrance(family) => (6, family),
+            Self::HostGate => (7, Family::Ipv4),
         };
         let handle = HANDLES.start() + 2 * kind + u32::from(family == Family::Ipv6);
         Filter { side: self.side(), priority: PRIORITY, handle, program: 0 }
@@ -81,6 +83,7 @@ impl Hook {
             Self::Loopback(_)
             | Self::Inbound(_)
             | Self::Virtual(_)
+            | Self::HostGate
             | Self::FromPod(_)
             | Self::ToPod(_)
             | Self::Entrance(_) => Fact::Program { interface: interface.clone(), hook: self },
@@ -110,6 +113,14 @@ pub(super) struct Spot<'a> {
     pub(super) carries_traffic: bool,
 }
 
+/// Where to look for what is attached.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Where<'a> {
+    pub(super) interfaces: &'a [Interface],
+    /// Whether they are in the host's namespace.
+    pub(super) on_host: bool,
+}
+
 /// The TC programs that are attached: those of this build, and those of another build or attached by the other method.
 #[derive(Debug, Default)]
 pub(super) struct Attached {
@@ -135,6 +146,12 @@ impl Tc {
     /// How many times a program is attached.
     pub(super) fn attached(&self, hook: Hook) -> usize {
         self.attached.values().flat_map(BTreeMap::keys).filter(|(_, attached)| *attached == hook).count()
+    }
+
+    /// Whether a program was attached as a filter when its place was last looked at.
+    pub(super) fn has_filter(&self, netns_cookie: u64, interface: u32, hook: Hook) -> bool {
+        let attached = self.attached.get(&netns_cookie).and_then(|attached| attached.get(&(interface, hook)));
+        attached == Some(&TcMethod::Clsact)
     }
 
     /// In the namespace of the pod.
@@ -192,8 +209,8 @@ impl Tc {
         let was_there = netlink.delete_filter(interface, hook.filter())?;
         let attached = self.attached.entry(netns_cookie).or_default();
         attached.remove(&(interface, hook));
-        let is_filter = |(&(index, _), &method): (&(u32, Hook), &TcMethod)| {
-            index == interface && method == TcMethod::Clsact
+        let is_filter = |(&(index, other), &method): (&(u32, Hook), &TcMethod)| {
+            index == interface && other.is_on_host() == hook.is_on_host() && method == TcMethod::Clsact
         };
         let was_last = !attached.iter().any(is_filter);
         if attached.is_empty() {
@@ -202,14 +219,14 @@ impl Tc {
         if was_there && was_last { netlink.delete_qdisc(interface) } else { Ok(()) }
     }
 
-    /// What is attached in the namespace of a pod.
+    /// What is attached for a pod, in its namespace or in the host's, where the thread has to be.
     pub(super) fn look(
         &mut self,
         netlink: &mut Netlink,
         links: &Links,
         programs: &Programs,
         netns_cookie: u64,
-        interfaces: &[Interface],
+        Where { interfaces, on_host }: Where<'_>,
     ) -> io::Result<Attached> {
         let mut found = Attached::default();
         let mut places = BTreeMap::new();
@@ -217,7 +234,7 @@ impl Tc {
             let filters = netlink.filters(interface.index)?;
             let [ingress, egress] = Side::ALL.map(|side| self.method_for(interface.index, side));
             let (ingress, egress) = (ingress?, egress?);
-            for &hook in self.hooks {
+            for &hook in self.hooks.iter().filter(|hook| hook.is_on_host() == on_host) {
                 let program = programs.get(hook.program())?;
                 let wanted = hook.filter();
                 let filter = filters.iter().find(|filter| Filter { program: 0, ..**filter } == wanted);
@@ -243,10 +260,11 @@ impl Tc {
                 places.insert((interface.index, hook), method);
             }
         }
-        if places.is_empty() {
+        let attached = self.attached.entry(netns_cookie).or_default();
+        attached.retain(|(_, hook), _| hook.is_on_host() != on_host);
+        attached.extend(places);
+        if attached.is_empty() {
             self.attached.remove(&netns_cookie);
-        } else {
-            self.attached.insert(netns_cookie, places);
         }
         Ok(found)
     }

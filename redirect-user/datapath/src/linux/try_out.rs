@@ -7,7 +7,7 @@ use redirect_ebpf::flow::FlowLimits;
 
 use super::object::{self, Programs};
 use super::tc::{Tc, TcMethod};
-use super::{Capacities, NotedBy, Settings};
+use super::{Capacities, NotedBy, ProxyIdentity, Settings};
 use crate::facts::Hook;
 use redirect_protocol::placement::Placement;
 
@@ -20,6 +20,7 @@ pub fn try_out(tc: TcMethod) -> anyhow::Result<usize> {
         tc,
         refuse: false,
         exclusions: BTreeSet::new(),
+        proxy_identity: ProxyIdentity::default(),
         proxy_cgroups: BTreeMap::new(),
         flows: FlowLimits::default(),
         diagnostics: false,

@@ -38,6 +38,8 @@ fn fitting(report: PodReport) -> (PodReport, usize) {
         attachments: Vec::new(),
         addresses: Vec::new(),
         interfaces: Vec::new(),
+        strayed: Vec::new(),
+        unguarded: Vec::new(),
         proxy: Err(format!("this report of {size} bytes is too large to be shown in full")),
         ..report
     };
@@ -64,6 +66,8 @@ mod tests {
             netns_cookie: u64::MAX,
             steered: vec!["IPv4".into(), "IPv6".into()],
             interfaces: vec!["eth0".into()],
+            strayed: Vec::new(),
+            unguarded: Vec::new(),
             state: PodState::Waiting,
             proxy: Err("x".repeat(error_length)),
             since: 1,

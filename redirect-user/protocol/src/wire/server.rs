@@ -20,6 +20,7 @@ use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
 use super::gc;
 use super::packet::{self, PacketError};
 use super::{Error, ErrorKind, FlowFilter, MAX_PACKET, Reply, Request, VERSION};
+use redirect_linux::peer_process::PeerProcess;
 use redirect_linux::socket_file::{self, SocketFile};
 
 pub use redirect_linux::socket_file::BindError;
@@ -38,8 +39,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What the agent does with a request.
 pub trait Handler: Send + Sync + 'static {
-    /// Whether a process may ask, if the agent can see it.
-    fn permit(&self, pid: Option<i32>) -> impl Future<Output = Result<(), Error>> + Send;
+    /// Whether a process may ask.
+    fn permit(&self, process: &PeerProcess) -> impl Future<Output = Result<(), Error>> + Send;
 
     /// Answers a request. `netns` is there exactly if [`Request::carries_netns`].
     ///
@@ -170,7 +171,9 @@ async fn follow(socket: &UnixSeqpacket, replies: BoxStream<'static, Reply>) {
 
 async fn permit<H: Handler>(socket: &UnixSeqpacket, handler: &H) -> Result<(), Error> {
     let peer = socket.peer_cred().map_err(|error| Error::new(ErrorKind::Internal, error.to_string()))?;
-    handler.permit(peer.pid()).await
+    let process = PeerProcess::of(socket, peer.pid());
+    let process = process.map_err(|error| Error::new(ErrorKind::Denied, error.to_string()))?;
+    handler.permit(&process).await
 }
 
 /// What the kernel fills with descriptors. Room for two is enough to notice that there are too many; those that do

@@ -18,6 +18,7 @@ use tokio::sync::oneshot;
 
 use super::server::{Handler, Server};
 use super::{Error, FlowFilter, Reply, Request};
+use redirect_linux::peer_process::PeerProcess;
 
 type Answer = Box<dyn Fn(&Request) -> Vec<Reply> + Send + Sync>;
 
@@ -35,7 +36,7 @@ impl Handler for Recorder {
         Ok(stream::iter(replies).chain(stream::pending()).boxed())
     }
 
-    async fn permit(&self, _pid: Option<i32>) -> Result<(), Error> {
+    async fn permit(&self, _: &PeerProcess) -> Result<(), Error> {
         Ok(())
     }
 

@@ -19,6 +19,7 @@ use crate::messages::{
     WorkloadResponse,
 };
 use crate::packet::{self, PacketError};
+use redirect_linux::peer_process::PeerError;
 
 /// Why the agent closes a connection.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +28,10 @@ enum ConnectionError {
     NotPermitted(u32),
     #[error("its credentials cannot be read: {0}")]
     Credentials(std::io::Error),
+    #[error("{0}")]
+    Process(#[from] PeerError),
+    #[error("it could not be examined: {0}")]
+    Examination(tokio::task::JoinError),
     #[error("it said no hello within {0:?}: is it a node proxy?")]
     NoHello(Duration),
     #[error("it speaks version {0} of the protocol, the agent speaks 1: run versions that match")]
@@ -51,7 +56,9 @@ impl ConnectionError {
     /// The label that metrics show.
     const fn label(&self) -> &'static str {
         match self {
-            Self::NotPermitted(_) | Self::Credentials(_) => "denied",
+            Self::NotPermitted(_) | Self::Credentials(_) | Self::Process(_) | Self::Examination(_) => {
+                "denied"
+            }
             Self::NoHello(_) | Self::AdmitDeadline(_) | Self::Deadline { .. } => "timeout",
             Self::Version(_) => "version",
             Self::Admit(_) => "admission",
@@ -105,7 +112,7 @@ async fn converse(
         Some(Hello { version }) => return Err(ConnectionError::Version(version)),
     }
     options.record(Event::Connected);
-    let peer = examine(id, credentials.pid(), socket).await;
+    let peer = examine(id, credentials.pid(), socket).await?;
     shared.update(|desired| desired.connect(peer.clone()));
     let _registration = Registration { shared, id };
     if let Some(on_connect) = &options.on_connect {
@@ -119,12 +126,10 @@ async fn converse(
     keep_in_step(id, socket, shared, options).await
 }
 
-async fn examine(id: u64, pid: Option<i32>, socket: &Arc<UnixSeqpacket>) -> Peer {
+async fn examine(id: u64, pid: Option<i32>, socket: &Arc<UnixSeqpacket>) -> Result<Peer, ConnectionError> {
     let clone = Arc::clone(socket);
-    tokio::task::spawn_blocking(move || peer::examine(id, pid, &clone)).await.unwrap_or_else(|error| {
-        tracing::warn!(connection = id, %error, "cannot examine node proxy");
-        Peer { id, pid, cgroup_path: None, cgroup_id: None }
-    })
+    let examined = tokio::task::spawn_blocking(move || peer::examine(id, pid, &clone)).await;
+    Ok(examined.map_err(ConnectionError::Examination)??)
 }
 
 /// Sends the difference between what is wanted and what the proxy was told, until the proxy leaves.

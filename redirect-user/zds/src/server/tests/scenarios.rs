@@ -253,8 +253,8 @@ async fn the_agent_prepares_before_a_proxy_is_told_anything() {
     .await;
     eventually("synced", || proxy.synced()).await;
     let own = i32::try_from(std::process::id()).unwrap();
-    assert_eq!(script.lock().unwrap()[0].pid, Some(own));
-    assert_eq!(fixture.handle.connections().borrow()[0].pid, Some(own));
+    assert_eq!(script.lock().unwrap()[0].process.pid(), own);
+    assert_eq!(fixture.handle.connections().borrow()[0].process.pid(), own);
 }
 
 #[tokio::test]
