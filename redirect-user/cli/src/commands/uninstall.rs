@@ -18,7 +18,7 @@ pub(super) fn run(command: &Uninstall) -> ExitCode {
             match install::remove(&command.chain) {
                 Ok(changed) => report.chain = changed,
                 Err(error) => {
-                    report.errors.push(format!("cannot remove the plugin from the CNI chain: {error}"))
+                    report.errors.push(format!("cannot remove the plugin from the CNI chain: {error}"));
                 }
             }
             exit(show(&report, command.output))
