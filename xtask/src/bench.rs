@@ -9,7 +9,7 @@ use crate::load::become_it;
 use crate::workspace::Workspace;
 use crate::{host, packages, setup, userspace};
 
-const PACKAGE: [&str; 4] = ["--package", "redirect-tests", "--bin", "redirect-bench"];
+const PROGRAM: &str = "redirect-bench";
 
 /// What is passed on.
 #[derive(Args)]
@@ -26,8 +26,8 @@ pub(crate) fn bench(workspace: &Workspace, options: &Options) -> Result<()> {
     host::check()?;
     let kernel_side =
         setup::kernel_side_and(workspace, &[packages::for_pods(), packages::for_bench()].concat())?;
-    let programs = userspace::build(workspace, &kernel_side, &PACKAGE)?;
-    let mut command = workspace.command_here(programs.redirect.with_file_name("redirect-bench"));
+    let programs = userspace::build(workspace, &kernel_side, &[PROGRAM])?;
+    let mut command = workspace.command_here(programs.redirect.with_file_name(PROGRAM));
     command.env("REDIRECT_BIN", programs.redirect).env("REDIRECT_CNI_BIN", programs.plugin);
     command.arg("run").arg("--output").arg(workspace.target("bench"));
     if options.docs {

@@ -36,7 +36,7 @@ pub(crate) fn build(
     let mut cargo = kernel_side.rustc.cargo(workspace, "build");
     for_bpf(workspace, kernel_side, architecture, &mut cargo);
     progress::watch(workspace, "building the kernel side", "build-ebpf", &mut cargo, Watch::Cargo)?;
-    let built = workspace.target(format!("bpf-build/{TARGET}/release/redirect-ebpf"));
+    let built = workspace.target(format!("bpf-build/{TARGET}/bpf/redirect-ebpf"));
     check(&built)?;
     let object = object(workspace, architecture);
     let bytes = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
@@ -68,7 +68,7 @@ fn for_bpf(workspace: &Workspace, kernel_side: &KernelSide, architecture: Archit
         "-Cpanic=abort".into(),
     ];
     cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
-    cargo.args(["--package", "redirect-ebpf", "--bin", "redirect-ebpf", "--release"]);
+    cargo.args(["--package", "redirect-ebpf", "--bin", "redirect-ebpf", "--profile", "bpf"]);
     cargo.args(["-Zbuild-std=core", "--target", TARGET, "--target-dir"]);
     cargo.arg(workspace.target("bpf-build"));
 }

@@ -8,13 +8,13 @@ use crate::load::become_it;
 use crate::workspace::Workspace;
 use crate::{host, packages, setup, userspace};
 
-const PACKAGE: [&str; 4] = ["--package", "redirect-tests", "--bin", "redirect-demo"];
+const PROGRAM: &str = "redirect-demo";
 
 pub(crate) fn demo(workspace: &Workspace, arguments: &[OsString]) -> Result<()> {
     host::check()?;
     let kernel_side = setup::kernel_side_and(workspace, &packages::for_pods())?;
-    let programs = userspace::build(workspace, &kernel_side, &PACKAGE)?;
-    let mut command = workspace.command_here(programs.redirect.with_file_name("redirect-demo"));
+    let programs = userspace::build(workspace, &kernel_side, &[PROGRAM])?;
+    let mut command = workspace.command_here(programs.redirect.with_file_name(PROGRAM));
     command.arg("--redirect").arg(programs.redirect).arg("--plugin").arg(programs.plugin);
     command.args(arguments);
     match become_it(&mut command)? {}

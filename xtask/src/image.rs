@@ -47,6 +47,14 @@ pub(crate) fn image(workspace: &Workspace, settings: &Settings) -> Result<()> {
     println!("{}", image.digest()?);
 
     if settings.verify {
+        for Entry { path, bytes, .. } in &image.entries {
+            let place = userspace::places(workspace).into_iter().find(|place| contains(bytes, place));
+            ensure!(
+                place.is_none(),
+                "/{path} names {}, which is another folder elsewhere",
+                place.unwrap_or_default()
+            );
+        }
         let again = workspace.target("image/again");
         let programs = userspace::build_in(workspace, architecture, &again)?;
         let digest = assemble(workspace, architecture, &programs, &name)?.digest()?;
@@ -75,6 +83,10 @@ pub(crate) fn write_for(
     });
     image.write(&archive).with_context(|| format!("cannot write {}", archive.display()))?;
     Ok((image, archive))
+}
+
+fn contains(bytes: &[u8], text: &str) -> bool {
+    bytes.windows(text.len()).any(|window| window == text.as_bytes())
 }
 
 pub(crate) fn default_name() -> String {

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use crate::packages::{Evidence, Package, Packages};
 use crate::progress::{self, Watch};
 use crate::toolchain::Rustc;
-use crate::workspace::Workspace;
+use crate::workspace::{Workspace, cargo_home};
 
 const VERSION: &str = "0.13.0";
 
@@ -119,11 +119,6 @@ fn llvm_config_is(workspace: &Workspace, llvm: u32) -> bool {
     let Some(program) = workspace.which("llvm-config") else { return false };
     let output = workspace.command(program).arg("--version").output();
     output.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).starts_with(&format!("{llvm}.")))
-}
-
-fn cargo_home() -> Option<PathBuf> {
-    let named = env::var_os("CARGO_HOME").map(PathBuf::from);
-    named.or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".cargo")))
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! `cargo xtask test`: unit tests and end-to-end tests, summed up in the last line.
 //!
-//! The tests themselves are built with the development profile, which is quicker to build; the programs under test are
-//! the ones that are shipped, unless `--dev` is given.
+//! The programs under test are the ones that are shipped, and the tests are built from the same artifacts, unless `--dev`
+//! is given.
 
 use std::env;
 use std::ffi::OsString;
@@ -14,10 +14,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
+use serde_json::Value;
 
 use crate::progress::{self, Budget, Watch, say_cost};
 use crate::tally::Tally;
-use crate::userspace::Programs;
+use crate::userspace::{Artifacts, Programs};
 use crate::vm::table::table;
 use crate::vm::{self, Plan, Suite, smoke};
 use crate::workspace::Workspace;
@@ -90,8 +91,8 @@ pub(crate) fn test(workspace: &Workspace, selection: &Selection) -> Result<ExitC
         deb::write(workspace, &programs)?;
     }
 
-    let mut build = workspace.cargo();
-    build.args(["test", "--workspace", "--no-run"]);
+    let mut build = selection.artifacts().cargo(workspace, "test");
+    build.args(["--workspace", "--no-run"]);
     progress::watch(workspace, "building the tests", "build-tests", &mut build, Watch::Cargo)?;
     say_cost(Budget::Tests);
 
@@ -106,11 +107,11 @@ pub(crate) fn test(workspace: &Workspace, selection: &Selection) -> Result<ExitC
             run.env("REDIRECT_PROXY_KIND", kind.get_name());
         }
         tally = stream(&mut run)?;
-        run_again(workspace, &run, &mut tally)?;
+        run_again(workspace, selection.artifacts(), &run, &mut tally)?;
     }
     let plans = selection.boots();
     if !plans.is_empty() {
-        let boots = vm::run(workspace, &suite(workspace, &programs)?, plans)?;
+        let boots = vm::run(workspace, &suite(workspace, selection.artifacts(), &programs)?, plans)?;
         boots.iter().for_each(|boot| tally.boot(boot));
         println!("\n{}\n", table(&boots));
     }
@@ -118,6 +119,10 @@ pub(crate) fn test(workspace: &Workspace, selection: &Selection) -> Result<ExitC
 }
 
 impl Selection {
+    fn artifacts(&self) -> Artifacts {
+        if self.dev { Artifacts::Development } else { Artifacts::Shipped }
+    }
+
     fn is_on_host(&self) -> bool {
         self.host || self.vm.is_empty()
     }
@@ -157,16 +162,30 @@ impl Selection {
 }
 
 /// What machines get to run.
-fn suite(workspace: &Workspace, programs: &Programs) -> Result<Suite> {
+fn suite(workspace: &Workspace, artifacts: Artifacts, programs: &Programs) -> Result<Suite> {
+    let binary = |name| test_binary(artifacts.cargo(workspace, "test"), name);
     Ok(Suite {
-        e2e: workspace.test_binary("e2e")?,
-        others: vec![workspace.test_binary("programs")?],
+        e2e: binary("e2e")?,
+        others: vec![binary("programs")?],
         programs: vec![
             ("REDIRECT_BIN", programs.redirect.clone()),
             ("REDIRECT_CNI_BIN", programs.plugin.clone()),
-            ("REDIRECT_TESTBED_BIN", workspace.target("debug/testbed")),
+            ("REDIRECT_TESTBED_BIN", artifacts.folder(workspace).join("testbed")),
         ],
     })
+}
+
+/// A test binary, which was built before.
+fn test_binary(mut cargo: Command, name: &str) -> Result<PathBuf> {
+    cargo.args(["--workspace", "--no-run", "--message-format", "json", "--quiet"]).stderr(Stdio::null());
+    let output = cargo.output().context("cannot run cargo")?;
+    let messages = String::from_utf8_lossy(&output.stdout).into_owned();
+    messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|message| message["target"]["name"] == name)
+        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .with_context(|| format!("cargo built no test {name}"))
 }
 
 /// Finds a program from the folder of the caller, before cargo changes it.
@@ -179,8 +198,8 @@ fn absolute(program: &PathBuf) -> Result<PathBuf> {
 }
 
 fn test_command(workspace: &Workspace, programs: &Programs, selection: &Selection) -> Command {
-    let mut cargo = workspace.cargo();
-    cargo.args(["test", "--workspace", "--no-fail-fast"]).args(&selection.filter);
+    let mut cargo = selection.artifacts().cargo(workspace, "test");
+    cargo.args(["--workspace", "--no-fail-fast"]).args(&selection.filter);
     cargo.arg("--").args(selection.test_arguments());
     cargo.env("REDIRECT_BIN", &programs.redirect).env("REDIRECT_CNI_BIN", &programs.plugin);
     cargo.envs(selection.environment());
@@ -192,14 +211,14 @@ fn test_command(workspace: &Workspace, programs: &Programs, selection: &Selectio
 
 /// Runs end-to-end tests that failed among the others once more, each alone. They work against the clock, and so many at a time
 /// that a slow machine can fail them; when more than a few fail, it is not the machine.
-fn run_again(workspace: &Workspace, run: &Command, tally: &mut Tally) -> Result<()> {
+fn run_again(workspace: &Workspace, artifacts: Artifacts, run: &Command, tally: &mut Tally) -> Result<()> {
     if tally.end_to_end.len() > AGAIN {
         return Ok(());
     }
     for name in tally.end_to_end.clone() {
         progress::say(&format!("once more, alone: {name}"));
-        let mut alone = workspace.cargo();
-        alone.args(["test", "--package", "redirect-tests", "--test", "e2e", "--", "--exact", &name]);
+        let mut alone = artifacts.cargo(workspace, "test");
+        alone.args(["--workspace", "--test", "e2e", "--", "--exact", &name]);
         alone.envs(run.get_envs().filter_map(|(key, value)| Some((key, value?))));
         let result = stream(&mut alone)?;
         // The test, and the one that looks for what was left behind.

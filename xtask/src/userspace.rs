@@ -1,19 +1,50 @@
 //! User space, built with the profile that is shipped.
 
-use std::env;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result};
 
 use crate::architecture::Architecture;
 use crate::progress::{self, Budget, Watch, say_cost};
 use crate::setup::KernelSide;
-use crate::workspace::Workspace;
+use crate::workspace::{Workspace, cargo_home};
 use crate::{bpf, setup};
 
-/// Where the programs that are shipped come from.
-const PACKAGES: [&str; 8] =
-    ["--package", "redirect-cli", "--bin", "redirect", "--package", "redirect-cni", "--bin", "redirect-cni"];
+/// What is shipped, for cargo's command line. All of the workspace is selected, always: features of what its packages share
+/// are those that any of them asks for, so that programs, demo, benchmark and tests are built from the same artifacts.
+const PROGRAMS: [&str; 5] = ["--workspace", "--bin", "redirect", "--bin", "redirect-cni"];
+
+/// How the workspace is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Artifacts {
+    /// As it is shipped.
+    Shipped,
+    /// With cargo's profile for development: ready sooner after a change, and slower.
+    Development,
+}
+
+impl Artifacts {
+    /// A cargo command for this machine.
+    pub(crate) fn cargo(self, workspace: &Workspace, subcommand: &str) -> Command {
+        match self {
+            Self::Shipped => cargo(workspace, subcommand, Architecture::HOST),
+            Self::Development => {
+                let mut cargo = workspace.cargo();
+                cargo.arg(subcommand);
+                cargo
+            }
+        }
+    }
+
+    /// Where programs are that were built for this machine.
+    pub(crate) fn folder(self, workspace: &Workspace) -> PathBuf {
+        match self {
+            Self::Shipped => workspace.target(Architecture::HOST.target()).join("release"),
+            Self::Development => workspace.target("debug"),
+        }
+    }
+}
 
 /// The programs that are shipped.
 pub(crate) struct Programs {
@@ -21,10 +52,10 @@ pub(crate) struct Programs {
     pub(crate) plugin: PathBuf,
 }
 
-/// Builds the kernel side, then user space around it, and with it `extra` packages of cargo's command line.
-pub(crate) fn build(workspace: &Workspace, kernel_side: &KernelSide, extra: &[&str]) -> Result<Programs> {
+/// Builds the kernel side, then user space around it, and with it other programs of the workspace.
+pub(crate) fn build(workspace: &Workspace, kernel_side: &KernelSide, others: &[&str]) -> Result<Programs> {
     bpf::build(workspace, kernel_side, Architecture::HOST)?;
-    cargo_build(workspace, Architecture::HOST, &workspace.target(""), extra)
+    cargo_build(workspace, Architecture::HOST, &workspace.target(""), others)
 }
 
 /// As [`build`], for any architecture.
@@ -40,10 +71,10 @@ pub(crate) fn build_for(
 /// Builds the kernel side, then user space for development, which is ready sooner.
 pub(crate) fn build_for_development(workspace: &Workspace, kernel_side: &KernelSide) -> Result<Programs> {
     bpf::build(workspace, kernel_side, Architecture::HOST)?;
-    let mut cargo = workspace.cargo();
-    cargo.arg("build").args(PACKAGES);
+    let mut cargo = Artifacts::Development.cargo(workspace, "build");
+    cargo.args(PROGRAMS);
     progress::watch(workspace, "building user space for development", "build", &mut cargo, Watch::Cargo)?;
-    let folder = workspace.target("debug");
+    let folder = Artifacts::Development.folder(workspace);
     Ok(Programs { redirect: folder.join("redirect"), plugin: folder.join("redirect-cni") })
 }
 
@@ -56,14 +87,12 @@ fn cargo_build(
     workspace: &Workspace,
     architecture: Architecture,
     folder: &Path,
-    extra: &[&str],
+    others: &[&str],
 ) -> Result<Programs> {
     let target = architecture.target();
-    let mut cargo = workspace.cargo();
-    // The target is named, even if it is this machine's, so that flags do not reach build scripts and procedural macros,
-    // which can't be static.
-    cargo.args(["build", "--release", "--target", target]).args(PACKAGES).args(extra);
-    cargo.env("CARGO_TARGET_DIR", folder).env("CARGO_ENCODED_RUSTFLAGS", flags(workspace).join("\x1f"));
+    let mut cargo = cargo(workspace, "build", architecture);
+    cargo.args(PROGRAMS).args(others.iter().flat_map(|other| ["--bin", other]));
+    cargo.env("CARGO_TARGET_DIR", folder);
     let mut what = "building user space".to_owned();
     if architecture != Architecture::HOST {
         let linker = format!("CARGO_TARGET_{}_LINKER", target.to_uppercase().replace('-', "_"));
@@ -77,16 +106,28 @@ fn cargo_build(
     Ok(Programs { redirect: release.join("redirect"), plugin: release.join("redirect-cni") })
 }
 
-/// Static programs run in an image of their own and on any distribution; no path of this machine is in them.
-fn flags(workspace: &Workspace) -> Vec<String> {
-    let cargo_home = env::var_os("CARGO_HOME").map(PathBuf::from);
-    let cargo_home = cargo_home.or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".cargo")));
-    let remap = |from: &Path, to: &str| format!("--remap-path-prefix={}={to}", from.display());
-    let mut flags = vec!["-Ctarget-feature=+crt-static".into(), "-Cstrip=symbols".into()];
-    flags.extend(cargo_home.map(|home| remap(&home, "/cargo")));
-    // The last one that matches counts.
-    flags.push(remap(&workspace.root(""), "/src"));
+/// A cargo command with the profile, the target and the flags that artifacts are shared under.
+fn cargo(workspace: &Workspace, subcommand: &str, architecture: Architecture) -> Command {
+    let mut cargo = workspace.cargo();
+    // The target is named, even if it is this machine's, so that flags do not reach build scripts and procedural macros,
+    // which can't be static.
+    cargo.args([subcommand, "--release", "--target", architecture.target()]);
+    cargo.env("CARGO_ENCODED_RUSTFLAGS", flags().join("\x1f"));
+    cargo
+}
+
+/// Static programs run in an image of their own and on any distribution; no path of this machine is in them. That of the
+/// clone isn't either: cargo names its own packages' sources by relative paths.
+fn flags() -> Vec<String> {
+    let mut flags = vec!["-Ctarget-feature=+crt-static".into()];
+    flags.extend(cargo_home().map(|home| format!("--remap-path-prefix={}=/cargo", home.display())));
     flags
+}
+
+/// Paths that would make programs differ from those that are built elsewhere.
+pub(crate) fn places(workspace: &Workspace) -> Vec<String> {
+    let clone = Some(workspace.root(""));
+    clone.into_iter().chain(cargo_home()).map(|path| path.display().to_string()).collect()
 }
 
 /// `cargo xtask build`.

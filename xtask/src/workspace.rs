@@ -3,10 +3,7 @@
 use std::env;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-
-use anyhow::{Context, Result};
-use serde_json::Value;
+use std::process::Command;
 
 /// The repository. Everything that is built goes below its `target`, whatever `CARGO_TARGET_DIR` says, because
 /// `.cargo/config.toml` names the kernel side's object there.
@@ -83,22 +80,6 @@ impl Workspace {
         env::join_paths(folders.into_iter().chain([ours])).ok()
     }
 
-    /// A test binary, which was built before.
-    pub(crate) fn test_binary(&self, name: &str) -> Result<PathBuf> {
-        let mut cargo = self.cargo();
-        // All tests, as they were built: for one package alone cargo chooses other features, and builds everything anew.
-        cargo.args(["test", "--workspace", "--no-run", "--message-format", "json", "--quiet"]);
-        cargo.stderr(Stdio::null());
-        let output = cargo.output().context("cannot run cargo")?;
-        let messages = String::from_utf8_lossy(&output.stdout).into_owned();
-        messages
-            .lines()
-            .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-            .filter(|message| message["target"]["name"] == name)
-            .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-            .with_context(|| format!("cargo built no test {name}"))
-    }
-
     /// The cargo that runs this task.
     pub(crate) fn cargo(&self) -> Command {
         let mut command = self.command(cargo());
@@ -113,6 +94,12 @@ impl Workspace {
         }
         command
     }
+}
+
+/// Where cargo keeps what it downloads.
+pub(crate) fn cargo_home() -> Option<PathBuf> {
+    let named = env::var_os("CARGO_HOME").map(PathBuf::from);
+    named.or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".cargo")))
 }
 
 /// The path of the cargo that runs this task.

@@ -3,5 +3,6 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    redirect_protocol::panics::abort();
     redirect_cni::main()
 }

@@ -1,13 +1,11 @@
-//! Plots, each as SVG and as PNG.
+//! Plots, as SVG, whose fonts are those of the viewer.
 
 use std::error::Error;
-use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow};
 use plotters::coord::Shift;
 use plotters::prelude::*;
-use plotters::style::{FontStyle, register_font};
 
 use super::run::Data;
 use super::statistics::{Estimate, percentile};
@@ -15,9 +13,6 @@ use super::targets::Rounds;
 use super::traffic::{Sample, Scene};
 use super::world::Arm;
 use crate::Stack;
-
-/// A font that Debian has as a package.
-const FONT: &str = "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf";
 
 const SIZE: (u32, u32) = (1100, 520);
 
@@ -30,9 +25,6 @@ struct Bar {
 
 /// Draws everything that was measured into a directory.
 pub fn draw(data: &Data, directory: &Path) -> Result<()> {
-    let font = fs::read(FONT).with_context(|| format!("{FONT}: run `cargo xtask setup`"))?;
-    let registered = register_font("sans-serif", FontStyle::Normal, Box::leak(font.into_boxed_slice()));
-    registered.map_err(|_| anyhow!("{FONT} is no font"))?;
     let rounds = Rounds::of(&data.samples);
     for (scene, name, base) in [
         (Scene::SinkOutbound, "outbound", Arm::Floor),
@@ -50,7 +42,7 @@ pub fn draw(data: &Data, directory: &Path) -> Result<()> {
         }
         if !bars.is_empty() {
             let title = format!("{}: time of an operation, {} = 1", scene.label(), base.label());
-            both(directory, name, &title, &bars)?;
+            plot(directory, name, &title, &bars)?;
         }
     }
     if let Some(times) = &data.enrolment {
@@ -70,7 +62,7 @@ pub fn draw(data: &Data, directory: &Path) -> Result<()> {
             bar("removal, iptables", color(Arm::Iptables), &times.iptables_release),
             bar("removal, nft", color(Arm::Nft), &times.nft_release),
         ];
-        both(directory, "enrolment", "enrolment of one pod: median, 5 % and 95 %, in ms", &bars)?;
+        plot(directory, "enrolment", "enrolment of one pod: median, 5 % and 95 %, in ms", &bars)?;
     }
     Ok(())
 }
@@ -85,12 +77,10 @@ fn color(arm: Arm) -> RGBColor {
     }
 }
 
-fn both(directory: &Path, name: &str, title: &str, bars: &[Bar]) -> Result<()> {
+fn plot(directory: &Path, name: &str, title: &str, bars: &[Bar]) -> Result<()> {
     let failed = |error: Box<dyn Error + '_>| anyhow!("plot {name}: {error}");
     let svg = directory.join(format!("{name}.svg"));
-    chart(&SVGBackend::new(&svg, SIZE).into_drawing_area(), title, bars).map_err(failed)?;
-    let png = directory.join(format!("{name}.png"));
-    chart(&BitMapBackend::new(&png, SIZE).into_drawing_area(), title, bars).map_err(failed)
+    chart(&SVGBackend::new(&svg, SIZE).into_drawing_area(), title, bars).map_err(failed)
 }
 
 /// Horizontal bars from above, each with its name on the left and its interval.

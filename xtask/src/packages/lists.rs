@@ -18,13 +18,7 @@ pub(crate) fn for_pods() -> Vec<Package> {
 
 /// What the benchmark runs beside pods.
 pub(crate) fn for_bench() -> Vec<Package> {
-    const FONT: &[&str] = &["/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf"];
-    vec![
-        iptables(),
-        nftables(),
-        Package::new("fonts-dejavu-core", Evidence::File(FONT), "the font of the benchmark's plots")
-            .in_place(),
-    ]
+    vec![iptables(), nftables()]
 }
 
 /// What tests run beside pods.

@@ -19,8 +19,8 @@ pub(crate) enum Budget {
 impl Budget {
     pub(crate) const fn seconds(self) -> u64 {
         match self {
-            Self::Programs => 850,
-            Self::Tests => 1250,
+            Self::Programs => 500,
+            Self::Tests => 850,
         }
     }
 }
