@@ -60,9 +60,9 @@ counted! {
         Loopback = "loopback",
         /// To an address of the pod itself.
         OwnAddress = "own_address",
-        /// To an IPv6 link-local address or to a multicast group.
+        /// To an IPv6 link-local address (a choice of the agent's whether it passes) or to a multicast group.
         LinkScoped = "link_scoped",
-        /// To the proxy's tunnel port 15008.
+        /// To the proxy's tunnel port 15008: to its listener there, and to nobody else's.
         TunnelPort = "tunnel_port",
         /// The pod accepts inbound connections without the proxy.
         BypassInbound = "bypass_inbound",
@@ -95,6 +95,10 @@ counted! {
         /// TCP that neither the proxy sent nor an exemption lets pass: it got past the programs in the pod (raw frames, filters of
         /// the pod's own, a device that was moved away) and is dropped at the host's end of the pod's device.
         PastPod = "past_pod",
+        /// It would reach a listener past the proxy: no program at an interface had captured or exempted it.
+        Uncaptured = "uncaptured",
+        /// From outside to a socket that is connecting itself: a connection that both ends open.
+        SimultaneousOpen = "simultaneous_open",
     }
 }
 

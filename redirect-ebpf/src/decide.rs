@@ -20,6 +20,8 @@ pub enum Outbound {
     Deliver,
     /// Leave it alone.
     Pass(Reason),
+    /// Refuse it.
+    Refuse(Reason),
 }
 
 /// Protocols that concern us.
@@ -46,6 +48,8 @@ pub struct Connect<A> {
     pub source: A,
     /// The pod's switches.
     pub flags: PodFlags,
+    /// Whether connections to link-local addresses go past the proxy.
+    pub link_local: bool,
 }
 
 /// Decides on an outbound connection. `own` tells whether an address is one of the pod itself, `excluded` whether an
@@ -77,6 +81,9 @@ pub fn outbound<I: Ip>(
         Outbound::Pass(Reason::Excluded)
     } else if dns {
         Outbound::Resolve
+    } else if I::is_link_local(connect.destination) && !connect.link_local {
+        // The proxy can't connect there: who answers depends on the link. Past the proxy it would be plaintext to any neighbour.
+        Outbound::Refuse(Reason::LinkScoped)
     } else if I::is_link_scoped(connect.destination) {
         Outbound::Pass(Reason::LinkScoped)
     } else {
@@ -85,10 +92,26 @@ pub fn outbound<I: Ip>(
 }
 
 /// Whether a connection of an enrolled pod that is not the proxy's may leave the pod: those to which [`outbound`] says
-/// [`Outbound::Pass`], of which loopback and own addresses never leave.
+/// [`Outbound::Pass`], of which loopback and own addresses never leave. `link_local` as in [`Connect`].
 #[inline(always)]
-pub fn is_exempt<I: Ip>(destination: I::Address, excluded: impl FnOnce() -> bool) -> bool {
-    I::is_link_scoped(destination) || excluded()
+pub fn is_exempt<I: Ip>(destination: I::Address, link_local: bool, excluded: impl FnOnce() -> bool) -> bool {
+    I::is_group(destination) || (link_local && I::is_link_local(destination)) || excluded()
+}
+
+/// Whether a connection that the socket lookup of a pod sees can only be between sockets of this pod: with such a source, whoever
+/// else sends it never gets an answer. `owner` tells the pod of an address.
+#[inline(always)]
+pub fn is_within_pod<I: Ip>(
+    source: I::Address,
+    destination: I::Address,
+    owner: impl Fn(I::Address) -> Option<u64>,
+) -> bool {
+    // An address that nobody told us is its own.
+    if source == destination || I::is_of_this_host(source) {
+        return true;
+    }
+    let Some(pod) = owner(source) else { return false };
+    I::is_of_this_host(destination) || owner(destination) == Some(pod)
 }
 
 /// The mark that a decision asks for, given the mark that the socket has. Bits outside [`MARK_MASK`] stay.
@@ -103,8 +126,12 @@ pub const fn mark(decision: Outbound, current: u32) -> u32 {
         Outbound::Capture => MARK_CAPTURE,
         Outbound::Deliver => MARK_DELIVERY,
         Outbound::Pass(Reason::Proxy) => MARK_PROXY,
-        Outbound::Pass(_) | Outbound::Resolve if ours == MARK_CAPTURE || ours == MARK_DELIVERY => 0,
-        Outbound::Pass(_) | Outbound::Resolve => ours,
+        Outbound::Pass(_) | Outbound::Resolve | Outbound::Refuse(_)
+            if ours == MARK_CAPTURE || ours == MARK_DELIVERY =>
+        {
+            0
+        }
+        Outbound::Pass(_) | Outbound::Resolve | Outbound::Refuse(_) => ours,
     };
     (current & !MARK_MASK) | wanted
 }
@@ -121,6 +148,8 @@ pub const fn is_proxy_mark(mark: u32) -> bool {
 pub enum Inbound {
     /// The proxy's inbound listener gets it.
     Capture,
+    /// The proxy's listener for tunnels gets it.
+    Tunnel,
     /// Leave it alone.
     Pass(Reason),
     /// Drop it.
@@ -139,7 +168,7 @@ pub fn inbound(
     forwarded: impl FnOnce() -> bool,
 ) -> Inbound {
     if destination_port == PORT_TUNNEL {
-        return Inbound::Pass(Reason::TunnelPort);
+        return Inbound::Tunnel;
     }
     let Some(flags) = flags else {
         // A known address of the pod is local; only for others is the routing table asked.

@@ -59,9 +59,23 @@ pub trait Ip: Copy + 'static {
     /// Whether it is the source of an interface without an address yet, or a link-local address, which no IPAM assigns.
     fn is_unassigned(address: Self::Address) -> bool;
 
-    /// Whether the address is valid on its link only (IPv6 link-local) or is a group (multicast, broadcast). IPv4
-    /// link-local unicast does not count: cloud metadata servers use it, and Istio captures connections to them.
-    fn is_link_scoped(address: Self::Address) -> bool;
+    /// Whether a packet from the address was sent by its own receiver, whatever interface it seems to come from: the kernel
+    /// takes such a source from `lo` alone.
+    fn is_of_this_host(address: Self::Address) -> bool;
+
+    /// Whether the address is a group (multicast, broadcast), to which nobody can connect. 240.0.0.0/4 is not: Linux, and
+    /// some clouds, use it as unicast.
+    fn is_group(address: Self::Address) -> bool;
+
+    /// Whether the address is an IPv6 link-local one. IPv4 link-local unicast does not count: cloud metadata servers live
+    /// there, and Istio steers connections to them.
+    fn is_link_local(address: Self::Address) -> bool;
+
+    /// Whether the address means something only on its link.
+    #[inline(always)]
+    fn is_link_scoped(address: Self::Address) -> bool {
+        Self::is_group(address) || Self::is_link_local(address)
+    }
 }
 
 /// IPv4 as a type.
@@ -98,8 +112,18 @@ impl Ip for Ipv4 {
     }
 
     #[inline(always)]
-    fn is_link_scoped([first, ..]: Self::Address) -> bool {
-        first >= 224
+    fn is_of_this_host([first, ..]: Self::Address) -> bool {
+        first == 127
+    }
+
+    #[inline(always)]
+    fn is_group(address: Self::Address) -> bool {
+        address[0] & 0xf0 == 224 || address == [255; 4]
+    }
+
+    #[inline(always)]
+    fn is_link_local(_: Self::Address) -> bool {
+        false
     }
 }
 
@@ -129,8 +153,18 @@ impl Ip for Ipv6 {
     }
 
     #[inline(always)]
-    fn is_link_scoped([first, second, ..]: Self::Address) -> bool {
-        first == 0xff || (first == 0xfe && second & 0xc0 == 0x80)
+    fn is_of_this_host(address: Self::Address) -> bool {
+        u128::from_be_bytes(address) == 1
+    }
+
+    #[inline(always)]
+    fn is_group([first, ..]: Self::Address) -> bool {
+        first == 0xff
+    }
+
+    #[inline(always)]
+    fn is_link_local([first, second, ..]: Self::Address) -> bool {
+        first == 0xfe && second & 0xc0 == 0x80
     }
 }
 
@@ -167,6 +201,10 @@ mod tests {
         assert!(Ipv4::is_link_scoped([224, 0, 0, 1]));
         assert!(Ipv4::is_link_scoped([255, 255, 255, 255]));
         assert!(!Ipv4::is_link_scoped([169, 254, 169, 254]));
+        assert!(Ipv4::is_link_scoped([239, 255, 255, 255]));
+        for unicast in [[223, 255, 255, 255], [240, 0, 0, 1], [247, 1, 2, 3], [255, 255, 255, 254]] {
+            assert!(!Ipv4::is_link_scoped(unicast), "{unicast:?}");
+        }
         assert!(Ipv6::is_link_scoped(v6("fe80::1")));
         assert!(Ipv6::is_link_scoped(v6("febf::1")));
         assert!(Ipv6::is_link_scoped(v6("ff02::1")));

@@ -8,7 +8,7 @@
 //! | [`virtual_interface`] | TC ingress of interfaces that a pod declares | gives connections from behind them to the proxy |
 //! | [`egress`] | TC egress of the pod's other interfaces | the egress guard: stops what would leave past the proxy |
 //! | [`host_gate`] | TC ingress of the host end of the pod's device | drops TCP that neither the proxy sent nor an exemption lets pass |
-//! | [`lookup`] | sk_lookup of the pod's namespace | gives to a listener what TC can't assign |
+//! | [`lookup`] | sk_lookup of the pod's namespace | the inbound gate; gives to a listener what TC can't assign |
 //! | [`listeners`] | sock_ops of the root cgroup | stores the proxies' listeners where TC can't |
 //! | [`bind`] | cgroup/bind4, bind6 | guards the proxy's ports |
 //! | [`dns`] | cgroup/sendmsg, recvmsg, getpeername, 4 and 6 | sends DNS queries to the proxy's resolver |
@@ -17,7 +17,7 @@
 //! | [`entrance`] | TC ingress of the ingress device, placement `node` | gives connections to the proxy |
 //! | [`probe`] | sock_ops of the kubelet's cgroup | records the kubelet's probes |
 //!
-//! They share maps ([`config`], [`pods`], [`proxies`], [`exclusions`], [`counters`], [`flows`]), the drop log
+//! They share maps ([`config`], [`pods`], [`proxies`], [`exclusions`], [`counters`], [`flows`], [`notes`]), the drop log
 //! ([`diagnostics`]), access to contexts ([`context`], [`sock_addr`], [`skb`]), socket lookups ([`socket`]), the assignment of
 //! packets to listeners ([`steer`]), and in placement `node` changes of packets ([`rewrite`]) and refusals ([`refuse`]).
 
@@ -44,6 +44,7 @@ mod inbound;
 mod listeners;
 mod lookup;
 mod loopback;
+mod notes;
 mod outbound;
 mod pods;
 mod probe;

@@ -11,7 +11,8 @@
 //! | `EXCLUDED_PORTS` | hash | [`ExcludedPort`] | `u8`, no meaning |
 //! | `PROBE_SOCKETS` | socket storage | – | `u64`, 1: the kubelet's socket, connected to an enrolled pod |
 //! | `ASKED` | socket storage | – | [`Asked`] |
-//! | `HANDED_OVER` | per-CPU array | 0 | [`HandedOver`] |
+//! | `NOTES` | LRU hash | [`Tuple`] | [`Note`], of a connection that TC programs decided on |
+//! | `ASKING` | per-CPU array of one | – | `u32`, not zero while a TC program looks a socket up itself |
 //! | `LISTENERS` | socket hash | [`ListenerKey`] | a listener of a node proxy, stored by the kernel side itself |
 //! | `NAMESPACES` | socket storage of listeners | – | `u64`, the network namespace's cookie; on kernels where TC programs may not store sockets in maps |
 //! | `COOKIES` | socket storage | – | `u64`, the socket's cookie; while a monitor is attached |
@@ -104,18 +105,44 @@ pub struct Tuple {
     pub destination_port: [u8; 2],
 }
 
-/// A connection that TC hands over to the socket lookup.
+/// What a TC program decided on a connection that the socket lookup will see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
-pub struct HandedOver {
-    /// Its target.
+pub struct Note {
+    /// Until when it counts, in nanoseconds of `bpf_ktime_get_coarse_ns`.
+    pub expires: u64,
+    /// Where the connection is to go, if it was captured.
     pub listener: ListenerKey,
-    /// Time of the hand-over, in nanoseconds of `bpf_ktime_get_coarse_ns`; zero if the lookup has used it, or if it was never set.
-    pub time: u64,
-    /// The connection.
-    pub tuple: Tuple,
+    /// Cookie of the pod's socket, for events; zero if it is not known.
+    pub socket_cookie: u64,
+    /// What was decided.
+    pub verdict: NoteVerdict,
+    /// [`Direction`] as a number.
+    pub direction: u8,
+    /// [`crate::Reason`] as a number.
+    pub reason: u8,
+    /// Not zero if the connection has been counted.
+    pub counted: u8,
     /// Zero.
     pub padding: [u8; 4],
+}
+
+/// What becomes of a connection that a [`Note`] is about.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct NoteVerdict(pub u8);
+
+impl NoteVerdict {
+    /// There is no note, or it counts no longer.
+    pub const NONE: Self = Self(0);
+    /// The proxy's listener gets it.
+    pub const CAPTURED: Self = Self(1);
+    /// Nobody gets it, because the proxy does not listen.
+    pub const REFUSED: Self = Self(2);
+    /// It may reach the pod's own listeners: it is exempt, or the proxy's delivery.
+    pub const AUTHORIZED: Self = Self(3);
+    /// A segment of no connection, which opens none either.
+    pub const STRAY: Self = Self(4);
 }
 
 /// A node proxy's listener.
@@ -156,7 +183,7 @@ impl ListenerKey {
 
 const _: () = {
     assert!(size_of::<Tuple>() == 36 && align_of::<Tuple>() == 1);
-    assert!(size_of::<HandedOver>() == 64 && size_of::<ListenerKey>() == 16);
+    assert!(size_of::<Note>() == 40 && size_of::<ListenerKey>() == 16);
     assert!(size_of::<Pod>() == 24 && align_of::<Pod>() == 4);
     assert!(size_of::<PodCounters>() == 96 && align_of::<PodCounters>() == 8);
     assert!(size_of::<PodAddress>() == 8 && align_of::<PodAddress>() == 8);
@@ -369,6 +396,8 @@ flags! {
         FLOWS = 4,
         /// The proxy's mark alone makes a socket the proxy's (`--proxy-identity mark`).
         PROXY_BY_MARK = 5,
+        /// Connections to IPv6 link-local addresses go past the proxy.
+        LINK_LOCAL = 6,
     }
 }
 

@@ -5,7 +5,15 @@ const V4: [u8; 4] = [192, 0, 2, 1];
 const V6: [u8; 16] = [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
 
 fn tcp<A>(destination: A, source: A) -> Connect<A> {
-    Connect { protocol: Protocol::Tcp, destination, source, port: 80, proxy: false, flags: PodFlags::DNS }
+    Connect {
+        protocol: Protocol::Tcp,
+        destination,
+        source,
+        port: 80,
+        proxy: false,
+        flags: PodFlags::DNS,
+        link_local: false,
+    }
 }
 
 fn yes() -> bool {
@@ -81,12 +89,52 @@ fn outbound_decisions_are_the_same_in_both_families() {
 }
 
 #[test]
-fn link_scoped_destinations_are_left_alone_but_for_dns() {
-    let link_local = "fe80::1".parse::<std::net::Ipv6Addr>().unwrap().octets();
-    let to_link_local = tcp(link_local, [0; 16]);
-    assert_eq!(outbound::<Ipv6>(&to_link_local, not_own, no), Outbound::Pass(Reason::LinkScoped));
+fn link_local_destinations_are_refused_unless_they_are_to_pass() {
+    let to_link_local = tcp(link_local_address(), [0; 16]);
+    assert_eq!(outbound::<Ipv6>(&to_link_local, not_own, no), Outbound::Refuse(Reason::LinkScoped));
+    assert_eq!(outbound::<Ipv6>(&to_link_local, not_own, yes), Outbound::Pass(Reason::Excluded));
+    assert_eq!(outbound::<Ipv6>(&to_link_local, own, never), Outbound::Pass(Reason::OwnAddress));
+    let passing = Connect { link_local: true, ..to_link_local };
+    assert_eq!(outbound::<Ipv6>(&passing, not_own, no), Outbound::Pass(Reason::LinkScoped));
+    for link_local in [true, false] {
+        assert_eq!(is_exempt::<Ipv6>(link_local_address(), link_local, no), link_local);
+        assert!(is_exempt::<Ipv6>(link_local_address(), link_local, yes));
+        assert!(is_exempt::<Ipv4>([224, 0, 0, 1], link_local, never));
+        assert!(!is_exempt::<Ipv4>([240, 0, 0, 1], link_local, no));
+    }
+    assert_eq!(outbound::<Ipv4>(&tcp([240, 0, 0, 1], [0; 4]), not_own, no), Outbound::Capture);
     assert_eq!(outbound::<Ipv6>(&Connect { port: 53, ..to_link_local }, not_own, no), Outbound::Resolve);
     assert_eq!(outbound::<Ipv4>(&tcp([169, 254, 169, 254], [0; 4]), not_own, no), Outbound::Capture);
+}
+
+fn link_local_address() -> [u8; 16] {
+    "fe80::1".parse::<std::net::Ipv6Addr>().unwrap().octets()
+}
+
+#[test]
+fn connections_within_a_pod_have_its_addresses_at_both_ends() {
+    fn check<I: Ip>(this: [I::Address; 2], other: I::Address, unknown: I::Address, loopback: I::Address) {
+        let owner = |address| {
+            if this.contains(&address) { Some(1) } else { (address == other).then_some(2) }
+        };
+        let within = |source, destination| is_within_pod::<I>(source, destination, owner);
+        for destination in this {
+            assert!(this.iter().all(|source| within(*source, destination)));
+            assert!(within(loopback, destination));
+            assert!(within(destination, loopback));
+            assert!(!within(other, destination) && !within(unknown, destination));
+            assert!(!within(destination, other) && !within(destination, unknown));
+        }
+        assert!(within(unknown, unknown) && within(loopback, loopback));
+        assert!(!within(unknown, loopback));
+    }
+    check::<Ipv4>([[10, 0, 0, 1], [10, 0, 0, 2]], [10, 0, 0, 3], V4, [127, 0, 0, 1]);
+    let v6 = |last| {
+        let mut address = V6;
+        address[15] = last;
+        address
+    };
+    check::<Ipv6>([v6(2), v6(3)], v6(4), v6(5), 1u128.to_be_bytes());
 }
 
 #[test]
@@ -120,7 +168,7 @@ fn inbound_decisions() {
     assert_eq!(inbound(80, None, never, never, yes), Inbound::Drop(Reason::Forwarded));
     assert_eq!(inbound(80, plain, yes, never, never), Inbound::Pass(Reason::Probe));
     assert_eq!(inbound(80, plain, no, yes, never), Inbound::Pass(Reason::Excluded));
-    assert_eq!(inbound(15008, plain, never, never, never), Inbound::Pass(Reason::TunnelPort));
+    assert_eq!(inbound(15008, plain, never, never, never), Inbound::Tunnel);
     let bypass = Some(PodFlags::BYPASS_INBOUND);
     assert_eq!(inbound(80, bypass, never, never, never), Inbound::Pass(Reason::BypassInbound));
 }

@@ -4,7 +4,9 @@ use aya_ebpf::programs::SockAddrContext;
 use redirect_ebpf::count::Direction;
 use redirect_ebpf::decide::{self, Connect, Outbound};
 use redirect_ebpf::family::Ip;
+use redirect_ebpf::maps::ConfigFlags;
 
+use super::config;
 use super::exclusions::{ExcludedIp, excluded};
 use super::flows::{self, About};
 use super::pods::PodIp;
@@ -45,6 +47,7 @@ pub(super) fn decision<I: PodIp + ExcludedIp>(
         proxy: proxies::is_proxy(mark),
         source,
         flags: caller.flags,
+        link_local: config::flags().contains(ConfigFlags::LINK_LOCAL),
     };
     decide::outbound::<I>(
         &connect,

@@ -156,7 +156,7 @@ fn is_question<I: PodIp + ExcludedIp>(
         Outbound::Resolve => count(I::FAMILY, Direction::Outbound, Verdict::Steered, Reason::Dns, pod, about),
         Outbound::Pass(Reason::NotSteered) => return false,
         Outbound::Pass(reason) => count(I::FAMILY, Direction::Outbound, Verdict::Passed, reason, pod, about),
-        Outbound::Capture | Outbound::Deliver => {}
+        Outbound::Capture | Outbound::Deliver | Outbound::Refuse(_) => {}
     }
     decision == Outbound::Resolve
 }

@@ -10,8 +10,10 @@ use redirect_ebpf::count::{Direction, Reason, Verdict};
 use redirect_ebpf::decide;
 use redirect_ebpf::diagnostics::Hook;
 use redirect_ebpf::family::{Ipv4, Ipv6};
+use redirect_ebpf::maps::ConfigFlags;
 use redirect_ebpf::packet::{Parse, Parsed, Segment, is_of_another_family, parse};
 
+use super::config;
 use super::counters::count;
 use super::diagnostics;
 use super::exclusions::{ExcludedIp, excluded};
@@ -74,7 +76,7 @@ fn egress<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
 /// Whether the connect hooks let a connection to this destination pass.
 #[inline(always)]
 fn is_exempt<I: Parse + PodIp + ExcludedIp>(segment: &Segment<I::Address>) -> bool {
-    decide::is_exempt::<I>(segment.destination, || {
+    decide::is_exempt::<I>(segment.destination, config::flags().contains(ConfigFlags::LINK_LOCAL), || {
         let cookie = I::owner(&segment.source);
         let flags = cookie.and_then(pods::flags).unwrap_or_default();
         let (cookie, port) = (cookie.unwrap_or_default(), segment.destination_port);

@@ -8,9 +8,10 @@ use redirect_ebpf::count::{Direction, Reason, Verdict};
 use redirect_ebpf::decide::{self, Connect, Outbound, Protocol};
 use redirect_ebpf::diagnostics::Hook;
 use redirect_ebpf::family::{Ipv4, Ipv6};
-use redirect_ebpf::maps::PodFlags;
+use redirect_ebpf::maps::{ConfigFlags, PodFlags};
 use redirect_ebpf::packet::{Parse, Parsed, Segment, is_of_another_family, parse, source};
 
+use super::config;
 use super::cookies::acknowledged;
 use super::counters::count;
 use super::diagnostics;
@@ -87,6 +88,8 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
         Outbound::Capture => Some((PORT_OUTBOUND, MARK_CAPTURE)),
         Outbound::Resolve => Some((PORT_DNS, MARK_RESOLVE)),
         Outbound::Deliver => None,
+        Outbound::Refuse(reason) if segment.opens() => return drop::<I>(reason, cookie, Some(segment)),
+        Outbound::Refuse(_) => None,
         Outbound::Pass(reason) => {
             if segment.opens() {
                 count(I::FAMILY, Direction::Outbound, Verdict::Passed, reason, Some(cookie), about);
@@ -122,6 +125,7 @@ fn decision<I: PodIp + ExcludedIp>(
         proxy: false,
         source: segment.source,
         flags,
+        link_local: config::flags().contains(ConfigFlags::LINK_LOCAL),
     };
     decide::outbound::<I>(
         &connect,

@@ -10,9 +10,10 @@ use redirect_ebpf::count::{Direction, Reason, Verdict};
 use redirect_ebpf::decide;
 use redirect_ebpf::diagnostics::Hook;
 use redirect_ebpf::family::{Ipv4, Ipv6};
-use redirect_ebpf::maps::PodFlags;
+use redirect_ebpf::maps::{ConfigFlags, PodFlags};
 use redirect_ebpf::packet::{Packet as _, Parse, Parsed, Segment, is_of_another_family, parse};
 
+use super::config;
 use super::counters::count;
 use super::diagnostics;
 use super::exclusions::{ExcludedIp, excluded};
@@ -93,7 +94,7 @@ impl Pod {
     #[inline(always)]
     fn exempts_outbound<I: Parse + ExcludedIp>(&self, segment: &Segment<I::Address>) -> bool {
         let (peer, port) = (segment.destination, segment.destination_port);
-        decide::is_exempt::<I>(peer, || {
+        decide::is_exempt::<I>(peer, config::flags().contains(ConfigFlags::LINK_LOCAL), || {
             excluded::<I>(self.cookie, self.flags, Direction::Outbound, peer, port)
         })
     }

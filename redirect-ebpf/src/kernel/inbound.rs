@@ -33,6 +33,7 @@ struct FromOutside;
 impl<I: Parse + PodIp + ExcludedIp + Fib> Route<I> for FromOutside {
     const DIRECTION: Direction = Direction::Inbound;
     const PORT: u16 = PORT_INBOUND;
+    const GATED: bool = true;
     const HOOK: Option<Hook> = Some(Hook::Inbound);
 
     #[inline(always)]

@@ -1,106 +1,176 @@
-//! sk_lookup of each enrolled pod: finds the proxy's listener for connections that TC can't give to it itself.
+//! sk_lookup of each enrolled pod, and in placement `node` of the host: every search for a TCP listener passes here, whatever way
+//! the connection came in. Two programs, of which the kernel runs both; it prefers one that chooses a socket.
 //!
-//! That is a SYN whose tuple is still in TIME_WAIT, as happens when the proxy closed first and the client uses its port
-//! again: only the kernel can retire the TIME_WAIT socket, and when it has, it looks for a listener by address and port
-//! and would find the application's, or none. So [`hand_over`] notes, at the TC hook, where the connection is to go,
-//! and the lookup a moment later, in the same softirq, reads it.
+//! [`noted_listener`] gives to the proxy what TC can't give to it itself. That is a SYN whose tuple is still in TIME_WAIT, as
+//! happens when the proxy closed first and the client uses its port again: only the kernel can retire the TIME_WAIT socket,
+//! and when it has, it looks for a listener by address and port and would find the application's, or none. So TC notes where
+//! the connection is to go ([`notes`]), and the lookup reads it.
 //!
-//! A second program keeps connections that were not captured off the listeners for captured ones: from there a proxy would
-//! dial the same address and port again, and so on.
+//! [`listener_guard`] is the gate: in a pod a connection reaches a listener only if it was captured, if a TC program let it pass
+//! (exemptions, deliveries of the proxy), or if it is between sockets of the pod. What no TC program has seen, or what was
+//! something else when they saw it, ends here. It also keeps what was not captured off the listeners for captured
+//! connections: from there a proxy would dial the same address and port again, and so on.
 
 use core::mem::offset_of;
 
+use aya_ebpf::Global;
 use aya_ebpf::bindings::{bpf_sk_lookup, sk_action};
-use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
-use aya_ebpf::macros::{map, sk_lookup};
-use aya_ebpf::maps::PerCpuArray;
+use aya_ebpf::macros::sk_lookup;
 use aya_ebpf::programs::SkLookupContext;
-use redirect_ebpf::decide::{Protocol, is_for_captured};
-use redirect_ebpf::family::Ip;
-use redirect_ebpf::maps::{HandedOver, ListenerKey, Tuple};
+use redirect_ebpf::count::{Direction, Reason, Verdict};
+use redirect_ebpf::decide::{self, Protocol, is_for_captured, is_guarded};
+use redirect_ebpf::family::{Family, Ip, Ipv4, Ipv6, v4_mapped};
+use redirect_ebpf::maps::{ListenerKey, Note, NoteVerdict, Tuple};
 use redirect_ebpf::packet::{Segment, address_family};
 
 use super::context::{End, addresses, word};
+use super::counters::count;
+use super::flows::About;
 use super::listeners;
+use super::notes::{self, CountedAs};
+use super::pods::{self, PodIp as _};
 use super::sock_addr::protocol;
 use super::socket::{NO_PORT, Socket};
 
-/// One note for each processor: it lives from the TC hook to the socket lookup of the same packet, in the same softirq. Every
-/// lookup of a listener in the pod runs our program, so that reading it has to be next to nothing.
-#[map]
-static HANDED_OVER: PerCpuArray<HandedOver> = PerCpuArray::with_max_entries(1, 0);
-
-/// A note that no lookup followed (the kernel found the SYN to be an old duplicate) must not catch a later connection.
-const LIFETIME: u64 = 100_000_000;
+/// Whether the programs are on pods' namespaces: on the host's, which has listeners of its own, nothing is authorized.
+#[unsafe(no_mangle)]
+static LOOKUP_IN_PODS: Global<bool> = Global::new(true);
 
 const ENOENT: i64 = -2;
 
-/// Sends the connection to the proxy's listener by way of the socket lookup, or has it refused where there is none.
-/// `namespace` is the cookie of the one where it listens, as far as the hook knows it.
+/// Sends the connection to the proxy's listener by way of the socket lookup. `namespace` is the cookie of the one where it
+/// listens, as far as the hook knows it.
 #[inline(always)]
 pub(super) fn hand_over<I: Ip>(
     segment: &Segment<I::Address>,
     namespace: Option<u64>,
     port: u16,
-    listener: Option<&Socket>,
+    listener: &Socket,
+    counted: CountedAs,
 ) -> Result<(), i64> {
-    let netns_cookie = match (namespace, listener) {
-        (Some(netns_cookie), _) => netns_cookie,
-        (None, Some(listener)) => listeners::namespace(listener).ok_or(ENOENT)?,
-        // Nobody has it: the lookup finds no listener, as is wanted.
-        (None, None) => 0,
+    let netns_cookie = match namespace {
+        Some(netns_cookie) => netns_cookie,
+        None => listeners::namespace(listener).ok_or(ENOENT)?,
     };
     let key = ListenerKey { netns_cookie, port, slot: 0, family: address_family(I::FAMILY).into() };
-    if let Some(listener) = listener {
-        listeners::remember(&key, listener)?;
-    }
-    let tuple = segment.tuple::<I>();
-    // SAFETY: the helper has no preconditions.
-    let time = unsafe { bpf_ktime_get_coarse_ns() };
-    let note = HANDED_OVER.get_ptr_mut(0).ok_or(ENOENT)?;
-    // SAFETY: the pointer is valid, and nobody else writes on this processor meanwhile.
-    unsafe { *note = HandedOver { listener: key, time, tuple, padding: [0; 4] } };
-    Ok(())
+    listeners::remember(&key, listener)?;
+    notes::captured(&segment.tuple::<I>(), key, counted)
 }
 
 #[sk_lookup]
-pub(crate) fn listener_lookup(ctx: SkLookupContext) -> u32 {
-    let Some(listener) = handed_over(ctx.lookup) else { return sk_action::SK_PASS };
+pub(crate) fn noted_listener(ctx: SkLookupContext) -> u32 {
+    if !is_tcp(ctx.lookup) {
+        return sk_action::SK_PASS;
+    }
+    let tuple = tuple(ctx.lookup);
+    let Some(note) = notes::of(&tuple) else { return sk_action::SK_PASS };
+    // SAFETY: the pointer is to an entry.
+    match unsafe { notes::verdict(note) } {
+        NoteVerdict::CAPTURED => {}
+        NoteVerdict::REFUSED => return sk_action::SK_DROP,
+        _ => return sk_action::SK_PASS,
+    }
+    // SAFETY: as above. What is written meanwhile is about the same connection.
+    let listener = unsafe { (*note).listener };
     match listeners::choose(&ctx, listener) {
-        Ok(()) => sk_action::SK_PASS,
+        Ok(()) => {
+            count_once(&tuple, note);
+            sk_action::SK_PASS
+        }
         // No listener, or it has gone in between: the kernel refuses the connection, and nobody else gets it.
         Err(()) => sk_action::SK_DROP,
     }
 }
 
-/// Takes the note about the connection, if there is one. A time of zero: there is none.
+/// Counts a captured connection where it is given to the proxy.
 #[inline(always)]
-fn handed_over(lookup: *const bpf_sk_lookup) -> Option<ListenerKey> {
-    let note = HANDED_OVER.get_ptr_mut(0)?;
-    // SAFETY: the pointer is valid, and nobody else writes on this processor meanwhile.
-    let time = unsafe { (*note).time };
-    if time == 0 {
-        return None;
+fn count_once(tuple: &Tuple, note: *mut Note) {
+    // SAFETY: the pointer is to an entry, and its bytes are valid whatever is written meanwhile.
+    let Note { counted, direction, reason, socket_cookie, .. } = unsafe { *note };
+    if counted != 0 || notes::is_asked() {
+        return;
     }
     // SAFETY: as above.
-    let HandedOver { tuple: noted, listener, .. } = unsafe { *note };
-    if noted != tuple(lookup) {
-        return None;
-    }
-    // SAFETY: as above.
-    unsafe { (*note).time = 0 };
-    // SAFETY: the helper has no preconditions.
-    (unsafe { bpf_ktime_get_coarse_ns() }.wrapping_sub(time) <= LIFETIME).then_some(listener)
+    unsafe { (&raw mut (*note).counted).write_volatile(1) };
+    let (direction, pod) = if direction == Direction::Inbound as u8 {
+        (Direction::Inbound, &tuple.destination)
+    } else {
+        (Direction::Outbound, &tuple.source)
+    };
+    let reason = match reason {
+        number if number == Reason::TunnelPort as u8 => Reason::TunnelPort,
+        number if number == Reason::Dns as u8 => Reason::Dns,
+        _ => Reason::Enrolled,
+    };
+    count(family(tuple), direction, Verdict::Steered, reason, pods::owner(pod), || About {
+        socket_cookie,
+        tuple: *tuple,
+    });
 }
 
-/// Refuses a connection to a listener that takes captured ones only; what [`listener_lookup`] gives to it gets there, for the
-/// kernel prefers a program that chose a socket. The programs that capture ask for it themselves, and without a source port.
 #[sk_lookup]
 pub(crate) fn listener_guard(ctx: SkLookupContext) -> u32 {
     let lookup = ctx.lookup.cast_const();
-    let tcp = || protocol(word(lookup, offset_of!(bpf_sk_lookup, protocol))) == Some(Protocol::Tcp);
-    let refused = is_for_captured(local_port(lookup)) && remote_port(lookup) != NO_PORT && tcp();
-    if refused { sk_action::SK_DROP } else { sk_action::SK_PASS }
+    if !is_tcp(lookup) {
+        return sk_action::SK_PASS;
+    }
+    let port = local_port(lookup);
+    // The programs that capture ask for the proxy's listeners themselves, and without a source port. Who sends such a packet
+    // finds the proxy's listener and nobody else's.
+    if is_guarded(Protocol::Tcp, port) && remote_port(lookup) == NO_PORT {
+        return sk_action::SK_PASS;
+    }
+    if !LOOKUP_IN_PODS.load() {
+        return if is_for_captured(port) { sk_action::SK_DROP } else { sk_action::SK_PASS };
+    }
+    let tuple = tuple(lookup);
+    let note = notes::of(&tuple);
+    // SAFETY: the pointer is to an entry.
+    let verdict = note.map_or(NoteVerdict::NONE, |note| unsafe { notes::verdict(note) });
+    if verdict == NoteVerdict::CAPTURED {
+        // The other program gives it to the proxy's listener, or refuses it.
+        return sk_action::SK_PASS;
+    }
+    if !is_for_captured(port) && (verdict == NoteVerdict::AUTHORIZED || is_within_pod(&tuple)) {
+        return sk_action::SK_PASS;
+    }
+    // A note that counts no longer is of a connection that was let in: what comes after it has ended opens none.
+    if note.is_none() && !is_for_captured(port) && !notes::is_asked() {
+        refused(&tuple);
+    }
+    sk_action::SK_DROP
+}
+
+/// Counts what reached the gate without having been seen at an interface. What is captured on its way out of the pod and has
+/// found no listener has been counted there.
+#[inline(always)]
+fn refused(tuple: &Tuple) {
+    let Some(pod) = pods::owner(&tuple.destination) else { return };
+    count(family(tuple), Direction::Inbound, Verdict::Dropped, Reason::Uncaptured, Some(pod), || About {
+        socket_cookie: 0,
+        tuple: *tuple,
+    });
+}
+
+#[inline(always)]
+fn is_within_pod(tuple: &Tuple) -> bool {
+    let Tuple { source, destination, .. } = tuple;
+    match (v4_mapped(*source), v4_mapped(*destination)) {
+        (Some(source), Some(destination)) => {
+            decide::is_within_pod::<Ipv4>(source, destination, |address| Ipv4::owner(&address))
+        }
+        _ => decide::is_within_pod::<Ipv6>(*source, *destination, |address| Ipv6::owner(&address)),
+    }
+}
+
+#[inline(always)]
+fn family(tuple: &Tuple) -> Family {
+    if v4_mapped(tuple.destination).is_some() { Family::Ipv4 } else { Family::Ipv6 }
+}
+
+#[inline(always)]
+fn is_tcp(lookup: *const bpf_sk_lookup) -> bool {
+    protocol(word(lookup, offset_of!(bpf_sk_lookup, protocol))) == Some(Protocol::Tcp)
 }
 
 /// In host order.

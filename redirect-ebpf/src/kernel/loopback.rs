@@ -3,17 +3,18 @@
 
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use redirect_ebpf::constants::{MARK_CAPTURE, MARK_MASK, MARK_PROXY, PORT_OUTBOUND};
+use redirect_ebpf::constants::{MARK_CAPTURE, MARK_DELIVERY, MARK_MASK, MARK_PROXY, PORT_OUTBOUND};
 use redirect_ebpf::count::Direction;
 use redirect_ebpf::decide::Inbound;
 use redirect_ebpf::diagnostics::Hook;
 use redirect_ebpf::family::{Ipv4, Ipv6};
+use redirect_ebpf::maps::NoteVerdict;
 use redirect_ebpf::packet::{Parse, Parsed, Segment};
 
 use super::pods::PodIp;
 use super::skb::parse_on_loopback;
 use super::steer::{Action, Route, steer_parsed};
-use super::{cookies, flows};
+use super::{cookies, flows, notes};
 
 #[classifier]
 pub(crate) fn loopback_ipv4(ctx: TcContext) -> i32 {
@@ -55,20 +56,30 @@ fn loopback<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
     let mark = unsafe { (*ctx.skb.skb).mark };
     match mark & MARK_MASK {
         MARK_CAPTURE => return captured::<I>(ctx).into(),
-        // The proxy's answer to a captured connection. Where its client is gone the kernel answers with a reset that has
-        // the mark of what it answers (`fwmark_reflect`): with the proxy's it would leave the pod, and the proxy would
-        // never hear of it. What opens a connection has the mark from somebody else.
-        MARK_PROXY => {
-            if let Parsed::Tcp(segment) = parse_on_loopback::<I>(ctx)
-                && !segment.opens()
-            {
-                cookies::watch(ctx, &segment);
-                ctx.skb.set_mark(mark & !MARK_MASK | MARK_CAPTURE);
-            }
-        }
+        MARK_PROXY | MARK_DELIVERY => proxied::<I>(ctx, mark),
         _ => {}
     }
     Action::Continue.into()
+}
+
+/// A packet between the proxy and the pod's application.
+#[inline(always)]
+fn proxied<I: Parse + PodIp>(ctx: &TcContext, mark: u32) {
+    let Parsed::Tcp(segment) = parse_on_loopback::<I>(ctx) else { return };
+    match (mark & MARK_MASK, segment.opens()) {
+        // The proxy's answer to a captured connection. Where its client is gone the kernel answers with a reset that has
+        // the mark of what it answers (`fwmark_reflect`): with the proxy's it would leave the pod, and the proxy would
+        // never hear of it. What opens a connection has the mark from somebody else.
+        (MARK_PROXY, false) => {
+            cookies::watch(ctx, &segment);
+            ctx.skb.set_mark(mark & !MARK_MASK | MARK_CAPTURE);
+        }
+        // The proxy connects to the application: here alone does its mark show. Without the note the gate refuses it.
+        (MARK_DELIVERY, true) => {
+            let _ = notes::note(&segment.tuple::<I>(), NoteVerdict::AUTHORIZED, notes::A_MOMENT);
+        }
+        _ => {}
+    }
 }
 
 /// A packet of a captured connection has its route from its sender, so that the stack finds its socket by itself. Only who

@@ -77,6 +77,7 @@ fn steer<I: PodIp + ExcludedIp + BoundIp>(
         Outbound::Resolve => (Direction::Outbound, Some((Verdict::Steered, Reason::Dns))),
         Outbound::Deliver => (Direction::Delivery, Some((Verdict::Passed, Reason::Proxy))),
         Outbound::Pass(reason) => (Direction::Outbound, Some((Verdict::Passed, reason))),
+        Outbound::Refuse(reason) => (Direction::Outbound, Some((Verdict::Dropped, reason))),
     };
     let wanted = decide::mark(decision, current);
     if wanted != current
@@ -92,6 +93,7 @@ fn steer<I: PodIp + ExcludedIp + BoundIp>(
     }
     match decision {
         Outbound::Resolve => Call::Resolve,
+        Outbound::Refuse(_) => Call::Refuse,
         Outbound::Capture if is_refused::<I>(ctx, destination) => {
             count(I::FAMILY, direction, Verdict::Dropped, Reason::NoListener, pod, about);
             Call::Refuse

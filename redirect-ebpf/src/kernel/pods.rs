@@ -3,7 +3,7 @@
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::HashMap;
-use redirect_ebpf::family::{Ip, Ipv4, Ipv6};
+use redirect_ebpf::family::{Ip, Ipv4, Ipv6, v4_mapped};
 use redirect_ebpf::maps::{Pod, PodAddress, PodFlags};
 
 // The agent sets the capacities when it loads the object (`--max-pods`).
@@ -66,6 +66,15 @@ impl PodIp for Ipv6 {
         // SAFETY: the caller passes an entry. A read during an update returns at worst an address that the pod doesn't have,
         // to which no socket can be bound.
         unsafe { (*pod).ipv6 }
+    }
+}
+
+/// Cookie of the network namespace of the pod that owns the address, which is IPv4 in its v4-mapped form.
+#[inline(always)]
+pub(super) fn owner(address: &[u8; 16]) -> Option<u64> {
+    match v4_mapped(*address) {
+        Some(address) => Ipv4::owner(&address),
+        None => Ipv6::owner(address),
     }
 }
 

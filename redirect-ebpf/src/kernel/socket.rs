@@ -15,7 +15,7 @@ use redirect_ebpf::decide;
 use redirect_ebpf::maps::ConfigFlags;
 use redirect_ebpf::packet::Segment;
 
-use super::config;
+use super::{config, notes};
 
 /// A socket with a reference that is dropped with the value.
 pub(super) struct Socket(NonNull<bpf_sock>);
@@ -32,8 +32,10 @@ struct Tuple<A> {
 /// The kernel's state of a 4-tuple.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum State {
-    /// A connection, or a handshake in progress.
+    /// A connection, or a handshake in progress. A hint: it may have ended when the stack has the packet.
     Connected,
+    /// A connection that this end opens and that the other has not answered yet.
+    Opening,
     /// A closed connection whose tuple is not free yet.
     TimeWait,
     /// Only a listener, or nothing.
@@ -43,6 +45,7 @@ pub(super) enum State {
 /// The source port of our own lookups of a listener, which no connection has: [`super::lookup`] sees them as well.
 pub(super) const NO_PORT: [u8; 2] = [0; 2];
 
+const TCP_SYN_SENT: u32 = 2;
 const TCP_TIME_WAIT: u32 = 6;
 const TCP_LISTEN: u32 = 10;
 
@@ -52,6 +55,7 @@ pub(super) fn state<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> State {
     match Socket::existing(ctx, segment).map(|socket| socket.state()) {
         None | Some(TCP_LISTEN) => State::Open,
         Some(TCP_TIME_WAIT) => State::TimeWait,
+        Some(TCP_SYN_SENT) => State::Opening,
         Some(_) => State::Connected,
     }
 }
@@ -79,6 +83,8 @@ impl Socket {
             source_port: segment.source_port,
             destination_port: segment.destination_port,
         };
+        // Where there is none, the kernel looks for a listener next, and runs the programs of the socket lookup.
+        notes::asking(true);
         // SAFETY: the tuple lives for the length of the call, and its size is right.
         let socket = unsafe {
             bpf_skc_lookup_tcp(
@@ -89,6 +95,7 @@ impl Socket {
                 0,
             )
         };
+        notes::asking(false);
         NonNull::new(socket).map(Self)
     }
 

@@ -2,18 +2,20 @@
 
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::programs::TcContext;
+use redirect_ebpf::constants::PORT_TUNNEL;
 use redirect_ebpf::count::{Direction, Reason, Verdict};
 use redirect_ebpf::decide::Inbound;
 use redirect_ebpf::diagnostics::{Fault, Hook};
-use redirect_ebpf::maps::ConfigFlags;
+use redirect_ebpf::maps::{ConfigFlags, NoteVerdict};
 use redirect_ebpf::packet::{Parse, Parsed, Segment, parse};
 
 use super::config;
 use super::cookies::acknowledged;
 use super::counters::count;
 use super::diagnostics;
-use super::flows::About;
+use super::flows::{self, About};
 use super::lookup;
+use super::notes::{self, CountedAs};
 use super::pods::PodIp;
 use super::proxies;
 use super::skb::Skb;
@@ -49,6 +51,9 @@ pub(super) trait Route<I: Parse> {
 
     /// What the connections count as.
     const REASON: Reason = Reason::Enrolled;
+
+    /// Whether a gate at the socket lookup asks for what was decided here ([`super::lookup`]).
+    const GATED: bool = false;
 
     /// Where its diagnostics come from, if it has any.
     const HOOK: Option<Hook>;
@@ -103,41 +108,108 @@ pub(super) fn steer_parsed<I: Parse + PodIp, R: Route<I>>(
         Parsed::Fragment(segment) => {
             return match socket::state(ctx, &segment) {
                 State::Connected => Action::Continue,
-                State::TimeWait | State::Open => dropped::<I, R>(ctx, &segment, Reason::Fragmented),
+                State::TimeWait | State::Opening | State::Open => {
+                    dropped::<I, R>(ctx, &segment, Reason::Fragmented)
+                }
             };
         }
     };
     let state = socket::state(ctx, &segment);
-    if state == State::Connected {
+    if segment.opens() {
+        return open::<I, R>(ctx, &segment, state);
+    }
+    if state != State::Open {
         return Action::Continue;
     }
-    if segment.opens() {
-        match R::decide(ctx, &segment) {
-            Inbound::Capture => {}
-            Inbound::Drop(reason) => return dropped::<I, R>(ctx, &segment, reason),
-            Inbound::Pass(reason) => {
-                counted::<I, R>(ctx, &segment, Verdict::Passed, reason);
-                return Action::Continue;
-            }
-        }
-        let Some(listener) = Socket::listener(ctx, &segment, R::PORT) else {
-            let held = dropped::<I, R>(ctx, &segment, Reason::NoListener);
-            // Nobody gets a connection that is handed over without a listener: the kernel refuses it.
-            let refused = config::flags().contains(ConfigFlags::REFUSE)
-                && lookup::hand_over::<I>(&segment, R::namespace(&segment), R::PORT, None).is_ok();
-            return if refused { Action::Continue } else { held };
+    let port = if R::GATED && is_for_tunnel(&segment) { PORT_TUNNEL } else { R::PORT };
+    if let Some(listener) = acknowledged::<I>(ctx, &segment, port) {
+        return match give::<I, R>(ctx, &segment, &listener, state, Capture { port, reason: None }) {
+            Ok(_) => Action::Continue,
+            Err(error) => refused::<I, R>(ctx, &segment, error),
         };
-        if let Err(error) = give::<I, R>(ctx, &segment, &listener, state) {
-            return refused::<I, R>(ctx, &segment, error);
-        }
-        counted::<I, R>(ctx, &segment, Verdict::Steered, R::REASON);
-    } else if state == State::Open
-        && let Some(listener) = acknowledged::<I>(ctx, &segment, R::PORT)
-        && let Err(error) = give::<I, R>(ctx, &segment, &listener, state)
-    {
-        return refused::<I, R>(ctx, &segment, error);
+    }
+    if R::GATED {
+        // The gate refuses it, as the kernel would, and shall not take it for something that got round us.
+        let _ = notes::note(&segment.tuple::<I>(), NoteVerdict::STRAY, notes::A_MOMENT);
     }
     Action::Continue
+}
+
+/// Decides on what opens a connection.
+#[inline(always)]
+fn open<I: Parse + PodIp, R: Route<I>>(
+    ctx: &TcContext,
+    segment: &Segment<I::Address>,
+    state: State,
+) -> Action {
+    // It is of a connection that exists, as a SYN that is sent again. When the stack has it, that may have ended (a reset in the
+    // same batch): for the gate a note says what becomes of it then.
+    let known = matches!(state, State::Connected | State::Opening);
+    if known && !R::GATED {
+        return Action::Continue;
+    }
+    if state == State::Opening {
+        return dropped::<I, R>(ctx, segment, Reason::SimultaneousOpen);
+    }
+    let capture = match R::decide(ctx, segment) {
+        Inbound::Capture => Capture { port: R::PORT, reason: Some(R::REASON) },
+        Inbound::Tunnel => Capture { port: PORT_TUNNEL, reason: Some(Reason::TunnelPort) },
+        Inbound::Drop(_) if known => return Action::Continue,
+        Inbound::Drop(reason) => return dropped::<I, R>(ctx, segment, reason),
+        Inbound::Pass(reason) => {
+            if R::GATED
+                && let Err(error) =
+                    notes::note(&segment.tuple::<I>(), NoteVerdict::AUTHORIZED, notes::A_HANDSHAKE)
+            {
+                return refused::<I, R>(ctx, segment, error);
+            }
+            if !known {
+                counted::<I, R>(ctx, segment, Verdict::Passed, reason);
+            }
+            return Action::Continue;
+        }
+    };
+    let Some(listener) = Socket::listener(ctx, segment, capture.port) else {
+        if known {
+            return Action::Continue;
+        }
+        let held = dropped::<I, R>(ctx, segment, Reason::NoListener);
+        // Not every proxy has tunnels: who dials the port finds it closed, as without us, whoever else listens there.
+        let refused = (config::flags().contains(ConfigFlags::REFUSE) || capture.port == PORT_TUNNEL)
+            && notes::note(&segment.tuple::<I>(), NoteVerdict::REFUSED, notes::A_MOMENT).is_ok();
+        return if refused { Action::Continue } else { held };
+    };
+    match give::<I, R>(ctx, segment, &listener, state, capture) {
+        Ok(Given::Assigned) => {
+            counted::<I, R>(ctx, segment, Verdict::Steered, capture.reason.unwrap_or(R::REASON));
+            Action::Continue
+        }
+        // Counted where the proxy gets it.
+        Ok(Given::Noted) => Action::Continue,
+        Err(_) if known => Action::Continue,
+        Err(error) => refused::<I, R>(ctx, segment, error),
+    }
+}
+
+/// Which listener of the proxy a connection is for.
+#[derive(Clone, Copy)]
+struct Capture {
+    port: u16,
+    /// What it counts as, if it has not been counted.
+    reason: Option<Reason>,
+}
+
+/// How a listener gets a connection.
+enum Given {
+    /// It has it.
+    Assigned,
+    /// The socket lookup will give it to it.
+    Noted,
+}
+
+#[inline(always)]
+fn is_for_tunnel<A: Copy>(segment: &Segment<A>) -> bool {
+    u16::from_be_bytes(segment.destination_port) == PORT_TUNNEL
 }
 
 const ENOENT: i64 = -2;
@@ -185,19 +257,27 @@ fn give<I: Parse + PodIp, R: Route<I>>(
     segment: &Segment<I::Address>,
     listener: &Socket,
     state: State,
-) -> Result<(), i64> {
+    capture: Capture,
+) -> Result<Given, i64> {
     if !listener.is_marked() {
         // The cgroup of a socket can be asked for only when it is assigned, and it can't be unassigned again.
         return match (state, listener.assign(ctx)) {
-            (State::Open | State::Connected, Ok(())) if proxies::is_in_proxy_cgroup(ctx) => Ok(()),
+            (State::Open, Ok(())) if proxies::is_in_proxy_cgroup(ctx) => Ok(Given::Assigned),
             _ => Err(ENOENT),
         };
     }
     // A listener that is assigned a SYN whose tuple is still in TIME_WAIT can't take it: the tuple is not free. The
     // kernel frees it only when it meets the TIME_WAIT socket first, and looks for a listener afterwards.
-    if state != State::TimeWait && listener.assign(ctx).is_ok() {
-        return Ok(());
+    if state == State::Open && listener.assign(ctx).is_ok() {
+        return Ok(Given::Assigned);
     }
     // Kernels before 6.6 refuse to assign listeners with SO_REUSEPORT; the socket lookup takes them on every kernel.
-    lookup::hand_over::<I>(segment, R::namespace(segment), R::PORT, Some(listener))
+    let counted = CountedAs {
+        socket_cookie: if flows::are_wanted() { R::socket(ctx, segment) } else { 0 },
+        direction: R::DIRECTION,
+        reason: capture.reason.unwrap_or(R::REASON),
+        already: capture.reason.is_none(),
+    };
+    lookup::hand_over::<I>(segment, R::namespace(segment), capture.port, listener, counted)?;
+    Ok(Given::Noted)
 }

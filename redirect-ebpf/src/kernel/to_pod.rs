@@ -65,7 +65,7 @@ fn to_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
             Action::Continue
         }
         Parsed::Fragment(segment) => match decision::<I>(ctx, &segment, cookie, flags) {
-            Inbound::Pass(reason) if reason != Reason::TunnelPort => Action::Continue,
+            Inbound::Pass(_) => Action::Continue,
             _ => drop::<I>(Reason::Fragmented, cookie, Some(&segment)),
         },
     }
@@ -98,8 +98,7 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
         };
     }
     match decision::<I>(ctx, segment, cookie, flags) {
-        // The proxy's listener is not in the pod.
-        Inbound::Capture | Inbound::Pass(Reason::TunnelPort) => {}
+        Inbound::Capture | Inbound::Tunnel => {}
         Inbound::Drop(reason) => return drop::<I>(reason, cookie, Some(segment)),
         Inbound::Pass(reason) => {
             count(I::FAMILY, Direction::Inbound, Verdict::Passed, reason, Some(cookie), about);

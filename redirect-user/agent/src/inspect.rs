@@ -151,6 +151,7 @@ pub(super) async fn explain(
         Some(Outbound::Capture) => "captured: goes to the node proxy".into(),
         Some(Outbound::Resolve) => "captured: goes to the node proxy's resolver".into(),
         Some(Outbound::Deliver) => "left alone: the proxy's own connection to the application".into(),
+        Some(Outbound::Refuse(reason)) => format!("refused ({})", reason.label()),
         Some(Outbound::Pass(reason)) => format!("left alone ({})", reason.label()),
     };
     Ok(Explanation {

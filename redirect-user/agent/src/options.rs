@@ -93,6 +93,9 @@ pub struct Options {
     /// What to do with connections while no node proxy listens in the pod
     #[arg(long, value_enum, default_value_t)]
     pub without_proxy: WithoutProxy,
+    /// What to do with TCP connections of pods to IPv6 link-local addresses (fe80::/10)
+    #[arg(long, value_enum, default_value_t)]
+    pub link_local: LinkLocal,
     /// Redirect DNS queries of pods to the node proxy's resolver
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set, value_name = "BOOL")]
     pub dns: bool,
@@ -137,6 +140,16 @@ pub enum WithoutProxy {
     Hold,
     /// Connections are refused at once.
     Refuse,
+}
+
+/// What becomes of TCP connections to IPv6 link-local addresses, which a node proxy cannot make.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum LinkLocal {
+    /// They are refused.
+    #[default]
+    Drop,
+    /// They leave the pod past the proxy, in plaintext.
+    Pass,
 }
 
 /// Connections that are captured in no pod. Networks and ports are separated by commas.

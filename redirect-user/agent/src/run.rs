@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, watch as signal_watch};
 use super::enrolment::{Enrolment, Everybody};
 use super::flows::Flows;
 use super::health::{self, Examined};
-use super::options::{OnExit, Options, WithoutProxy};
+use super::options::{LinkLocal, OnExit, Options, WithoutProxy};
 use super::pods::{Defaults, Pods, Restored};
 use super::probes;
 use super::proxy_cgroups::Cgroups;
@@ -91,6 +91,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         capacities,
         tc: options.tc,
         refuse: options.without_proxy == WithoutProxy::Refuse,
+        link_local: options.link_local == LinkLocal::Pass,
         exclusions: options.exclude.exclusions(),
         proxy_identity: match options.placement {
             Placement::Node

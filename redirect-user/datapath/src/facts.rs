@@ -71,8 +71,8 @@ pub enum Fact {
     /// The device of the host is in `INTERFACES` as the end of this pod's. From then on the programs on it work, for both
     /// families and both directions at once. After the pod, as the guards.
     Device(Interface),
-    /// The program that keeps connections that were not captured off the proxy's listeners is attached to the namespace.
-    /// After the pod as well: what other rules redirect to the proxy until then must still get there.
+    /// The program that lets connections reach a listener only if a TC program captured them or let them pass is attached to the
+    /// namespace. After the pod as well: what other rules redirect to the proxy until then must still get there.
     ListenerGuard,
 }
 
@@ -130,6 +130,8 @@ pub enum Sysctl {
     /// Connections that wait to be accepted by a proxy that closes its listener go over to the next proxy's, in both
     /// families.
     TcpMigrateReq,
+    /// The kernel gives none of the proxy's ports to a socket that asks for any port.
+    ReservedPorts,
 }
 
 /// The TC programs.
@@ -231,9 +233,9 @@ impl Hook {
 /// The programs on the socket lookup of a namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lookup {
-    /// Finds listeners for connections that are handed over.
+    /// Gives connections to the proxy's listeners that TC programs hand over.
     Listener,
-    /// Refuses connections to the proxy's listeners that were not captured.
+    /// Refuses connections that no TC program has captured or let pass.
     Guard,
 }
 
@@ -241,11 +243,15 @@ impl Lookup {
     /// Both of them.
     pub const ALL: [Self; 2] = [Self::Listener, Self::Guard];
 
+    /// The name of [`Self::Listener`] in builds whose TC programs hand connections over in another way. It stays until those
+    /// have been replaced, and the gate is there: nothing is lost or let past in between.
+    pub const FORMER: &str = "listener_lookup";
+
     /// The program's name in the object and in the kernel.
     #[must_use]
     pub const fn program(self) -> &'static str {
         match self {
-            Self::Listener => "listener_lookup",
+            Self::Listener => "noted_listener",
             Self::Guard => "listener_guard",
         }
     }
@@ -338,6 +344,7 @@ pub fn desired(wanted: &Wanted<'_>, namespace: &Namespace) -> BTreeSet<Fact> {
         Fact::LoopbackUp,
         Fact::Sysctl(Sysctl::TcpFwmarkAccept),
         Fact::Sysctl(Sysctl::TcpMigrateReq),
+        Fact::Sysctl(Sysctl::ReservedPorts),
         Fact::Lookup,
         Fact::Counters,
         Fact::Pod(wanted.kernel_pod()),
@@ -469,11 +476,12 @@ impl fmt::Display for Fact {
 
 impl Sysctl {
     /// All of them.
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 5] = [
         Self::TcpFwmarkAccept,
         Self::FwmarkReflect(Family::Ipv4),
         Self::FwmarkReflect(Family::Ipv6),
         Self::TcpMigrateReq,
+        Self::ReservedPorts,
     ];
 
     /// The sysctl's name.
@@ -484,6 +492,7 @@ impl Sysctl {
             Self::FwmarkReflect(Family::Ipv4) => "net.ipv4.fwmark_reflect",
             Self::FwmarkReflect(Family::Ipv6) => "net.ipv6.fwmark_reflect",
             Self::TcpMigrateReq => "net.ipv4.tcp_migrate_req",
+            Self::ReservedPorts => "net.ipv4.ip_local_reserved_ports",
         }
     }
 }
@@ -600,7 +609,7 @@ mod tests {
                 })
             );
         }
-        assert_eq!(facts.len(), 25);
+        assert_eq!(facts.len(), 26);
     }
 
     #[test]

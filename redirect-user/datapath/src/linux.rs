@@ -13,6 +13,7 @@ mod maps;
 mod notrack;
 mod object;
 mod pins;
+mod ports;
 mod strip;
 mod sysctl;
 mod tc;
@@ -47,7 +48,7 @@ use maps::Maps;
 use object::Programs;
 pub use object::load;
 pub use pins::{DEFAULT_DIRECTORY, InUse, Pins};
-use pins::{Links, cookie_of_lookup, lookup_name};
+use pins::{Links, cookie_of_lookup, lookup_name, lookup_names};
 use redirect_linux::link::{At, AttachType, Place, State};
 use redirect_linux::netlink::Netlink;
 use redirect_linux::netns::{NetNs, current_cookie};
@@ -112,6 +113,8 @@ pub struct Settings {
     pub tc: TcMethod,
     /// Whether connections for which no proxy listens are refused at once instead of held.
     pub refuse: bool,
+    /// Whether connections to IPv6 link-local addresses go past the proxy instead of being refused.
+    pub link_local: bool,
     /// What is not steered, in any pod.
     pub exclusions: BTreeSet<Exclusion>,
     /// How a socket is known to be the proxy's own.
@@ -312,6 +315,7 @@ impl Linux {
                 mended.push(lookup.program());
             }
         }
+        links.remove(&format!("{}-host", Lookup::FORMER))?;
         Ok(())
     }
 
@@ -323,7 +327,7 @@ impl Linux {
         for cookie in cookies.difference(known) {
             let devices = self.maps.devices(*cookie);
             let leads = |index: u32| self.host_netlink.interface(index).is_ok_and(|found| found.is_some());
-            let lookups = Lookup::ALL.map(|lookup| lookup_name(lookup, *cookie));
+            let lookups = lookup_names(*cookie);
             let attached = lookups.iter().any(|name| self.links.is_attached(name));
             if attached || devices.into_iter().any(leads) {
                 living.push(*cookie);
@@ -610,6 +614,10 @@ impl Linux {
     fn attach_lookup(&mut self, lookup: Lookup, target: &Target) -> anyhow::Result<()> {
         let (name, place) = (lookup_name(lookup, target.netns_cookie), lookup_place(&target.netns)?);
         self.links.ensure(&name, self.programs.get(lookup.program())?, place)?;
+        if lookup == Lookup::Guard {
+            // The last step of an upgrade: nothing hands connections over to it any more.
+            self.links.remove(&format!("{}-{}", Lookup::FORMER, target.netns_cookie))?;
+        }
         Ok(())
     }
 

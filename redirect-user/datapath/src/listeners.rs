@@ -38,7 +38,7 @@ impl Listener {
         let port = match decision {
             Outbound::Capture => PORT_OUTBOUND,
             Outbound::Resolve => PORT_DNS,
-            Outbound::Deliver | Outbound::Pass(_) => return false,
+            Outbound::Deliver | Outbound::Pass(_) | Outbound::Refuse(_) => return false,
         };
         (self.transport, self.port) == (transport, port)
     }

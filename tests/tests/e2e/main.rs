@@ -17,6 +17,7 @@ mod exclusions;
 mod faults;
 mod flows;
 mod fragments;
+mod gate;
 mod hand_over;
 mod hardening;
 mod harness;
@@ -108,6 +109,7 @@ fn everywhere(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         odd_sockets::trials(context),
         host_gate::trials(context),
         fragments::trials(context),
+        gate::trials(context),
         syn_flood::trials(context),
         without_proxy::trials(context),
         time_wait::trials(context),
@@ -151,6 +153,7 @@ fn in_pods(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         repairs::trials(context),
         reports::trials_in_pods(context),
         port_guard::trials(context),
+        gate::trials_in_pods(context),
         // The proxy is told of pods: in placement `node` the agent hands them to nobody, and `tcp_migrate_req`, without which a
         // proxy that ends resets what waits to be accepted, is the host's. `without_proxy` is tested in both.
         hand_over::trials(context),

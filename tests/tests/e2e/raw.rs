@@ -95,8 +95,48 @@ fn ipv6_header(source: Ipv6Addr, to: Ipv6Addr, next_header: u8, length: u16) -> 
     header
 }
 
+/// An IPv4 packet with so many words of options (no operation), its checksum included.
+pub(crate) fn ipv4_with_options(source: IpAddr, to: IpAddr, words: usize, segment: &[u8]) -> Vec<u8> {
+    let mut packet = packet(source, to, TCP, segment);
+    packet[0] += words as u8;
+    packet.splice(20..20, vec![1; 4 * words]);
+    let length = packet.len() as u16;
+    packet[2..4].copy_from_slice(&length.to_be_bytes());
+    filled(packet)
+}
+
+/// An IPv6 packet with extension headers of these types, eight bytes each.
+pub(crate) fn ipv6_with_extensions(source: IpAddr, to: IpAddr, kinds: &[u8], segment: &[u8]) -> Vec<u8> {
+    let mut payload = Vec::new();
+    for (place, kind) in kinds.iter().enumerate() {
+        let next = kinds.get(place + 1).copied().unwrap_or(TCP);
+        payload.push(next);
+        // Options are padded by one of four bytes; an authentication header's length is counted otherwise; a fragment header is of
+        // the only fragment.
+        payload.extend(match *kind {
+            FRAGMENT => [0, 0, 0, 0, 0, 0, 9],
+            51 => [0, 0, 0, 0, 0, 0, 0],
+            43 => [0, 0, 0, 0, 0, 0, 0],
+            _ => [0, 1, 4, 0, 0, 0, 0],
+        });
+    }
+    payload.extend(segment);
+    packet(source, to, kinds.first().copied().unwrap_or(TCP), &payload)
+}
+
+/// With the checksum of its IPv4 header, which the kernel fills in only for sockets of its own.
+pub(crate) fn filled(mut packet: Vec<u8>) -> Vec<u8> {
+    if packet[0] >> 4 == 4 {
+        let header = usize::from(packet[0] & 0xf) * 4;
+        packet[10..12].copy_from_slice(&[0; 2]);
+        let sum = internet_checksum(&packet[..header]);
+        packet[10..12].copy_from_slice(&sum.to_be_bytes());
+    }
+    packet
+}
+
 /// TCP's checksum, with the addresses.
-fn checksum(source: IpAddr, to: IpAddr, segment: &[u8]) -> u16 {
+pub(crate) fn checksum(source: IpAddr, to: IpAddr, segment: &[u8]) -> u16 {
     let mut bytes = Vec::new();
     for address in [source, to] {
         match address {

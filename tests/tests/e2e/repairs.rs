@@ -78,7 +78,7 @@ impl Damage {
         let netns = pod.netns();
         let flag = |family| if family == Family::Ipv4 { "-4" } else { "-6" };
         let cookie = netns.cookie()?;
-        let links = ["listener_lookup", "listener_guard"].map(|program| format!("{program}-{cookie}"));
+        let links = ["noted_listener", "listener_guard"].map(|program| format!("{program}-{cookie}"));
         match self {
             Self::Rule(family) => {
                 for priority in [RULE_PRIORITY_CAPTURE, RULE_PRIORITY_DELIVERY] {

@@ -188,7 +188,7 @@ fn random(most: Duration) -> Duration {
 /// How another build's object differs.
 #[derive(Clone, Copy, Debug)]
 enum Patch {
-    /// How long handed-over connections are waited for.
+    /// How long a note on a connection counts.
     Program,
     /// The capacity of `FLOWS`.
     Map,
@@ -199,8 +199,8 @@ fn object(node: &Node, patch: Patch) -> Result<String> {
     let built = PathBuf::from(env!("CARGO_MANIFEST_DIR")).with_file_name("target").join("bpf/redirect.o");
     let mut bytes = fs::read(&built).with_context(|| built.display().to_string())?;
     let (old, new): (Vec<u8>, Vec<u8>) = match patch {
-        // A 64-bit comparison with an immediate: the last four bytes of the instruction.
-        Patch::Program => (100_000_000_u32.to_le_bytes().into(), 100_000_001_u32.to_le_bytes().into()),
+        // A 64-bit addition of an immediate: the last four bytes of the instruction.
+        Patch::Program => (1_000_000_000_u32.to_le_bytes().into(), 1_000_000_001_u32.to_le_bytes().into()),
         // A legacy map definition: type, key size, value size, entries.
         Patch::Map => {
             let definition =

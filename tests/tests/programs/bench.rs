@@ -9,24 +9,28 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, SockHash};
-use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, SockHash};
+use aya::programs::{SchedClassifier, SkLookup, TestRun, TestRunOptions};
 use aya::{Ebpf, Pod};
 use redirect_datapath::linux::{self, Capacities, NotedBy, ProxyIdentity, Settings, TcMethod};
-use redirect_ebpf::constants::{MARK_PROXY, PORT_INBOUND, PORT_OUTBOUND};
+use redirect_ebpf::constants::{MARK_PROXY, PORT_INBOUND, PORT_OUTBOUND, PORT_TUNNEL};
 use redirect_ebpf::count::{self, Direction, Reason, Verdict};
 use redirect_ebpf::family::Family;
 use redirect_ebpf::flow::FlowLimits;
-use redirect_ebpf::maps::{ListenerKey, PodAddress};
+use redirect_ebpf::maps::{Config, ConfigFlags, ListenerKey, PodAddress};
 use redirect_protocol::placement::Placement;
 use redirect_tests::Netns;
 use socket2::{Domain, Socket, Type};
 
+use crate::lookup;
 use crate::packets::{POD_IPV4, POD_IPV6};
 
 /// The TC programs.
 pub(crate) const PROGRAMS: [&str; 6] =
     ["inbound_ipv4", "inbound_ipv6", "loopback_ipv4", "loopback_ipv6", "egress_ipv4", "egress_ipv6"];
+
+/// The programs on the socket lookup.
+const LOOKUPS: [&str; 2] = ["noted_listener", "listener_guard"];
 
 /// The programs and their surroundings.
 pub(crate) struct Bench {
@@ -53,12 +57,16 @@ pub(crate) enum Proxy {
 pub(crate) enum Fate {
     /// The proxy gets it, as an enrolled pod's connection.
     Steered,
+    /// The proxy's listener for tunnels gets it.
+    Tunnelled,
     /// It goes on, and nobody counted it.
     Untouched,
     /// It goes on, and was counted.
     Passed(Reason),
     /// It is dropped, and was counted.
     Dropped(Reason),
+    /// It goes on to be refused by the socket lookup, and was counted.
+    Refused(Reason),
 }
 
 /// `TC_ACT_UNSPEC` and `TC_ACT_SHOT`.
@@ -66,7 +74,7 @@ const UNSPEC: u32 = u32::MAX;
 const SHOT: u32 = 2;
 
 /// A count: the family, the way, the verdict and the reason.
-type Counted = (Family, Direction, Verdict, Reason);
+pub(crate) type Counted = (Family, Direction, Verdict, Reason);
 
 impl Bench {
     pub(crate) fn new() -> Result<Self> {
@@ -76,8 +84,12 @@ impl Bench {
     /// As [`Bench::new`], with an object whose programs are not loaded yet.
     pub(crate) fn with(mut programs: Ebpf) -> Result<Self> {
         load(&mut programs, &PROGRAMS)?;
+        for name in LOOKUPS {
+            let program = programs.program_mut(name).context(name)?;
+            <&mut SkLookup>::try_from(program)?.load().context(name)?;
+        }
         let (served, deserted) = (Netns::new("served")?, Netns::new("deserted")?);
-        let listeners = [PORT_OUTBOUND, PORT_INBOUND].map(|port| served.run(|| listener(port)));
+        let listeners = [PORT_OUTBOUND, PORT_INBOUND, PORT_TUNNEL].map(|port| served.run(|| listener(port)));
         let listeners = listeners.into_iter().map(|listener| Ok(listener??)).collect::<Result<_>>()?;
 
         // Which namespace the addresses are of makes no difference here, but that they are a pod's.
@@ -85,15 +97,36 @@ impl Bench {
         insert(&mut programs, "PODS", cookie, redirect_ebpf::maps::Pod::default())?;
         insert(&mut programs, "POD_IPV4", POD_IPV4, PodAddress { netns_cookie: cookie })?;
         insert(&mut programs, "POD_IPV6", POD_IPV6, PodAddress { netns_cookie: cookie })?;
+        configure(&mut programs, ConfigFlags::default())?;
         let counters = PerCpuArray::try_from(take(&mut programs, "COUNTERS")?)?;
         Ok(Self { programs: Mutex::new(programs), counters, served, deserted, listeners })
     }
 
     /// Runs a program on a packet and tells what became of it. An error if that does not fit together.
     pub(crate) fn run(&self, name: &str, proxy: Proxy, packet: &[u8], mark: u32) -> Result<Fate> {
+        self.run_and(name, proxy, packet, mark, true)
+    }
+
+    /// As [`Bench::run`], without the socket lookup that may follow.
+    pub(crate) fn run_alone(&self, name: &str, proxy: Proxy, packet: &[u8], mark: u32) -> Result<Fate> {
+        self.run_and(name, proxy, packet, mark, false)
+    }
+
+    fn run_and(&self, name: &str, proxy: Proxy, packet: &[u8], mark: u32, look_up: bool) -> Result<Fate> {
+        let family = if name.ends_with('4') { Family::Ipv4 } else { Family::Ipv6 };
         let programs = self.lock();
         let before = self.counts()?;
-        let code = self.netns(proxy).run(|| run(&programs, name, packet, mark))??;
+        let code = self.netns(proxy).run(|| -> Result<u32> {
+            let code = run(&programs, name, packet, mark)?;
+            // What the program could not give to the listener itself is counted where the socket lookup does.
+            if look_up
+                && code == UNSPEC
+                && let Some(tuple) = lookup::query_of_syn(family, packet)
+            {
+                lookup::run(&programs, LOOKUPS[0], &tuple)?;
+            }
+            Ok(code)
+        })??;
         let after = self.counts()?;
         let grown: Vec<Counted> = places()
             .zip(before.iter().zip(&after))
@@ -102,20 +135,46 @@ impl Bench {
             })
             .collect();
         let way = if name.starts_with("inbound") { Direction::Inbound } else { Direction::Outbound };
-        let family = if name.ends_with('4') { Family::Ipv4 } else { Family::Ipv6 };
         match (code, &grown[..]) {
             (UNSPEC, []) => Ok(Fate::Untouched),
             (UNSPEC, &[(f, w, Verdict::Steered, Reason::Enrolled)]) if (f, w) == (family, way) => {
                 Ok(Fate::Steered)
             }
+            (UNSPEC, &[(f, w, Verdict::Steered, Reason::TunnelPort)]) if (f, w) == (family, way) => {
+                Ok(Fate::Tunnelled)
+            }
             (UNSPEC, &[(f, w, Verdict::Passed, reason)]) if (f, w) == (family, way) => {
                 Ok(Fate::Passed(reason))
+            }
+            (UNSPEC, &[(f, w, Verdict::Dropped, reason)]) if (f, w) == (family, way) => {
+                Ok(Fate::Refused(reason))
             }
             (SHOT, &[(f, w, Verdict::Dropped, reason)]) if (f, w) == (family, way) => {
                 Ok(Fate::Dropped(reason))
             }
             other => anyhow::bail!("{name} returned and counted {other:?}"),
         }
+    }
+
+    /// What becomes of a connection at the socket lookup, and what was counted there.
+    pub(crate) fn look_up(&self, tuple: &lookup::Query) -> Result<(lookup::Outcome, Vec<Counted>)> {
+        let programs = self.lock();
+        let before = self.counts()?;
+        let [chosen, gate] =
+            [lookup::run(&programs, LOOKUPS[0], tuple)?, lookup::run(&programs, LOOKUPS[1], tuple)?];
+        let after = self.counts()?;
+        let grown = places().zip(before.iter().zip(&after)).filter(|(_, (before, after))| after > before);
+        let outcome = match (chosen, gate) {
+            (lookup::Outcome::Chosen, _) => lookup::Outcome::Chosen,
+            (lookup::Outcome::Passed, lookup::Outcome::Passed) => lookup::Outcome::Passed,
+            _ => lookup::Outcome::Refused,
+        };
+        Ok((outcome, grown.map(|(place, _)| place).collect()))
+    }
+
+    /// Sets the switches of the node.
+    pub(crate) fn configure(&self, flags: ConfigFlags) -> Result<()> {
+        configure(&mut self.lock(), flags)
     }
 
     /// Runs a program on many packets: how often it dropped one, and how much it counted.
@@ -202,6 +261,7 @@ pub(crate) fn object(diagnostics: bool) -> Result<Ebpf> {
         capacities: Capacities { pods: 4, addresses: 4, exclusions: 4 },
         tc: TcMethod::Clsact,
         refuse: false,
+        link_local: false,
         host_cookie: 0,
         exclusions: BTreeSet::new(),
         proxy_identity: ProxyIdentity::Mark,
@@ -298,6 +358,13 @@ fn listener(port: u16) -> std::io::Result<Socket> {
     socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into())?;
     socket.listen(16)?;
     Ok(socket)
+}
+
+/// Beside these switches, the mark makes a packet the proxy's: without a socket it has no cgroup.
+fn configure(programs: &mut Ebpf, flags: ConfigFlags) -> Result<()> {
+    let mut config = Array::<_, Config>::try_from(programs.map_mut("CONFIG").context("CONFIG")?)?;
+    let flags = flags.with(ConfigFlags::PROXY_BY_MARK, true);
+    Ok(config.set(0, Config { flags: flags.0.into(), ..Config::default() }, 0)?)
 }
 
 fn take(programs: &mut Ebpf, name: &str) -> Result<Map> {

@@ -5,6 +5,7 @@ use libtest_mimic::Trial;
 use redirect_ebpf::Reason;
 use redirect_ebpf::constants::{MARK_CAPTURE, MARK_DELIVERY, MARK_PROXY};
 use redirect_ebpf::family::Family;
+use redirect_ebpf::maps::ConfigFlags;
 use redirect_ebpf::packet::{ACK, RST, SYN};
 
 use crate::bench::{Bench, Fate, Proxy};
@@ -59,10 +60,21 @@ fn what_may_leave(bench: &Bench, program: &str, family: Family) -> Result<()> {
         expect(bench, program, &Packet { flags, ..syn(family) }, 0, Fate::Untouched)?;
     }
     expect(bench, program, &Packet { protocol: UDP, ..syn(family) }, 0, Fate::Untouched)?;
+    let mut group = [1; 16];
+    group[..2].copy_from_slice(&[0xff, 2]);
+    let to_group = Packet { peer_ipv6: group, peer_ipv4: [224, 0, 0, 1], ..syn(family) };
+    expect(bench, program, &to_group, 0, Fate::Untouched)?;
     let mut link_local = [0; 16];
     link_local[..2].copy_from_slice(&[0xfe, 0x80]);
-    let near = Packet { peer_ipv6: link_local, peer_ipv4: [224, 0, 0, 1], ..syn(family) };
-    expect(bench, program, &near, 0, Fate::Untouched)?;
+    // In the other family something that is no longer a group.
+    let near = Packet { peer_ipv6: link_local, peer_ipv4: [240, 0, 0, 1], ..syn(family) };
+    expect(bench, program, &near, 0, Fate::Dropped(Reason::Unmarked))?;
+    if family == Family::Ipv6 {
+        bench.configure(ConfigFlags::LINK_LOCAL)?;
+        let passes = expect(bench, program, &near, 0, Fate::Untouched);
+        bench.configure(ConfigFlags::default())?;
+        passes?;
+    }
     let other = if family == Family::Ipv4 { Family::Ipv6 } else { Family::Ipv4 };
     expect(bench, program, &syn(other), 0, Fate::Untouched)
 }

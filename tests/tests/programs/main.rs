@@ -2,12 +2,14 @@
 //!
 //! The kernel runs the programs on a packet that no interface has received, in the network namespace of the caller. Only
 //! the listener cannot be assigned so (the kernel allows it at a TC hook alone): the programs then hand the connection over
-//! to the socket lookup, which counts as steered as well.
+//! to the socket lookup, whose programs run here as well, and count it as steered.
 
 mod bench;
 mod cost;
 mod diagnostics;
+mod gate;
 mod guard;
+mod lookup;
 mod packets;
 mod random;
 mod steering;
@@ -28,6 +30,7 @@ fn main() -> ExitCode {
     let trials = [
         steering::trials(&shared),
         guard::trials(&shared),
+        gate::trials(&shared),
         cost::trials(&shared),
         diagnostics::trials(&shared),
         random::trials(&shared),

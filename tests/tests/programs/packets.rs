@@ -46,6 +46,7 @@ pub(crate) struct Packet {
     /// IPv6 extension headers: their type, and their bytes behind the "next header" field.
     pub(crate) extensions: Vec<(u8, Vec<u8>)>,
     pub(crate) protocol: u8,
+    pub(crate) source_port: u16,
     pub(crate) port: u16,
     pub(crate) flags: u8,
     /// Instead of the peer's address.
@@ -65,6 +66,7 @@ impl Packet {
             fragment: 0,
             extensions: Vec::new(),
             protocol: TCP,
+            source_port: 40_000,
             port: 80,
             flags: SYN,
             peer_ipv6: PEER_IPV6,
@@ -132,7 +134,7 @@ impl Packet {
         if let Some(payload) = &self.payload {
             return payload.clone();
         }
-        let mut header = 40_000u16.to_be_bytes().to_vec();
+        let mut header = self.source_port.to_be_bytes().to_vec();
         header.extend(self.port.to_be_bytes());
         header.extend([0, 0, 0, 1, 0, 0, 0, 0, 0x50, self.flags, 0xff, 0xff, 0, 0, 0, 0]);
         header

@@ -167,7 +167,7 @@ mod tests {
             expectations: vec![
                 expectation("interface lo up", FactState::Present),
                 expectation("IPv6 rule for captured connections", FactState::Missing),
-                expectation("program listener_lookup on the network namespace", FactState::Damaged),
+                expectation("program noted_listener on the network namespace", FactState::Damaged),
                 expectation("exclusion of outbound port 80", FactState::Surplus),
                 expectation("listener of the node proxy, TCP port 15001, IPv6", FactState::Missing),
             ],

@@ -3,10 +3,10 @@
 use std::cell::RefCell;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use redirect_ebpf::Direction;
 use redirect_ebpf::decide::{self, Connect, Outbound, Protocol};
 use redirect_ebpf::family::{Ip, Ipv4, Ipv6};
 use redirect_ebpf::maps::{Pod, PodFlags};
+use redirect_ebpf::{Direction, Reason};
 
 use super::Linux;
 use super::maps::Maps;
@@ -77,6 +77,7 @@ impl Asked<'_> {
             proxy: false,
             source: I::Address::default(),
             flags,
+            link_local: self.maps.lets_link_local_pass(),
         };
         let own = |of: I::Address| {
             let owned = self.maps.owner(address(of)) == Some(self.netns_cookie);
@@ -100,8 +101,9 @@ impl Asked<'_> {
         if let Some(error) = failed.into_inner() {
             return Err(error);
         }
-        if matches!(outbound, Outbound::Capture | Outbound::Pass(redirect_ebpf::count::Reason::LinkScoped)) {
-            ask("the destination is link-local (IPv6) or a group".into(), I::is_link_scoped(destination));
+        if matches!(outbound, Outbound::Capture | Outbound::Refuse(_) | Outbound::Pass(Reason::LinkScoped)) {
+            ask("the destination is link-local (IPv6)".into(), I::is_link_local(destination));
+            ask("the destination is a group".into(), I::is_group(destination));
         }
         Ok(Decision { outbound, steps: steps.into_inner() })
     }

@@ -133,6 +133,7 @@ impl Maps {
         self.flags = self
             .flags
             .with(ConfigFlags::REFUSE, settings.refuse)
+            .with(ConfigFlags::LINK_LOCAL, settings.link_local)
             .with(
                 ConfigFlags::UNMARKED_PROXY,
                 settings.placement == Placement::Node && !settings.proxy_cgroups.is_empty(),
@@ -388,6 +389,11 @@ impl Maps {
             }
         }
         Ok(())
+    }
+
+    /// Whether connections to link-local addresses go past the proxy.
+    pub(super) fn lets_link_local_pass(&self) -> bool {
+        self.flags.contains(ConfigFlags::LINK_LOCAL)
     }
 
     /// The pod that the address is of.

@@ -153,6 +153,11 @@ fn loader<'a>(settings: &Settings) -> EbpfLoader<'a> {
     for (name, capacity) in capacities(settings) {
         loader.map_max_entries(name, capacity);
     }
+    let in_pods = match settings.placement {
+        Placement::Pod => &1u8,
+        Placement::Node => &0u8,
+    };
+    loader.override_global("LOOKUP_IN_PODS", in_pods, true);
     let tc_knows_listeners = match settings.noted_by {
         NotedBy::Tc => &1u8,
         NotedBy::SockOps => &0u8,

@@ -5,7 +5,7 @@
 //!      maps-v1/PODS-1-8-4-1024-1 …       each map by name and layout
 //!      links/outbound_ipv4 …             on the root of the cgroup2 hierarchy
 //!      links/probe-CGROUP                on the kubelet's cgroup
-//!      links/listener_lookup-COOKIE …    on a pod's namespace
+//!      links/noted_listener-COOKIE …     on a pod's namespace
 //!      links/inbound_ipv4-COOKIE-INDEX … on an interface of a pod, with `--tc tcx`
 //! ```
 //!
@@ -228,8 +228,14 @@ pub(super) fn lookup_name(lookup: Lookup, netns_cookie: u64) -> String {
 /// The namespace of the link of this name, if it is one on a socket lookup.
 pub(super) fn cookie_of_lookup(name: &str) -> Option<u64> {
     let (program, cookie) = name.split_once('-')?;
-    Lookup::ALL.into_iter().find(|lookup| lookup.program() == program)?;
-    cookie.parse().ok()
+    let known = Lookup::ALL.map(Lookup::program).contains(&program) || program == Lookup::FORMER;
+    known.then(|| cookie.parse().ok()).flatten()
+}
+
+/// The names of all links on the socket lookup of a namespace, those of earlier builds included.
+pub(super) fn lookup_names(netns_cookie: u64) -> [String; 3] {
+    let [listener, guard] = Lookup::ALL.map(|lookup| lookup_name(lookup, netns_cookie));
+    [listener, guard, format!("{}-{netns_cookie}", Lookup::FORMER)]
 }
 
 /// The pinned links.

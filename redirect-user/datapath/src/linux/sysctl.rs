@@ -9,6 +9,9 @@ use anyhow::Context as _;
 use nix::fcntl::{OFlag, open, openat};
 use nix::sys::stat::Mode;
 
+use redirect_ebpf::constants::PROXY_PORTS;
+
+use super::ports::Ports;
 use crate::facts::Sysctl;
 
 /// The directory of a namespace. The kernel looks for it among those of all namespaces, one after the other, so that it is
@@ -41,7 +44,11 @@ impl Sysctls {
     /// Those that are on. A sysctl that the kernel does not have (IPv6 is off) is not on.
     pub(super) fn that_are_on(&self) -> io::Result<BTreeSet<Sysctl>> {
         let mut on = BTreeSet::new();
-        for sysctl in Sysctl::ALL {
+        let reserved = self.reserved_ports()?;
+        if PROXY_PORTS.iter().all(|port| reserved.contains(*port)) {
+            on.insert(Sysctl::ReservedPorts);
+        }
+        for sysctl in Sysctl::ALL.into_iter().filter(|sysctl| *sysctl != Sysctl::ReservedPorts) {
             match self.read(&path(sysctl)) {
                 Ok(b'0') => {}
                 Ok(_) => {
@@ -54,13 +61,32 @@ impl Sysctls {
         Ok(on)
     }
 
+    fn reserved_ports(&self) -> io::Result<Ports> {
+        let mut text = String::new();
+        self.file(&path(Sysctl::ReservedPorts), OFlag::O_RDONLY)?.read_to_string(&mut text)?;
+        text.parse().map_err(io::Error::other)
+    }
+
+    /// Changes the list of reserved ports. Others' entries stay.
+    fn change_reserved_ports(&self, change: impl Fn(&mut Ports, u16)) -> io::Result<()> {
+        let mut ports = self.reserved_ports()?;
+        PROXY_PORTS.iter().for_each(|port| change(&mut ports, *port));
+        self.write(Sysctl::ReservedPorts, ports.to_string().as_bytes())
+    }
+
     pub(super) fn turn_on(&self, sysctl: Sysctl) -> anyhow::Result<()> {
-        self.write(sysctl, b"1")
-            .with_context(|| format!("cannot write {}: is /proc/sys read-only?", sysctl.name()))
+        let result = match sysctl {
+            Sysctl::ReservedPorts => self.change_reserved_ports(Ports::insert),
+            _ => self.write(sysctl, b"1"),
+        };
+        result.with_context(|| format!("cannot write {}: is /proc/sys read-only?", sysctl.name()))
     }
 
     pub(super) fn turn_off(&self, sysctl: Sysctl) -> io::Result<()> {
-        self.write(sysctl, b"0")
+        match sysctl {
+            Sysctl::ReservedPorts => self.change_reserved_ports(Ports::remove),
+            _ => self.write(sysctl, b"0"),
+        }
     }
 
     /// Whether IPv6 can go through an interface: the kernel has it, the interface can carry it (it needs an MTU of 1280

@@ -19,6 +19,7 @@ pub fn try_out(tc: TcMethod) -> anyhow::Result<usize> {
         capacities: Capacities { pods: 1, addresses: 1, exclusions: 1 },
         tc,
         refuse: false,
+        link_local: false,
         exclusions: BTreeSet::new(),
         proxy_identity: ProxyIdentity::default(),
         proxy_cgroups: BTreeMap::new(),

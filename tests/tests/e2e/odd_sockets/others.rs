@@ -12,7 +12,7 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
     socketpair,
 };
-use redirect_ebpf::Family;
+use redirect_ebpf::{Direction as Way, Family, Reason};
 use redirect_tests::process::Process;
 use redirect_tests::stack::canonical;
 use redirect_tests::wait::SOON;
@@ -204,23 +204,35 @@ fn excluded_port(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// Link-local addresses mean something on their link only: connections to them are not steered, and pass. Istio: the same
-/// in effect, for REDIRECT to ::1 keeps the link-local source and ztunnel refuses it.
+/// The node proxy can't connect to link-local addresses. Connections to them are refused, or leave the pod past the proxy where
+/// the agent lets them. Istio: REDIRECT to ::1 keeps the link-local source, and ztunnel refuses it.
 fn link_local(context: &Context) -> Result<()> {
-    let node = context.node()?;
-    let client = node.enrolled("client", Families::Dual)?;
-    let server = node.plain("server", Families::Dual)?;
-    let listening = server.listen(Stack::V6)?;
-    let to = SocketAddr::new(link_local_address(server.netns())?, listening.port());
-    let connection = client.netns().run(|| -> Result<Connection> {
-        let SocketAddr::V6(mut to) = to else { bail!("not an IPv6 address") };
-        to.set_scope_id(nix::net::if_::if_nametoindex("eth0")?);
-        let socket = Socket::new(socket2::Domain::IPV6, socket2::Type::STREAM, None)?;
-        socket.connect_timeout(&to.into(), wait::patient(SOON))?;
-        greet(socket)
-    })??;
-    ensure!(connection.heard.peer.port() == connection.local_name.port(), "{:?}", connection.heard);
-    ensure!(client.proxied_at_all()?.is_empty());
+    let strict = context.node()?;
+    let lenient = Node::with_arguments(&context.session()?, &["--link-local", "pass"])?;
+    for (node, passes) in [(&strict, false), (&lenient, true)] {
+        let client = node.enrolled("client", Families::Dual)?;
+        let server = node.plain("server", Families::Dual)?;
+        let listening = server.listen(Stack::V6)?;
+        let to = SocketAddr::new(link_local_address(server.netns())?, listening.port());
+        let dial = |netns: &Netns| {
+            netns.run(|| -> Result<Connection> {
+                let SocketAddr::V6(mut to) = to else { bail!("not an IPv6 address") };
+                to.set_scope_id(nix::net::if_::if_nametoindex("eth0")?);
+                let socket = Socket::new(socket2::Domain::IPV6, socket2::Type::STREAM, None)?;
+                socket.connect_timeout(&to.into(), wait::patient(SOON))?;
+                greet(socket)
+            })
+        };
+        if passes {
+            let connection = dial(client.netns())??;
+            ensure!(connection.heard.peer.port() == connection.local_name.port(), "{:?}", connection.heard);
+        } else {
+            ensure!(dial(client.netns())?.is_err(), "a neighbour was reached past the proxy");
+            ensure!(listening.accepted().is_empty(), "{:?}", listening.accepted());
+            ensure!(super::dropped(node, Stack::V6, Way::Outbound, Reason::LinkScoped)? > 0);
+        }
+        ensure!(client.proxied_at_all()?.is_empty());
+    }
     Ok(())
 }
 

@@ -76,7 +76,7 @@ impl Damage {
     fn inflict(self, node: &Node, pod: &Pod) -> Result<()> {
         let host = node.netns();
         let flag = |family| if family == Family::Ipv4 { "-4" } else { "-6" };
-        let lookup = node.pin_dir().join("links/listener_lookup-host");
+        let lookup = node.pin_dir().join("links/noted_listener-host");
         match self {
             Self::Rule(family) => host.ip(&format!("{} rule del pref 5", flag(family))).map(drop),
             Self::Route(family) => {
