@@ -121,7 +121,7 @@ pub fn packet(data: &[u8]) {
     parsed::<Ipv6>(&packet);
 }
 
-/// Whether the parser finds a whole TCP header in an input of [`packet`].
+/// Whether the parser finds a whole TCP header in an input of [`packet()`].
 #[must_use]
 pub fn is_tcp(data: &[u8]) -> bool {
     data.split_first_chunk().is_some_and(|(ether_type, bytes)| {
