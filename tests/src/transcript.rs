@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use redirect_ebpf::Family;
+use redirect_linux::netns::NetNs;
 
 use crate::connection::dial;
 use crate::node::Node;
@@ -86,6 +87,8 @@ struct Transcript {
     text: String,
     program: String,
     socket: String,
+    /// The node's.
+    netns: NetNs,
     /// What is replaced by what.
     names: Vec<(String, String)>,
     ports: BTreeMap<u16, u16>,
@@ -106,6 +109,7 @@ impl Transcript {
         }
         Ok(Self {
             text: HEAD.to_owned(),
+            netns: NetNs::open(&node.netns().path())?,
             program: session.binaries().redirect.display().to_string(),
             socket: node.agent_socket().display().to_string(),
             names,
@@ -136,7 +140,8 @@ impl Transcript {
         if shown != ["doctor"] {
             command.args(["--socket", &self.socket]);
         }
-        let Output { status, stdout, stderr } = command.output()?;
+        // As on a node: `doctor` looks for what is in the host's network namespace.
+        let Output { status, stdout, stderr } = self.netns.run(|| command.output())??;
         ensure!(stderr.is_empty(), "{shown:?}: {}", String::from_utf8_lossy(&stderr));
         let output = self.normal(&String::from_utf8(stdout)?);
         let command = self.normal(&format!("redirect {}", shown.join(" ")));

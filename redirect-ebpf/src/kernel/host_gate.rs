@@ -62,7 +62,9 @@ fn gate<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
             let passes = if segment.opens() {
                 pod.exempts_outbound::<I>(&segment)
             } else if segment.accepts() {
-                pod.exempts_inbound::<I>(ctx, &segment)
+                // Under a SYN flood the kernel attaches no socket to its answers (SYN cookies). An application's answer has one,
+                // and so has a frame of its own.
+                proxies::has_no_sender(ctx) || pod.exempts_inbound::<I>(ctx, &segment)
             } else {
                 // A connection that was open when the pod was enrolled goes on. What carries nothing may be the kernel's own
                 // answer in the name of a socket that is gone, also of the proxy's.

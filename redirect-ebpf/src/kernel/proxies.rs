@@ -32,6 +32,13 @@ pub(super) fn sent(ctx: &TcContext) -> bool {
     owns(mark, unsafe { bpf_skb_cgroup_id(ctx.skb.skb) })
 }
 
+/// Whether no socket sent the packet: the kernel did, or it was forwarded.
+#[inline(always)]
+pub(super) fn has_no_sender(ctx: &TcContext) -> bool {
+    // SAFETY: the helper takes the context.
+    unsafe { bpf_skb_cgroup_id(ctx.skb.skb) == 0 }
+}
+
 /// The one place that decides who is the proxy.
 #[inline(always)]
 fn owns(mark: u32, cgroup: u64) -> bool {

@@ -58,9 +58,14 @@ fn agent_says(node: &Node, what: &str) -> Result<()> {
     })
 }
 
+/// These tests are the proxies themselves. Were the cgroup what tells a proxy's sockets, their clients would be its as well.
+const IDENTITY: [&str; 2] = ["--proxy-identity", "mark"];
+
 /// It greets and then sleeps: an enrolment fails in time and is undone; a proxy that works replaces it.
 fn never_answers(context: &Context) -> Result<()> {
-    let node = Node::with(&context.session()?, NodeOptions { proxy: false, ..NodeOptions::default() })?;
+    let agent_arguments = IDENTITY.map(str::to_owned).to_vec();
+    let options = NodeOptions { agent_arguments, proxy: false, ..NodeOptions::default() };
+    let node = Node::with(&context.session()?, options)?;
     let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
     let before = Footprint::of(pod.netns())?;
     let sleeper = Client::connect(&node)?;
@@ -84,7 +89,7 @@ fn never_answers(context: &Context) -> Result<()> {
 
 /// Everything that can be wrong with a packet, while pods come and go.
 fn nonsense(context: &Context) -> Result<()> {
-    let node = Node::start(&context.session()?)?;
+    let node = Node::with_arguments(&context.session()?, &IDENTITY)?;
     let other = node.plain("other", Families::Dual)?;
     let first = node.enrolled("first", Families::Dual)?;
 

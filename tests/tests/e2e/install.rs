@@ -1,5 +1,6 @@
 //! `redirect install` on a directory of real plugins: the chain that a runtime finds there works at any time.
 
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixDatagram;
@@ -147,6 +148,7 @@ fn killed(context: &Context) -> Result<()> {
     directories.run(&[])?;
     let whole = started.elapsed();
     const KILLS: u32 = 12;
+    let original: OsString = format!("{CONFIGURATION}.before-ambient-redirect").into();
     for kill in 0..KILLS {
         directories.run(&["--remove"])?;
         let mut child = directories.command(&[]).stdout(Stdio::null()).spawn()?;
@@ -158,8 +160,9 @@ fn killed(context: &Context) -> Result<()> {
         directories.run(&[])?;
         ensure!(directories.is_chained(), "after kill {kill}");
         let names = fs::read_dir(directories.configurations())?.map(|entry| Ok(entry?.file_name()));
-        let names = names.collect::<Result<Vec<_>>>()?;
-        ensure!(names == [CONFIGURATION], "after kill {kill}: {names:?}");
+        let mut names = names.collect::<Result<Vec<_>>>()?;
+        names.sort();
+        ensure!(names == [CONFIGURATION.into(), original.clone()], "after kill {kill}: {names:?}");
     }
     Ok(())
 }
