@@ -20,7 +20,8 @@ pub struct Nursery {
 impl Nursery {
     /// Starts it. The agent's log tells how long each part of an enrolment took.
     pub fn start(session: &Arc<Session>) -> Result<Self> {
-        let agent_arguments = ["--log", "info,redirect_agent=debug", "--log-format", "json"];
+        let agent_arguments =
+            ["--log", "info,redirect_agent=debug,redirect_datapath=debug", "--log-format", "json"];
         let agent_arguments = agent_arguments.map(str::to_owned).to_vec();
         let node =
             Node::with(session, NodeOptions { proxy: false, agent_arguments, ..NodeOptions::default() })?;

@@ -38,8 +38,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         for part in ["turns", "hooks", "many"] {
             ensure!(data[part].as_array().is_some_and(|list| !list.is_empty()), "{part} is empty");
         }
-        for name in ["report.md", "samples.csv", "outbound.svg", "outbound.png", "path.svg", "enrolment.png"]
-        {
+        for name in ["report.md", "samples.csv", "outbound.svg", "path.svg", "enrolment.svg"] {
             let length = fs::metadata(output.path().join(name)).context(name)?.len();
             ensure!(length > 1000, "{name} has {length} bytes");
         }
