@@ -74,8 +74,9 @@ fn proxied<I: Parse + PodIp>(ctx: &TcContext, mark: u32) {
             cookies::watch(ctx, &segment);
             ctx.skb.set_mark(mark & !MARK_MASK | MARK_CAPTURE);
         }
-        // The proxy connects to the application: here alone does its mark show. Without the note the gate refuses it.
-        (MARK_DELIVERY, true) => {
+        // The proxy connects to the application: here alone does its mark show. Without the note the gate refuses it. While the
+        // pod is being enrolled the mark may still be the proxy's own.
+        (_, true) => {
             let _ = notes::note(&segment.tuple::<I>(), NoteVerdict::AUTHORIZED, notes::A_MOMENT);
         }
         _ => {}
