@@ -40,7 +40,7 @@ pub enum Parsed<A> {
     /// Surely nothing of ours: another family, another protocol, or a later fragment, which is harmless without the first.
     NotOurs,
     /// Nobody can tell: its headers end too early, contradict themselves or go on for longer than anyone reads them here. The
-    /// kernel may find a connection in it all the same, so whoever guards against connections drops it.
+    /// kernel may find a connection in it all the same, so the gates drop it.
     Unknown,
 }
 

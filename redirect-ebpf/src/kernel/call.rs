@@ -13,7 +13,7 @@ use super::pods::PodIp;
 use super::proxies;
 use super::sock_addr::{Caller, port};
 
-/// What an event tells of a socket's call. A datagram may leave with another source than the one that its socket has.
+/// The part of an event that a socket's call provides. A datagram may leave with another source than the one that its socket has.
 #[inline(always)]
 pub(super) fn about<I: Ip>(
     ctx: &SockAddrContext,

@@ -13,7 +13,7 @@ pub(crate) struct Timing {
     pub(crate) admission: Duration,
     /// How often everything is compared with the kernel.
     pub(crate) resync: Duration,
-    /// How often a pod is looked at that the proxy has not acknowledged.
+    /// Interval for checking a pod that the proxy has not acknowledged.
     pub(crate) poll: Duration,
     /// How long a pod keeps the annotation `enabled` that no proxy acknowledges, while proxy or agent restart. Its
     /// traffic does not get past the kernel meanwhile.
