@@ -8,6 +8,8 @@ pub mod client;
 mod flows;
 mod gc;
 mod packet;
+#[cfg(feature = "server")]
+mod parts;
 mod pods;
 #[cfg(feature = "server")]
 pub mod server;

@@ -31,6 +31,32 @@ struct Header {
     version: u16,
 }
 
+/// Room for the elements of a list in one packet. The rest is for the envelope around them, such as
+/// `{"version":…,"body":{"reply":"pods","pods":[…],"more":false}}`.
+pub(super) const ROOM: usize = MAX_PACKET - 128;
+
+/// The size of an element of a list as JSON, with a comma.
+pub(super) fn size(element: &impl Serialize) -> usize {
+    serde_json::to_vec(element).map_or(0, |json| json.len() + 1)
+}
+
+/// Splits a list, whose elements come with their sizes, into parts that fit one packet each: at least one.
+pub(super) fn split<T>(elements: impl IntoIterator<Item = (T, usize)>) -> Vec<Vec<T>> {
+    let mut parts = vec![Vec::new()];
+    let mut room = ROOM;
+    for (element, size) in elements {
+        if size > room {
+            parts.push(Vec::new());
+            room = ROOM;
+        }
+        room = room.saturating_sub(size);
+        if let Some(part) = parts.last_mut() {
+            part.push(element);
+        }
+    }
+    parts
+}
+
 /// The packet of a message.
 pub fn encode<T: Serialize>(body: &T) -> Result<Vec<u8>, PacketError> {
     let packet = serde_json::to_vec(&Envelope { version: VERSION, body })?;

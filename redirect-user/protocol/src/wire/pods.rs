@@ -1,37 +1,22 @@
 //! Splits a list of pods over as many packets as it needs.
 
-use super::{MAX_PACKET, PodReport, Reply};
-
-/// Room for the envelope around the reports: `{"version":…,"body":{"reply":"pods","pods":[…],"more":false}}`.
-const ENVELOPE: usize = 128;
+use super::{PodReport, Reply, packet};
 
 impl Reply {
     /// The replies to [`Request::Pods`](super::Request::Pods): at least one, all but the last with `more`.
     #[must_use]
     pub fn pods(reports: Vec<PodReport>) -> Vec<Self> {
-        let mut packets = vec![Vec::new()];
-        let mut room = MAX_PACKET - ENVELOPE;
-        for report in reports {
-            let (report, size) = fitting(report);
-            if size > room {
-                packets.push(Vec::new());
-                room = MAX_PACKET - ENVELOPE;
-            }
-            room = room.saturating_sub(size);
-            if let Some(packet) = packets.last_mut() {
-                packet.push(report);
-            }
-        }
-        let last = packets.len() - 1;
-        packets.into_iter().enumerate().map(|(i, pods)| Self::Pods { pods, more: i < last }).collect()
+        let parts = packet::split(reports.into_iter().map(fitting));
+        let last = parts.len() - 1;
+        parts.into_iter().enumerate().map(|(i, pods)| Self::Pods { pods, more: i < last }).collect()
     }
 }
 
 /// The report and its size as JSON with a comma. A report that no packet can hold is cut down to what identifies the
 /// pod: one odd pod must not hide the others.
 fn fitting(report: PodReport) -> (PodReport, usize) {
-    let size = size(&report);
-    if size <= MAX_PACKET - ENVELOPE {
+    let size = packet::size(&report);
+    if size <= packet::ROOM {
         return (report, size);
     }
     let cut = PodReport {
@@ -43,17 +28,13 @@ fn fitting(report: PodReport) -> (PodReport, usize) {
         proxy: Err(format!("this report of {size} bytes is too large to be shown in full")),
         ..report
     };
-    let size = self::size(&cut);
+    let size = packet::size(&cut);
     (cut, size)
-}
-
-fn size(report: &PodReport) -> usize {
-    serde_json::to_vec(report).map_or(0, |json| json.len() + 1)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::packet;
+    use super::super::MAX_PACKET;
     use super::*;
     use crate::pod::PodIdentity;
     use crate::wire::PodState;

@@ -17,8 +17,8 @@ use tokio::time::timeout;
 use tokio_seqpacket::ancillary::OwnedAncillaryMessage;
 use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
 
-use super::gc;
 use super::packet::{self, PacketError};
+use super::parts;
 use super::{Error, ErrorKind, FlowFilter, MAX_PACKET, Reply, Request, VERSION};
 use redirect_linux::peer_process::PeerProcess;
 use redirect_linux::socket_file::{self, SocketFile};
@@ -183,7 +183,7 @@ struct Ancillary([u8; 24]);
 
 /// A whole request, which may come in several packets.
 async fn request(socket: &UnixSeqpacket) -> Result<Option<(Request, Option<OwnedFd>)>, Error> {
-    let mut parts = gc::Parts::default();
+    let mut parts = parts::Parts::default();
     while let Some((part, netns)) = receive(socket).await? {
         if let Some(whole) = parts.take(part)? {
             return Ok(Some((whole, netns)));
