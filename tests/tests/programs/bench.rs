@@ -172,9 +172,10 @@ impl Bench {
         Ok((outcome, grown.map(|(place, _)| place).collect()))
     }
 
-    /// Sets the switches of the node.
-    pub(crate) fn configure(&self, flags: ConfigFlags) -> Result<()> {
-        configure(&mut self.lock(), flags)
+    /// The same with these switches of the node. Not for the bench that the tests share: others run beside.
+    pub(crate) fn configured(self, flags: ConfigFlags) -> Result<Self> {
+        configure(&mut self.lock(), flags)?;
+        Ok(self)
     }
 
     /// Runs a program on many packets: how often it dropped one, and how much it counted.

@@ -90,17 +90,14 @@ fn batch(bench: &Bench, family: Family) -> Result<()> {
     expect(bench, &query(&batch[0]), Outcome::Chosen, &[steered(family)])
 }
 
-fn batch_without_proxy(bench: &Bench, family: Family) -> Result<()> {
-    bench.configure(ConfigFlags::REFUSE)?;
+fn batch_without_proxy(_: &Bench, family: Family) -> Result<()> {
+    let bench = Bench::new()?.configured(ConfigFlags::REFUSE)?;
     let batch: Vec<Packet> = (50_200..50_208).map(|port| syn(family, port)).collect();
-    let ran = batch.iter().try_for_each(|packet| {
+    for packet in &batch {
         let fate = bench.run_alone(inbound(family), Proxy::Absent, &packet.bytes(), 0)?;
         ensure!(fate == Fate::Refused(Reason::NoListener), "{fate:?}");
-        Ok(())
-    });
-    bench.configure(ConfigFlags::default())?;
-    ran?;
-    batch.iter().try_for_each(|packet| expect(bench, &query(packet), Outcome::Refused, &[]))
+    }
+    batch.iter().try_for_each(|packet| expect(&bench, &query(packet), Outcome::Refused, &[]))
 }
 
 fn deliveries(bench: &Bench, family: Family) -> Result<()> {
