@@ -99,11 +99,13 @@ pub fn is_exempt<I: Ip>(destination: I::Address, link_local: bool, excluded: imp
 }
 
 /// Whether a connection that the socket lookup of a pod sees can only be between sockets of this pod: with such a source, whoever
-/// else sends it never gets an answer. `owner` tells the pod of an address.
+/// else sends it never gets an answer. `owner` tells the pod of an address, `from_lo` whether the packet came in by `lo`: what is
+/// for loopback may come from elsewhere too (`route_localnet`), and does not say whose namespace this is.
 #[inline(always)]
 pub fn is_within_pod<I: Ip>(
     source: I::Address,
     destination: I::Address,
+    from_lo: impl FnOnce() -> bool,
     owner: impl Fn(I::Address) -> Option<u64>,
 ) -> bool {
     // An address that nobody told us is its own.
@@ -111,7 +113,7 @@ pub fn is_within_pod<I: Ip>(
         return true;
     }
     let Some(pod) = owner(source) else { return false };
-    I::is_of_this_host(destination) || owner(destination) == Some(pod)
+    if I::is_of_this_host(destination) { from_lo() } else { owner(destination) == Some(pod) }
 }
 
 /// The mark that a decision asks for, given the mark that the socket has. Bits outside [`MARK_MASK`] stay.

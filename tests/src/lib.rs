@@ -37,6 +37,7 @@ pub mod proxy;
 pub mod server;
 pub mod session;
 pub mod signals;
+pub mod specification;
 pub mod stack;
 pub mod terminal;
 pub mod testbed;

@@ -117,7 +117,7 @@ fn connections_within_a_pod_have_its_addresses_at_both_ends() {
         let owner = |address| {
             if this.contains(&address) { Some(1) } else { (address == other).then_some(2) }
         };
-        let within = |source, destination| is_within_pod::<I>(source, destination, owner);
+        let within = |source, destination| is_within_pod::<I>(source, destination, yes, owner);
         for destination in this {
             assert!(this.iter().all(|source| within(*source, destination)));
             assert!(within(loopback, destination));
@@ -127,6 +127,7 @@ fn connections_within_a_pod_have_its_addresses_at_both_ends() {
         }
         assert!(within(unknown, unknown) && within(loopback, loopback));
         assert!(!within(unknown, loopback));
+        assert!(!is_within_pod::<I>(this[0], loopback, no, owner), "by an interface that leads outside");
     }
     check::<Ipv4>([[10, 0, 0, 1], [10, 0, 0, 2]], [10, 0, 0, 3], V4, [127, 0, 0, 1]);
     let v6 = |last| {

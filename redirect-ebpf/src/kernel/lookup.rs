@@ -131,7 +131,7 @@ pub(crate) fn listener_guard(ctx: SkLookupContext) -> u32 {
         // The other program gives it to the proxy's listener, or refuses it.
         return sk_action::SK_PASS;
     }
-    if !is_for_captured(port) && (verdict == NoteVerdict::AUTHORIZED || is_within_pod(&tuple)) {
+    if !is_for_captured(port) && (verdict == NoteVerdict::AUTHORIZED || is_within_pod(&tuple, lookup)) {
         return sk_action::SK_PASS;
     }
     // A note that counts no longer is of a connection that was let in: what comes after it has ended opens none.
@@ -153,13 +153,16 @@ fn refused(tuple: &Tuple) {
 }
 
 #[inline(always)]
-fn is_within_pod(tuple: &Tuple) -> bool {
+fn is_within_pod(tuple: &Tuple, lookup: *const bpf_sk_lookup) -> bool {
+    /// `lo` is the first device of every namespace.
+    const LO: u32 = 1;
     let Tuple { source, destination, .. } = tuple;
+    let from_lo = || word(lookup, offset_of!(bpf_sk_lookup, ingress_ifindex)) == LO;
     match (v4_mapped(*source), v4_mapped(*destination)) {
         (Some(source), Some(destination)) => {
-            decide::is_within_pod::<Ipv4>(source, destination, |address| Ipv4::owner(&address))
+            decide::is_within_pod::<Ipv4>(source, destination, from_lo, |address| Ipv4::owner(&address))
         }
-        _ => decide::is_within_pod::<Ipv6>(*source, *destination, |address| Ipv6::owner(&address)),
+        _ => decide::is_within_pod::<Ipv6>(*source, *destination, from_lo, |address| Ipv6::owner(&address)),
     }
 }
 

@@ -50,6 +50,7 @@ mod running_pods;
 mod second_network;
 mod services;
 mod shared_listeners;
+mod specification;
 mod streams;
 mod survival;
 mod syn_flood;
@@ -121,6 +122,7 @@ fn everywhere(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         doctor::trials_with_pods(context),
         metrics::trials(context),
         inspect::trials(context),
+        specification::trials(context),
         flows::trials(context),
         top::trials(context),
         limits::trials(context),

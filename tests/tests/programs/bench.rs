@@ -41,6 +41,8 @@ pub(crate) struct Bench {
     /// One without.
     deserted: Netns,
     listeners: Vec<Socket>,
+    /// Of the pod's namespace.
+    cookie: u64,
 }
 
 /// Whether a proxy listens.
@@ -69,9 +71,21 @@ pub(crate) enum Fate {
     Refused(Reason),
 }
 
-/// `TC_ACT_UNSPEC` and `TC_ACT_SHOT`.
+/// `TC_ACT_UNSPEC`, `TC_ACT_SHOT` and `TC_ACT_REDIRECT`.
 const UNSPEC: u32 = u32::MAX;
 const SHOT: u32 = 2;
+const REDIRECT: u32 = 7;
+
+/// What a TC program says of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Code {
+    /// It goes on.
+    Continues,
+    /// It goes to another device, with this mark.
+    Redirected(u32),
+    /// It is dropped.
+    Dropped,
+}
 
 /// A count: the family, the way, the verdict and the reason.
 pub(crate) type Counted = (Family, Direction, Verdict, Reason);
@@ -79,6 +93,14 @@ pub(crate) type Counted = (Family, Direction, Verdict, Reason);
 impl Bench {
     pub(crate) fn new() -> Result<Self> {
         Self::with(object(false)?)
+    }
+
+    /// As [`Bench::new`], with the programs of a placement.
+    pub(crate) fn placed(placement: Placement) -> Result<Self> {
+        let capacities = Capacities { pods: 4, addresses: 8, exclusions: 16 };
+        let mut programs = linux::load(&Settings { placement, capacities, ..settings() })?;
+        load(&mut programs, &["host_gate", "from_pod_ipv4", "from_pod_ipv6", "to_pod_ipv4", "to_pod_ipv6"])?;
+        Self::with(programs)
     }
 
     /// As [`Bench::new`], with an object whose programs are not loaded yet.
@@ -97,9 +119,9 @@ impl Bench {
         insert(&mut programs, "PODS", cookie, redirect_ebpf::maps::Pod::default())?;
         insert(&mut programs, "POD_IPV4", POD_IPV4, PodAddress { netns_cookie: cookie })?;
         insert(&mut programs, "POD_IPV6", POD_IPV6, PodAddress { netns_cookie: cookie })?;
-        configure(&mut programs, ConfigFlags::default())?;
+        configure(&mut programs, ConfigFlags::PROXY_BY_MARK)?;
         let counters = PerCpuArray::try_from(take(&mut programs, "COUNTERS")?)?;
-        Ok(Self { programs: Mutex::new(programs), counters, served, deserted, listeners })
+        Ok(Self { programs: Mutex::new(programs), counters, served, deserted, listeners, cookie })
     }
 
     /// Runs a program on a packet and tells what became of it. An error if that does not fit together.
@@ -160,21 +182,15 @@ impl Bench {
     pub(crate) fn look_up(&self, tuple: &lookup::Query) -> Result<(lookup::Outcome, Vec<Counted>)> {
         let programs = self.lock();
         let before = self.counts()?;
-        let [chosen, gate] =
-            [lookup::run(&programs, LOOKUPS[0], tuple)?, lookup::run(&programs, LOOKUPS[1], tuple)?];
+        let outcome = ask(&programs, tuple)?;
         let after = self.counts()?;
         let grown = places().zip(before.iter().zip(&after)).filter(|(_, (before, after))| after > before);
-        let outcome = match (chosen, gate) {
-            (lookup::Outcome::Chosen, _) => lookup::Outcome::Chosen,
-            (lookup::Outcome::Passed, lookup::Outcome::Passed) => lookup::Outcome::Passed,
-            _ => lookup::Outcome::Refused,
-        };
         Ok((outcome, grown.map(|(place, _)| place).collect()))
     }
 
-    /// The same with these switches of the node. Not for the bench that the tests share: others run beside.
+    /// The same with these switches of the node, beside the one that makes the proxy known by its mark. Not for the bench that the tests share: others run beside.
     pub(crate) fn configured(self, flags: ConfigFlags) -> Result<Self> {
-        configure(&mut self.lock(), flags)?;
+        configure(&mut self.lock(), flags.with(ConfigFlags::PROXY_BY_MARK, true))?;
         Ok(self)
     }
 
@@ -204,6 +220,28 @@ impl Bench {
         Ok(many)
     }
 
+    /// What a program says of a packet.
+    pub(crate) fn judge(&self, name: &str, proxy: Proxy, packet: &[u8], mark: u32) -> Result<Code> {
+        let programs = self.lock();
+        let ran = self.netns(proxy).run(|| test_run(&programs, name, packet, mark, 1))??;
+        match ran.code {
+            UNSPEC => Ok(Code::Continues),
+            REDIRECT => Ok(Code::Redirected(ran.mark)),
+            SHOT => Ok(Code::Dropped),
+            other => anyhow::bail!("{name} returned {other}"),
+        }
+    }
+
+    /// What becomes of a connection at the socket lookup.
+    pub(crate) fn ask(&self, query: &lookup::Query) -> Result<lookup::Outcome> {
+        ask(&self.lock(), query)
+    }
+
+    /// Has the maps of the programs changed.
+    pub(crate) fn change<T>(&self, change: impl FnOnce(&mut Ebpf, u64) -> Result<T>) -> Result<T> {
+        change(&mut self.lock(), self.cookie)
+    }
+
     /// How long a program is.
     pub(crate) fn size(&self, name: &str) -> Result<Size> {
         Size::of(&self.lock(), name)
@@ -212,7 +250,7 @@ impl Bench {
     /// How long a program takes for a packet.
     pub(crate) fn time(&self, name: &str, proxy: Proxy, packet: &[u8], mark: u32) -> Result<Duration> {
         let programs = self.lock();
-        self.netns(proxy).run(|| test_run(&programs, name, packet, mark, 200_000).map(|(_, time)| time))?
+        self.netns(proxy).run(|| test_run(&programs, name, packet, mark, 200_000).map(|run| run.time))?
     }
 
     /// Fills the map of listeners with entries of nobody's, so that there is no room for others.
@@ -257,7 +295,11 @@ impl Bench {
 
 /// The object, with its maps. None of its programs is loaded yet.
 pub(crate) fn object(diagnostics: bool) -> Result<Ebpf> {
-    linux::load(&Settings {
+    linux::load(&Settings { diagnostics, ..settings() })
+}
+
+fn settings() -> Settings {
+    Settings {
         cgroup: PathBuf::new(),
         capacities: Capacities { pods: 4, addresses: 4, exclusions: 4 },
         tc: TcMethod::Clsact,
@@ -270,10 +312,10 @@ pub(crate) fn object(diagnostics: bool) -> Result<Ebpf> {
         placement: Placement::Pod,
         rule_priority: 0,
         flows: FlowLimits::default(),
-        diagnostics,
+        diagnostics: false,
         object: None,
         noted_by: NotedBy::Tc,
-    })
+    }
 }
 
 /// Has the kernel check the programs.
@@ -326,27 +368,49 @@ fn places() -> impl Iterator<Item = Counted> {
     })
 }
 
-/// In the namespace of the calling thread.
-fn run(programs: &Ebpf, name: &str, packet: &[u8], mark: u32) -> Result<u32> {
-    test_run(programs, name, packet, mark, 1).map(|(code, _)| code)
+/// What the programs on the socket lookup say together.
+fn ask(programs: &Ebpf, query: &lookup::Query) -> Result<lookup::Outcome> {
+    let [chosen, gate] =
+        [lookup::run(programs, LOOKUPS[0], query)?, lookup::run(programs, LOOKUPS[1], query)?];
+    Ok(match (chosen, gate) {
+        (lookup::Outcome::Chosen, _) => lookup::Outcome::Chosen,
+        (lookup::Outcome::Passed, lookup::Outcome::Passed) => lookup::Outcome::Passed,
+        _ => lookup::Outcome::Refused,
+    })
 }
 
-fn test_run(programs: &Ebpf, name: &str, packet: &[u8], mark: u32, repeat: u32) -> Result<(u32, Duration)> {
+/// In the namespace of the calling thread.
+fn run(programs: &Ebpf, name: &str, packet: &[u8], mark: u32) -> Result<u32> {
+    test_run(programs, name, packet, mark, 1).map(|run| run.code)
+}
+
+/// What a test run returns.
+struct Run {
+    code: u32,
+    /// The packet's mark behind the program.
+    mark: u32,
+    time: Duration,
+}
+
+fn test_run(programs: &Ebpf, name: &str, packet: &[u8], mark: u32, repeat: u32) -> Result<Run> {
     let program: &SchedClassifier = programs.program(name).context("a program")?.try_into()?;
     // Of `struct __sk_buff` the mark alone, its third word, may differ from zero.
+    const MARK: std::ops::Range<usize> = 8..12;
     let mut context = [0; 192];
-    context[8..12].copy_from_slice(&mark.to_ne_bytes());
-    let mut output = [0; 2048];
+    context[MARK].copy_from_slice(&mark.to_ne_bytes());
+    let (mut output, mut after) = ([0; 2048], [0; 192]);
     let options = TestRunOptions {
         data_in: Some(packet),
         data_out: Some(&mut output),
         ctx_in: Some(&context),
+        ctx_out: Some(&mut after),
         repeat,
         ..TestRunOptions::default()
     };
     let result = program.test_run(options).with_context(|| format!("{name} on {packet:02x?}"))?;
     ensure!(output.get(..packet.len()) == Some(packet), "{name} changed the packet {packet:02x?}");
-    Ok((result.return_value, result.duration))
+    let mark = after[MARK].first_chunk().map_or(0, |bytes| u32::from_ne_bytes(*bytes));
+    Ok(Run { code: result.return_value, mark, time: result.duration })
 }
 
 /// A listener as a node proxy opens it.
@@ -361,10 +425,8 @@ fn listener(port: u16) -> std::io::Result<Socket> {
     Ok(socket)
 }
 
-/// Beside these switches, the mark makes a packet the proxy's: without a socket it has no cgroup.
-fn configure(programs: &mut Ebpf, flags: ConfigFlags) -> Result<()> {
+pub(crate) fn configure(programs: &mut Ebpf, flags: ConfigFlags) -> Result<()> {
     let mut config = Array::<_, Config>::try_from(programs.map_mut("CONFIG").context("CONFIG")?)?;
-    let flags = flags.with(ConfigFlags::PROXY_BY_MARK, true);
     Ok(config.set(0, Config { flags: flags.0.into(), ..Config::default() }, 0)?)
 }
 

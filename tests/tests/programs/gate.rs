@@ -137,14 +137,15 @@ const PEER: ([u8; 4], [u8; 16]) = (PEER_IPV4, PEER_IPV6);
 const LOOPBACK: ([u8; 4], [u8; 16]) = ([127, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
 
 fn within(bench: &Bench, family: Family) -> Result<()> {
-    for (source, destination) in
-        [(POD, POD), (LOOPBACK, LOOPBACK), (LOOPBACK, POD), (POD, LOOPBACK), (PEER, PEER)]
-    {
+    for (source, destination) in [(POD, POD), (LOOPBACK, LOOPBACK), (LOOPBACK, POD), (PEER, PEER)] {
         expect(bench, &between(family, source, destination, 80), Outcome::Passed, &[])?;
     }
     // A captured connection that found no listener must not find the application's.
     expect(bench, &between(family, POD, PEER, 80), Outcome::Refused, &[])?;
-    expect(bench, &between(family, PEER, LOOPBACK, 80), Outcome::Refused, &[])
+    expect(bench, &between(family, PEER, LOOPBACK, 80), Outcome::Refused, &[])?;
+    // With `route_localnet` the kernel takes packets for loopback from anywhere, and here nobody knows which of the node's pods
+    // has their source. A test run has no interface; that `lo` is one for them `local::` shows.
+    expect(bench, &between(family, POD, LOOPBACK, 80), Outcome::Refused, &[])
 }
 
 fn proxy_ports(bench: &Bench, family: Family) -> Result<()> {

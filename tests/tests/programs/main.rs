@@ -12,6 +12,7 @@ mod guard;
 mod lookup;
 mod packets;
 mod random;
+mod specification;
 mod steering;
 
 use std::process::ExitCode;
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         cost::trials(&shared),
         diagnostics::trials(&shared),
         random::trials(&shared),
+        specification::trials(&shared),
     ];
     libtest_mimic::run(&Arguments::from_args(), trials.into_iter().flatten().collect()).exit_code()
 }

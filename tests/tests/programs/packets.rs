@@ -1,5 +1,7 @@
 //! Crafted packets.
 
+use std::net::IpAddr;
+
 use redirect_ebpf::family::Family;
 use redirect_ebpf::packet::SYN;
 
@@ -52,6 +54,10 @@ pub(crate) struct Packet {
     /// Instead of the peer's address.
     pub(crate) peer_ipv6: [u8; 16],
     pub(crate) peer_ipv4: [u8; 4],
+    /// Instead of the pod's and the peer's addresses.
+    pub(crate) ends: Option<(IpAddr, IpAddr)>,
+    /// What follows the TCP header.
+    pub(crate) data: Vec<u8>,
     /// What follows the IP header, instead of a TCP header.
     pub(crate) payload: Option<Vec<u8>>,
 }
@@ -71,6 +77,8 @@ impl Packet {
             flags: SYN,
             peer_ipv6: PEER_IPV6,
             peer_ipv4: PEER_IPV4,
+            ends: None,
+            data: Vec::new(),
             payload: None,
         }
     }
@@ -97,7 +105,10 @@ impl Packet {
         bytes.extend([0, 1]);
         bytes.extend(self.fragment.to_be_bytes());
         bytes.extend([64, self.protocol, 0, 0]);
-        let (source, destination) = self.ends(POD_IPV4, self.peer_ipv4);
+        let (source, destination) = match self.ends {
+            Some((IpAddr::V4(source), IpAddr::V4(destination))) => (source.octets(), destination.octets()),
+            _ => self.ends(POD_IPV4, self.peer_ipv4),
+        };
         bytes.extend(source);
         bytes.extend(destination);
         bytes.extend(&self.options);
@@ -117,7 +128,10 @@ impl Packet {
         bytes.extend((payload.len() as u16).to_be_bytes());
         bytes.push(self.extensions.first().map_or(self.protocol, |(kind, _)| *kind));
         bytes.push(64);
-        let (source, destination) = self.ends(POD_IPV6, self.peer_ipv6);
+        let (source, destination) = match self.ends {
+            Some((IpAddr::V6(source), IpAddr::V6(destination))) => (source.octets(), destination.octets()),
+            _ => self.ends(POD_IPV6, self.peer_ipv6),
+        };
         bytes.extend(source);
         bytes.extend(destination);
         bytes.extend(payload);
@@ -137,6 +151,7 @@ impl Packet {
         let mut header = self.source_port.to_be_bytes().to_vec();
         header.extend(self.port.to_be_bytes());
         header.extend([0, 0, 0, 1, 0, 0, 0, 0, 0x50, self.flags, 0xff, 0xff, 0, 0, 0, 0]);
+        header.extend(&self.data);
         header
     }
 }
