@@ -133,7 +133,8 @@ pub struct Footprint {
     pub sysctls: Vec<(&'static str, String)>,
 }
 
-const SYSCTLS: [&str; 6] = [
+const SYSCTLS: [&str; 7] = [
+    "net.ipv4.conf.lo.accept_local",
     "net.ipv4.ip_local_reserved_ports",
     "net.ipv4.tcp_early_demux",
     "net.ipv4.tcp_fwmark_accept",

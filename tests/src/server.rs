@@ -32,12 +32,23 @@ impl Server {
     /// Listens on every address of the namespace: [`Stack::V4`] on `0.0.0.0`, [`Stack::V6`] on `[::]` for IPv6 alone,
     /// [`Stack::Mapped`] on `[::]` for both families. Port 0 takes a free one.
     pub fn start(netns: &Netns, stack: Stack, port: u16, greeting: &str) -> Result<Self> {
+        Self::prepared(netns, stack, port, greeting, |_| Ok(()))
+    }
+
+    /// As [`Server::start`], with something done to the socket before it listens.
+    pub fn prepared(
+        netns: &Netns,
+        stack: Stack,
+        port: u16,
+        greeting: &str,
+        prepare: impl FnOnce(&Socket) -> io::Result<()> + Send,
+    ) -> Result<Self> {
         let address = match stack {
             Stack::V4 => IpAddr::from(Ipv4Addr::UNSPECIFIED),
             Stack::V6 | Stack::Mapped => IpAddr::from(Ipv6Addr::UNSPECIFIED),
         };
         let address = SocketAddr::new(address, port);
-        let listener = netns.run(|| listen(stack, address))?;
+        let listener = netns.run(|| listen_prepared(stack, address, prepare))?;
         let listener = listener.with_context(|| format!("listen on {address} in {}", netns.name()))?;
         let port = listener.local_addr()?.port();
         let listener = Arc::new(listener);
@@ -94,11 +105,20 @@ impl Shared {
 
 /// A listener as an ordinary application opens it.
 pub fn listen(stack: Stack, address: SocketAddr) -> io::Result<TcpListener> {
+    listen_prepared(stack, address, |_| Ok(()))
+}
+
+fn listen_prepared(
+    stack: Stack,
+    address: SocketAddr,
+    prepare: impl FnOnce(&Socket) -> io::Result<()>,
+) -> io::Result<TcpListener> {
     let socket = Socket::new(stack.domain(), Type::STREAM, None)?;
     if stack != Stack::V4 {
         socket.set_only_v6(stack == Stack::V6)?;
     }
     socket.set_reuse_address(true)?;
+    prepare(&socket)?;
     socket.bind(&SockAddr::from(address))?;
     socket.listen(1024)?;
     Ok(socket.into())

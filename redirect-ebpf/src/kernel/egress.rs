@@ -4,8 +4,11 @@
 //!
 //! It believes no mark of an application's: it decides anew, by the packet and by the cgroup of the socket's creator.
 
+use aya_ebpf::bindings::BPF_F_INGRESS;
+use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
+use redirect_ebpf::constants::{MARK_DELIVERY, MARK_MASK};
 use redirect_ebpf::count::{Direction, Reason, Verdict};
 use redirect_ebpf::decide;
 use redirect_ebpf::diagnostics::Hook;
@@ -21,7 +24,7 @@ use super::flows::{self, About};
 use super::pods::{self, PodIp};
 use super::proxies;
 use super::skb::Frame;
-use super::socket::{self, State};
+use super::socket::{self, Socket, State};
 use super::steer::Action;
 
 #[classifier]
@@ -50,8 +53,13 @@ fn egress<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
         Parsed::NotOurs | Parsed::Datagram(_) => (true, Reason::Unmarked),
         Parsed::Unknown => (false, Reason::Malformed),
         Parsed::Tcp(segment) if segment.opens() => (is_exempt::<I>(&segment), Reason::Unmarked),
+        Parsed::Tcp(segment) if segment.resets() => (true, Reason::Unmarked),
         // What goes on must not change over from the proxy to the network in the middle.
-        Parsed::Tcp(segment) => (segment.resets() || !is_proxied(ctx, &segment), Reason::Unmarked),
+        Parsed::Tcp(segment) => match other_end(ctx, &segment) {
+            OtherEnd::Outside => (true, Reason::Unmarked),
+            OtherEnd::Delivery if frame.is_ethernet() => return to_loopback(ctx),
+            OtherEnd::Delivery | OtherEnd::Inside => (false, Reason::Unmarked),
+        },
         // It may open a connection, and nobody can tell; but TCP itself never sends such.
         Parsed::Fragment(segment) => (is_exempt::<I>(&segment), Reason::Fragmented),
     };
@@ -84,8 +92,40 @@ fn is_exempt<I: Parse + PodIp + ExcludedIp>(segment: &Segment<I::Address>) -> bo
     })
 }
 
-/// Whether the other end of the connection is in the pod itself: it is the proxy's.
+/// Where a segment's receiver is.
+enum OtherEnd {
+    /// In the pod: the proxy has the connection, or had it.
+    Inside,
+    /// The same: the proxy connected to the application.
+    Delivery,
+    /// Elsewhere.
+    Outside,
+}
+
 #[inline(always)]
-fn is_proxied<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> bool {
-    socket::state(ctx, segment) == State::Connected
+fn other_end<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> OtherEnd {
+    match socket::state(ctx, segment) {
+        State::Connected | State::Opening => {}
+        State::TimeWait | State::Open => return OtherEnd::Outside,
+    }
+    match Socket::full(ctx, segment) {
+        Some(socket) if socket.mark() & MARK_MASK == MARK_DELIVERY => OtherEnd::Delivery,
+        _ => OtherEnd::Inside,
+    }
+}
+
+/// An application's listener can have a mark of its own. The kernel then gives it to what it accepts, instead of the one that
+/// leads the answers back to the proxy by the pod's rule, so that they come here on their way to the client.
+#[inline(always)]
+fn to_loopback(ctx: &TcContext) -> Action {
+    const LOOPBACK: u32 = 1;
+    // The frame is addressed to the gateway; `lo` has no address but this one.
+    if ctx.store(0, &[0u8; 6], 0).is_err() {
+        return Action::Drop;
+    }
+    // SAFETY: every TC context has `mark`.
+    let mark = unsafe { (*ctx.skb.skb).mark };
+    ctx.skb.set_mark(mark & !MARK_MASK | MARK_DELIVERY);
+    // SAFETY: the helper has no preconditions.
+    Action::Redirect(unsafe { bpf_redirect(LOOPBACK, BPF_F_INGRESS.into()) } as i32)
 }

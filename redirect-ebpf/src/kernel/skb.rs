@@ -72,6 +72,12 @@ impl<'a> Frame<'a> {
         if has_link_headers(ctx) { Self::ethernet(ctx) } else { Self { ctx, link: 0 } }
     }
 
+    /// Whether it begins with an Ethernet header.
+    #[inline(always)]
+    pub(super) fn is_ethernet(&self) -> bool {
+        self.link != 0
+    }
+
     #[inline(always)]
     fn at<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
         let mut bytes = MaybeUninit::<[u8; N]>::uninit();

@@ -130,6 +130,9 @@ pub enum Sysctl {
     /// Connections that wait to be accepted by a proxy that closes its listener go over to the next proxy's, in both
     /// families.
     TcpMigrateReq,
+    /// What an application's listener with a mark of its own answers to the proxy comes back through `lo`, with an address of the
+    /// pod as its source. IPv6 has no such check.
+    AcceptLocal,
     /// The kernel gives none of the proxy's ports to a socket that asks for any port.
     ReservedPorts,
 }
@@ -344,6 +347,7 @@ pub fn desired(wanted: &Wanted<'_>, namespace: &Namespace) -> BTreeSet<Fact> {
         Fact::LoopbackUp,
         Fact::Sysctl(Sysctl::TcpFwmarkAccept),
         Fact::Sysctl(Sysctl::TcpMigrateReq),
+        Fact::Sysctl(Sysctl::AcceptLocal),
         Fact::Sysctl(Sysctl::ReservedPorts),
         Fact::Lookup,
         Fact::Counters,
@@ -476,11 +480,12 @@ impl fmt::Display for Fact {
 
 impl Sysctl {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::TcpFwmarkAccept,
         Self::FwmarkReflect(Family::Ipv4),
         Self::FwmarkReflect(Family::Ipv6),
         Self::TcpMigrateReq,
+        Self::AcceptLocal,
         Self::ReservedPorts,
     ];
 
@@ -492,6 +497,7 @@ impl Sysctl {
             Self::FwmarkReflect(Family::Ipv4) => "net.ipv4.fwmark_reflect",
             Self::FwmarkReflect(Family::Ipv6) => "net.ipv6.fwmark_reflect",
             Self::TcpMigrateReq => "net.ipv4.tcp_migrate_req",
+            Self::AcceptLocal => "net.ipv4.conf.lo.accept_local",
             Self::ReservedPorts => "net.ipv4.ip_local_reserved_ports",
         }
     }
