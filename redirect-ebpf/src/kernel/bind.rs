@@ -1,5 +1,6 @@
 //! cgroup/bind4 and cgroup/bind6: keeps applications of enrolled pods off the proxy's ports, and lets an application
-//! bind its own port again while the proxy still holds connections on it.
+//! bind its own port again while the proxy still holds connections on it. In placement `node` it keeps the node's other processes
+//! off the proxy's ports in the host's namespace, where `SO_REUSEPORT` would let them share its connections.
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
@@ -9,8 +10,10 @@ use redirect_ebpf::family::{Family, v4_mapped};
 
 use super::counters::count;
 use super::flows::{self, About};
-use super::proxies;
-use super::sock_addr::{ALLOW, caller, fail_with, mark, port, set_reuse_address, user_ip6};
+use super::sock_addr::{
+    ALLOW, caller, fail_with, mark, netns_cookie, port, protocol_of, set_reuse_address, user_ip6,
+};
+use super::{config, lookup, proxies};
 
 const EADDRINUSE: i32 = 98;
 
@@ -26,15 +29,9 @@ pub(crate) fn bind_ipv6(ctx: SockAddrContext) -> i32 {
 
 #[inline(always)]
 fn bind(ctx: &SockAddrContext, family: impl FnOnce() -> Family) -> i32 {
-    let Some(caller) = caller(ctx) else { return ALLOW };
-    if decide::is_guarded(caller.protocol, port(ctx)) && !proxies::is_proxy(mark(ctx)) {
-        let pod = Some(caller.netns_cookie);
-        count(family(), Direction::Bind, Verdict::Dropped, Reason::ProxyPort, pod, || {
-            let mut about = About::new(flows::cookie(ctx));
-            about.tuple.source_port = port(ctx).to_be_bytes();
-            about
-        });
-        return fail_with(EADDRINUSE);
+    let Some(caller) = caller(ctx) else { return bind_on_host(ctx, family) };
+    if is_proxys_port(ctx, caller.protocol) {
+        return refuse(ctx, family, Some(caller.netns_cookie));
     }
     if caller.protocol == Protocol::Tcp {
         // The proxy's connections stand for the application's and have its address and port. Nothing is lost where the
@@ -42,4 +39,33 @@ fn bind(ctx: &SockAddrContext, family: impl FnOnce() -> Family) -> i32 {
         let _ = set_reuse_address(ctx);
     }
     ALLOW
+}
+
+/// In the host's namespace, if the proxy is there. Where only its mark tells who it is, it may set the mark after `bind()`.
+#[inline(always)]
+fn bind_on_host(ctx: &SockAddrContext, family: impl FnOnce() -> Family) -> i32 {
+    if lookup::is_in_pods() || proxies::is_known_by_mark() || config::host_cookie() != Some(netns_cookie(ctx))
+    {
+        return ALLOW;
+    }
+    match protocol_of(ctx) {
+        Some(protocol) if is_proxys_port(ctx, protocol) => refuse(ctx, family, None),
+        _ => ALLOW,
+    }
+}
+
+/// Whether somebody else is about to take one of the proxy's ports.
+#[inline(always)]
+fn is_proxys_port(ctx: &SockAddrContext, protocol: Protocol) -> bool {
+    decide::is_guarded(protocol, port(ctx)) && !proxies::is_proxy(mark(ctx))
+}
+
+#[inline(always)]
+fn refuse(ctx: &SockAddrContext, family: impl FnOnce() -> Family, pod: Option<u64>) -> i32 {
+    count(family(), Direction::Bind, Verdict::Dropped, Reason::ProxyPort, pod, || {
+        let mut about = About::new(flows::cookie(ctx));
+        about.tuple.source_port = port(ctx).to_be_bytes();
+        about
+    });
+    fail_with(EADDRINUSE)
 }

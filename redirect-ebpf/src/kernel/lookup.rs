@@ -36,6 +36,12 @@ use super::socket::{NO_PORT, Socket};
 #[unsafe(no_mangle)]
 static LOOKUP_IN_PODS: Global<bool> = Global::new(true);
 
+/// Whether the programs are for pods' namespaces.
+#[inline(always)]
+pub(super) fn is_in_pods() -> bool {
+    LOOKUP_IN_PODS.load()
+}
+
 const ENOENT: i64 = -2;
 
 /// Sends the connection to the proxy's listener by way of the socket lookup. `namespace` is the cookie of the one where it
@@ -120,7 +126,7 @@ pub(crate) fn listener_guard(ctx: SkLookupContext) -> u32 {
     if is_guarded(Protocol::Tcp, port) && remote_port(lookup) == NO_PORT {
         return sk_action::SK_PASS;
     }
-    if !LOOKUP_IN_PODS.load() {
+    if !is_in_pods() {
         return if is_for_captured(port) { sk_action::SK_DROP } else { sk_action::SK_PASS };
     }
     let tuple = tuple(lookup);

@@ -47,7 +47,7 @@ fn owns(mark: u32, cgroup: u64) -> bool {
 
 /// Whether the mark alone makes a socket the proxy's.
 #[inline(always)]
-fn is_known_by_mark() -> bool {
+pub(super) fn is_known_by_mark() -> bool {
     config::flags().contains(ConfigFlags::PROXY_BY_MARK)
 }
 
@@ -84,10 +84,11 @@ pub(super) fn sender(ctx: &TcContext, opens: bool) -> Sender {
     }
 }
 
-/// Whether the socket that a packet comes from, or that it is assigned to, is of a process in a node proxy's cgroup.
+/// Whether the listener that a packet was assigned to is the proxy's. `mark` is the listener's.
 #[inline(always)]
-pub(super) fn is_in_proxy_cgroup(ctx: &TcContext) -> bool {
-    part(ctx).is_some()
+pub(super) fn listens(ctx: &TcContext, mark: u32) -> bool {
+    // SAFETY: the helper takes the context.
+    owns(mark, unsafe { bpf_skb_cgroup_id(ctx.skb.skb) })
 }
 
 #[inline(always)]

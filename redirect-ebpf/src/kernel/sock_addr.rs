@@ -36,12 +36,24 @@ pub(super) struct Caller {
 /// The caller, if it is in an enrolled pod and uses TCP or UDP.
 #[inline(always)]
 pub(super) fn caller(ctx: &SockAddrContext) -> Option<Caller> {
-    // SAFETY: every context has `protocol`.
-    let protocol = protocol(unsafe { addr_of!((*ctx.sock_addr).protocol).read_volatile() })?;
-    // SAFETY: the helper takes the context.
-    let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    let protocol = protocol_of(ctx)?;
+    let netns_cookie = netns_cookie(ctx);
     let flags = pods::flags(netns_cookie)?;
     Some(Caller { netns_cookie, flags, protocol })
+}
+
+/// The cookie of the socket's network namespace.
+#[inline(always)]
+pub(super) fn netns_cookie(ctx: &SockAddrContext) -> u64 {
+    // SAFETY: the helper takes the context.
+    unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
+}
+
+/// The socket's protocol, if it is TCP or UDP.
+#[inline(always)]
+pub(super) fn protocol_of(ctx: &SockAddrContext) -> Option<Protocol> {
+    // SAFETY: every context has `protocol`.
+    protocol(unsafe { addr_of!((*ctx.sock_addr).protocol).read_volatile() })
 }
 
 /// TCP and UDP; no other protocol is captured.

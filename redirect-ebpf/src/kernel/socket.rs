@@ -123,8 +123,7 @@ impl Socket {
         NonNull::new(socket).map(Self)
     }
 
-    /// The proxy's listener on `port`, for the segment's connection. [`super::steer`] verifies that one without the proxy's
-    /// mark is the proxy's.
+    /// The listener on `port`, for the segment's connection, if it looks like the proxy's. [`super::steer`] verifies that it is.
     #[inline(always)]
     pub(super) fn listener<A: Copy>(ctx: &TcContext, segment: &Segment<A>, port: u16) -> Option<Self> {
         let socket = Self::listening(ctx, segment.source, segment.destination, port)?;
@@ -194,8 +193,14 @@ impl Socket {
     /// Whether it has the proxy's mark. For full sockets only, such as listeners.
     #[inline(always)]
     pub(super) fn is_marked(&self) -> bool {
+        decide::is_proxy_mark(self.mark())
+    }
+
+    /// The mark of a full socket.
+    #[inline(always)]
+    pub(super) fn mark(&self) -> u32 {
         // SAFETY: the reference is held.
-        decide::is_proxy_mark(unsafe { addr_of!((*self.0.as_ptr()).mark).read_volatile() })
+        unsafe { addr_of!((*self.0.as_ptr()).mark).read_volatile() }
     }
 
     /// The value in the storage of a full socket, if any.

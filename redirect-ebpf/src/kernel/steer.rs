@@ -124,7 +124,8 @@ pub(super) fn steer_parsed<I: Parse + PodIp, R: Route<I>>(
     let port = if R::GATED && is_for_tunnel(&segment) { PORT_TUNNEL } else { R::PORT };
     if let Some(listener) = acknowledged::<I>(ctx, &segment, port) {
         return match give::<I, R>(ctx, &segment, &listener, state, Capture { port, reason: None }) {
-            Ok(_) => Action::Continue,
+            Ok(Given::Assigned | Given::Noted) => Action::Continue,
+            Ok(Given::Stranger) => dropped::<I, R>(ctx, &segment, Reason::NoListener),
             Err(error) => refused::<I, R>(ctx, &segment, error),
         };
     }
@@ -186,6 +187,7 @@ fn open<I: Parse + PodIp, R: Route<I>>(
         }
         // Counted where the proxy gets it.
         Ok(Given::Noted) => Action::Continue,
+        Ok(Given::Stranger) => dropped::<I, R>(ctx, segment, Reason::NoListener),
         Err(_) if known => Action::Continue,
         Err(error) => refused::<I, R>(ctx, segment, error),
     }
@@ -205,6 +207,8 @@ enum Given {
     Assigned,
     /// The socket lookup will give it to it.
     Noted,
+    /// It is not the proxy's, but has the packet, which has to go: no packet can be taken back from a socket.
+    Stranger,
 }
 
 #[inline(always)]
@@ -259,17 +263,14 @@ fn give<I: Parse + PodIp, R: Route<I>>(
     state: State,
     capture: Capture,
 ) -> Result<Given, i64> {
-    if !listener.is_marked() {
-        // The cgroup of a socket can be asked for only when it is assigned, and it can't be unassigned again.
-        return match (state, listener.assign(ctx)) {
-            (State::Open, Ok(())) if proxies::is_in_proxy_cgroup(ctx) => Ok(Given::Assigned),
-            _ => Err(ENOENT),
-        };
-    }
     // A listener that is assigned a SYN whose tuple is still in TIME_WAIT can't take it: the tuple is not free. The
     // kernel frees it only when it meets the TIME_WAIT socket first, and looks for a listener afterwards.
     if state == State::Open && listener.assign(ctx).is_ok() {
-        return Ok(Given::Assigned);
+        // Whose it is can be asked for only now.
+        return Ok(if proxies::listens(ctx, listener.mark()) { Given::Assigned } else { Given::Stranger });
+    }
+    if !listener.is_marked() {
+        return Err(ENOENT);
     }
     // Kernels before 6.6 refuse to assign listeners with SO_REUSEPORT; the socket lookup takes them on every kernel.
     let counted = CountedAs {

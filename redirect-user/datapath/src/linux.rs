@@ -64,8 +64,8 @@ pub use try_out::try_out;
 const CGROUP: [(&str, AttachType); 10] = [
     ("outbound_ipv4", AttachType::BPF_CGROUP_INET4_CONNECT),
     ("outbound_ipv6", AttachType::BPF_CGROUP_INET6_CONNECT),
-    ("bind_ipv4", AttachType::BPF_CGROUP_INET4_BIND),
-    ("bind_ipv6", AttachType::BPF_CGROUP_INET6_BIND),
+    BIND[0],
+    BIND[1],
     ("sendmsg_ipv4", AttachType::BPF_CGROUP_UDP4_SENDMSG),
     ("sendmsg_ipv6", AttachType::BPF_CGROUP_UDP6_SENDMSG),
     ("recvmsg_ipv4", AttachType::BPF_CGROUP_UDP4_RECVMSG),
@@ -74,14 +74,18 @@ const CGROUP: [(&str, AttachType); 10] = [
     ("getpeername_ipv6", AttachType::BPF_CGROUP_INET6_GETPEERNAME),
 ];
 
-/// Placement `node` does without all but the one that notes listeners: nothing of it is in the pods.
+/// Those of them that guard the proxy's ports.
+const BIND: [(&str, AttachType); 2] =
+    [("bind_ipv4", AttachType::BPF_CGROUP_INET4_BIND), ("bind_ipv6", AttachType::BPF_CGROUP_INET6_BIND)];
+
+/// Placement `node` keeps others off the proxy's ports on the host. Nothing of it is in the pods.
 fn cgroup_programs(
     placement: Placement,
     noted_by: NotedBy,
 ) -> impl Iterator<Item = (&'static str, AttachType)> {
     let programs: &[_] = match placement {
         Placement::Pod => &CGROUP,
-        Placement::Node => &[],
+        Placement::Node => &BIND,
     };
     let listening = (noted_by == NotedBy::SockOps).then_some((LISTENING, AttachType::BPF_CGROUP_SOCK_OPS));
     programs.iter().copied().chain(listening)

@@ -2,6 +2,7 @@
 
 mod haproxy;
 mod others;
+mod ports;
 mod repairs;
 mod routed;
 mod rules;
@@ -23,6 +24,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         haproxy::trials(context),
         routed::trials(context),
         others::trials(context),
+        ports::trials(context),
     ]
     .into_iter()
     .flatten()

@@ -1,19 +1,20 @@
 //! Processes that meddle with what steers their connections. Docker's and Kubernetes' default capabilities are enough for
 //! some of it: CAP_NET_RAW allows SO_MARK and raw sockets.
 
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
-use redirect_ebpf::constants::{MARK_CAPTURE, MARK_DELIVERY, MARK_PROXY};
-use redirect_ebpf::{Direction as Way, Reason};
+use redirect_ebpf::constants::{MARK_CAPTURE, MARK_DELIVERY, MARK_PROXY, PORT_OUTBOUND};
+use redirect_ebpf::{Direction as Way, Family, Reason};
 use redirect_tests::wait::{self, SOON};
-use redirect_tests::{Direction, Stack};
+use redirect_tests::{Direction, Families, Server, Stack};
+use socket2::Socket;
 
-use super::{LONG_ENOUGH, Scene, begin, connect, end, fails, let_it_retry, segments_received};
+use super::{LONG_ENOUGH, Scene, begin, connect, end, fails, let_it_retry, segments_received, socket_in};
 use crate::context::{Context, for_every_stack_in_pods};
 use crate::raw;
 
@@ -22,7 +23,7 @@ const ELSEWHERE: &str = "no mark leaves the pod: packets are known by the device
 
 pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     type Test = fn(&Context, Stack) -> Result<()>;
-    let tests: [(&str, Test); 8] = [
+    let tests: [(&str, Test); 10] = [
         ("mark_cleared_while_connecting", |context, stack| mark_changed_while_connecting(context, stack, 0)),
         ("mark_forged_while_connecting", |context, stack| {
             mark_changed_while_connecting(context, stack, MARK_PROXY)
@@ -37,6 +38,8 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         }),
         ("rule_of_the_pod", rule_of_the_pod),
         ("raw_packet", raw_packet),
+        ("mark_of_a_listener", mark_of_a_listener),
+        ("listener_in_the_proxys_place", listener_in_the_proxys_place),
     ];
     tests
         .into_iter()
@@ -135,4 +138,54 @@ fn raw_packet(context: &Context, stack: Stack) -> Result<()> {
     scene.was_held(Way::Outbound, Reason::Unmarked)?;
     ensure!(scene.dropped(Way::Outbound, Reason::Unmarked)? >= 2);
     Ok(())
+}
+
+/// An application that routes its answers by a mark of its own. The kernel gives it to every connection that its listener accepts,
+/// instead of the one that leads the answers back to the proxy. Istio: the answers find the proxy by conntrack.
+fn mark_of_a_listener(context: &Context, stack: Stack) -> Result<()> {
+    const OWN: u32 = 0x1000;
+    let node = context.node()?;
+    let (pod, peer) = (node.enrolled("pod", Families::Dual)?, node.plain("peer", Families::Dual)?);
+    let listening = Server::prepared(pod.netns(), stack, 0, "marked", |socket| socket.set_mark(OWN))?;
+    let to = pod.endpoint(stack.family(), listening.port())?;
+    let client = if stack.family() == Family::Ipv4 { Stack::V4 } else { Stack::V6 };
+    let mut connection = peer.connect(client, to)?;
+    connection.exchange("hello")?;
+    // More than fits into one packet, in both directions.
+    let sent: Vec<u8> = (0..1_000_000u32).map(|number| number as u8).collect();
+    ensure!(connection.transfer(&sent)? == sent, "other data came back");
+    ensure!(pod.proxied(Direction::Inbound, to)?.len() == 1);
+    Ok(())
+}
+
+/// While no proxy runs, an application takes its port without binding it: it lets the kernel choose, and leaves it no choice. The
+/// agent keeps the kernel from it, but a process with CAP_NET_ADMIN can change that back. Its listener has the proxy's mark, and is
+/// not the proxy's for all that.
+fn listener_in_the_proxys_place(context: &Context, stack: Stack) -> Result<()> {
+    const RANGE: &str = "net.ipv4.ip_local_port_range";
+    let scene = Scene::alone(context, stack)?;
+    let netns = scene.client.netns();
+    scene.client.node().kill_proxy()?;
+    netns.set_sysctl("net.ipv4.ip_local_reserved_ports", "\n")?;
+    let usual = netns.sysctl(RANGE)?;
+    netns.set_sysctl(RANGE, &format!("{PORT_OUTBOUND} {PORT_OUTBOUND}"))?;
+    let listener = socket_in(netns, stack)?;
+    listener.set_mark(MARK_PROXY)?;
+    transparent(&listener, stack)?;
+    listener.listen(16)?;
+    let port = listener.local_addr()?.as_socket().context("a port")?.port();
+    ensure!(port == PORT_OUTBOUND, "the kernel chose {port}");
+    netns.set_sysctl(RANGE, &usual)?;
+    fails(&scene.socket()?, scene.destination())?;
+    scene.was_held(Way::Outbound, Reason::NoListener)?;
+    drop(listener);
+    scene.client.node().start_proxy()?;
+    scene.is_captured(connect(scene.socket()?, scene.destination())?)
+}
+
+fn transparent(socket: &Socket, stack: Stack) -> io::Result<()> {
+    match stack {
+        Stack::V4 => socket.set_ip_transparent_v4(true),
+        Stack::V6 | Stack::Mapped => socket.set_ip_transparent_v6(true),
+    }
 }
