@@ -6,16 +6,14 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
-use std::mem::{MaybeUninit, size_of_val};
-use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use tokio::sync::mpsc;
 
-use redirect_linux::netlink::Netlink;
+use redirect_linux::netlink::notifications::{Notification, Notifications};
+use redirect_linux::netlink::{Netlink, Raw};
 use redirect_linux::netns::NetNs;
 
 /// The namespaces that are watched.
@@ -70,16 +68,12 @@ impl Watch {
 
     /// Starts to listen. Events end with an error, or when the receiver is dropped.
     pub(super) fn listen(self: &Arc<Self>) -> io::Result<mpsc::Receiver<io::Result<Event>>> {
-        let mut socket = Socket::new(NETLINK_ROUTE)?;
-        socket.bind(&SocketAddr::new(0, 0))?;
-        socket.set_listen_all_namespaces(true)?;
-        for group in GROUPS {
-            socket.add_membership(group)?;
-        }
-        socket.set_rx_buf_sz(BUFFER)?;
+        let mut notifications = Notifications::open(&GROUPS, BUFFER)?;
         let (events, receiver) = mpsc::channel(QUEUE);
         let watcher = Arc::clone(self);
-        thread::Builder::new().name("watch".into()).spawn(move || watcher.read(&socket, &events))?;
+        thread::Builder::new()
+            .name("watch".into())
+            .spawn(move || watcher.read(&mut notifications, &events))?;
         Ok(receiver)
     }
 
@@ -102,9 +96,9 @@ impl Watch {
         self.followed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn read(&self, socket: &Socket, events: &mpsc::Sender<io::Result<Event>>) {
+    fn read(&self, notifications: &mut Notifications, events: &mpsc::Sender<io::Result<Event>>) {
         loop {
-            let batch = match next_batch(socket) {
+            let batch = match next_batch(notifications) {
                 Ok(changes) => {
                     let followed = self.followed();
                     let event = |change| match change {
@@ -115,7 +109,7 @@ impl Watch {
                     };
                     changes.into_iter().filter_map(event).collect()
                 }
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => vec![Event::Lost],
+                Err(error) if is_lost(&error) => vec![Event::Lost],
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
                     // Whoever listens is gone or ends by it.
@@ -142,17 +136,22 @@ impl Watch {
 ///
 /// Enrolments send dozens of messages. Whoever sends one pays for waking a thread that waits for it, so that this one does not
 /// wait for each.
-fn next_batch(socket: &Socket) -> io::Result<BTreeSet<Change>> {
-    let mut changes: BTreeSet<Change> = next_change(socket, 0)?.into_iter().collect();
+fn next_batch(notifications: &mut Notifications) -> io::Result<BTreeSet<Change>> {
+    let mut changes: BTreeSet<Change> = changes_by(&notifications.wait()?).collect();
     thread::sleep(PAUSE);
     for _ in 0..BATCH {
-        match next_change(socket, libc::MSG_DONTWAIT) {
-            Ok(change) => changes.extend(change),
+        match notifications.poll() {
+            Ok(notification) => changes.extend(changes_by(&notification)),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
             Err(error) => return Err(error),
         }
     }
     Ok(changes)
+}
+
+/// Whether notifications are missing, because there was no room for them or because they can't be understood.
+fn is_lost(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ENOBUFS) || error.kind() == io::ErrorKind::InvalidData
 }
 
 /// What a message says.
@@ -166,69 +165,34 @@ enum Change {
     OnDevice(u32),
 }
 
-/// The type of a message.
-fn kind(packet: &[u8]) -> u16 {
-    // After the length.
-    let [_, _, _, _, low, high, ..] = *packet else { return 0 };
-    u16::from_ne_bytes([low, high])
+/// What has changed by a notification, as far as that is of interest: what it says beyond that does not matter.
+fn changes_by(notification: &Notification) -> impl Iterator<Item = Change> {
+    let change = |message: &Raw| match notification.namespace {
+        Some(id) => is_of_interest(message).then_some(Change::InNamespace(id)),
+        None => removes(message).then(|| match message.kind() {
+            libc::RTM_DELQDISC | libc::RTM_DELTFILTER => Change::OnDevice(message.word(TCM_IFINDEX)),
+            _ => Change::OnHost,
+        }),
+    };
+    notification.messages.iter().filter_map(change)
 }
 
-/// The index of the device whose filters a message is about: in `struct tcmsg`, behind the header.
-fn device(packet: &[u8]) -> u32 {
-    packet.get(20..24).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_ne_bytes)
-}
-
-/// Whether a message calls for a look at its namespace: any about a link, and those about what is removed. What it says
-/// beyond that does not matter.
-fn is_of_interest(packet: &[u8]) -> bool {
-    kind(packet) == libc::RTM_NEWLINK || kind(packet) == libc::RTM_DELROUTE || removes(packet)
+/// Whether a message calls for a look at its namespace: any about a link, and those about what is removed.
+fn is_of_interest(message: &Raw) -> bool {
+    message.kind() == libc::RTM_NEWLINK || message.kind() == libc::RTM_DELROUTE || removes(message)
 }
 
 /// Whether a message says that something was removed that can be ours on the host, where others' routes come and go.
-fn removes(packet: &[u8]) -> bool {
-    const TABLE: usize = 20;
-    match kind(packet) {
+fn removes(message: &Raw) -> bool {
+    match message.kind() {
         libc::RTM_DELLINK | libc::RTM_DELRULE | libc::RTM_DELQDISC | libc::RTM_DELTFILTER => true,
         // Tables whose number does not fit have this one.
-        libc::RTM_DELROUTE => packet.get(TABLE) == Some(&libc::RT_TABLE_COMPAT),
+        libc::RTM_DELROUTE => message.byte(RTM_TABLE) == libc::RT_TABLE_COMPAT,
         _ => false,
     }
 }
 
-/// Receives a message and returns what has changed, if that is of interest.
-fn next_change(socket: &Socket, flags: libc::c_int) -> io::Result<Option<Change>> {
-    let mut packet = [0u8; 8192];
-    let mut control = [0u64; 8];
-    let mut part = libc::iovec { iov_base: packet.as_mut_ptr().cast(), iov_len: packet.len() };
-    // SAFETY: zero is a valid value for every field.
-    let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
-    message.msg_iov = &raw mut part;
-    message.msg_iovlen = 1;
-    message.msg_control = control.as_mut_ptr().cast();
-    message.msg_controllen = size_of_val(&control);
-    // SAFETY: all buffers live for the length of the call, with the lengths that the header says.
-    if unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    if !is_of_interest(&packet) {
-        return Ok(None);
-    }
-    // SAFETY: the kernel filled the header in.
-    let mut entry = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
-    while !entry.is_null() {
-        // SAFETY: the entry lies within the control buffer.
-        let header = unsafe { *entry };
-        if header.cmsg_level == libc::SOL_NETLINK && header.cmsg_type == libc::NETLINK_LISTEN_ALL_NSID {
-            // SAFETY: an entry of this type holds an int.
-            let data = unsafe { libc::CMSG_DATA(entry) }.cast::<i32>();
-            // SAFETY: as above; it need not be aligned.
-            return Ok(Some(Change::InNamespace(unsafe { data.read_unaligned() })));
-        }
-        // SAFETY: the header and the entry are the kernel's.
-        entry = unsafe { libc::CMSG_NXTHDR(&raw const message, entry) };
-    }
-    Ok(removes(&packet).then(|| match kind(&packet) {
-        libc::RTM_DELQDISC | libc::RTM_DELTFILTER => Change::OnDevice(device(&packet)),
-        _ => Change::OnHost,
-    }))
-}
+/// Where `struct tcmsg` has the index of the device.
+const TCM_IFINDEX: usize = 4;
+/// Where `struct rtmsg` has the number of the table.
+const RTM_TABLE: usize = 4;

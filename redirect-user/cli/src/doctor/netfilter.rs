@@ -5,8 +5,8 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 
-use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use nix::sys::socket::AddressFamily;
+use redirect_linux::netlink::nftables::Nftables;
 
 use super::{Check, Requirements};
 
@@ -130,74 +130,15 @@ impl Legacy {
     }
 }
 
-/// A dump of all chains; empty where the kernel has no nftables.
+/// None where the kernel has no nftables.
 fn of_nftables() -> io::Result<BTreeSet<String>> {
-    const GET_CHAIN: u16 = 10 << 8 | 4;
-    const DUMP_REQUEST: u16 = 0x301;
-    const LENGTH: u32 = 20;
-    let flags = SockFlag::SOCK_CLOEXEC;
-    let socket = match socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkNetFilter) {
-        Ok(socket) => socket,
-        Err(Errno::EPROTONOSUPPORT) => return Ok(BTreeSet::new()),
-        Err(error) => return Err(error.into()),
-    };
-    // The header of the message, and that of netfilter: any family.
-    let mut request = Vec::with_capacity(LENGTH as usize);
-    request.extend(LENGTH.to_ne_bytes());
-    request.extend(GET_CHAIN.to_ne_bytes());
-    request.extend(DUMP_REQUEST.to_ne_bytes());
-    request.extend([0; 12]);
-    send(socket.as_raw_fd(), &request, MsgFlags::empty())?;
-    let mut names = BTreeSet::new();
-    let mut buffer = vec![0; 64 * 1024];
-    loop {
-        let length = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
-        let mut rest = buffer.get(..length).unwrap_or_default();
-        if rest.is_empty() {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+    match Nftables::open().and_then(|mut nftables| nftables.chains()) {
+        // The kernel has no nfnetlink, or nfnetlink does not know nftables.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EPROTONOSUPPORT | libc::EINVAL)) => {
+            Ok(BTreeSet::new())
         }
-        while let Some(answer) = answer(&mut rest) {
-            match answer? {
-                Answer::Part(content) => names.extend(istio_s(content)),
-                Answer::End => return Ok(names),
-            }
-        }
+        chains => Ok(chains?.iter().flat_map(|chain| istio_s(chain.as_bytes())).collect()),
     }
-}
-
-/// What netlink says.
-#[derive(Debug, PartialEq, Eq)]
-enum Answer<'a> {
-    /// A message of what was asked for.
-    Part(&'a [u8]),
-    /// There is no more, or nothing of the kind in this kernel.
-    End,
-}
-
-/// Takes a message off a packet.
-fn answer<'a>(packet: &mut &'a [u8]) -> Option<io::Result<Answer<'a>>> {
-    const HEADER: usize = 16;
-    const ERROR: u16 = 2;
-    const DONE: u16 = 3;
-    let &[a, b, c, d, low, high, ..] = *packet else { return None };
-    let length = u32::from_ne_bytes([a, b, c, d]) as usize;
-    let Some(content) = packet.get(HEADER..length) else {
-        *packet = &[];
-        return Some(Err(io::ErrorKind::InvalidData.into()));
-    };
-    *packet = packet.get(length.next_multiple_of(4)..).unwrap_or_default();
-    let kind = u16::from_ne_bytes([low, high]);
-    if !matches!(kind, ERROR | DONE) {
-        return Some(Ok(Answer::Part(content)));
-    }
-    // Both begin with the negative number of an error, or with zero.
-    let number = content.first_chunk().map_or(0, |bytes| i32::from_ne_bytes(*bytes));
-    Some(match Errno::from_raw(-number) {
-        // nfnetlink does not know nftables.
-        Errno::EINVAL if kind == ERROR => Ok(Answer::End),
-        _ if number == 0 => Ok(Answer::End),
-        error => Err(error.into()),
-    })
 }
 
 #[cfg(test)]
@@ -209,35 +150,5 @@ mod tests {
         let found: Vec<_> =
             istio_s(b"\x10\0\0ISTIO_OUTPUT\0\0OUTPUT\0-j ISTIO_x y\0\xff\xfeISTIO_A\0").collect();
         assert_eq!(found, ["ISTIO_OUTPUT"]);
-    }
-
-    fn message(kind: u16, content: &[u8]) -> Vec<u8> {
-        let mut message = ((16 + content.len()) as u32).to_ne_bytes().to_vec();
-        message.extend(kind.to_ne_bytes());
-        message.extend([0; 10]);
-        message.extend(content);
-        message.resize(message.len().next_multiple_of(4), 0);
-        message
-    }
-
-    #[test]
-    fn an_error_is_not_the_end_of_a_list() {
-        let end = |number: i32| (-number).to_ne_bytes();
-        let packet = [message(0xa03, b"chain"), message(3, &end(0))].concat();
-        let mut rest = &packet[..];
-        assert_eq!(answer(&mut rest).unwrap().unwrap(), Answer::Part(b"chain"));
-        assert_eq!(answer(&mut rest).unwrap().unwrap(), Answer::End);
-        assert!(answer(&mut rest).is_none());
-        for (kind, number, fine) in [
-            (2, libc::EINVAL, true),
-            (2, libc::EPERM, false),
-            (3, libc::EINVAL, false),
-            (3, libc::ENOMEM, false),
-            (2, 0, true),
-        ] {
-            let packet = message(kind, &end(number));
-            assert_eq!(answer(&mut &packet[..]).unwrap().is_ok(), fine, "{kind}, {number}");
-        }
-        assert!(answer(&mut &message(0xa03, b"cut short")[..20]).unwrap().is_err());
     }
 }
