@@ -67,9 +67,11 @@ impl Agent {
         if !arguments.iter().any(|argument| argument == "--check-interval") {
             command.args(["--check-interval", "1"]);
         }
-        // Below the plugin's own deadline in tests, so that it hears why.
-        let deadline = wait::patient(wait::SOON).as_secs().to_string();
-        command.args(["--proxy-deadline", &deadline]);
+        if !arguments.iter().any(|argument| argument == "--proxy-deadline") {
+            // Below the plugin's own deadline in tests, so that it hears why.
+            let deadline = wait::patient(wait::SOON).as_secs().to_string();
+            command.args(["--proxy-deadline", &deadline]);
+        }
         command.args(arguments);
         let systemd = notify_socket(dir);
         if systemd.exists() {

@@ -7,6 +7,7 @@
 //!                              zds::server ──▶ node proxy
 //! ```
 
+mod drift;
 mod drop_log;
 pub(crate) mod enrolment;
 mod flows;

@@ -1,4 +1,5 @@
-//! The lifecycle of enrolled pods. Operations on one pod run in order; pods do not wait for each other.
+//! The lifecycle of enrolled pods. Operations on one pod run in order; pods do not wait for each other. While an ADD waits for a
+//! proxy, it holds nothing.
 //!
 //! The CNI plugin adds a pod with its sandbox ([`Pods::add`]), or the agent adopts a running pod whose namespace it has found
 //! ([`Pods::adopt`]). A pod leaves with its last attachment ([`Pods::del`]), or when it is no longer wanted ([`Pods::forget`]).
@@ -38,7 +39,7 @@ use redirect_linux::netns::NetNs;
 use redirect_protocol::pod::{PodAddresses, PodIdentity, PodSettings};
 use redirect_protocol::wire::Attachment;
 use redirect_zds::messages::WorkloadInfo;
-use redirect_zds::server::{Handle, Peer, RemoveOutcome, Workload};
+use redirect_zds::server::{AddError, Announcement, Handle, InvalidWorkload, Peer, RemoveOutcome, Workload};
 pub(crate) use report::Standing;
 pub(crate) use restore::Restored;
 use slots::{Guard, Slots};
@@ -60,6 +61,8 @@ pub(crate) struct Pods<D> {
     /// By UID.
     slots: Slots<Enrolled>,
     ownership: Ownership,
+    /// How many ADDs there were.
+    adds: AtomicU64,
     /// The proxy whose listeners for IPv6 were looked for, by the number of its connection.
     looked_at: AtomicU64,
 }
@@ -83,6 +86,17 @@ pub(crate) struct Wanted {
     pub(crate) settings: PodSettings,
 }
 
+/// A pod that is steered, and that a proxy shall serve.
+struct Attached {
+    attachment: Attachment,
+    /// The number of the ADD.
+    number: u64,
+    enrolled: Enrolled,
+    /// What the pod was.
+    before: Option<Enrolled>,
+    announcement: Announcement,
+}
+
 /// A network namespace that processes of a pod were found in, and the containers that they belong to.
 #[derive(Clone, Debug)]
 pub(crate) struct Sandbox {
@@ -96,6 +110,10 @@ struct Enrolled {
     target: Target,
     /// What the CNI plugin brought, with the addresses that it named.
     attachments: BTreeMap<Attachment, Vec<IpAddr>>,
+    /// Those of them whose ADD waits for a proxy, with its number.
+    adding: BTreeMap<Attachment, u64>,
+    /// Whether an ADD is behind the pod that has not come to its end.
+    phase: Phase,
     /// The addresses that Kubernetes names.
     declared: Vec<IpAddr>,
     /// The containers that were found in its namespace, if that was looked for.
@@ -112,6 +130,8 @@ impl Enrolled {
         Self {
             target,
             attachments: BTreeMap::new(),
+            adding: BTreeMap::new(),
+            phase: Phase::Done,
             declared: Vec::new(),
             containers: BTreeSet::new(),
             settings: PodSettings::default(),
@@ -121,11 +141,13 @@ impl Enrolled {
         }
     }
 
-    fn record(&self, phase: Phase) -> Record {
+    fn record(&self) -> Record {
         let target = &self.target;
-        let attachments = self.attachments.iter();
+        // What an ADD brings that does not come to its end is removed with the whole pod, or not known.
+        let counts = |added: &Attachment| self.phase == Phase::Begun || !self.adding.contains_key(added);
+        let attachments = self.attachments.iter().filter(|(added, _)| counts(added));
         Record {
-            phase,
+            phase: self.phase,
             identity: target.identity.clone(),
             netns_cookie: target.netns_cookie,
             netns_inode: target.netns.inode().unwrap_or_default(),
@@ -168,6 +190,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             repairs: Repairs::default(),
             slots: Slots::default(),
             ownership: Ownership::default(),
+            adds: AtomicU64::new(0),
             looked_at: AtomicU64::new(u64::MAX),
         }
     }
@@ -186,21 +209,25 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let began = Instant::now();
         let (identity, addresses) = (wanted.identity.clone(), wanted.addresses.iter().copied().collect());
         let result = self.attach(&mut slot, attachment, wanted, netns).await;
+        self.release(slot, &uid).await;
+        let result = match result {
+            Ok(attached) => self.serve(attached, began).await,
+            Err(error) => Err(error),
+        };
         if let Err(error) = &result {
             tell::not_enrolled(&identity, &addresses, began, error);
         }
-        self.release(slot, &uid).await;
         result
     }
 
+    /// Steers the pod, and announces it to the proxies. On an error the pod is as it was.
     async fn attach(
         &self,
         slot: &mut Guard<Enrolled>,
         attachment: Attachment,
         wanted: Wanted,
         netns: NetNs,
-    ) -> Result<(), Error> {
-        let began = Instant::now();
+    ) -> Result<Attached, Error> {
         let Wanted { identity, addresses, settings } = wanted;
         refuse_another(slot.as_ref(), &identity)?;
         let namespace = self.introduce(&identity, &netns).await?;
@@ -212,15 +239,20 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let before = slot.as_ref().cloned();
         let mut enrolled = match &before {
             Some(known) => known.clone(),
-            None => Enrolled::new(self.defaults.target(
-                identity.clone(),
-                &settings,
-                PodAddresses::default(),
-                netns.clone(),
-                namespace,
-            )),
+            None => Enrolled {
+                phase: Phase::Begun,
+                ..Enrolled::new(self.defaults.target(
+                    identity.clone(),
+                    &settings,
+                    PodAddresses::default(),
+                    netns.clone(),
+                    namespace,
+                ))
+            },
         };
-        enrolled.attachments.insert(attachment, addresses.clone());
+        let number = self.adds.fetch_add(1, Ordering::Relaxed);
+        enrolled.attachments.insert(attachment.clone(), addresses.clone());
+        enrolled.adding.insert(attachment.clone(), number);
         let all = union(&enrolled.attachments, &enrolled.declared);
         if all.is_empty() {
             return Err(Error::NoAddresses(identity));
@@ -229,20 +261,21 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         enrolled.target = self.defaults.target(identity, &settings, all, netns, namespace);
         enrolled.settings = settings;
         if before.is_none() {
-            self.records.write(&enrolled.record(Phase::Begun));
+            self.records.write(&enrolled.record());
         }
         self.own(&enrolled.target).await;
         self.claim(&enrolled.target, addresses);
         self.follow(&enrolled.target);
-        match self.steer_and_serve(&enrolled.target).await {
-            Ok((observation, proxy)) => {
-                tell::steered(&enrolled.target, &observation, began, proxy);
+        let steered = match self.steer(&enrolled.target).await {
+            Ok(outcome) => self.announce(&enrolled.target).map(|announced| (outcome.observation, announced)),
+            Err(error) => Err(error),
+        };
+        match steered {
+            Ok((observation, announcement)) => {
                 enrolled.observation = observation;
                 enrolled.steered = true;
-                enrolled.since = Instant::now();
-                self.records.write(&enrolled.record(Phase::Done));
-                **slot = Some(enrolled);
-                Ok(())
+                **slot = Some(enrolled.clone());
+                Ok(Attached { attachment, number, enrolled, before, announcement })
             }
             Err(error) => {
                 match &before {
@@ -252,6 +285,85 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 Err(error)
             }
         }
+    }
+
+    /// Waits for the proxy, and ends the ADD: with the pod enrolled, or as it was before.
+    async fn serve(&self, attached: Attached, began: Instant) -> Result<(), Error> {
+        let Attached { attachment, number, enrolled, before, announcement } = attached;
+        let target = &enrolled.target;
+        let handed = Instant::now();
+        let served = announcement.acknowledged(self.defaults.proxy_deadline).await;
+        let proxy = handed.elapsed();
+        if served.is_ok() {
+            events().enrolled("proxy", proxy);
+            if enrolled.observation.namespace.ipv6 && !target.addresses.ipv6.is_empty() {
+                self.tell_of_ipv6(target).await;
+            }
+        }
+        let uid = &target.identity.uid;
+        let withdrawn = || AddError::Withdrawn { pod: target.identity.to_string() }.into();
+        let Some(mut slot) = self.slots.find(uid).await else { return Err(withdrawn()) };
+        let result = match (&mut *slot, served) {
+            (Some(known), served) if known.adding.get(&attachment) == Some(&number) => {
+                known.adding.remove(&attachment);
+                match served {
+                    Ok(()) => {
+                        tell::steered(&known.target, &known.observation, began, proxy);
+                        if known.phase == Phase::Begun {
+                            known.phase = Phase::Done;
+                            known.since = Instant::now();
+                        }
+                        self.records.write(&known.record());
+                        Ok(())
+                    }
+                    Err(error) => {
+                        self.detach(&mut slot, &attachment, &enrolled, before).await;
+                        Err(error.into())
+                    }
+                }
+            }
+            // The attachment was removed, or brought again.
+            (_, Ok(())) => Err(withdrawn()),
+            (_, Err(error)) => Err(error.into()),
+        };
+        self.release(slot, uid).await;
+        result
+    }
+
+    /// Undoes what an ADD has made of a pod, and nothing that others have changed since.
+    async fn detach(
+        &self,
+        slot: &mut Guard<Enrolled>,
+        attachment: &Attachment,
+        added: &Enrolled,
+        before: Option<Enrolled>,
+    ) {
+        let Some(known) = &mut **slot else { return };
+        match before.as_ref().and_then(|before| before.attachments.get(attachment)) {
+            Some(addresses) => _ = known.attachments.insert(attachment.clone(), addresses.clone()),
+            None => _ = known.attachments.remove(attachment),
+        }
+        // A pod that was adopted had none.
+        let was_adopted = before.as_ref().is_some_and(|before| before.attachments.is_empty());
+        if known.attachments.is_empty() && !was_adopted {
+            self.remove(&known.target).await;
+            **slot = None;
+            return;
+        }
+        if let Some(before) = before {
+            if known.settings == added.settings {
+                known.settings = before.settings;
+            }
+            if known.target.identity == added.target.identity {
+                known.target.identity = before.target.identity;
+            }
+        }
+        let all = union(&known.attachments, &known.declared);
+        let Target { identity, netns, .. } = known.target.clone();
+        let namespace = known.target.introduction();
+        known.target = self.defaults.target(identity, &known.settings, all, netns, namespace);
+        self.put_back(&known.target).await;
+        self.records.write(&known.record());
     }
 
     /// Makes an enrolled pod what it was, after a change that failed.
@@ -264,19 +376,6 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         if let Err(error) = self.hand_over(target) {
             tracing::warn!(pod = %target.identity, %error, "cannot announce the pod to the node proxy again");
         }
-    }
-
-    /// Returns how long the proxy took as well.
-    async fn steer_and_serve(&self, target: &Target) -> Result<(Observation, Duration), Error> {
-        let outcome = self.steer(target).await?;
-        let handed = Instant::now();
-        self.proxies.add(workload(target), self.defaults.proxy_deadline).await?;
-        let proxy = handed.elapsed();
-        events().enrolled("proxy", proxy);
-        if outcome.observation.namespace.ipv6 && !target.addresses.ipv6.is_empty() {
-            self.tell_of_ipv6(target).await;
-        }
-        Ok((outcome.observation, proxy))
     }
 
     /// A proxy that listens for IPv4 alone acknowledges a pod all the same. What it does for its first pod it does for others: the
@@ -348,10 +447,12 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let all = addresses.iter().copied().collect();
         let target = self.defaults.target(identity, &settings, all, netns, namespace);
         let target = Target { running: true, ..target };
-        let mut enrolled = Enrolled { declared: addresses, containers, settings, ..Enrolled::new(target) };
+        let phase = Phase::Begun;
+        let mut enrolled =
+            Enrolled { declared: addresses, containers, settings, phase, ..Enrolled::new(target) };
         self.own(&enrolled.target).await;
         self.claim(&enrolled.target, enrolled.target.addresses.iter());
-        self.records.write(&enrolled.record(Phase::Begun));
+        self.records.write(&enrolled.record());
         let steered = match self.steer(&enrolled.target).await {
             Ok(outcome) => self.hand_over(&enrolled.target).map(|()| outcome.observation),
             Err(error) => Err(error),
@@ -368,7 +469,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             }
         }
         enrolled.steered = true;
-        self.records.write(&enrolled.record(Phase::Done));
+        enrolled.phase = Phase::Done;
+        self.records.write(&enrolled.record());
         self.follow(&enrolled.target);
         tell::steered(&enrolled.target, &enrolled.observation, began, Duration::ZERO);
         Ok(enrolled)
@@ -415,7 +517,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         known.settings = wanted.settings.clone();
         known.target = wanted_target;
         known.steered = true;
-        self.records.write(&known.record(Phase::Done));
+        self.records.write(&known.record());
         Ok(())
     }
 
@@ -437,6 +539,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let Some(mut slot) = self.slots.find(&uid).await else { return };
         if let Some(known) = &mut *slot {
             let attached = known.attachments.remove(attachment).is_some();
+            known.adding.remove(attachment);
             // A pod that was adopted has no attachments: its sandbox's container stands for all of them.
             if !attached && !known.containers.contains(&attachment.container_id) {
                 tracing::debug!(pod = %known.target.identity, ?attachment, "late removal of an older \
@@ -448,7 +551,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 known.target.addresses = union(&known.attachments, &known.declared);
                 self.ownership.keep(known.target.netns_cookie, &known.target.addresses);
                 self.repair(known).await;
-                self.records.write(&known.record(Phase::Done));
+                self.records.write(&known.record());
             }
         }
         self.release(slot, &uid).await;
@@ -531,7 +634,12 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     /// Forgets every attachment that is not in the list.
     pub(crate) async fn collect(&self, valid: &[Attachment]) {
         let valid: HashSet<&Attachment> = valid.iter().collect();
-        let known = self.slots.each(|_, known| known.attachments.keys().cloned().collect::<Vec<_>>()).await;
+        // Those that are only being added may have come after the list was made.
+        let added = |known: &Enrolled| {
+            let added = known.attachments.keys().filter(|added| !known.adding.contains_key(added));
+            added.cloned().collect::<Vec<_>>()
+        };
+        let known = self.slots.each(|_, known| added(known)).await;
         for stale in known.into_iter().flatten().filter(|known| !valid.contains(known)) {
             tracing::info!(
                 container = stale.container_id,
@@ -603,11 +711,24 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// Tells the proxies of a pod, without waiting for them: unless its namespace is another pod's by now, whose
-    /// connections they would take for this one's.
+    /// Tells the proxies of a pod, without waiting for them.
     fn hand_over(&self, target: &Target) -> Result<(), Error> {
+        self.tell_proxies(target, || self.proxies.set(workload(target)))
+    }
+
+    /// The same, with something to wait for them by.
+    fn announce(&self, target: &Target) -> Result<Announcement, Error> {
+        self.tell_proxies(target, || self.proxies.announce(workload(target)))
+    }
+
+    /// Unless the pod's namespace is another pod's by now, whose connections the proxies would take for this one's.
+    fn tell_proxies<T>(
+        &self,
+        target: &Target,
+        tell: impl FnOnce() -> Result<T, InvalidWorkload>,
+    ) -> Result<T, Error> {
         // Whoever takes the namespace from here on has the proxies let go of the pod after they were told of it.
-        let told = self.ownership.while_owned(target, || self.proxies.set(workload(target)));
+        let told = self.ownership.while_owned(target, tell);
         Ok(told.ok_or_else(|| Error::NamespaceTaken(target.identity.clone()))??)
     }
 

@@ -1,7 +1,6 @@
 //! Assembles the agent, and shuts it down.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::io;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,7 +9,7 @@ use anyhow::{Context as _, bail};
 use redirect_ebpf::flow::FlowLimits;
 use redirect_ebpf::maps::ProxyPart;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, watch as signal_watch};
+use tokio::sync::watch as signal_watch;
 
 use super::enrolment::{Enrolment, Everybody};
 use super::flows::Flows;
@@ -23,8 +22,8 @@ use super::ready;
 use super::records::{self, Found, Phase, Records};
 use super::service::Service;
 use super::supervisor::{Stop, Supervisor};
-use super::watch::{Event, Watch};
-use super::{node_ack, uninstall, upkeep};
+use super::watch::Watch;
+use super::{drift, node_ack, uninstall, upkeep};
 use crate::kube::{self, Controller, OwnDaemonSet, Timing};
 use crate::metrics::events::events;
 use crate::metrics::server::Purpose;
@@ -39,9 +38,6 @@ use redirect_protocol::placement::Placement;
 use redirect_protocol::wire;
 use redirect_protocol::wire::FeatureReport;
 use redirect_zds as zds;
-
-/// How long interfaces that come and go are left alone until the pod is looked at.
-const SETTLE: Duration = Duration::from_millis(20);
 
 /// The service that keeps the plugin in the CNI chain, which ends before the others.
 const CNI_CHAIN: &str = "CNI chain";
@@ -273,7 +269,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     });
     supervisor.restarting("watch of pods' interfaces", Stop::Cut, {
         let (kernel, pods) = (kernel.clone(), Arc::clone(&pods));
-        move || follow(events.take(), Arc::clone(&watch), kernel.clone(), Arc::clone(&pods))
+        move || drift::follow(events.take(), Arc::clone(&watch), kernel.clone(), Arc::clone(&pods))
     });
     let every = Duration::from_secs(options.check_interval);
     supervisor.restarting("resync with the kernel", Stop::Cut, {
@@ -449,72 +445,9 @@ async fn unchain(chain: install::Options) {
     }
 }
 
-/// Keeps pods in step with their namespaces. Without events that somebody listens to already, any pod may have changed.
-async fn follow(
-    listening: Option<mpsc::Receiver<io::Result<Event>>>,
-    watch: Arc<Watch>,
-    kernel: DatapathHandle<Linux>,
-    pods: Arc<Pods<Linux>>,
-) -> anyhow::Result<()> {
-    let mut batch = Vec::new();
-    let mut events = match listening {
-        Some(events) => events,
-        None => {
-            batch.push(Event::Lost);
-            watch.listen()?
-        }
-    };
-    loop {
-        if batch.is_empty() {
-            batch.push(events.recv().await.context("the watch's thread ended")??);
-        }
-        // Interfaces come with several messages each.
-        tokio::time::sleep(SETTLE).await;
-        while let Ok(more) = events.try_recv() {
-            batch.push(more?);
-        }
-        let on_host = batch.contains(&Event::Host);
-        if on_host {
-            upkeep::mend(&kernel, &pods).await?;
-        }
-        let devices: BTreeSet<u32> = batch
-            .iter()
-            .filter_map(|event| if let Event::Device(index) = event { Some(*index) } else { None })
-            .collect();
-        let changed: BTreeSet<String> = if on_host || batch.contains(&Event::Lost) {
-            pods.uids().await.into_iter().collect()
-        } else {
-            batch
-                .drain(..)
-                .filter_map(|event| if let Event::Changed(uid) = event { Some(uid) } else { None })
-                .collect()
-        };
-        batch.clear();
-        for uid in changed.union(&behind(&devices, &kernel, &pods).await) {
-            pods.reconcile(uid).await;
-        }
-    }
-}
-
 async fn until_stopped(mut stopped: signal_watch::Receiver<bool>) {
     // An error means that the sender is gone, which is as good.
     let _ = stopped.wait_for(|stop| *stop).await;
-}
-
-/// The pods whose devices of the host these are. Others' filters come and go as well.
-async fn behind(
-    devices: &BTreeSet<u32>,
-    kernel: &DatapathHandle<Linux>,
-    pods: &Pods<Linux>,
-) -> BTreeSet<String> {
-    if devices.is_empty() {
-        return BTreeSet::new();
-    }
-    let devices = devices.clone();
-    let found = kernel.run(move |linux| {
-        devices.into_iter().filter_map(|index| linux.pod_behind(index)).collect::<Vec<u64>>()
-    });
-    found.await.unwrap_or_default().into_iter().filter_map(|cookie| pods.uid_of(cookie)).collect()
 }
 
 /// Gives the system what reading the kernel's BTF and the object took: 9 MiB that the allocator would keep for good.

@@ -38,7 +38,7 @@ mod workload;
 #[cfg(test)]
 mod tests;
 
-pub use handle::{AddError, Handle, RemoveOutcome};
+pub use handle::{AddError, Announcement, Handle, RemoveOutcome};
 pub use options::{AdmitError, Event, OnConnect, Options, Recorder};
 pub use peer::Peer;
 pub use redirect_linux::socket_file::BindError;

@@ -140,6 +140,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
             while_running(context, damage)
         }));
     }
+    trials.push(trial(context, "repairs::while_adds_wait", while_adds_wait));
     trials.push(trial(context, "repairs::at_start", at_start));
     trials.push(trial(context, "repairs::are_told_in_kubernetes", event));
     trials.push(trial(context, "repairs::namespace_made_anew::while_running", |context| anew(context, true)));
@@ -181,6 +182,62 @@ fn while_running(context: &Context, damage: Damage) -> Result<()> {
     ensure!(self::links(&node)? == links, "the pins are not what they were");
     pod.check()?;
     works(&pod, &other)
+}
+
+/// Pods whose ADD waits for a proxy that is absent delay nobody: not repairs of another pod and of the node, not `status`, not DEL.
+fn while_adds_wait(context: &Context) -> Result<()> {
+    const PODS: usize = 50;
+    // Nearly as long as the plugin waits.
+    let deadline = wait::patient(2 * wait::SOON).as_secs() - 1;
+    let arguments = ["--on-exit", "keep", "--proxy-deadline", &deadline.to_string()].map(str::to_owned);
+    let options = NodeOptions { agent_arguments: arguments.to_vec(), ..NodeOptions::default() };
+    let node = Node::with(&context.session()?, options)?;
+    let (pod, gone) = (node.enrolled("pod", Families::Dual)?, node.enrolled("gone", Families::Dual)?);
+    let before = Footprint::of(pod.netns())?;
+    let waiting = (0..PODS).map(|number| node.plain(&format!("waiting-{number}"), Families::Dual));
+    let waiting: Vec<Pod> = waiting.collect::<Result<_>>()?;
+    node.kill_proxy()?;
+    node.with_agent(|agent| agent.wait_for_no_proxy())?;
+
+    let mut figures = Vec::new();
+    std::thread::scope(|scope| {
+        let adds: Vec<_> = waiting.iter().map(|pod| scope.spawn(|| pod.enrol())).collect();
+        wait::until_true("pods that wait", LIMIT, || Ok(node.reports()?.len() == PODS + 2))?;
+        let mut measure = |what: &str, work: &mut dyn FnMut() -> Result<()>| -> Result<()> {
+            let began = std::time::Instant::now();
+            work().with_context(|| format!("{what}, with {PODS} pods that wait"))?;
+            figures.push(format!("{what} {} ms", began.elapsed().as_millis()));
+            Ok(())
+        };
+        measure("status", &mut || node.status().map(drop))?;
+        measure("pods", &mut || node.reports().map(drop))?;
+        for damage in [Damage::Rule(Family::Ipv4), Damage::Rule(Family::Ipv6), Damage::NodeDetach] {
+            let earlier = repairs(&node, damage.kind())?;
+            damage.inflict(&node, &pod)?;
+            measure(&format!("repair of {}", damage.name()), &mut || {
+                wait::until_true("repair", LIMIT, || Ok(repairs(&node, damage.kind())? > earlier))
+            })?;
+        }
+        ensure!(Footprint::of(pod.netns())? == before);
+        measure("DEL", &mut || gone.unenrol())?;
+        let (first, rest) = waiting.split_first().context("one that waits")?;
+        measure("DEL of one that waits", &mut || first.unenrol())?;
+        let ended = adds.iter().skip(1).filter(|add| add.is_finished()).count();
+        ensure!(ended == 0, "{ended} ADDs have ended: nothing is known of how they delay others");
+
+        node.start_proxy()?;
+        for (number, add) in adds.into_iter().enumerate() {
+            let outcome = add.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?;
+            ensure!(outcome.is_err() == (number == 0), "ADD {number}: {outcome:?}");
+        }
+        for pod in rest {
+            pod.check()?;
+        }
+        ensure!(node.report(first)?.is_none() && node.report(&gone)?.is_none());
+        anyhow::Ok(())
+    })?;
+    println!("with {PODS} ADDs that wait: {}", figures.join(", "));
+    works(&pod, &gone)
 }
 
 fn links(node: &Node) -> Result<Vec<String>> {

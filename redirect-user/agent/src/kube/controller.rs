@@ -209,7 +209,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         loop {
             ticks.tick().await;
             for uid in self.pods.uids().await {
-                self.pods.reconcile(&uid).await;
+                self.pods.resync(&uid).await;
                 self.queue.add(&uid);
             }
             for uid in self.store.uids() {

@@ -79,7 +79,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             self.follow(&enrolled.target);
             if enrolled.target.netns_cookie != cookie {
                 self.repairs.of_namespace(&identity);
-                self.records.write(&enrolled.record(Phase::Done));
+                self.records.write(&enrolled.record());
                 self.records.remove(cookie);
             }
             *slot = Some(enrolled);

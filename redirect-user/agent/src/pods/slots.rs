@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::time::{Instant, timeout_at};
 
-/// Longer than it takes to look after a thing; whoever waits for a proxy takes much longer.
+/// Longer than it takes to look after a thing; whoever waits for a proxy to let go of one takes much longer.
 const MOMENT: Duration = Duration::from_millis(300);
 
 type Slot<T> = Arc<Mutex<Option<T>>>;
@@ -41,6 +41,11 @@ impl<T> Slots<T> {
     pub(super) async fn find(&self, name: &str) -> Option<Guard<T>> {
         let slot = Arc::clone(self.0.lock().await.get(name)?);
         Some(slot.lock_owned().await)
+    }
+
+    /// The place of this name, if there is one and nobody works on it.
+    pub(super) async fn find_idle(&self, name: &str) -> Option<Guard<T>> {
+        Arc::clone(self.0.lock().await.get(name)?).try_lock_owned().ok()
     }
 
     /// Removes an empty place. Returns whether nothing of this name is left.

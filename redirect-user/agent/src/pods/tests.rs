@@ -183,6 +183,118 @@ async fn a_failed_second_add_leaves_the_pod_as_it_was() {
     assert!(node.kernel.facts(cookie).is_empty());
 }
 
+/// How long things may take that wait for nobody: much shorter than the proxy's deadline in these tests.
+const AT_ONCE: Duration = Duration::from_secs(10);
+const LONG: Duration = Duration::from_secs(600);
+
+async fn until(what: &str, mut done: impl AsyncFnMut() -> bool) {
+    let reached = async {
+        while !done().await {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(AT_ONCE, reached).await.unwrap_or_else(|_| panic!("{what}"));
+}
+
+#[tokio::test]
+async fn pods_that_wait_for_a_proxy_delay_nobody() {
+    const PODS: usize = 50;
+    let node = Node::start();
+    let path = node.directory.path().join("acks.sock");
+    let (server, proxies) = Server::bind(&path, Options::default()).unwrap();
+    let (running, cookie) = node.netns("running", &["10.1.0.1", "fd00::1:1"]);
+    let namespaces: Vec<_> = (0..PODS).map(|number| node.netns(&format!("{number}"), &[])).collect();
+    let Node { kernel, pods, directory: _directory } = node;
+    let pods = Arc::new(Pods { proxies, defaults: defaults(LONG), ..pods });
+    let sandbox = Sandbox { netns: running, containers: ["r".to_owned()].into() };
+    pods.adopt(wanted("running", "running", &["10.1.0.1", "fd00::1:1"]), vec![sandbox]).await.unwrap();
+
+    let adds: Vec<_> = namespaces
+        .iter()
+        .enumerate()
+        .map(|(number, (netns, _))| {
+            let (pods, netns, number) = (Arc::clone(&pods), netns.clone(), number.to_string());
+            let pod = wanted(&number, &number, &[&format!("10.0.0.{number}"), &format!("fd00::{number}")]);
+            tokio::spawn(async move { pods.add(attachment(&number), pod, netns).await })
+        })
+        .collect();
+    until("all wait", async || pods.report().await.len() == PODS + 1).await;
+    let states = || pods.records.read().unwrap().into_iter().map(|record| record.phase);
+    assert_eq!(states().filter(|phase| *phase == Phase::Begun).count(), PODS, "they would be undone");
+
+    let others = async {
+        // Repairs, at once and from time to time; of the pods that wait as well.
+        for (uid, cookie) in [("running", cookie), ("7", namespaces[7].1)] {
+            for at_once in [true, false] {
+                let facts = kernel.facts(cookie);
+                kernel.state().namespaces.get_mut(&cookie).unwrap().facts.pop_last().unwrap();
+                assert_ne!(kernel.facts(cookie), facts);
+                if at_once { pods.reconcile(uid).await } else { pods.look_after(uid).await }
+                assert_eq!(kernel.facts(cookie), facts, "{uid}");
+            }
+        }
+        // Reports, changes, GC.
+        assert_eq!(pods.called("shop/7").await.len(), 1);
+        assert!(pods.standing("7").await.unwrap().steered);
+        let mut changed = wanted("7", "7", &[]);
+        changed.settings.bypass_inbound = true;
+        assert!(pods.update(&changed).await.unwrap());
+        pods.collect(&[]).await;
+        assert_eq!(pods.report().await.len(), PODS + 1, "an ADD in progress is no leftover");
+        // Removal, also of one that waits.
+        assert!(pods.forget("running").await);
+        pods.del(&attachment("0")).await;
+    };
+    tokio::time::timeout(AT_ONCE, others).await.expect("nobody waits for them");
+    assert!(kernel.facts(cookie).is_empty() && kernel.facts(namespaces[0].1).is_empty());
+    assert_eq!(adds.iter().skip(1).filter(|add| add.is_finished()).count(), 0);
+
+    let task = tokio::spawn(server.run(std::future::pending()));
+    let proxy = tokio::spawn(acknowledge(path));
+    for (number, add) in adds.into_iter().enumerate() {
+        let ended = tokio::time::timeout(AT_ONCE, add).await.expect("in time").unwrap();
+        match number {
+            0 => assert!(matches!(ended, Err(Error::Proxy(AddError::Withdrawn { .. }))), "{ended:?}"),
+            _ => ended.unwrap(),
+        }
+    }
+    assert_eq!(states().filter(|phase| *phase == Phase::Done).count(), PODS - 1);
+    let seven = pods.records.read().unwrap().into_iter().find(|record| record.identity.uid == "7").unwrap();
+    assert!(seven.settings.bypass_inbound, "what was changed meanwhile stays");
+    task.abort();
+    proxy.abort();
+}
+
+#[tokio::test]
+async fn an_add_that_fails_undoes_what_it_did_and_nothing_else() {
+    for second in ["10.0.0.3", "fd00::3", "::ffff:10.0.0.3"] {
+        let node = Node::start();
+        let (netns, cookie) = node.netns("pod", &["10.0.0.2"]);
+        let Node { kernel, pods, directory: _directory } = node;
+        let pods = Arc::new(Pods { defaults: defaults(Duration::from_secs(2)), ..pods });
+        let sandbox = Sandbox { netns: netns.clone(), containers: BTreeSet::new() };
+        pods.adopt(wanted("u", "a", &["10.0.0.2"]), vec![sandbox]).await.unwrap();
+        let add = tokio::spawn({
+            let (pods, second) = (Arc::clone(&pods), wanted("u", "a", &[second]));
+            async move { pods.add(attachment("2"), second, netns).await }
+        });
+        let address = second.parse::<IpAddr>().unwrap().to_canonical();
+        let has_second = || kernel.facts(cookie).contains(&Fact::Address(address));
+        until("it is captured", async || has_second()).await;
+        let mut changed = wanted("u", "a", &["10.0.0.2"]);
+        changed.settings.bypass_inbound = true;
+        assert!(pods.update(&changed).await.unwrap());
+        assert!(has_second(), "{second}");
+        let error = add.await.unwrap().unwrap_err();
+        assert!(matches!(error, Error::Proxy(AddError::NotConnected { .. })), "{error}");
+        assert!(!has_second(), "{second}");
+        assert!(!pods.ownership.containers().contains("2"), "{second}");
+        let records = pods.records.read().unwrap();
+        assert!(records[0].settings.bypass_inbound && records[0].attachments.is_empty(), "{records:?}");
+        assert_eq!(records[0].phase, Phase::Done);
+    }
+}
+
 #[tokio::test]
 async fn a_late_removal_of_the_sandbox_before_does_not_touch_the_one_after_it() {
     let node = Node::start();

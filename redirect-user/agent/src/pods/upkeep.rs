@@ -4,7 +4,6 @@ use std::time::Instant;
 
 use redirect_ebpf::maps::PodFlags;
 
-use super::super::records::Phase;
 use super::super::repairs::Repairs;
 use super::{Enrolled, Error, Pods, tell};
 use redirect_datapath::datapath::{Datapath, Introduction};
@@ -24,9 +23,16 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// Looks for changes that nobody tells of, and puts them right.
+    /// The same from time to time, unless somebody works on the pod.
+    pub(crate) async fn resync(&self, uid: &str) {
+        if let Some(Some(known)) = self.slots.find_idle(uid).await.as_deref_mut() {
+            self.repair(known).await;
+        }
+    }
+
+    /// Looks for changes that nobody tells of, and puts them right, unless somebody works on the pod.
     pub(crate) async fn look_after(&self, uid: &str) {
-        let Some(mut slot) = self.slots.find(uid).await else { return };
+        let Some(mut slot) = self.slots.find_idle(uid).await else { return };
         let Some(known) = &mut *slot else { return };
         if let Some(netns) = successor(known) {
             match self.change_over(known, netns).await {
@@ -87,7 +93,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             }
         }
         known.steered = true;
-        self.records.write(&known.record(Phase::Done));
+        self.records.write(&known.record());
         self.follow(&known.target);
         self.unenroll(&old, super::Removal::Everything, None).await;
         self.records.remove(old.netns_cookie);

@@ -69,6 +69,44 @@ pub struct Handle {
     pub(super) socket: Arc<Path>,
 }
 
+/// A pod that proxies are being told of.
+#[derive(Debug)]
+#[must_use]
+pub struct Announcement {
+    shared: Arc<Shared>,
+    socket: Arc<Path>,
+    changes: watch::Receiver<u64>,
+    pod: String,
+    uid: String,
+    generation: Generation,
+    since: u64,
+}
+
+impl Announcement {
+    /// Returns when the newest proxy acknowledged the pod; one without its namespace is acknowledged when that turned up. On an
+    /// error, and if the future is dropped, the pod stays wanted.
+    pub async fn acknowledged(mut self, within: Duration) -> Result<(), AddError> {
+        let deadline = tokio::time::Instant::now() + within;
+        loop {
+            let progress = progress(&self.shared.read(), &self.uid, self.generation, self.since);
+            let pod = self.pod.clone();
+            let connected = match progress {
+                Progress::Acknowledged => return Ok(()),
+                Progress::Refused(error) => return Err(AddError::Nack { pod, error }),
+                Progress::Withdrawn => return Err(AddError::Withdrawn { pod }),
+                Progress::Waiting { connected } => connected,
+            };
+            if timeout_at(deadline, self.changes.changed()).await.is_err() {
+                return Err(if connected {
+                    AddError::Timeout { pod, within }
+                } else {
+                    AddError::NotConnected { pod, socket: self.socket.to_path_buf() }
+                });
+            }
+        }
+    }
+}
+
 enum Progress {
     Acknowledged,
     Refused(String),
@@ -77,29 +115,18 @@ enum Progress {
 }
 
 impl Handle {
-    /// Wants the pod served, and returns when the newest proxy acknowledged it. A pod that was refused is tried again at
-    /// once; one without its namespace is acknowledged when that turned up. On an error, and if the future is dropped, the pod stays wanted.
+    /// Wants the pod served, and returns when the newest proxy acknowledged it, see [`Announcement::acknowledged`].
     pub async fn add(&self, workload: Workload, within: Duration) -> Result<(), AddError> {
-        let deadline = tokio::time::Instant::now() + within;
-        let mut changes = self.shared.changes();
-        let pod = pod_name(&workload.uid, &workload.info);
-        let uid = workload.uid.clone();
+        self.announce(workload)?.acknowledged(within).await
+    }
+
+    /// Wants the pod served. A pod that was refused is tried again at once.
+    pub fn announce(&self, workload: Workload) -> Result<Announcement, InvalidWorkload> {
+        let (pod, uid) = (pod_name(&workload.uid, &workload.info), workload.uid.clone());
+        let changes = self.shared.changes();
         let (generation, since) = self.put(workload)?;
-        loop {
-            let connected = match progress(&self.shared.read(), &uid, generation, since) {
-                Progress::Acknowledged => return Ok(()),
-                Progress::Refused(error) => return Err(AddError::Nack { pod, error }),
-                Progress::Withdrawn => return Err(AddError::Withdrawn { pod }),
-                Progress::Waiting { connected } => connected,
-            };
-            if timeout_at(deadline, changes.changed()).await.is_err() {
-                return Err(if connected {
-                    AddError::Timeout { pod, within }
-                } else {
-                    AddError::NotConnected { pod, socket: self.socket.to_path_buf() }
-                });
-            }
-        }
+        let (shared, socket) = (Arc::clone(&self.shared), Arc::clone(&self.socket));
+        Ok(Announcement { shared, socket, changes, pod, uid, generation, since })
     }
 
     /// Wants the pod served, without waiting.
