@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use redirect_ebpf::Family;
 
 const PROG_LOAD: libc::c_long = 5;
 const LINK_CREATE: libc::c_long = 28;
@@ -104,6 +105,35 @@ impl Program {
         let program = load(CGROUP_SOCK_ADDR, hook, &code)?;
         let directory = File::open(cgroup)?;
         Ok(Self { _link: link(&program, directory.as_raw_fd() as u32, hook, order)? })
+    }
+
+    /// What a CNI plugin's program on the way to pods does: it hands the TCP segments of a family that come in by an interface of the
+    /// calling thread's namespace to the other end of a pair of devices, whose one end is `device`.
+    pub fn redirecting_to_peer(interface: u32, family: Family, device: u32) -> Result<Self> {
+        const SCHED_CLS: u32 = 3;
+        const REDIRECT_PEER: i32 = 155;
+        const NEXT: i32 = -1;
+        /// `protocol` in `struct __sk_buff`.
+        const TYPE: i16 = 16;
+        // Behind the Ethernet header: the IPv4 header's protocol, the IPv6 header's next header.
+        let (ether_type, protocol) = match family {
+            Family::Ipv4 => (0x0800u16, 14 + 9),
+            Family::Ipv6 => (0x86dd, 14 + 6),
+        };
+        let code = [
+            instruction(0xbf, 6, 1, 0, 0),
+            instruction(0x61, 2, 1, TYPE, 0),
+            instruction(0x56, 2, 0, 6, i32::from(ether_type.to_be())),
+            instruction(0x30, 0, 0, 0, protocol),
+            instruction(0x56, 0, 0, 4, libc::IPPROTO_TCP),
+            instruction(0xb4, 1, 0, 0, device as i32),
+            instruction(0xb4, 2, 0, 0, 0),
+            instruction(0x85, 0, 0, 0, REDIRECT_PEER),
+            instruction(0x95, 0, 0, 0, 0),
+        ];
+        let code: Vec<u64> = code.into_iter().chain(give(NEXT)).collect();
+        let program = load(SCHED_CLS, Hook::TcxIngress, &code)?;
+        Ok(Self { _link: link(&program, interface, Hook::TcxIngress, LAST)? })
     }
 
     /// A program on an interface of the calling thread's namespace that ends with this verdict for every packet.

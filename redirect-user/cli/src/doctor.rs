@@ -8,6 +8,7 @@ mod gates;
 mod netfilter;
 mod others;
 mod programs;
+mod shortcuts;
 mod sysctls;
 
 use std::path::PathBuf;
@@ -43,12 +44,13 @@ pub(crate) struct Requirements {
 type Group = fn(&Requirements) -> Vec<Check>;
 
 /// What else the doctor looks at.
-const FURTHER: [Group; 7] = [
+const FURTHER: [Group; 8] = [
     programs::checks,
     sysctls::checks,
     others::at_cgroup,
     others::on_devices,
     gates::check,
+    shortcuts::check,
     netfilter::checks,
     chain::checks,
 ];

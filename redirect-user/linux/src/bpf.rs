@@ -7,7 +7,9 @@ use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
-use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_map_info, bpf_prog_info};
+use aya_obj::generated::{
+    bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_link_info, bpf_map_info, bpf_prog_info,
+};
 use nix::errno::Errno;
 
 /// What the kernel tells about an object.
@@ -80,6 +82,29 @@ pub fn info<T: Info>(object: BorrowedFd<'_>) -> Result<T, Errno> {
     attributes.info.info = (&raw mut info).expose_provenance() as u64;
     call(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
     Ok(info)
+}
+
+/// The instructions of a program, as the kernel has translated them.
+pub fn instructions(program: BorrowedFd<'_>) -> Result<Vec<bpf_insn>, Errno> {
+    let length = info::<bpf_prog_info>(program)?.xlated_prog_len as usize;
+    let nothing = bpf_insn {
+        code: 0,
+        _bitfield_align_1: [],
+        _bitfield_1: bpf_insn::new_bitfield_1(0, 0),
+        off: 0,
+        imm: 0,
+    };
+    let mut instructions = vec![nothing; length / size_of::<bpf_insn>()];
+    // SAFETY: zeros are a value of it.
+    let mut info: bpf_prog_info = unsafe { mem::zeroed() };
+    info.xlated_prog_len = length as u32;
+    info.xlated_prog_insns = instructions.as_mut_ptr().expose_provenance() as u64;
+    let mut attributes = attributes();
+    attributes.info.bpf_fd = program.as_raw_fd().cast_unsigned();
+    attributes.info.info_len = size_of::<bpf_prog_info>() as u32;
+    attributes.info.info = (&raw mut info).expose_provenance() as u64;
+    call(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
+    Ok(instructions)
 }
 
 /// `BPF_OBJ_PIN`.

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 pub use aya_obj::generated::bpf_attach_type as AttachType;
-use aya_obj::generated::{BPF_F_BEFORE, bpf_cmd, bpf_link_info, bpf_link_type, bpf_prog_info};
+use aya_obj::generated::{BPF_F_BEFORE, bpf_cmd, bpf_insn, bpf_link_info, bpf_link_type, bpf_prog_info};
 use nix::errno::Errno;
 
 use crate::bpf;
@@ -175,17 +175,27 @@ pub fn programs(at: At<'_>, attach_type: AttachType) -> io::Result<Vec<u32>> {
 
 /// The name of a program in the kernel; `None` if the program is gone.
 pub fn program_name(id: u32) -> io::Result<Option<String>> {
-    let mut attributes = bpf::attributes();
-    // SAFETY: all of the union was zeroed, which every member allows.
-    unsafe { &mut attributes.__bindgen_anon_6 }.__bindgen_anon_1.prog_id = id;
-    let program = match bpf::open(bpf_cmd::BPF_PROG_GET_FD_BY_ID, &mut attributes) {
-        Err(Errno::ENOENT) => return Ok(None),
-        result => result?,
-    };
+    let Some(program) = program(id)? else { return Ok(None) };
     let info: bpf_prog_info = bpf::info(program.as_fd())?;
     let name = info.name.map(|byte| byte.to_ne_bytes()[0]);
     let name = CStr::from_bytes_until_nul(&name).unwrap_or_default();
     Ok(Some(name.to_string_lossy().into_owned()))
+}
+
+/// The instructions of a program, as the kernel has translated them; none if the program is gone.
+pub fn program_instructions(id: u32) -> io::Result<Vec<bpf_insn>> {
+    let Some(program) = program(id)? else { return Ok(Vec::new()) };
+    Ok(bpf::instructions(program.as_fd())?)
+}
+
+fn program(id: u32) -> io::Result<Option<OwnedFd>> {
+    let mut attributes = bpf::attributes();
+    // SAFETY: all of the union was zeroed, which every member allows.
+    unsafe { &mut attributes.__bindgen_anon_6 }.__bindgen_anon_1.prog_id = id;
+    match bpf::open(bpf_cmd::BPF_PROG_GET_FD_BY_ID, &mut attributes) {
+        Err(Errno::ENOENT) => Ok(None),
+        result => Ok(Some(result?)),
+    }
 }
 
 impl AsFd for Program {

@@ -11,7 +11,7 @@ use redirect_protocol::placement::Placement;
 use redirect_tests::dns::{self, DnsServer};
 use redirect_tests::foreign::{Hook, Kind, Program};
 use redirect_tests::wait::SOON;
-use redirect_tests::{Direction, Families, Netns, Node, NodeOptions, Pod, Stack, foreign};
+use redirect_tests::{Connection, Direction, Families, Netns, Node, NodeOptions, Pod, Stack, foreign};
 use socket2::{Socket, Type};
 
 use crate::context::{Context, for_every_stack, for_every_stack_in_pods, needs_tcx};
@@ -42,6 +42,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         dns_load_balancer,
     ));
     trials.extend(for_every_stack(context, "coexistence::filter_in_our_place_is_told", filter_in_our_place));
+    trials.extend(for_every_stack(context, "coexistence::shortcut_to_a_pod", shortcut));
     trials
 }
 
@@ -118,6 +119,46 @@ fn dns_load_balancer(context: &Context, stack: Stack) -> Result<()> {
     let expected = if foreign::has_order(session.applications().path())? { service } else { backend };
     ensure!(from == stack.spell(expected), "{service} was asked, {from} answered, not {expected}");
     ensure!(asked.heard().is_empty(), "the question went past the proxy: {:?}", asked.heard());
+    Ok(())
+}
+
+/// A program on the node's uplink that hands packets to the pod's end of its pair of devices, as CNI plugins have them. The programs
+/// in the pod capture them all the same. In placement `node` ours are on the other end, and never see them: the doctor says so.
+fn shortcut(context: &Context, stack: Stack) -> Result<()> {
+    needs_tcx()?;
+    let node = Node::start(&context.session()?)?;
+    let outside = Netns::new("outside")?;
+    node.attach(&outside, "uplink")?;
+    let pod = node.enrolled("pod", Families::Dual)?;
+    let index = |device: &str| -> Result<u32> {
+        let index = node.netns().json(&format!("ip -j link show dev {device}"))?[0]["ifindex"].as_u64();
+        Ok(u32::try_from(index.context("no index")?)?)
+    };
+    let (uplink, device) = (index("uplink")?, index(&host_device(&pod)?)?);
+    let told = || -> Result<Vec<serde_json::Value>> {
+        let mut command = Command::new(&node.session().binaries().redirect);
+        command.args(["doctor", "-o", "json"]);
+        let output = node.netns().run(move || command.output())??;
+        let checks: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout)?;
+        Ok(checks.into_iter().filter(|check| check["check"] == "shortcuts to pods").collect())
+    };
+    let before = told()?;
+    let _program = node.netns().run(|| Program::redirecting_to_peer(uplink, stack.family(), device))??;
+    let after = told()?;
+    if context.placement() == Placement::Pod {
+        ensure!(before.is_empty() && after.is_empty(), "{after:#?}");
+        return inbound::passes_the_proxy_once(&outside, &pod, stack);
+    }
+    ensure!(before.len() == 1 && before[0]["state"] == "ok", "{before:#?}");
+    ensure!(after.len() == 1 && after[0]["state"] == "fail", "{after:#?}");
+    let detail = after[0]["detail"].as_str().unwrap_or_default();
+    ensure!(detail.contains("foreign on uplink, ingress"), "{detail}");
+    let remedy = after[0]["remedy"].as_str().unwrap_or_default();
+    ensure!(remedy.contains("--placement pod"), "{remedy}");
+    // Otherwise the doctor would be wrong.
+    let listening = pod.listen(stack)?;
+    let to = pod.endpoint(stack.family(), listening.port())?;
+    ensure!(Connection::open(&outside, stack, to)?.is_direct(), "the proxy had the connection");
     Ok(())
 }
 

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::AsFd as _;
 use std::path::Path;
 
+use super::shortcuts::Shortcut;
 use super::{CGROUP, devices};
 use crate::facts::{Hook, Interface};
 use redirect_linux::link::{self, At, AttachType};
@@ -24,6 +25,8 @@ pub struct Attached {
 
 #[derive(Clone, Debug)]
 struct Program {
+    /// Its ID; none for a filter of another kind.
+    id: Option<u32>,
     /// Its name in the kernel.
     name: String,
     /// Whether it is one of ours, by its name.
@@ -72,6 +75,25 @@ pub fn unguarded(pod: &NetNs) -> io::Result<Vec<String>> {
     Ok(devices::of(pod, &NetNs::current()?, &mut Netlink::open()?)?.unreachable)
 }
 
+/// The programs on interfaces of the calling thread's namespace that may send packets to pods past the host's ends of their devices,
+/// each with its place.
+pub fn shortcuts() -> io::Result<Vec<String>> {
+    let shortcut = Shortcut::known()?;
+    let mut netlink = Netlink::open()?;
+    let (interfaces, _) = netlink.interfaces()?;
+    let mut found = Vec::new();
+    for Attached { place, programs } in on(&mut netlink, &interfaces)? {
+        for program in programs.iter().filter(|program| !program.ours) {
+            if let Some(id) = program.id
+                && shortcut.is_taken_by(id)?
+            {
+                found.push(format!("{} on {place}", program.name));
+            }
+        }
+    }
+    Ok(found)
+}
+
 /// On interfaces of the calling thread's namespace. The kernel runs tcx programs before filters.
 fn on(netlink: &mut Netlink, interfaces: &[Interface]) -> io::Result<Vec<Attached>> {
     let ours: Vec<_> =
@@ -85,14 +107,12 @@ fn on(netlink: &mut Netlink, interfaces: &[Interface]) -> io::Result<Vec<Attache
         ] {
             let mut programs = named(link::programs(At::Interface(interface.index), attach_type)?, &ours)?;
             for (kind, filter) in filters.iter().filter(|(_, filter)| filter.side == side) {
-                let name = match filter.program {
-                    0 => None,
-                    id => link::program_name(id)?,
-                };
+                let id = (filter.program != 0).then_some(filter.program);
+                let name = id.map(link::program_name).transpose()?.flatten();
                 let is_ours = |name: &String| ours.contains(&&**name) && HANDLES.contains(&filter.handle);
                 let ours = name.as_ref().is_some_and(is_ours);
                 let name = name.unwrap_or_else(|| format!("a filter of kind {kind}"));
-                programs.push(Program { name, ours });
+                programs.push(Program { id, name, ours });
             }
             attached.push(Attached { place: format!("{}, {label}", interface.name), programs });
         }
@@ -107,7 +127,7 @@ fn named(ids: Vec<u32>, ours: &[&str]) -> io::Result<Vec<Program>> {
         if let Some(name) = link::program_name(id)? {
             // The kernel cuts names.
             let is_cut = |own: &&str| !name.is_empty() && own.get(..15).unwrap_or(own) == name;
-            programs.push(Program { ours: ours.iter().any(is_cut), name });
+            programs.push(Program { id: Some(id), ours: ours.iter().any(is_cut), name });
         }
     }
     Ok(programs)
@@ -120,7 +140,8 @@ mod tests {
     #[test]
     fn what_comes_after_the_last_of_ours_does_not_matter() {
         let attached = |names: &[&str]| {
-            let program = |name: &&str| Program { name: (*name).into(), ours: name.starts_with("our") };
+            let program =
+                |name: &&str| Program { id: None, name: (*name).into(), ours: name.starts_with("our") };
             Attached { place: "eth0, ingress".into(), programs: names.iter().map(program).collect() }
         };
         for (names, before) in [

@@ -1,0 +1,37 @@
+//! What reaches pods past the programs of placement `node`.
+
+use nix::net::if_::if_nametoindex;
+use redirect_datapath::linux;
+use redirect_ebpf::constants::ENTRANCE;
+
+use super::{Check, Requirements};
+
+const NAME: &str = "shortcuts to pods";
+
+/// Only where an agent in that placement has its ingress device: in placement `pod` the programs are in the pod.
+pub(super) fn check(_: &Requirements) -> Vec<Check> {
+    if if_nametoindex(ENTRANCE).is_err() {
+        return Vec::new();
+    }
+    let programs = match linux::shortcuts() {
+        Ok(programs) => programs,
+        Err(error) => {
+            return vec![Check::warn(
+                NAME,
+                format!("the TC programs of this node can't be read: {error}"),
+                "run it as root; sysctl kernel.kptr_restrict=1 at most",
+            )];
+        }
+    };
+    if programs.is_empty() {
+        return vec![Check::ok(NAME, "no TC program of the node calls bpf_redirect_peer")];
+    }
+    vec![Check::broken(
+        NAME,
+        format!(
+            "TC programs call bpf_redirect_peer: {}. What they redirect to an enrolled pod reaches it past the node proxy",
+            programs.join("; ")
+        ),
+        "run the agent with --placement pod, or have the CNI plugin use the host's routing (Cilium: bpf.hostLegacyRouting)",
+    )]
+}
