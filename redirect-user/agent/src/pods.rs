@@ -453,6 +453,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         self.own(&enrolled.target).await;
         self.claim(&enrolled.target, enrolled.target.addresses.iter());
         self.records.write(&enrolled.record());
+        self.follow(&enrolled.target);
         let steered = match self.steer(&enrolled.target).await {
             Ok(outcome) => self.hand_over(&enrolled.target).map(|()| outcome.observation),
             Err(error) => Err(error),
@@ -471,7 +472,6 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         enrolled.steered = true;
         enrolled.phase = Phase::Done;
         self.records.write(&enrolled.record());
-        self.follow(&enrolled.target);
         tell::steered(&enrolled.target, &enrolled.observation, began, Duration::ZERO);
         Ok(enrolled)
     }

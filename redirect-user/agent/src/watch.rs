@@ -6,14 +6,15 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 
-use redirect_linux::netlink::notifications::{Notification, Notifications};
-use redirect_linux::netlink::{Netlink, Raw};
+use redirect_linux::netlink::notifications::{Marker, Notification, Notifications};
+use redirect_linux::netlink::{LOOPBACK_INDEX, Netlink, Raw};
 use redirect_linux::netns::NetNs;
 
 /// The namespaces that are watched.
@@ -21,8 +22,21 @@ pub(crate) struct Watch {
     netlink: Mutex<Netlink>,
     /// Whether what is removed on the host is of interest.
     host: bool,
-    /// UIDs of pods by namespace ID.
-    followed: Mutex<HashMap<i32, String>>,
+    /// Pods by namespace ID.
+    followed: Mutex<HashMap<i32, Followed>>,
+    /// Of who listens now.
+    marker: Mutex<Option<Marker>>,
+    /// The number of the latest mark.
+    marks: AtomicU32,
+    /// The number of the latest mark that was made.
+    marked: AtomicU32,
+}
+
+struct Followed {
+    uid: String,
+    /// The mark that is between what was said before the pod was followed and what was said after. What was said before is of
+    /// no interest: whoever follows the pod looks at its namespace afterwards.
+    since: u32,
 }
 
 /// What was noticed.
@@ -63,12 +77,20 @@ impl Watch {
     /// Watches pods, and the host or not, once somebody listens.
     pub(super) fn new(host: bool) -> io::Result<Arc<Self>> {
         let netlink = Mutex::new(Netlink::open()?);
-        Ok(Arc::new(Self { netlink, host, followed: Mutex::default() }))
+        Ok(Arc::new(Self {
+            netlink,
+            host,
+            followed: Mutex::default(),
+            marker: Mutex::default(),
+            marks: AtomicU32::new(0),
+            marked: AtomicU32::new(0),
+        }))
     }
 
     /// Starts to listen. Events end with an error, or when the receiver is dropped.
     pub(super) fn listen(self: &Arc<Self>) -> io::Result<mpsc::Receiver<io::Result<Event>>> {
         let mut notifications = Notifications::open(&GROUPS, BUFFER)?;
+        *self.marker.lock().unwrap_or_else(PoisonError::into_inner) = Some(notifications.marker()?);
         let (events, receiver) = mpsc::channel(QUEUE);
         let watcher = Arc::clone(self);
         thread::Builder::new()
@@ -77,35 +99,55 @@ impl Watch {
         Ok(receiver)
     }
 
-    /// Watches a pod's namespace.
+    /// Watches a pod's namespace: whatever changes there from now on. To be called before it is looked at.
     pub(super) fn follow(&self, uid: &str, netns: &NetNs) -> io::Result<()> {
         let id = self.netlink.lock().unwrap_or_else(PoisonError::into_inner).namespace_id(netns)?;
+        let since = self.mark();
         let mut followed = self.followed();
         // An older sandbox of the pod may have had another.
-        followed.retain(|_, known| known != uid);
-        followed.insert(id, uid.to_owned());
+        followed.retain(|_, known| known.uid != uid);
+        followed.insert(id, Followed { uid: uid.to_owned(), since });
         Ok(())
+    }
+
+    /// Marks this moment among the notifications.
+    fn mark(&self) -> u32 {
+        let marker = self.marker.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = self.marks.fetch_add(1, Ordering::Relaxed) + 1;
+        match marker.as_ref().map(|marker| marker.mark(number)) {
+            Some(Ok(())) => {
+                self.marked.fetch_max(number, Ordering::Release);
+                number
+            }
+            // Everything is after it.
+            Some(Err(_)) | None => 0,
+        }
     }
 
     /// Watches it no more.
     pub(super) fn unfollow(&self, uid: &str) {
-        self.followed().retain(|_, followed| followed != uid);
+        self.followed().retain(|_, followed| followed.uid != uid);
     }
 
-    fn followed(&self) -> MutexGuard<'_, HashMap<i32, String>> {
+    fn followed(&self) -> MutexGuard<'_, HashMap<i32, Followed>> {
         self.followed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn read(&self, notifications: &mut Notifications, events: &mpsc::Sender<io::Result<Event>>) {
+        // Those that were made before this thread listened are not among its notifications.
+        let mut reached = self.marks.load(Ordering::Relaxed);
         loop {
-            let batch = match next_batch(notifications) {
+            let batch = match self.next_batch(notifications, &mut reached) {
                 Ok(changes) => {
                     let followed = self.followed();
                     let event = |change| match change {
                         Change::OnHost => self.host.then_some(Event::Host),
                         Change::OnDevice(_) if self.host => Some(Event::Host),
                         Change::OnDevice(index) => Some(Event::Device(index)),
-                        Change::InNamespace(id) => followed.get(&id).cloned().map(Event::Changed),
+                        Change::InNamespace { id, mark } => {
+                            let followed = followed.get(&id).filter(|followed| followed.since <= mark)?;
+                            Some(Event::Changed(followed.uid.clone()))
+                        }
                     };
                     changes.into_iter().filter_map(event).collect()
                 }
@@ -130,23 +172,38 @@ impl Watch {
             }
         }
     }
-}
 
-/// Waits for a message, and returns what has changed by it and by those that come soon after it.
-///
-/// Enrolments send dozens of messages. Whoever sends one pays for waking a thread that waits for it, so that this one does not
-/// wait for each.
-fn next_batch(notifications: &mut Notifications) -> io::Result<BTreeSet<Change>> {
-    let mut changes: BTreeSet<Change> = changes_by(&notifications.wait()?).collect();
-    thread::sleep(PAUSE);
-    for _ in 0..BATCH {
-        match notifications.poll() {
-            Ok(notification) => changes.extend(changes_by(&notification)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-            Err(error) => return Err(error),
+    /// Waits for a message, and returns what has changed by it and by those that come soon after it. `reached` is the latest mark
+    /// before them.
+    ///
+    /// Enrolments send dozens of messages. Whoever sends one pays for waking a thread that waits for it, so that this one does not
+    /// wait for each.
+    fn next_batch(
+        &self,
+        notifications: &mut Notifications,
+        reached: &mut u32,
+    ) -> io::Result<BTreeSet<Change>> {
+        let mut changes = BTreeSet::new();
+        let mut add = |notification: &Notification, reached: &mut u32| {
+            *reached = notification.mark.unwrap_or(0).max(*reached);
+            changes.extend(changes_by(notification, *reached));
+        };
+        add(&notifications.wait()?, reached);
+        thread::sleep(PAUSE);
+        for _ in 0..BATCH {
+            let marked = self.marked.load(Ordering::Acquire);
+            match notifications.poll() {
+                Ok(notification) => add(&notification, reached),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    // What was lost with notifications does not come any more.
+                    *reached = marked.max(*reached);
+                    break;
+                }
+                Err(error) => return Err(error),
+            }
         }
+        Ok(changes)
     }
-    Ok(changes)
 }
 
 /// Whether notifications are missing, because there was no room for them or because they can't be understood.
@@ -157,8 +214,13 @@ fn is_lost(error: &io::Error) -> bool {
 /// What a message says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Change {
-    /// Something in the namespace with this ID has changed.
-    InNamespace(i32),
+    /// Something in the namespace with this ID has changed, after this mark.
+    InNamespace {
+        /// The ID.
+        id: i32,
+        /// The mark.
+        mark: u32,
+    },
     /// Something was removed from the socket's own namespace.
     OnHost,
     /// A filter was removed from the device with this index in the socket's own namespace.
@@ -166,9 +228,9 @@ enum Change {
 }
 
 /// What has changed by a notification, as far as that is of interest: what it says beyond that does not matter.
-fn changes_by(notification: &Notification) -> impl Iterator<Item = Change> {
-    let change = |message: &Raw| match notification.namespace {
-        Some(id) => is_of_interest(message).then_some(Change::InNamespace(id)),
+fn changes_by(notification: &Notification, mark: u32) -> impl Iterator<Item = Change> {
+    let change = move |message: &Raw| match notification.namespace {
+        Some(id) => is_of_interest(message).then_some(Change::InNamespace { id, mark }),
         None => removes(message).then(|| match message.kind() {
             libc::RTM_DELQDISC | libc::RTM_DELTFILTER => Change::OnDevice(message.word(TCM_IFINDEX)),
             _ => Change::OnHost,
@@ -177,9 +239,15 @@ fn changes_by(notification: &Notification) -> impl Iterator<Item = Change> {
     notification.messages.iter().filter_map(change)
 }
 
-/// Whether a message calls for a look at its namespace: any about a link, and those about what is removed.
+/// Whether a message calls for a look at its namespace: any about a link, and those about what is removed. Enrolment itself sets
+/// `lo` up.
 fn is_of_interest(message: &Raw) -> bool {
-    message.kind() == libc::RTM_NEWLINK || message.kind() == libc::RTM_DELROUTE || removes(message)
+    let is_up = message.word(IFI_FLAGS) & libc::IFF_UP.cast_unsigned() != 0;
+    match message.kind() {
+        libc::RTM_NEWLINK => message.word(IFI_INDEX) != LOOPBACK_INDEX || !is_up,
+        libc::RTM_DELROUTE => true,
+        _ => removes(message),
+    }
 }
 
 /// Whether a message says that something was removed that can be ours on the host, where others' routes come and go.
@@ -192,7 +260,66 @@ fn removes(message: &Raw) -> bool {
     }
 }
 
+/// Where `struct ifinfomsg` has the index of the device.
+const IFI_INDEX: usize = 4;
+/// Where it has the device's flags.
+const IFI_FLAGS: usize = 8;
 /// Where `struct tcmsg` has the index of the device.
 const TCM_IFINDEX: usize = 4;
 /// Where `struct rtmsg` has the number of the table.
 const RTM_TABLE: usize = 4;
+
+#[cfg(test)]
+mod tests {
+    use nix::sched::{CloneFlags, unshare};
+
+    use super::*;
+
+    fn namespace() -> Option<NetNs> {
+        let thread = thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).ok()?;
+            Some(NetNs::current().unwrap())
+        });
+        thread.join().unwrap()
+    }
+
+    fn change(netns: &NetNs, work: impl FnOnce(&mut Netlink) -> io::Result<()> + Send) {
+        netns.run(move || work(&mut Netlink::open().unwrap())).unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_changed_before_a_pod_was_followed_is_of_no_interest() {
+        let (Some(pod), Some(other)) = (namespace(), namespace()) else {
+            let name = "what_changed_before_a_pod_was_followed_is_of_no_interest";
+            return redirect_testing::skip(name, "needs root");
+        };
+        let watch = Watch::new(false).unwrap();
+        let mut events = watch.listen().unwrap();
+        // Namespaces with IDs are heard of from then on.
+        for netns in [&pod, &other] {
+            watch.netlink.lock().unwrap().namespace_id(netns).unwrap();
+        }
+        watch.follow("other", &other).unwrap();
+        // What a CNI plugin does, and what enrolment does.
+        change(&pod, |netlink| netlink.add_pair("eth0", "peer"));
+        watch.follow("pod", &pod).unwrap();
+        change(&pod, |netlink| netlink.set_up(LOOPBACK_INDEX));
+        // All of that was said before this.
+        let mut heard = Vec::new();
+        for device in ["eth0", "eth1"] {
+            change(&other, |netlink| netlink.add_pair(device, &format!("{device}-peer")));
+            heard.push(events.recv().await.unwrap().unwrap());
+        }
+        assert!(heard.iter().all(|event| *event == Event::Changed("other".into())), "{heard:?}");
+
+        for again in [false, true] {
+            if again {
+                // Whoever listens anew hears of pods that were followed before.
+                events = watch.listen().unwrap();
+            }
+            let device = format!("net{}", u8::from(again));
+            change(&pod, |netlink| netlink.add_pair(&device, &format!("{device}-peer")));
+            while events.recv().await.unwrap().unwrap() != Event::Changed("pod".into()) {}
+        }
+    }
+}

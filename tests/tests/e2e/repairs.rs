@@ -13,9 +13,11 @@ use redirect_ebpf::constants::{ROUTE_TABLE, RULE_PRIORITY_CAPTURE, RULE_PRIORITY
 use redirect_tests::cluster::Cluster;
 use redirect_tests::kernel::Footprint;
 use redirect_tests::{Families, Node, NodeOptions, Pod, Stack, wait};
+use serde_json::Value;
 
 use crate::context::{Context, trial};
 use crate::flows::pinned;
+use crate::logs::lines;
 use crate::{inbound, outbound};
 
 /// What somebody does.
@@ -141,6 +143,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         }));
     }
     trials.push(trial(context, "repairs::while_adds_wait", while_adds_wait));
+    trials.push(trial(context, "repairs::not_by_adds", not_by_adds));
     trials.push(trial(context, "repairs::at_start", at_start));
     trials.push(trial(context, "repairs::are_told_in_kubernetes", event));
     trials.push(trial(context, "repairs::namespace_made_anew::while_running", |context| anew(context, true)));
@@ -238,6 +241,34 @@ fn while_adds_wait(context: &Context) -> Result<()> {
     })?;
     println!("with {PODS} ADDs that wait: {}", figures.join(", "));
     works(&pod, &gone)
+}
+
+/// An ADD looks at a pod once: what the CNI plugins before ours have changed, and what it changes itself, is no reason to look again.
+fn not_by_adds(context: &Context) -> Result<()> {
+    const PODS: usize = 10;
+    let log = "info,redirect_datapath=debug";
+    let arguments = ["--on-exit", "keep", "--check-interval", "3600", "--log-format", "json", "--log", log]
+        .map(str::to_owned);
+    let options = NodeOptions { agent_arguments: arguments.to_vec(), ..NodeOptions::default() };
+    let node = Node::with(&context.session()?, options)?;
+    let last = node.enrolled("last", Families::Dual)?;
+    let looks = |pod: &Pod| -> Result<usize> {
+        let lines = lines(&node)?;
+        let is_one = |line: &&Value| {
+            line["message"] == "reconciling datapath" && line["uid"] == pod.identity().uid.as_str()
+        };
+        Ok(lines.iter().filter(is_one).count())
+    };
+    let pods = (0..PODS).map(|number| node.enrolled(&format!("pod-{number}"), Families::Dual));
+    let pods: Vec<Pod> = pods.collect::<Result<_>>()?;
+    // Everything about the others was said before.
+    let before = looks(&last)?;
+    last.netns().ip("link set eth0 alias another")?;
+    wait::until_true("look at the pod that changed", LIMIT, || Ok(looks(&last)? > before))?;
+    let all: Vec<usize> = pods.iter().map(&looks).collect::<Result<_>>()?;
+    println!("{PODS} ADDs looked at {} pods", all.iter().sum::<usize>());
+    ensure!(all.iter().all(|looks| *looks == 1), "{all:?}");
+    Ok(())
 }
 
 fn links(node: &Node) -> Result<Vec<String>> {

@@ -62,6 +62,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 Enrolled { attachments, declared, containers, settings, ..Enrolled::new(target) };
             let held = self.ownership.held(&enrolled.target).addresses;
             self.claim(&enrolled.target, held.iter());
+            self.follow(&enrolled.target);
             match self.steer(&enrolled.target).await {
                 Ok(outcome) => {
                     self.repairs.of_facts(&identity, &outcome.made);
@@ -76,7 +77,6 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 tracing::warn!(pod = %identity, %error, "pod is not announced to node proxies");
             }
             self.own(&enrolled.target).await;
-            self.follow(&enrolled.target);
             if enrolled.target.netns_cookie != cookie {
                 self.repairs.of_namespace(&identity);
                 self.records.write(&enrolled.record());

@@ -229,7 +229,11 @@ async fn pods_that_wait_for_a_proxy_delay_nobody() {
                 let facts = kernel.facts(cookie);
                 kernel.state().namespaces.get_mut(&cookie).unwrap().facts.pop_last().unwrap();
                 assert_ne!(kernel.facts(cookie), facts);
-                if at_once { pods.reconcile(uid).await } else { pods.look_after(uid).await }
+                if at_once {
+                    pods.reconcile(uid).await
+                } else {
+                    pods.look_after(uid).await
+                }
                 assert_eq!(kernel.facts(cookie), facts, "{uid}");
             }
         }

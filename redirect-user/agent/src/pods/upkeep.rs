@@ -79,6 +79,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
         let addresses = self.ownership.held(&old).addresses;
         self.claim(&known.target, addresses.iter());
+        self.follow(&known.target);
         let steered = match self.steer(&known.target).await {
             // Its own pod may have been brought meanwhile.
             Ok(outcome) => self.hand_over(&known.target).map(|()| outcome.observation),
@@ -89,12 +90,12 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             Err(error) => {
                 self.ownership.give_back(&known.target, old.netns_cookie, &addresses);
                 known.target = old;
+                self.follow(&known.target);
                 return Err(error);
             }
         }
         known.steered = true;
         self.records.write(&known.record());
-        self.follow(&known.target);
         self.unenroll(&old, super::Removal::Everything, None).await;
         self.records.remove(old.netns_cookie);
         Ok(())

@@ -227,7 +227,7 @@ pub(super) fn messages<T: NetlinkDeserializable>(
     })
 }
 
-fn request<T: NetlinkSerializable>(message: T, flags: u16) -> NetlinkMessage<T> {
+pub(super) fn request<T: NetlinkSerializable>(message: T, flags: u16) -> NetlinkMessage<T> {
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | flags;
     let mut request = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(message));
@@ -235,7 +235,7 @@ fn request<T: NetlinkSerializable>(message: T, flags: u16) -> NetlinkMessage<T> 
     request
 }
 
-fn serialized<T: NetlinkSerializable>(message: &NetlinkMessage<T>) -> Vec<u8> {
+pub(super) fn serialized<T: NetlinkSerializable>(message: &NetlinkMessage<T>) -> Vec<u8> {
     let mut bytes = vec![0; message.buffer_len()];
     message.serialize(&mut bytes);
     bytes.resize(bytes.len().next_multiple_of(4), 0);

@@ -1,13 +1,13 @@
 //! What the kernel says unasked: that interfaces, rules, routes and filters come and go.
 
 use std::io::{self, IoSliceMut};
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnknownCmsg, recvmsg};
-use rtnetlink::packet_core::NetlinkPayload;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnknownCmsg, recvmsg, send};
+use rtnetlink::packet_core::{NLM_F_ACK, NLMSG_NOOP, NetlinkPayload};
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
-use super::exchange::{PACKET, messages};
+use super::exchange::{PACKET, messages, request, serialized};
 use super::raw::Raw;
 
 /// A socket in the namespace in which it was opened.
@@ -24,6 +24,23 @@ pub struct Notification {
     pub namespace: Option<i32>,
     /// What has changed.
     pub messages: Vec<Raw>,
+    /// The number of a mark that was made here.
+    pub mark: Option<u32>,
+}
+
+/// Puts marks between the notifications of a socket: whatever the kernel said before is before the mark.
+#[derive(Debug)]
+pub struct Marker(OwnedFd);
+
+impl Marker {
+    /// Makes a mark with this number. It may be lost with notifications, see [`Notifications::wait`].
+    pub fn mark(&self, number: u32) -> io::Result<()> {
+        // The kernel's acknowledgement of nothing.
+        let mut nothing = request(Raw::new(NLMSG_NOOP, Vec::new()), NLM_F_ACK);
+        nothing.header.sequence_number = number;
+        send(self.0.as_raw_fd(), &serialized(&nothing), MsgFlags::empty())?;
+        Ok(())
+    }
 }
 
 impl Notifications {
@@ -41,7 +58,14 @@ impl Notifications {
         Ok(Self { socket, packet: vec![0; PACKET], control })
     }
 
-    /// Waits for the next one.
+    /// What marks are made with, on any thread.
+    pub fn marker(&self) -> io::Result<Marker> {
+        // SAFETY: the socket lives for the length of the call.
+        let socket = unsafe { BorrowedFd::borrow_raw(self.socket.as_raw_fd()) };
+        socket.try_clone_to_owned().map(Marker)
+    }
+
+    /// Waits for the next one. The error `ENOBUFS`: some were lost, for want of room.
     pub fn wait(&mut self) -> io::Result<Notification> {
         self.receive(MsgFlags::empty())
     }
@@ -66,12 +90,14 @@ impl Notifications {
             _ => None,
         });
         let length = received.bytes;
-        let mut found = Vec::new();
+        let (mut found, mut mark) = (Vec::new(), None);
         for message in messages::<Raw>(self.packet.get(..length).unwrap_or_default()) {
-            if let Ok(NetlinkPayload::InnerMessage(message)) = message?.1 {
-                found.push(message);
+            match message? {
+                (_, Ok(NetlinkPayload::InnerMessage(message))) => found.push(message),
+                (header, Ok(NetlinkPayload::Error(_))) => mark = Some(header.sequence_number),
+                _ => {}
             }
         }
-        Ok(Notification { namespace, messages: found })
+        Ok(Notification { namespace, messages: found, mark })
     }
 }
