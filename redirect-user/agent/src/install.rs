@@ -35,6 +35,7 @@ use chain::Chain;
 use directory::{Directory, is_original};
 use files::{Disk, Files};
 use plan::Op;
+use redirect_linux::lock;
 
 /// The plugin's file name, which is its type in configurations.
 pub const PLUGIN: &str = "redirect-cni";
@@ -146,6 +147,9 @@ fn install(options: &Options, files: &mut impl Files) -> Result<Outcome, Error> 
     let _lock = lock(&options.directories.cni_conf_dir)?;
     // Known to be possible before anything is touched.
     plan::install(&Directory::read(&options.directories.cni_conf_dir)?, options)?;
+    for directory in [&options.directories.cni_conf_dir, &options.directories.cni_bin_dir] {
+        files::sweep(directory, files)?;
+    }
     let mut outcome = Outcome::default();
     if plugin::install(options, files)? {
         outcome.changed.push(options.directories.installed_plugin());
@@ -198,10 +202,7 @@ fn execute(directory: &Path, ops: Vec<Op>, files: &mut impl Files) -> Result<Vec
     Ok(changed)
 }
 
-/// Two installers must not work at once: a DaemonSet's old and new pod overlap. The lock ends with the file.
+/// Two installers should not work at once: a DaemonSet's old and new pod overlap. If they do, each writes whole files.
 fn lock(directory: &Path) -> Result<File, Error> {
-    let failed = |source| Error::read(directory, source);
-    let file = File::open(directory).map_err(failed)?;
-    file.lock().map_err(failed)?;
-    Ok(file)
+    lock::of_directory(directory).map_err(|source| Error::read(directory, source))
 }

@@ -62,7 +62,9 @@ impl Workloads for Served {
 
 async fn until(wanted: bool) {
     loop {
-        match listens() {
+        // A node with many connections has long tables.
+        match tokio::task::spawn_blocking(listens).await.unwrap_or_else(|error| Err(io::Error::other(error)))
+        {
             Ok(found) if found == wanted => return,
             Ok(_) => {}
             Err(error) => tracing::warn!(%error, "cannot find out whether a node proxy listens"),

@@ -261,7 +261,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         enrolled.target = self.defaults.target(identity, &settings, all, netns, namespace);
         enrolled.settings = settings;
         if before.is_none() {
-            self.records.write(&enrolled.record());
+            self.save(&enrolled).await;
         }
         self.own(&enrolled.target).await;
         self.claim(&enrolled.target, addresses);
@@ -313,7 +313,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                             known.phase = Phase::Done;
                             known.since = Instant::now();
                         }
-                        self.records.write(&known.record());
+                        self.save(known).await;
                         Ok(())
                     }
                     Err(error) => {
@@ -363,7 +363,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let namespace = known.target.introduction();
         known.target = self.defaults.target(identity, &known.settings, all, netns, namespace);
         self.put_back(&known.target).await;
-        self.records.write(&known.record());
+        self.save(known).await;
     }
 
     /// Makes an enrolled pod what it was, after a change that failed.
@@ -452,7 +452,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             Enrolled { declared: addresses, containers, settings, phase, ..Enrolled::new(target) };
         self.own(&enrolled.target).await;
         self.claim(&enrolled.target, enrolled.target.addresses.iter());
-        self.records.write(&enrolled.record());
+        self.save(&enrolled).await;
         self.follow(&enrolled.target);
         let steered = match self.steer(&enrolled.target).await {
             Ok(outcome) => self.hand_over(&enrolled.target).map(|()| outcome.observation),
@@ -464,14 +464,14 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 let owned = self.ownership.is_of(&enrolled.target);
                 self.unenroll(&enrolled.target, Removal::Everything, None).await;
                 if owned {
-                    self.records.remove(enrolled.target.netns_cookie);
+                    self.discard(enrolled.target.netns_cookie).await;
                 }
                 return Err(error);
             }
         }
         enrolled.steered = true;
         enrolled.phase = Phase::Done;
-        self.records.write(&enrolled.record());
+        self.save(&enrolled).await;
         tell::steered(&enrolled.target, &enrolled.observation, began, Duration::ZERO);
         Ok(enrolled)
     }
@@ -517,7 +517,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         known.settings = wanted.settings.clone();
         known.target = wanted_target;
         known.steered = true;
-        self.records.write(&known.record());
+        self.save(known).await;
         Ok(())
     }
 
@@ -551,7 +551,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 known.target.addresses = union(&known.attachments, &known.declared);
                 self.ownership.keep(known.target.netns_cookie, &known.target.addresses);
                 self.repair(known).await;
-                self.records.write(&known.record());
+                self.save(known).await;
             }
         }
         self.release(slot, &uid).await;
@@ -578,7 +578,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let proxy = asked.elapsed();
         self.unenroll(target, Removal::Everything, left).await;
         if owned {
-            self.records.remove(target.netns_cookie);
+            self.discard(target.netns_cookie).await;
         }
         proxy
     }
@@ -665,8 +665,20 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     pub(crate) async fn shut_down(&self) {
         for known in self.slots.drain().await {
             self.unenroll(&known.target, Removal::Everything, None).await;
-            self.records.remove(known.target.netns_cookie);
+            self.discard(known.target.netns_cookie).await;
         }
+    }
+
+    /// Writes a pod's checkpoint, off the runtime's threads: its file system may be slow.
+    async fn save(&self, enrolled: &Enrolled) {
+        let (records, record) = (self.records.clone(), enrolled.record());
+        on_disk(move || records.write(&record)).await;
+    }
+
+    /// Removes a pod's checkpoint.
+    async fn discard(&self, netns_cookie: u64) {
+        let records = self.records.clone();
+        on_disk(move || records.remove(netns_cookie)).await;
     }
 
     /// The UIDs of all pods.
@@ -769,6 +781,13 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         {
             watch.unfollow(uid);
         }
+    }
+}
+
+/// It fails if the agent ends meanwhile.
+async fn on_disk(work: impl FnOnce() + Send + 'static) {
+    if let Err(error) = tokio::task::spawn_blocking(work).await {
+        tracing::warn!(%error, "checkpoint was not written");
     }
 }
 

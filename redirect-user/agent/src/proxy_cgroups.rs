@@ -49,7 +49,8 @@ impl Cgroups {
         let cgroups = whole(&wanted);
         // In the map before it is written down: what the next agent finds noted has been in force.
         kernel.run(move |linux| linux.set_proxy_cgroups(&cgroups)).await??;
-        self.records.set_proxies(&wanted);
+        let (records, written) = (self.records.clone(), wanted.clone());
+        tokio::task::spawn_blocking(move || records.set_proxies(&written)).await?;
         *known = wanted;
         Ok(())
     }

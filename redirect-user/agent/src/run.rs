@@ -39,6 +39,9 @@ use redirect_protocol::wire;
 use redirect_protocol::wire::FeatureReport;
 use redirect_zds as zds;
 
+/// How long calls that block may go on when all else is done.
+const LAST_CALLS: Duration = Duration::from_secs(2);
+
 /// The service that keeps the plugin in the CNI chain, which ends before the others.
 const CNI_CHAIN: &str = "CNI chain";
 
@@ -55,7 +58,10 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the async runtime")?;
-    runtime.block_on(serve(options, features))
+    let outcome = runtime.block_on(serve(options, features));
+    // A disk or another process that does not answer must not hold up the end.
+    runtime.shutdown_timeout(LAST_CALLS);
+    outcome
 }
 
 async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result<()> {

@@ -20,6 +20,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// A restarted service that has run for this long is healthy again.
 const STEADY: Duration = Duration::from_secs(10);
 
+/// How long a service may take to finish when the agent stops. Kubernetes kills the agent after 30 s.
+const LAST_WORK: Duration = Duration::from_secs(10);
+
 /// What happens to a service when the agent stops.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stop {
@@ -136,15 +139,19 @@ impl Supervisor {
 
     /// Waits for the end of all services, after [`Self::stop`].
     pub(super) async fn join_all(self) {
-        for (name, task) in self.services {
-            join(name, task).await;
-        }
+        let services = self.services.into_iter().map(|(name, task)| join(name, task));
+        futures::future::join_all(services).await;
     }
 }
 
-async fn join(service: &'static str, task: JoinHandle<()>) {
-    if let Err(error) = task.await {
-        tracing::error!(service, %error, "the supervisor of a service has failed");
+async fn join(service: &'static str, mut task: JoinHandle<()>) {
+    match timeout(LAST_WORK, &mut task).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::error!(service, %error, "the supervisor of a service has failed"),
+        Err(_) => {
+            tracing::error!(service, "a service did not finish within {LAST_WORK:?}; it is cut off");
+            task.abort();
+        }
     }
 }
 
@@ -304,5 +311,26 @@ mod tests {
         supervisor.join_all().await;
         assert_eq!(began.elapsed().as_secs(), 3);
         assert_eq!(services.health(), Ok(()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn services_that_do_not_finish_are_cut_off_together() {
+        let mut supervisor = Supervisor::new();
+        let (held, mut dropped) = tokio::sync::mpsc::channel::<()>(1);
+        for name in ["hangs", "hangs too", "hangs first"] {
+            let held = held.clone();
+            supervisor.once(name, Stop::Finishes, async move {
+                std::future::pending::<()>().await;
+                drop(held);
+                Ok(())
+            });
+        }
+        drop(held);
+        let began = Instant::now();
+        supervisor.stop();
+        supervisor.join("hangs first").await;
+        supervisor.join_all().await;
+        assert_eq!(began.elapsed(), 2 * LAST_WORK);
+        assert_eq!(dropped.recv().await, None, "nobody works on them any more");
     }
 }

@@ -6,6 +6,7 @@ pub mod bpffs;
 pub mod cgroup;
 pub mod descriptors;
 pub mod link;
+pub mod lock;
 pub mod netlink;
 pub mod netns;
 pub mod peer_process;

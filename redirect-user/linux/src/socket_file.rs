@@ -1,7 +1,7 @@
 //! A socket of the agent in the file system: made with the right mode from its first moment, never taken from a living
 //! process, removed when done.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
 use nix::sys::stat::{Mode, fchmod};
+
+use crate::lock;
 
 /// Why the agent cannot listen.
 #[derive(Debug, thiserror::Error)]
@@ -47,9 +49,8 @@ pub fn listen_at(path: &Path) -> Result<(OwnedFd, SocketFile), BindError> {
         _ => Path::new("."),
     };
     DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(failed)?;
-    // Two agents that start at once must not both find the other's fresh socket stale. The lock ends with the file.
-    let lock = File::open(directory).map_err(failed)?;
-    lock.lock().map_err(failed)?;
+    // Two agents that start at once must not both find the other's fresh socket stale.
+    let _lock = lock::of_directory(directory).map_err(failed)?;
     remove_if_stale(path)?;
 
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;

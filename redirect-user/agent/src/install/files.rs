@@ -4,12 +4,16 @@ use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
+use std::process;
+use std::time::SystemTime;
 
 use super::error::Error;
 
-/// Where a file is written before it gets its name. Runtimes look at no file that ends like this; the next run replaces
-/// what a crash left.
-const TEMPORARY: &str = ".ambient-redirect.tmp";
+/// How the name of a file begins that is written before it gets its own name.
+const TEMPORARY: &str = ".ambient-redirect.";
+
+/// How it ends. Runtimes look at no file that ends like this; the next run removes what a crash left.
+const ENDING: &str = ".tmp";
 
 /// Mode and owner of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,12 +40,6 @@ pub(super) struct Disk;
 
 impl Files for Disk {
     fn create(&mut self, path: &Path) -> io::Result<File> {
-        // A new file each time: somebody may still hold the old one.
-        if let Err(error) = fs::remove_file(path)
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            return Err(error);
-        }
         OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
     }
 
@@ -96,13 +94,19 @@ pub(super) fn replace(
 
 /// Removes what a crash left.
 pub(super) fn sweep(directory: &Path, files: &mut impl Files) -> Result<(), Error> {
-    let temporary = temporary(directory);
-    if temporary.exists() {
-        files.remove(&temporary).map_err(|source| Error::write(&temporary, source))?;
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with(TEMPORARY) && name.ends_with(ENDING) {
+            let path = entry.path();
+            files.remove(&path).map_err(|source| Error::write(&path, source))?;
+        }
     }
     Ok(())
 }
 
+/// Another one each time: somebody else may be writing as well.
 fn temporary(directory: &Path) -> PathBuf {
-    directory.join(TEMPORARY)
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    directory.join(format!("{TEMPORARY}{}-{}{ENDING}", process::id(), now.as_nanos()))
 }

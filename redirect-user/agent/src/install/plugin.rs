@@ -1,13 +1,16 @@
 //! Installs the plugin's binary, and calls it with VERSION and STATUS before a configuration names it.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::fcntl::FcntlArg::F_SETFL;
+use nix::fcntl::{OFlag, fcntl};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -102,22 +105,82 @@ pub(super) fn ready(options: &Options) -> Result<Option<String>, Error> {
     }
 }
 
+/// How long the plugin may take: longer than it waits for the agent.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// How much of what it says is read.
+const MOST: usize = 64 * 1024;
+
 fn ask(plugin: &Path, command: &str, config: &str) -> io::Result<Output> {
+    ask_within(DEADLINE, plugin, command, config)
+}
+
+/// Runs the plugin, which is killed if it takes too long or says too much. Those that it started are not waited for.
+fn ask_within(patience: Duration, plugin: &Path, command: &str, config: &str) -> io::Result<Output> {
+    let deadline = Instant::now() + patience;
     let mut child = loop {
         match start(plugin, command) {
             // Another thread has forked while the binary was being written, and has not called exec yet.
-            Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy => {
-                thread::sleep(Duration::from_millis(10));
+            Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy && Instant::now() < deadline => {
+                thread::sleep(PAUSE);
             }
             started => break started?,
         }
     };
     if let Some(mut stdin) = child.stdin.take() {
-        // One that does not read is judged by what it answers.
+        // It fits into the pipe, so this does not wait. One that does not read is judged by what it answers.
         let _ = stdin.write_all(config.as_bytes());
     }
-    child.wait_with_output()
+    let outcome = listen(&mut child, deadline);
+    if outcome.is_err() {
+        // One that has ended meanwhile can't be killed.
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+    outcome.map_err(|error| match error.kind() {
+        io::ErrorKind::TimedOut => {
+            let what = format!("{command} did not end within {} s", patience.as_secs());
+            io::Error::new(io::ErrorKind::TimedOut, what)
+        }
+        _ => error,
+    })
 }
+
+/// What a process says until it ends.
+fn listen(child: &mut Child, deadline: Instant) -> io::Result<Output> {
+    let mut pipes = (child.stdout.take(), child.stderr.take());
+    for descriptor in [pipes.0.as_ref().map(AsFd::as_fd), pipes.1.as_ref().map(AsFd::as_fd)] {
+        descriptor.map(|descriptor| fcntl(descriptor, F_SETFL(OFlag::O_NONBLOCK))).transpose()?;
+    }
+    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+    loop {
+        // Asked before what it has said is read, so that nothing is missed.
+        let ended = child.try_wait()?;
+        if let Some(pipe) = &mut pipes.0 {
+            take(pipe, &mut stdout)?;
+        }
+        if let Some(pipe) = &mut pipes.1 {
+            take(pipe, &mut stderr)?;
+        }
+        match ended {
+            Some(status) => return Ok(Output { status, stdout, stderr }),
+            None if Instant::now() >= deadline => return Err(io::ErrorKind::TimedOut.into()),
+            None => thread::sleep(PAUSE),
+        }
+    }
+}
+
+/// Takes what is there.
+fn take(pipe: &mut impl Read, said: &mut Vec<u8>) -> io::Result<()> {
+    let room = MOST.saturating_sub(said.len());
+    match pipe.take(room as u64 + 1).read_to_end(said) {
+        Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
+        _ if said.len() > MOST => Err(io::Error::other(format!("it says more than {MOST} bytes"))),
+        _ => Ok(()),
+    }
+}
+
+const PAUSE: Duration = Duration::from_millis(10);
 
 fn start(plugin: &Path, command: &str) -> io::Result<Child> {
     Command::new(plugin)
@@ -133,4 +196,41 @@ fn start(plugin: &Path, command: &str) -> io::Result<Child> {
 fn said(output: &Output) -> String {
     let text = [output.stdout.as_slice(), b" ", &output.stderr].concat();
     format!("{}, {}", output.status, String::from_utf8_lossy(&text).trim())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::OpenOptionsExt as _;
+
+    use super::*;
+
+    fn plugin(directory: &Path, script: &str) -> PathBuf {
+        let path = directory.join("plugin");
+        let mut options = fs::OpenOptions::new();
+        let mut file = options.write(true).create(true).truncate(true).mode(0o755).open(&path).unwrap();
+        file.write_all(format!("#!/bin/sh\nPATH=/usr/bin:/bin\n{script}").as_bytes()).unwrap();
+        path
+    }
+
+    #[test]
+    fn a_plugin_has_a_deadline_and_a_limit() {
+        let directory = tempfile::tempdir().unwrap();
+        let ask = |script: &str| {
+            ask_within(Duration::from_secs(2), &plugin(directory.path(), script), "VERSION", "{}")
+        };
+        let answer = ask("cat; echo $CNI_COMMAND; echo no >&2; exit 3").unwrap();
+        assert_eq!((answer.stdout, answer.stderr), (b"{}VERSION\n".to_vec(), b"no\n".to_vec()));
+        assert_eq!(answer.status.code(), Some(3));
+        // It has ended, although one that it started holds its pipes.
+        let began = Instant::now();
+        assert_eq!(ask("sleep 5 & echo yes").unwrap().stdout, b"yes\n");
+        assert!(began.elapsed() < Duration::from_secs(5));
+        // It never ends, silent or not.
+        for script in ["exec sleep 1000", "while :; do echo; sleep 0.1; done"] {
+            let error = ask(script).unwrap_err();
+            assert_eq!(error.to_string(), "VERSION did not end within 2 s", "{script}");
+        }
+        assert!(ask("exec yes").unwrap_err().to_string().contains("65536 bytes"));
+        assert_eq!(ask("head -c 65536 /dev/zero").unwrap().stdout.len(), MOST);
+    }
 }

@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow};
 use futures::StreamExt as _;
 use kube::Client;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -361,14 +362,17 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         let since = unacknowledged.then(|| memory.unacknowledged_since.unwrap_or_else(Instant::now));
         memory.unacknowledged_since = since;
         let in_grace = since.is_some_and(|since| since.elapsed() < self.timing.grace);
+        // The informer shows a little later what was written.
+        let shown = match memory.told {
+            Some((told, _)) => told == Some(Redirection::Enabled),
+            None => pod.redirection.as_deref() == Some(Redirection::Enabled.value()),
+        };
         let state = match standing {
             None => otherwise,
             Some(Standing { steered: false, .. }) => Some(Redirection::Pending),
             Some(Standing { proxy: PodProxyState::Refused(_), .. }) => Some(Redirection::Pending),
             Some(_) if !unacknowledged => Some(Redirection::Enabled),
-            Some(_) if in_grace && pod.redirection.as_deref() == Some(Redirection::Enabled.value()) => {
-                Some(Redirection::Enabled)
-            }
+            Some(_) if in_grace && shown => Some(Redirection::Enabled),
             Some(_) => Some(Redirection::Pending),
         };
         let again = self.annotate(pod, state, memory, stop).await;
@@ -450,6 +454,6 @@ impl<D: Datapath + Send + 'static> Controller<D> {
     }
 
     fn memory(&self) -> MutexGuard<'_, HashMap<String, Memory>> {
-        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+        self.memory.lock()
     }
 }

@@ -34,7 +34,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             let Some(netns) = netns else {
                 tracing::info!(pod = %record.identity, uid = record.identity.uid, "pod ended while no \
                      agent ran");
-                self.records.remove(cookie);
+                self.discard(cookie).await;
                 restored.gone += 1;
                 continue;
             };
@@ -51,7 +51,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 if let Ok(Err(error)) = tidied {
                     tracing::warn!(pod = %record.identity, %error, "pod was not removed completely");
                 }
-                self.records.remove(cookie);
+                self.discard(cookie).await;
                 restored.undone += 1;
                 continue;
             }
@@ -79,8 +79,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             self.own(&enrolled.target).await;
             if enrolled.target.netns_cookie != cookie {
                 self.repairs.of_namespace(&identity);
-                self.records.write(&enrolled.record());
-                self.records.remove(cookie);
+                self.save(&enrolled).await;
+                self.discard(cookie).await;
             }
             *slot = Some(enrolled);
             self.release(slot, &identity.uid).await;

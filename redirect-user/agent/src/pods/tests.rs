@@ -230,9 +230,9 @@ async fn pods_that_wait_for_a_proxy_delay_nobody() {
                 kernel.state().namespaces.get_mut(&cookie).unwrap().facts.pop_last().unwrap();
                 assert_ne!(kernel.facts(cookie), facts);
                 if at_once {
-                    pods.reconcile(uid).await
+                    pods.reconcile(uid).await;
                 } else {
-                    pods.look_after(uid).await
+                    pods.look_after(uid).await;
                 }
                 assert_eq!(kernel.facts(cookie), facts, "{uid}");
             }

@@ -95,9 +95,9 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             }
         }
         known.steered = true;
-        self.records.write(&known.record());
+        self.save(known).await;
         self.unenroll(&old, super::Removal::Everything, None).await;
-        self.records.remove(old.netns_cookie);
+        self.discard(old.netns_cookie).await;
         Ok(())
     }
 

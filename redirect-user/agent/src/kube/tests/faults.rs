@@ -161,7 +161,8 @@ async fn an_annotation_is_written_in_the_end() {
         if matches!(fault, Fault::Status(404 | 409)) {
             // The pod is another by now, and news of it will come.
             eventually("it was tried", || node.api.faults_left() == 0).await;
-            node.api.patch_pod("shop", "pod-1", &annotation("news", Some("of it")));
+            let news = annotation("ambient.istio.io/dns-capture", Some("false"));
+            node.api.patch_pod("shop", "pod-1", &news);
         }
         let what = format!("written after {fault:?}");
         eventually(&what, || node.api.redirection("shop", "pod-1").as_deref() == Some("enabled")).await;
