@@ -1,7 +1,6 @@
 //! Runs the agent's services. A service that ends before the agent does is an event with a cause: it is logged, health and
-//! readiness show it, and it is restarted where that can help.
+//! readiness show it, and it is restarted where that can help. A panic is no such event: it ends the agent.
 
-use std::any::Any;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
@@ -212,16 +211,8 @@ fn failure(outcome: Result<anyhow::Result<()>, JoinError>) -> Option<String> {
     match outcome {
         Ok(Ok(())) => None,
         Ok(Err(error)) => Some(format!("{error:#}")),
-        Err(error) => Some(match error.try_into_panic() {
-            Ok(panic) => format!("panic: {}", message(&*panic)),
-            Err(error) => error.to_string(),
-        }),
+        Err(error) => Some(error.to_string()),
     }
-}
-
-fn message(panic: &(dyn Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a message")
 }
 
 struct AbortOnDrop(JoinHandle<anyhow::Result<()>>);
@@ -251,7 +242,7 @@ mod tests {
                     run if run >= times => std::future::pending().await,
                     0 => bail!("no socket"),
                     1 => Ok(()),
-                    _ => panic!("out of order"),
+                    _ => bail!("out of order"),
                 }
             })
         }
@@ -265,7 +256,7 @@ mod tests {
         let services = supervisor.services();
         supervisor.restarting("watch", Stop::Cut, failing(3, &count));
         sleep(Duration::from_millis(5)).await;
-        for (runs, cause, pause) in [(1, "no socket", 1), (2, "it ended", 2), (3, "panic: out of order", 4)] {
+        for (runs, cause, pause) in [(1, "no socket", 1), (2, "it ended", 2), (3, "out of order", 4)] {
             assert_eq!(count.load(Ordering::Relaxed), runs);
             assert_eq!(services.readiness(), Err(format!("watch: {cause}")));
             assert_eq!(services.health(), Ok(()), "it is restarted");

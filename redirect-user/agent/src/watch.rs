@@ -6,11 +6,12 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::mpsc;
 
 use redirect_linux::netlink::notifications::{Marker, Notification, Notifications};
@@ -90,7 +91,7 @@ impl Watch {
     /// Starts to listen. Events end with an error, or when the receiver is dropped.
     pub(super) fn listen(self: &Arc<Self>) -> io::Result<mpsc::Receiver<io::Result<Event>>> {
         let mut notifications = Notifications::open(&GROUPS, BUFFER)?;
-        *self.marker.lock().unwrap_or_else(PoisonError::into_inner) = Some(notifications.marker()?);
+        *self.marker.lock() = Some(notifications.marker()?);
         let (events, receiver) = mpsc::channel(QUEUE);
         let watcher = Arc::clone(self);
         thread::Builder::new()
@@ -101,7 +102,7 @@ impl Watch {
 
     /// Watches a pod's namespace: whatever changes there from now on. To be called before it is looked at.
     pub(super) fn follow(&self, uid: &str, netns: &NetNs) -> io::Result<()> {
-        let id = self.netlink.lock().unwrap_or_else(PoisonError::into_inner).namespace_id(netns)?;
+        let id = self.netlink.lock().namespace_id(netns)?;
         let since = self.mark();
         let mut followed = self.followed();
         // An older sandbox of the pod may have had another.
@@ -112,7 +113,7 @@ impl Watch {
 
     /// Marks this moment among the notifications.
     fn mark(&self) -> u32 {
-        let marker = self.marker.lock().unwrap_or_else(PoisonError::into_inner);
+        let marker = self.marker.lock();
         let number = self.marks.fetch_add(1, Ordering::Relaxed) + 1;
         match marker.as_ref().map(|marker| marker.mark(number)) {
             Some(Ok(())) => {
@@ -130,7 +131,7 @@ impl Watch {
     }
 
     fn followed(&self) -> MutexGuard<'_, HashMap<i32, Followed>> {
-        self.followed.lock().unwrap_or_else(PoisonError::into_inner)
+        self.followed.lock()
     }
 
     fn read(&self, notifications: &mut Notifications, events: &mpsc::Sender<io::Result<Event>>) {
@@ -297,7 +298,7 @@ mod tests {
         let mut events = watch.listen().unwrap();
         // Namespaces with IDs are heard of from then on.
         for netns in [&pod, &other] {
-            watch.netlink.lock().unwrap().namespace_id(netns).unwrap();
+            watch.netlink.lock().namespace_id(netns).unwrap();
         }
         watch.follow("other", &other).unwrap();
         // What a CNI plugin does, and what enrolment does.

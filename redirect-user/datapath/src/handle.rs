@@ -22,7 +22,7 @@ impl<D> Clone for DatapathHandle<D> {
     }
 }
 
-/// The datapath's thread is gone: it panicked.
+/// The datapath's thread is gone: the agent ends.
 #[derive(Debug, thiserror::Error)]
 #[error("the datapath thread has ended; restart the agent")]
 pub struct Gone;

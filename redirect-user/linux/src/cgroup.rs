@@ -116,10 +116,7 @@ pub fn in_host_view<T: Send, E: Send + From<CgroupError>>(
             }
             look_up()
         });
-        match thread.map_err(|error| E::from(CgroupError::Thread(error)))?.join() {
-            Ok(result) => result,
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
+        thread.map_err(|error| E::from(CgroupError::Thread(error)))?.join().expect("a panic ends the process")
     })
 }
 

@@ -70,7 +70,7 @@ impl NetNs {
                 self.enter()?;
                 Ok(work())
             })?;
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            thread.join().expect("a panic ends the process")
         })
     }
 

@@ -1,4 +1,5 @@
-//! What programs do when they panic.
+//! What programs do when they panic: they end. The kernel goes on redirecting without an agent, and the next one adopts the pods
+//! and repairs what was left half done, as after a crash of any other kind.
 
 use std::panic;
 use std::process;

@@ -7,7 +7,8 @@
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use parking_lot::{Mutex, MutexGuard};
 
 /// From where, to where.
 type Pair = (SocketAddr, SocketAddr);
@@ -36,7 +37,7 @@ impl Clients {
 
     fn lock(&self) -> MutexGuard<'_, HashSet<Pair>> {
         // No panic can leave the set half changed.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 

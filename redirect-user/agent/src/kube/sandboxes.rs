@@ -7,8 +7,10 @@ use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use super::process_cgroup::{self, Membership};
 use crate::pods::Sandbox;
@@ -84,7 +86,7 @@ impl Sandboxes {
 
     /// All pods' processes, and whether they were looked up just now.
     fn processes(&self, anew: bool) -> io::Result<(Arc<Processes>, bool)> {
-        let mut kept = self.processes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = self.processes.lock();
         if let Some((at, processes)) = &*kept
             && !anew
             && at.elapsed() < FRESH

@@ -6,7 +6,8 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::net::IpAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use parking_lot::{Mutex, MutexGuard};
 
 use redirect_datapath::datapath::Target;
 use redirect_protocol::pod::{PodAddresses, PodIdentity};
@@ -174,7 +175,7 @@ impl Ownership {
     }
 
     fn owned(&self) -> MutexGuard<'_, Owned> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::{Datapath, Error, Introduction, Observation, Target};
 use crate::facts::{Fact, Interface, Namespace, Op};
@@ -43,7 +43,7 @@ pub struct Fake(Arc<Mutex<State>>);
 impl Fake {
     /// To look at, and to change.
     pub fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().expect("no test has panicked")
     }
 
     /// Puts a namespace with `lo` and `eth0` into the kernel.

@@ -298,6 +298,6 @@ fn probe(programs: &Programs, method: TcMethod, hook: Hook) -> anyhow::Result<()
                     ),
             }
         });
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        thread.join().expect("a panic ends the process")
     })
 }

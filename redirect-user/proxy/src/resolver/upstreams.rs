@@ -5,8 +5,10 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use redirect_ebpf::constants::PORT_DOMAIN;
 
@@ -52,7 +54,7 @@ impl Upstreams {
             Self::Fixed(servers) => Arc::clone(servers),
             Self::File { path, seen } => {
                 // A look that failed half way has changed nothing.
-                let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut seen = seen.lock();
                 if seen.looked.is_none_or(|looked| looked.elapsed() > FRESH) {
                     seen.look(path);
                 }

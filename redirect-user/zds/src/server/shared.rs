@@ -1,7 +1,8 @@
 //! The state behind a lock, its change signal, and what others may ask of it.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::watch;
 
 use super::desired::{Connection, Desired, Status};
@@ -55,8 +56,7 @@ impl Shared {
 
     /// Reads.
     pub(super) fn read(&self) -> MutexGuard<'_, Desired> {
-        // No invariant spans two statements in a way that a panic between them could break for good.
-        self.desired.lock().unwrap_or_else(PoisonError::into_inner)
+        self.desired.lock()
     }
 
     /// Changes something, and wakes everybody whom a change may concern.
