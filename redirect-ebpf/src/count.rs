@@ -93,7 +93,8 @@ counted! {
         /// The socket refused its mark.
         MarkFailed = "mark_failed",
         /// TCP that neither the proxy sent nor an exemption lets pass: it got past the programs in the pod (raw frames, filters of
-        /// the pod's own, a device that was moved away) and is dropped at the host's end of the pod's device.
+        /// the pod's own, a device that was moved away) and is dropped at the host's end of the pod's device. In placement `node`:
+        /// of a connection that the proxy does not have.
         PastPod = "past_pod",
         /// It would reach a listener past the proxy: no program at an interface had captured or exempted it.
         Uncaptured = "uncaptured",

@@ -245,7 +245,14 @@ pub fn departure(case: &Case) -> Verdict {
         (What::Opens | What::Fragment, Placement::Pod) => first(LEAVES, case),
         (What::Opens | What::Datagram, Placement::Node) => case.for_the_host(first(CONNECTIONS, case)),
         (What::Fragment, Placement::Node) => passes_or_stops(first(CONNECTIONS, case)),
-        (What::Accepts | What::Data | What::Empty | What::Resets, _) => Verdict::Passes,
+        (What::Empty | What::Resets, _) | (What::Accepts | What::Data, Placement::Pod) => Verdict::Passes,
+        (What::Data, Placement::Node) if case.pod.earlier_connections => Verdict::Passes,
+        (What::Accepts | What::Data, Placement::Node) if case.answers_an_exempt_client() => Verdict::Passes,
+        // It is no connection of the proxy's. What would not be captured goes on.
+        (What::Accepts | What::Data, Placement::Node) => match first(CONNECTIONS, case) {
+            Verdict::Captured | Verdict::Resolved => Verdict::Stopped,
+            _ => Verdict::Passes,
+        },
     }
 }
 

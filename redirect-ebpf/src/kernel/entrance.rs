@@ -5,7 +5,7 @@
 //! It is a device of its own, because packets to a pod come from anywhere: if they seemed to arrive from the pod's device, they
 //! would fail the reverse path filter and mislead the bridge about where addresses are.
 
-use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_OK, TC_ACT_UNSPEC};
+use aya_ebpf::bindings::{__sk_buff, BPF_F_INGRESS, TC_ACT_OK, TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
@@ -28,13 +28,11 @@ use super::socket::{self, Socket};
 use super::steer::{Action, Route, steer};
 
 #[classifier]
-#[inline(always)]
 pub(crate) fn entrance_ipv4(ctx: TcContext) -> i32 {
     entrance::<Ipv4>(&ctx)
 }
 
 #[classifier]
-#[inline(always)]
 pub(crate) fn entrance_ipv6(ctx: TcContext) -> i32 {
     entrance::<Ipv6>(&ctx)
 }
@@ -69,36 +67,40 @@ pub(super) fn enter_complaint<I: Parse>(ctx: &TcContext) -> Action {
     }
 }
 
-/// Later filters don't run: while tcx links replace filters the program is attached twice, and the first run changes the mark.
 #[inline(always)]
 fn entrance<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
+    const PACKET_HOST: u32 = 0;
     if Skb(ctx).ether_type() != I::ETHER_TYPE {
         return TC_ACT_UNSPEC;
     }
-    match admit::<I>(ctx) {
-        Action::Continue => TC_ACT_OK,
-        other => other.into(),
-    }
-}
-
-#[inline(always)]
-fn admit<I: Parse + PodIp>(ctx: &TcContext) -> Action {
-    const PACKET_HOST: u32 = 0;
     // SAFETY: every TC context has `mark`.
     let mark = unsafe { (*ctx.skb.skb).mark } & MARK_MASK;
     set_mark(ctx, MARK_CAPTURE);
     // Its link address is not that of the ingress device.
     if ctx.change_type(PACKET_HOST).is_err() {
-        return Action::Drop;
+        return TC_ACT_SHOT;
     }
-    match mark {
-        MARK_CAPTURE => steer::<I, Captured>(ctx),
-        MARK_INBOUND => steer::<I, Inwards>(ctx),
-        MARK_TUNNEL => steer::<I, Tunnelled>(ctx),
-        MARK_RESOLVE => resolve::<I>(ctx),
+    let code = match mark {
+        MARK_CAPTURE => steered::<I, Captured>(ctx.skb.skb),
+        MARK_INBOUND => steered::<I, Inwards>(ctx.skb.skb),
+        MARK_TUNNEL => steered::<I, Tunnelled>(ctx.skb.skb),
+        MARK_RESOLVE => resolved::<I>(ctx.skb.skb),
         // Nothing else belongs here.
-        _ => Action::Drop,
-    }
+        _ => TC_ACT_SHOT,
+    };
+    // Later filters don't run: while tcx links replace filters the program is attached twice, and the first run changes the mark.
+    if code == TC_ACT_UNSPEC { TC_ACT_OK } else { code }
+}
+
+/// A function of its own for each route: one after the other in one function, their variables don't fit on its stack.
+#[inline(never)]
+fn steered<I: Parse + PodIp, R: Route<I>>(skb: *mut __sk_buff) -> i32 {
+    steer::<I, R>(&TcContext::new(skb)).into()
+}
+
+#[inline(never)]
+fn resolved<I: Parse + PodIp>(skb: *mut __sk_buff) -> i32 {
+    resolve::<I>(&TcContext::new(skb)).into()
 }
 
 #[inline(always)]

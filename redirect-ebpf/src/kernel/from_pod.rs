@@ -18,6 +18,7 @@ use super::diagnostics;
 use super::entrance::{enter, enter_complaint, is_of_the_link};
 use super::exclusions::{ExcludedIp, excluded};
 use super::flows::About;
+use super::host_gate::Pod;
 use super::pods::{self, PodIp};
 use super::refuse::{Back, is_refused, refuse};
 use super::skb::Skb;
@@ -51,40 +52,51 @@ fn from_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
     if source::<I>(&Skb(ctx)).is_some_and(spoofs) {
         return drop::<I>(Reason::Spoofed, cookie, None);
     }
-    match parse::<I>(&Skb(ctx)) {
-        Parsed::NotOurs => enter_complaint::<I>(ctx),
+    let (segment, kind) = match parse::<I>(&Skb(ctx)) {
+        Parsed::NotOurs => return enter_complaint::<I>(ctx),
         Parsed::Unknown => {
             diagnostics::malformed::<I>(ctx, Hook::FromPod);
-            drop::<I>(Reason::Malformed, cookie, None)
+            return drop::<I>(Reason::Malformed, cookie, None);
         }
-        Parsed::Tcp(segment) => tcp::<I>(ctx, &segment, cookie, flags),
-        Parsed::Datagram(segment) => match decision::<I>(&segment, Protocol::Udp, cookie, flags) {
-            Outbound::Resolve if is_of_the_link::<I>(&segment) => {
-                drop::<I>(Reason::LinkScoped, cookie, Some(&segment))
-            }
-            Outbound::Resolve => enter::<I>(ctx, MARK_RESOLVE),
-            _ => Action::Continue,
-        },
-        // It may open a connection: its flags are in another fragment. TCP itself never sends such packets.
-        Parsed::Fragment(segment) => match decision::<I>(&segment, Protocol::Tcp, cookie, flags) {
-            Outbound::Pass(_) => Action::Continue,
-            _ => drop::<I>(Reason::Fragmented, cookie, Some(&segment)),
-        },
+        Parsed::Tcp(segment) => (segment, Kind::Segment),
+        Parsed::Datagram(segment) => (segment, Kind::Datagram),
+        Parsed::Fragment(segment) => (segment, Kind::Fragment),
+    };
+    if kind == Kind::Segment && !segment.opens() && socket::is_known(ctx, &segment) {
+        return enter::<I>(ctx, MARK_CAPTURE);
     }
+    let protocol = if kind == Kind::Datagram { Protocol::Udp } else { Protocol::Tcp };
+    // In one place: each would need room on the stack, of which Linux 6.1 counts more.
+    let decision = decision::<I>(&segment, protocol, cookie, flags);
+    match (kind, decision) {
+        (Kind::Segment, _) => tcp::<I>(ctx, &segment, decision, Pod { cookie, flags }),
+        (Kind::Datagram, Outbound::Resolve) if is_of_the_link::<I>(&segment) => {
+            drop::<I>(Reason::LinkScoped, cookie, Some(&segment))
+        }
+        (Kind::Datagram, Outbound::Resolve) => enter::<I>(ctx, MARK_RESOLVE),
+        (Kind::Datagram, _) | (Kind::Fragment, Outbound::Pass(_)) => Action::Continue,
+        // It may open a connection: its flags are in another fragment. TCP itself never sends such packets.
+        (Kind::Fragment, _) => drop::<I>(Reason::Fragmented, cookie, Some(&segment)),
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Segment,
+    Datagram,
+    Fragment,
 }
 
 #[inline(always)]
 fn tcp<I: Parse + PodIp + ExcludedIp>(
     ctx: &TcContext,
     segment: &Segment<I::Address>,
-    cookie: u64,
-    flags: PodFlags,
+    decision: Outbound,
+    pod: Pod,
 ) -> Action {
+    let cookie = pod.cookie;
     let about = || About::packet::<I>(Some(segment));
-    if socket::is_known(ctx, segment) && !segment.opens() {
-        return enter::<I>(ctx, MARK_CAPTURE);
-    }
-    let captured = match decision::<I>(segment, Protocol::Tcp, cookie, flags) {
+    let captured = match decision {
         Outbound::Capture => Some((PORT_OUTBOUND, MARK_CAPTURE)),
         Outbound::Resolve => Some((PORT_DNS, MARK_RESOLVE)),
         Outbound::Deliver => None,
@@ -98,17 +110,26 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
         }
     };
     let Some((port, mark)) = captured else { return Action::Continue };
-    if segment.opens() {
+    let reason = if segment.opens() {
         if is_of_the_link::<I>(segment) {
             return drop::<I>(Reason::LinkScoped, cookie, Some(segment));
         }
-        if is_refused(ctx, segment, port) {
-            count(I::FAMILY, Direction::Outbound, Verdict::Dropped, Reason::NoListener, Some(cookie), about);
-            return refuse::<I>(ctx, segment, Back::ToPod);
+        if !is_refused(ctx, segment, port) {
+            return enter::<I>(ctx, mark);
         }
-        return enter::<I>(ctx, mark);
-    }
-    if acknowledged::<I>(ctx, segment, port).is_some() { enter::<I>(ctx, mark) } else { Action::Continue }
+        Reason::NoListener
+    } else {
+        if acknowledged::<I>(ctx, segment, port).is_some() {
+            return enter::<I>(ctx, mark);
+        }
+        if pod.lets_go(ctx, segment) || pod.exempts_client::<I>(segment) {
+            return Action::Continue;
+        }
+        // Of a connection that the proxy had and that is gone, or never had.
+        Reason::PastPod
+    };
+    count(I::FAMILY, Direction::Outbound, Verdict::Dropped, reason, Some(cookie), about);
+    refuse::<I>(ctx, segment, Back::ToPod)
 }
 
 #[inline(always)]

@@ -66,11 +66,7 @@ fn gate<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
                 // and so has a frame of its own.
                 proxies::has_no_sender(ctx) || pod.exempts_inbound::<I>(ctx, &segment)
             } else {
-                // A connection that was open when the pod was enrolled goes on. What carries nothing may be the kernel's own
-                // answer in the name of a socket that is gone, also of the proxy's.
-                segment.resets()
-                    || flags.contains(PodFlags::EARLIER_CONNECTIONS)
-                    || !carries_data(ctx, &segment)
+                pod.lets_go(ctx, &segment)
                     || pod.exempts_outbound::<I>(&segment)
                     || pod.exempts_inbound::<I>(ctx, &segment)
             };
@@ -86,12 +82,30 @@ fn gate<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
 }
 
 /// The pod behind the device.
-struct Pod {
-    cookie: u64,
-    flags: PodFlags,
+pub(super) struct Pod {
+    pub(super) cookie: u64,
+    pub(super) flags: PodFlags,
 }
 
 impl Pod {
+    /// Whether a segment that opens no connection may leave, whoever sends it. A connection that was open when the pod was enrolled
+    /// goes on. What carries nothing may be the kernel's own answer in the name of a socket that is gone, also of the proxy's.
+    #[inline(always)]
+    pub(super) fn lets_go<A: Copy>(&self, ctx: &TcContext, segment: &Segment<A>) -> bool {
+        !segment.accepts()
+            && (segment.resets()
+                || self.flags.contains(PodFlags::EARLIER_CONNECTIONS)
+                || !carries_data(ctx, segment))
+    }
+
+    /// Whether the client that a segment answers may have a connection to the pod, past the proxy.
+    #[inline(always)]
+    pub(super) fn exempts_client<I: ExcludedIp>(&self, segment: &Segment<I::Address>) -> bool {
+        let (peer, port) = (segment.destination, segment.source_port);
+        self.flags.contains(PodFlags::BYPASS_INBOUND)
+            || excluded::<I>(self.cookie, self.flags, Direction::Inbound, peer, port)
+    }
+
     /// Whether the connect hooks let a connection to this destination pass.
     #[inline(always)]
     fn exempts_outbound<I: Parse + ExcludedIp>(&self, segment: &Segment<I::Address>) -> bool {
@@ -101,13 +115,10 @@ impl Pod {
         })
     }
 
-    /// Whether a client may have a connection to the pod, past the proxy, that the segment answers.
+    /// The same, and the kubelet, whose socket is the host's.
     #[inline(always)]
     fn exempts_inbound<I: Parse + ExcludedIp>(&self, ctx: &TcContext, segment: &Segment<I::Address>) -> bool {
-        let (peer, port) = (segment.destination, segment.source_port);
-        self.flags.contains(PodFlags::BYPASS_INBOUND)
-            || excluded::<I>(self.cookie, self.flags, Direction::Inbound, peer, port)
-            || is_for_probe(ctx, segment)
+        self.exempts_client::<I>(segment) || is_for_probe(ctx, segment)
     }
 
     #[inline(always)]

@@ -1,5 +1,6 @@
-//! Refuses connections while no proxy listens, if `--without-proxy refuse` is set (placement `node`): turns the SYN into the
-//! reset that answers it. The kernel can't send the reset: it has no route from an address that is not its own.
+//! Refuses connections in placement `node`: new ones while no proxy listens, if `--without-proxy refuse` is set, and those that the
+//! proxy does not have. Turns the segment into the reset that answers it. The kernel can't send the reset: it has no route from an
+//! address that is not its own.
 
 use aya_ebpf::bindings::BPF_F_INGRESS;
 use aya_ebpf::helpers::bpf_redirect;
@@ -18,7 +19,7 @@ use super::steer::Action;
 /// The direction of the answer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Back {
-    /// To the pod, whose SYN it was.
+    /// To the pod, whose segment it was.
     ToPod,
     /// To the pod's peer, as if the pod had sent it.
     FromPod,
@@ -36,7 +37,7 @@ pub(super) fn is_refused<A: Copy>(ctx: &TcContext, segment: &Segment<A>, port: u
     config::flags().contains(ConfigFlags::REFUSE) && Socket::listener(ctx, segment, port).is_none()
 }
 
-/// Answers a SYN with a reset.
+/// Answers a segment with a reset.
 #[inline(always)]
 pub(super) fn refuse<I: Parse>(ctx: &TcContext, segment: &Segment<I::Address>, back: Back) -> Action {
     // SAFETY: every TC context has `ifindex`.
@@ -72,10 +73,15 @@ fn turn<I: Parse>(ctx: &TcContext, segment: &Segment<I::Address>) -> Result<(), 
     store(ctx, place(transport), &segment.destination_port)?;
     store(ctx, place(transport + 2), &segment.source_port)?;
 
-    let next = u32::from_be_bytes(sequence).wrapping_add(1).to_be_bytes();
-    replace(ctx, transport, SEQUENCE, sequence, [0; 4])?;
-    replace(ctx, transport, ACKNOWLEDGEMENT, acknowledgement, next)?;
-    let answered = [length, RST | ACK];
+    // RFC 9293, 3.5.2: a reset is of the sequence number that the other end expects, or acknowledges its SYN.
+    let (next, acknowledged, answer) = if flags & ACK == 0 {
+        ([0; 4], u32::from_be_bytes(sequence).wrapping_add(1).to_be_bytes(), RST | ACK)
+    } else {
+        (acknowledgement, [0; 4], RST)
+    };
+    replace(ctx, transport, SEQUENCE, sequence, next)?;
+    replace(ctx, transport, ACKNOWLEDGEMENT, acknowledgement, acknowledged)?;
+    let answered = [length, answer];
     let checksum = place(transport + CHECKSUM);
     let from = u16::from_ne_bytes([length, flags]);
     ctx.skb.l4_csum_replace(checksum, from.into(), u16::from_ne_bytes(answered).into(), 2)?;

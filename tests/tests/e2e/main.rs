@@ -6,6 +6,7 @@
 mod bench;
 mod closed_ports;
 mod coexistence;
+mod colluding;
 mod container;
 mod context;
 mod diagnostics;
@@ -111,6 +112,7 @@ fn everywhere(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         host_gate::trials(context),
         fragments::trials(context),
         gate::trials(context),
+        colluding::trials(context),
         syn_flood::trials(context),
         without_proxy::trials(context),
         time_wait::trials(context),

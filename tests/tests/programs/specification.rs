@@ -193,7 +193,7 @@ impl World {
         };
         let (proxy, frame) = (Self::proxy(case, choice), frame(self.family, case, choice));
         match self.bench.judge(&program, proxy, &frame, mark(case.sender, choice))? {
-            Code::Dropped => Ok(Verdict::Stopped),
+            Code::Dropped | Code::Answered => Ok(Verdict::Stopped),
             Code::Redirected(mark) => match mark & MARK_MASK {
                 MARK_CAPTURE | MARK_INBOUND => Ok(Verdict::Captured),
                 MARK_TUNNEL => Ok(Verdict::Tunnelled),
