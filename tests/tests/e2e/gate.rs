@@ -1,30 +1,38 @@
-//! The way into an enrolled pod for frames that no kernel would send, from a neighbour on the pod's own link.
+//! The ways into an enrolled pod, and out of it, for frames that no kernel would send, between neighbours on one link.
 //!
 //! The application's listener answers with a TTL of its own, so that a single SYN that reaches it shows, without a handshake.
 
 use std::io;
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr, TcpListener};
-use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
+use fastrand::Rng;
 use libtest_mimic::Trial;
 use redirect_ebpf::constants::{PORT_DNS, PORT_INBOUND, PORT_OUTBOUND, PORT_TUNNEL};
 use redirect_ebpf::packet::{ACK, RST, SYN};
 use redirect_ebpf::{Direction as Way, Family, Reason};
 use redirect_tests::server::{Server, listen};
-use redirect_tests::{Connection, Families, Netns, Pod, Stack, wait};
-use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, SockRef, Socket, Type};
+use redirect_tests::{Connection, Families, Pod, Stack, wait};
+use socket2::{Protocol, SockRef, Socket, Type};
 
 use crate::context::{Context, for_every_stack};
 use crate::odd_sockets::dropped;
-use crate::{inbound, raw};
+use crate::wire::{Frame, Wire, link_address};
+use crate::{inbound, load, outbound, raw};
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     let mut trials = for_every_stack(context, "gate::tagged_frames", tagged_frames);
     trials.extend(for_every_stack(context, "gate::fuzzed_frames", fuzzed_frames));
+    for (name, past_qdisc) in [("from_inside", false), ("past_the_qdisc", true)] {
+        trials.extend(for_every_stack(
+            context,
+            &format!("gate::fuzzed_frames_{name}"),
+            move |context, stack| fuzzed_frames_from_inside(context, stack, past_qdisc),
+        ));
+    }
     trials
 }
 
@@ -36,19 +44,19 @@ pub(crate) fn trials_in_pods(context: &Arc<Context>) -> Vec<Trial> {
 /// The application's, for IPv4 and IPv6. Nothing else on these links has it.
 const TTL: u8 = 200;
 
-/// A pod whose application answers with [`TTL`], and a neighbour.
-struct Link {
-    neighbour: Pod,
-    target: Pod,
+/// A pod whose application answers with [`TTL`], and who sends to it.
+pub(crate) struct Link {
+    pub(crate) sender: Pod,
+    pub(crate) target: Pod,
     stack: Stack,
     listener: TcpListener,
-    wire: Socket,
+    wire: Wire,
     /// Both link addresses and nothing else.
     ethernet: Vec<u8>,
 }
 
 impl Link {
-    fn new(neighbour: Pod, target: Pod, stack: Stack) -> Result<Self> {
+    pub(crate) fn new(sender: Pod, target: Pod, stack: Stack) -> Result<Self> {
         let any: IpAddr = if stack == Stack::V4 { [0; 4].into() } else { [0; 16].into() };
         let listener = target.netns().run(|| -> io::Result<TcpListener> {
             let listener = listen(stack, SocketAddr::new(any, 0))?;
@@ -60,106 +68,78 @@ impl Link {
             }
             Ok(listener)
         })??;
-        let wire = neighbour.netns().run(wire)??;
-        let ethernet = [link_address(target.netns())?, link_address(neighbour.netns())?].concat();
-        Ok(Self { neighbour, target, stack, listener, wire, ethernet })
+        let wire = Wire::of(sender.netns())?;
+        let ethernet = [link_address(target.netns())?, link_address(sender.netns())?].concat();
+        Ok(Self { sender, target, stack, listener, wire, ethernet })
     }
 
-    fn ends(&self) -> Result<(IpAddr, SocketAddr)> {
+    /// From here on what is sent passes no TC program of the sender's.
+    fn past_qdisc(self) -> Result<Self> {
+        Ok(Self { wire: self.wire.past_qdisc()?, ..self })
+    }
+
+    pub(crate) fn ends(&self) -> Result<(IpAddr, SocketAddr)> {
         let family = self.stack.family();
         let to = SocketAddr::new(self.target.address(family)?, self.listener.local_addr()?.port());
-        Ok((self.neighbour.address(family)?, to))
+        Ok((self.sender.address(family)?, to))
     }
 
-    /// Sends an IP packet behind tags.
-    fn send(&self, tags: &[u16], packet: &[u8]) -> Result<()> {
-        let mut frame = self.ethernet.clone();
+    /// An IP packet behind tags.
+    pub(crate) fn frame(&self, tags: &[u16], packet: &[u8]) -> Frame {
+        let mut bytes = self.ethernet.clone();
         for tag in tags {
-            frame.extend(tag.to_be_bytes());
-            frame.extend([0, 0]);
+            bytes.extend(tag.to_be_bytes());
+            bytes.extend([0, 0]);
         }
-        frame.extend(if self.stack.family() == Family::Ipv4 { [0x08, 0x00] } else { [0x86, 0xdd] });
-        frame.extend(packet);
-        loop {
-            match self.wire.send(&frame) {
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                sent => return Ok(sent.map(drop)?),
-            }
-        }
+        let kind: u16 = if self.stack.family() == Family::Ipv4 { 0x0800 } else { 0x86dd };
+        bytes.extend(kind.to_be_bytes());
+        bytes.extend(packet);
+        Frame { bytes, protocol: tags.first().copied().unwrap_or(kind) }
     }
 
-    /// How many answers of the application came back so far.
-    fn answers(&self) -> Result<u64> {
+    pub(crate) fn send(&self, frames: &[Frame]) -> Result<()> {
+        self.wire.send(frames)
+    }
+
+    /// How many answers of the application came back so far, and of others.
+    pub(crate) fn answers(&self) -> Result<Answers> {
         let mut buffer = [MaybeUninit::uninit(); 128];
-        let mut answers = 0;
-        loop {
-            let length = match self.wire.recv(&mut buffer) {
-                Ok(length) => length,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(answers),
-                Err(error) => return Err(error.into()),
-            };
-            // SAFETY: the kernel has written them.
-            let frame = unsafe { buffer[..length].assume_init_ref() };
+        let mut answers = Answers::default();
+        while let Some(frame) = self.wire.receive(&mut buffer)? {
             let (ttl, protocol, flags) = match frame.get(12..14) {
                 Some([0x08, 0x00]) => (22, 23, 47),
                 Some([0x86, 0xdd]) => (21, 20, 67),
                 _ => continue,
             };
             let is = |place: usize, value: u8| frame.get(place) == Some(&value);
-            answers += u64::from(is(ttl, TTL) && is(protocol, 6) && is(flags, SYN | ACK));
+            if is(protocol, 6) && is(flags, SYN | ACK) {
+                *(if is(ttl, TTL) { &mut answers.application } else { &mut answers.others }) += 1;
+            }
         }
+        Ok(answers)
     }
 
-    fn answers_soon(&self) -> Result<u64> {
+    pub(crate) fn answers_soon(&self) -> Result<Answers> {
         std::thread::sleep(Duration::from_millis(100));
         self.answers()
     }
+
+    pub(crate) fn listener_is_silent(&self) -> Result<bool> {
+        self.listener.set_nonblocking(true)?;
+        match self.listener.accept() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(true),
+            Err(error) => Err(error.into()),
+            Ok(_) => Ok(false),
+        }
+    }
 }
 
-/// A socket for whole frames of `eth0` in the namespace of the calling thread, which sees what comes in.
-fn wire() -> Result<Socket> {
-    const PACKET_IGNORE_OUTGOING: libc::c_int = 23;
-    let everything = (libc::ETH_P_ALL as u16).to_be();
-    let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(i32::from(everything))))?;
-    let index = nix::net::if_::if_nametoindex("eth0")?;
-    let link = libc::sockaddr_ll {
-        sll_family: libc::AF_PACKET as u16,
-        sll_protocol: everything,
-        sll_ifindex: index as i32,
-        sll_hatype: 0,
-        sll_pkttype: 0,
-        sll_halen: 0,
-        sll_addr: [0; 8],
-    };
-    let mut storage = SockAddrStorage::zeroed();
-    // SAFETY: it is a socket's address.
-    *unsafe { storage.view_as::<libc::sockaddr_ll>() } = link;
-    // SAFETY: the storage has an address of this length.
-    let address = unsafe { SockAddr::new(storage, size_of::<libc::sockaddr_ll>() as u32) };
-    socket.bind(&address)?;
-    let on: libc::c_int = 1;
-    // SAFETY: the option is an int.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_PACKET,
-            PACKET_IGNORE_OUTGOING,
-            (&raw const on).cast(),
-            size_of::<libc::c_int>() as u32,
-        )
-    };
-    nix::errno::Errno::result(result)?;
-    socket.set_recv_buffer_size(8 << 20)?;
-    socket.set_nonblocking(true)?;
-    Ok(socket)
-}
-
-fn link_address(netns: &Netns) -> Result<Vec<u8>> {
-    let links = netns.json("ip -j link show dev eth0")?;
-    let text = links[0]["address"].as_str().context("a link address")?;
-    Ok(text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<_, _>>()?)
+/// Who answered SYNs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Answers {
+    pub(crate) application: u64,
+    /// The proxy.
+    pub(crate) others: u64,
 }
 
 /// The kernel takes off any number of priority tags.
@@ -171,16 +151,16 @@ fn tagged_frames(context: &Context, stack: Stack) -> Result<()> {
         Link::new(node.plain("neighbour", Families::Dual)?, node.enrolled("pod", Families::Dual)?, stack)?;
     // Neighbours know each other, so that nothing else can lose the answers.
     let listening = plain.target.listen(stack)?;
-    drop(plain.neighbour.connect(stack, plain.target.endpoint(stack.family(), listening.port())?)?);
-    inbound::passes_the_proxy_once(enrolled.neighbour.netns(), &enrolled.target, stack)?;
+    drop(plain.sender.connect(stack, plain.target.endpoint(stack.family(), listening.port())?)?);
+    inbound::passes_the_proxy_once(enrolled.sender.netns(), &enrolled.target, stack)?;
     for tags in 0..8 {
         for kind in [0x8100, 0x88a8] {
             let mut answers = [0; 2];
             for (link, answers) in [&plain, &enrolled].into_iter().zip(&mut answers) {
                 let (source, to) = link.ends()?;
                 let syn = raw::filled(raw::syn(source, 30_000 + tags, to, 1));
-                link.send(&vec![kind; tags.into()], &syn)?;
-                *answers = link.answers_soon()?;
+                link.send(&[link.frame(&vec![kind; tags.into()], &syn)])?;
+                *answers = link.answers_soon()?.application;
             }
             ensure!(
                 answers[0] > 0,
@@ -189,130 +169,147 @@ fn tagged_frames(context: &Context, stack: Stack) -> Result<()> {
             ensure!(answers[1] == 0, "{tags} tags {kind:#x} lead to the application");
         }
     }
-    inbound::passes_the_proxy_once(enrolled.neighbour.netns(), &enrolled.target, stack)
+    inbound::passes_the_proxy_once(enrolled.sender.netns(), &enrolled.target, stack)
 }
 
-/// Frames at most, and time at most.
+/// How many frames each way has, if there is time for them.
 const FRAMES: u64 = 1_000_000;
-const TIME: Duration = Duration::from_secs(6);
 
+/// All of them with `cargo xtask test --load`.
+fn time() -> Duration {
+    if load::is_full() { Duration::MAX } else { Duration::from_secs(6) }
+}
+
+fn seed() -> Result<u64> {
+    match std::env::var("REDIRECT_FUZZ_SEED") {
+        Ok(seed) => Ok(seed.parse()?),
+        Err(_) => Ok(fastrand::u64(..)),
+    }
+}
+
+/// From a neighbour to a pod.
 fn fuzzed_frames(context: &Context, stack: Stack) -> Result<()> {
     let node = context.node()?;
-    let control =
-        Link::new(node.plain("neighbour", Families::Dual)?, node.plain("plain", Families::Dual)?, stack)?;
-    let link =
-        Link::new(node.plain("neighbour", Families::Dual)?, node.enrolled("pod", Families::Dual)?, stack)?;
-    let listening = control.target.listen(stack)?;
-    drop(control.neighbour.connect(stack, control.target.endpoint(stack.family(), listening.port())?)?);
-    inbound::passes_the_proxy_once(link.neighbour.netns(), &link.target, stack)?;
-    let seed = match std::env::var("REDIRECT_FUZZ_SEED") {
-        Ok(seed) => seed.parse()?,
-        Err(_) => SystemTime::UNIX_EPOCH.elapsed()?.as_nanos() as u64 | 1,
+    let pod = |name, enrolled| {
+        if enrolled { node.enrolled(name, Families::Dual) } else { node.plain(name, Families::Dual) }
     };
-    let (sent, reached) = fuzz(&control, seed, 20_000, TIME)?;
+    let link = |enrolled| Link::new(pod("neighbour", false)?, pod("pod", enrolled)?, stack);
+    let (control, link) = (link(false)?, link(true)?);
+    let seed = seed()?;
+    reaches(&control, seed)?;
+    inbound::passes_the_proxy_once(link.sender.netns(), &link.target, stack)?;
+    never_reaches(&link, seed)?;
+    inbound::passes_the_proxy_once(link.sender.netns(), &link.target, stack)
+}
+
+/// From a pod to a neighbour, past the sockets of the pod: `CAP_NET_RAW`.
+fn fuzzed_frames_from_inside(context: &Context, stack: Stack, past_qdisc: bool) -> Result<()> {
+    let node = context.node()?;
+    let link = |sender: Pod| -> Result<Link> {
+        let link = Link::new(sender, node.plain("neighbour", Families::Dual)?, stack)?;
+        if past_qdisc { link.past_qdisc() } else { Ok(link) }
+    };
+    let control = link(node.plain("plain", Families::Dual)?)?;
+    let link = link(node.enrolled("pod", Families::Dual)?)?;
+    let seed = seed()?;
+    reaches(&control, seed)?;
+    outbound::passes_the_proxy_once(&link.sender, &link.target, stack)?;
+    never_reaches(&link, seed)?;
+    outbound::passes_the_proxy_once(&link.sender, &link.target, stack)
+}
+
+/// Where nothing is in the way, many frames reach the application: so the frames show something.
+fn reaches(control: &Link, seed: u64) -> Result<()> {
+    // Neighbours know each other, so that nothing else can lose the answers.
+    let listening = control.target.listen(control.stack)?;
+    let to = control.target.endpoint(control.stack.family(), listening.port())?;
+    drop(control.sender.connect(control.stack, to)?);
+    let (sent, reached) = fuzz(control, seed, 20_000, Duration::from_secs(6))?;
     ensure!(
         reached > 100,
         "of {sent} frames {reached} reach the application of a pod that is not enrolled: too few"
     );
-    let (sent, reached) = fuzz(&link, seed, FRAMES, TIME)?;
-    println!("{stack}: {sent} frames, seed {seed}");
-    ensure!(reached == 0, "{reached} of {sent} frames reached the application: REDIRECT_FUZZ_SEED={seed}");
-    ensure!(link.listener_is_silent()?, "the application accepted a connection: REDIRECT_FUZZ_SEED={seed}");
-    inbound::passes_the_proxy_once(link.neighbour.netns(), &link.target, stack)
+    Ok(())
 }
 
-impl Link {
-    fn listener_is_silent(&self) -> Result<bool> {
-        self.listener.set_nonblocking(true)?;
-        match self.listener.accept() {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(true),
-            Err(error) => Err(error.into()),
-            Ok(_) => Ok(false),
-        }
-    }
+fn never_reaches(link: &Link, seed: u64) -> Result<()> {
+    let began = Instant::now();
+    let (sent, reached) = fuzz(link, seed, FRAMES, time())?;
+    println!("{}: {sent} frames in {:?}, seed {seed}", link.stack, began.elapsed());
+    ensure!(reached == 0, "{reached} of {sent} frames reached the application: REDIRECT_FUZZ_SEED={seed}");
+    ensure!(link.listener_is_silent()?, "the application accepted a connection: REDIRECT_FUZZ_SEED={seed}");
+    Ok(())
 }
 
 fn fuzz(link: &Link, seed: u64, limit: u64, time: Duration) -> Result<(u64, u64)> {
     let (source, to) = link.ends()?;
-    let (mut noise, began) = (Noise(seed), Instant::now());
+    let (mut random, began) = (Rng::with_seed(seed), Instant::now());
     let (mut sent, mut reached) = (0, 0);
+    let mut frames = Vec::new();
     while sent < limit && began.elapsed() < time {
         // A burst: the receiver may take it as one batch.
-        for _ in 0..1 + noise.below(64) {
-            let (tags, packet) = noise.packet(source, to);
+        frames.clear();
+        for _ in 0..random.usize(1..=64) {
+            let (tags, packet) = packet(&mut random, source, to);
             // A frame that is too long for the device says nothing.
             if packet.len() < 1400 {
-                link.send(&tags, &packet)?;
-                sent += 1;
+                let mut frame = link.frame(&tags, &packet);
+                if random.u8(..8) == 0 {
+                    frame.protocol =
+                        random.choice([0x0800, 0x86dd, 0x0806, 0x8100, 0x88a8]).expect("one of them");
+                }
+                frames.push(frame);
             }
         }
-        reached += link.answers()?;
+        link.send(&frames)?;
+        sent += frames.len() as u64;
+        reached += link.answers()?.application;
     }
-    Ok((sent, reached + link.answers_soon()?))
+    Ok((sent, reached + link.answers_soon()?.application))
 }
 
-/// Pseudo-random numbers (xorshift), and packets that are made of them.
-struct Noise(u64);
-
-impl Noise {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        (self.next() >> 16) as usize % limit
-    }
-
-    fn one_of<T: Copy>(&mut self, values: &[T]) -> T {
-        values[self.below(values.len())]
-    }
-
-    /// Tags, and an IP packet to the pod.
-    fn packet(&mut self, source: IpAddr, to: SocketAddr) -> (Vec<u16>, Vec<u8>) {
-        let tags = if self.below(3) == 0 { self.below(7) } else { 0 };
-        let tags = (0..tags).map(|_| self.one_of(&[0x8100, 0x88a8])).collect();
-        let ports = [PORT_OUTBOUND, PORT_INBOUND, PORT_TUNNEL, PORT_DNS, self.next() as u16];
-        let port = if self.below(4) == 0 { self.one_of(&ports) } else { to.port() };
-        // Few of them, so that they meet what is left of earlier ones.
-        let source_port = if self.below(100) == 0 { 0 } else { 20_000 + self.below(64) as u16 };
-        let flags = match self.below(10) {
-            0 => RST,
-            1 => ACK,
-            2 => self.next() as u8,
-            _ => SYN,
-        };
-        let options = 4 * self.below(11);
-        let mut segment = Vec::new();
-        segment.extend(source_port.to_be_bytes());
-        segment.extend(port.to_be_bytes());
-        segment.extend((self.next() as u32).to_be_bytes());
-        segment.extend([0; 4]);
-        segment.extend([(((20 + options) / 4) << 4) as u8, flags, 0xff, 0xff, 0, 0, 0, 0]);
-        segment.extend(std::iter::repeat_n(1, options));
-        let payload = if self.below(4) == 0 { self.below(64) } else { 0 };
-        segment.extend((0..payload).map(|_| self.next() as u8));
-        let checksum = raw::checksum(source, to.ip(), &segment);
-        segment[16..18].copy_from_slice(&checksum.to_be_bytes());
-        let mut packet = match to.ip() {
-            IpAddr::V4(_) => {
-                let options = if self.below(3) == 0 { self.below(11) } else { 0 };
-                raw::ipv4_with_options(source, to.ip(), options, &segment)
-            }
-            IpAddr::V6(_) => {
-                let headers = if self.below(3) == 0 { self.below(11) } else { 0 };
-                let kinds: Vec<u8> = (0..headers).map(|_| self.one_of(&[60, 60, 43, 44, 51, 0])).collect();
-                raw::ipv6_with_extensions(source, to.ip(), &kinds, &segment)
-            }
-        };
-        if self.below(10) == 0 {
-            let place = self.below(packet.len());
-            packet[place] = self.next() as u8;
+/// Tags, and an IP packet to the pod.
+fn packet(random: &mut Rng, source: IpAddr, to: SocketAddr) -> (Vec<u16>, Vec<u8>) {
+    let tags = if random.u8(..3) == 0 { random.usize(..7) } else { 0 };
+    let tags = (0..tags).map(|_| if random.bool() { 0x8100 } else { 0x88a8 }).collect();
+    let ports = [PORT_OUTBOUND, PORT_INBOUND, PORT_TUNNEL, PORT_DNS, random.u16(..)];
+    let port = if random.u8(..4) == 0 { ports[random.usize(..ports.len())] } else { to.port() };
+    // Few of them, so that they meet what is left of earlier ones.
+    let source_port = if random.u8(..100) == 0 { 0 } else { random.u16(20_000..20_064) };
+    let flags = match random.u8(..10) {
+        0 => RST,
+        1 => ACK,
+        2 => random.u8(..),
+        _ => SYN,
+    };
+    let options = 4 * random.usize(..11);
+    let mut segment = Vec::new();
+    segment.extend(source_port.to_be_bytes());
+    segment.extend(port.to_be_bytes());
+    segment.extend(random.u32(..).to_be_bytes());
+    segment.extend([0; 4]);
+    segment.extend([(((20 + options) / 4) << 4) as u8, flags, 0xff, 0xff, 0, 0, 0, 0]);
+    segment.extend(std::iter::repeat_n(1, options));
+    let payload = if random.u8(..4) == 0 { random.usize(..64) } else { 0 };
+    segment.extend((0..payload).map(|_| random.u8(..)));
+    let checksum = raw::checksum(source, to.ip(), &segment);
+    segment[16..18].copy_from_slice(&checksum.to_be_bytes());
+    let mut packet = match to.ip() {
+        IpAddr::V4(_) => {
+            let options = if random.u8(..3) == 0 { random.usize(..11) } else { 0 };
+            raw::ipv4_with_options(source, to.ip(), options, &segment)
         }
-        (tags, packet)
+        IpAddr::V6(_) => {
+            let headers = if random.u8(..3) == 0 { random.usize(..11) } else { 0 };
+            let kinds: Vec<u8> = (0..headers).map(|_| [60, 60, 43, 44, 51, 0][random.usize(..6)]).collect();
+            raw::ipv6_with_extensions(source, to.ip(), &kinds, &segment)
+        }
+    };
+    if random.u8(..10) == 0 {
+        let place = random.usize(..packet.len());
+        packet[place] = random.u8(..);
     }
+    (tags, packet)
 }
 
 /// Port 15008 leads to the proxy's listener, and to no other that has the port from before.

@@ -21,6 +21,7 @@ use redirect_tests::{Connection, Families, Netns, Node, Pod, Stack, wait};
 use crate::context::{Context, for_every_stack, for_every_stack_in_pods, trial};
 use crate::odd_sockets::{LONG_ENOUGH, Scene, fails};
 use crate::raw::{self, Ethernet};
+use crate::wire::link_address;
 use crate::{inbound, outbound};
 
 /// What is different in placement `node`.
@@ -48,20 +49,12 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 }
 
 /// The other end of the pod's `eth0`.
-fn end_on_host(node: &Node, pod: &Pod) -> Result<String> {
+pub(crate) fn end_on_host(node: &Node, pod: &Pod) -> Result<String> {
     let device = pod.netns().json("ip -j link show dev eth0")?;
     let index = device[0]["link_index"].as_u64().context("eth0 is no veth")?;
     let links = node.netns().json("ip -j link")?;
     let end = links.as_array().into_iter().flatten().find(|link| link["ifindex"].as_u64() == Some(index));
     Ok(end.and_then(|link| link["ifname"].as_str()).context("no other end")?.to_owned())
-}
-
-fn link_address(netns: &Netns) -> Result<[u8; 6]> {
-    let device = netns.json("ip -j link show dev eth0")?;
-    let text = device[0]["address"].as_str().context("eth0 has no link address")?;
-    let bytes: Vec<u8> =
-        text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<_, _>>()?;
-    bytes.try_into().ok().with_context(|| format!("{text} is no link address"))
 }
 
 /// How many packets that pods sent were dropped for these reasons, in either family: behind tags nobody can tell.
@@ -80,7 +73,7 @@ fn send(kind: Ethernet, pod: &Pod, to: (&Pod, SocketAddr)) -> Result<()> {
     let family = if to.1.is_ipv4() { Family::Ipv4 } else { Family::Ipv6 };
     let syn = raw::syn(pod.address(family)?, 40_000, to.1, 1);
     let ends = (link_address(to.0.netns())?, link_address(pod.netns())?);
-    pod.netns().run(|| kind.send("eth0", ends, &syn))?
+    pod.netns().run(|| kind.send(ends, &syn))?
 }
 
 /// SYNs that never meet a socket's hooks. To be sure that they would arrive, the same frames come from a pod that is not enrolled.

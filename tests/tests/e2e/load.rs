@@ -32,7 +32,8 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials
 }
 
-fn is_full() -> bool {
+/// Whether tests are to load the machine as heavily as large nodes are (`--load`).
+pub(crate) fn is_full() -> bool {
     std::env::var("REDIRECT_LOAD").is_ok_and(|value| value == "full")
 }
 

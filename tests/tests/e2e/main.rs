@@ -3,6 +3,7 @@
 //! They need root, the usual CNI plugins, bpftool and the release build of this workspace. Without them they are
 //! skipped, visibly; with `REDIRECT_E2E=require` they fail instead.
 
+mod batches;
 mod bench;
 mod closed_ports;
 mod coexistence;
@@ -63,6 +64,7 @@ mod tunnel;
 mod uninstall;
 mod validate;
 mod virtual_interfaces;
+mod wire;
 mod without_ipv6;
 mod without_proxy;
 
@@ -158,6 +160,7 @@ fn in_pods(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         reports::trials_in_pods(context),
         port_guard::trials(context),
         gate::trials_in_pods(context),
+        batches::trials(context),
         // The proxy is told of pods: in placement `node` the agent hands them to nobody, and `tcp_migrate_req`, without which a
         // proxy that ends resets what waits to be accepted, is the host's. `without_proxy` is tested in both.
         hand_over::trials(context),

@@ -2,10 +2,11 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::AsRawFd as _;
 
 use anyhow::{Result, ensure};
 use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::wire::{Frame, Wire};
 
 /// TCP.
 const TCP: u8 = 6;
@@ -21,6 +22,16 @@ pub(crate) fn syn(source: IpAddr, source_port: u16, to: SocketAddr, sequence: u3
 pub(crate) fn cut_syn(source: IpAddr, source_port: u16, to: SocketAddr) -> Vec<u8> {
     let segment = syn_segment(source, source_port, to, 1);
     packet(source, to.ip(), TCP, &segment[..12])
+}
+
+/// Another segment with these flags, its IP header included.
+pub(crate) fn segment(source: IpAddr, source_port: u16, to: SocketAddr, flags: u8, sequence: u32) -> Vec<u8> {
+    let mut segment = syn_segment(source, source_port, to, sequence);
+    segment[13] = flags;
+    segment[16..18].copy_from_slice(&[0; 2]);
+    let checksum = checksum(source, to.ip(), &segment);
+    segment[16..18].copy_from_slice(&checksum.to_be_bytes());
+    packet(source, to.ip(), TCP, &segment)
 }
 
 /// The SYN without its IP header; the options make it long enough to be cut in two.
@@ -191,63 +202,21 @@ impl Ethernet {
         Self { past_qdisc: false, tags: 0, protocol: Some(0x0806) }
     }
 
-    /// Sends a packet with its IP header from the namespace of the calling thread, to one link address, from another.
-    pub(crate) fn send(self, device: &str, ends: ([u8; 6], [u8; 6]), packet: &[u8]) -> Result<()> {
-        const PACKET_QDISC_BYPASS: libc::c_int = 20;
+    /// Sends a packet with its IP header from `eth0` of the calling thread's namespace, to one link address, from another.
+    pub(crate) fn send(self, ends: ([u8; 6], [u8; 6]), packet: &[u8]) -> Result<()> {
         const TAGGED: u16 = 0x8100;
-        let ipv4 = packet[0] >> 4 == 4;
-        let kind: u16 = if ipv4 { 0x0800 } else { 0x86dd };
-        let mut frame = [ends.0, ends.1].concat();
+        let kind: u16 = if packet[0] >> 4 == 4 { 0x0800 } else { 0x86dd };
+        let mut bytes = [ends.0, ends.1].concat();
         for _ in 0..self.tags {
-            frame.extend(TAGGED.to_be_bytes());
-            frame.extend([0, 0]);
+            bytes.extend(TAGGED.to_be_bytes());
+            bytes.extend([0, 0]);
         }
-        frame.extend(kind.to_be_bytes());
-        let header = frame.len();
-        frame.extend(packet);
-        if ipv4 {
-            let sum = internet_checksum(&frame[header..header + 20]);
-            frame[header + 10..header + 12].copy_from_slice(&sum.to_be_bytes());
-        }
-        let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(0)))?;
-        if self.past_qdisc {
-            let on: libc::c_int = 1;
-            // SAFETY: the option's value lives for the length of the call, and its size is right.
-            let result = unsafe {
-                libc::setsockopt(
-                    socket.as_raw_fd(),
-                    libc::SOL_PACKET,
-                    PACKET_QDISC_BYPASS,
-                    (&raw const on).cast(),
-                    size_of_val(&on) as libc::socklen_t,
-                )
-            };
-            ensure!(result == 0, "PACKET_QDISC_BYPASS: {}", io::Error::last_os_error());
-        }
+        bytes.extend(kind.to_be_bytes());
+        bytes.extend(filled(packet.to_vec()));
         let protocol = self.protocol.unwrap_or(if self.tags == 0 { kind } else { TAGGED });
-        // SAFETY: integers only: zero is a valid value.
-        let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-        to.sll_family = libc::AF_PACKET as libc::c_ushort;
-        to.sll_protocol = protocol.to_be();
-        to.sll_ifindex = nix::net::if_::if_nametoindex(device)? as libc::c_int;
-        to.sll_halen = 6;
-        to.sll_addr[..6].copy_from_slice(&ends.0);
-        // SAFETY: frame and address live for the length of the call, with these lengths.
-        let sent = unsafe {
-            libc::sendto(
-                socket.as_raw_fd(),
-                frame.as_ptr().cast(),
-                frame.len(),
-                0,
-                (&raw const to).cast(),
-                size_of_val(&to) as libc::socklen_t,
-            )
-        };
-        let error = io::Error::last_os_error();
-        // What the kernel says of a packet that TC dropped.
-        let dropped = sent < 0 && error.raw_os_error() == Some(libc::ENOBUFS);
-        ensure!(sent == frame.len() as isize || dropped, "{sent} bytes were sent: {error}");
-        Ok(())
+        let wire = Wire::here()?;
+        let wire = if self.past_qdisc { wire.past_qdisc()? } else { wire };
+        wire.send(&[Frame { bytes, protocol }])
     }
 }
 

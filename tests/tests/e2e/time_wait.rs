@@ -113,7 +113,7 @@ fn call(client: &Netns, stack: Stack, from: SocketAddr, to: SocketAddr) -> Resul
 }
 
 /// Otherwise the test would show nothing.
-fn is_in_time_wait(pod: &Pod, client: SocketAddr, server: SocketAddr) -> Result<()> {
+pub(crate) fn is_in_time_wait(pod: &Pod, client: SocketAddr, server: SocketAddr) -> Result<()> {
     redirect_tests::wait::until_true("TIME_WAIT of the proxy's end", Duration::from_secs(2), || {
         let sockets = pod
             .proxy_netns()

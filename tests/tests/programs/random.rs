@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use fastrand::Rng;
 use libtest_mimic::Trial;
 use redirect_ebpf::constants::{MARK_CAPTURE, MARK_PROXY};
 use redirect_ebpf::family::Family;
@@ -28,7 +29,7 @@ pub(crate) fn trials(shared: &Shared) -> Vec<Trial> {
 /// No packet makes a program return or count anything but what it should, and none is changed.
 fn random_packets(bench: &Bench, program: &str) -> Result<()> {
     let seeds = seeds();
-    let mut noise = Noise(0x9e37_79b9_7f4a_7c15);
+    let mut random = Rng::with_seed(0x9e37_79b9_7f4a_7c15);
     let mut left = PACKETS;
     // From the first packet on: the programs may be at another test's disposal until then.
     let mut began = None;
@@ -37,23 +38,23 @@ fn random_packets(bench: &Bench, program: &str) -> Result<()> {
         if left % 1024 == 1023 && began.get_or_insert_with(Instant::now).elapsed() > TIME {
             return None;
         }
-        let seed = &seeds[noise.below(seeds.len())];
-        if noise.below(4) == 0 {
-            noise.bytes(packet);
+        let seed = &seeds[random.usize(..seeds.len())];
+        if random.u8(..4) == 0 {
+            bytes(&mut random, packet);
             // Else nearly all of it would be of no protocol at all.
             packet[12..14].copy_from_slice(&seed[12..14]);
         } else {
             packet.clear();
             packet.extend(seed);
-            for _ in 0..noise.below(6) {
-                let place = 14 + noise.below(packet.len() - 14);
-                packet[place] = noise.next() as u8;
+            for _ in 0..random.usize(..6) {
+                let place = random.usize(14..packet.len());
+                packet[place] = random.u8(..);
             }
             // The kernel has no test runs on packets without a whole IP header, unless it is hidden behind a tag.
             let least = if matches!(packet[12], 0x81 | 0x88) { 15 } else { 54 };
-            packet.truncate(least + noise.below(1 + packet.len().saturating_sub(least)));
+            packet.truncate(least + random.usize(..=packet.len().saturating_sub(least)));
         }
-        Some([0, MARK_CAPTURE, MARK_PROXY, noise.next() as u32][noise.below(4)])
+        Some([0, MARK_CAPTURE, MARK_PROXY, random.u32(..)][random.usize(..4)])
     })?;
     println!("{program}: {many}");
     ensure!(many.packets > 0);
@@ -83,26 +84,8 @@ fn seeds() -> Vec<Vec<u8>> {
     seeds
 }
 
-/// Pseudo-random numbers (xorshift), the same in each run.
-struct Noise(u64);
-
-impl Noise {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        (self.next() >> 16) as usize % limit
-    }
-
-    /// Fills a packet of random length.
-    fn bytes(&mut self, packet: &mut Vec<u8>) {
-        packet.clear();
-        for _ in 0..7 + self.below(24) {
-            packet.extend(self.next().to_ne_bytes());
-        }
-    }
+/// A packet of random length.
+fn bytes(random: &mut Rng, packet: &mut Vec<u8>) {
+    packet.resize(8 * random.usize(7..31), 0);
+    random.fill(packet);
 }
