@@ -29,8 +29,9 @@ const ELSEWHERE: &str = "the programs on the host's end capture there";
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     type Test = fn(&Context, Stack) -> Result<()>;
-    let tests: [(&str, Test); 6] = [
+    let tests: [(&str, Test); 7] = [
         ("frame_past_the_qdisc", |context, stack| frames(context, stack, Ethernet::past_qdisc(0))),
+        ("frame_by_xdp", |context, stack| frames(context, stack, Ethernet::by_xdp())),
         ("frame_behind_a_priority_tag", |context, stack| frames(context, stack, Ethernet::past_qdisc(1))),
         ("frame_behind_four_priority_tags", |context, stack| frames(context, stack, Ethernet::past_qdisc(4))),
         ("frame_of_another_type", |context, stack| frames(context, stack, Ethernet::of_arp())),

@@ -67,6 +67,7 @@ mod virtual_interfaces;
 mod wire;
 mod without_ipv6;
 mod without_proxy;
+mod xdp;
 
 use std::process::ExitCode;
 use std::sync::Arc;

@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::wire::{Frame, Wire};
+use crate::xdp;
 
 /// TCP.
 const TCP: u8 = 6;
@@ -180,11 +181,21 @@ pub(crate) fn send_marked(packet: &[u8], to: IpAddr, mark: u32) -> Result<()> {
     Ok(())
 }
 
-/// How a frame is sent by a packet socket.
+/// What a frame is sent by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// A packet socket.
+    Packet,
+    /// One that puts it past the queueing discipline, and with it past TC.
+    PastQdisc,
+    /// An AF_XDP socket.
+    Xdp,
+}
+
+/// How a frame is sent.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ethernet {
-    /// Whether it is put past the queueing discipline, and with it past TC.
-    past_qdisc: bool,
+    way: Way,
     /// Priority tags (VLAN 0) before the packet.
     tags: usize,
     /// What the sender says that the frame is, instead of what it says itself.
@@ -194,12 +205,17 @@ pub(crate) struct Ethernet {
 impl Ethernet {
     /// Past TC, behind tags.
     pub(crate) const fn past_qdisc(tags: usize) -> Self {
-        Self { past_qdisc: true, tags, protocol: None }
+        Self { way: Way::PastQdisc, tags, protocol: None }
+    }
+
+    /// By an AF_XDP socket.
+    pub(crate) const fn by_xdp() -> Self {
+        Self { way: Way::Xdp, tags: 0, protocol: None }
     }
 
     /// An IP packet that its sender declares to be ARP.
     pub(crate) const fn of_arp() -> Self {
-        Self { past_qdisc: false, tags: 0, protocol: Some(0x0806) }
+        Self { way: Way::Packet, tags: 0, protocol: Some(0x0806) }
     }
 
     /// Sends a packet with its IP header from `eth0` of the calling thread's namespace, to one link address, from another.
@@ -214,8 +230,11 @@ impl Ethernet {
         bytes.extend(kind.to_be_bytes());
         bytes.extend(filled(packet.to_vec()));
         let protocol = self.protocol.unwrap_or(if self.tags == 0 { kind } else { TAGGED });
-        let wire = Wire::here()?;
-        let wire = if self.past_qdisc { wire.past_qdisc()? } else { wire };
+        let wire = match self.way {
+            Way::Xdp => return xdp::send("eth0", &bytes),
+            Way::PastQdisc => Wire::here()?.past_qdisc()?,
+            Way::Packet => Wire::here()?,
+        };
         wire.send(&[Frame { bytes, protocol }])
     }
 }
