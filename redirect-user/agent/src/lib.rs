@@ -7,6 +7,7 @@
 //!                              zds::server ──▶ node proxy
 //! ```
 
+mod cgroup_watch;
 mod drift;
 mod drop_log;
 pub(crate) mod enrolment;
@@ -16,6 +17,7 @@ mod inspect;
 pub mod install;
 pub mod kube;
 pub mod metrics;
+mod named_proxies;
 mod node_ack;
 mod options;
 mod peer_auth;

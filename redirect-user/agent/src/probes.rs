@@ -3,16 +3,14 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::ops::RangeInclusive;
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-use tokio::io::unix::AsyncFd;
 
 use redirect_datapath::handle::DatapathHandle;
 use redirect_datapath::linux::Linux;
 use redirect_linux::cgroup;
+
+use super::cgroup_watch::CgroupWatch;
 
 /// Who probes pods.
 #[derive(Clone, Debug, clap::Args)]
@@ -53,7 +51,7 @@ pub(super) async fn follow(
     let mut pause = *LOOK_AGAIN.start();
     loop {
         // Before anything is looked for, so that what changes meanwhile is noticed.
-        let watch = watch(&places);
+        let watch = CgroupWatch::new(&places);
         let (wanted, root_directory) = (probers.clone(), root.clone());
         let found =
             tokio::task::spawn_blocking(move || find(&wanted, &root_directory)).await.unwrap_or_default();
@@ -80,7 +78,7 @@ pub(super) async fn follow(
         }
         tokio::select! {
             () = tokio::time::sleep(pause) => pause = (2 * pause).min(*LOOK_AGAIN.end()),
-            () = changed(watch) => {
+            () = watch.changed() => {
                 tokio::time::sleep(SETTLE).await;
                 pause = *LOOK_AGAIN.start();
             }
@@ -147,29 +145,6 @@ fn is_of_host(pid: i32) -> bool {
         && numbers.is_some_and(|numbers| numbers.split_whitespace().count() == 1)
 }
 
-/// Returns when something appears or vanishes where the watch looks.
-async fn changed(watch: nix::Result<OwnedFd>) {
-    let Ok(descriptor) = watch else { return std::future::pending().await };
-    // SAFETY: an owned descriptor stays the same one until it is dropped.
-    match unsafe { AsyncFd::register(descriptor) } {
-        Ok(descriptor) => {
-            let _ = descriptor.readable().await;
-        }
-        Err(_) => std::future::pending().await,
-    }
-}
-
-/// Watches for cgroups that come and go at these places, or on the way there.
-fn watch(places: &BTreeSet<PathBuf>) -> nix::Result<OwnedFd> {
-    let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-    for place in places {
-        let flags = AddWatchFlags::IN_CREATE | AddWatchFlags::IN_DELETE;
-        // The nearest directory that exists.
-        place.ancestors().skip(1).find(|directory| inotify.add_watch(*directory, flags).is_ok());
-    }
-    inotify.as_fd().try_clone_to_owned().map_err(|_| nix::errno::Errno::EMFILE)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -200,18 +175,5 @@ mod tests {
         };
         let found = find(&probers, root.path());
         assert_eq!(found, [root.path().join("system.slice/kubelet.service")].into());
-    }
-
-    #[tokio::test]
-    async fn a_cgroup_that_comes_back_is_noticed() {
-        let root = tempfile::tempdir().unwrap();
-        // At its place, and on the way there.
-        for created in ["kubelet.service", "kubelet.slice"] {
-            let places =
-                ["kubelet.service", "kubelet.slice/kubelet.service"].map(|place| root.path().join(place));
-            let watch = watch(&places.into());
-            fs::create_dir(root.path().join(created)).unwrap();
-            tokio::time::timeout(Duration::from_secs(5), changed(watch)).await.unwrap();
-        }
     }
 }

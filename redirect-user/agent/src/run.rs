@@ -1,19 +1,17 @@
 //! Assembles the agent, and shuts it down.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use redirect_ebpf::flow::FlowLimits;
-use redirect_ebpf::maps::ProxyPart;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch as signal_watch;
 
 use super::enrolment::{Enrolment, Everybody};
 use super::flows::Flows;
 use super::health::{self, Examined};
+use super::named_proxies::NamedProxies;
 use super::options::{LinkLocal, OnExit, Options, WithoutProxy};
 use super::pods::{Defaults, Pods, Restored};
 use super::probes;
@@ -87,6 +85,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     let records = Records::open(&options.state_dir)
         .with_context(|| format!("cannot create the state directory {}", options.state_dir.display()))?;
     let cgroups = Arc::new(Cgroups::new(options.proxy_identity, records.clone()));
+    let named = NamedProxies::new(&options.proxy_cgroup, &options.outbound_proxy_cgroup)?;
     let settings = Settings {
         cgroup: cgroup.clone(),
         host_cookie,
@@ -109,7 +108,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         },
         proxy_cgroups: match options.placement {
             Placement::Pod => cgroups.known().await,
-            Placement::Node => named_cgroups(&options.proxy_cgroup, &options.outbound_proxy_cgroup)?,
+            Placement::Node => named.all()?,
         },
         placement: options.placement,
         rule_priority: options.rule_priority,
@@ -264,6 +263,9 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         });
     }
     if options.placement == Placement::Node {
+        let kernel = kernel.clone();
+        supervisor
+            .restarting("cgroups of the node proxy", Stop::Cut, move || named.clone().follow(kernel.clone()));
         let zds_socket = options.zds_socket.clone();
         supervisor.restarting("stand-in for the node proxy", Stop::Cut, move || {
             node_ack::acknowledge(zds_socket.clone())
@@ -338,23 +340,6 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         );
     }
     Ok(())
-}
-
-/// The cgroups of node proxies that do not mark their sockets, by the numbers by which the kernel side knows them.
-fn named_cgroups(all: &[PathBuf], outbound: &[PathBuf]) -> anyhow::Result<BTreeMap<u64, ProxyPart>> {
-    let rest = if outbound.is_empty() { ProxyPart::ALL } else { ProxyPart::INBOUND };
-    let all = all.iter().map(|directory| ("--proxy-cgroup", directory, rest));
-    let outbound =
-        outbound.iter().map(|directory| ("--outbound-proxy-cgroup", directory, ProxyPart::OUTBOUND));
-    let mut named = BTreeMap::new();
-    for (option, directory, part) in all.chain(outbound) {
-        let context = || format!("{option} {}", directory.display());
-        if named.insert(cgroup::id(directory).with_context(context)?, part).is_some_and(|other| other != part)
-        {
-            bail!("{}: it is named with --proxy-cgroup as well", context());
-        }
-    }
-    Ok(named)
 }
 
 /// Takes over the pods of the agent before, and removes what is left of those that are gone.

@@ -18,7 +18,31 @@ use crate::odd_sockets::dropped;
 use crate::{inbound, outbound};
 
 pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
-    for_every_stack(context, "ports::shared_with_nobody", shared_with_nobody)
+    let mut trials = for_every_stack(context, "ports::shared_with_nobody", shared_with_nobody);
+    trials.extend(for_every_stack(context, "ports::of_a_proxy_in_a_new_cgroup", new_cgroup));
+    trials
+}
+
+/// Service managers make a new cgroup, with the same name, for each start of a proxy.
+fn new_cgroup(context: &Context, stack: Stack) -> Result<()> {
+    let options = NodeOptions { agent: false, proxy: false, ..NodeOptions::default() };
+    // It outlives the node.
+    let mut cgroup;
+    let node = Node::with(&context.session()?, options)?;
+    let make = || node.session().cgroup().child(&format!("renewed-{}", node.netns().name()));
+    cgroup = make()?;
+    node.start_agent(&[format!("--proxy-cgroup={}", cgroup.path().display())])?;
+    node.start_proxy_in(&cgroup)?;
+    let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    for start in 0..3 {
+        node.kill_proxy()?;
+        drop(cgroup);
+        cgroup = make()?;
+        node.start_proxy_in(&cgroup).with_context(|| format!("start {start}"))?;
+        outbound::passes_the_proxy_once(&pod, &other, stack)?;
+        inbound::passes_the_proxy_once(other.netns(), &pod, stack)?;
+    }
+    Ok(())
 }
 
 /// A process of the node with `CAP_NET_RAW` makes a socket that looks like the proxy's and joins its listeners (`SO_REUSEPORT`). The
