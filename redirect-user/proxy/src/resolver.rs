@@ -11,10 +11,12 @@
 //! | `message` | what has to be known of a message. Pure |
 //! | `upstreams` | which servers are asked |
 //! | `exchange` | one question to one upstream server |
+//! | `quotas` | what each pod may have |
 
 mod datagrams;
 mod exchange;
 mod message;
+mod quotas;
 mod upstreams;
 
 use std::io;
@@ -37,6 +39,7 @@ use super::context::Context;
 use super::sockets::{self, OpenError};
 use datagrams::Datagrams;
 use message::{Answer, Question, Received};
+use quotas::{Asker, Quotas};
 use redirect_protocol::placement::Placement;
 
 pub(super) use upstreams::{Upstreams, parse_upstream};
@@ -44,8 +47,15 @@ pub(super) use upstreams::{Upstreams, parse_upstream};
 /// Questions of one pod that may wait for an upstream server at once. More are answered with an error.
 const IN_FLIGHT: usize = 256;
 
-/// TCP connections of one pod that may be open at once. More wait to be accepted.
+/// The same, of all pods of the node, in placement `node`.
+const IN_FLIGHT_ON_NODE: usize = 4096;
+
+/// TCP connections of one pod that may be open at once. In placement `pod` more wait to be accepted; in placement `node`, where they
+/// would hold up those of others, they are closed.
 const CONNECTIONS: usize = 64;
+
+/// The same, of all pods of the node, in placement `node`. More wait to be accepted.
+const CONNECTIONS_ON_NODE: usize = 1024;
 
 /// Questions longer than this are not understood: a name and EDNS with its options need far less.
 const LONGEST_DATAGRAM: usize = 4096;
@@ -108,15 +118,23 @@ impl Resolver {
     /// There is no draining: as long as a socket exists, the kernel gives it questions that would be another proxy's while
     /// that one takes over.
     pub(super) async fn serve(self, context: Arc<Context>) {
-        let desk =
-            Arc::new(Desk { context, in_flight: Semaphore::new(IN_FLIGHT), warned: AtomicBool::new(false) });
+        let (in_flight, connections) = match context.shared.placement {
+            Placement::Pod => (IN_FLIGHT, CONNECTIONS),
+            Placement::Node => (IN_FLIGHT_ON_NODE, CONNECTIONS_ON_NODE),
+        };
+        let desk = Arc::new(Desk {
+            context,
+            in_flight: Semaphore::new(in_flight),
+            questions: Quotas::new(IN_FLIGHT),
+            warned: AtomicBool::new(false),
+        });
         let mut tasks = JoinSet::new();
         for socket in self.datagrams {
             tasks.spawn(answer_datagrams(Arc::clone(&desk), Arc::new(socket)));
         }
-        let places = Arc::new(Semaphore::new(CONNECTIONS));
+        let places = Places { all: Arc::new(Semaphore::new(connections)), each: Quotas::new(CONNECTIONS) };
         for listener in self.listeners {
-            tasks.spawn(connections(Arc::clone(&desk), listener, Arc::clone(&places)));
+            tasks.spawn(accept(Arc::clone(&desk), listener, places.clone()));
         }
         while tasks.join_next().await.is_some() {}
     }
@@ -146,20 +164,34 @@ async fn answer_datagrams(desk: Arc<Desk>, socket: Arc<Datagrams>) {
     }
 }
 
-async fn connections(desk: Arc<Desk>, listener: TcpListener, places: Arc<Semaphore>) {
+/// For connections.
+#[derive(Clone)]
+struct Places {
+    all: Arc<Semaphore>,
+    each: Arc<Quotas>,
+}
+
+async fn accept(desk: Arc<Desk>, listener: TcpListener, places: Places) {
     let mut tasks = JoinSet::new();
     loop {
         // The semaphore is never closed.
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let Ok(place) = Arc::clone(&places.all).acquire_owned().await else { return };
         while tasks.try_join_next().is_some() {}
         match listener.accept().await {
             Ok((stream, source)) => {
+                let Some(own) = places.each.take(desk.asker(source)) else {
+                    tracing::debug!(
+                        "pod {}: too many DNS connections from {source}",
+                        desk.context.identity.name
+                    );
+                    continue;
+                };
                 let desk = Arc::clone(&desk);
                 tasks.spawn(async move {
                     if let Err(error) = connection(&desk, stream, source).await {
                         tracing::debug!("pod {}: DNS over TCP: {error}", desk.context.identity.name);
                     }
-                    drop(place);
+                    drop((place, own));
                 });
             }
             Err(error) => {
@@ -184,6 +216,7 @@ async fn connection(desk: &Desk, mut stream: TcpStream, source: SocketAddr) -> i
 struct Desk {
     context: Arc<Context>,
     in_flight: Semaphore,
+    questions: Arc<Quotas>,
     /// Whether somebody was told that no upstream server answers.
     warned: AtomicBool,
 }
@@ -200,9 +233,9 @@ impl Desk {
                 return Some(answer);
             }
         };
-        let answered = match self.in_flight.try_acquire() {
-            Ok(_permit) => self.forward(&question, transport).await,
-            Err(_) => None,
+        let answered = match (self.questions.take(self.asker(source)), self.in_flight.try_acquire()) {
+            (Some(_own), Ok(_permit)) => self.forward(&question, transport).await,
+            _ => None,
         };
         let entry = Entry {
             transport,
@@ -221,6 +254,10 @@ impl Desk {
             Transport::Udp => question.fit(answer.bytes),
             Transport::Tcp => answer.bytes,
         })
+    }
+
+    fn asker(&self, source: SocketAddr) -> Asker {
+        Asker::of(self.context.shared.placement, source)
     }
 
     /// Asks one upstream server after the other. An answer that is an error of the server's counts only if there is no

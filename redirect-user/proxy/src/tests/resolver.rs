@@ -17,6 +17,7 @@ use super::super::sockets::Namespaces;
 use super::namespace::{CLIENT_V6, Logged, context, dial, fresh, occupy};
 use super::soon;
 use redirect_linux::netns::NetNs;
+use redirect_protocol::placement::Placement;
 
 const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
@@ -199,5 +200,56 @@ async fn questions_that_nobody_answers_fail_and_too_many_at_once() {
     }
     let at_once = times.iter().filter(|&&time| time < 1500).count();
     assert_eq!(at_once, MANY - 256, "those that are more than may wait are answered at once");
+    serving.abort();
+}
+
+/// Placement `node`: one resolver for all pods, told apart by their addresses.
+#[tokio::test]
+async fn one_pod_takes_nothing_from_the_others_of_the_node() {
+    const MANY: usize = 300;
+    const CONNECTIONS: usize = 64;
+    let test = "one_pod_takes_nothing_from_the_others_of_the_node";
+    let Some(netns) = fresh(test, true) else { return };
+    let server = SocketAddr::new(V4, 5300);
+    let (_log, mut shared) = Logged::with_upstreams(true, &[server]);
+    shared.placement = Placement::Node;
+    let namespaces = shared.namespaces.clone();
+    let _upstream = upstream(&namespaces, &netns, server).await;
+    let resolver = Resolver::open(&Arc::new(context(&shared, &netns)), true).await.unwrap();
+    let serving = tokio::spawn(resolver.serve(Arc::new(context(&shared, &netns))));
+    for (greedy, other, resolver) in
+        [(V4, IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2)), V4), (V6, IpAddr::V6(CLIENT_V6), V6)]
+    {
+        let to = SocketAddr::new(resolver, PORT_DNS);
+        let socket = datagram(&namespaces, &netns, SocketAddr::new(greedy, 0)).await;
+        for _ in 0..MANY {
+            socket.send_to(&query("silence.test."), to).await.unwrap();
+            tokio::task::yield_now().await;
+        }
+        let mut buffer = [0; 512];
+        for _ in 256..MANY {
+            soon("an error", socket.recv(&mut buffer)).await.unwrap();
+        }
+        // So many wait now.
+        let asking = datagram(&namespaces, &netns, SocketAddr::new(other, 0)).await;
+        asking.send_to(&query("100.test."), to).await.unwrap();
+        let length = soon("an answer", asking.recv(&mut buffer)).await.unwrap();
+        let answer = Message::from_vec(&buffer[..length]).unwrap();
+        assert_eq!(
+            (answer.metadata.response_code, answer.answers.len()),
+            (ResponseCode::NoError, 1),
+            "{other}"
+        );
+
+        let mut open = Vec::new();
+        for _ in 0..CONNECTIONS {
+            open.push(dial(&namespaces, &netns, Some(greedy), to).await.unwrap());
+        }
+        let mut one_more = dial(&namespaces, &netns, Some(greedy), to).await.unwrap();
+        assert_eq!(soon("the end", one_more.read(&mut [0])).await.unwrap_or(0), 0, "{greedy}");
+        let mut stream = dial(&namespaces, &netns, Some(other), to).await.unwrap();
+        send_framed(&mut stream, &query("100.test.")).await;
+        assert_eq!(read_framed(&mut stream).await.answers.len(), 1, "{other}");
+    }
     serving.abort();
 }
