@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use redirect_datapath::facts::Sysctl;
 use redirect_datapath::linux::EarlyDemuxNote;
 use redirect_linux::netns::NetNs;
+use redirect_protocol::input::read_file;
 use redirect_protocol::pod::{PodIdentity, PodSettings};
 use redirect_protocol::wire::Attachment;
 
@@ -71,6 +72,12 @@ pub enum Phase {
 }
 
 const PROXIES: &str = "proxies.json";
+
+/// The longest checkpoint. Kubernetes limits a pod's annotations, where exclusions come from, to 256 KiB.
+const LONGEST: usize = 4 << 20;
+
+/// How many checkpoints are read. A node has hundreds of pods.
+const MOST: usize = 65_536;
 /// There, if placement `node` has turned the sysctl off.
 const EARLY_DEMUX: &str = "early-demux-was-on";
 
@@ -105,6 +112,7 @@ impl Records {
         let paths = entries.into_iter().map(|entry| entry.path());
         Ok(paths
             .filter(|path| path.extension().is_some_and(|extension| extension == "json"))
+            .take(MOST)
             .filter_map(|path| read(&path))
             .collect())
     }
@@ -194,7 +202,7 @@ fn gone(removed: io::Result<()>) -> io::Result<()> {
 }
 
 fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
-    let parsed = fs::read(path).and_then(|text| Ok(serde_json::from_slice(&text)?));
+    let parsed = read_file(path, LONGEST).and_then(|text| Ok(serde_json::from_slice(&text)?));
     parsed.inspect_err(|error| tracing::warn!(path = %path.display(), %error, "cannot read checkpoint")).ok()
 }
 
@@ -402,7 +410,11 @@ mod tests {
         records.write(&record());
         fs::write(directory.path().join("pods/8.json"), "{").unwrap();
         fs::write(directory.path().join("pods/9.new"), "{}").unwrap();
+        // One that never ends.
+        std::os::unix::fs::symlink("/dev/zero", directory.path().join("pods/10.json")).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", directory.path().join(PROXIES)).unwrap();
         assert_eq!(records.read().unwrap().len(), 1);
+        assert!(records.proxies().is_empty());
     }
 
     #[test]

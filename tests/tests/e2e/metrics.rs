@@ -140,6 +140,12 @@ fn idle_clients(context: &Context, stack: Stack) -> Result<()> {
             "an idle client is still connected: {end:?}"
         );
     }
+    // A request that never ends is cut off.
+    let mut stream = pod.netns().run(|| dial(stack, to, wait::SOON))?.context("client")?;
+    let endless =
+        std::iter::repeat_n(b"X-Header: value\r\n", 1 << 16).try_for_each(|line| stream.write_all(line));
+    let cut = endless.and_then(|()| stream.read_to_string(&mut String::new()));
+    ensure!(cut.is_err() || cut.is_ok_and(|length| length < 1024), "1 MiB of headers is taken");
     // The network reaches metrics alone.
     let to = SocketAddr::new(node.gateway(stack.family()), HEALTH_PORT);
     let refused = pod.netns().run(|| dial(stack, to, wait::SOON))?;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use super::chain::Chain;
 use super::error::Error;
 use super::files::Attributes;
+use redirect_protocol::input::read_file;
 
 /// The files that runtimes look at, in the order in which they do.
 #[derive(Debug)]
@@ -33,12 +34,20 @@ pub(super) fn is_original(name: &str) -> bool {
     name.ends_with(ORIGINAL)
 }
 
+/// The longest configuration.
+const LONGEST: usize = 1 << 20;
+
+/// How many names a directory may have.
+const MOST: usize = 10_000;
+
 /// One of them.
 #[derive(Debug)]
 pub(super) struct Conf {
     pub(super) name: String,
     pub(super) attributes: Attributes,
+    /// Empty, if it is too long.
     pub(super) bytes: Vec<u8>,
+    too_long: bool,
     /// The error says why it is no configuration.
     pub(super) chain: Result<Chain, String>,
 }
@@ -52,12 +61,22 @@ impl Directory {
             originals: Vec::new(),
             disabled_by_cilium: Vec::new(),
         };
-        for entry in fs::read_dir(path).map_err(failed)? {
+        for (number, entry) in fs::read_dir(path).map_err(failed)?.enumerate() {
+            if number == MOST {
+                let what = format!("it has more than {MOST} files");
+                return Err(failed(io::Error::new(io::ErrorKind::FileTooLarge, what)));
+            }
             let Ok(name) = entry.map_err(failed)?.file_name().into_string() else { continue };
             if name.ends_with(".cilium_bak") {
                 directory.disabled_by_cilium.push(name);
             } else if let Some(of) = name.strip_suffix(ORIGINAL) {
-                directory.originals.extend(Conf::read(&path.join(&name), of.to_owned())?);
+                let kept = Conf::read(&path.join(&name), of.to_owned())?;
+                // What is put back has to be all of it.
+                if kept.as_ref().is_some_and(|kept| kept.too_long) {
+                    let what = format!("{name} is larger than {LONGEST} bytes");
+                    return Err(failed(io::Error::new(io::ErrorKind::FileTooLarge, what)));
+                }
+                directory.originals.extend(kept);
             } else if [".conf", ".conflist", ".json"].iter().any(|end| name.ends_with(end)) {
                 directory.files.extend(Conf::read(&path.join(&name), name)?);
             }
@@ -89,8 +108,16 @@ impl Conf {
         };
         let attributes =
             Attributes { mode: metadata.mode() & 0o7777, uid: metadata.uid(), gid: metadata.gid() };
-        match fs::read(path) {
-            Ok(bytes) => Ok(Some(Self { chain: Chain::parse(&name, &bytes), name, attributes, bytes })),
+        match read_file(path, LONGEST) {
+            Ok(bytes) => {
+                let chain = Chain::parse(&name, &bytes);
+                Ok(Some(Self { chain, name, attributes, bytes, too_long: false }))
+            }
+            // No runtime gets anywhere with it either.
+            Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {
+                let chain = Err(error.to_string());
+                Ok(Some(Self { chain, name, attributes, bytes: Vec::new(), too_long: true }))
+            }
             Err(error) if gone(&error) => Ok(None),
             Err(error) => Err(Error::read(path, error)),
         }

@@ -18,6 +18,7 @@ use super::error::Error;
 use super::files::{self, Attributes, Files};
 use super::{Options, PLUGIN};
 use redirect_cni::SpecVersion;
+use redirect_protocol::input::read_file;
 use redirect_protocol::wire::{Request, client};
 
 /// Copies the plugin unless it is there. Whether it was copied.
@@ -43,11 +44,16 @@ pub(super) fn is_current(options: &Options) -> Result<bool, Error> {
     let wanted = fs::read(&source).map_err(|error| Error::read(&source, error))?;
     match fs::symlink_metadata(&target) {
         Ok(metadata) if !metadata.is_file() || metadata.mode() & 0o111 != 0o111 => return Ok(false),
+        // Not read: it may be of any size.
+        Ok(metadata) if metadata.len() != wanted.len() as u64 => return Ok(false),
         Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(Error::read(&target, error)),
     }
-    Ok(fs::read(&target).map_err(|error| Error::read(&target, error))? == wanted)
+    match read_file(&target, wanted.len()) {
+        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => Ok(false),
+        found => Ok(found.map_err(|error| Error::read(&target, error))? == wanted),
+    }
 }
 
 fn source(options: &Options) -> Result<PathBuf, Error> {

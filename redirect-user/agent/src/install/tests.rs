@@ -450,3 +450,32 @@ fn an_agent_that_refuses_to_answer_counts_as_none() {
     host.options.cni_agent_socket = agent.socket();
     refused(&host, "the kernel can't be read");
 }
+
+#[test]
+fn files_are_read_up_to_a_limit() {
+    let long = " ".repeat((1 << 20) + 1);
+    let host = Host::new(&[("10-b.conflist", list())]);
+    // Not the one that is in use.
+    fs::write(host.path("99-long.conflist"), &long).unwrap();
+    host.install().unwrap();
+    assert_eq!(host.runtime_s_view(), ["bridge", PLUGIN]);
+    assert_eq!(fs::read_to_string(host.path("99-long.conflist")).unwrap(), long);
+    // A plugin of another size, even one without an end, is replaced without being read.
+    let installed = host.options.directories.installed_plugin();
+    fs::File::options().write(true).open(&installed).unwrap().set_len(1 << 40).unwrap();
+    assert!(!plugin::is_current(&host.options).unwrap());
+    host.install().unwrap();
+    assert!(plugin::is_current(&host.options).unwrap());
+    // What was kept is put back whole, or not at all.
+    fs::write(host.path("10-b.conflist.before-ambient-redirect"), &long).unwrap();
+    let error = remove(&host.options.directories).unwrap_err().to_string();
+    assert!(error.contains("10-b.conflist.before-ambient-redirect is larger than 1048576 bytes"), "{error}");
+    assert_eq!(host.runtime_s_view(), ["bridge", PLUGIN]);
+    fs::remove_file(host.path("10-b.conflist.before-ambient-redirect")).unwrap();
+    // More names than any directory has.
+    for number in 0..10_000 {
+        fs::write(host.path(&format!("{number}.bak")), "").unwrap();
+    }
+    let error = host.install().unwrap_err().to_string();
+    assert!(error.contains("more than 10000 files"), "{error}");
+}

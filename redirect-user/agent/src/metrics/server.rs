@@ -29,6 +29,9 @@ use super::{Snapshot, registry, text};
 /// How long a connection may last, and an answer take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// The longest request, with its headers.
+const LONGEST_REQUEST: usize = 16 << 10;
+
 /// How long a client may take to send its request.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -172,6 +175,7 @@ async fn converse<S: Source>(
     hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(REQUEST_PATIENCE)
+        .max_buf_size(LONGEST_REQUEST)
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), answer)
         .await

@@ -28,8 +28,9 @@ pub use redirect_linux::socket_file::BindError;
 /// How long a client may take to send its request, and to read each reply.
 const CLIENT_DEADLINE: Duration = Duration::from_secs(5);
 
-/// How many connections are served at once. Others wait in the socket's backlog.
-const MAX_CONNECTIONS: usize = 256;
+/// How many connections are served at once. Others wait in the socket's backlog. More than a node has pods: each may have an ADD that
+/// waits for a proxy.
+const MAX_CONNECTIONS: usize = 2048;
 
 /// How long requests that are being handled may go on after the shutdown began.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);

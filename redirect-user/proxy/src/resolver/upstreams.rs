@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use redirect_ebpf::constants::PORT_DOMAIN;
+use redirect_protocol::input::read_file;
 
 /// How long the file is not looked at again.
 const FRESH: Duration = Duration::from_secs(1);
@@ -64,6 +65,9 @@ impl Upstreams {
     }
 }
 
+/// The longest `resolv.conf`.
+const LONGEST: usize = 64 << 10;
+
 impl Seen {
     fn look(&mut self, path: &Path) {
         let first = self.looked.replace(Instant::now()).is_none();
@@ -73,9 +77,9 @@ impl Seen {
             return;
         }
         self.version = version;
-        match found.and_then(|_| fs::read_to_string(path)) {
+        match found.and_then(|_| read_file(path, LONGEST)) {
             Ok(text) => {
-                let (usable, loopback) = parse(&text);
+                let (usable, loopback) = parse(&String::from_utf8_lossy(&text));
                 tracing::info!("forwarding DNS queries of pods to {usable:?} from {}", path.display());
                 if usable.is_empty() {
                     tracing::warn!(
@@ -170,5 +174,12 @@ mod tests {
         fs::remove_file(&path).unwrap();
         seen.look(&path);
         assert_eq!(seen.servers.len(), 1);
+        // One that is too long, or never ends.
+        fs::write(&path, "nameserver 192.0.2.9\n".repeat(LONGEST)).unwrap();
+        seen.look(&path);
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+        seen.look(&path);
+        assert_eq!(seen.servers[..], ["[2001:db8::1]:53".parse().unwrap()]);
     }
 }
