@@ -32,6 +32,8 @@ pub use options::Options;
 #[cfg(test)]
 mod tests;
 
+#[cfg(test)]
+pub(crate) use client::{Rate, client_at};
 pub(crate) use client::{client, config};
 pub(crate) use controller::Controller;
 pub(crate) use daemonset::OwnDaemonSet;

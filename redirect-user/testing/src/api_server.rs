@@ -46,6 +46,8 @@ pub struct World {
     faults: Vec<(String, Fault)>,
     /// Method, path with query.
     pub requests: Vec<(String, String)>,
+    /// In which form each of them wants its answer.
+    pub accepted: Vec<String>,
     /// The events that were made, as they came.
     pub events: Vec<Value>,
 }
@@ -210,6 +212,12 @@ impl ApiServer {
         world.requests.iter().filter(|(_, path)| lists(path)).count()
     }
 
+    /// How many requests wanted nothing but metadata.
+    #[must_use]
+    pub fn requests_for_metadata(&self) -> usize {
+        self.world().accepted.iter().filter(|accept| accept.contains("as=partialobjectmetadata")).count()
+    }
+
     /// How many requests had this text in method, path and query.
     #[must_use]
     pub fn count(&self, what: &str) -> usize {
@@ -282,6 +290,7 @@ struct Request {
     method: String,
     path: String,
     query: String,
+    accept: String,
     body: Value,
 }
 
@@ -297,6 +306,7 @@ impl Connection {
             let (fault, away) = {
                 let mut world = self.world();
                 world.requests.push((method.clone(), format!("{path}?{query}")));
+                world.accepted.push(request.accept.clone());
                 (world.take_fault(&format!("{method} {path}?{query}")), world.away)
             };
             if away {
@@ -329,7 +339,7 @@ impl Connection {
     }
 
     fn answer(&self, request: Request) -> (u16, Value) {
-        let Request { method, path, query, body } = request;
+        let Request { method, path, query, body, .. } = request;
         let mut world = self.world();
         match (method.as_str(), path.as_str()) {
             ("GET", list) if matches!(list, PODS | NAMESPACES) || list.ends_with(DAEMONSETS) => {
@@ -462,11 +472,14 @@ async fn read(stream: &mut BufReader<TcpStream>) -> io::Result<Option<Request>> 
     }
     let mut words = line.split_whitespace();
     let (method, target) = (words.next().unwrap().to_owned(), words.next().unwrap().to_owned());
-    let mut length = 0;
+    let (mut length, mut accept) = (0, String::new());
     loop {
         line.clear();
         stream.read_line(&mut line).await?;
         let header = line.trim_end().to_ascii_lowercase();
+        if let Some(value) = header.strip_prefix("accept:") {
+            accept = value.trim().into();
+        }
         if header.is_empty() {
             break;
         }
@@ -478,7 +491,8 @@ async fn read(stream: &mut BufReader<TcpStream>) -> io::Result<Option<Request>> 
     stream.read_exact(&mut body).await?;
     let (path, query) = target.split_once('?').unwrap_or((&target, ""));
     let body = if body.is_empty() { Value::Null } else { serde_json::from_slice(&body).unwrap() };
-    Ok(Some(Request { method, path: path.into(), query: query.trim_start_matches('&').into(), body }))
+    let query = query.trim_start_matches('&').into();
+    Ok(Some(Request { method, path: path.into(), query, accept, body }))
 }
 
 async fn respond(

@@ -8,11 +8,23 @@ use kube::client::retry::RetryPolicy;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use tower::buffer::BufferLayer;
+use tower::limit::RateLimitLayer;
 use tower::retry::RetryLayer;
 
 /// Longer than a watch may be quiet: the API server ends each after 290 s.
 const READ: Duration = Duration::from_secs(300);
 const CONNECT: Duration = Duration::from_secs(5);
+
+/// How many requests an agent may send in a second. When a node loses its proxy, the annotations of all of its pods change; when a
+/// cluster does, those of all nodes.
+const RATE: Rate = Rate { requests: 20, period: Duration::from_secs(1) };
+
+/// So many requests in each period; more wait.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rate {
+    pub(crate) requests: u64,
+    pub(crate) period: Duration,
+}
 
 /// Why there is no connection to the API server.
 #[derive(Debug, thiserror::Error)]
@@ -41,7 +53,12 @@ pub(crate) async fn config(kubeconfig: Option<&Path>) -> Result<Config, ClientEr
 }
 
 /// Makes a client. Nothing is sent yet.
-pub(crate) fn client(mut config: Config) -> Result<Client, ClientError> {
+pub(crate) fn client(config: Config) -> Result<Client, ClientError> {
+    client_at(RATE, config)
+}
+
+/// The same, at another rate.
+pub(crate) fn client_at(rate: Rate, mut config: Config) -> Result<Client, ClientError> {
     let failed = |error| ClientError::Build(Box::new(error));
     config.connect_timeout = Some(CONNECT);
     config.read_timeout = Some(READ);
@@ -53,6 +70,7 @@ pub(crate) fn client(mut config: Config) -> Result<Client, ClientError> {
         .map_err(|error| failed(kube::Error::Service(error.into())))?;
     Ok(ClientBuilder::try_from(config)
         .map_err(failed)?
+        .with_layer(&RateLimitLayer::new(rate.requests, rate.period))
         .with_layer(&BufferLayer::new(64))
         .with_layer(&RetryLayer::new(policy))
         .build())
@@ -60,6 +78,12 @@ pub(crate) fn client(mut config: Config) -> Result<Client, ClientError> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
+    use k8s_openapi::api::core::v1::Pod;
+    use kube::Api;
+    use redirect_testing::ApiServer;
+
     use super::*;
 
     const KUBECONFIG: &str = "
@@ -83,6 +107,23 @@ users: [{name: u, user: {token: secret}}]
             client.apiserver_version().await,
             Err(kube::Error::Service(_) | kube::Error::HyperError(_))
         ));
+    }
+
+    #[tokio::test]
+    async fn requests_are_spread_over_time() {
+        const REQUESTS: usize = 30;
+        let server = ApiServer::start().await;
+        let config = Config::new(format!("http://{}", server.address).parse().unwrap());
+        let rate = Rate { requests: 10, period: Duration::from_millis(300) };
+        let client = client_at(rate, config).unwrap();
+        let began = Instant::now();
+        let ask = |_| {
+            let pods = Api::<Pod>::namespaced(client.clone(), "shop");
+            async move { pods.get("absent").await.unwrap_err() }
+        };
+        futures::future::join_all((0..REQUESTS).map(ask)).await;
+        assert_eq!(server.count("GET /api/v1/namespaces/shop/pods/absent"), REQUESTS);
+        assert!(began.elapsed() >= 2 * rate.period, "{:?}", began.elapsed());
     }
 
     #[tokio::test]

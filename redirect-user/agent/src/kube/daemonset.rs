@@ -7,7 +7,10 @@ use anyhow::Context as _;
 use futures::StreamExt as _;
 use k8s_openapi::api::apps::v1::DaemonSet;
 use kube::Api;
-use kube::runtime::{WatchStreamExt as _, watcher};
+use kube::api::ObjectMeta;
+use kube::core::PartialObjectMeta;
+use kube::runtime::WatchStreamExt as _;
+use kube::runtime::watcher::{Config, Event, watcher};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -20,7 +23,7 @@ const DEADLINE: Duration = Duration::from_secs(5);
 /// the time that the agent is told to end it may not be allowed to ask. A watch that is open sees the end of the
 /// DaemonSet all the same. Rights that are gone prove nothing by themselves: somebody may have broken them.
 pub(crate) struct OwnDaemonSet {
-    api: Api<DaemonSet>,
+    api: Api<PartialObjectMeta<DaemonSet>>,
     name: String,
     /// Whether it was gone or about to go when something was last seen of it.
     going: watch::Receiver<bool>,
@@ -40,13 +43,35 @@ impl OwnDaemonSet {
         namespace: &str,
         name: &str,
     ) -> anyhow::Result<Self> {
-        let api: Api<DaemonSet> = Api::namespaced(client(config(kubeconfig).await?)?, namespace);
+        let api: Api<PartialObjectMeta<DaemonSet>> =
+            Api::namespaced(client(config(kubeconfig).await?)?, namespace);
         let (sender, going) = watch::channel(false);
-        let seen = watcher::watch_object(api.clone(), name).default_backoff();
+        // During an upgrade the status changes with every node, and every agent hears of it: it is not sent along.
+        let only = Config::default().fields(&format!("metadata.name={name}")).any_semantic();
+        // Pages would be read past the API server's cache.
+        let only = Config { page_size: None, ..only };
+        let seen = watcher(api.clone(), only).default_backoff();
+        let mut listed = true;
         let task = tokio::spawn(seen.for_each(move |seen| {
-            match seen {
-                Ok(daemonset) => drop(sender.send_replace(daemonset.is_none_or(|found| is_going(&found)))),
-                Err(error) => tracing::debug!(%error, "cannot watch the agent's DaemonSet"),
+            let now = match seen {
+                Ok(Event::Init) => {
+                    listed = true;
+                    None
+                }
+                Ok(Event::InitApply(found)) => {
+                    listed = is_going(&found.metadata);
+                    None
+                }
+                Ok(Event::InitDone) => Some(listed),
+                Ok(Event::Apply(found)) => Some(is_going(&found.metadata)),
+                Ok(Event::Delete(_)) => Some(true),
+                Err(error) => {
+                    tracing::debug!(%error, "cannot watch the agent's DaemonSet");
+                    None
+                }
+            };
+            if let Some(now) = now {
+                sender.send_replace(now);
             }
             std::future::ready(())
         }));
@@ -57,7 +82,7 @@ impl OwnDaemonSet {
     pub(crate) async fn is_deleted(&self) -> anyhow::Result<bool> {
         let answer = tokio::time::timeout(DEADLINE, self.api.get(&self.name)).await;
         let error = match answer.context("the API server does not answer") {
-            Ok(Ok(daemonset)) => return Ok(is_going(&daemonset)),
+            Ok(Ok(daemonset)) => return Ok(is_going(&daemonset.metadata)),
             Ok(Err(kube::Error::Api(status))) if status.code == 404 => return Ok(true),
             Ok(Err(error)) => anyhow::Error::new(error).context("the API server answered"),
             Err(silence) => silence,
@@ -66,8 +91,8 @@ impl OwnDaemonSet {
     }
 }
 
-fn is_going(daemonset: &DaemonSet) -> bool {
-    daemonset.metadata.deletion_timestamp.is_some()
+fn is_going(metadata: &ObjectMeta) -> bool {
+    metadata.deletion_timestamp.is_some()
 }
 
 #[cfg(test)]
@@ -104,6 +129,22 @@ mod tests {
     async fn one_that_stays_has_a_successor() {
         let (_server, own) = watched().await;
         assert!(!own.is_deleted().await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn an_upgrade_costs_one_watch_of_metadata() {
+        const NODES: usize = 5000;
+        const LIST: &str = "GET /apis/apps/v1/namespaces/mesh/daemonsets?";
+        let (server, own) = watched().await;
+        for _ in 0..NODES {
+            server.put_daemonset("mesh", "redirect", false);
+        }
+        assert!(!own.is_deleted().await.unwrap());
+        let lists = server.count(LIST) - server.count("watch=true");
+        assert_eq!((lists, server.count("watch=true"), server.count(GET)), (1, 1, 1));
+        // From the API server's cache, and no more than metadata.
+        assert_eq!(server.count("resourceVersion=0"), 1);
+        assert_eq!(server.requests_for_metadata(), 3);
     }
 
     #[tokio::test]

@@ -20,7 +20,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 
 use super::informer::Patience;
-use super::{Controller, Rules, Timing, client};
+use super::{Controller, Rate, Rules, Timing, client, client_at};
 use crate::pods::Defaults;
 use crate::pods::Pods;
 use crate::records::Records;
@@ -104,7 +104,7 @@ impl Node {
         ));
         let rules = Rules { excluded: ["kube-system".to_owned()].into(), ..Rules::default() };
         let proc = directory.path().join("proc");
-        let client = client(config).unwrap();
+        let client = client_at(Rate { requests: 10_000, period: Duration::from_secs(1) }, config).unwrap();
         let controller = Controller::new(client, NODE.into(), rules, proc, Arc::clone(&pods), timing);
         let (stop, stopped) = watch::channel(false);
         let task = tokio::spawn(Arc::clone(&controller).run(stopped));
