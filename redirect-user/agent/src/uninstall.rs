@@ -28,7 +28,7 @@ pub struct Options {
     /// Continue even if an agent runs
     #[arg(long)]
     pub force: bool,
-    /// Only clean up namespaces that checkpoints or pins name, for nodes that several agents share
+    /// Only clean up pods that checkpoints or pins name, for nodes that several agents share
     #[arg(long)]
     pub known_only: bool,
 }
@@ -80,6 +80,7 @@ pub fn uninstall(options: &Options) -> anyhow::Result<Report> {
     });
     report.records = known.len();
     let pinned = options.known_only.then(|| pins.as_ref().map(Pins::cookies).unwrap_or_default());
+    let mut devices = pins.as_ref().map(Pins::devices).unwrap_or_default();
     for (netns, record) in namespaces(known, pinned.as_ref())? {
         let (pod, foreign) = match record {
             Some(record) => (Some(record.identity), Some(record.foreign)),
@@ -94,8 +95,14 @@ pub fn uninstall(options: &Options) -> anyhow::Result<Report> {
                 None => format!("network namespace {inode}: {error}"),
             }),
         }
+        devices.extend(linux::devices_of(&netns)?);
     }
-    report.host = linux::strip_host(&records.early_demux()).context("the host's network namespace")?;
+    let is_unknown = options.known_only && pins.is_none() && report.records == 0;
+    if !is_unknown {
+        let known = options.known_only.then_some(&devices);
+        let host = linux::strip_host(&records.early_demux(), known);
+        report.host = host.context("the host's network namespace")?;
+    }
     if let Some(pins) = pins {
         report.pins = pins.remove()?;
     }

@@ -56,7 +56,7 @@ use redirect_linux::netns::{NetNs, current_cookie};
 use redirect_protocol::placement::Placement;
 use redirect_protocol::pod::Exclusion;
 use redirect_protocol::wire::{CounterReport, MapReport, PodCounter, ProgramReport, Transport};
-pub use strip::{HostReport, Stripped, strip, strip_host};
+pub use strip::{HostReport, Stripped, devices_of, strip, strip_host};
 use sysctl::Sysctls;
 pub use tc::TcMethod;
 pub use try_out::try_out;

@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use redirect_protocol::placement::Placement;
 use redirect_tests::cni::REDIRECT;
 use redirect_tests::kernel::Footprint;
@@ -161,7 +163,16 @@ fn refuses_for_another(context: &Context) -> Result<()> {
     ensure!(output.status.code() == Some(3) && text.contains("--known-only"), "{}: {text}", output.status);
     // It may be the agent of another test.
     ensure!(text.contains("an agent runs and uses /sys/fs/bpf/"), "{text}");
-    report(&uninstall(&["--known-only"])?)?;
+    // It would repair what is missing.
+    let agent = Pid::from_raw(node.with_agent(|agent| Ok(agent.process().pid()))?.try_into()?);
+    kill(agent, Signal::SIGSTOP)?;
+    let before = Footprint::of(node.netns());
+    let known = uninstall(&["--known-only"]);
+    let after = Footprint::of(node.netns());
+    kill(agent, Signal::SIGCONT)?;
+    report(&known?)?;
+    let (before, after) = (before?, after?);
+    ensure!(before == after, "the host had {before:#?}\nand has {after:#?}");
     pod.check().context("after a refusal")
 }
 

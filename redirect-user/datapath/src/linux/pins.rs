@@ -21,7 +21,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use redirect_ebpf::maps::LAYOUT;
+use aya::maps::{HashMap as BpfHashMap, Map, MapData};
+use redirect_ebpf::maps::{LAYOUT, PodAddress};
 
 use crate::facts::Lookup;
 use redirect_linux::bpffs::{Bpffs, NO_BPFFS_REMEDY, bpffs, mount_bpffs};
@@ -109,6 +110,19 @@ impl Pins {
     pub fn cookies(&self) -> BTreeSet<u64> {
         let entries = fs::read_dir(self.links()).into_iter().flatten().flatten();
         entries.filter_map(|entry| cookie_of_lookup(entry.file_name().to_str()?)).collect()
+    }
+
+    /// The devices of the host that lead to pods, by index.
+    pub fn devices(&self) -> BTreeSet<u32> {
+        let entries = fs::read_dir(self.maps()).into_iter().flatten().flatten();
+        let of_devices =
+            entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("INTERFACES-"));
+        let indices = of_devices.filter_map(|entry| {
+            let map = Map::HashMap(MapData::from_pin(entry.path()).ok()?);
+            let map = BpfHashMap::<_, u32, PodAddress>::try_from(map).ok()?;
+            Some(map.keys().flatten().collect::<Vec<_>>())
+        });
+        indices.flatten().collect()
     }
 
     /// Removes the maps that no program uses any more: every one but these.

@@ -5,6 +5,7 @@ use std::io;
 
 use redirect_ebpf::Family;
 
+use super::devices;
 use super::entrance::{self, EarlyDemuxNote};
 use super::sysctl::Sysctls;
 use crate::facts::Sysctl;
@@ -37,11 +38,16 @@ pub struct HostReport {
     pub untracked: bool,
 }
 
-/// Takes everything of ours out of the calling thread's namespace, which is the host's.
-pub fn strip_host(note: &EarlyDemuxNote) -> io::Result<HostReport> {
+/// Takes everything of ours out of the calling thread's namespace, which is the host's; of the filters on devices only those on
+/// `known` ones, if that is given.
+pub fn strip_host(note: &EarlyDemuxNote, known: Option<&BTreeSet<u32>>) -> io::Result<HostReport> {
     let mut netlink = Netlink::open()?;
     let mut report = HostReport::default();
-    for interface in netlink.interfaces()?.0 {
+    let (interfaces, _) = netlink.interfaces()?;
+    for interface in interfaces {
+        if known.is_some_and(|known| !known.contains(&interface.index)) {
+            continue;
+        }
         for filter in netlink.filters(interface.index)? {
             if netlink.delete_filter(interface.index, filter)? {
                 netlink.delete_qdisc(interface.index)?;
@@ -51,6 +57,12 @@ pub fn strip_host(note: &EarlyDemuxNote) -> io::Result<HostReport> {
     }
     (report.rules, report.entrance, report.untracked) = entrance::remove(&mut netlink, note)?;
     Ok(report)
+}
+
+/// The indices of the devices in the calling thread's namespace that lead to a pod.
+pub fn devices_of(pod: &NetNs) -> io::Result<BTreeSet<u32>> {
+    let ends = devices::of(pod, &NetNs::current()?, &mut Netlink::open()?)?.ends;
+    Ok(ends.into_iter().map(|end| end.index).collect())
 }
 
 /// Strips a namespace. `foreign` are the sysctls that were on before us, if that is known: then the namespace is a pod's.
