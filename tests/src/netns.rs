@@ -1,7 +1,7 @@
 //! A network namespace, and code that runs in it.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
@@ -157,12 +157,13 @@ impl Netns {
         if self.has_sysctl(name)? { self.set_sysctl(name, value) } else { Ok(()) }
     }
 
-    /// Reads a sysctl.
+    /// Reads a sysctl. Of a list the kernel tells as much as there is room for in the first read.
     pub fn sysctl(&self, name: &str) -> Result<String> {
         let path = sysctl_path(name);
-        let value =
-            self.run(|| fs::read_to_string(&path))?.with_context(|| format!("{}: {name}", self.name))?;
-        Ok(value.trim().to_owned())
+        let mut value = vec![0; 1 << 18];
+        let length = self.run(|| fs::File::open(&path)?.read(&mut value))?;
+        let length = length.with_context(|| format!("{}: {name}", self.name))?;
+        Ok(String::from_utf8(value[..length].to_vec())?.trim().to_owned())
     }
 
     /// Whether the kernel has a sysctl.

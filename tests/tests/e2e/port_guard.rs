@@ -13,7 +13,7 @@ use redirect_tests::kernel::Footprint;
 use redirect_tests::{Families, Netns, Node, Pod, Stack, wait};
 use socket2::{Socket, Type};
 
-use crate::context::{Context, for_every_kind, for_every_stack};
+use crate::context::{Context, for_every_kind, for_every_stack, trial};
 use crate::reports::counted;
 use crate::{outbound, restarts};
 
@@ -22,7 +22,28 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials.extend(for_every_stack(context, "port_guard::pod_that_is_not_enrolled_is_free", free));
     trials.extend(for_every_kind(context, "port_guard::pod_that_left_is_free", left));
     trials.extend(for_every_stack(context, "port_guard::squatter_fails_the_enrolment", squatter));
+    trials.push(trial(context, "port_guard::reserved_ports_of_the_pod_stay", reserved_ports_stay));
     trials
+}
+
+/// A pod's own list of reserved ports, longer than a short read.
+fn reserved_ports_stay(context: &Context) -> Result<()> {
+    const NAME: &str = "net.ipv4.ip_local_reserved_ports";
+    context.needs_placement_pod("the proxy listens on the host")?;
+    let node = context.node()?;
+    let pod = node.plain("pod", Families::Dual)?;
+    let own: Vec<String> = (0..2_000).map(|number| (20_000 + 2 * number).to_string()).collect();
+    pod.netns().set_sysctl(NAME, &own.join(","))?;
+    pod.enrol()?;
+    let list =
+        || -> Result<Vec<String>> { Ok(pod.netns().sysctl(NAME)?.split(',').map(str::to_owned).collect()) };
+    let proxys = PROXY_PORTS.map(|port| port.to_string());
+    let mut expected = [&proxys[..], &own].concat();
+    expected.sort_by_key(|port| port.parse::<u16>().ok());
+    ensure!(list()? == expected, "enrolled: {:?}", list()?);
+    pod.unenrol()?;
+    ensure!(list()? == own, "un-enrolled: {:?}", list()?);
+    Ok(())
 }
 
 /// Addresses that an application of the pod can bind, as the stack spells them.

@@ -61,10 +61,17 @@ impl Sysctls {
         Ok(on)
     }
 
+    /// The kernel answers the first read of a list, with as much of it as there is room for.
     fn reserved_ports(&self) -> io::Result<Ports> {
-        let mut text = String::new();
-        self.file(&path(Sysctl::ReservedPorts), OFlag::O_RDONLY)?.read_to_string(&mut text)?;
-        text.parse().map_err(io::Error::other)
+        let mut text = vec![0; 4096];
+        loop {
+            let length = self.file(&path(Sysctl::ReservedPorts), OFlag::O_RDONLY)?.read(&mut text)?;
+            if length < text.len() {
+                text.truncate(length);
+                return String::from_utf8(text).map_err(io::Error::other)?.parse().map_err(io::Error::other);
+            }
+            text.resize(2 * length, 0);
+        }
     }
 
     /// Changes the list of reserved ports. Others' entries stay.
