@@ -50,9 +50,18 @@ fn count_for(pod: u64, place: usize) {
         return;
     }
     // SAFETY: the place is in the entry. Other CPUs add to it as well, also atomically, and the agent only reads it.
+    unsafe { add((&raw mut (*counters).connections).cast::<u64>().add(place), 1) };
+}
+
+/// Adds atomically, and wraps around. `core` has nothing for it on this target.
+///
+/// # Safety
+///
+/// The pointer is into an entry of a map.
+#[inline(always)]
+pub(super) unsafe fn add(counter: *mut u64, value: u64) {
+    // SAFETY: the caller's.
     unsafe {
-        let counter = (&raw mut (*counters).connections).cast::<u64>().add(place);
-        // core has no atomic add for this target.
-        asm!("lock *(u64 *)({counter} + 0) += {one}", counter = in(reg) counter, one = in(reg) 1_u64);
+        asm!("lock *(u64 *)({counter} + 0) += {value}", counter = in(reg) counter, value = in(reg) value);
     }
 }

@@ -121,9 +121,8 @@ pub(crate) fn listener_guard(ctx: SkLookupContext) -> u32 {
         return sk_action::SK_PASS;
     }
     let port = local_port(lookup);
-    // The programs that capture ask for the proxy's listeners themselves, and without a source port. Who sends such a packet
-    // finds the proxy's listener and nobody else's.
-    if is_guarded(Protocol::Tcp, port) && remote_port(lookup) == NO_PORT {
+    // The programs that capture ask for the proxy's listeners themselves, and without a source port. A packet may have none either.
+    if is_guarded(Protocol::Tcp, port) && remote_port(lookup) == NO_PORT && notes::is_asked() {
         return sk_action::SK_PASS;
     }
     if !is_in_pods() {

@@ -12,6 +12,8 @@ use aya_ebpf::maps::{LruHashMap, PerCpuArray};
 use redirect_ebpf::count::{Direction, Reason};
 use redirect_ebpf::maps::{ListenerKey, Note, NoteVerdict, Tuple};
 
+use super::counters::add;
+
 /// Each is needed for the moment between the TC hook and the lookup; those of earlier connections tell what is left of them
 /// from what opens new ones.
 #[map]
@@ -29,9 +31,10 @@ static NOTHING: Note = Note {
     padding: [0; 4],
 };
 
-/// Not zero while a TC program of this processor looks for a socket itself: the programs of the lookup then count nothing.
+/// How many lookups of our own programs run on this processor: the programs of the socket lookup count nothing then. More than
+/// one: an interrupt, or with `PREEMPT_RT` a task, takes the place of another in the middle.
 #[map]
-static ASKING: PerCpuArray<u32> = PerCpuArray::with_max_entries(1, 0);
+static ASKING: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
 /// A note is followed by its lookup at once; with SYN cookies by the one for the last step of the handshake, which on `lo` is
 /// as near.
@@ -113,16 +116,32 @@ pub(super) unsafe fn verdict(note: *const Note) -> NoteVerdict {
     if now() < note.expires { note.verdict } else { NoteVerdict::NONE }
 }
 
-/// Says whether this processor is looking for a socket itself.
-#[inline(always)]
-pub(super) fn asking(asks: bool) {
-    if let Some(asking) = ASKING.get_ptr_mut(0) {
-        // SAFETY: the pointer is valid.
-        unsafe { asking.write_volatile(asks.into()) };
+/// A lookup of ours, as long as it lives.
+pub(super) struct Asking(Option<*mut u64>);
+
+impl Asking {
+    #[inline(always)]
+    pub(super) fn new() -> Self {
+        let asking = ASKING.get_ptr_mut(0);
+        if let Some(asking) = asking {
+            // SAFETY: it is an entry.
+            unsafe { add(asking, 1) };
+        }
+        Self(asking)
     }
 }
 
-/// Whether the lookup is a TC program's own. Where a task may take another's place on the processor in between
+impl Drop for Asking {
+    #[inline(always)]
+    fn drop(&mut self) {
+        if let Some(asking) = self.0 {
+            // SAFETY: as above.
+            unsafe { add(asking, 1_u64.wrapping_neg()) };
+        }
+    }
+}
+
+/// Whether the lookup is one of our own programs. Where a task may take another's place on the processor in between
 /// (`PREEMPT_RT`), a connection may be missing in the counters.
 #[inline(always)]
 pub(super) fn is_asked() -> bool {

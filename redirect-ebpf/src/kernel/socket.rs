@@ -1,10 +1,11 @@
 //! Looks sockets up in the network namespace of the packet, or of the hook's socket.
 
+use core::ffi::c_void;
 use core::mem::size_of;
 use core::ptr::{self, NonNull, addr_of};
 
 use aya_ebpf::EbpfContext;
-use aya_ebpf::bindings::{BPF_F_CURRENT_NETNS, bpf_sock};
+use aya_ebpf::bindings::{BPF_F_CURRENT_NETNS, bpf_sock, bpf_sock_tuple};
 use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::helpers::{
     bpf_sk_assign, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_sk_storage_get,
@@ -73,6 +74,27 @@ pub(super) fn is_known<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> bool {
     Socket::existing(ctx, segment).is_some_and(|socket| socket.state() != TCP_LISTEN)
 }
 
+/// One of the kernel's helpers that look TCP sockets up.
+type Helper = unsafe fn(*mut c_void, *mut bpf_sock_tuple, u32, u64, u64) -> *mut bpf_sock;
+
+/// Looks a TCP socket up. Where no connection has the tuple, the kernel looks for a listener next, and runs the programs of the
+/// socket lookup, which have to know whose lookup it is.
+#[inline(always)]
+fn find<A>(ctx: &impl EbpfContext, tuple: &mut Tuple<A>, helper: Helper) -> Option<Socket> {
+    let _asking = notes::Asking::new();
+    // SAFETY: the tuple lives for the length of the call, and its size is right.
+    let socket = unsafe {
+        helper(
+            ctx.as_ptr(),
+            ptr::from_mut(tuple).cast(),
+            size_of::<Tuple<A>>() as u32,
+            BPF_F_CURRENT_NETNS as u64,
+            0,
+        )
+    };
+    NonNull::new(socket).map(Socket)
+}
+
 impl Socket {
     /// The socket that the kernel has for a segment's 4-tuple: a connection's, whatever its state, or a listener.
     #[inline(always)]
@@ -83,20 +105,7 @@ impl Socket {
             source_port: segment.source_port,
             destination_port: segment.destination_port,
         };
-        // Where there is none, the kernel looks for a listener next, and runs the programs of the socket lookup.
-        notes::asking(true);
-        // SAFETY: the tuple lives for the length of the call, and its size is right.
-        let socket = unsafe {
-            bpf_skc_lookup_tcp(
-                ctx.as_ptr(),
-                (&raw mut tuple).cast(),
-                size_of::<Tuple<A>>() as u32,
-                BPF_F_CURRENT_NETNS as u64,
-                0,
-            )
-        };
-        notes::asking(false);
-        NonNull::new(socket).map(Self)
+        find(ctx, &mut tuple, bpf_skc_lookup_tcp)
     }
 
     /// The full socket that sent a segment that opens a connection, if it is in this namespace.
@@ -110,17 +119,7 @@ impl Socket {
     pub(super) fn full<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> Option<Self> {
         let &Segment { source, destination, source_port, destination_port, .. } = segment;
         let mut tuple = Tuple { source, destination, source_port, destination_port };
-        // SAFETY: the tuple lives for the length of the call, and its size is right.
-        let socket = unsafe {
-            bpf_sk_lookup_tcp(
-                ctx.as_ptr(),
-                (&raw mut tuple).cast(),
-                size_of::<Tuple<A>>() as u32,
-                BPF_F_CURRENT_NETNS as u64,
-                0,
-            )
-        };
-        NonNull::new(socket).map(Self)
+        find(ctx, &mut tuple, bpf_sk_lookup_tcp)
     }
 
     /// The listener on `port`, for the segment's connection, if it looks like the proxy's. [`super::steer`] verifies that it is.
@@ -147,17 +146,7 @@ impl Socket {
     fn listening<A: Copy>(ctx: &impl EbpfContext, source: A, destination: A, port: u16) -> Option<Self> {
         let mut tuple =
             Tuple { source, destination, source_port: NO_PORT, destination_port: port.to_be_bytes() };
-        // SAFETY: the tuple lives for the length of the call, and its size is right.
-        let socket = unsafe {
-            bpf_sk_lookup_tcp(
-                ctx.as_ptr(),
-                (&raw mut tuple).cast(),
-                size_of::<Tuple<A>>() as u32,
-                BPF_F_CURRENT_NETNS as u64,
-                0,
-            )
-        };
-        let socket = Self(NonNull::new(socket)?);
+        let socket = find(ctx, &mut tuple, bpf_sk_lookup_tcp)?;
         (socket.state() == TCP_LISTEN).then_some(socket)
     }
 
