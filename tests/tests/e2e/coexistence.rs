@@ -1,13 +1,17 @@
 //! Others' programs and filters beside ours.
 
+use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
+use redirect_ebpf::count::{Direction as Way, Reason};
 use redirect_protocol::placement::Placement;
+use redirect_tests::connection::dial;
 use redirect_tests::dns::{self, DnsServer};
 use redirect_tests::foreign::{Hook, Kind, Program};
 use redirect_tests::wait::SOON;
@@ -15,6 +19,7 @@ use redirect_tests::{Connection, Direction, Families, Netns, Node, NodeOptions, 
 use socket2::{Socket, Type};
 
 use crate::context::{Context, for_every_stack, for_every_stack_in_pods, needs_tcx};
+use crate::odd_sockets::dropped;
 use crate::on_node::host_device;
 use crate::{inbound, outbound, restarts};
 
@@ -155,10 +160,13 @@ fn shortcut(context: &Context, stack: Stack) -> Result<()> {
     ensure!(detail.contains("foreign on uplink, ingress"), "{detail}");
     let remedy = after[0]["remedy"].as_str().unwrap_or_default();
     ensure!(remedy.contains("--placement pod"), "{remedy}");
-    // Otherwise the doctor would be wrong.
+    // The doctor is right, and nobody reaches the application.
     let listening = pod.listen(stack)?;
     let to = pod.endpoint(stack.family(), listening.port())?;
-    ensure!(Connection::open(&outside, stack, to)?.is_direct(), "the proxy had the connection");
+    let error = outside.run(|| dial(stack, to, Duration::from_millis(500)))?.err().context("it was made")?;
+    ensure!(error.kind() == ErrorKind::TimedOut, "{error}");
+    ensure!(listening.accepted().is_empty(), "past the proxy: {:?}", listening.accepted());
+    ensure!(dropped(&node, stack, Way::Outbound, Reason::PastPod)? > 0, "not counted");
     Ok(())
 }
 

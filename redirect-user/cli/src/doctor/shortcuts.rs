@@ -1,4 +1,4 @@
-//! What reaches pods past the programs of placement `node`.
+//! What skips the programs of placement `node` on its way to a pod.
 
 use nix::net::if_::if_nametoindex;
 use redirect_datapath::linux;
@@ -29,7 +29,8 @@ pub(super) fn check(_: &Requirements) -> Vec<Check> {
     vec![Check::broken(
         NAME,
         format!(
-            "TC programs call bpf_redirect_peer: {}. What they redirect to an enrolled pod reaches it past the node proxy",
+            "TC programs call bpf_redirect_peer: {}. A connection that they redirect to an enrolled pod skips the node proxy, and \
+             fails: the pod's answers are dropped (past_pod)",
             programs.join("; ")
         ),
         "run the agent with --placement pod, or have the CNI plugin use the host's routing (Cilium: bpf.hostLegacyRouting)",
