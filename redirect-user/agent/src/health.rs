@@ -6,17 +6,20 @@
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{sleep, timeout};
 
 use crate::install;
 use redirect_datapath::handle::DatapathHandle;
 use redirect_datapath::linux::Linux;
 use redirect_protocol::placement::Placement;
 
-/// How often the kernel and the chain are examined.
+/// How often the kernel is examined.
 const PERIOD: Duration = Duration::from_secs(2);
 
-/// The chain is examined at every so many of these periods: it means reading files, the plugin's among them.
+/// The same while something is amiss, for kernel and chain: whoever waits for it to be ready waits no longer than that in vain.
+const PERIOD_OF_FAULTS: Duration = Duration::from_millis(200);
+
+/// The chain is examined in every so many of these periods: it means reading files, the plugin's among them.
 const CHAIN_EVERY: u32 = 5;
 
 /// How long the datapath's thread may take to answer. Enrolments take milliseconds; many may wait.
@@ -91,16 +94,15 @@ pub(super) fn channel() -> (watch::Sender<Findings>, watch::Receiver<Findings>) 
 
 /// Examines again and again.
 pub(super) async fn examine(what: Examined, findings: watch::Sender<Findings>) -> anyhow::Result<()> {
-    let mut ticks = interval(PERIOD);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut chain = Ok(());
     for round in 0_u32.. {
-        ticks.tick().await;
         if round % CHAIN_EVERY == 0 || chain.is_err() {
             chain = examine_chain(what.chain.clone()).await;
         }
         let datapath = examine_datapath(&what.kernel, what.placement).await;
+        let period = if datapath.is_ok() && chain.is_ok() { PERIOD } else { PERIOD_OF_FAULTS };
         findings.send_replace(Findings { at: Instant::now(), datapath, chain: chain.clone() });
+        sleep(period).await;
     }
     Ok(())
 }
