@@ -615,7 +615,7 @@ mod tests {
                 })
             );
         }
-        assert_eq!(facts.len(), 26);
+        assert_eq!(facts.len(), 27);
     }
 
     #[test]
