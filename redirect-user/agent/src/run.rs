@@ -1,5 +1,6 @@
 //! Assembles the agent, and shuts it down.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -197,6 +198,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         services: supervisor.services(),
     });
     let mut wire_server = Some(wire::server::Server::bind(&options.socket)?);
+    forget_deleted(&pods, &options.socket).await;
 
     supervisor.restarting("service for CNI plugin and command line", Stop::Finishes, {
         let (service, stopped, socket) = (Arc::clone(&service), supervisor.stopped(), options.socket.clone());
@@ -368,6 +370,20 @@ async fn take_over(
         );
     }
     Ok(())
+}
+
+/// Removes the pods that the runtime deleted while no agent ran.
+async fn forget_deleted(pods: &Pods<Linux>, socket: &Path) {
+    let deleted = wire::deletions::read(socket).unwrap_or_else(|error| {
+        tracing::warn!(%error, "cannot read which pods were deleted while no agent ran");
+        Vec::new()
+    });
+    for attachment in deleted {
+        pods.del(&attachment).await;
+        if let Err(error) = wire::deletions::take_back(socket, &attachment) {
+            tracing::warn!(?attachment, %error, "cannot remove the note of a deletion");
+        }
+    }
 }
 
 /// What keeps pods in step with Kubernetes, if that is wanted.

@@ -9,7 +9,7 @@ use super::error::Error;
 use super::netns::open_netns;
 use super::{Config, Success, result};
 use redirect_protocol::wire::client::{self, call, call_done};
-use redirect_protocol::wire::{self, ErrorKind, Reply, Request};
+use redirect_protocol::wire::{self, ErrorKind, Reply, Request, deletions};
 
 /// How long pods of excluded namespaces wait for the agent.
 const EXCLUDED_TIMEOUT: Duration = Duration::from_secs(2);
@@ -38,11 +38,13 @@ fn add(invocation: &Invocation, config: &Config) -> Result<Success, Error> {
     let prev_result = config.prev_result.as_ref().ok_or(Error::NotChained)?;
     let addresses = result::addresses(prev_result)?.iter().collect();
     let netns = open_netns(&invocation.netns)?;
+    let wait = Wait::of(invocation, config);
+    // A note is about an earlier attachment of this name.
+    deletions::take_back(wait.socket, &invocation.attachment)
+        .map_err(|source| Error::Note { socket: wait.socket.into(), source })?;
     let (attachment, pod) = (invocation.attachment.clone(), invocation.pod.clone());
     let netns_path = Some(invocation.netns.clone());
     let request = Request::Add { attachment, pod, addresses, netns_path };
-
-    let wait = Wait::of(invocation, config);
     let note = match call(wait.socket, &request, Some(netns.as_fd()), wait.timeout) {
         Ok(replies) if matches!(*replies, [Reply::Added { .. }]) => None,
         Ok(_) => return Err(client::Error::Unexpected { socket: wait.socket.into() }.into()),
@@ -52,19 +54,33 @@ fn add(invocation: &Invocation, config: &Config) -> Result<Success, Error> {
 }
 
 /// The runtime repeats a deletion that fails, and the pod stays until it succeeds. So the agent's absence is no
-/// failure: when it comes back it finds that the pod is gone. Nor is its being of another release: it answers the
-/// plugin that comes with it.
+/// failure: the next agent reads a note. Nor is its being of another release: it answers the plugin that comes with it.
 fn del(invocation: &Invocation, config: &Config) -> Result<Success, Error> {
+    let error = match ask_for_deletion(invocation, config) {
+        Err(error) if error.is_unanswered() || is_version(&error) => error,
+        outcome => return Ok(outcome.map(|()| Success::default())?),
+    };
+    let Invocation { pod, attachment, .. } = invocation;
+    let noted = deletions::leave(&config.agent_socket, attachment);
+    // An agent that bound its socket meanwhile may have read the notes before.
+    if matches!(error, client::Error::Unreachable { .. } | client::Error::Closed { .. })
+        && ask_for_deletion(invocation, config).is_ok()
+    {
+        // Another agent may be told of it again: it knows of no such pod.
+        _ = deletions::take_back(&config.agent_socket, attachment);
+        return Ok(Success::default());
+    }
+    let unnoted = noted.err().map(|error| format!("; no note of it is left for the next agent: {error}"));
+    let note =
+        format!("ambient-redirect: deleting pod {pod} all the same: {error}{}", unnoted.unwrap_or_default());
+    Ok(Success { stdout: None, note: Some(note) })
+}
+
+fn ask_for_deletion(invocation: &Invocation, config: &Config) -> Result<(), client::Error> {
     let request = Request::Del { attachment: invocation.attachment.clone() };
     match call_done(&config.agent_socket, &request, None, config.timeout) {
-        Ok(()) | Err(client::Error::Refused(wire::Error { kind: ErrorKind::Unknown, .. })) => {
-            Ok(Success::default())
-        }
-        Err(error) if error.is_unanswered() || is_version(&error) => {
-            let note = format!("ambient-redirect: deleting pod {} all the same: {error}", invocation.pod);
-            Ok(Success { stdout: None, note: Some(note) })
-        }
-        Err(error) => Err(error.into()),
+        Err(client::Error::Refused(wire::Error { kind: ErrorKind::Unknown, .. })) => Ok(()),
+        outcome => outcome,
     }
 }
 

@@ -17,7 +17,7 @@ use redirect_protocol::wire::{self, ErrorKind, client};
 /// | 1 | `cniVersion` is missing or not supported, or has no such command |
 /// | 3 | the agent does not know the container (`CHECK`) |
 /// | 4 | an environment variable is missing or wrong; the message names it |
-/// | 5 | standard input or the network namespace cannot be read |
+/// | 5 | standard input or the network namespace cannot be read, or the note of an earlier deletion cannot be removed |
 /// | 6 | the configuration is not a JSON object, or larger than 1 MiB |
 /// | 7 | a key of the configuration is wrong; the message names it |
 /// | 11 | the agent cannot be reached, did not answer in time or is not ready: try again later |
@@ -99,6 +99,17 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The note of an earlier `DEL` of this container cannot be removed.
+    #[error(
+        "the note that this container was deleted cannot be removed beside {}: the next agent would un-enroll the pod",
+        socket.display()
+    )]
+    Note {
+        /// Where the agent listens.
+        socket: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The agent did not answer, or answered that it failed.
     #[error(transparent)]
     Agent(#[from] client::Error),
@@ -118,7 +129,7 @@ impl Error {
         match self {
             Self::Version { .. } | Self::CommandVersion { .. } => 1,
             Self::Environment { .. } | Self::Namespace { .. } => 4,
-            Self::Stdin(_) | Self::NamespaceIo { .. } => 5,
+            Self::Stdin(_) | Self::NamespaceIo { .. } | Self::Note { .. } => 5,
             Self::StdinTooLarge | Self::Decode(_) => 6,
             Self::Config { .. } | Self::NotChained | Self::NoAddresses => 7,
             Self::Agent(error) => agent_code(error),

@@ -7,7 +7,7 @@
 //! | command | what happens |
 //! |---|---|
 //! | `ADD` | the agent enrolls the pod; an unreachable agent is an error, except in `excludeNamespaces` |
-//! | `DEL` | the agent un-enrolls the pod; an unreachable agent is no error, because it reconciles with the cluster when it starts |
+//! | `DEL` | the agent un-enrolls the pod; an unreachable agent is no error: a note tells the next one |
 //! | `CHECK` (≥ 0.4.0) | the agent compares the kernel with what `ADD` set up |
 //! | `STATUS` (≥ 1.1.0) | whether `ADD` would succeed |
 //! | `GC` (≥ 1.1.0) | the agent forgets what the runtime does not know any more |

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::{MAX_STDIN, Outcome, SpecVersion};
 use redirect_protocol::wire::testing::{TestAgent, nobody};
-use redirect_protocol::wire::{self, ErrorKind, Reply, Request};
+use redirect_protocol::wire::{self, ErrorKind, Reply, Request, deletions};
 
 const NETNS: &str = "/proc/self/ns/net";
 
@@ -299,6 +299,26 @@ fn del_needs_neither_namespace_nor_result_nor_agent() {
     }
     let note = Call::new("DEL", &absent()).succeed_silently().unwrap();
     assert!(note.contains("shop/cart"), "{note}");
+}
+
+#[test]
+fn a_deletion_without_an_agent_is_noted_until_the_container_is_added_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("agent.sock");
+    let notes = || deletions::read(&socket).unwrap();
+    Call::new("DEL", &socket).succeed_silently().unwrap();
+    assert_eq!(notes().iter().map(|note| note.container_id.as_str()).collect::<Vec<_>>(), ["c1"]);
+    // Taken back, whatever becomes of it then.
+    assert_eq!(Call::new("ADD", &socket).fail_code(), 11);
+    assert_eq!(notes(), []);
+
+    let agent = TestAgent::start(agreeable);
+    assert_eq!(Call::new("DEL", &agent.socket()).succeed_silently(), None);
+    assert_eq!(deletions::read(&agent.socket()).unwrap(), [], "the agent has answered");
+
+    // A note that stays would become of the pod that comes now.
+    std::fs::create_dir_all(directory.path().join("agent.deleted/c1:eth0")).unwrap();
+    assert_eq!(Call::new("ADD", &socket).fail_code(), 5);
 }
 
 #[test]

@@ -5,6 +5,7 @@
 //! one file descriptor (`SCM_RIGHTS`): the pod's network namespace.
 
 pub mod client;
+pub mod deletions;
 mod flows;
 mod gc;
 mod packet;

@@ -72,6 +72,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials.push(trial(context, "survival::kill_in_the_middle_of_adds", kill_in_the_middle_of_adds));
     trials.push(trial(context, "survival::pods_that_end_meanwhile", pods_that_end_meanwhile));
     trials.push(trial(context, "survival::pods_that_leave_and_come_meanwhile", pods_that_come_meanwhile));
+    trials.push(trial(context, "survival::pods_that_are_deleted_meanwhile", pods_that_are_deleted_meanwhile));
     for (what, deleted, forbidden) in
         [("stays", false, false), ("is_deleted", true, false), ("may_not_be_read", false, true)]
     {
@@ -316,6 +317,41 @@ fn pods_that_come_meanwhile(context: &Context) -> Result<()> {
     for stack in Stack::ALL {
         outbound::passes_the_proxy_once(&new, &other, stack)?;
         inbound::passes_the_proxy_once(other.netns(), &new, stack)?;
+    }
+    Ok(())
+}
+
+/// The runtime deletes a pod while no agent runs, and the namespace is still there when the next one starts.
+fn pods_that_are_deleted_meanwhile(context: &Context) -> Result<()> {
+    let node = node(context)?;
+    let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    let restart = || -> Result<()> {
+        node.start_agent(&arguments(&[]))?;
+        node.wait_for_proxy()
+    };
+    let before = Footprint::of(pod.netns())?;
+    pod.enrol()?;
+    node.kill_agent()?;
+    pod.unenrol()?;
+    restart()?;
+    ensure!(node.reports()?.is_empty(), "the agent has taken the pod over: {:?}", node.reports()?);
+    let after = Footprint::of(pod.netns())?;
+    ensure!(after == before, "before: {before:#?}\nafter: {after:#?}");
+    for stack in Stack::ALL {
+        let listening = other.listen(stack)?;
+        ensure!(pod.connect(stack, other.endpoint(stack.family(), listening.port())?)?.is_direct());
+    }
+    // It comes again, by the same name: what was deleted before does not count any more.
+    node.kill_agent()?;
+    pod.unenrol()?;
+    ensure!(pod.enrol().is_err(), "a pod came up without an agent");
+    restart()?;
+    pod.enrol()?;
+    node.kill_agent()?;
+    restart()?;
+    for stack in Stack::ALL {
+        outbound::passes_the_proxy_once(&pod, &other, stack)?;
+        inbound::passes_the_proxy_once(other.netns(), &pod, stack)?;
     }
     Ok(())
 }
