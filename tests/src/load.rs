@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::ops::AddAssign;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -58,13 +59,14 @@ impl Tally {
     pub fn succeeded(&self) -> usize {
         self.tried - self.failed.len()
     }
+}
 
-    fn add(mut self, other: Self) -> Self {
+impl AddAssign for Tally {
+    fn add_assign(&mut self, other: Self) {
         self.tried += other.tried;
         self.failed.extend(other.failed);
         self.bypassed += other.bypassed;
         self.slowest = self.slowest.max(other.slowest);
-        self
     }
 }
 
@@ -81,26 +83,36 @@ impl fmt::Display for Tally {
 
 /// Does something while clients connect to the targets. An attempt that takes longer than `limit` has failed.
 pub fn during(targets: &[Target<'_>], limit: Duration, act: impl FnOnce() -> Result<()>) -> Result<Tally> {
+    paced(targets, limit, PAUSE, act)
+}
+
+/// As [`during`], with another pause between the end of a client's connection and its next.
+pub fn paced(
+    targets: &[Target<'_>],
+    limit: Duration,
+    pause: Duration,
+    act: impl FnOnce() -> Result<()>,
+) -> Result<Tally> {
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
         let over = &over;
         let clients: Vec<_> = targets
             .iter()
             .flat_map(|target| [target; CLIENTS])
-            .map(|target| scope.spawn(move || target.from.run(|| client(target, limit, over))))
+            .map(|target| scope.spawn(move || target.from.run(|| client(target, limit, pause, over))))
             .collect();
         let acted = act();
         over.store(true, Ordering::Relaxed);
         let mut sum = Tally::default();
         for client in clients {
-            sum = sum.add(client.join().map_err(|_| anyhow!("a client panicked"))??);
+            sum += client.join().map_err(|_| anyhow!("a client panicked"))??;
         }
         acted.with_context(|| sum.to_string())?;
         Ok(sum)
     })
 }
 
-fn client(target: &Target<'_>, limit: Duration, over: &AtomicBool) -> Tally {
+fn client(target: &Target<'_>, limit: Duration, pause: Duration, over: &AtomicBool) -> Tally {
     let mut tally = Tally::default();
     while !over.load(Ordering::Relaxed) && !signals::interrupted() {
         let start = Instant::now();
@@ -114,7 +126,7 @@ fn client(target: &Target<'_>, limit: Duration, over: &AtomicBool) -> Tally {
                 tally.failed.push(Failure { start, end: Instant::now(), error: format!("{error:#}") });
             }
         }
-        thread::sleep(PAUSE);
+        thread::sleep(pause);
     }
     tally
 }
@@ -127,4 +139,18 @@ fn attempt(target: &Target<'_>, limit: Duration) -> Result<bool> {
     let direct = connection.is_direct();
     connection.finish().context("end")?;
     Ok(direct)
+}
+
+/// Connects, and exchanges lines until it is over. They are counted, also if there is an error in the end.
+pub fn talk(target: &Target<'_>, limit: Duration, over: impl Fn() -> bool, lines: &mut usize) -> Result<()> {
+    /// Between two lines.
+    const PAUSE: Duration = Duration::from_millis(20);
+    let stream = target.from.run(|| dial(target.stack, target.to, limit))?.context("connect")?;
+    let mut connection = Connection::greeted(stream).context("greeting")?;
+    while !over() {
+        connection.exchange(&format!("line {lines}")).with_context(|| format!("exchange of line {lines}"))?;
+        *lines += 1;
+        thread::sleep(PAUSE);
+    }
+    connection.finish().context("end").map(drop)
 }

@@ -59,6 +59,9 @@ pub(crate) struct Selection {
     /// a virtual machine an hour.
     #[arg(long)]
     load: bool,
+    /// Has pods come and go, and proxies and agents be killed, for so many minutes (`soak::`) instead of seconds.
+    #[arg(long, value_name = "MINUTES")]
+    soak: Option<f64>,
     /// What kind of proxy that is, where its name does not begin with it.
     #[arg(long, value_name = "KIND", requires = "proxy")]
     proxy_kind: Option<ProxyKind>,
@@ -134,7 +137,8 @@ impl Selection {
 
     /// More environment of the tests.
     fn environment(&self) -> impl Iterator<Item = (&'static str, String)> {
-        self.load.then(|| ("REDIRECT_LOAD", "full".to_owned())).into_iter()
+        let load = self.load.then(|| ("REDIRECT_LOAD", "full".to_owned()));
+        load.into_iter().chain(self.soak.map(|minutes| ("REDIRECT_SOAK", minutes.to_string())))
     }
 
     /// The kernels that are to be booted.

@@ -117,6 +117,11 @@ pub fn resident(process: u32) -> Result<u64> {
     field(&fs::read_to_string(format!("/proc/{process}/status"))?, "VmRSS:")
 }
 
+/// How many files a process has open.
+pub fn descriptors(process: u32) -> Result<usize> {
+    Ok(fs::read_dir(format!("/proc/{process}/fd"))?.count())
+}
+
 fn bpf_memory(ours: &BTreeSet<u64>) -> Result<u64> {
     let id = |object: &Value| object["id"].as_u64().unwrap_or_default();
     let bytes = |object: &Value| object["bytes_memlock"].as_u64().unwrap_or_default();

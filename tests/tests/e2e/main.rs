@@ -52,6 +52,7 @@ mod running_pods;
 mod second_network;
 mod services;
 mod shared_listeners;
+mod soak;
 mod specification;
 mod streams;
 mod survival;
@@ -121,6 +122,7 @@ fn everywhere(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         time_wait::trials(context),
         closed_ports::trials(context),
         survival::trials(context),
+        soak::trials(context),
         uninstall::trials(context),
         validate::trials(context),
         without_ipv6::trials(context),
