@@ -15,7 +15,7 @@ use redirect_tests::connection::dial;
 use redirect_tests::dns::{self, DnsServer};
 use redirect_tests::foreign::{Hook, Kind, Program};
 use redirect_tests::wait::SOON;
-use redirect_tests::{Connection, Direction, Families, Netns, Node, NodeOptions, Pod, Stack, foreign};
+use redirect_tests::{Direction, Families, Netns, Node, NodeOptions, Pod, Stack, foreign};
 use socket2::{Socket, Type};
 
 use crate::context::{Context, for_every_stack, for_every_stack_in_pods, needs_tcx};
