@@ -42,16 +42,25 @@ pub const PORT_DOMAIN: u16 = 53;
 /// The proxy's ports, in the order of the constants above.
 pub const PROXY_PORTS: [u16; 4] = [PORT_OUTBOUND, PORT_INBOUND, PORT_TUNNEL, PORT_DNS];
 
-/// The routing table, inside each enrolled pod, whose only route delivers everything locally through `lo`.
+/// The routing table, inside each enrolled pod, whose routes deliver captured connections locally through `lo`.
 pub const ROUTE_TABLE: u32 = 15001;
 
-/// The metric of that route's companions, one per interface, is this plus the interface's index.
+/// The metric of its IPv4 routes for sockets that are bound to an interface is this plus the interface's index.
 pub const ROUTE_METRIC: u32 = 0x1_0000;
+
+/// The routing table that delivers IPv6 replies to the proxy's deliveries locally through `lo`, wherever they are to.
+pub const REPLY_TABLE: u32 = 15006;
+
+/// Priority of the IPv4 rule that leaves a captured connection without a source to the pod's own routing.
+pub const RULE_PRIORITY_SOURCE: u32 = 15000;
 
 /// Priority of the rule `fwmark MARK_CAPTURE lookup ROUTE_TABLE`, before `main` (32766).
 pub const RULE_PRIORITY_CAPTURE: u32 = 15001;
 
-/// Priority of the rule `fwmark MARK_DELIVERY lookup ROUTE_TABLE`.
+/// Priority of the IPv6 rule that refuses captured connections to where the pod has no route.
+pub const RULE_PRIORITY_REFUSE: u32 = 15002;
+
+/// Priority of the rule for `MARK_DELIVERY`: `lookup ROUTE_TABLE` in IPv4, `lookup REPLY_TABLE` in IPv6.
 pub const RULE_PRIORITY_DELIVERY: u32 = 15006;
 
 /// Placement `node`: the ingress device, in the host's namespace, through which packets of pods reach the proxy.

@@ -5,7 +5,7 @@ use std::fs;
 use std::process::{Command, Output};
 
 use anyhow::{Context, Result, bail};
-use redirect_ebpf::constants::ROUTE_TABLE;
+use redirect_ebpf::constants::{REPLY_TABLE, ROUTE_TABLE};
 use serde_json::Value;
 
 use crate::netns::Netns;
@@ -154,9 +154,11 @@ impl Footprint {
         };
         for family in ["-4", "-6"] {
             footprint.rules.extend(list(netns.json(&format!("ip -j {family} rule show"))?));
-            let routes = netns.json(&format!("ip -j {family} route show table {ROUTE_TABLE}"));
-            // A table that does not exist is an error to `ip -6` and `ip -4` alike.
-            footprint.routes.extend(routes.map(list).unwrap_or_default());
+            for table in [ROUTE_TABLE, REPLY_TABLE] {
+                let routes = netns.json(&format!("ip -j {family} route show table {table}"));
+                // A table that does not exist is an error to `ip -6` and `ip -4` alike.
+                footprint.routes.extend(routes.map(list).unwrap_or_default());
+            }
         }
         for link in list(netns.json("ip -j link show")?) {
             let name = link["ifname"].as_str().context("an interface has a name")?;

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use redirect_ebpf::Family;
 use redirect_protocol::placement::Placement;
 use redirect_protocol::pod::PodIdentity;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::access_log::{Direction, Entry};
 use crate::cni::{Chain, REDIRECT, Sandbox};
@@ -207,6 +207,15 @@ impl Pod {
     pub fn enrol(&self) -> Result<()> {
         self.enrolled.store(true, Ordering::Relaxed);
         self.chain.only(REDIRECT).add(self.node.netns(), &self.sandbox, Some(&self.result)).map(drop)
+    }
+
+    /// As [`Pod::enrol`], after a plugin that made one more interface, and named none of its addresses.
+    pub fn enrol_with_interface(&self, name: &str) -> Result<()> {
+        self.enrolled.store(true, Ordering::Relaxed);
+        let mut result = self.result.clone();
+        let interfaces = result["interfaces"].as_array_mut().context("the chain's result has interfaces")?;
+        interfaces.push(json!({"name": name, "sandbox": self.netns.path()}));
+        self.chain.only(REDIRECT).add(self.node.netns(), &self.sandbox, Some(&result)).map(drop)
     }
 
     /// As [`Pod::enrol`]; the runtime keeps the namespace at this path.

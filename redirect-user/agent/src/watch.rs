@@ -1,5 +1,5 @@
-//! Watches for interfaces that appear in enrolled pods, and for rules, routes and TC filters that other software removes there;
-//! in placement `node`, on the host.
+//! Watches for interfaces, addresses and routes that appear in enrolled pods, and for rules, routes and TC filters that other software
+//! removes there; in placement `node`, on the host.
 //!
 //! One netlink socket in the agent's namespace receives the notifications of every namespace that has an ID there
 //! (`NETLINK_LISTEN_ALL_NSID`), so the agent need not poll pods.
@@ -15,7 +15,7 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::mpsc;
 
 use redirect_linux::netlink::notifications::{Marker, Notification, Notifications};
-use redirect_linux::netlink::{LOOPBACK_INDEX, Netlink, Raw};
+use redirect_linux::netlink::{self, LOOPBACK_INDEX, Netlink, Raw};
 use redirect_linux::netns::NetNs;
 
 /// The namespaces that are watched.
@@ -240,12 +240,13 @@ fn changes_by(notification: &Notification, mark: u32) -> impl Iterator<Item = Ch
     notification.messages.iter().filter_map(change)
 }
 
-/// Whether a message calls for a look at its namespace: any about a link, and those about what is removed. Enrolment itself sets
-/// `lo` up.
+/// Whether a message calls for a look at its namespace: any about a link, those about what is removed, and those about an address or
+/// a route of the pod's own that is new: a route says of either. Enrolment itself sets `lo` up.
 fn is_of_interest(message: &Raw) -> bool {
     let is_up = message.word(IFI_FLAGS) & libc::IFF_UP.cast_unsigned() != 0;
     match message.kind() {
         libc::RTM_NEWLINK => message.word(IFI_INDEX) != LOOPBACK_INDEX || !is_up,
+        libc::RTM_NEWROUTE => netlink::is_of_interest(message),
         libc::RTM_DELROUTE => true,
         _ => removes(message),
     }

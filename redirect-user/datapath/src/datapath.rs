@@ -206,7 +206,11 @@ pub fn enroll(datapath: &mut impl Datapath, target: &Target) -> Result<Outcome, 
     for (done, op) in ops.iter().enumerate() {
         if let Err(error) = datapath.apply(target, op) {
             let replaced = |op: &Op| matches!(op, Op::Remove(fact) if before.stale.contains(fact));
-            let steps = ops.iter().take(done).rev().map(Op::inverse).filter(|undo| !replaced(undo));
+            let undone = |op: &Op| match op {
+                Op::Ensure(new) if let Some(old) = replaced_by(new, &before.facts) => Op::Ensure(old),
+                op => op.inverse(),
+            };
+            let steps = ops.iter().take(done).rev().map(undone).filter(|undo| !replaced(undo));
             for undo in steps {
                 if let Err(error) = datapath.apply(target, &undo) {
                     tracing::warn!(pod = %target.identity, %error, "cannot roll back a step of a failed \
@@ -228,6 +232,12 @@ pub fn enroll(datapath: &mut impl Datapath, target: &Target) -> Result<Outcome, 
     let made = wanted.iter().filter(lacked).cloned().collect();
     let observation = Observation { namespace: before.namespace, facts: wanted, ..Observation::default() };
     Ok(Outcome { observation, made })
+}
+
+/// The route that another one has taken the place of.
+fn replaced_by(new: &Fact, before: &BTreeSet<Fact>) -> Option<Fact> {
+    let place = new.place()?;
+    before.iter().find(|old| old.place() == Some(place)).cloned()
 }
 
 /// How much of a pod's enrolment is to be removed.

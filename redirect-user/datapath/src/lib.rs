@@ -8,3 +8,4 @@ mod faults;
 pub mod handle;
 pub mod linux;
 pub mod listeners;
+pub mod mirror;

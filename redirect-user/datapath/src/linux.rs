@@ -8,6 +8,7 @@ mod attached;
 mod decision;
 mod devices;
 mod entrance;
+mod holders;
 mod listeners;
 mod maps;
 mod notrack;
@@ -40,6 +41,7 @@ use redirect_ebpf::maps::ProxyPart;
 use super::datapath::{Datapath, Error, Introduction, Observation, Target};
 use super::facts::{Devices, Fact, Hook, Interface, LOOPBACK_INDEX, Lookup, Namespace, Op};
 use super::faults::Words;
+use super::mirror;
 pub use attached::{Attached, at_cgroup, on_devices, shortcuts, unguarded};
 pub use entrance::EarlyDemuxNote;
 use listeners::LISTENING;
@@ -539,38 +541,29 @@ impl Linux {
         let up: BTreeSet<u32> =
             found.iter().filter(|device| device.up).map(|device| device.interface.index).collect();
         let ipv6 = sysctls.ipv6_enabled("lo");
-        let has_ipv6 = |interface: &Interface| {
-            ipv6 && (interface.is_loopback() || sysctls.ipv6_enabled(&interface.name))
-        };
-        let routable = |interface: &Interface, family| {
-            up.contains(&interface.index) && (family == Family::Ipv4 || has_ipv6(interface))
-        };
-        let routable = interfaces
-            .iter()
-            .flat_map(|interface| Family::ALL.map(|family| (interface, family)))
-            .filter(|(interface, family)| routable(interface, *family))
-            .map(|(interface, family)| (family, interface.index))
-            .collect();
         let mut observation = Observation {
-            namespace: Namespace { interfaces, routable, ipv6, gated, ..Namespace::default() },
+            namespace: Namespace { interfaces, up, ipv6, gated, ..Namespace::default() },
             ..Observation::default()
         };
         let interfaces = &observation.namespace.interfaces;
         let facts = &mut observation.facts;
-        if up.contains(&LOOPBACK_INDEX) {
+        if observation.namespace.up.contains(&LOOPBACK_INDEX) {
             facts.insert(Fact::LoopbackUp);
         }
+        let mut addresses = Vec::new();
         let families = if ipv6 { &Family::ALL[..] } else { &[Family::Ipv4][..] };
         for &family in families {
-            facts.extend(netlink.rules(family)?.into_iter().map(|mark| Fact::Rule { family, mark }));
-            facts.extend(
-                netlink.routes(family, interfaces)?.into_iter().map(|(interface, source)| Fact::Route {
-                    family,
-                    interface,
-                    source,
-                }),
-            );
+            facts.extend(netlink.rules(family)?.into_iter().map(|rule| Fact::Rule { family, rule }));
+            let routes = netlink.routes(family, interfaces)?;
+            if let (Family::Ipv6, Some(lo)) =
+                (family, interfaces.iter().find(|interface| interface.is_loopback()))
+            {
+                observation.namespace.mirror = mirror::of(&routes, lo);
+            }
+            facts.extend(routes.ours.into_iter().map(Fact::Route));
+            addresses.extend(routes.addresses);
         }
+        observation.namespace.addresses = self.maps.learn(target, &addresses).map_err(io::Error::other)?;
         let Session { netlink, netns_cookie, .. } = entered(&mut self.session)?;
         let place = tc::Where { interfaces, on_host: false };
         let attached = self.tc.look(netlink, &self.links, &self.programs, *netns_cookie, place)?;
@@ -693,18 +686,14 @@ impl Linux {
             Op::Remove(Fact::LoopbackUp) => {}
             Op::Ensure(Fact::Sysctl(sysctl)) => self.enter(target)?.sysctls.turn_on(*sysctl)?,
             Op::Remove(Fact::Sysctl(sysctl)) => self.enter(target)?.sysctls.turn_off(*sysctl)?,
-            Op::Ensure(Fact::Route { family, interface, source }) => {
-                self.enter(target)?.netlink.add_route(*family, interface, *source)?;
+            Op::Ensure(Fact::Rule { family, rule }) => {
+                self.enter(target)?.netlink.add_rule(*family, *rule)?;
             }
-            Op::Remove(Fact::Route { family, interface, source }) => {
-                self.enter(target)?.netlink.delete_route(*family, interface, *source)?;
+            Op::Remove(Fact::Rule { family, rule }) => {
+                self.enter(target)?.netlink.delete_rule(*family, *rule)?;
             }
-            Op::Ensure(Fact::Rule { family, mark }) => {
-                self.enter(target)?.netlink.add_rule(*family, *mark)?;
-            }
-            Op::Remove(Fact::Rule { family, mark }) => {
-                self.enter(target)?.netlink.delete_rule(*family, *mark)?;
-            }
+            Op::Ensure(Fact::Route(route)) => self.enter(target)?.netlink.add_route(route)?,
+            Op::Remove(Fact::Route(route)) => self.enter(target)?.netlink.delete_route(route)?,
             Op::Ensure(Fact::Excluded(exclusion)) => self.maps.insert_exclusion(cookie, *exclusion)?,
             Op::Remove(Fact::Excluded(exclusion)) => self.maps.remove_exclusion(cookie, *exclusion)?,
             Op::Ensure(Fact::Lookup) => self.attach_lookup(Lookup::Listener, target)?,

@@ -5,15 +5,17 @@ mod exchange;
 pub mod nftables;
 pub mod notifications;
 mod raw;
+mod routes;
+mod rules;
 
 use std::collections::BTreeSet;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 
 use redirect_ebpf::Family;
-use redirect_ebpf::constants::{MARK_CAPTURE, MARK_MASK, ROUTE_METRIC, ROUTE_TABLE};
+use redirect_ebpf::constants::{MARK_CAPTURE, MARK_MASK, ROUTE_TABLE};
 use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE};
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use rtnetlink::packet_route::link::{
@@ -34,6 +36,8 @@ use crate::link::Program;
 use crate::netns::NetNs;
 use exchange::Exchange;
 pub use raw::Raw;
+pub use routes::{OtherRoute, Route, RouteKind, Routes, is_of_interest};
+pub use rules::Rule;
 
 /// Our filters' handles: each program has one. The kernel takes more memory for larger numbers.
 pub const HANDLES: RangeInclusive<u32> = 1501..=1515;
@@ -55,33 +59,6 @@ impl Interface {
     #[must_use]
     pub const fn is_loopback(&self) -> bool {
         self.index == LOOPBACK_INDEX
-    }
-}
-
-/// The marks that are routed through `lo`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Mark {
-    /// Captured outbound connections.
-    Capture,
-    /// Replies to the proxy's deliveries.
-    Delivery,
-}
-
-impl Mark {
-    /// Both marks.
-    pub const ALL: [Self; 2] = [Self::Capture, Self::Delivery];
-}
-
-impl Mark {
-    /// The mark's value and the priority of its rule.
-    const fn rule(self) -> (u32, u32) {
-        use redirect_ebpf::constants::{
-            MARK_CAPTURE, MARK_DELIVERY, RULE_PRIORITY_CAPTURE, RULE_PRIORITY_DELIVERY,
-        };
-        match self {
-            Self::Capture => (MARK_CAPTURE, RULE_PRIORITY_CAPTURE),
-            Self::Delivery => (MARK_DELIVERY, RULE_PRIORITY_DELIVERY),
-        }
     }
 }
 
@@ -449,104 +426,6 @@ impl Netlink {
             result => result,
         }
     }
-
-    /// Our rules.
-    pub fn rules(&mut self, family: Family) -> io::Result<Vec<Mark>> {
-        // `struct fib_rule_hdr`, and the numbers of attributes.
-        const SIZE: usize = 12;
-        const PRIORITY: u16 = 6;
-        const FWMARK: u16 = 10;
-        const TABLE: u16 = 15;
-        const FWMASK: u16 = 16;
-        let mut any = RuleMessage::default();
-        any.header.family = address_family(family);
-        let all = self.settled_list(RouteNetlinkMessage::GetRule(any), libc::RTM_NEWRULE)?;
-        let is = |found: &Raw, mark: Mark| {
-            let (value, priority) = mark.rule();
-            let wanted = [(PRIORITY, priority), (FWMARK, value), (FWMASK, MARK_MASK), (TABLE, ROUTE_TABLE)];
-            wanted.into_iter().all(|(kind, number)| {
-                found.attributes(SIZE).any(|is| is.kind() == kind && raw::word(is.value()) == Some(number))
-            })
-        };
-        Ok(Mark::ALL.into_iter().filter(|mark| all.iter().any(|found| is(found, *mark))).collect())
-    }
-
-    /// Adds a rule of ours.
-    pub fn add_rule(&mut self, family: Family, mark: Mark) -> io::Result<()> {
-        self.change(RouteNetlinkMessage::NewRule(rule(family, mark)), NLM_F_CREATE | NLM_F_EXCL)
-    }
-
-    /// Deletes a rule of ours. One that is gone is no error.
-    pub fn delete_rule(&mut self, family: Family, mark: Mark) -> io::Result<()> {
-        match self.change(RouteNetlinkMessage::DelRule(rule(family, mark)), 0) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            result => result,
-        }
-    }
-
-    /// The devices and preferred sources of our routes.
-    pub fn routes(
-        &mut self,
-        family: Family,
-        interfaces: &[Interface],
-    ) -> io::Result<Vec<(Interface, Option<IpAddr>)>> {
-        // `struct rtmsg`
-        const SIZE: usize = 12;
-        const DESTINATION_LENGTH: usize = 1;
-        const KIND: usize = 7;
-        let mut any = RouteMessage::default();
-        any.header.address_family = address_family(family);
-        let mut routes = Vec::new();
-        for found in self.list(RouteNetlinkMessage::GetRoute(any), libc::RTM_NEWROUTE)? {
-            let attribute = |kind| found.attributes(SIZE).find(|attribute| attribute.kind() == kind);
-            let number = |kind| attribute(kind).and_then(|attribute| raw::word(attribute.value()));
-            if matches!(found.byte(KIND), libc::RTN_LOCAL | libc::RTN_UNREACHABLE)
-                && found.byte(DESTINATION_LENGTH) == 0
-                && number(libc::RTA_TABLE) == Some(ROUTE_TABLE)
-            {
-                let source = attribute(libc::RTA_PREFSRC).and_then(|source| match family {
-                    Family::Ipv4 => Some(IpAddr::from(*source.value().first_chunk::<4>()?)),
-                    Family::Ipv6 => Some(IpAddr::from(*source.value().first_chunk::<16>()?)),
-                });
-                // Routes that refuse have no device, or `lo`, depending on the family.
-                let index = number(libc::RTA_OIF).unwrap_or(LOOPBACK_INDEX);
-                let interface = interfaces.iter().find(|interface| interface.index == index);
-                routes.extend(interface.map(|interface| (interface.clone(), source)));
-            }
-        }
-        Ok(routes)
-    }
-
-    /// Adds a route of ours, or replaces it.
-    pub fn add_route(
-        &mut self,
-        family: Family,
-        interface: &Interface,
-        source: Option<IpAddr>,
-    ) -> anyhow::Result<()> {
-        use anyhow::Context as _;
-        let message = RouteNetlinkMessage::NewRoute(route(family, interface, source));
-        self.change(message, NLM_F_CREATE | NLM_F_REPLACE).with_context(|| match source {
-            Some(source) => {
-                format!("is {source} an address of the pod, and past duplicate address detection?")
-            }
-            None => format!("{family} route"),
-        })
-    }
-
-    /// Deletes a route of ours. One that is gone is no error.
-    pub fn delete_route(
-        &mut self,
-        family: Family,
-        interface: &Interface,
-        source: Option<IpAddr>,
-    ) -> io::Result<()> {
-        match self.change(RouteNetlinkMessage::DelRoute(route(family, interface, source)), 0) {
-            // Another source was put in its place, or it is gone, by itself or with its interface.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::ENODEV)) => Ok(()),
-            result => result,
-        }
-    }
 }
 
 /// Whether something was made, or was there.
@@ -637,13 +516,8 @@ const fn everything(family: Family) -> RouteAttribute {
     })
 }
 
-fn rule(family: Family, mark: Mark) -> RuleMessage {
-    let (value, priority) = mark.rule();
-    rule_of(family, value, priority)
-}
-
 fn entrance_rule(family: Family, priority: u32) -> RuleMessage {
-    rule_of(family, MARK_CAPTURE, priority)
+    rule_of(family, MARK_CAPTURE, priority, ROUTE_TABLE)
 }
 
 fn leads_to_entrance(rule: &RuleMessage) -> bool {
@@ -665,7 +539,7 @@ fn in_words(rule: &RuleMessage) -> String {
     words.collect::<Vec<_>>().join(" ")
 }
 
-fn rule_of(family: Family, value: u32, priority: u32) -> RuleMessage {
+fn rule_of(family: Family, value: u32, priority: u32, table: u32) -> RuleMessage {
     let mut rule = RuleMessage::default();
     rule.header.family = address_family(family);
     rule.header.action = RuleAction::ToTable;
@@ -673,62 +547,7 @@ fn rule_of(family: Family, value: u32, priority: u32) -> RuleMessage {
         RuleAttribute::Priority(priority),
         RuleAttribute::FwMark(value),
         RuleAttribute::FwMask(MARK_MASK),
-        RuleAttribute::Table(ROUTE_TABLE),
+        RuleAttribute::Table(table),
     ];
     rule
-}
-
-fn route(family: Family, interface: &Interface, source: Option<IpAddr>) -> RouteMessage {
-    let mut route = RouteMessage::default();
-    route.header = RouteHeader {
-        address_family: address_family(family),
-        kind: if source.is_some() { RouteType::Local } else { RouteType::Unreachable },
-        scope: if source.is_some() { RouteScope::Host } else { RouteScope::Universe },
-        protocol: RouteProtocol::Static,
-        ..RouteHeader::default()
-    };
-    route.attributes = vec![everything(family), RouteAttribute::Table(ROUTE_TABLE)];
-    if let Some(source) = source {
-        route.attributes.push(RouteAttribute::Oif(interface.index));
-        if !interface.is_loopback() {
-            // Routes of one table and one network have to differ in it, and `lo` is to be the first choice.
-            route.attributes.push(RouteAttribute::Priority(ROUTE_METRIC + interface.index));
-        }
-        route.attributes.push(RouteAttribute::PrefSource(source.into()));
-    }
-    route
-}
-
-#[cfg(test)]
-mod tests {
-    use nix::sched::{CloneFlags, unshare};
-
-    use super::*;
-
-    /// The kernel lists many rules in several packets and goes on by counting: when some are deleted that it has listed, it leaves
-    /// out as many.
-    #[test]
-    fn our_rules_are_found_although_others_go_meanwhile() {
-        const OTHERS: u32 = 1000;
-        if unshare(CloneFlags::CLONE_NEWNET).is_err() {
-            return redirect_testing::skip("our_rules_are_found_although_others_go_meanwhile", "needs root");
-        }
-        for family in Family::ALL {
-            let mut netlink = Netlink::open().unwrap();
-            let other = move |number| rule_of(family, number, number);
-            for number in 1..=OTHERS {
-                netlink.change(RouteNetlinkMessage::NewRule(other(number)), NLM_F_CREATE).unwrap();
-            }
-            for mark in Mark::ALL {
-                netlink.add_rule(family, mark).unwrap();
-            }
-            let mut changes = Netlink::open().unwrap();
-            netlink.0.after_first_packet(move || {
-                for number in 1..=OTHERS {
-                    changes.change(RouteNetlinkMessage::DelRule(other(number)), 0).unwrap();
-                }
-            });
-            assert_eq!(netlink.rules(family).unwrap(), Mark::ALL, "{family}");
-        }
-    }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::Family;
-use redirect_ebpf::constants::{PORT_INBOUND, PORT_OUTBOUND, ROUTE_TABLE};
+use redirect_ebpf::constants::{PORT_INBOUND, PORT_OUTBOUND, RULE_PRIORITY_DELIVERY, RULE_PRIORITY_SOURCE};
 use redirect_linux::netns::NetNs;
 use redirect_protocol::placement::Placement;
 use redirect_protocol::wire::{Explanation, FactState, PodDetail, PodState};
@@ -45,7 +45,7 @@ fn redirect(node: &Node, arguments: &[&str]) -> Result<Output> {
     Ok(command.output()?)
 }
 
-fn explain(node: &Node, pod: &Pod, to: &str) -> Result<(Explanation, Option<i32>)> {
+pub(crate) fn explain(node: &Node, pod: &Pod, to: &str) -> Result<(Explanation, Option<i32>)> {
     let output = redirect(node, &["explain", "--from", &pod.identity().to_string(), "--to", to])?;
     let stderr = String::from_utf8_lossy(&output.stderr);
     Ok((serde_json::from_slice(&output.stdout).with_context(|| stderr.into_owned())?, output.status.code()))
@@ -57,6 +57,9 @@ pub(crate) fn show(node: &Node, pod: &Pod) -> Result<(PodDetail, Option<i32>)> {
     Ok((serde_json::from_slice(&output.stdout).with_context(|| stderr.into_owned())?, output.status.code()))
 }
 
+/// The priorities of the rules of an enrolled pod.
+const OURS: std::ops::RangeInclusive<u64> = RULE_PRIORITY_SOURCE as u64..=RULE_PRIORITY_DELIVERY as u64;
+
 fn pod(context: &Context) -> Result<()> {
     let node = context.node()?;
     for families in Families::ALL {
@@ -66,8 +69,10 @@ fn pod(context: &Context) -> Result<()> {
         ensure!(detail.expectations.iter().all(|expectation| expectation.state == FactState::Present));
         let named = |part: &str| detail.expectations.iter().filter(|of| of.what.contains(part)).count();
         let footprint = Footprint::of(pod.netns())?;
-        let table = ROUTE_TABLE.to_string();
-        let rules = footprint.rules.iter().filter(|rule| rule["table"] == table).count();
+        let is_ours = |rule: &&serde_json::Value| {
+            rule["priority"].as_u64().is_some_and(|priority| OURS.contains(&priority))
+        };
+        let rules = footprint.rules.iter().filter(is_ours).count();
         ensure!(named(" rule for ") == rules, "{detail:#?}\n{footprint:#?}");
         ensure!(named(" route ") == footprint.routes.len(), "{detail:#?}\n{footprint:#?}");
         for address in pod.addresses() {

@@ -48,6 +48,7 @@ mod raw;
 mod repairs;
 mod reports;
 mod restarts;
+mod routing;
 mod running_pods;
 mod second_network;
 mod services;
@@ -172,6 +173,7 @@ fn in_pods(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         // A pod with a second way out is refused in placement `node`.
         virtual_interfaces::trials(context),
         second_network::trials(context),
+        routing::trials(context),
         // From rules that send a pod's connections to a proxy in this pod.
         migration::trials(context),
         // Figures, not behaviour.

@@ -9,7 +9,10 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::Family;
-use redirect_ebpf::constants::{ROUTE_TABLE, RULE_PRIORITY_CAPTURE, RULE_PRIORITY_DELIVERY};
+use redirect_ebpf::constants::{
+    REPLY_TABLE, ROUTE_TABLE, RULE_PRIORITY_CAPTURE, RULE_PRIORITY_DELIVERY, RULE_PRIORITY_REFUSE,
+    RULE_PRIORITY_SOURCE,
+};
 use redirect_tests::cluster::Cluster;
 use redirect_tests::kernel::Footprint;
 use redirect_tests::{Families, Node, NodeOptions, Pod, Stack, wait};
@@ -83,12 +86,19 @@ impl Damage {
         let links = ["noted_listener", "listener_guard"].map(|program| format!("{program}-{cookie}"));
         match self {
             Self::Rule(family) => {
-                for priority in [RULE_PRIORITY_CAPTURE, RULE_PRIORITY_DELIVERY] {
+                let own = match family {
+                    Family::Ipv4 => RULE_PRIORITY_SOURCE,
+                    Family::Ipv6 => RULE_PRIORITY_REFUSE,
+                };
+                for priority in [RULE_PRIORITY_CAPTURE, RULE_PRIORITY_DELIVERY, own] {
                     netns.ip(&format!("{} rule del pref {priority}", flag(family)))?;
                 }
             }
             Self::Route(family) => {
                 netns.ip(&format!("{} route flush table {ROUTE_TABLE}", flag(family)))?;
+                if family == Family::Ipv6 {
+                    netns.ip(&format!("-6 route flush table {REPLY_TABLE}"))?;
+                }
             }
             Self::Filter(family) => {
                 for (device, side) in [("lo", "ingress"), ("eth0", "ingress"), ("eth0", "egress")] {

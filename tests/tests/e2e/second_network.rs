@@ -9,9 +9,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::Family;
+use redirect_ebpf::constants::ROUTE_TABLE;
 use redirect_tests::connection::dial;
 use redirect_tests::stack::canonical;
 use redirect_tests::{Connection, Direction, Families, Netns, Node, Pod, Server, Stack, wait};
+use serde_json::Value;
 
 use crate::context::{Context, for_every_stack};
 use crate::{inbound, time_wait};
@@ -34,14 +36,20 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 }
 
 /// The pod, and the other end of its second network.
-struct SecondNetwork {
-    pod: Pod,
-    outside: Netns,
+pub(crate) struct SecondNetwork {
+    pub(crate) pod: Pod,
+    pub(crate) outside: Netns,
 }
 
 impl SecondNetwork {
     fn new(node: &Arc<Node>) -> Result<Self> {
-        let pod = node.enrolled("pod", Families::Dual)?;
+        let network = Self::behind(node.enrolled("pod", Families::Dual)?)?;
+        network.is_known()?;
+        Ok(network)
+    }
+
+    /// Attaches a pod to it.
+    pub(crate) fn behind(pod: Pod) -> Result<Self> {
         let outside = Netns::new("second-network")?;
         let link = format!("link add net1 type veth peer name net1 netns {}", outside.path().display());
         pod.netns().ip(&link)?;
@@ -52,17 +60,24 @@ impl SecondNetwork {
                 "link set net1 up".to_owned(),
             ])?;
         }
-        wait::until_true("agent that knows the new interface", wait::SOON, || {
-            let report = node.report(&pod)?;
-            Ok(report.is_some_and(|report| report.interfaces.iter().any(|name| name == "net1")))
-        })?;
         Ok(Self { pod, outside })
     }
 
-    const POD: u8 = 1;
-    const OUTSIDE: u8 = 2;
+    /// Waits until the agent knows the pod's interface, and has mirrored its routes.
+    pub(crate) fn is_known(&self) -> Result<()> {
+        let on_net1 = |route: &Value| route["dev"] == "net1";
+        wait::until_true("agent that knows the new interface", wait::SOON, || {
+            let Some(report) = self.pod.node().report(&self.pod)? else { return Ok(false) };
+            let routes = self.pod.netns().json(&format!("ip -6 -j route show table {ROUTE_TABLE}"))?;
+            Ok(report.interfaces.iter().any(|name| name == "net1")
+                && routes.as_array().is_some_and(|routes| routes.iter().any(on_net1)))
+        })
+    }
 
-    fn address(family: Family, host: u8) -> IpAddr {
+    pub(crate) const POD: u8 = 1;
+    pub(crate) const OUTSIDE: u8 = 2;
+
+    pub(crate) fn address(family: Family, host: u8) -> IpAddr {
         match family {
             Family::Ipv4 => [192, 168, 77, host].into(),
             Family::Ipv6 => [0xfd02, 0, 0, 0, 0, 0, 0, host.into()].into(),
@@ -89,7 +104,8 @@ fn outbound(context: &Context, stack: Stack) -> Result<()> {
     let entries = pod.proxied_times(Direction::Outbound, to, 1)?;
     ensure!(entries[0].is_of(stack.family()) && entries[0].source == source, "{entries:#?}");
     // As without a mesh.
-    ensure!(connection.heard.peer.ip() == address(SecondNetwork::POD), "{:?}", connection.heard);
+    ensure!(source.ip() == address(SecondNetwork::POD), "getsockname says {source}");
+    ensure!(connection.heard.peer.ip() == source.ip(), "{:?}", connection.heard);
     ensure!(connection.heard.peer != source, "the client came itself: {source}");
     Ok(())
 }

@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 
 use super::{Enrolled, Error, Ownership, Pods};
 use redirect_datapath::datapath::{self, Datapath, Finding, Target};
-use redirect_datapath::facts::Interface;
+use redirect_datapath::facts::{Fact, Interface};
 use redirect_protocol::placement::Placement;
 use redirect_protocol::pod::PodIdentity;
-use redirect_protocol::wire::{PodReport, PodState};
+use redirect_protocol::wire::{FactState, PodReport, PodState};
 use redirect_zds::server::{Handle, PodProxyState};
 
 /// How far an enrolled pod is.
@@ -47,7 +47,13 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let target = slot.as_ref().ok_or_else(unknown)?.target.clone();
         drop(slot);
         let copy = target.clone();
-        Ok((target, self.kernel.run(move |datapath| datapath::inspect(datapath, &copy)).await??))
+        let findings = self.kernel.run(move |datapath| datapath::inspect(datapath, &copy)).await??;
+        let mut target = target;
+        target.addresses.extend(findings.iter().filter_map(|finding| match finding.fact {
+            Fact::Address(address) if finding.state == FactState::Present => Some(address),
+            _ => None,
+        }));
+        Ok((target, findings))
     }
 
     /// The pod that a namespace belongs to.
@@ -66,15 +72,17 @@ impl<D: Datapath + Send + 'static> Pods<D> {
 fn report(enrolled: &Enrolled, ownership: &Ownership, proxies: &Handle) -> PodReport {
     let Enrolled { attachments, observation, since, .. } = enrolled;
     let target = ownership.held(&enrolled.target);
+    let mut addresses = target.addresses.clone();
+    addresses.extend(observation.namespace.addresses.iter());
     let proxy = proxy(proxies, &target.identity);
     let interfaces = observation.namespace.interfaces.iter().filter(|interface| !interface.is_loopback());
     let interfaces: Vec<String> = interfaces.map(|interface| interface.name.clone()).collect();
     PodReport {
         pod: target.identity.clone(),
         attachments: attachments.keys().cloned().collect(),
-        addresses: target.addresses.iter().collect(),
+        addresses: addresses.iter().collect(),
         netns_cookie: target.netns_cookie,
-        steered: target.addresses.families().map(|family| family.to_string()).collect(),
+        steered: addresses.families().map(|family| family.to_string()).collect(),
         strayed: names(&observation.namespace.devices.strayed),
         unguarded: match (observation.namespace.placement, observation.namespace.gated) {
             (Placement::Pod, false) => interfaces.clone(),

@@ -1,6 +1,7 @@
 //! Adopts the pods of the previous agent.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use super::super::records::{Found, Phase, Record};
 use super::{Enrolled, Pods, workload};
@@ -94,9 +95,10 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         for Found { record, netns } in found {
             let Some(netns) = netns else { continue };
             let target = self.defaults.recorded(record, netns.clone());
+            let named: BTreeSet<IpAddr> = target.addresses.iter().collect();
             if let Ok(Ok(facts)) = self.kernel.run(move |datapath| datapath.glance(&target)).await {
                 let held = facts.into_iter().filter_map(|fact| match fact {
-                    Fact::Address(address) => Some(address),
+                    Fact::Address(address) => Some(address).filter(|address| named.contains(address)),
                     _ => None,
                 });
                 self.ownership.claim(record.netns_cookie, held);

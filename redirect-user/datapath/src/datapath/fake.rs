@@ -118,6 +118,9 @@ impl Datapath for Fake {
             state.namespaces.values_mut().for_each(|other| _ = other.facts.remove(fact));
         }
         let facts = &mut state.namespaces.entry(target.netns_cookie).or_default().facts;
+        if let (Op::Ensure(_), Some(place)) = (op, fact.place()) {
+            facts.retain(|other| other.place() != Some(place) || other == fact);
+        }
         match op {
             Op::Ensure(fact) => assert!(facts.insert(fact.clone()), "{fact} twice"),
             Op::Remove(fact) => assert!(facts.remove(fact), "{fact} was not there"),

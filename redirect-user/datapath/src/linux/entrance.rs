@@ -111,7 +111,7 @@ pub(super) fn ensure(
         netlink.set_up(end.index).with_context(context)?;
     }
     for &family in families {
-        if netlink.routes(family, std::slice::from_ref(&ours))?.is_empty() {
+        if netlink.routes(family, std::slice::from_ref(&ours))?.ours.is_empty() {
             netlink.add_entrance_route(family, ours.index).with_context(|| format!("{family} route"))?;
             mended = true;
         }

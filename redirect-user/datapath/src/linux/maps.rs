@@ -18,12 +18,13 @@ use redirect_ebpf::maps::{
     ProxyPart, Scope,
 };
 
+use super::holders::{Holders, Learned};
 use super::object::DIAGNOSTICS;
 use super::{ProxyIdentity, Settings};
 use crate::datapath::Target;
 use crate::facts::Fact;
 use redirect_protocol::placement::Placement;
-use redirect_protocol::pod::Exclusion;
+use redirect_protocol::pod::{Exclusion, PodAddresses};
 use redirect_protocol::wire::{CounterReport, MapReport, PodCounter};
 
 /// How much the maps can hold.
@@ -63,6 +64,8 @@ pub(super) struct Maps {
     exclusions: HashMap<u64, BTreeSet<Exclusion>>,
     /// The addresses in the maps, by namespace cookie.
     addresses: HashMap<u64, HashSet<IpAddr>>,
+    /// Who has which address.
+    holders: Holders,
 }
 
 /// A hash map that knows its name, its fill and its capacity.
@@ -202,6 +205,7 @@ impl Maps {
         let cookie = target.netns_cookie;
         target.exclusions.iter().try_for_each(|exclusion| self.insert_exclusion(cookie, *exclusion))?;
         target.addresses.iter().try_for_each(|address| self.insert_address(cookie, address))?;
+        self.holders.note(cookie, &target.addresses, &[]);
         self.ensure_counters(cookie)?;
         self.insert_pod(cookie, target.kernel_pod())
     }
@@ -244,6 +248,7 @@ impl Maps {
             flags: ConfigFlags::default(),
             exclusions: HashMap::new(),
             addresses: HashMap::new(),
+            holders: Holders::default(),
         };
         maps.index();
         Ok(maps)
@@ -293,6 +298,7 @@ impl Maps {
     }
 
     pub(super) fn remove_counters(&mut self, cookie: u64) -> anyhow::Result<()> {
+        self.holders.forget(cookie);
         self.pod_counters.remove(&cookie)
     }
 
@@ -431,6 +437,18 @@ impl Maps {
             IpAddr::V4(v4) => self.ipv4.remove(&v4.octets()),
             IpAddr::V6(v6) => self.ipv6.remove(&v6.octets()),
         }
+    }
+
+    /// Which of the addresses on a pod's interfaces are its own, beside those that were named. What is on several pods' interfaces is
+    /// nobody's.
+    pub(super) fn learn(&mut self, target: &Target, found: &[IpAddr]) -> anyhow::Result<PodAddresses> {
+        let Learned { own, contested } = self.holders.note(target.netns_cookie, &target.addresses, found);
+        for address in contested {
+            if let Some(owner) = self.owner(address) {
+                self.remove_address(owner, address)?;
+            }
+        }
+        Ok(own)
     }
 
     fn known_addresses(&self, target: &Target) -> HashSet<IpAddr> {

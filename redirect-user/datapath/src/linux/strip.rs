@@ -91,12 +91,12 @@ fn strip_here(foreign: Option<&BTreeSet<Sysctl>>) -> io::Result<Stripped> {
     }
     let ipv6 = sysctls.ipv6_enabled("lo");
     for family in Family::ALL.into_iter().filter(|family| *family == Family::Ipv4 || ipv6) {
-        for mark in netlink.rules(family)? {
-            netlink.delete_rule(family, mark)?;
+        for rule in netlink.rules(family)? {
+            netlink.delete_rule(family, rule)?;
             stripped.rules += 1;
         }
-        for (interface, source) in netlink.routes(family, &interfaces)? {
-            netlink.delete_route(family, &interface, source)?;
+        for route in netlink.routes(family, &interfaces)?.ours {
+            netlink.delete_route(&route)?;
             stripped.routes += 1;
         }
     }
