@@ -19,7 +19,7 @@
 //!
 //! They share maps ([`config`], [`pods`], [`proxies`], [`exclusions`], [`counters`], [`flows`], [`notes`]), the drop log
 //! ([`diagnostics`]), access to contexts ([`context`], [`sock_addr`], [`skb`]), socket lookups ([`socket`]), the assignment of
-//! packets to listeners ([`steer`]), and in placement `node` changes of packets ([`rewrite`]) and refusals ([`refuse`]).
+//! packets to listeners ([`steer`]), connections that were half open when a pod was captured ([`half_open`]), and in placement `node` changes of packets ([`rewrite`]) and refusals ([`refuse`]).
 
 #![expect(
     clippy::multiple_unsafe_ops_per_block,
@@ -39,6 +39,7 @@ mod entrance;
 mod exclusions;
 mod flows;
 mod from_pod;
+mod half_open;
 mod host_gate;
 mod inbound;
 mod listeners;

@@ -16,6 +16,7 @@
 //! | `LISTENERS` | socket hash | [`ListenerKey`] | a listener of a node proxy, stored by the kernel side itself |
 //! | `NAMESPACES` | socket storage of listeners | – | `u64`, the network namespace's cookie; on kernels where TC programs may not store sockets in maps |
 //! | `COOKIES` | socket storage | – | `u64`, the socket's cookie; while a monitor is attached |
+//! | `CONNECTED` | socket storage | – | `u64`, 1: the socket called `connect()` after its pod was captured; while the pod has [`PodFlags::HALF_OPEN`] |
 //! | `SYN_COOKIES` | array of one | – | `u64`, when a proxy last answered with a SYN cookie, in nanoseconds of `bpf_ktime_get_coarse_ns`; zero for never |
 //! | `COUNTERS` | per-CPU array | [`crate::count::index`] | `u64`, connections |
 //! | `POD_COUNTERS` | hash | as in `PODS` | [`PodCounters`] |
@@ -377,6 +378,8 @@ flags! {
         ANY_SOURCE = 3,
         /// There may be connections from before the pod was enrolled, which are left alone.
         EARLIER_CONNECTIONS = 4,
+        /// The pod ran when it was captured, a few minutes ago: connections that were half open then may complete as they began.
+        HALF_OPEN = 5,
     }
 }
 

@@ -3,13 +3,14 @@
 use std::io::Write;
 use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
 
 use crate::cgroup::Cgroup;
 use crate::netns::Netns;
+use crate::process::Process;
 use crate::session::Session;
 use crate::stack::Stack;
 use crate::testbed::{Answer, SocketKind};
@@ -48,6 +49,15 @@ impl Caller {
         self.run(netns, stack, to, &["--mark", &mark.to_string(), "--limit", "1"])
     }
 
+    /// Connects to test servers in turn, as a kubelet probes them, until the value is dropped or asked.
+    pub fn probe(&self, netns: &Netns, stack: Stack, to: &[SocketAddr], log: &Path) -> Result<Probes> {
+        let mut command = Command::new(&self.testbed);
+        command.args(["client", "--family", SocketKind::of(stack), "--count", &usize::MAX.to_string()]);
+        command.args(["--pause", "10", "--limit", "10"]);
+        command.args(to.iter().flat_map(|to| ["--to".to_owned(), to.to_string()]));
+        Process::spawn("prober", command, netns, &self.cgroup, log).map(Probes)
+    }
+
     fn run(&self, netns: &Netns, stack: Stack, to: SocketAddr, options: &[&str]) -> Result<Answer> {
         let mut command = Command::new(&self.testbed);
         command.args(["client", "--family", SocketKind::of(stack), "--to", &to.to_string()]).args(options);
@@ -56,5 +66,21 @@ impl Caller {
         unsafe { command.pre_exec(move || (&entrance).write_all(b"0")) };
         let output = netns.output(command, b"")?;
         serde_json::from_slice(&output).context("answer of the client")
+    }
+}
+
+/// Connections that are made one after the other.
+#[derive(Debug)]
+pub struct Probes(Process);
+
+impl Probes {
+    /// Ends them. What became of each.
+    pub fn end(mut self) -> Result<Vec<Answer>> {
+        self.0.must_run()?;
+        self.0.kill()?;
+        let log = self.0.log();
+        // The last line may have been cut.
+        let whole = log.rsplit_once('\n').map_or("", |(whole, _)| whole);
+        whole.lines().map(|line| serde_json::from_str(line).context(line.to_owned())).collect()
     }
 }

@@ -254,8 +254,23 @@ impl Node {
         self.start_another_proxy(options).map(drop)
     }
 
+    /// As [`Node::start_proxy`], without waiting for anything.
+    pub fn begin_proxy(&self) -> Result<()> {
+        let proxy = self.spawn_proxy(&ProxyOptions::default())?;
+        *lock(&self.proxy) = Some(proxy);
+        Ok(())
+    }
+
     /// As [`Node::start_proxy_with`]; one that runs already goes on, and is returned.
     pub fn start_another_proxy(&self, options: &ProxyOptions<'_>) -> Result<Option<Proxy>> {
+        let mut proxy = self.spawn_proxy(options)?;
+        let pid = proxy.process().pid();
+        let ready = self.with_agent(|agent| agent.wait_for_proxy(pid));
+        ready.with_context(|| format!("log of the proxy:\n{}", proxy.process().last_lines()))?;
+        Ok(lock(&self.proxy).replace(proxy))
+    }
+
+    fn spawn_proxy(&self, options: &ProxyOptions<'_>) -> Result<Proxy> {
         let setup = Setup {
             number: self.proxies.fetch_add(1, Ordering::Relaxed),
             netns: &self.netns,
@@ -266,11 +281,7 @@ impl Node {
             environment: &options.environment,
             drain: options.drain,
         };
-        let mut proxy = Proxy::start(&self.session, &setup)?;
-        let pid = proxy.process().pid();
-        let ready = self.with_agent(|agent| agent.wait_for_proxy(pid));
-        ready.with_context(|| format!("log of the proxy:\n{}", proxy.process().last_lines()))?;
-        Ok(lock(&self.proxy).replace(proxy))
+        Proxy::start(&self.session, &setup)
     }
 
     /// Kills the proxy, as a crash does, and waits until the agent noticed.

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::{Subcommand, ValueEnum};
@@ -29,12 +29,15 @@ pub enum Application {
         /// The kind of socket.
         #[arg(long)]
         family: SocketKind,
-        /// The server.
-        #[arg(long)]
-        to: SocketAddr,
-        /// How many connections, one after the other.
+        /// The server; repeat it for several.
+        #[arg(long, required = true)]
+        to: Vec<SocketAddr>,
+        /// How many connections to each, one after the other.
         #[arg(long, default_value_t = 1)]
         count: usize,
+        /// How long to pause after each connection, in milliseconds.
+        #[arg(long, default_value_t = 0)]
+        pause: u64,
         /// The socket's mark (`SO_MARK`).
         #[arg(long)]
         mark: Option<u32>,
@@ -81,10 +84,13 @@ impl From<SocketKind> for Stack {
 pub fn run(application: Application) -> Result<()> {
     match application {
         Application::TcpEcho { listen, greeting } => serve(&listen, &greeting),
-        Application::Client { family, to, count, mark, limit } => {
-            for _ in 0..count {
+        Application::Client { family, to, count, pause, mark, limit } => {
+            for &to in std::iter::repeat_n(&to, count).flatten() {
+                let start = Instant::now();
                 let answer = ask(family.into(), to, mark, Duration::from_secs(limit));
+                let answer = Answer { microseconds: start.elapsed().as_micros() as u64, ..answer };
                 println!("{}", serde_json::to_string(&answer)?);
+                thread::sleep(Duration::from_millis(pause));
             }
             Ok(())
         }
@@ -125,6 +131,8 @@ pub struct Answer {
     pub getsockname: Option<SocketAddr>,
     /// Why there is no answer.
     pub error: Option<String>,
+    /// How long it took.
+    pub microseconds: u64,
 }
 
 impl Answer {
@@ -144,7 +152,7 @@ fn ask(stack: Stack, to: SocketAddr, mark: Option<u32>, limit: Duration) -> Answ
             heard: Some(connection.heard),
             getpeername: Some(connection.peer_name),
             getsockname: Some(connection.local_name),
-            error: None,
+            ..Answer::default()
         },
         Err(error) => Answer { error: Some(format!("{error:#}")), ..Answer::default() },
     }

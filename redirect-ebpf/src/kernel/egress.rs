@@ -21,6 +21,7 @@ use super::counters::count;
 use super::diagnostics;
 use super::exclusions::{ExcludedIp, excluded};
 use super::flows::{self, About};
+use super::half_open;
 use super::pods::{self, PodIp};
 use super::proxies;
 use super::skb::Frame;
@@ -52,7 +53,9 @@ fn egress<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
     let (leaves, reason) = match parsed {
         Parsed::NotOurs | Parsed::Datagram(_) => (true, Reason::Unmarked),
         Parsed::Unknown => (false, Reason::Malformed),
-        Parsed::Tcp(segment) if segment.opens() => (is_exempt::<I>(&segment), Reason::Unmarked),
+        Parsed::Tcp(segment) if segment.opens() => {
+            (is_exempt::<I>(&segment) || opened_before::<I>(ctx, &segment), Reason::Unmarked)
+        }
         Parsed::Tcp(segment) if segment.resets() => (true, Reason::Unmarked),
         // What goes on must not change over from the proxy to the network in the middle.
         Parsed::Tcp(segment) => match other_end(ctx, &segment) {
@@ -90,6 +93,13 @@ fn is_exempt<I: Parse + PodIp + ExcludedIp>(segment: &Segment<I::Address>) -> bo
         let (cookie, port) = (cookie.unwrap_or_default(), segment.destination_port);
         excluded::<I>(cookie, flags, Direction::Outbound, segment.destination, port)
     })
+}
+
+/// Whether a SYN is of a socket that called `connect()` before the pod was captured.
+#[inline(always)]
+fn opened_before<I: Parse + PodIp>(ctx: &TcContext, segment: &Segment<I::Address>) -> bool {
+    let flags = I::owner(&segment.source).and_then(pods::flags);
+    flags.is_some_and(|flags| half_open::opened_before(ctx, flags))
 }
 
 /// Where a segment's receiver is.

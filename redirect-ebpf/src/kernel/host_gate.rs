@@ -18,6 +18,7 @@ use super::counters::count;
 use super::diagnostics;
 use super::exclusions::{ExcludedIp, excluded};
 use super::flows::{self, About};
+use super::half_open;
 use super::pods::{self, PodIp};
 use super::probe::is_for_probe;
 use super::proxies;
@@ -60,11 +61,13 @@ fn gate<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
             let direction = if segment.accepts() { Direction::Inbound } else { Direction::Outbound };
             let pod = Pod { cookie, flags };
             let passes = if segment.opens() {
-                pod.exempts_outbound::<I>(&segment)
+                pod.exempts_outbound::<I>(&segment) || half_open::opened_before(ctx, pod.flags)
             } else if segment.accepts() {
                 // Under a SYN flood the kernel attaches no socket to its answers (SYN cookies). An application's answer has one,
                 // and so has a frame of its own.
-                proxies::has_no_sender(ctx) || pod.exempts_inbound::<I>(ctx, &segment)
+                proxies::has_no_sender(ctx)
+                    || pod.exempts_inbound::<I>(ctx, &segment)
+                    || half_open::answers_before(ctx, pod.flags)
             } else {
                 pod.lets_go(ctx, &segment)
                     || pod.exempts_outbound::<I>(&segment)

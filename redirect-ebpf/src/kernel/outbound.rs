@@ -18,6 +18,7 @@ use super::diagnostics;
 use super::dns;
 use super::exclusions::ExcludedIp;
 use super::flows;
+use super::half_open;
 use super::pods::PodIp;
 use super::sock_addr::{ALLOW, BoundIp, Caller, DENY, caller, fail_with, mark, set_mark, user_ip4, user_ip6};
 use super::socket::Socket;
@@ -27,6 +28,9 @@ const ECONNREFUSED: i32 = 111;
 #[cgroup_sock_addr(connect4)]
 pub(crate) fn outbound_ipv4(ctx: SockAddrContext) -> i32 {
     let Some(caller) = caller(&ctx) else { return ALLOW };
+    if !half_open::note(&ctx, &caller) {
+        return DENY;
+    }
     match steer::<Ipv4>(&ctx, &caller, user_ip4(&ctx)) {
         Call::Allow => ALLOW,
         Call::Resolve => dns::connect_ipv4(&ctx, &caller),
@@ -38,6 +42,9 @@ pub(crate) fn outbound_ipv4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(connect6)]
 pub(crate) fn outbound_ipv6(ctx: SockAddrContext) -> i32 {
     let Some(caller) = caller(&ctx) else { return ALLOW };
+    if !half_open::note(&ctx, &caller) {
+        return DENY;
+    }
     let address = user_ip6(&ctx);
     let call = match v4_mapped(address) {
         Some(address) => steer::<Ipv4>(&ctx, &caller, address),

@@ -1,8 +1,8 @@
 //! The lifecycle of enrolled pods. Operations on one pod run in order; pods do not wait for each other. While an ADD waits for a
 //! proxy, it holds nothing.
 //!
-//! The CNI plugin adds a pod with its sandbox ([`Pods::add`]), or the agent adopts a running pod whose namespace it has found
-//! ([`Pods::adopt`]). A pod leaves with its last attachment ([`Pods::del`]), or when it is no longer wanted ([`Pods::forget`]).
+//! The CNI plugin adds a pod with its sandbox ([`Pods::add`]): it is captured before anything runs in it. Or the agent adopts a
+//! running pod whose namespace it has found ([`Pods::adopt`]): it is captured when a proxy serves it, and loses nothing. A pod leaves with its last attachment ([`Pods::del`]), or when it is no longer wanted ([`Pods::forget`]).
 //! An agent that starts adopts the pods of the previous one ([`Pods::restore`]).
 
 mod error;
@@ -21,6 +21,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
+use redirect_ebpf::Family;
 use redirect_ebpf::maps::PodFlags;
 use tokio::sync::watch;
 
@@ -31,7 +33,7 @@ use crate::metrics::events::events;
 pub(crate) use error::Error;
 use ownership::Ownership;
 use redirect_datapath::datapath::{
-    self, Datapath, Introduction, Observation, Outcome, Removal, Removed, Target,
+    self, Adoption, Datapath, Introduction, Observation, Outcome, Removal, Removed, Target,
 };
 use redirect_datapath::facts::Fact;
 use redirect_datapath::handle::DatapathHandle;
@@ -39,10 +41,16 @@ use redirect_linux::netns::NetNs;
 use redirect_protocol::pod::{PodAddresses, PodIdentity, PodSettings};
 use redirect_protocol::wire::Attachment;
 use redirect_zds::messages::WorkloadInfo;
-use redirect_zds::server::{AddError, Announcement, Handle, InvalidWorkload, Peer, RemoveOutcome, Workload};
+use redirect_zds::server::{
+    AddError, Announcement, Handle, InvalidWorkload, Peer, PodProxyState, RemoveOutcome, Workload,
+};
 pub(crate) use report::Standing;
 pub(crate) use restore::Restored;
 use slots::{Guard, Slots};
+
+/// How long connections may complete that were half open when a running pod was captured. By default Linux gives a SYN up after 127
+/// seconds.
+const HALF_OPEN: Duration = Duration::from_secs(150);
 
 /// How long un-enrolling waits for the proxy to let go of a pod before it goes on without.
 const PROXY_RELEASE: Duration = Duration::from_secs(2);
@@ -61,6 +69,8 @@ pub(crate) struct Pods<D> {
     /// By UID.
     slots: Slots<Enrolled>,
     ownership: Ownership,
+    /// The UIDs of the pods that are captured when a proxy serves them.
+    awaiting: Mutex<BTreeSet<String>>,
     /// How many ADDs there were.
     adds: AtomicU64,
     /// The proxy whose listeners for IPv6 were looked for, by the number of its connection.
@@ -158,6 +168,7 @@ impl Enrolled {
             settings: self.settings.clone(),
             foreign: target.foreign.clone(),
             earlier_connections: target.flags.contains(PodFlags::EARLIER_CONNECTIONS),
+            recent: target.adoption == Adoption::Recent,
         }
     }
 
@@ -190,6 +201,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             repairs: Repairs::default(),
             slots: Slots::default(),
             ownership: Ownership::default(),
+            awaiting: Mutex::default(),
             adds: AtomicU64::new(0),
             looked_at: AtomicU64::new(u64::MAX),
         }
@@ -257,7 +269,11 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         if all.is_empty() {
             return Err(Error::NoAddresses(identity));
         }
-        let namespace = enrolled.target.introduction();
+        let mut namespace = enrolled.target.introduction();
+        if namespace.adoption == Adoption::Awaited {
+            // It is the plugin's now, and captured at once.
+            namespace.adoption = Adoption::Recent;
+        }
         enrolled.target = self.defaults.target(identity, &settings, all, netns, namespace);
         enrolled.settings = settings;
         if before.is_none() {
@@ -387,10 +403,11 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             return;
         }
         let netns = target.netns.clone();
-        let served = self.kernel.run(move |datapath| datapath.is_served_in_ipv6(&netns)).await;
+        let served = self.kernel.run(move |datapath| datapath.served(&netns)).await;
         match served {
-            Ok(Ok(true)) | Err(_) => {}
-            Ok(Ok(false)) => tracing::warn!(
+            Ok(Ok(served)) if served.contains(&Family::Ipv6) => {}
+            Err(_) => {}
+            Ok(Ok(_)) => tracing::warn!(
                 pod = %target.identity,
                 uid = target.identity.uid,
                 "node proxy listens in IPv4 only: the pod's IPv6 connections fail; was the proxy started \
@@ -402,8 +419,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// Steers a pod that runs already, in the one of these namespaces that holds its addresses. The proxy is told, but
-    /// not waited for: until it serves the pod, the pod's connections get no further than if it refused them.
+    /// Enrolls a pod that runs already, in the one of these namespaces that holds its addresses. The proxies are told first. Until
+    /// one serves the pod ([`Self::served`]), nothing of it is captured.
     pub(crate) async fn adopt(&self, wanted: Wanted, sandboxes: Vec<Sandbox>) -> Result<(), Error> {
         let uid = wanted.identity.uid.clone();
         // Before it is looked whether they were taken down: whoever does that afterwards waits for this to end.
@@ -413,7 +430,10 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let result = match &mut *slot {
             // The plugin brought it meanwhile.
             Some(known) => self.change(known, &wanted).await,
-            None => self.take_in(&wanted, sandboxes).await.map(|enrolled| *slot = Some(enrolled)),
+            None => match self.take_in(&wanted, sandboxes).await {
+                Ok(enrolled) => self.capture(slot.insert(enrolled)).await,
+                Err(error) => Err(error),
+            },
         };
         self.release(slot, &uid).await;
         result
@@ -445,15 +465,16 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             return Err(foreign.unwrap_or(Error::NoNamespace(identity)));
         };
         let all = addresses.iter().copied().collect();
+        // One that was captured before, and that no checkpoint is about, stays so.
+        let adoption = if namespace.enrolled { Adoption::None } else { Adoption::Awaited };
+        // It may make connections until it is captured.
+        let namespace = Introduction { adoption, earlier_connections: true, ..namespace };
         let target = self.defaults.target(identity, &settings, all, netns, namespace);
-        let target = Target { running: true, ..target };
-        let phase = Phase::Begun;
-        let mut enrolled =
-            Enrolled { declared: addresses, containers, settings, phase, ..Enrolled::new(target) };
+        let mut enrolled = Enrolled { declared: addresses, containers, settings, ..Enrolled::new(target) };
         self.own(&enrolled.target).await;
         self.claim(&enrolled.target, enrolled.target.addresses.iter());
-        self.save(&enrolled).await;
         self.follow(&enrolled.target);
+        // Nothing yet, but whether it can be.
         let steered = match self.steer(&enrolled.target).await {
             Ok(outcome) => self.hand_over(&enrolled.target).map(|()| outcome.observation),
             Err(error) => Err(error),
@@ -469,20 +490,81 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 return Err(error);
             }
         }
-        enrolled.steered = true;
-        enrolled.phase = Phase::Done;
-        self.save(&enrolled).await;
-        tell::steered(&enrolled.target, &enrolled.observation, began, Duration::ZERO);
+        if adoption == Adoption::None {
+            enrolled.steered = true;
+            self.save(&enrolled).await;
+            tell::steered(&enrolled.target, &enrolled.observation, began, Duration::ZERO);
+        }
         Ok(enrolled)
+    }
+
+    /// Captures a pod that waits for it, if a proxy serves it by now.
+    async fn capture(&self, known: &mut Enrolled) -> Result<(), Error> {
+        let uid = &known.target.identity.uid;
+        if known.target.adoption != Adoption::Awaited || self.proxies.pod(uid) != PodProxyState::Acknowledged
+        {
+            return Ok(());
+        }
+        let netns = known.target.netns.clone();
+        match self.kernel.run(move |datapath| datapath.served(&netns)).await? {
+            Ok(served) if known.target.addresses.families().any(|family| served.contains(&family)) => {}
+            Ok(_) => {
+                tracing::debug!(pod = %known.target.identity, "the node proxy does not listen for the pod yet");
+                return Ok(());
+            }
+            Err(source) => return Err(Error::Listeners { pod: known.target.identity.clone(), source }),
+        }
+        self.capture_served(known).await
+    }
+
+    async fn capture_served(&self, known: &mut Enrolled) -> Result<(), Error> {
+        let began = Instant::now();
+        // An application may have set sysctls meanwhile.
+        let foreign = self.introduce(&known.target.identity, &known.target.netns).await?.sysctls;
+        let target = Target { foreign, ..known.target.adopted(Adoption::Recent) };
+        let begun = Enrolled { target, phase: Phase::Begun, ..known.clone() };
+        self.save(&begun).await;
+        match self.steer(&begun.target).await {
+            Ok(Outcome { observation, .. }) => {
+                let phase = Phase::Done;
+                *known = Enrolled { observation, phase, steered: true, since: Instant::now(), ..begun };
+                self.save(known).await;
+                tell::steered(&known.target, &known.observation, began, Duration::ZERO);
+                if known.observation.namespace.ipv6 && !known.target.addresses.ipv6.is_empty() {
+                    self.tell_of_ipv6(&known.target).await;
+                }
+                Ok(())
+            }
+            Err(error) => {
+                self.discard(begun.target.netns_cookie).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// The pods that wait to be captured, and that a proxy serves by now. Somebody has to [`Self::update`] them.
+    pub(crate) fn served(&self) -> Vec<String> {
+        let served = |uid: &&String| self.proxies.pod(uid) == PodProxyState::Acknowledged;
+        self.awaiting.lock().iter().filter(served).cloned().collect()
+    }
+
+    /// Whenever something may have changed about who is served.
+    pub(crate) fn proxy_changes(&self) -> watch::Receiver<u64> {
+        self.proxies.changes()
     }
 
     /// Brings an enrolled pod in line with what Kubernetes says of it. Returns whether the pod is enrolled at all. On an
     /// error the pod stays as it was.
     pub(crate) async fn update(&self, wanted: &Wanted) -> Result<bool, Error> {
-        match self.slots.find(&wanted.identity.uid).await.as_deref_mut() {
-            Some(Some(known)) => self.change(known, wanted).await.map(|()| true),
-            Some(None) | None => Ok(false),
+        let uid = &wanted.identity.uid;
+        let Some(mut slot) = self.slots.find(uid).await else { return Ok(false) };
+        let Some(known) = &mut *slot else { return Ok(false) };
+        let mut result = self.change(known, wanted).await;
+        if result.is_ok() {
+            result = self.capture(known).await;
         }
+        self.note_awaiting(uid, slot.as_ref());
+        result.map(|()| true)
     }
 
     async fn change(&self, known: &mut Enrolled, wanted: &Wanted) -> Result<(), Error> {
@@ -516,7 +598,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         known.declared = declared;
         known.settings = wanted.settings.clone();
         known.target = wanted_target;
-        known.steered = true;
+        known.steered = known.target.adoption != Adoption::Awaited;
         self.save(known).await;
         Ok(())
     }
@@ -671,6 +753,9 @@ impl<D: Datapath + Send + 'static> Pods<D> {
 
     /// Writes a pod's checkpoint, off the runtime's threads: its file system may be slow.
     async fn save(&self, enrolled: &Enrolled) {
+        if enrolled.target.adoption == Adoption::Awaited {
+            return;
+        }
         let (records, record) = (self.records.clone(), enrolled.record());
         on_disk(move || records.write(&record)).await;
     }
@@ -772,9 +857,19 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
+    fn note_awaiting(&self, uid: &str, known: Option<&Enrolled>) {
+        let mut awaiting = self.awaiting.lock();
+        if known.is_some_and(|known| known.target.adoption == Adoption::Awaited) {
+            awaiting.insert(uid.to_owned());
+        } else {
+            awaiting.remove(uid);
+        }
+    }
+
     /// Lets go of a pod's place, after it was worked on.
     async fn release(&self, slot: Guard<Enrolled>, uid: &str) {
         self.ownership.settle(uid, slot.iter().flat_map(Enrolled::containers));
+        self.note_awaiting(uid, slot.as_ref());
         drop(slot);
         if self.slots.tidy(uid).await
             && let Some(watch) = &self.watch
@@ -818,7 +913,8 @@ impl Defaults {
             .with(PodFlags::BYPASS_INBOUND, settings.bypass_inbound)
             .with(PodFlags::DNS, settings.dns.unwrap_or(self.dns))
             .with(PodFlags::ANY_SOURCE, settings.any_source.unwrap_or(self.any_source))
-            .with(PodFlags::EARLIER_CONNECTIONS, namespace.earlier_connections);
+            .with(PodFlags::EARLIER_CONNECTIONS, namespace.earlier_connections)
+            .with(PodFlags::HALF_OPEN, namespace.adoption == Adoption::Recent);
         Target {
             identity,
             netns,
@@ -828,7 +924,7 @@ impl Defaults {
             virtual_interfaces: settings.virtual_interfaces.clone(),
             exclusions: settings.exclusions.clone(),
             foreign: namespace.sysctls,
-            running: false,
+            adoption: namespace.adoption,
         }
     }
 
@@ -840,6 +936,8 @@ impl Defaults {
             cookie: record.netns_cookie,
             sysctls: record.foreign.clone(),
             earlier_connections: record.earlier_connections,
+            enrolled: true,
+            adoption: if record.recent { Adoption::Recent } else { Adoption::None },
         };
         self.target(record.identity.clone(), &record.settings, addresses, netns, namespace)
     }

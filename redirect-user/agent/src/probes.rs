@@ -6,6 +6,8 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use tokio::sync::watch;
+
 use redirect_datapath::handle::DatapathHandle;
 use redirect_datapath::linux::Linux;
 use redirect_linux::cgroup;
@@ -39,11 +41,12 @@ const SETTLE: Duration = Duration::from_millis(20);
 /// How many places of earlier probers are watched.
 const MOST_PLACES: usize = 64;
 
-/// Keeps the probe program attached to the probers' cgroups, for ever.
+/// Keeps the probe program attached to the probers' cgroups, for ever. Says when it has looked for them for the first time.
 pub(super) async fn follow(
     probers: Probers,
     root: PathBuf,
     kernel: DatapathHandle<Linux>,
+    looked: watch::Sender<bool>,
 ) -> anyhow::Result<()> {
     let mut known = BTreeSet::new();
     // Where probers are, were or will be: they come back to the same places.
@@ -69,6 +72,7 @@ pub(super) async fn follow(
                 "cannot exempt kubelet probes; they go through the node proxy"
             );
         }
+        looked.send_replace(true);
         if !found.is_subset(&places) {
             if places.len() > MOST_PLACES {
                 places = probers.cgroups(&root);

@@ -55,6 +55,9 @@ pub struct Record {
     /// Whether it may have connections from before it was enrolled. Records of earlier builds do not say.
     #[serde(default = "unknown")]
     pub earlier_connections: bool,
+    /// Whether it ran before, and was captured only a moment ago.
+    #[serde(default)]
+    pub recent: bool,
 }
 
 const fn unknown() -> bool {
@@ -308,6 +311,7 @@ mod tests {
         let network: IpNet = "fd00:1::/64".parse().unwrap();
         Record {
             earlier_connections: false,
+            recent: false,
             phase: Phase::Done,
             identity: PodIdentity { uid: "../odd uid".into(), name: "pod".into(), ..PodIdentity::default() },
             netns_cookie: 7,

@@ -79,7 +79,7 @@ impl Kind {
             Fact::Sysctl(_) => Self::Sysctl,
             Fact::Route { .. } => Self::Route,
             Fact::Rule { .. } => Self::Rule,
-            Fact::Program { .. } | Fact::Guard { .. } => Self::Program,
+            Fact::Program { .. } | Fact::Entry { .. } | Fact::Guard { .. } => Self::Program,
             Fact::Lookup | Fact::ListenerGuard => Self::Link,
             Fact::Excluded(_) | Fact::Address(_) | Fact::Counters | Fact::Pod(_) | Fact::Device(_) => {
                 Self::Map

@@ -41,6 +41,9 @@ use redirect_zds as zds;
 /// How long calls that block may go on when all else is done.
 const LAST_CALLS: Duration = Duration::from_secs(2);
 
+/// How long nothing is captured because the kubelet's cgroup is looked for.
+const PROBERS: Duration = Duration::from_secs(2);
+
 /// The service that keeps the plugin in the CNI chain, which ends before the others.
 const CNI_CHAIN: &str = "CNI chain";
 
@@ -170,14 +173,26 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         Some(Arc::clone(&watch)),
         records,
     ));
-    take_over(&kernel, &pods, found).await?;
+    let mut supervisor = Supervisor::new();
+    // The kubelet's probes are exempt before anything is captured that is not captured already.
+    let (looked, mut probers_looked) = signal_watch::channel(false);
+    supervisor.restarting("probers", Stop::Cut, {
+        let (probers, cgroup, kernel) = (options.probers, cgroup.clone(), kernel.clone());
+        move || probes::follow(probers.clone(), cgroup.clone(), kernel.clone(), looked.clone())
+    });
+    let unknown = take_over(&kernel, &pods, found).await?;
+    if tokio::time::timeout(PROBERS, probers_looked.wait_for(|looked| *looked)).await.is_err() {
+        tracing::warn!(
+            "looking for the kubelet's cgroup takes longer than {PROBERS:?}; until it is found, probes go \
+             through the node proxy"
+        );
+    }
     let controller = controller(&options.kubernetes, &pods).await?;
     let daemonset = own_daemonset(&options.kubernetes).await;
     let enrolment: Arc<dyn Enrolment> = match &controller {
         Some(controller) => Arc::new(controller.admission()),
         None => Arc::new(Everybody),
     };
-    let mut supervisor = Supervisor::new();
     let (flows, reading) = Flows::start(kernel.clone(), Arc::clone(&pods), supervisor.stopped()).await?;
     let (reconciled_by, reconciled) = signal_watch::channel(controller.is_none());
     let chain = options.install_cni.then_some(options.chain);
@@ -236,11 +251,13 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         });
         tokio::spawn(async move {
             controller.caught_up().await;
+            tracing::info!(pods = controller.known(), "received the pods of this node");
             reconciled_by.send_replace(true);
         });
     }
-    // A proxy drops every pod that it is not told of at first.
-    if let Some(controller) = &controller {
+    // A proxy drops every pod that it is not told of at first: those of checkpoints are known, and others that it may have are
+    // found by way of the API server.
+    if let Some(controller) = controller.as_ref().filter(|_| unknown > 0) {
         tokio::select! {
             () = catch_up(controller, options.kubernetes.initial_wait) => {}
             _ = terminate.recv() => terminated = true,
@@ -273,10 +290,6 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
             node_ack::acknowledge(zds_socket.clone())
         });
     }
-    supervisor.restarting("probers", Stop::Cut, {
-        let (probers, cgroup, kernel) = (options.probers, cgroup.clone(), kernel.clone());
-        move || probes::follow(probers.clone(), cgroup.clone(), kernel.clone())
-    });
     supervisor.restarting("watch of pods' interfaces", Stop::Cut, {
         let (kernel, pods) = (kernel.clone(), Arc::clone(&pods));
         move || drift::follow(events.take(), Arc::clone(&watch), kernel.clone(), Arc::clone(&pods))
@@ -344,16 +357,18 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     Ok(())
 }
 
-/// Takes over the pods of the agent before, and removes what is left of those that are gone.
+/// Takes over the pods of the agent before, and removes what is left of those that are gone. Returns how many namespaces are
+/// enrolled that no checkpoint is about.
 async fn take_over(
     kernel: &DatapathHandle<Linux>,
     pods: &Pods<Linux>,
     found: Vec<Found>,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<usize> {
     let began = Instant::now();
     let restored = pods.restore(found).await;
     let known = pods.cookies().await;
-    for netns_cookie in kernel.run(move |linux| linux.collect(&known)).await?? {
+    let unknown = kernel.run(move |linux| linux.collect(&known)).await??;
+    for netns_cookie in &unknown {
         tracing::warn!(
             netns_cookie,
             "network namespace is enrolled but has no checkpoint: it stays enrolled, and the node proxy \
@@ -369,7 +384,7 @@ async fn take_over(
             "adopted the pods of the previous agent"
         );
     }
-    Ok(())
+    Ok(unknown.len())
 }
 
 /// Removes the pods that the runtime deleted while no agent ran.
@@ -403,12 +418,10 @@ async fn controller(
 /// Waits for the API server's first answer and for the pods that it names.
 async fn catch_up(controller: &Controller<Linux>, seconds: u64) {
     let limit = if seconds == 0 { Duration::MAX } else { Duration::from_secs(seconds) };
-    if tokio::time::timeout(limit, controller.caught_up()).await.is_ok() {
-        tracing::info!(pods = controller.known(), "received the pods of this node");
-    } else {
+    if tokio::time::timeout(limit, controller.caught_up()).await.is_err() {
         tracing::warn!(
             seconds,
-            "no pod list from the API server yet: serving node proxies without this node's pods"
+            "no pod list from the API server yet: serving node proxies without the enrolled pods that have no checkpoint"
         );
     }
 }

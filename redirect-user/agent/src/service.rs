@@ -219,9 +219,10 @@ impl From<pods::Error> for Error {
     fn from(error: pods::Error) -> Self {
         let kind = match &error {
             pods::Error::Datapath(_) => ErrorKind::Datapath,
-            pods::Error::Thread(_) | pods::Error::Cookie { .. } | pods::Error::Addresses { .. } => {
-                ErrorKind::Internal
-            }
+            pods::Error::Thread(_)
+            | pods::Error::Cookie { .. }
+            | pods::Error::Addresses { .. }
+            | pods::Error::Listeners { .. } => ErrorKind::Internal,
             pods::Error::Proxy(AddError::NotConnected { .. } | AddError::Timeout { .. }) => {
                 ErrorKind::TryAgain
             }

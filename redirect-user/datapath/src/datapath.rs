@@ -6,6 +6,7 @@ use std::io;
 use std::net::{IpAddr, Ipv6Addr};
 use std::time::Instant;
 
+use redirect_ebpf::Family;
 use redirect_ebpf::maps::{Pod, PodFlags};
 
 use super::facts::{Fact, Namespace, Op, Sysctl, Wanted, desired, diff};
@@ -33,8 +34,21 @@ pub struct Target {
     pub exclusions: BTreeSet<Exclusion>,
     /// Sysctls that were on before the pod was enrolled, and stay on after it.
     pub foreign: BTreeSet<Sysctl>,
-    /// Whether its applications ran before it was enrolled: packets are on their way while programs are attached.
-    pub running: bool,
+    /// Whether its applications ran before.
+    pub adoption: Adoption,
+}
+
+/// How far a pod is that ran before it was enrolled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Adoption {
+    /// It did not run, or has been captured for long.
+    #[default]
+    None,
+    /// Nothing of it is captured until a proxy serves it.
+    Awaited,
+    /// It has just been captured: packets are on their way while programs are attached, and connections that were half open may
+    /// complete as they began.
+    Recent,
 }
 
 impl Target {
@@ -54,6 +68,8 @@ impl Target {
             cookie: self.netns_cookie,
             sysctls: self.foreign.clone(),
             earlier_connections: self.flags.contains(PodFlags::EARLIER_CONNECTIONS),
+            enrolled: self.adoption != Adoption::Awaited,
+            adoption: self.adoption,
         }
     }
 
@@ -63,7 +79,17 @@ impl Target {
         self.wanted().kernel_pod()
     }
 
+    /// The same pod, further on.
+    #[must_use]
+    pub fn adopted(&self, adoption: Adoption) -> Self {
+        let flags = self.flags.with(PodFlags::HALF_OPEN, adoption == Adoption::Recent);
+        Self { adoption, flags, ..self.clone() }
+    }
+
     fn desired(&self, namespace: &Namespace) -> BTreeSet<Fact> {
+        if self.adoption == Adoption::Awaited {
+            return BTreeSet::new();
+        }
         desired(&self.wanted(), namespace)
     }
 }
@@ -77,6 +103,10 @@ pub struct Introduction {
     pub sysctls: BTreeSet<Sysctl>,
     /// Whether connections may be open in it that are to go on as they are.
     pub earlier_connections: bool,
+    /// Whether a pod in it is captured already.
+    pub enrolled: bool,
+    /// How far the pod in it is, if it ran before.
+    pub adoption: Adoption,
 }
 
 /// What is in the kernel for a pod.
@@ -156,8 +186,8 @@ pub trait Datapath {
     /// Reads those facts about a pod whose end nobody tells of: sysctls, map entries, the socket lookup. Cheap.
     fn glance(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>>;
 
-    /// Whether a proxy listens for outbound connections in IPv6.
-    fn is_served_in_ipv6(&mut self, netns: &NetNs) -> io::Result<bool>;
+    /// The families in which a proxy listens for captured connections.
+    fn served(&mut self, netns: &NetNs) -> io::Result<BTreeSet<Family>>;
 
     /// Reads what is there for a pod.
     fn observe(&mut self, target: &Target) -> Result<Observation, Error>;
@@ -181,7 +211,7 @@ pub struct Outcome {
     pub made: Vec<Fact>,
 }
 
-/// Makes the pod steered. On an error everything that this call did is undone, except that what was there in the shape of
+/// Makes the pod steered, or finds out whether it can be, if that is to be later. On an error everything that this call did is undone, except that what was there in the shape of
 /// another build is not brought back.
 pub fn enroll(datapath: &mut impl Datapath, target: &Target) -> Result<Outcome, Error> {
     let began = Instant::now();
@@ -195,6 +225,9 @@ pub fn enroll(datapath: &mut impl Datapath, target: &Target) -> Result<Outcome, 
     {
         let (pod, interface) = (target.identity.to_string(), interface.clone());
         return Err(Error::Unreachable { pod, interface });
+    }
+    if target.adoption == Adoption::Awaited {
+        return Ok(Outcome { observation: before, made: Vec::new() });
     }
     let wanted = target.desired(&before.namespace);
     let is_foreign = |fact: &Fact| matches!(fact, Fact::Sysctl(sysctl) if target.foreign.contains(sysctl));
@@ -275,6 +308,7 @@ pub fn unenroll(
             matches!(
                 fact,
                 Fact::Program { .. }
+                    | Fact::Entry { .. }
                     | Fact::Address(_)
                     | Fact::Counters
                     | Fact::Pod(_)

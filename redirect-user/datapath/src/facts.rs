@@ -40,7 +40,7 @@ pub enum Fact {
     Excluded(Exclusion),
     /// The program that finds listeners for connections that are handed over is attached to the namespace.
     Lookup,
-    /// A TC program is attached to the ingress of an interface.
+    /// A TC program is attached to the ingress of `lo`, or to the host's end of a device.
     Program {
         /// The interface.
         interface: Interface,
@@ -53,6 +53,14 @@ pub enum Fact {
     Counters,
     /// The pod is in `PODS`.
     Pod(Pod),
+    /// The TC program that captures what comes in by an interface is attached to it. After the pod, because only then the proxy's
+    /// deliveries are marked as they have to be: a pod that runs loses nothing in between.
+    Entry {
+        /// The interface.
+        interface: Interface,
+        /// The program.
+        hook: Hook,
+    },
     /// The TC program that lets nothing past the proxy is attached to the egress of an interface. After the pod, because
     /// only then connections are marked as they have to be.
     Guard {
@@ -78,7 +86,7 @@ impl Fact {
             | Self::Rule { family, .. }
             | Self::Guard { family, .. } => Some(*family),
             Self::Route(route) => Some(route.family()),
-            Self::Program { hook, .. } => hook.family(),
+            Self::Program { hook, .. } | Self::Entry { hook, .. } => hook.family(),
             Self::Address(IpAddr::V4(_)) => Some(Family::Ipv4),
             Self::Address(IpAddr::V6(_)) => Some(Family::Ipv6),
             Self::LoopbackUp
@@ -117,6 +125,7 @@ impl Fact {
             | Self::Rule { .. }
             | Self::Route(_)
             | Self::Program { .. }
+            | Self::Entry { .. }
             | Self::Guard { .. } => false,
         }
     }
@@ -209,6 +218,19 @@ impl Hook {
             | Self::ToPod(family)
             | Self::Entrance(family) => Some(family),
             Self::HostGate => None,
+        }
+    }
+
+    /// That it is attached to an interface.
+    #[must_use]
+    pub fn fact(self, interface: &Interface) -> Fact {
+        let interface = interface.clone();
+        match self {
+            Self::Inbound(_) | Self::Virtual(_) => Fact::Entry { interface, hook: self },
+            Self::Egress(family) => Fact::Guard { interface, family },
+            Self::Loopback(_) | Self::HostGate | Self::FromPod(_) | Self::ToPod(_) | Self::Entrance(_) => {
+                Fact::Program { interface, hook: self }
+            }
         }
     }
 
@@ -368,7 +390,7 @@ pub fn desired(wanted: &Wanted<'_>, namespace: &Namespace) -> BTreeSet<Fact> {
     facts.extend(addresses.iter().map(Fact::Address));
     facts.extend(exclusions.iter().copied().map(Fact::Excluded));
     for end in namespace.devices.on_host().filter(|_| namespace.gated) {
-        facts.insert(Fact::Program { interface: end.clone(), hook: Hook::HostGate });
+        facts.insert(Hook::HostGate.fact(end));
         facts.insert(Fact::Device(end.clone()));
     }
     for family in Family::ALL {
@@ -382,10 +404,10 @@ pub fn desired(wanted: &Wanted<'_>, namespace: &Namespace) -> BTreeSet<Fact> {
             } else {
                 Hook::Inbound(family)
             };
-            Fact::Program { interface: interface.clone(), hook }
+            hook.fact(interface)
         }));
         let others = namespace.interfaces.iter().filter(|interface| !interface.is_loopback());
-        facts.extend(others.map(|interface| Fact::Guard { interface: interface.clone(), family }));
+        facts.extend(others.map(|interface| Hook::Egress(family).fact(interface)));
         if family == Family::Ipv4 || namespace.ipv6 {
             facts.insert(Fact::Sysctl(Sysctl::FwmarkReflect(family)));
             facts.extend(Rule::of(family).map(|rule| Fact::Rule { family, rule }));
@@ -405,7 +427,7 @@ fn desired_on_node(wanted: &Wanted<'_>, devices: &Devices) -> BTreeSet<Fact> {
     facts.extend(wanted.exclusions.iter().copied().map(Fact::Excluded));
     for end in devices.on_host() {
         let hooks = Family::ALL.into_iter().flat_map(|family| [Hook::FromPod(family), Hook::ToPod(family)]);
-        facts.extend(hooks.map(|hook| Fact::Program { interface: end.clone(), hook }));
+        facts.extend(hooks.map(|hook| hook.fact(end)));
         facts.insert(Fact::Device(end.clone()));
     }
     facts
@@ -497,7 +519,7 @@ impl fmt::Display for Fact {
             Self::Excluded(exclusion) => write!(f, "exclusion of {exclusion}"),
             Self::Lookup => write!(f, "program {} on the network namespace", Lookup::Listener.program()),
             Self::ListenerGuard => write!(f, "program {} on the network namespace", Lookup::Guard.program()),
-            Self::Program { interface, hook } => {
+            Self::Program { interface, hook } | Self::Entry { interface, hook } => {
                 write!(f, "program {} on {}", hook.program(), interface.name)
             }
             Self::Address(address) => write!(f, "map entry of address {address}"),
@@ -622,18 +644,8 @@ mod tests {
         let names = ["eth0".to_owned()];
         let facts = desired(&wanted(&addresses(&["fd00::2"]), &names, &BTreeSet::new()), &namespace(true));
         for family in Family::ALL {
-            assert!(
-                facts.contains(&Fact::Program {
-                    interface: interface(2, "eth0"),
-                    hook: Hook::Virtual(family)
-                })
-            );
-            assert!(
-                !facts.contains(&Fact::Program {
-                    interface: interface(2, "eth0"),
-                    hook: Hook::Inbound(family)
-                })
-            );
+            assert!(facts.contains(&Hook::Virtual(family).fact(&interface(2, "eth0"))));
+            assert!(!facts.contains(&Hook::Inbound(family).fact(&interface(2, "eth0"))));
         }
     }
 
@@ -646,7 +658,8 @@ mod tests {
         let facts = desired(&wanted(&addresses(&["fd00::2"]), &[], &exclusions), &namespace(true));
         let ipv6 = "fd00::2".parse::<Ipv6Addr>().unwrap().octets();
         let pod = Fact::Pod(Pod { flags: PodFlags::EXCLUSIONS.0, ipv4: [0; 4], ipv6 });
-        let is_guard = |fact: &&Fact| matches!(fact, Fact::Guard { .. } | Fact::ListenerGuard);
+        let is_guard =
+            |fact: &&Fact| matches!(fact, Fact::Entry { .. } | Fact::Guard { .. } | Fact::ListenerGuard);
         let guards = facts.iter().rev().take_while(is_guard).count();
         assert_eq!(facts.iter().rev().nth(guards), Some(&pod));
         assert!(exclusions.into_iter().all(|exclusion| facts.contains(&Fact::Excluded(exclusion))));
@@ -663,16 +676,8 @@ mod tests {
             for rule in Rule::of(family) {
                 assert!(facts.contains(&Fact::Rule { family, rule }));
             }
-            assert!(
-                facts
-                    .contains(&Fact::Program { interface: interface(1, "lo"), hook: Hook::Loopback(family) })
-            );
-            assert!(
-                facts.contains(&Fact::Program {
-                    interface: interface(2, "eth0"),
-                    hook: Hook::Inbound(family)
-                })
-            );
+            assert!(facts.contains(&Hook::Loopback(family).fact(&interface(1, "lo"))));
+            assert!(facts.contains(&Hook::Inbound(family).fact(&interface(2, "eth0"))));
         }
         assert_eq!(facts.len(), 29);
     }
@@ -722,7 +727,7 @@ mod tests {
         let facts = desired_plain(&addresses(&["10.0.0.2"]), &namespace(false));
         for fact in facts {
             let text = fact.to_string().to_lowercase();
-            let program = matches!(fact, Fact::Program { .. } | Fact::Guard { .. });
+            let program = matches!(fact, Fact::Program { .. } | Fact::Entry { .. } | Fact::Guard { .. });
             assert!(program || !text.contains("ipv6"), "{text}");
         }
     }
@@ -732,8 +737,11 @@ mod tests {
         let facts = desired_plain(&addresses(&["10.0.0.2", "fd00::2"]), &namespace(true));
         let add = diff(&facts, &BTreeSet::new());
         assert_eq!(add.len(), facts.len());
-        let [.., pod, ipv4, ipv6, Op::Ensure(Fact::ListenerGuard)] = &add[..] else { panic!("{add:?}") };
+        let [.., pod, in4, in6, ipv4, ipv6, Op::Ensure(Fact::ListenerGuard)] = &add[..] else {
+            panic!("{add:?}")
+        };
         assert!(matches!(pod, Op::Ensure(Fact::Pod(_))));
+        assert!([in4, in6].into_iter().all(|op| matches!(op, Op::Ensure(Fact::Entry { .. }))));
         assert!([ipv4, ipv6].into_iter().all(|op| matches!(op, Op::Ensure(Fact::Guard { .. }))));
         let remove = diff(&BTreeSet::new(), &facts);
         let mut undone: Vec<Op> = add.iter().map(Op::inverse).collect();

@@ -34,11 +34,11 @@ use std::sync::atomic::AtomicU32;
 use aya::maps::{MapData, RingBuf};
 use aya_log::EbpfLogger;
 use redirect_ebpf::Family;
-use redirect_ebpf::constants::{ENTRANCE, PORT_OUTBOUND};
+use redirect_ebpf::constants::ENTRANCE;
 use redirect_ebpf::flow::{FlowLimits, FlowState};
 use redirect_ebpf::maps::ProxyPart;
 
-use super::datapath::{Datapath, Error, Introduction, Observation, Target};
+use super::datapath::{Adoption, Datapath, Error, Introduction, Observation, Target};
 use super::facts::{Devices, Fact, Hook, Interface, LOOPBACK_INDEX, Lookup, Namespace, Op};
 use super::faults::Words;
 use super::mirror;
@@ -57,7 +57,7 @@ use redirect_linux::netlink::Netlink;
 use redirect_linux::netns::{NetNs, current_cookie};
 use redirect_protocol::placement::Placement;
 use redirect_protocol::pod::Exclusion;
-use redirect_protocol::wire::{CounterReport, MapReport, PodCounter, ProgramReport, Transport};
+use redirect_protocol::wire::{CounterReport, MapReport, PodCounter, ProgramReport};
 pub use strip::{HostReport, Stripped, devices_of, strip, strip_host};
 use sysctl::Sysctls;
 pub use tc::TcMethod;
@@ -307,7 +307,7 @@ impl Linux {
         let place = tc::Where { interfaces: std::slice::from_ref(&interface), on_host: true };
         let attached = tc.look(host_netlink, links, programs, *host_cookie, place)?.current;
         for hook in Family::ALL.map(Hook::Entrance) {
-            if !attached.contains(&Fact::Program { interface: interface.clone(), hook }) {
+            if !attached.contains(&hook.fact(&interface)) {
                 let spot =
                     tc::Spot { netns_cookie: *host_cookie, interface: &interface, carries_traffic: false };
                 tc.attach(host_netlink, links, programs, &spot, hook)?;
@@ -650,7 +650,7 @@ impl Linux {
         if hook.is_on_host() {
             // In placement `pod` a pod that is enrolled already gets the gate after an upgrade, or gets it back. A filter that is
             // there is replaced by a filter.
-            let carries_traffic = target.running
+            let carries_traffic = target.adoption == Adoption::Recent
                 || (hook == Hook::HostGate
                     && self.maps.has_pod(netns_cookie)
                     && !self.tc.has_filter(netns_cookie, interface.index, hook));
@@ -662,7 +662,11 @@ impl Linux {
         }
         self.enter(target)?;
         let Session { netlink, netns_cookie, .. } = entered(&mut self.session)?;
-        let spot = tc::Spot { netns_cookie: *netns_cookie, interface, carries_traffic: target.running };
+        let spot = tc::Spot {
+            netns_cookie: *netns_cookie,
+            interface,
+            carries_traffic: target.adoption == Adoption::Recent,
+        };
         self.tc.attach(netlink, &mut self.links, &self.programs, &spot, hook)
     }
 
@@ -700,8 +704,12 @@ impl Linux {
             Op::Remove(Fact::Lookup) => self.detach_lookup(Lookup::Listener, target)?,
             Op::Ensure(Fact::ListenerGuard) => self.attach_lookup(Lookup::Guard, target)?,
             Op::Remove(Fact::ListenerGuard) => self.detach_lookup(Lookup::Guard, target)?,
-            Op::Ensure(Fact::Program { interface, hook }) => self.attach(target, interface, *hook)?,
-            Op::Remove(Fact::Program { interface, hook }) => self.detach(target, interface, *hook)?,
+            Op::Ensure(Fact::Program { interface, hook } | Fact::Entry { interface, hook }) => {
+                self.attach(target, interface, *hook)?;
+            }
+            Op::Remove(Fact::Program { interface, hook } | Fact::Entry { interface, hook }) => {
+                self.detach(target, interface, *hook)?;
+            }
             Op::Ensure(Fact::Guard { interface, family }) => {
                 self.attach(target, interface, Hook::Egress(*family))?;
             }
@@ -737,10 +745,11 @@ impl Datapath for Linux {
     fn introduce(&mut self, netns: &NetNs) -> io::Result<Introduction> {
         let cookie = self.move_to(netns, current_cookie)?;
         // Those of a pod that is steered are ours; in placement `node` none of them is touched.
-        let known = self.maps.has_pod(cookie);
+        let enrolled = self.maps.has_pod(cookie);
         let sysctls =
-            if known { BTreeSet::new() } else { entered(&mut self.session)?.sysctls.that_are_on()? };
-        Ok(Introduction { cookie, sysctls, earlier_connections: known || super::listeners::has_sockets()? })
+            if enrolled { BTreeSet::new() } else { entered(&mut self.session)?.sysctls.that_are_on()? };
+        let earlier_connections = enrolled || super::listeners::has_sockets()?;
+        Ok(Introduction { cookie, sysctls, earlier_connections, enrolled, adoption: Adoption::None })
     }
 
     fn glance(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>> {
@@ -763,10 +772,9 @@ impl Datapath for Linux {
         interfaces.iter().try_for_each(|interface| netlink.delete_qdisc(interface.index))
     }
 
-    fn is_served_in_ipv6(&mut self, netns: &NetNs) -> io::Result<bool> {
+    fn served(&mut self, netns: &NetNs) -> io::Result<BTreeSet<Family>> {
         let place = if self.placement == Placement::Node { &self.host } else { netns };
-        let bound = place.run(|| super::listeners::bound(Transport::Tcp, Family::Ipv6))??;
-        Ok(bound.iter().any(|bound| bound.port == PORT_OUTBOUND))
+        place.run(super::listeners::served)?
     }
 
     fn observe(&mut self, target: &Target) -> Result<Observation, Error> {

@@ -1,5 +1,6 @@
 //! Finds the node proxy's listeners in the socket tables of a network namespace.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, BufRead as _, BufReader};
@@ -64,6 +65,18 @@ pub fn look(target: &Target, placement: Placement) -> io::Result<Vec<(Listener, 
         Placement::Pod => target.netns.run(look)?,
         Placement::Node => look(),
     }
+}
+
+/// The families in which the proxy listens for captured connections of both directions, in the calling thread's namespace.
+pub(super) fn served() -> io::Result<BTreeSet<Family>> {
+    let mut served = BTreeSet::new();
+    for family in Family::ALL {
+        let listens = |port| is_there(Listener { family, transport: Transport::Tcp, port });
+        if listens(PORT_OUTBOUND)? && listens(PORT_INBOUND)? {
+            served.insert(family);
+        }
+    }
+    Ok(served)
 }
 
 /// An IPv6 socket at `::` takes IPv4 as well, unless `bindv6only` says otherwise.

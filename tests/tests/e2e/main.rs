@@ -62,6 +62,7 @@ mod tc_method;
 mod time_wait;
 mod top;
 mod transcript;
+mod transitions;
 mod tunnel;
 mod uninstall;
 mod validate;
@@ -144,6 +145,7 @@ fn everywhere(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         services::trials(context),
         shared_listeners::trials(context),
         running_pods::trials(context),
+        transitions::trials(context),
         coexistence::trials(context),
         diagnostics::trials(context),
     ];

@@ -87,7 +87,7 @@ fn labels(context: &Context, families: Families, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// An application had one of the proxy's ports before: the pod is steered and held, and served when the port is free.
+/// An application had one of the proxy's ports before: the pod goes on as before, and is captured when the port is free.
 fn refused(context: &Context, stack: Stack) -> Result<()> {
     let cluster = Cluster::start(&context.session()?, &[])?;
     let other = cluster.node().plain("other", Families::Dual)?;
@@ -108,8 +108,7 @@ fn refused(context: &Context, stack: Stack) -> Result<()> {
         })?;
         let listening = Server::start(other.netns(), stack, 0, "other")?;
         let to = other.endpoint(stack.family(), listening.port())?;
-        let early = Connection::open_within(pod.netns(), stack, to, Duration::from_millis(500));
-        ensure!(early.is_err() && listening.accepted().is_empty(), "past the proxy: {early:?}");
+        ensure!(pod.connect(stack, to)?.is_direct(), "captured, although nobody serves it");
     }
     // The others are none the worse.
     let bystander = Running::new(&cluster, Families::Dual)?;

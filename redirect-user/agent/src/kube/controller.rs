@@ -113,6 +113,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         background.spawn(informer::namespaces(client.clone(), rules.clone(), Arc::clone(store), patience));
         background.spawn(Arc::clone(&self).resync());
         background.spawn(Arc::clone(&self).follow_proxies());
+        background.spawn(Arc::clone(&self).capture_served());
         background.spawn(Arc::clone(&self).tell_repairs());
         let mut workers = JoinSet::new();
         for _ in 0..WORKERS {
@@ -223,6 +224,16 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         let mut connections = self.pods.connections();
         while connections.changed().await.is_ok() {
             for uid in self.pods.uids().await {
+                self.queue.add(&uid);
+            }
+        }
+    }
+
+    /// Captures running pods as soon as a proxy serves them.
+    async fn capture_served(self: Arc<Self>) {
+        let mut changes = self.pods.proxy_changes();
+        while changes.changed().await.is_ok() {
+            for uid in self.pods.served() {
                 self.queue.add(&uid);
             }
         }
@@ -354,11 +365,12 @@ impl<D: Datapath + Send + 'static> Controller<D> {
     ) -> Option<Duration> {
         let standing = self.pods.standing(&pod.uid).await;
         let unacknowledged = match &standing {
-            Some(Standing { steered: true, proxy }) => {
+            Some(Standing { steered: true, proxy, .. }) => {
                 !matches!(proxy, PodProxyState::Acknowledged | PodProxyState::Kept)
             }
             Some(Standing { steered: false, .. }) | None => false,
         };
+        let awaiting = standing.as_ref().is_some_and(|standing| standing.awaiting);
         let since = unacknowledged.then(|| memory.unacknowledged_since.unwrap_or_else(Instant::now));
         memory.unacknowledged_since = since;
         let in_grace = since.is_some_and(|since| since.elapsed() < self.timing.grace);
@@ -376,7 +388,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
             Some(_) => Some(Redirection::Pending),
         };
         let again = self.annotate(pod, state, memory, stop).await;
-        let poll = unacknowledged.then_some(self.timing.poll);
+        let poll = (unacknowledged || awaiting).then_some(self.timing.poll);
         [again, poll].into_iter().flatten().min()
     }
 

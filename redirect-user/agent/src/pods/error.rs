@@ -46,6 +46,8 @@ pub(crate) enum Error {
     ForeignAddress { pod: PodIdentity, address: IpAddr },
     #[error("pod {pod}: cannot read the addresses in its network namespace: {source}")]
     Addresses { pod: PodIdentity, source: std::io::Error },
+    #[error("pod {pod}: cannot observe the node proxy's listeners: {source}")]
+    Listeners { pod: PodIdentity, source: std::io::Error },
     #[error("container {0} is not enrolled: add it again")]
     Unknown(String),
     #[error("pod {pod} is not captured completely, missing: {missing}; add it again")]

@@ -184,6 +184,8 @@ mod tests {
     use redirect_ebpf::maps::PodFlags;
     use redirect_linux::netns::NetNs;
 
+    use redirect_datapath::datapath::Adoption;
+
     use super::*;
 
     fn target(uid: &str, netns_cookie: u64, addresses: &[&str]) -> Target {
@@ -196,7 +198,7 @@ mod tests {
             virtual_interfaces: Vec::new(),
             exclusions: BTreeSet::new(),
             foreign: BTreeSet::new(),
-            running: false,
+            adoption: Adoption::None,
         }
     }
 

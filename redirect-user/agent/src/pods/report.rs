@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::{Enrolled, Error, Ownership, Pods};
-use redirect_datapath::datapath::{self, Datapath, Finding, Target};
+use redirect_datapath::datapath::{self, Adoption, Datapath, Finding, Target};
 use redirect_datapath::facts::{Fact, Interface};
 use redirect_protocol::placement::Placement;
 use redirect_protocol::pod::PodIdentity;
@@ -15,6 +15,8 @@ use redirect_zds::server::{Handle, PodProxyState};
 pub(crate) struct Standing {
     /// Whether the kernel was as it should be when it was last looked at.
     pub(crate) steered: bool,
+    /// Whether nothing of it is captured until a proxy serves it.
+    pub(crate) awaiting: bool,
     /// Where the pod stands with the newest proxy.
     pub(crate) proxy: PodProxyState,
 }
@@ -65,7 +67,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     pub(crate) async fn standing(&self, uid: &str) -> Option<Standing> {
         let slot = self.slots.find(uid).await?;
         let enrolled = slot.as_ref()?;
-        Some(Standing { steered: enrolled.steered, proxy: self.proxies.pod(uid) })
+        let awaiting = enrolled.target.adoption == Adoption::Awaited;
+        Some(Standing { steered: enrolled.steered, awaiting, proxy: self.proxies.pod(uid) })
     }
 }
 
@@ -82,7 +85,12 @@ fn report(enrolled: &Enrolled, ownership: &Ownership, proxies: &Handle) -> PodRe
         attachments: attachments.keys().cloned().collect(),
         addresses: addresses.iter().collect(),
         netns_cookie: target.netns_cookie,
-        steered: addresses.families().map(|family| family.to_string()).collect(),
+        steered: match target.adoption {
+            Adoption::Awaited => Vec::new(),
+            Adoption::None | Adoption::Recent => {
+                addresses.families().map(|family| family.to_string()).collect()
+            }
+        },
         strayed: names(&observation.namespace.devices.strayed),
         unguarded: match (observation.namespace.placement, observation.namespace.gated) {
             (Placement::Pod, false) => interfaces.clone(),
@@ -92,6 +100,7 @@ fn report(enrolled: &Enrolled, ownership: &Ownership, proxies: &Handle) -> PodRe
         },
         interfaces,
         state: match &proxy {
+            _ if target.adoption == Adoption::Awaited => PodState::Waiting,
             _ if !enrolled.steered
                 || target.addresses.is_empty()
                 || !observation.namespace.devices.strayed.is_empty() =>

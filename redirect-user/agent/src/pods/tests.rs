@@ -76,15 +76,82 @@ async fn without_a_proxy_the_plugins_pod_is_not_enrolled_and_nothing_is_left() {
     assert!(node.pods.ownership.containers().is_empty());
 }
 
+/// Has a running pod adopted, and captured as if a proxy served it.
+async fn adopt(pods: &Pods<Fake>, wanted: Wanted, sandbox: Sandbox) {
+    let uid = wanted.identity.uid.clone();
+    pods.adopt(wanted, vec![sandbox]).await.unwrap();
+    let mut slot = pods.slots.find(&uid).await.unwrap();
+    pods.capture_served(slot.as_mut().unwrap()).await.unwrap();
+    pods.release(slot, &uid).await;
+}
+
 #[tokio::test]
-async fn a_running_pod_is_steered_without_waiting_for_a_proxy() {
+async fn a_running_pod_is_captured_when_a_proxy_serves_it() {
+    for addresses in [&["10.0.0.2"][..], &["fd00::2"], &["10.0.0.2", "fd00::2"]] {
+        let node = Node::start();
+        let (netns, cookie) = node.netns("pod", addresses);
+        let path = node.directory.path().join("acks.sock");
+        let (server, proxies) = Server::bind(&path, Options::default()).unwrap();
+        let pods = Pods { proxies, ..node.pods };
+        let captured = || node.kernel.facts(cookie).iter().any(|fact| matches!(fact, Fact::Pod(_)));
+        let pod = wanted("u", "a", addresses);
+        pods.adopt(pod.clone(), vec![Sandbox { netns, containers: BTreeSet::new() }]).await.unwrap();
+        // Whatever happens before, nothing of it is.
+        pods.reconcile("u").await;
+        pods.look_after("u").await;
+        let mut changed = pod.clone();
+        changed.settings.bypass_inbound = true;
+        assert!(pods.update(&changed).await.unwrap() && pods.served().is_empty());
+        assert!(node.kernel.facts(cookie).is_empty() && pods.records.read().unwrap().is_empty());
+        let report = pods.report().await;
+        assert!(report[0].steered.is_empty() && report[0].proxy.is_err(), "{report:?}");
+        assert!(pods.standing("u").await.is_some_and(|standing| standing.awaiting && !standing.steered));
+
+        let task = tokio::spawn(server.run(std::future::pending()));
+        let proxy = tokio::spawn(acknowledge(path));
+        until("it is served", async || pods.served() == ["u"]).await;
+        let now = node.kernel.state().applied.len();
+        node.kernel.state().fail_at = Some(now + 1);
+        pods.update(&changed).await.unwrap_err();
+        assert!(node.kernel.facts(cookie).is_empty() && pods.served() == ["u"], "it is tried again");
+        assert!(pods.records.read().unwrap().is_empty());
+        assert!(pods.update(&changed).await.unwrap() && captured() && pods.served().is_empty());
+        assert!(pods.standing("u").await.is_some_and(|standing| standing.steered && !standing.awaiting));
+        let records = pods.records.read().unwrap();
+        assert!(records[0].phase == Phase::Done && records[0].recent && records[0].earlier_connections);
+        // What is left of connections that were half open is not let through for ever.
+        let is_let_through =
+            |fact: &Fact| matches!(fact, Fact::Pod(pod) if pod.flags & PodFlags::HALF_OPEN.0 != 0);
+        assert!(node.kernel.facts(cookie).iter().any(is_let_through));
+        pods.slots.find("u").await.unwrap().as_mut().unwrap().since -= HALF_OPEN;
+        pods.look_after("u").await;
+        assert!(captured() && !node.kernel.facts(cookie).iter().any(is_let_through));
+        assert!(!pods.records.read().unwrap()[0].recent);
+        assert!(pods.repairs().report().is_empty(), "that repairs nothing");
+        task.abort();
+        proxy.abort();
+    }
+}
+
+#[tokio::test]
+async fn a_pod_that_was_captured_without_a_checkpoint_stays_so() {
+    let node = Node::start();
+    let (netns, cookie) = node.netns("pod", &["10.0.0.2"]);
+    let sandbox = Sandbox { netns, containers: BTreeSet::new() };
+    let pod = redirect_ebpf::maps::Pod::default();
+    node.kernel.state().namespaces.get_mut(&cookie).unwrap().facts.insert(Fact::Pod(pod));
+    node.pods.adopt(wanted("u", "a", &["10.0.0.2"]), vec![sandbox]).await.unwrap();
+    assert!(node.steers(cookie) && node.pods.standing("u").await.unwrap().steered);
+    assert!(!node.pods.records.read().unwrap()[0].recent);
+}
+
+#[tokio::test]
+async fn a_running_pod_is_one_pods() {
     let node = Node::start();
     let (netns, cookie) = node.netns("pod", &["10.0.0.2"]);
     let sandbox = Sandbox { netns, containers: ["c".to_owned()].into() };
-    node.pods.adopt(wanted("u", "a", &["10.0.0.2"]), vec![sandbox.clone()]).await.unwrap();
+    adopt(&node.pods, wanted("u", "a", &["10.0.0.2"]), sandbox.clone()).await;
     assert!(node.steers(cookie));
-    let standing = node.pods.standing("u").await.unwrap();
-    assert!(standing.steered, "{standing:?}");
 
     // Another pod can't take its place, and a second time is a change of nothing.
     let error = node.pods.adopt(wanted("u", "b", &["10.0.0.2"]), vec![sandbox.clone()]).await.unwrap_err();
@@ -105,7 +172,7 @@ async fn a_pod_without_addresses_is_refused_and_disturbs_nobody() {
     let (netns, cookie) = node.netns("pod", &[]);
     let (neighbours, neighbour) = node.netns("neighbour", &["10.0.0.3"]);
     let sandbox = Sandbox { netns: neighbours, containers: BTreeSet::new() };
-    node.pods.adopt(wanted("v", "b", &["10.0.0.3"]), vec![sandbox]).await.unwrap();
+    adopt(&node.pods, wanted("v", "b", &["10.0.0.3"]), sandbox).await;
     let error = node.pods.add(attachment("c"), wanted("u", "a", &[]), netns).await.unwrap_err();
     assert!(matches!(error, Error::NoAddresses(_)), "{error}");
     assert!(error.to_string().contains("shop/a"), "{error}");
@@ -132,7 +199,7 @@ async fn a_failed_change_leaves_the_pod_as_it_was() {
     let node = Node::start();
     let (netns, cookie) = node.netns("pod", &["10.0.0.2", "fd00::2"]);
     let sandbox = Sandbox { netns, containers: BTreeSet::new() };
-    node.pods.adopt(wanted("u", "a", &["10.0.0.2"]), vec![sandbox]).await.unwrap();
+    adopt(&node.pods, wanted("u", "a", &["10.0.0.2"]), sandbox).await;
     let before = node.kernel.facts(cookie);
     let mut more = wanted("u", "a", &["10.0.0.2", "fd00::2"]);
     more.settings.bypass_inbound = true;
@@ -146,7 +213,7 @@ async fn a_failed_change_leaves_the_pod_as_it_was() {
     assert!(node.kernel.state().applied.len() > next);
     assert!(node.pods.update(&more).await.unwrap());
     assert!(node.kernel.facts(cookie).contains(&Fact::Address("fd00::2".parse().unwrap())));
-    let changed = |fact: &Fact| matches!(fact, Fact::Pod(pod) if pod.flags == 1);
+    let changed = |fact: &Fact| matches!(fact, Fact::Pod(pod) if pod.flags & PodFlags::BYPASS_INBOUND.0 != 0);
     assert!(node.kernel.facts(cookie).iter().any(changed));
     assert!(!node.pods.update(&wanted("other", "b", &[])).await.unwrap());
 }
@@ -157,7 +224,7 @@ async fn a_failed_second_add_leaves_the_pod_as_it_was() {
     let node = Node::start();
     let (netns, cookie) = node.netns("pod", &["10.0.0.2", "fd00::2"]);
     let sandbox = Sandbox { netns: netns.clone(), containers: BTreeSet::new() };
-    node.pods.adopt(wanted("u", "a", &["10.0.0.2"]), vec![sandbox]).await.unwrap();
+    adopt(&node.pods, wanted("u", "a", &["10.0.0.2"]), sandbox).await;
     let (facts, report) = (node.kernel.facts(cookie), node.pods.report().await);
     let again =
         |addresses: &[&str]| node.pods.add(attachment("2"), wanted("u", "a", addresses), netns.clone());
@@ -207,7 +274,7 @@ async fn pods_that_wait_for_a_proxy_delay_nobody() {
     let Node { kernel, pods, directory: _directory } = node;
     let pods = Arc::new(Pods { proxies, defaults: defaults(LONG), ..pods });
     let sandbox = Sandbox { netns: running, containers: ["r".to_owned()].into() };
-    pods.adopt(wanted("running", "running", &["10.1.0.1", "fd00::1:1"]), vec![sandbox]).await.unwrap();
+    adopt(&pods, wanted("running", "running", &["10.1.0.1", "fd00::1:1"]), sandbox).await;
 
     let adds: Vec<_> = namespaces
         .iter()
@@ -277,7 +344,7 @@ async fn an_add_that_fails_undoes_what_it_did_and_nothing_else() {
         let Node { kernel, pods, directory: _directory } = node;
         let pods = Arc::new(Pods { defaults: defaults(Duration::from_secs(2)), ..pods });
         let sandbox = Sandbox { netns: netns.clone(), containers: BTreeSet::new() };
-        pods.adopt(wanted("u", "a", &["10.0.0.2"]), vec![sandbox]).await.unwrap();
+        adopt(&pods, wanted("u", "a", &["10.0.0.2"]), sandbox).await;
         let add = tokio::spawn({
             let (pods, second) = (Arc::clone(&pods), wanted("u", "a", &[second]));
             async move { pods.add(attachment("2"), second, netns).await }
@@ -356,14 +423,14 @@ async fn a_namespace_is_the_pods_that_was_brought_with_it_last() {
 async fn an_address_is_the_pods_that_was_brought_with_it_last() {
     for contested in ["10.0.0.2", "fd00::2", "::ffff:10.0.0.2"] {
         let node = Node::start();
-        let adopt = async |name: &str, addresses: &[&str]| {
+        let running = async |name: &str, addresses: &[&str]| {
             let (netns, cookie) = node.netns(name, &["10.0.0.2", "fd00::2", "10.0.0.3"]);
             let sandbox = Sandbox { netns, containers: BTreeSet::new() };
-            node.pods.adopt(wanted(name, name, addresses), vec![sandbox]).await.unwrap();
+            adopt(&node.pods, wanted(name, name, addresses), sandbox).await;
             cookie
         };
-        let old = adopt("old", &[contested, "10.0.0.3"]).await;
-        let new = adopt("new", &[contested]).await;
+        let old = running("old", &[contested, "10.0.0.3"]).await;
+        let new = running("new", &[contested]).await;
         let has = |cookie, address: &str| {
             let address = address.parse::<IpAddr>().unwrap().to_canonical();
             node.kernel.facts(cookie).contains(&Fact::Address(address))
@@ -391,7 +458,7 @@ async fn a_pod_that_is_being_worked_on_is_waited_for_when_it_is_called() {
     for name in ["a", "b"] {
         let (netns, _) = node.netns(name, &["10.0.0.2"]);
         let sandbox = Sandbox { netns, containers: BTreeSet::new() };
-        node.pods.adopt(wanted(name, name, &["10.0.0.2"]), vec![sandbox]).await.unwrap();
+        adopt(&node.pods, wanted(name, name, &["10.0.0.2"]), sandbox).await;
     }
     let work = node.pods.slots.lock("a").await;
     let names =

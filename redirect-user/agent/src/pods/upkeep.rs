@@ -5,8 +5,8 @@ use std::time::Instant;
 use redirect_ebpf::maps::PodFlags;
 
 use super::super::repairs::Repairs;
-use super::{Enrolled, Error, Pods, tell};
-use redirect_datapath::datapath::{Datapath, Introduction};
+use super::{Enrolled, Error, HALF_OPEN, Pods, tell};
+use redirect_datapath::datapath::{Adoption, Datapath, Introduction};
 use redirect_datapath::facts::Fact;
 use redirect_linux::netns::NetNs;
 
@@ -33,7 +33,9 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     /// Looks for changes that nobody tells of, and puts them right, unless somebody works on the pod.
     pub(crate) async fn look_after(&self, uid: &str) {
         let Some(mut slot) = self.slots.find_idle(uid).await else { return };
-        let Some(known) = &mut *slot else { return };
+        let Some(known) = slot.as_mut().filter(|known| known.target.adoption != Adoption::Awaited) else {
+            return;
+        };
         if let Some(netns) = successor(known) {
             match self.change_over(known, netns).await {
                 Ok(()) => self.repairs.of_namespace(&known.target.identity),
@@ -47,6 +49,11 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             known.steered = false;
             return;
         }
+        let settled = known.target.adoption == Adoption::Recent && known.since.elapsed() > HALF_OPEN;
+        if settled {
+            known.target = known.target.adopted(Adoption::None);
+            self.save(known).await;
+        }
         let target = self.ownership.held(&known.target);
         let facts = &known.observation.facts;
         // Another pod may have had them until now.
@@ -56,7 +63,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             Ok(Ok(facts)) => quiet.all(|fact| facts.contains(fact)),
             Ok(Err(_)) | Err(_) => false,
         };
-        if !intact || !complete || !known.steered {
+        if !intact || !complete || !known.steered || settled {
             self.repair(known).await;
         }
     }
@@ -66,7 +73,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     async fn change_over(&self, known: &mut Enrolled, netns: NetNs) -> Result<(), Error> {
         let identity = known.target.identity.clone();
         let addresses: Vec<_> = known.target.addresses.iter().collect();
-        let Introduction { cookie, sysctls, earlier_connections } = self.introduce(&identity, &netns).await?;
+        let Introduction { cookie, sysctls, earlier_connections, .. } =
+            self.introduce(&identity, &netns).await?;
         self.holds(&identity, &netns, &addresses).await?;
         let old = known.target.clone();
         known.target.netns = netns;
@@ -102,6 +110,9 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     }
 
     pub(super) async fn repair(&self, known: &mut Enrolled) {
+        if known.target.adoption == Adoption::Awaited {
+            return;
+        }
         if !self.ownership.is_of(&known.target) {
             known.steered = false;
             return;

@@ -6,6 +6,8 @@ use std::io;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use redirect_ebpf::Family;
+
 use super::{Datapath, Error, Introduction, Observation, Target};
 use crate::facts::{Fact, Interface, Namespace, Op};
 use redirect_linux::netns::NetNs;
@@ -64,7 +66,9 @@ impl Fake {
 
 impl Datapath for Fake {
     fn introduce(&mut self, netns: &NetNs) -> io::Result<Introduction> {
-        Ok(Introduction { cookie: netns.inode()?, ..Introduction::default() })
+        let cookie = netns.inode()?;
+        let enrolled = self.facts(cookie).iter().any(|fact| matches!(fact, Fact::Pod(_)));
+        Ok(Introduction { cookie, enrolled, ..Introduction::default() })
     }
 
     fn glance(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>> {
@@ -80,8 +84,8 @@ impl Datapath for Fake {
         Ok(())
     }
 
-    fn is_served_in_ipv6(&mut self, _: &NetNs) -> io::Result<bool> {
-        Ok(true)
+    fn served(&mut self, _: &NetNs) -> io::Result<BTreeSet<Family>> {
+        Ok(Family::ALL.into())
     }
 
     fn observe(&mut self, target: &Target) -> Result<Observation, Error> {

@@ -23,7 +23,7 @@ fn target(addresses: &[&str]) -> Target {
         virtual_interfaces: Vec::new(),
         exclusions: BTreeSet::new(),
         foreign: BTreeSet::new(),
-        running: false,
+        adoption: Adoption::None,
     }
 }
 
@@ -86,7 +86,12 @@ fn un_enrolling_in_two_steps_keeps_the_proxys_connections_in_between() {
         assert!(removed.errors.is_empty());
         assert_eq!(fake.facts(COOKIE), removed.left);
         assert!(fake.facts(COOKIE).iter().any(|fact| matches!(fact, Fact::Rule { .. })));
-        assert!(!fake.facts(COOKIE).iter().any(|fact| matches!(fact, Fact::Program { .. } | Fact::Pod(_))));
+        assert!(
+            !fake
+                .facts(COOKIE)
+                .iter()
+                .any(|fact| matches!(fact, Fact::Program { .. } | Fact::Entry { .. } | Fact::Pod(_)))
+        );
         let observed = fake.state().observed;
         assert!(unenroll(&mut fake, &target, Removal::Everything, Some(removed.left)).errors.is_empty());
         assert!(fake.facts(COOKIE).is_empty());

@@ -76,19 +76,6 @@ impl Hook {
         let handle = HANDLES.start() + 2 * kind + u32::from(family == Family::Ipv6);
         Filter { side: self.side(), priority: PRIORITY, handle, program: 0 }
     }
-
-    fn fact(self, interface: &Interface) -> Fact {
-        match self {
-            Self::Egress(family) => Fact::Guard { interface: interface.clone(), family },
-            Self::Loopback(_)
-            | Self::Inbound(_)
-            | Self::Virtual(_)
-            | Self::HostGate
-            | Self::FromPod(_)
-            | Self::ToPod(_)
-            | Self::Entrance(_) => Fact::Program { interface: interface.clone(), hook: self },
-        }
-    }
 }
 
 /// Where a tcx link for a side of an interface is.

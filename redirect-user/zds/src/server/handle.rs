@@ -156,6 +156,12 @@ impl Handle {
         }
     }
 
+    /// Changes with whatever [`Self::proxies`] and [`Self::pod`] tell.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.shared.changes()
+    }
+
     /// The connected proxies, newest first.
     #[must_use]
     pub fn proxies(&self) -> Vec<ProxyState> {

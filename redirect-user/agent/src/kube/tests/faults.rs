@@ -87,6 +87,7 @@ async fn an_agent_starts_although_the_api_server_fails_in_every_way() {
         })
         .await;
         let cookie = node.run_sandbox(&uid(1), KINDS[0]);
+        let _proxy = node.proxy().await;
         let what = format!("enrolled after {fault:?}");
         eventually(&what, || node.steers(cookie, KINDS[0])).await;
         tokio::time::timeout(LONG, node.controller.caught_up()).await.unwrap();

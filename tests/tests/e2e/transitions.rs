@@ -1,0 +1,332 @@
+//! Pods that run when they become part of the mesh: nobody who connects to them, from them, or probes them notices.
+
+use std::process::Command;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use libtest_mimic::Trial;
+use redirect_protocol::placement::Placement;
+use redirect_tests::load::{self, Tally, Target};
+use redirect_tests::{Caller, Cluster, Connection, Families, Netns, Pod, Server, Stack, wait};
+use socket2::{Protocol, Socket, Type};
+
+use crate::context::{Context, for_every_stack};
+use crate::load::is_full;
+use crate::running_pods::{AMBIENT, Running, becomes};
+use crate::{inbound, outbound};
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    let mut trials = for_every_stack(context, "transitions::install_agent_first", |context, stack| {
+        install(context, stack, First::Agent)
+    });
+    trials.extend(for_every_stack(context, "transitions::install_proxy_first", |context, stack| {
+        install(context, stack, First::Proxy)
+    }));
+    for (name, flipped) in
+        [("client", Flipped::CLIENT), ("server", Flipped::SERVER), ("client_and_server", Flipped::BOTH)]
+    {
+        let group = format!("transitions::enrolled_under_load_{name}");
+        trials.extend(for_every_stack(context, &group, move |context, stack| {
+            under_load(context, stack, flipped)
+        }));
+    }
+    trials.extend(for_every_stack(context, "transitions::half_open_outbound", half_open_outbound));
+    trials.extend(for_every_stack(context, "transitions::half_open_inbound", half_open_inbound));
+    trials.extend(for_every_stack(context, "transitions::captured_after_the_adoption", captured_after));
+    trials
+}
+
+const NONE: [(&str, &str); 1] = [("istio.io/dataplane-mode", "none")];
+
+/// Longer than any attempt has to take.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// A SYN that is lost is sent again after this long. On a busy machine other things may take as long.
+const RETRANSMISSION: Duration = Duration::from_secs(1);
+
+/// How many SYNs were sent again in these namespaces so far.
+fn retransmitted<'a>(places: impl Iterator<Item = &'a Netns>) -> Result<u64> {
+    places.map(|netns| netns.statistic("netstat", "TcpExt", "TCPSynRetrans")).sum()
+}
+
+/// Between the things that happen.
+const A_WHILE: Duration = Duration::from_millis(300);
+
+/// What is there first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum First {
+    Agent,
+    Proxy,
+}
+
+/// A node full of pods that are to be in the mesh, and that nothing of it has run on so far.
+fn install(context: &Context, stack: Stack, first: First) -> Result<()> {
+    let pods = if is_full() { 100 } else { 20 };
+    let session = context.session()?;
+    let cluster = Cluster::without_agent(&session)?;
+    let node = cluster.node();
+    let name = format!("kubelet-of-{}", node.netns().name());
+    let kubelet = Caller::new(&session, &name)?;
+    let other = node.plain("other", Families::Dual)?;
+    let outside = other.listen(stack)?;
+    let outward = other.endpoint(stack.family(), outside.port())?;
+    let pods = (0..pods)
+        .map(|_| {
+            let running = Running::new(&cluster, Families::Dual)?;
+            let server = running.pod.listen(stack)?;
+            let inward = running.pod.endpoint(stack.family(), server.port())?;
+            cluster.announce_running(&running.pod, &AMBIENT);
+            Ok((running, server, inward))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let targets: Vec<_> = pods
+        .iter()
+        .flat_map(|(running, _, inward)| {
+            let from = running.pod.netns();
+            [Target { from, stack, to: outward }, Target { from: other.netns(), stack, to: *inward }]
+        })
+        .collect();
+    let inward: Vec<_> = pods.iter().map(|(_, _, inward)| stack.spell(*inward)).collect();
+    let probes = kubelet.probe(node.netns(), stack, &inward, &node.dir().join("probes.log"))?;
+    // Together a few hundred a second: this is not about how many a machine can do.
+    let pause = Duration::from_millis(200);
+    let undisturbed = load::paced(&targets, LIMIT, pause, || {
+        thread::sleep(4 * A_WHILE);
+        Ok(())
+    })?;
+    let places = || targets.iter().map(|target| target.from).chain([node.netns()]);
+    let before = retransmitted(places())?;
+    let tally = load::paced(&targets, LIMIT, pause, || {
+        thread::sleep(A_WHILE);
+        let agent = || cluster.start_agent(&["--probe-cgroups", &name]);
+        match first {
+            First::Agent => {
+                agent()?;
+                thread::sleep(2 * A_WHILE);
+                node.start_proxy()?;
+            }
+            First::Proxy => {
+                node.begin_proxy()?;
+                agent()?;
+            }
+        }
+        pods.iter().try_for_each(|(running, ..)| becomes(&cluster, &running.pod, Some("enabled")))?;
+        thread::sleep(A_WHILE);
+        Ok(())
+    })?;
+    let probes = probes.end()?;
+    let again = retransmitted(places())? - before;
+    let failed: Vec<_> = probes.iter().filter(|probe| probe.error.is_some()).collect();
+    let slowest =
+        probes.iter().map(|probe| Duration::from_micros(probe.microseconds)).max().unwrap_or_default();
+    println!(
+        "installed onto {} running pods, {first:?} first, {stack}: {tally}; undisturbed {:?}; {} probes, {} failed, slowest \
+         {slowest:?}; {again} SYNs sent again",
+        pods.len(),
+        undisturbed.slowest,
+        probes.len(),
+        failed.len(),
+    );
+    ensure!(tally.failed.is_empty() && failed.is_empty(), "{tally}: {:#?}, {failed:#?}", tally.failed);
+    let waited = tally.slowest.max(slowest) >= RETRANSMISSION;
+    ensure!(again == 0 || !waited, "{again} SYNs sent again: {tally}; slowest probe {slowest:?}");
+    ensure!(tally.succeeded() > 10 * pods.len() && probes.len() > pods.len(), "hardly any load: {tally}");
+    for (Running { pod, .. }, ..) in &pods {
+        outbound::passes_the_proxy_once(pod, &other, stack)?;
+        inbound::passes_the_proxy_once(other.netns(), pod, stack)?;
+    }
+    Ok(())
+}
+
+/// Which end of a connection is labelled.
+#[derive(Clone, Copy, Debug)]
+struct Flipped {
+    client: bool,
+    server: bool,
+}
+
+impl Flipped {
+    const CLIENT: Self = Self { client: true, server: false };
+    const SERVER: Self = Self { client: false, server: true };
+    const BOTH: Self = Self { client: true, server: true };
+}
+
+/// A label that comes while connections are made as fast as they can be.
+fn under_load(context: &Context, stack: Stack, flipped: Flipped) -> Result<()> {
+    let flips = if is_full() { 112 } else { 3 };
+    let cluster = Cluster::start(&context.session()?, &[])?;
+    let client = Running::new(&cluster, Families::Dual)?;
+    let server = Running::new(&cluster, Families::Dual)?;
+    let listening = server.pod.listen(stack)?;
+    let to = server.pod.endpoint(stack.family(), listening.port())?;
+    let ends = [(flipped.client, &client.pod), (flipped.server, &server.pod)];
+    let flipped: Vec<&Pod> = ends.into_iter().filter_map(|(flipped, pod)| flipped.then_some(pod)).collect();
+    let enroll = || {
+        flipped.iter().for_each(|pod| cluster.announce_running(pod, &AMBIENT));
+        flipped.iter().try_for_each(|pod| becomes(&cluster, pod, Some("enabled")))
+    };
+    let un_enroll = || {
+        flipped.iter().for_each(|pod| cluster.announce_running(pod, &NONE));
+        flipped.iter().try_for_each(|pod| {
+            wait::until_true("end of the enrollment", wait::SOON, || {
+                Ok(cluster.node().report(pod)?.is_none())
+            })
+        })
+    };
+    let targets = [Target { from: client.pod.netns(), stack, to }; 2];
+    let places = || [client.pod.netns(), server.pod.netns()].into_iter();
+    let mut again = 0;
+    let (mut undisturbed, mut tally) = (Tally::default(), Tally::default());
+    for _ in 0..flips {
+        undisturbed += load::during(&targets, LIMIT, || {
+            thread::sleep(A_WHILE);
+            Ok(())
+        })?;
+        let before = retransmitted(places())?;
+        tally += load::during(&targets, LIMIT, || {
+            thread::sleep(A_WHILE / 3);
+            enroll()?;
+            thread::sleep(A_WHILE / 3);
+            Ok(())
+        })?;
+        again += retransmitted(places())? - before;
+        let captured = Connection::open_within(client.pod.netns(), stack, to, LIMIT)?;
+        ensure!(!captured.is_direct(), "past the proxy: {:?}", captured.heard);
+        un_enroll()?;
+    }
+    println!(
+        "enrolled {} times, {:?}, {stack}: {tally}; {again} SYNs sent again; undisturbed {undisturbed}",
+        flips,
+        ends.map(|(flipped, _)| flipped)
+    );
+    ensure!(tally.failed.is_empty(), "{tally}: {:#?}", tally.failed);
+    let waited = tally.slowest >= undisturbed.slowest + RETRANSMISSION / 2;
+    ensure!(again == 0 || !waited, "{again} SYNs sent again: {tally}; undisturbed {undisturbed}");
+    ensure!(tally.tried > 50 * flips, "hardly any load: {tally}");
+    Ok(())
+}
+
+/// A namespace that drops what comes in: answers to its connections, or what opens one to it.
+struct Deaf<'a>(&'a Netns);
+
+impl<'a> Deaf<'a> {
+    fn new(netns: &'a Netns, flags: &str) -> Result<Self> {
+        let deaf = Self(netns);
+        deaf.nft(&format!(
+            "table inet deaf {{ chain input {{ type filter hook input priority 0; tcp flags & (syn|ack) == {flags} counter drop\n }}\n }}\n"
+        ))?;
+        Ok(deaf)
+    }
+
+    fn nft(&self, rules: &str) -> Result<String> {
+        let mut command = Command::new("nft");
+        command.arg("-f").arg("-");
+        Ok(String::from_utf8(self.0.output(command, rules.as_bytes())?)?)
+    }
+
+    /// Waits until something was dropped.
+    fn has_dropped(&self) -> Result<()> {
+        wait::until_true("dropped packet", wait::SOON, || {
+            let mut command = Command::new("nft");
+            command.args(["list", "table", "inet", "deaf"]);
+            let listed = String::from_utf8(self.0.output(command, b"")?)?;
+            Ok(!listed.contains("counter packets 0 "))
+        })
+    }
+
+    fn hears_again(self) -> Result<()> {
+        self.nft("delete table inet deaf").map(drop)
+    }
+}
+
+/// What is enrolled while a connection is half open, and the connection, which completes as it began.
+fn half_open(
+    cluster: &Cluster,
+    enrolled: &Pod,
+    (from, listening): (&Pod, &Server),
+    stack: Stack,
+    deaf: Deaf<'_>,
+    to: std::net::SocketAddr,
+) -> Result<()> {
+    let mut connection = thread::scope(|scope| {
+        let attempt = scope.spawn(|| Connection::open_within(from.netns(), stack, to, 2 * LIMIT));
+        deaf.has_dropped()?;
+        cluster.announce_running(enrolled, &AMBIENT);
+        becomes(cluster, enrolled, Some("enabled"))?;
+        ensure!(!attempt.is_finished(), "an answer: {:?}", attempt.join());
+        deaf.hears_again()?;
+        attempt.join().map_err(|_| anyhow!("the client panicked"))?
+    })?;
+    connection.exchange("half a handshake later")?;
+    ensure!(connection.transfer(&[1; 100_000])? == [1; 100_000]);
+    ensure!(listening.accepted().len() == 1, "{:?}", listening.accepted());
+    let direct = connection.is_direct();
+    connection.finish()?;
+    ensure!(direct || cluster.node().session().placement() == Placement::Node);
+    Ok(())
+}
+
+/// The pod has sent a SYN, and sends it again when it is enrolled.
+fn half_open_outbound(context: &Context, stack: Stack) -> Result<()> {
+    let cluster = Cluster::start(&context.session()?, &[])?;
+    let other = cluster.node().plain("other", Families::Dual)?;
+    let Running { pod, .. } = &Running::new(&cluster, Families::Dual)?;
+    let listening = other.listen(stack)?;
+    let to = other.endpoint(stack.family(), listening.port())?;
+    let deaf = Deaf::new(other.netns(), "syn")?;
+    half_open(&cluster, pod, (pod, &listening), stack, deaf, to)?;
+    outbound::passes_the_proxy_once(pod, &other, stack)?;
+    inbound::passes_the_proxy_once(other.netns(), pod, stack)
+}
+
+/// The pod has answered a SYN, and answers again when it is enrolled.
+fn half_open_inbound(context: &Context, stack: Stack) -> Result<()> {
+    let cluster = Cluster::start(&context.session()?, &[])?;
+    let other = cluster.node().plain("other", Families::Dual)?;
+    let Running { pod, .. } = &Running::new(&cluster, Families::Dual)?;
+    let listening = pod.listen(stack)?;
+    let to = pod.endpoint(stack.family(), listening.port())?;
+    let deaf = Deaf::new(other.netns(), "(syn|ack)").context("drop answers")?;
+    half_open(&cluster, pod, (&other, &listening), stack, deaf, to)?;
+    outbound::passes_the_proxy_once(pod, &other, stack)?;
+    inbound::passes_the_proxy_once(other.netns(), pod, stack)
+}
+
+/// While half-open connections may complete, a socket that connects is captured: also one that was there before, one whose mark is
+/// changed after `connect()`, and the subflow of MPTCP.
+fn captured_after(context: &Context, stack: Stack) -> Result<()> {
+    let cluster = Cluster::start(&context.session()?, &[])?;
+    let other = cluster.node().plain("other", Families::Dual)?;
+    let Running { pod, .. } = &Running::new(&cluster, Families::Dual)?;
+    let listening = other.listen(stack)?;
+    let to = stack.spell(other.endpoint(stack.family(), listening.port())?);
+    let socket = |protocol| pod.netns().run(move || Socket::new(stack.domain(), Type::STREAM, protocol));
+    let before = socket(None)??;
+    cluster.announce_running(pod, &AMBIENT);
+    becomes(&cluster, pod, Some("enabled"))?;
+    let connect = |socket: Socket| -> Result<Connection> {
+        socket.connect_timeout(&to.into(), wait::patient(wait::SOON))?;
+        Connection::greeted(socket.into())
+    };
+    ensure!(!connect(before)?.is_direct(), "past the proxy: a socket from before");
+    if pod.netns().has_sysctl("net.mptcp.enabled")? && pod.netns().sysctl("net.mptcp.enabled")? != "0" {
+        ensure!(!connect(socket(Some(Protocol::MPTCP))??)?.is_direct(), "past the proxy: MPTCP");
+    }
+    // Nobody listens, so that the first SYN is dropped. The next ones have another mark.
+    cluster.node().kill_proxy()?;
+    let accepted = listening.accepted().len();
+    let forged = socket(None)??;
+    forged.set_nonblocking(true)?;
+    let started = forged.connect(&to.into());
+    ensure!(started.is_err_and(|error| error.raw_os_error() == Some(libc::EINPROGRESS)));
+    for mark in [0, 0x539] {
+        forged.set_mark(mark)?;
+        thread::sleep(Duration::from_millis(1600));
+        ensure!(listening.accepted().len() == accepted, "past the proxy with mark {mark:#x}");
+    }
+    drop(forged);
+    cluster.node().start_proxy()?;
+    outbound::passes_the_proxy_once(pod, &other, stack)
+}
