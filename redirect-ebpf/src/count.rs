@@ -103,6 +103,14 @@ counted! {
     }
 }
 
+/// What the gates drop: connections past the node proxy, of which there should be none.
+pub const OF_GATES: [(Direction, Reason); 4] = [
+    (Direction::Outbound, Reason::PastPod),
+    (Direction::Inbound, Reason::PastPod),
+    (Direction::Inbound, Reason::Uncaptured),
+    (Direction::Inbound, Reason::SimultaneousOpen),
+];
+
 /// The capacity of the map `COUNTERS`.
 pub const COUNTERS: u32 =
     (Family::ALL.len() * Direction::ALL.len() * Verdict::ALL.len() * Reason::ALL.len()) as u32;

@@ -1,13 +1,16 @@
 //! Metrics that are read at each scrape.
 
+use std::collections::BTreeMap;
+
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Unit;
-use redirect_ebpf::Family;
+use redirect_ebpf::count::{Direction, OF_GATES, Reason, Verdict};
+use redirect_ebpf::family::Family;
 
-use redirect_protocol::wire::{PodReport, Status};
+use redirect_protocol::wire::{CounterReport, PodReport, Status};
 
 /// The state of the agent at one time.
 #[derive(Debug)]
@@ -34,6 +37,13 @@ fn encode<const N: usize, M: EncodeMetric>(
     series.iter().try_for_each(|(labels, value)| value.encode(metric.encode_family(labels)?))
 }
 
+fn of_gates() -> impl Iterator<Item = [String; 4]> {
+    let labels = |(direction, reason): (Direction, Reason), family: Family| {
+        [family.name(), direction.label(), Verdict::Dropped.label(), reason.label()].map(str::to_owned)
+    };
+    Family::ALL.into_iter().flat_map(move |family| OF_GATES.map(|what| labels(what, family)))
+}
+
 impl Collector for Snapshot {
     fn encode(&self, mut to: DescriptorEncoder<'_>) -> std::fmt::Result {
         let Self { status, pods, repairs } = self;
@@ -51,15 +61,23 @@ impl Collector for Snapshot {
             ("uptime", "Time since the agent started", Some(&Unit::Seconds)),
             [([], ConstGauge::new(status.uptime))],
         )?;
-        let connections = status.counters.iter().map(|counter| {
-            let labels = [
-                ("ip_family", counter.family.clone()),
-                ("direction", counter.direction.clone()),
-                ("verdict", counter.verdict.clone()),
-                ("reason", counter.reason.clone()),
-            ];
-            (labels, ConstCounter::new(counter.connections))
+        let counted = status.counters.iter().map(|counter| {
+            let CounterReport { family, direction, verdict, reason, connections } = counter;
+            ([family, direction, verdict, reason].map(String::clone), *connections)
         });
+        // Those of the gates count from zero: Prometheus takes no notice of a counter that begins with something else.
+        let mut connections: BTreeMap<_, _> = of_gates().map(|labels| (labels, 0)).collect();
+        connections.extend(counted);
+        let connections =
+            connections.into_iter().map(|([family, direction, verdict, reason], connections)| {
+                let labels = [
+                    ("ip_family", family),
+                    ("direction", direction),
+                    ("verdict", verdict),
+                    ("reason", reason),
+                ];
+                (labels, ConstCounter::new(connections))
+            });
         encode(to, ("connections", "Connections decided on by the kernel side", None), connections)?;
         let map = |name: &str| [("map", name.to_owned())];
         let entries = status.maps.iter().map(|of| (map(&of.name), ConstGauge::new(of.entries as u64)));

@@ -59,6 +59,24 @@ fn the_kernel_s_counters_keep_their_labels() {
 }
 
 #[test]
+fn what_gates_drop_counts_from_zero() {
+    let text = text();
+    for family in ["IPv4", "IPv6"] {
+        for (direction, reason) in [
+            ("outbound", "past_pod"),
+            ("inbound", "past_pod"),
+            ("inbound", "uncaptured"),
+            ("inbound", "simultaneous_open"),
+        ] {
+            let expected = format!(
+                r#"redirect_connections_total{{ip_family="{family}",direction="{direction}",verdict="dropped",reason="{reason}"}} 0"#
+            );
+            assert!(text.lines().any(|line| line == expected), "{expected} is not in {text}");
+        }
+    }
+}
+
+#[test]
 fn dashboard_and_alerts_use_metrics_that_there_are() {
     let text = text();
     let exported = exported(&text);
