@@ -462,7 +462,9 @@ fn a_thousand_routes(context: &Context, stack: Stack) -> Result<()> {
     };
     let routes = (0..ROUTES).map(|number| format!("route add {} via {gateway}", destination(number)));
     pod.netns().ip_batch(&routes.collect::<Vec<_>>())?;
+    let began = Instant::now();
     pod.enrol()?;
+    println!("routing::a_thousand_routes::{}: enrolled after {:?}", stack.label(), began.elapsed());
     let footprint = Footprint::of(pod.netns())?;
     let mirrored = if family == Family::Ipv6 { usize::from(ROUTES) } else { 0 };
     ensure!(footprint.routes.len() < mirrored + 16, "{} routes", footprint.routes.len());

@@ -74,8 +74,8 @@ impl Rule {
         }
     }
 
-    /// Whether the kernel's message is about it.
-    fn is(self, family: Family, found: &Raw) -> bool {
+    /// Whether it is among the kernel's messages.
+    fn is_among(self, family: Family, all: &[Raw]) -> bool {
         // `struct fib_rule_hdr`, and the numbers of attributes.
         const SIZE: usize = 12;
         const SOURCE_LENGTH: usize = 2;
@@ -86,20 +86,22 @@ impl Rule {
         const TABLE: u16 = 15;
         const FWMASK: u16 = 16;
         let wanted = self.message(family);
-        let same = |kind: u16, number: u32| {
-            found.attributes(SIZE).any(|is| is.kind() == kind && raw::word(is.value()) == Some(number))
-        };
-        found.byte(ACTION) == u8::from(wanted.header.action)
-            && found.byte(SOURCE_LENGTH) == wanted.header.src_len
-            && wanted.attributes.iter().all(|attribute| match *attribute {
-                RuleAttribute::Priority(priority) => same(PRIORITY, priority),
-                RuleAttribute::FwMark(mark) => same(FWMARK, mark),
-                RuleAttribute::FwMask(mask) => same(FWMASK, mask),
-                RuleAttribute::Table(table) => same(TABLE, table),
-                RuleAttribute::Goto(priority) => same(GOTO, priority),
-                // Nobody else's has the rest in common with ours.
-                _ => true,
-            })
+        all.iter().any(|found| {
+            let same = |kind: u16, number: u32| {
+                found.attributes(SIZE).any(|is| is.kind() == kind && raw::word(is.value()) == Some(number))
+            };
+            found.byte(ACTION) == u8::from(wanted.header.action)
+                && found.byte(SOURCE_LENGTH) == wanted.header.src_len
+                && wanted.attributes.iter().all(|attribute| match *attribute {
+                    RuleAttribute::Priority(priority) => same(PRIORITY, priority),
+                    RuleAttribute::FwMark(mark) => same(FWMARK, mark),
+                    RuleAttribute::FwMask(mask) => same(FWMASK, mask),
+                    RuleAttribute::Table(table) => same(TABLE, table),
+                    RuleAttribute::Goto(priority) => same(GOTO, priority),
+                    // Nobody else's has the rest in common with ours.
+                    _ => true,
+                })
+        })
     }
 }
 
@@ -109,8 +111,7 @@ impl Netlink {
         let mut any = RuleMessage::default();
         any.header.family = super::address_family(family);
         let all = self.settled_list(RouteNetlinkMessage::GetRule(any), libc::RTM_NEWRULE)?;
-        let there = |rule: &Rule| all.iter().any(|found| rule.is(family, found));
-        Ok(Rule::known(family).filter(there).collect())
+        Ok(Rule::known(family).filter(|rule| rule.is_among(family, &all)).collect())
     }
 
     /// Adds a rule of ours.
