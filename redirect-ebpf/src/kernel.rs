@@ -18,14 +18,16 @@
 //! | [`probe`] | sock_ops of the kubelet's cgroup | records the kubelet's probes |
 //!
 //! They share maps ([`config`], [`pods`], [`proxies`], [`exclusions`], [`counters`], [`flows`], [`notes`]), the drop log
-//! ([`diagnostics`]), access to contexts ([`context`], [`sock_addr`], [`skb`]), socket lookups ([`socket`]), the assignment of
-//! packets to listeners ([`steer`]), connections that were half open when a pod was captured ([`half_open`]), and in placement `node` changes of packets ([`rewrite`]) and refusals ([`refuse`]).
+//! ([`diagnostics`]), access to contexts ([`context`], [`sock_addr`], [`skb`]), [`atomic`] additions, socket lookups ([`socket`]), the
+//! assignment of packets to listeners ([`steer`]), connections that were half open when a pod was captured ([`half_open`]), and in
+//! placement `node` changes of packets ([`rewrite`]) and refusals ([`refuse`]).
 
 #![expect(
     clippy::multiple_unsafe_ops_per_block,
     reason = "a context's field is addressed and read in one step, which the lint takes for two"
 )]
 
+mod atomic;
 mod bind;
 mod call;
 mod config;

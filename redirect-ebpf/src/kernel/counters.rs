@@ -1,8 +1,6 @@
 //! Counts connections by family, direction, verdict and reason, for the node and for each pod, and reports each one while a
 //! monitor is attached ([`flows`]).
 
-use core::arch::asm;
-
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{HashMap, PerCpuArray};
@@ -10,6 +8,7 @@ use redirect_ebpf::count::{self, Direction, Reason, Verdict};
 use redirect_ebpf::family::Family;
 use redirect_ebpf::maps::PodCounters;
 
+use super::atomic::add;
 use super::flows::{self, About, What};
 
 #[map]
@@ -51,17 +50,4 @@ fn count_for(pod: u64, place: usize) {
     }
     // SAFETY: the place is in the entry. Other CPUs add to it as well, also atomically, and the agent only reads it.
     unsafe { add((&raw mut (*counters).connections).cast::<u64>().add(place), 1) };
-}
-
-/// Adds atomically, and wraps around. `core` has nothing for it on this target.
-///
-/// # Safety
-///
-/// The pointer is into an entry of a map.
-#[inline(always)]
-pub(super) unsafe fn add(counter: *mut u64, value: u64) {
-    // SAFETY: the caller's.
-    unsafe {
-        asm!("lock *(u64 *)({counter} + 0) += {value}", counter = in(reg) counter, value = in(reg) value);
-    }
 }

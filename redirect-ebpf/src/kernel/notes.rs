@@ -12,7 +12,7 @@ use aya_ebpf::maps::{LruHashMap, PerCpuArray};
 use redirect_ebpf::count::{Direction, Reason};
 use redirect_ebpf::maps::{ListenerKey, Note, NoteVerdict, Tuple};
 
-use super::counters::add;
+use super::atomic::add;
 
 /// Each is needed for the moment between the TC hook and the lookup; those of earlier connections tell what is left of them
 /// from what opens new ones.
