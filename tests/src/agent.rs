@@ -10,6 +10,7 @@ use redirect_protocol::wire::{PodReport, Status};
 use serde::de::DeserializeOwned;
 
 use crate::cgroup::Cgroup;
+use crate::faults::Faults;
 use crate::kernel::Objects;
 use crate::netns::Netns;
 use crate::process::Process;
@@ -34,12 +35,10 @@ impl Agent {
         cgroup: &Cgroup,
         dir: &Path,
         arguments: &[String],
+        faults: Option<&Faults>,
     ) -> Result<Self> {
-        let mut agent = Self::begin(session, netns, cgroup, dir, arguments)?;
-        let (binary, socket) = (agent.binary.clone(), agent.socket.clone());
-        agent
-            .process
-            .wait_until("ready agent", || Ok(query::<Status>(&binary, &socket, "status").is_ok()))?;
+        let mut agent = Self::begin(session, netns, cgroup, dir, arguments, faults)?;
+        agent.wait_until_ready()?;
         Ok(agent)
     }
 
@@ -50,6 +49,7 @@ impl Agent {
         cgroup: &Cgroup,
         dir: &Path,
         arguments: &[String],
+        faults: Option<&Faults>,
     ) -> Result<Self> {
         let socket = socket(dir);
         let mut command = Command::new(&session.binaries().redirect);
@@ -77,6 +77,9 @@ impl Agent {
         if systemd.exists() {
             command.env("NOTIFY_SOCKET", systemd);
         }
+        if let Some(faults) = faults {
+            faults.inject_into(&mut command)?;
+        }
         let name = format!("agent of {}", netns.name());
         let process = Process::spawn(&name, command, netns, cgroup, &dir.join("agent.log"))?;
         let binary = session.binaries().redirect.clone();
@@ -87,6 +90,12 @@ impl Agent {
     #[must_use]
     pub fn process(&self) -> &Process {
         &self.process
+    }
+
+    /// Waits until it is ready, or has ended: an error with the end of its log.
+    pub fn wait_until_ready(&mut self) -> Result<()> {
+        let (binary, socket) = (self.binary.clone(), self.socket.clone());
+        self.process.wait_until("ready agent", || Ok(query::<Status>(&binary, &socket, "status").is_ok()))
     }
 
     /// `redirect status`.
@@ -157,7 +166,13 @@ pub fn state_dir(dir: &Path) -> PathBuf {
 
 /// `redirect uninstall` on what belongs to the agent of a node, whether it runs or not. The CNI chain is the one in the
 /// node's directory, if there is one.
-pub fn uninstall(session: &Session, netns: &NetNs, dir: &Path, arguments: &[&str]) -> Result<Output> {
+pub fn uninstall(
+    session: &Session,
+    netns: &NetNs,
+    dir: &Path,
+    arguments: &[&str],
+    faults: Option<&Faults>,
+) -> Result<Output> {
     let mut command = Command::new(&session.binaries().redirect);
     command.args(["uninstall", "--known-only", "-o", "json"]);
     command
@@ -171,6 +186,9 @@ pub fn uninstall(session: &Session, netns: &NetNs, dir: &Path, arguments: &[&str
         .arg("--state-dir")
         .arg(state_dir(dir))
         .args(arguments);
+    if let Some(faults) = faults {
+        faults.inject_into(&mut command)?;
+    }
     netns.run(|| command.output())?.context("redirect uninstall")
 }
 

@@ -147,17 +147,18 @@ impl Chain {
     /// `ADD`, each plugin with the result of the one before, the first one with `previous`. If one fails, the chain is
     /// deleted again, as the specification asks of a runtime.
     pub fn add(&self, node: &Netns, sandbox: &Sandbox, previous: Option<&Value>) -> Result<Value> {
+        self.add_alone(node, sandbox, previous).inspect_err(|_| {
+            if let Err(second) = self.del(node, sandbox, previous) {
+                eprintln!("DEL after failed ADD: {second:#}");
+            }
+        })
+    }
+
+    /// As [`Chain::add`]; what a plugin leaves that fails is left.
+    pub fn add_alone(&self, node: &Netns, sandbox: &Sandbox, previous: Option<&Value>) -> Result<Value> {
         let mut result = previous.cloned();
         for plugin in &self.plugins {
-            match self.run(Verb::Add, plugin, node, sandbox, result.as_ref()) {
-                Ok(answer) => result = Some(answer),
-                Err(error) => {
-                    if let Err(second) = self.del(node, sandbox, result.as_ref()) {
-                        eprintln!("DEL after failed ADD: {second:#}");
-                    }
-                    return Err(error);
-                }
-            }
+            result = Some(self.run(Verb::Add, plugin, node, sandbox, result.as_ref())?);
         }
         result.context("an empty chain has no result")
     }

@@ -133,6 +133,22 @@ pub struct Footprint {
     pub sysctls: Vec<(&'static str, String)>,
 }
 
+impl Footprint {
+    /// What is different from another, each with a sign for more or less.
+    #[must_use]
+    pub fn difference(&self, other: &Self) -> Vec<String> {
+        let lines = |footprint: &Self| -> Vec<String> {
+            let objects = [&footprint.rules, &footprint.routes, &footprint.traffic_control];
+            let objects = objects.into_iter().flatten().map(Value::to_string);
+            objects.chain(footprint.sysctls.iter().map(|(name, value)| format!("{name}={value}"))).collect()
+        };
+        let (mine, others) = (lines(self), lines(other));
+        let more = mine.iter().filter(|line| !others.contains(line)).map(|line| format!("+ {line}"));
+        let less = others.iter().filter(|line| !mine.contains(line)).map(|line| format!("- {line}"));
+        more.chain(less).collect()
+    }
+}
+
 const SYSCTLS: [&str; 7] = [
     "net.ipv4.conf.lo.accept_local",
     "net.ipv4.ip_local_reserved_ports",

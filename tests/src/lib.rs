@@ -24,6 +24,7 @@ pub mod connection;
 pub mod containerd;
 pub mod dns;
 pub mod echo;
+pub mod faults;
 pub mod foreign;
 pub mod kernel;
 pub mod load;

@@ -18,6 +18,7 @@ use crate::agent::{self, Agent};
 use crate::cgroup::Cgroup;
 use crate::cni::{Chain, REDIRECT};
 use crate::dns::{self, DnsServer};
+use crate::faults::Faults;
 use crate::netns::Netns;
 use crate::pod::{Pod, PodSpec};
 use crate::proxy::{Proxy, Setup, Tunnelled};
@@ -37,11 +38,13 @@ pub struct NodeOptions {
     pub agent_arguments: Vec<String>,
     /// Whether there is a proxy.
     pub proxy: bool,
+    /// Whether faults can be injected into agents and `redirect uninstall`.
+    pub faults: bool,
 }
 
 impl Default for NodeOptions {
     fn default() -> Self {
-        Self { agent: true, agent_arguments: Vec::new(), proxy: true }
+        Self { agent: true, agent_arguments: Vec::new(), proxy: true, faults: false }
     }
 }
 
@@ -69,6 +72,7 @@ pub struct Node {
     // Dropped in this order: proxy, agent, what it left, their cgroups, the directory, the namespace.
     proxy: Mutex<Option<Proxy>>,
     agent: Mutex<Option<Agent>>,
+    faults: Option<Faults>,
     _leftovers: Leftovers,
     proxy_cgroup: Cgroup,
     agent_cgroup: Cgroup,
@@ -104,6 +108,9 @@ impl Node {
             dns: Mutex::default(),
             proxy: Mutex::default(),
             agent: Mutex::default(),
+            faults: options
+                .faults
+                .then(|| Faults::new(agent::state_dir(dir.path()), agent::pin_dir(session, dir.path()))),
             _leftovers: Leftovers {
                 session: session.clone(),
                 netns: NetNs::open(&netns.path())?,
@@ -189,14 +196,18 @@ impl Node {
 
     /// Starts the agent.
     pub fn start_agent(&self, arguments: &[String]) -> Result<()> {
-        let agent = Agent::start(&self.session, &self.netns, &self.agent_cgroup, self.dir(), arguments)?;
+        let faults = self.faults.as_ref();
+        let agent =
+            Agent::start(&self.session, &self.netns, &self.agent_cgroup, self.dir(), arguments, faults)?;
         *lock(&self.agent) = Some(agent);
         Ok(())
     }
 
     /// As [`Node::start_agent`], without waiting until it is ready.
     pub fn begin_agent(&self, arguments: &[String]) -> Result<()> {
-        let agent = Agent::begin(&self.session, &self.netns, &self.agent_cgroup, self.dir(), arguments)?;
+        let faults = self.faults.as_ref();
+        let agent =
+            Agent::begin(&self.session, &self.netns, &self.agent_cgroup, self.dir(), arguments, faults)?;
         *lock(&self.agent) = Some(agent);
         Ok(())
     }
@@ -230,7 +241,13 @@ impl Node {
 
     /// `redirect uninstall` on this node.
     pub fn uninstall(&self, arguments: &[&str]) -> Result<Output> {
-        agent::uninstall(&self.session, &NetNs::open(&self.netns.path())?, self.dir(), arguments)
+        let netns = NetNs::open(&self.netns.path())?;
+        agent::uninstall(&self.session, &netns, self.dir(), arguments, self.faults.as_ref())
+    }
+
+    /// The faults of a node that was made with [`NodeOptions::faults`].
+    pub fn faults(&self) -> Result<&Faults> {
+        self.faults.as_ref().context("the node was made without faults")
     }
 
     /// Waits until the proxy that runs is in step with the agent.
@@ -474,7 +491,7 @@ struct Leftovers {
 
 impl Drop for Leftovers {
     fn drop(&mut self) {
-        match agent::uninstall(&self.session, &self.netns, &self.dir, &[]) {
+        match agent::uninstall(&self.session, &self.netns, &self.dir, &[], None) {
             Ok(output) if output.status.success() => {}
             outcome => eprintln!("left behind: pins of {}: {outcome:?}", self.dir.display()),
         }

@@ -218,6 +218,12 @@ impl Pod {
         self.chain.only(REDIRECT).add(self.node.netns(), &self.sandbox, Some(&result)).map(drop)
     }
 
+    /// As [`Pod::enrol`], without a DEL if it fails.
+    pub fn enrol_alone(&self) -> Result<()> {
+        self.enrolled.store(true, Ordering::Relaxed);
+        self.chain.only(REDIRECT).add_alone(self.node.netns(), &self.sandbox, Some(&self.result)).map(drop)
+    }
+
     /// As [`Pod::enrol`]; the runtime keeps the namespace at this path.
     pub fn enrol_at(&self, netns: PathBuf) -> Result<()> {
         self.enrolled.store(true, Ordering::Relaxed);

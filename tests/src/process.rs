@@ -1,7 +1,8 @@
 //! A long-running child process in a network namespace and a cgroup.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -139,6 +140,22 @@ impl Drop for Process {
                 eprintln!("left behind: process {} ({}): {error:#}", self.pid(), self.name);
             }
         }
+    }
+}
+
+/// The same file as a process's descriptor.
+pub fn descriptor_of(process: i32, number: i32) -> io::Result<OwnedFd> {
+    // SAFETY: the call takes numbers alone.
+    let process = descriptor(unsafe { libc::syscall(libc::SYS_pidfd_open, process, 0) })?;
+    // SAFETY: the call takes numbers alone.
+    descriptor(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) })
+}
+
+fn descriptor(result: libc::c_long) -> io::Result<OwnedFd> {
+    match i32::try_from(result) {
+        // SAFETY: the kernel has just made it, for us alone.
+        Ok(number) if number >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(number) }),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

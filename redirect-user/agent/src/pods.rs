@@ -26,7 +26,7 @@ use redirect_ebpf::Family;
 use redirect_ebpf::maps::PodFlags;
 use tokio::sync::watch;
 
-use super::records::{Phase, Record, Records};
+use super::records::{Failed, Phase, Record, Records};
 use super::repairs::Repairs;
 use super::watch::Watch;
 use crate::metrics::events::events;
@@ -132,6 +132,10 @@ struct Enrolled {
     observation: Observation,
     /// Whether the kernel was as it should be when it was last looked at.
     steered: bool,
+    /// Whether its checkpoint could not be written.
+    unsaved: bool,
+    /// Whether a removal has failed half-way.
+    removing: bool,
     since: Instant,
 }
 
@@ -147,6 +151,8 @@ impl Enrolled {
             settings: PodSettings::default(),
             observation: Observation::default(),
             steered: false,
+            unsaved: false,
+            removing: false,
             since: Instant::now(),
         }
     }
@@ -245,7 +251,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let namespace = self.introduce(&identity, &netns).await?;
         if let Some(old) = slot.take_if(|known| known.target.netns_cookie != namespace.cookie) {
             tracing::info!(pod = %identity, uid = identity.uid, "pod has a new sandbox");
-            self.remove(&old.target).await;
+            self.remove_or_tell(&old.target).await;
         }
         // The slot is changed when everything is done: on an error, a pod that is enrolled stays as it was.
         let before = slot.as_ref().cloned();
@@ -277,7 +283,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         enrolled.target = self.defaults.target(identity, &settings, all, netns, namespace);
         enrolled.settings = settings;
         if before.is_none() {
-            self.save(&enrolled).await;
+            self.save(&enrolled).await?;
         }
         self.own(&enrolled.target).await;
         self.claim(&enrolled.target, addresses);
@@ -296,7 +302,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             Err(error) => {
                 match &before {
                     Some(known) => self.put_back(&known.target).await,
-                    None => _ = self.remove(&enrolled.target).await,
+                    None => self.remove_or_tell(&enrolled.target).await,
                 }
                 Err(error)
             }
@@ -324,13 +330,18 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 known.adding.remove(&attachment);
                 match served {
                     Ok(()) => {
-                        tell::steered(&known.target, &known.observation, began, proxy);
-                        if known.phase == Phase::Begun {
-                            known.phase = Phase::Done;
-                            known.since = Instant::now();
+                        let saved = self.save(&Enrolled { phase: Phase::Done, ..known.clone() }).await;
+                        if saved.is_ok() {
+                            tell::steered(&known.target, &known.observation, began, proxy);
+                            if known.phase == Phase::Begun {
+                                known.phase = Phase::Done;
+                                known.since = Instant::now();
+                            }
+                        } else {
+                            // The next agent would undo it, and the pod would run outside the mesh.
+                            self.detach(&mut slot, &attachment, &enrolled, before).await;
                         }
-                        self.save(known).await;
-                        Ok(())
+                        saved
                     }
                     Err(error) => {
                         self.detach(&mut slot, &attachment, &enrolled, before).await;
@@ -362,7 +373,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         // A pod that was adopted had none.
         let was_adopted = before.as_ref().is_some_and(|before| before.attachments.is_empty());
         if known.attachments.is_empty() && !was_adopted {
-            self.remove(&known.target).await;
+            self.remove_or_tell(&known.target).await;
             **slot = None;
             return;
         }
@@ -379,7 +390,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let namespace = known.target.introduction();
         known.target = self.defaults.target(identity, &known.settings, all, netns, namespace);
         self.put_back(&known.target).await;
-        self.save(known).await;
+        self.keep(known).await;
     }
 
     /// Makes an enrolled pod what it was, after a change that failed.
@@ -482,17 +493,13 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         match steered {
             Ok(observation) => enrolled.observation = observation,
             Err(error) => {
-                let owned = self.ownership.is_of(&enrolled.target);
-                self.unenroll(&enrolled.target, Removal::Everything, None).await;
-                if owned {
-                    self.discard(enrolled.target.netns_cookie).await;
-                }
+                self.clear(&enrolled.target).await;
                 return Err(error);
             }
         }
         if adoption == Adoption::None {
             enrolled.steered = true;
-            self.save(&enrolled).await;
+            self.keep(&mut enrolled).await;
             tell::steered(&enrolled.target, &enrolled.observation, began, Duration::ZERO);
         }
         Ok(enrolled)
@@ -523,12 +530,12 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let foreign = self.introduce(&known.target.identity, &known.target.netns).await?.sysctls;
         let target = Target { foreign, ..known.target.adopted(Adoption::Recent) };
         let begun = Enrolled { target, phase: Phase::Begun, ..known.clone() };
-        self.save(&begun).await;
+        self.save(&begun).await?;
         match self.steer(&begun.target).await {
             Ok(Outcome { observation, .. }) => {
                 let phase = Phase::Done;
                 *known = Enrolled { observation, phase, steered: true, since: Instant::now(), ..begun };
-                self.save(known).await;
+                self.keep(known).await;
                 tell::steered(&known.target, &known.observation, began, Duration::ZERO);
                 if known.observation.namespace.ipv6 && !known.target.addresses.ipv6.is_empty() {
                     self.tell_of_ipv6(&known.target).await;
@@ -536,7 +543,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 Ok(())
             }
             Err(error) => {
-                self.discard(begun.target.netns_cookie).await;
+                self.discard_or_tell(begun.target.netns_cookie).await;
                 Err(error)
             }
         }
@@ -599,7 +606,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         known.settings = wanted.settings.clone();
         known.target = wanted_target;
         known.steered = known.target.adoption != Adoption::Awaited;
-        self.save(known).await;
+        self.keep(known).await;
         Ok(())
     }
 
@@ -607,49 +614,66 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     pub(crate) async fn forget(&self, uid: &str) -> bool {
         let Some(mut slot) = self.slots.find(uid).await else { return false };
         let known = slot.take();
-        if let Some(known) = &known {
-            self.end(known).await;
+        if let Some(known) = &known
+            && let Err(error) = self.end(known).await
+        {
+            tracing::error!(%error, "pod that is no longer wanted is not un-enrolled");
         }
         self.release(slot, uid).await;
         known.is_some()
     }
 
-    /// Forgets an attachment, and the pod with its last one. What is not known is forgotten already.
-    pub(crate) async fn del(&self, attachment: &Attachment) {
+    /// Forgets an attachment, and the pod with its last one. What is not known is forgotten already. On an error the pod is known
+    /// still, so that the runtime can repeat it.
+    pub(crate) async fn del(&self, attachment: &Attachment) -> Result<(), Error> {
         self.ownership.retire(&attachment.container_id);
-        let Some(uid) = self.ownership.pod_of(&attachment.container_id) else { return };
-        let Some(mut slot) = self.slots.find(&uid).await else { return };
+        let Some(uid) = self.ownership.pod_of(&attachment.container_id) else { return Ok(()) };
+        let Some(mut slot) = self.slots.find(&uid).await else { return Ok(()) };
+        let mut outcome = Ok(());
         if let Some(known) = &mut *slot {
-            let attached = known.attachments.remove(attachment).is_some();
+            let attached = known.attachments.remove(attachment);
             known.adding.remove(attachment);
             // A pod that was adopted has no attachments: its sandbox's container stands for all of them.
-            if !attached && !known.containers.contains(&attachment.container_id) {
+            if attached.is_none() && !known.containers.contains(&attachment.container_id) {
                 tracing::debug!(pod = %known.target.identity, ?attachment, "late removal of an older \
                      sandbox");
             } else if known.attachments.is_empty() {
-                self.end(known).await;
-                *slot = None;
+                outcome = self.end(known).await;
+                if outcome.is_ok() {
+                    *slot = None;
+                } else {
+                    known.removing = true;
+                    known.attachments.extend(attached.map(|addresses| (attachment.clone(), addresses)));
+                }
             } else {
                 known.target.addresses = union(&known.attachments, &known.declared);
                 self.ownership.keep(known.target.netns_cookie, &known.target.addresses);
                 self.repair(known).await;
-                self.save(known).await;
+                self.keep(known).await;
             }
         }
         self.release(slot, &uid).await;
+        outcome
     }
 
-    async fn end(&self, known: &Enrolled) {
+    async fn end(&self, known: &Enrolled) -> Result<(), Error> {
         let began = Instant::now();
-        let proxy = self.remove(&known.target).await;
+        let proxy = self.remove(&known.target).await?;
+        if known.removing {
+            self.tidy(&known.target).await?;
+        }
         tell::no_longer_steered(&known.target, began, proxy);
+        Ok(())
     }
 
     /// Takes the pod from the kernel and from the proxy, so that the proxy's connections work until it cuts them. Returns
     /// how long the proxy took.
-    async fn remove(&self, target: &Target) -> Duration {
+    async fn remove(&self, target: &Target) -> Result<Duration, Error> {
         let owned = self.ownership.is_of(target);
-        let left = self.unenroll(target, Removal::Capture, None).await;
+        // What it can't remove is tried again below.
+        let captured = self.unenroll(target, Removal::Capture, None).await;
+        let tidy = captured.is_err();
+        let left = captured.ok().flatten();
         let asked = Instant::now();
         if let RemoveOutcome::Pending(peers) = self.proxies.remove(&target.identity.uid, PROXY_RELEASE).await
         {
@@ -658,11 +682,45 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                  un-enrolling anyway");
         }
         let proxy = asked.elapsed();
-        self.unenroll(target, Removal::Everything, left).await;
+        self.unenroll(target, Removal::Everything, left).await?;
         if owned {
-            self.discard(target.netns_cookie).await;
+            if tidy {
+                self.tidy(target).await?;
+            }
+            self.discard(target).await?;
+            self.ownership.release(target);
         }
-        proxy
+        Ok(proxy)
+    }
+
+    /// Removes what a step that failed has left.
+    async fn tidy(&self, target: &Target) -> Result<(), Error> {
+        let copy = target.clone();
+        let tidied = self.kernel.run(move |datapath| datapath.tidy(&copy)).await?;
+        tidied.map_err(|error| Error::NotRemoved {
+            pod: target.identity.clone(),
+            causes: vec![error.to_string()],
+        })
+    }
+
+    /// As [`Self::remove`], where nobody would try again.
+    async fn remove_or_tell(&self, target: &Target) {
+        if let Err(error) = self.remove(target).await {
+            tracing::error!(%error, "pod was not removed completely");
+            self.ownership.release(target);
+        }
+    }
+
+    /// Takes the pod from the kernel without a word to the proxies, where nobody would try again.
+    async fn clear(&self, target: &Target) {
+        if !self.ownership.is_of(target) {
+            return;
+        }
+        if let Err(error) = self.unenroll(target, Removal::Everything, None).await {
+            tracing::error!(%error, "pod was not removed completely");
+        }
+        self.ownership.release(target);
+        self.discard_or_tell(target.netns_cookie).await;
     }
 
     /// Leaves a namespace alone that is another pod's by now. `known` is what an earlier call has left, which this returns.
@@ -671,26 +729,19 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         target: &Target,
         removal: Removal,
         known: Option<BTreeSet<Fact>>,
-    ) -> Option<BTreeSet<Fact>> {
+    ) -> Result<Option<BTreeSet<Fact>>, Error> {
         if !self.ownership.is_of(target) {
-            return None;
-        }
-        if removal == Removal::Everything {
-            self.ownership.release(target.netns_cookie);
+            return Ok(None);
         }
         let copy = target.clone();
-        match self.kernel.run(move |datapath| datapath::unenroll(datapath, &copy, removal, known)).await {
-            Ok(Removed { left, errors }) => {
-                for error in &errors {
-                    tracing::warn!(pod = %target.identity, %error, "pod was not removed completely");
-                }
-                errors.is_empty().then_some(left)
-            }
-            Err(error) => {
-                tracing::error!(pod = %target.identity, %error, "cannot un-enroll pod");
-                None
-            }
+        let removed =
+            self.kernel.run(move |datapath| datapath::unenroll(datapath, &copy, removal, known)).await?;
+        let Removed { left, errors } = removed;
+        if errors.is_empty() {
+            return Ok(Some(left));
         }
+        let causes = errors.iter().map(ToString::to_string).collect();
+        Err(Error::NotRemoved { pod: target.identity.clone(), causes })
     }
 
     /// Compares the kernel with what enrolment promised.
@@ -728,7 +779,9 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 interface = stale.interface,
                 "removing stale attachment"
             );
-            self.del(&stale).await;
+            if let Err(error) = self.del(&stale).await {
+                tracing::warn!(%error, "cannot un-enroll a pod that the runtime does not know any more");
+            }
         }
     }
 
@@ -746,24 +799,45 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     /// cut connections that were not captured.
     pub(crate) async fn shut_down(&self) {
         for known in self.slots.drain().await {
-            self.unenroll(&known.target, Removal::Everything, None).await;
-            self.discard(known.target.netns_cookie).await;
+            self.clear(&known.target).await;
         }
     }
 
     /// Writes a pod's checkpoint, off the runtime's threads: its file system may be slow.
-    async fn save(&self, enrolled: &Enrolled) {
+    async fn save(&self, enrolled: &Enrolled) -> Result<(), Error> {
         if enrolled.target.adoption == Adoption::Awaited {
-            return;
+            return Ok(());
         }
         let (records, record) = (self.records.clone(), enrolled.record());
-        on_disk(move || records.write(&record)).await;
+        let saved = on_disk(move || records.write(&record)).await;
+        saved.map_err(|source| Error::Checkpoint {
+            pod: enrolled.target.identity.clone(),
+            source: source.into(),
+        })
+    }
+
+    /// The same for a pod that stays as it is in any case: it is written with the next resync otherwise.
+    async fn keep(&self, enrolled: &mut Enrolled) {
+        let saved = self.save(enrolled).await;
+        enrolled.unsaved = saved.is_err();
+        if let Err(error) = saved {
+            tracing::warn!(%error, "the next agent would not find the pod as it is");
+        }
     }
 
     /// Removes a pod's checkpoint.
-    async fn discard(&self, netns_cookie: u64) {
+    async fn discard(&self, target: &Target) -> Result<(), Error> {
+        let (records, netns_cookie) = (self.records.clone(), target.netns_cookie);
+        let removed = on_disk(move || records.remove(netns_cookie)).await;
+        removed.map_err(|source| Error::Checkpoint { pod: target.identity.clone(), source: source.into() })
+    }
+
+    /// The same where nobody would try again.
+    async fn discard_or_tell(&self, netns_cookie: u64) {
         let records = self.records.clone();
-        on_disk(move || records.remove(netns_cookie)).await;
+        if let Err(error) = on_disk(move || records.remove(netns_cookie)).await {
+            tracing::warn!(%error, "the next agent will find a pod that is gone");
+        }
     }
 
     /// The UIDs of all pods.
@@ -880,10 +954,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
 }
 
 /// It fails if the agent ends meanwhile.
-async fn on_disk(work: impl FnOnce() + Send + 'static) {
-    if let Err(error) = tokio::task::spawn_blocking(work).await {
-        tracing::warn!(%error, "checkpoint was not written");
-    }
+async fn on_disk(work: impl FnOnce() -> Result<(), Failed> + Send + 'static) -> Result<(), Failed> {
+    tokio::task::spawn_blocking(work).await.unwrap_or(Err(Failed::Ending))
 }
 
 /// One UID, one pod: what is known by it stays.

@@ -106,46 +106,41 @@ impl Records {
         self.pods().join(format!("{netns_cookie}.json"))
     }
 
-    /// Every pod's record; none where there is no directory. A record that can't be read is told, and left out.
+    /// Every pod's record; none where there is no directory. One that makes no sense is told, and left out. One that the disk does not
+    /// give is an error: its pod would be nobody's.
     pub fn read(&self) -> io::Result<Vec<Record>> {
         let entries = match fs::read_dir(self.pods()) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             entries => entries?.collect::<io::Result<Vec<_>>>()?,
         };
         let paths = entries.into_iter().map(|entry| entry.path());
-        Ok(paths
-            .filter(|path| path.extension().is_some_and(|extension| extension == "json"))
-            .take(MOST)
-            .filter_map(|path| read(&path))
-            .collect())
+        let files = paths.filter(|path| path.extension().is_some_and(|extension| extension == "json"));
+        files.take(MOST).filter_map(|path| read(&path).transpose()).collect()
     }
 
     /// Writes a pod's record: the whole of it or nothing.
-    pub fn write(&self, record: &Record) {
-        write(&self.file(record.netns_cookie), record);
+    pub fn write(&self, record: &Record) -> Result<(), Failed> {
+        write(&self.file(record.netns_cookie), record)
     }
 
     /// Removes a pod's record.
-    pub fn remove(&self, netns_cookie: u64) {
+    pub fn remove(&self, netns_cookie: u64) -> Result<(), Failed> {
         let path = self.file(netns_cookie);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(path = %path.display(), %error, "cannot remove checkpoint");
-            }
-            _ => {}
-        }
+        gone(fs::remove_file(&path)).map_err(|source| Failed::Remove { path, source })
     }
 
     /// The cgroups of node proxies.
     #[must_use]
     pub fn proxies(&self) -> Vec<u64> {
         let path = self.directory.join(PROXIES);
-        if path.exists() { read(&path).unwrap_or_default() } else { Vec::new() }
+        if path.exists() { read(&path).ok().flatten().unwrap_or_default() } else { Vec::new() }
     }
 
     /// Notes the cgroups of node proxies.
     pub fn set_proxies(&self, cgroups: &[u64]) {
-        write(&self.directory.join(PROXIES), cgroups);
+        if let Err(error) = write(&self.directory.join(PROXIES), cgroups) {
+            tracing::warn!(%error, "the next agent will not know the node proxies' cgroups");
+        }
     }
 
     /// Where it is noted that the sysctl was on that placement `node` turns off.
@@ -204,22 +199,57 @@ fn gone(removed: io::Result<()>) -> io::Result<()> {
     }
 }
 
-fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
-    let parsed = read_file(path, LONGEST).and_then(|text| Ok(serde_json::from_slice(&text)?));
-    parsed.inspect_err(|error| tracing::warn!(path = %path.display(), %error, "cannot read checkpoint")).ok()
+/// `None`: it makes no sense.
+fn read<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
+    let parsed = match read_file(path, LONGEST) {
+        Ok(text) => serde_json::from_slice(&text).map_err(io::Error::from),
+        Err(error) if [io::ErrorKind::NotFound, io::ErrorKind::FileTooLarge].contains(&error.kind()) => {
+            Err(error)
+        }
+        Err(error) => {
+            let remedy = "start the agent again, or remove the file and restart its pod";
+            return Err(io::Error::other(format!("{}: {error}; {remedy}", path.display())));
+        }
+    };
+    let shown = path.display();
+    Ok(parsed.inspect_err(|error| tracing::warn!(path = %shown, %error, "cannot read checkpoint")).ok())
 }
 
-/// A record that can't be written is no reason not to steer the pod: the agent after this one will say that it does not
-/// know whose namespace it found.
-fn write<T: Serialize + ?Sized>(path: &Path, content: &T) {
+/// Why a checkpoint is not what it should be.
+#[derive(Debug, thiserror::Error)]
+pub enum Failed {
+    /// It could not be written.
+    #[error("cannot write checkpoint {}: {source}; is its file system full?", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// It could not be removed.
+    #[error("cannot remove checkpoint {}: {source}", path.display())]
+    Remove {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The agent ends.
+    #[error("checkpoint is not written any more: the agent ends")]
+    Ending,
+}
+
+fn write<T: Serialize + ?Sized>(path: &Path, content: &T) -> Result<(), Failed> {
     let unfinished = path.with_extension("new");
     let written = serde_json::to_vec(content)
         .map_err(io::Error::other)
         .and_then(|text| fs::write(&unfinished, text))
         .and_then(|()| fs::rename(&unfinished, path));
-    if let Err(error) = written {
-        tracing::warn!(path = %path.display(), %error, "cannot write checkpoint: is its file system full?");
-    }
+    written.map_err(|source| {
+        // It makes room; the next attempt overwrites it.
+        _ = fs::remove_file(&unfinished);
+        Failed::Write { path: path.into(), source }
+    })
 }
 
 /// A record, and its namespace if that still exists.
@@ -349,7 +379,7 @@ mod tests {
                 let mut record = record();
                 record.identity.uid = number.to_string();
                 while !over.load(Ordering::Relaxed) {
-                    records.write(&record);
+                    _ = records.write(&record);
                 }
             };
             let removed = std::thread::scope(|scope| {
@@ -368,15 +398,15 @@ mod tests {
     fn what_is_written_is_read() {
         let directory = tempfile::tempdir().unwrap();
         let records = Records::open(&directory.path().join("state")).unwrap();
-        records.write(&record());
+        records.write(&record()).unwrap();
         records.set_proxies(&[5, 6]);
         assert!(!records.early_demux().is_there());
         records.early_demux().write();
         assert_eq!(records.read().unwrap(), [record()]);
         assert_eq!(records.proxies(), [5, 6]);
         assert!(records.early_demux().is_there());
-        records.remove(7);
-        records.remove(7);
+        records.remove(7).unwrap();
+        records.remove(7).unwrap();
         assert!(records.read().unwrap().is_empty());
         records.remove_all().unwrap();
         records.remove_all().unwrap();
@@ -387,7 +417,7 @@ mod tests {
     fn only_records_are_removed() {
         let directory = tempfile::tempdir().unwrap();
         let records = Records::open(directory.path()).unwrap();
-        records.write(&record());
+        records.write(&record()).unwrap();
         records.set_proxies(&[5]);
         fs::write(directory.path().join("pods/notes.txt"), "").unwrap();
         fs::create_dir(directory.path().join("others")).unwrap();
@@ -411,7 +441,7 @@ mod tests {
     fn half_written_and_foreign_files_are_left_out() {
         let directory = tempfile::tempdir().unwrap();
         let records = Records::open(directory.path()).unwrap();
-        records.write(&record());
+        records.write(&record()).unwrap();
         fs::write(directory.path().join("pods/8.json"), "{").unwrap();
         fs::write(directory.path().join("pods/9.new"), "{}").unwrap();
         // One that never ends.

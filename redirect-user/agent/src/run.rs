@@ -394,8 +394,9 @@ async fn forget_deleted(pods: &Pods<Linux>, socket: &Path) {
         Vec::new()
     });
     for attachment in deleted {
-        pods.del(&attachment).await;
-        if let Err(error) = wire::deletions::take_back(socket, &attachment) {
+        if let Err(error) = pods.del(&attachment).await {
+            tracing::warn!(?attachment, %error, "cannot un-enroll a pod that was deleted while no agent ran");
+        } else if let Err(error) = wire::deletions::take_back(socket, &attachment) {
             tracing::warn!(?attachment, %error, "cannot remove the note of a deletion");
         }
     }

@@ -109,8 +109,12 @@ impl Service {
                 vec![enrolment::add(&self.pods, &*self.enrolment, attachment, wanted, netns).await]
             }
             Request::Del { attachment } => {
-                self.pods.del(&attachment).await;
-                vec![Reply::Done]
+                vec![
+                    self.pods
+                        .del(&attachment)
+                        .await
+                        .map_or_else(|error| Reply::Error(error.into()), |()| Reply::Done),
+                ]
             }
             Request::Check { attachment, addresses } => {
                 vec![enrolment::check(&self.pods, &*self.enrolment, &attachment, &addresses).await]
@@ -218,11 +222,12 @@ impl Service {
 impl From<pods::Error> for Error {
     fn from(error: pods::Error) -> Self {
         let kind = match &error {
-            pods::Error::Datapath(_) => ErrorKind::Datapath,
+            pods::Error::Datapath(_) | pods::Error::NotRemoved { .. } => ErrorKind::Datapath,
             pods::Error::Thread(_)
             | pods::Error::Cookie { .. }
             | pods::Error::Addresses { .. }
-            | pods::Error::Listeners { .. } => ErrorKind::Internal,
+            | pods::Error::Listeners { .. }
+            | pods::Error::Checkpoint { .. } => ErrorKind::Internal,
             pods::Error::Proxy(AddError::NotConnected { .. } | AddError::Timeout { .. }) => {
                 ErrorKind::TryAgain
             }

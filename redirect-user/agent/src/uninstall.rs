@@ -103,6 +103,10 @@ pub fn uninstall(options: &Options) -> anyhow::Result<Report> {
         let host = linux::strip_host(&records.early_demux(), known);
         report.host = host.context("the host's network namespace")?;
     }
+    if !report.errors.is_empty() {
+        // Checkpoints and pins stay: the next attempt finds by them what is left.
+        return Ok(report);
+    }
     if let Some(pins) = pins {
         report.pins = pins.remove()?;
     }

@@ -162,6 +162,8 @@ pub struct Linux {
     note: EarlyDemuxNote,
     /// Where the thread is, if it is not in the host's namespace, and what it works with there.
     session: Option<Session>,
+    /// Whether the thread is in another namespace than the host's.
+    away: bool,
     /// The kernel side's log, if there is one, until somebody takes it.
     log: Option<Log>,
     /// Held as long as the agent runs.
@@ -265,6 +267,7 @@ impl Linux {
             host_netlink,
             note,
             session: None,
+            away: false,
             log,
             _pins: pins,
         };
@@ -278,6 +281,7 @@ impl Linux {
     /// Attaches what is for the whole node, as far as it is not. Returns the names of the programs that had to be.
     pub fn mend(&mut self) -> anyhow::Result<Vec<&'static str>> {
         use anyhow::Context as _;
+        self.leave().context("cannot return to the host's network namespace")?;
         let mut mended = Vec::new();
         for (name, hook) in cgroup_programs(self.placement, self.noted_by) {
             let (program, place) = (self.programs.get(name)?, self.cgroup.place(hook));
@@ -330,9 +334,9 @@ impl Linux {
     pub fn collect(&mut self, known: &BTreeSet<u64>) -> anyhow::Result<Vec<u64>> {
         let mut living = Vec::new();
         let linked = self.links.names().filter_map(cookie_of_lookup);
-        let cookies: BTreeSet<u64> = self.maps.cookies().into_iter().chain(linked).collect();
+        let cookies: BTreeSet<u64> = self.maps.cookies()?.into_iter().chain(linked).collect();
         for cookie in cookies.difference(known) {
-            let devices = self.maps.devices(*cookie);
+            let devices = self.maps.devices(*cookie)?;
             let leads = |index: u32| self.host_netlink.interface(index).is_ok_and(|found| found.is_some());
             let lookups = lookup_names(*cookie);
             let attached = lookups.iter().any(|name| self.links.is_attached(name));
@@ -357,35 +361,38 @@ impl Linux {
         entered(&mut self.session)
     }
 
-    /// Moves the thread into a namespace with this cookie, which it returns. After an error it is in the host's.
+    /// Moves the thread into a namespace with this cookie, which it returns.
     fn move_to(&mut self, netns: &NetNs, cookie: impl FnOnce() -> io::Result<u64>) -> io::Result<u64> {
         self.session = None;
-        let session = netns.enter().and_then(|()| cookie()).and_then(|netns_cookie| {
+        let session = netns.enter().and_then(|()| {
+            self.away = true;
+            let netns_cookie = cookie()?;
             Ok(Session { netns_cookie, netlink: Netlink::open()?, sysctls: Sysctls::open()? })
         });
         match session {
             Ok(session) => Ok(self.session.insert(session).netns_cookie),
             Err(error) => {
-                self.host.enter()?;
+                self.leave()?;
                 Err(error)
             }
         }
     }
 
-    /// Moves the thread back into the host's namespace, so that the pod's can go away.
-    fn leave(&mut self) {
-        if self.session.take().is_some()
-            && let Err(error) = self.host.enter()
-        {
-            // The next pod's namespace is entered from here just as well; only this pod's stays for longer.
-            tracing::warn!(%error, "cannot return to the host's network namespace");
+    /// Moves the thread back into the host's namespace, so that the pod's can go away. What is about the host must not be done
+    /// after an error.
+    fn leave(&mut self) -> io::Result<()> {
+        self.session = None;
+        if self.away {
+            self.host.enter()?;
+            self.away = false;
         }
+        Ok(())
     }
 
     /// Whether a network namespace is an enrolled pod's.
     pub fn is_enrolled(&mut self, netns: &NetNs) -> io::Result<bool> {
         let cookie = self.move_to(netns, current_cookie)?;
-        Ok(self.maps.has_pod(cookie))
+        self.maps.has_pod(cookie)
     }
 
     /// The events of connections, for one reader.
@@ -494,13 +501,13 @@ impl Linux {
             let netlink = &mut self.enter(target)?.netlink;
             (netlink.devices()?, netlink.namespace_id(&host)?)
         };
-        let known = self.maps.devices(target.netns_cookie);
+        let known = self.maps.devices(target.netns_cookie)?;
         let devices = devices::lead_to(&found, host_id, &known, &mut self.host_netlink)?;
         let mut observation = Observation::default();
         self.look_at_host(target, &devices, &mut observation)?;
-        observation.facts.extend(self.maps.facts(target));
+        observation.facts.extend(self.maps.facts(target)?);
         observation.namespace = Namespace {
-            ipv6: sysctl::has_ipv6(),
+            ipv6: sysctl::has_ipv6()?,
             devices,
             placement: Placement::Node,
             ..Namespace::default()
@@ -524,7 +531,7 @@ impl Linux {
         observation.facts.extend(attached.current);
         observation.stale.extend(attached.stale);
         observation.damaged.extend(attached.damaged);
-        for index in self.maps.devices(cookie) {
+        for index in self.maps.devices(cookie)? {
             let known = ends.iter().find(|end| end.index == index).cloned();
             // One that is gone has no name any more.
             let end = known.unwrap_or(Interface { index, name: index.to_string() });
@@ -540,7 +547,7 @@ impl Linux {
         let interfaces: Vec<Interface> = found.iter().map(|device| device.interface.clone()).collect();
         let up: BTreeSet<u32> =
             found.iter().filter(|device| device.up).map(|device| device.interface.index).collect();
-        let ipv6 = sysctls.ipv6_enabled("lo");
+        let ipv6 = sysctls.ipv6_enabled("lo")?;
         let mut observation = Observation {
             namespace: Namespace { interfaces, up, ipv6, gated, ..Namespace::default() },
             ..Observation::default()
@@ -579,7 +586,7 @@ impl Linux {
             };
         }
         observation.facts.extend(self.sysctls_and_entries(target)?);
-        let known = self.maps.devices(target.netns_cookie);
+        let known = self.maps.devices(target.netns_cookie)?;
         let devices = devices::lead_to(&found, host_id, &known, &mut self.host_netlink)?;
         self.look_at_host(target, &devices, &mut observation)?;
         observation.namespace.devices = devices;
@@ -593,13 +600,15 @@ impl Linux {
         work: impl FnOnce(&mut Self) -> Result<T, E>,
     ) -> Result<T, E> {
         if self.session.as_ref().is_none_or(|session| session.netns_cookie != target.netns_cookie) {
-            self.leave();
+            self.leave()?;
             return work(self);
         }
         self.host.enter()?;
+        self.away = false;
         let result = work(self);
-        if target.netns.enter().is_err() {
-            self.session = None;
+        match target.netns.enter() {
+            Ok(()) => self.away = true,
+            Err(_) => self.session = None,
         }
         result
     }
@@ -627,7 +636,7 @@ impl Linux {
     fn sysctls_and_entries(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>> {
         let on = self.enter(target)?.sysctls.that_are_on()?;
         let mut facts: BTreeSet<Fact> = on.into_iter().map(Fact::Sysctl).collect();
-        facts.extend(self.maps.facts(target));
+        facts.extend(self.maps.facts(target)?);
         Ok(facts)
     }
 
@@ -639,7 +648,7 @@ impl Linux {
                 facts.insert(lookup.fact());
             }
         }
-        for index in self.maps.devices(target.netns_cookie) {
+        for index in self.maps.devices(target.netns_cookie)? {
             facts.extend(self.host_netlink.interface(index)?.map(Fact::Device));
         }
         Ok(facts)
@@ -652,7 +661,7 @@ impl Linux {
             // there is replaced by a filter.
             let carries_traffic = target.adoption == Adoption::Recent
                 || (hook == Hook::HostGate
-                    && self.maps.has_pod(netns_cookie)
+                    && self.maps.has_pod(netns_cookie)?
                     && !self.tc.has_filter(netns_cookie, interface.index, hook));
             let spot = tc::Spot { netns_cookie, interface, carries_traffic };
             return self.at_host(target, |linux| {
@@ -745,7 +754,7 @@ impl Datapath for Linux {
     fn introduce(&mut self, netns: &NetNs) -> io::Result<Introduction> {
         let cookie = self.move_to(netns, current_cookie)?;
         // Those of a pod that is steered are ours; in placement `node` none of them is touched.
-        let enrolled = self.maps.has_pod(cookie);
+        let enrolled = self.maps.has_pod(cookie)?;
         let sysctls =
             if enrolled { BTreeSet::new() } else { entered(&mut self.session)?.sysctls.that_are_on()? };
         let earlier_connections = enrolled || super::listeners::has_sockets()?;
@@ -793,6 +802,9 @@ impl Datapath for Linux {
     }
 
     fn rest(&mut self) {
-        self.leave();
+        if let Err(error) = self.leave() {
+            // It is tried again before anything is done on the host.
+            tracing::warn!(%error, "cannot return to the host's network namespace");
+        }
     }
 }

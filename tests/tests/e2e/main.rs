@@ -16,6 +16,7 @@ mod doctor;
 mod eaddrinuse;
 mod enrolment;
 mod exclusions;
+mod fault_walk;
 mod faults;
 mod flows;
 mod fragments;
@@ -125,6 +126,7 @@ fn everywhere(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         closed_ports::trials(context),
         survival::trials(context),
         soak::trials(context),
+        fault_walk::trials(context),
         uninstall::trials(context),
         validate::trials(context),
         without_ipv6::trials(context),

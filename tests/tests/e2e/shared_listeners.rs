@@ -2,14 +2,13 @@
 //! one.
 
 use std::fs;
-use std::io;
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::constants::{PORT_INBOUND, PORT_OUTBOUND};
+use redirect_tests::process::descriptor_of;
 use redirect_tests::{Families, Pod, Stack};
 use socket2::Socket;
 
@@ -33,7 +32,6 @@ fn both_ways(context: &Context, stack: Stack) -> Result<()> {
 /// The proxy's listeners for connections of this pod: one for each direction.
 fn listeners(pod: &Pod, proxy: u32) -> Result<[Socket; 2]> {
     let table = pod.proxy_netns().run(|| fs::read_to_string("/proc/thread-self/net/tcp6"))??;
-    let process = pidfd_open(proxy).with_context(|| format!("process {proxy}"))?;
     let find = |port| -> Result<Socket> {
         let inode = inode(&table, port).with_context(|| format!("nobody listens at {port}: {table}"))?;
         let link = PathBuf::from(format!("socket:[{inode}]"));
@@ -42,7 +40,7 @@ fn listeners(pod: &Pod, proxy: u32) -> Result<[Socket; 2]> {
             // Another one may be closed by now.
             if fs::read_link(&path).is_ok_and(|target| target == link) {
                 let number = path.file_name().and_then(|name| name.to_str()).unwrap_or_default().parse()?;
-                return Ok(pidfd_getfd(&process, number)?.into());
+                return Ok(descriptor_of(proxy as i32, number)?.into());
             }
         }
         bail!("it is not the proxy that listens at {port}")
@@ -58,23 +56,4 @@ fn inode(table: &str, port: u16) -> Option<&str> {
         let fields: Vec<&str> = line.split_whitespace().collect();
         (fields.get(1)?.ends_with(&end) && *fields.get(3)? == "0A").then(|| fields.get(9).copied())?
     })
-}
-
-fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
-    // SAFETY: the call takes numbers alone.
-    descriptor(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })
-}
-
-/// The same socket or file as a process's descriptor.
-fn pidfd_getfd(process: &OwnedFd, number: i32) -> io::Result<OwnedFd> {
-    // SAFETY: the call takes numbers alone.
-    descriptor(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) })
-}
-
-fn descriptor(result: libc::c_long) -> io::Result<OwnedFd> {
-    match i32::try_from(result) {
-        // SAFETY: the kernel has just made it, for us alone.
-        Ok(number) if number >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(number) }),
-        _ => Err(io::Error::last_os_error()),
-    }
 }

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use super::super::records::Failed;
 use redirect_datapath::datapath;
 use redirect_datapath::handle::Gone;
 use redirect_protocol::pod::{PodIdentity, family};
@@ -48,6 +49,10 @@ pub(crate) enum Error {
     Addresses { pod: PodIdentity, source: std::io::Error },
     #[error("pod {pod}: cannot observe the node proxy's listeners: {source}")]
     Listeners { pod: PodIdentity, source: std::io::Error },
+    #[error("pod {pod}: {source}")]
+    Checkpoint { pod: PodIdentity, source: Box<Failed> },
+    #[error("pod {pod} is not removed completely: {}; delete it again", causes.join("; "))]
+    NotRemoved { pod: PodIdentity, causes: Vec<String> },
     #[error("container {0} is not enrolled: add it again")]
     Unknown(String),
     #[error("pod {pod} is not captured completely, missing: {missing}; add it again")]

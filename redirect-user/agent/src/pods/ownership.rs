@@ -53,11 +53,13 @@ impl Ownership {
         owned.is_of(target)
     }
 
-    /// Takes a namespace away, and all addresses of the pod that had it.
-    pub(super) fn release(&self, cookie: u64) {
+    /// Takes a namespace and all of its addresses away from a pod, unless another pod has it by now.
+    pub(super) fn release(&self, target: &Target) {
         let mut owned = self.owned();
-        owned.namespaces.remove(&cookie);
-        owned.addresses.retain(|_, holder| *holder != cookie);
+        if owned.is_of(target) {
+            owned.namespaces.remove(&target.netns_cookie);
+            owned.addresses.retain(|_, holder| *holder != target.netns_cookie);
+        }
     }
 
     /// Gives up a namespace that the pod took for nothing, unless another has it by now: its addresses go back to the namespace
@@ -218,7 +220,9 @@ mod tests {
         assert!(!ownership.is_of(&old) && ownership.owner(1) == Some(new.identity.clone()));
         assert_eq!(ownership.while_owned(&old, || panic!("not while another has it")), None::<()>);
         assert_eq!(ownership.while_owned(&new, || 7), Some(7));
-        ownership.release(1);
+        ownership.release(&old);
+        assert_eq!(ownership.owner(1), Some(new.identity.clone()), "another's");
+        ownership.release(&new);
         assert_eq!(ownership.owner(1), None);
     }
 
@@ -239,7 +243,7 @@ mod tests {
         // What one lets go of is the other's again.
         ownership.keep(2, &["fd00::1".parse().unwrap()].into_iter().collect::<PodAddresses>());
         assert_eq!(addresses(&ownership.held(&old)), ["10.0.0.1"]);
-        ownership.release(2);
+        ownership.release(&new);
         assert_eq!(addresses(&ownership.held(&old)), both);
     }
 

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use super::super::records::{Found, Phase, Record};
 use super::{Enrolled, Pods, workload};
-use redirect_datapath::datapath::{Datapath, Removal};
+use redirect_datapath::datapath::Datapath;
 use redirect_datapath::facts::Fact;
 use redirect_linux::netns::NetNs;
 
@@ -35,7 +35,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             let Some(netns) = netns else {
                 tracing::info!(pod = %record.identity, uid = record.identity.uid, "pod ended while no \
                      agent ran");
-                self.discard(cookie).await;
+                self.discard_or_tell(cookie).await;
                 restored.gone += 1;
                 continue;
             };
@@ -47,12 +47,11 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                     "rolled back an enrollment that a previous agent did not complete; the pod has to be \
                      added again"
                 );
-                self.unenroll(&target, Removal::Everything, None).await;
+                self.clear(&target).await;
                 let tidied = self.kernel.run(move |datapath| datapath.tidy(&target)).await;
                 if let Ok(Err(error)) = tidied {
                     tracing::warn!(pod = %record.identity, %error, "pod was not removed completely");
                 }
-                self.discard(cookie).await;
                 restored.undone += 1;
                 continue;
             }
@@ -80,8 +79,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             self.own(&enrolled.target).await;
             if enrolled.target.netns_cookie != cookie {
                 self.repairs.of_namespace(&identity);
-                self.save(&enrolled).await;
-                self.discard(cookie).await;
+                self.keep(&mut enrolled).await;
+                self.discard_or_tell(cookie).await;
             }
             *slot = Some(enrolled);
             self.release(slot, &identity.uid).await;

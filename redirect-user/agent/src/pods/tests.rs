@@ -314,7 +314,7 @@ async fn pods_that_wait_for_a_proxy_delay_nobody() {
         assert_eq!(pods.report().await.len(), PODS + 1, "an ADD in progress is no leftover");
         // Removal, also of one that waits.
         assert!(pods.forget("running").await);
-        pods.del(&attachment("0")).await;
+        pods.del(&attachment("0")).await.unwrap();
     };
     tokio::time::timeout(AT_ONCE, others).await.expect("nobody waits for them");
     assert!(kernel.facts(cookie).is_empty() && kernel.facts(namespaces[0].1).is_empty());
@@ -380,7 +380,7 @@ async fn a_late_removal_of_the_sandbox_before_does_not_touch_the_one_after_it() 
     assert!(steers(first_cookie));
     pods.add(attachment("2"), wanted("u", "a", &["10.0.0.2"]), second).await.unwrap();
     assert!(steers(second_cookie) && node.kernel.facts(first_cookie).is_empty());
-    pods.del(&attachment("1")).await;
+    pods.del(&attachment("1")).await.unwrap();
     assert!(steers(second_cookie));
     pods.check(&attachment("2"), &parse(&["10.0.0.2"])).await.unwrap();
     assert!(matches!(pods.check(&attachment("1"), &[]).await, Err(Error::Unknown(_))));
@@ -410,10 +410,10 @@ async fn a_namespace_is_the_pods_that_was_brought_with_it_last() {
     assert!(steers(new_cookie) && !steers(old_cookie));
     pods.add(attachment("2"), wanted("v", "b", &["10.0.0.2"]), new).await.unwrap();
     pods.look_after("u").await;
-    pods.del(&attachment("1")).await;
+    pods.del(&attachment("1")).await.unwrap();
     assert!(steers(new_cookie));
     pods.check(&attachment("2"), &parse(&["10.0.0.2"])).await.unwrap();
-    pods.del(&attachment("2")).await;
+    pods.del(&attachment("2")).await.unwrap();
     assert!(node.kernel.facts(new_cookie).is_empty());
     task.abort();
     proxy.abort();

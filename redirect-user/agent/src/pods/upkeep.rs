@@ -45,6 +45,9 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 }
             }
         }
+        if known.unsaved {
+            self.keep(known).await;
+        }
         if !self.ownership.is_of(&known.target) {
             known.steered = false;
             return;
@@ -52,7 +55,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let settled = known.target.adoption == Adoption::Recent && known.since.elapsed() > HALF_OPEN;
         if settled {
             known.target = known.target.adopted(Adoption::None);
-            self.save(known).await;
+            self.keep(known).await;
         }
         let target = self.ownership.held(&known.target);
         let facts = &known.observation.facts;
@@ -103,9 +106,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             }
         }
         known.steered = true;
-        self.save(known).await;
-        self.unenroll(&old, super::Removal::Everything, None).await;
-        self.discard(old.netns_cookie).await;
+        self.keep(known).await;
+        self.clear(&old).await;
         Ok(())
     }
 

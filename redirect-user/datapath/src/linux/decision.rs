@@ -30,7 +30,7 @@ impl Linux {
         protocol: Protocol,
     ) -> anyhow::Result<Option<Decision>> {
         let maps = &self.maps;
-        let Some(pod) = maps.pod(netns_cookie) else { return Ok(None) };
+        let Some(pod) = maps.pod(netns_cookie)? else { return Ok(None) };
         let asked = Asked { maps, netns_cookie, pod, port: to.port(), protocol };
         match to.ip().to_canonical() {
             IpAddr::V4(address) => {
@@ -80,7 +80,11 @@ impl Asked<'_> {
             link_local: self.maps.lets_link_local_pass(),
         };
         let own = |of: I::Address| {
-            let owned = self.maps.owner(address(of)) == Some(self.netns_cookie);
+            let owner = self.maps.owner(address(of)).unwrap_or_else(|error| {
+                *failed.borrow_mut() = Some(error.into());
+                None
+            });
+            let owned = owner == Some(self.netns_cookie);
             ask(format!("{} is an address of the pod", address(of)), owned)
         };
         let excluded = || {

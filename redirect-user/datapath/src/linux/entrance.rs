@@ -73,7 +73,7 @@ pub(super) fn ensure(
     priority: u32,
     note: &EarlyDemuxNote,
 ) -> anyhow::Result<Entrance> {
-    let families = families();
+    let families = families()?;
     // Before anything is made: a rule of somebody else's in our place is an error of the configuration.
     for &family in families {
         if let Some(other) = netlink.other_rule(family, priority)? {
@@ -125,7 +125,7 @@ pub(super) fn ensure(
 /// the device was there, and the rule that keeps connection tracking off it.
 pub(super) fn remove(netlink: &mut Netlink, note: &EarlyDemuxNote) -> io::Result<(usize, bool, bool)> {
     let mut rules = 0;
-    for &family in families() {
+    for &family in families()? {
         rules += netlink.delete_entrance_rules(family)?;
     }
     let found = netlink.find(ENTRANCE)?;
@@ -156,8 +156,8 @@ fn turn_early_demux_off(netlink: &mut Netlink, note: &EarlyDemuxNote) -> anyhow:
     Ok(true)
 }
 
-fn families() -> &'static [Family] {
-    if sysctl::has_ipv6() { &Family::ALL } else { &[Family::Ipv4] }
+fn families() -> io::Result<&'static [Family]> {
+    Ok(if sysctl::has_ipv6()? { &Family::ALL } else { &[Family::Ipv4] })
 }
 
 /// Returns whether anything had to be changed.

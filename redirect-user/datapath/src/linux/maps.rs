@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::hash::Hash;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{fmt, io};
 
 use anyhow::Context as _;
 use aya::Ebpf;
@@ -87,8 +88,24 @@ impl<K: aya::Pod + Eq + Hash, V: aya::Pod + PartialEq> Table<K, V> {
         Ok(Self { name, map: BpfHashMap::try_from(take(programs, name)?)?, capacity, remedy })
     }
 
-    fn get(&self, key: &K) -> Option<V> {
-        self.map.get(key, 0).ok()
+    /// `None`: there is no such entry. One that can't be read is an error, lest it be taken for absent.
+    fn get(&self, key: &K) -> io::Result<Option<V>> {
+        there(self.map.get(key, 0)).map_err(|error| self.unreadable(&error))
+    }
+
+    fn keys(&self) -> io::Result<Vec<K>> {
+        let keys: Result<Vec<K>, MapError> = self.map.keys().collect();
+        keys.map_err(|error| self.unreadable(&error))
+    }
+
+    fn entries(&self) -> io::Result<Vec<(K, V)>> {
+        // What is removed meanwhile is not there.
+        let entries = self.map.iter().filter_map(|entry| there(entry).transpose());
+        entries.collect::<Result<Vec<_>, MapError>>().map_err(|error| self.unreadable(&error))
+    }
+
+    fn unreadable(&self, error: &MapError) -> io::Error {
+        io::Error::other(format!("cannot read map {}: {}", self.name, Causes(error)))
     }
 
     fn insert(&mut self, key: K, value: V) -> anyhow::Result<()> {
@@ -114,6 +131,24 @@ impl<K: aya::Pod + Eq + Hash, V: aya::Pod + PartialEq> Table<K, V> {
 
     fn report(&self) -> MapReport {
         MapReport { name: self.name.into(), entries: self.map.keys().count(), capacity: self.capacity }
+    }
+}
+
+fn there<T>(read: Result<T, MapError>) -> Result<Option<T>, MapError> {
+    match read {
+        Ok(value) => Ok(Some(value)),
+        Err(MapError::KeyNotFound) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// An error with its causes.
+struct Causes<'a>(&'a dyn std::error::Error);
+
+impl fmt::Display for Causes<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)?;
+        self.0.source().map_or(Ok(()), |cause| write!(f, ": {}", Causes(cause)))
     }
 }
 
@@ -149,16 +184,16 @@ impl Maps {
     }
 
     /// Notes what the maps hold.
-    fn index(&mut self) {
-        for (address, owner) in self.ipv4.map.iter().flatten() {
+    fn index(&mut self) -> anyhow::Result<()> {
+        for (address, owner) in self.ipv4.entries()? {
             let address = Ipv4Addr::from(address).into();
             self.addresses.entry(owner.netns_cookie).or_default().insert(address);
         }
-        for (address, owner) in self.ipv6.map.iter().flatten() {
+        for (address, owner) in self.ipv6.entries()? {
             let address = Ipv6Addr::from(address).into();
             self.addresses.entry(owner.netns_cookie).or_default().insert(address);
         }
-        let ports = self.excluded_ports.map.keys().flatten().filter_map(|key| {
+        let ports = self.excluded_ports.keys()?.into_iter().filter_map(|key| {
             let (cookie, direction) = parts(key.scope)?;
             Some((cookie, Exclusion::Port(direction, u16::from_be_bytes(key.port))))
         });
@@ -167,11 +202,15 @@ impl Maps {
             let length = prefix.checked_sub(Scope::BITS)?.try_into().ok()?;
             Some((cookie, Exclusion::Network(direction, IpNet::new(address, length).ok()?)))
         };
-        let ipv4 = self.excluded_ipv4.keys().flatten().filter_map(|key| {
+        let keys: Vec<_> =
+            self.excluded_ipv4.keys().collect::<Result<_, _>>().context("map EXCLUDED_IPV4")?;
+        let ipv4 = keys.into_iter().filter_map(|key| {
             let ExcludedAddress { scope, address } = key.data();
             network(scope, key.prefix_len(), Ipv4Addr::from(address).into())
         });
-        let ipv6 = self.excluded_ipv6.keys().flatten().filter_map(|key| {
+        let keys: Vec<_> =
+            self.excluded_ipv6.keys().collect::<Result<_, _>>().context("map EXCLUDED_IPV6")?;
+        let ipv6 = keys.into_iter().filter_map(|key| {
             let ExcludedAddress { scope, address } = key.data();
             network(scope, key.prefix_len(), Ipv6Addr::from(address).into())
         });
@@ -180,20 +219,21 @@ impl Maps {
             exclusions.entry(cookie).or_default().insert(exclusion);
         }
         self.exclusions = exclusions;
+        Ok(())
     }
 
     /// The cookies of all namespaces that anything in the maps is about.
-    pub(super) fn cookies(&self) -> BTreeSet<u64> {
-        let pods = self.pods.map.keys().chain(self.pod_counters.map.keys()).flatten();
+    pub(super) fn cookies(&self) -> io::Result<BTreeSet<u64>> {
+        let pods = self.pods.keys()?.into_iter().chain(self.pod_counters.keys()?);
         let others = self.addresses.keys().chain(self.exclusions.keys()).copied();
-        pods.chain(others).filter(|cookie| *cookie != 0).collect()
+        Ok(pods.chain(others).filter(|cookie| *cookie != 0).collect())
     }
 
     /// Removes everything about a namespace.
     pub(super) fn forget(&mut self, cookie: u64) -> anyhow::Result<()> {
         self.pods.remove(&cookie)?;
         self.remove_counters(cookie)?;
-        self.devices(cookie).into_iter().try_for_each(|index| self.interfaces.remove(&index))?;
+        self.devices(cookie)?.into_iter().try_for_each(|index| self.interfaces.remove(&index))?;
         let addresses = self.addresses.get(&cookie).into_iter().flatten().copied().collect::<Vec<_>>();
         addresses.into_iter().try_for_each(|address| self.remove_address(cookie, address))?;
         let exclusions = self.exclusions.get(&cookie).into_iter().flatten().copied().collect::<Vec<_>>();
@@ -250,19 +290,19 @@ impl Maps {
             addresses: HashMap::new(),
             holders: Holders::default(),
         };
-        maps.index();
+        maps.index()?;
         Ok(maps)
     }
 
     /// The devices of the host that lead to a pod.
-    pub(super) fn devices(&self, cookie: u64) -> Vec<u32> {
-        let all = self.interfaces.map.iter().flatten();
-        all.filter(|(_, owner)| owner.netns_cookie == cookie).map(|(index, _)| index).collect()
+    pub(super) fn devices(&self, cookie: u64) -> io::Result<Vec<u32>> {
+        let all = self.interfaces.entries()?.into_iter();
+        Ok(all.filter(|(_, owner)| owner.netns_cookie == cookie).map(|(index, _)| index).collect())
     }
 
     /// The pod that a device of the host leads to.
     pub(super) fn pod_behind(&self, index: u32) -> Option<u64> {
-        self.interfaces.get(&index).map(|owner| owner.netns_cookie)
+        self.interfaces.get(&index).ok().flatten().map(|owner| owner.netns_cookie)
     }
 
     pub(super) fn insert_device(&mut self, cookie: u64, index: u32) -> anyhow::Result<()> {
@@ -271,7 +311,7 @@ impl Maps {
 
     /// Leaves the device alone if it is another pod's by now.
     pub(super) fn remove_device(&mut self, cookie: u64, index: u32) -> anyhow::Result<()> {
-        let owner = self.interfaces.get(&index).map(|owner| owner.netns_cookie);
+        let owner = self.interfaces.get(&index)?.map(|owner| owner.netns_cookie);
         if owner == Some(cookie) { self.interfaces.remove(&index) } else { Ok(()) }
     }
 
@@ -291,7 +331,7 @@ impl Maps {
 
     /// What is counted already stays.
     pub(super) fn ensure_counters(&mut self, cookie: u64) -> anyhow::Result<()> {
-        match self.pod_counters.get(&cookie) {
+        match self.pod_counters.get(&cookie)? {
             Some(_) => Ok(()),
             None => self.pod_counters.insert(cookie, PodCounters::default()),
         }
@@ -307,7 +347,7 @@ impl Maps {
     }
 
     /// Leaves the pod alone if its switches are others by now.
-    pub(super) fn pod(&self, cookie: u64) -> Option<Pod> {
+    pub(super) fn pod(&self, cookie: u64) -> io::Result<Option<Pod>> {
         self.pods.get(&cookie)
     }
 
@@ -327,26 +367,30 @@ impl Maps {
         if flags.contains(PodFlags::EXCLUSIONS) {
             of.push(cookie);
         }
-        Ok(of.into_iter().any(|cookie| {
+        for cookie in of {
             let port = ExcludedPort { scope: Scope::new(cookie, direction), port: port.to_be_bytes() };
-            self.excluded_ports.get(&port).is_some()
+            let is_excluded = self.excluded_ports.get(&port)?.is_some()
                 || match peer {
                     IpAddr::V4(v4) => {
-                        self.excluded_ipv4.get(&ipv4_key(cookie, direction, v4.into()), 0).is_ok()
+                        there(self.excluded_ipv4.get(&ipv4_key(cookie, direction, v4.into()), 0))?.is_some()
                     }
                     IpAddr::V6(v6) => {
-                        self.excluded_ipv6.get(&ipv6_key(cookie, direction, v6.into()), 0).is_ok()
+                        there(self.excluded_ipv6.get(&ipv6_key(cookie, direction, v6.into()), 0))?.is_some()
                     }
-                }
-        }))
+                };
+            if is_excluded {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
-    pub(super) fn has_pod(&self, cookie: u64) -> bool {
-        self.pods.get(&cookie).is_some()
+    pub(super) fn has_pod(&self, cookie: u64) -> io::Result<bool> {
+        Ok(self.pods.get(&cookie)?.is_some())
     }
 
     pub(super) fn remove_pod(&mut self, cookie: u64, pod: Pod) -> anyhow::Result<()> {
-        if self.pods.get(&cookie) == Some(pod) { self.pods.remove(&cookie) } else { Ok(()) }
+        if self.pods.get(&cookie)? == Some(pod) { self.pods.remove(&cookie) } else { Ok(()) }
     }
 
     pub(super) fn insert_exclusion(&mut self, cookie: u64, exclusion: Exclusion) -> anyhow::Result<()> {
@@ -376,12 +420,6 @@ impl Maps {
     }
 
     pub(super) fn remove_exclusion(&mut self, cookie: u64, exclusion: Exclusion) -> anyhow::Result<()> {
-        if let Some(known) = self.exclusions.get_mut(&cookie) {
-            known.remove(&exclusion);
-            if known.is_empty() {
-                self.exclusions.remove(&cookie);
-            }
-        }
         match exclusion {
             Exclusion::Port(direction, port) => {
                 let scope = Scope::new(cookie, direction);
@@ -394,6 +432,13 @@ impl Maps {
                 self.excluded_ipv6.remove(&ipv6_key(cookie, direction, network))?;
             }
         }
+        // Only now: what could not be removed is found again.
+        if let Some(known) = self.exclusions.get_mut(&cookie) {
+            known.remove(&exclusion);
+            if known.is_empty() {
+                self.exclusions.remove(&cookie);
+            }
+        }
         Ok(())
     }
 
@@ -403,12 +448,12 @@ impl Maps {
     }
 
     /// The pod that the address is of.
-    pub(super) fn owner(&self, address: IpAddr) -> Option<u64> {
+    pub(super) fn owner(&self, address: IpAddr) -> io::Result<Option<u64>> {
         let entry = match address {
-            IpAddr::V4(v4) => self.ipv4.get(&v4.octets()),
-            IpAddr::V6(v6) => self.ipv6.get(&v6.octets()),
+            IpAddr::V4(v4) => self.ipv4.get(&v4.octets())?,
+            IpAddr::V6(v6) => self.ipv6.get(&v6.octets())?,
         };
-        entry.map(|entry| entry.netns_cookie)
+        Ok(entry.map(|entry| entry.netns_cookie))
     }
 
     /// Takes the address over if it was another pod's: the runtime handed it out anew.
@@ -424,19 +469,20 @@ impl Maps {
 
     /// Leaves the address alone if it is another pod's by now.
     pub(super) fn remove_address(&mut self, cookie: u64, address: IpAddr) -> anyhow::Result<()> {
+        if self.owner(address)? == Some(cookie) {
+            match address {
+                IpAddr::V4(v4) => self.ipv4.remove(&v4.octets())?,
+                IpAddr::V6(v6) => self.ipv6.remove(&v6.octets())?,
+            }
+        }
+        // Only now: what could not be removed is found again.
         if let Some(known) = self.addresses.get_mut(&cookie) {
             known.remove(&address);
             if known.is_empty() {
                 self.addresses.remove(&cookie);
             }
         }
-        if self.owner(address) != Some(cookie) {
-            return Ok(());
-        }
-        match address {
-            IpAddr::V4(v4) => self.ipv4.remove(&v4.octets()),
-            IpAddr::V6(v6) => self.ipv6.remove(&v6.octets()),
-        }
+        Ok(())
     }
 
     /// Which of the addresses on a pod's interfaces are its own, beside those that were named. What is on several pods' interfaces is
@@ -444,7 +490,7 @@ impl Maps {
     pub(super) fn learn(&mut self, target: &Target, found: &[IpAddr]) -> anyhow::Result<PodAddresses> {
         let Learned { own, contested } = self.holders.note(target.netns_cookie, &target.addresses, found);
         for address in contested {
-            if let Some(owner) = self.owner(address) {
+            if let Some(owner) = self.owner(address)? {
                 self.remove_address(owner, address)?;
             }
         }
@@ -457,14 +503,18 @@ impl Maps {
     }
 
     /// The entries of a pod.
-    pub(super) fn facts(&self, target: &Target) -> Vec<Fact> {
+    pub(super) fn facts(&self, target: &Target) -> io::Result<Vec<Fact>> {
         let cookie = target.netns_cookie;
-        let counters = self.pod_counters.get(&cookie).map(|_| Fact::Counters);
-        let pod = self.pods.get(&cookie).map(Fact::Pod);
-        let addresses = self.known_addresses(target).into_iter();
-        let owned = addresses.filter(|address| self.owner(*address) == Some(cookie)).map(Fact::Address);
-        let exclusions = self.exclusions.get(&cookie).into_iter().flatten().copied().map(Fact::Excluded);
-        counters.into_iter().chain(pod).chain(owned).chain(exclusions).collect()
+        let counters = self.pod_counters.get(&cookie)?.map(|_| Fact::Counters);
+        let pod = self.pods.get(&cookie)?.map(Fact::Pod);
+        let mut facts: Vec<Fact> = counters.into_iter().chain(pod).collect();
+        for address in self.known_addresses(target) {
+            if self.owner(address)? == Some(cookie) {
+                facts.push(Fact::Address(address));
+            }
+        }
+        facts.extend(self.exclusions.get(&cookie).into_iter().flatten().copied().map(Fact::Excluded));
+        Ok(facts)
     }
 
     pub(super) fn set_proxy_cgroups(&mut self, cgroups: &BTreeMap<u64, ProxyPart>) -> anyhow::Result<()> {
@@ -472,7 +522,7 @@ impl Maps {
             self.proxy_cgroups.insert(*cgroup, ProxyCgroup { part: *part })?;
         }
         let stale: Vec<u64> =
-            self.proxy_cgroups.map.keys().flatten().filter(|cgroup| !cgroups.contains_key(cgroup)).collect();
+            self.proxy_cgroups.keys()?.into_iter().filter(|cgroup| !cgroups.contains_key(cgroup)).collect();
         stale.iter().try_for_each(|cgroup| self.proxy_cgroups.remove(cgroup))
     }
 

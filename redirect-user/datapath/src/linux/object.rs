@@ -79,6 +79,10 @@ pub(super) fn load_pinned(settings: &Settings, pins: &Pins) -> anyhow::Result<(E
         match Layout::of_pin(&path) {
             Ok(found) if found == layout => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) if error.kind() != io::ErrorKind::InvalidInput => {
+                // It may be ours.
+                return Err(error).with_context(|| format!("cannot read the pin {}", path.display()));
+            }
             found => {
                 tracing::warn!(pin = %path.display(), ?found, "replacing a pin that is not our map");
                 fs::remove_file(&path).with_context(|| path.display().to_string())?;

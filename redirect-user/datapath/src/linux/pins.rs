@@ -317,7 +317,11 @@ impl Links {
             _ => {}
         }
         link.pin(&unfinished)?;
-        fs::rename(&unfinished, self.directory.join(name))?;
+        if let Err(error) = fs::rename(&unfinished, self.directory.join(name)) {
+            // Its pin would keep the link.
+            fs::remove_file(&unfinished)?;
+            return Err(error);
+        }
         self.links.insert(name.to_owned(), link);
         Ok(())
     }

@@ -89,7 +89,7 @@ fn strip_here(foreign: Option<&BTreeSet<Sysctl>>) -> io::Result<Stripped> {
             }
         }
     }
-    let ipv6 = sysctls.ipv6_enabled("lo");
+    let ipv6 = sysctls.ipv6_enabled("lo")?;
     for family in Family::ALL.into_iter().filter(|family| *family == Family::Ipv4 || ipv6) {
         for rule in netlink.rules(family)? {
             netlink.delete_rule(family, rule)?;

@@ -98,14 +98,18 @@ impl Sysctls {
 
     /// Whether IPv6 can go through an interface: the kernel has it, the interface can carry it (it needs an MTU of 1280
     /// bytes), and it is not turned off there.
-    pub(super) fn ipv6_enabled(&self, interface: &str) -> bool {
-        self.read(&format!("ipv6/conf/{interface}/disable_ipv6")).is_ok_and(|value| value == b'0')
+    pub(super) fn ipv6_enabled(&self, interface: &str) -> io::Result<bool> {
+        match self.read(&format!("ipv6/conf/{interface}/disable_ipv6")) {
+            Ok(value) => Ok(value == b'0'),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 }
 
 /// Whether IPv6 is on in the calling thread's namespace.
-pub(super) fn has_ipv6() -> bool {
-    Sysctls::open().is_ok_and(|sysctls| sysctls.ipv6_enabled("lo"))
+pub(super) fn has_ipv6() -> io::Result<bool> {
+    Sysctls::open()?.ipv6_enabled("lo")
 }
 
 /// Below the directory.

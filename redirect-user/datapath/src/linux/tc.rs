@@ -163,7 +163,11 @@ impl Tc {
                 netlink
                     .add_qdisc(interface)
                     .with_context(|| format!("queueing discipline of {}", interface.name))?;
-                netlink.set_filter(interface.index, filter, program, hook.program()).with_context(context)?;
+                if let Err(error) = netlink.set_filter(interface.index, filter, program, hook.program()) {
+                    // Unless there are filters, the queueing discipline is for nothing.
+                    netlink.delete_qdisc(interface.index)?;
+                    return Err(error).with_context(context);
+                }
                 links.remove(&name)?;
             }
             TcMethod::Tcx => {

@@ -156,6 +156,6 @@ async fn the_plugins_pod_is_kept_in_step_from_then_on() {
     assert!(node.steers(cookie, KINDS[0]));
     node.api.patch_pod("shop", "pod-1", &label(None));
     eventually("un-enrolled", || node.steers(cookie, &[])).await;
-    node.pods.del(&attachment).await;
+    node.pods.del(&attachment).await.unwrap();
     node.stop().await;
 }

@@ -299,9 +299,9 @@ async fn a_sandbox_that_was_found_is_taken_down_by_its_containers_name() {
     node.api.put_pod(pod(1, Some("ambient"), &["10.0.0.2"]));
     eventually("enrolled", || node.steers(cookie, &["10.0.0.2"])).await;
     let attachment = |letter: &str| Attachment { container_id: letter.repeat(64), interface: "eth0".into() };
-    node.pods.del(&attachment("b")).await;
+    node.pods.del(&attachment("b")).await.unwrap();
     assert!(node.steers(cookie, &["10.0.0.2"]));
-    node.pods.del(&attachment("a")).await;
+    node.pods.del(&attachment("a")).await.unwrap();
     assert!(node.steers(cookie, &[]));
     // The process is still there, and the API server still says that the pod runs.
     node.api.patch_pod("shop", "pod-1", &annotation("news", Some("none")));

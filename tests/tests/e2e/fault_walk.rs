@@ -1,0 +1,417 @@
+//! Whatever the agent asks of the kernel and of proxies fails, one call after the other, while pods are added and deleted, while agents
+//! start and replace each other, and while everything is removed. The error names the cause, nothing is left, nothing gets past
+//! the proxy, and the next try succeeds. Some calls hang as well: pods that are enrolled don't notice.
+//!
+//! By default a sample of ADD and DEL is walked, by a seed that is printed; with `cargo xtask test --load` every point of all operations.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+use std::{env, fs};
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use fastrand::Rng;
+use libtest_mimic::Trial;
+use redirect_tests::agent::Agent;
+use redirect_tests::faults::{Fault, Faults, Point};
+use redirect_tests::kernel::Footprint;
+use redirect_tests::{Families, Node, NodeOptions, Pod, Server, Stack, signals, wait};
+
+use crate::context::{Context, trial};
+use crate::load::is_full;
+
+pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
+    vec![trial(context, "fault_walk::points_and_operations", walk)]
+}
+
+/// What strerror(3) says of [`redirect_tests::faults::ERROR`].
+const CAUSE: &str = "Remote I/O error";
+
+/// With these aya and the agent find out what the kernel can do: any error is taken for an answer, and what follows from that is named.
+const TRIED: [&str; 4] = ["bpf MAP_CREATE", "bpf OBJ_GET", "bpf BTF_LOAD", "bpf PROG_LOAD"];
+
+/// How long a sample of an operation's points is walked.
+const SAMPLE: Duration = Duration::from_secs(5);
+
+/// How often a point is tried with every operation, when all are.
+const OCCURRENCES: usize = 5;
+
+/// During which the points are walked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Operation {
+    Add,
+    Del,
+    Restart,
+    Upgrade,
+    Uninstall,
+}
+
+impl Operation {
+    const ALL: [Self; 5] = [Self::Add, Self::Del, Self::Restart, Self::Upgrade, Self::Uninstall];
+
+    const fn label(self) -> &'static str {
+        match self {
+            Self::Add => "ADD",
+            Self::Del => "DEL",
+            Self::Restart => "restart",
+            Self::Upgrade => "upgrade",
+            Self::Uninstall => "uninstall",
+        }
+    }
+}
+
+/// What becomes of an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Outcome {
+    /// It succeeded all the same.
+    Borne,
+    /// It failed and named the cause.
+    Named,
+    /// The call hung, and the operation succeeded once it went on.
+    Waited,
+}
+
+impl Outcome {
+    const fn label(self) -> &'static str {
+        match self {
+            Self::Borne => "borne",
+            Self::Named => "named",
+            Self::Waited => "waited",
+        }
+    }
+}
+
+fn walk(context: &Context) -> Result<()> {
+    let seed = match env::var("REDIRECT_FAULTS_SEED") {
+        Ok(seed) => seed.parse().context("REDIRECT_FAULTS_SEED")?,
+        Err(_) => fastrand::u64(..),
+    };
+    let place = context.placement();
+    println!("fault_walk: placement {place:?}, REDIRECT_FAULTS_SEED={seed}");
+    let mut world = World::new(context)?;
+    let mut random = Rng::with_seed(seed);
+    let (mut table, mut wrong) = (Table::default(), Vec::new());
+    for operation in operations() {
+        let points =
+            world.points(operation).with_context(|| format!("{} without a fault", operation.label()))?;
+        let begun = Instant::now();
+        let mut cases = cases(&points, &mut random);
+        for (point, count) in &points {
+            table.reached(point, operation, *count);
+        }
+        while let Some((point, occurrence, fault)) = cases.pop() {
+            if !is_full() && begun.elapsed() > SAMPLE {
+                break;
+            }
+            signals::check()?;
+            match world.with_fault(operation, &point, occurrence, fault) {
+                Ok(outcome) => table.outcome(&point, operation, outcome),
+                Err(error) => {
+                    let case =
+                        format!("{}, {point} {fault:?} at no. {occurrence}: {error:#}", operation.label());
+                    eprintln!("fault_walk: {place:?}: {case}");
+                    wrong.push(case);
+                    world = World::new(context)?;
+                }
+            }
+        }
+    }
+    println!("{table}");
+    ensure!(wrong.is_empty(), "REDIRECT_FAULTS_SEED={seed}: {} cases: {wrong:#?}", wrong.len());
+    Ok(())
+}
+
+/// Those of `REDIRECT_FAULTS`, by their labels with commas between; else those that take no second, or all.
+fn operations() -> impl Iterator<Item = Operation> {
+    let chosen = env::var("REDIRECT_FAULTS").ok();
+    Operation::ALL.into_iter().filter(move |operation| match &chosen {
+        Some(chosen) => chosen.split(',').any(|label| label == operation.label()),
+        None => is_full() || matches!(operation, Operation::Add | Operation::Del),
+    })
+}
+
+/// What is tried, in random order: every point fails at its first call, its last, and some between; and hangs once.
+fn cases(points: &BTreeMap<Point, usize>, random: &mut Rng) -> Vec<(Point, usize, Fault)> {
+    let mut cases = Vec::new();
+    for (point, &count) in points {
+        let mut occurrences = BTreeSet::from([1, count]);
+        for _ in 0..OCCURRENCES.saturating_sub(2) {
+            occurrences.insert(random.usize(1..=count));
+        }
+        cases.extend(occurrences.into_iter().map(|occurrence| (point.clone(), occurrence, Fault::Fails)));
+        cases.push((point.clone(), random.usize(1..=count), Fault::Hangs));
+    }
+    random.shuffle(&mut cases);
+    cases
+}
+
+/// A node with two pods: one comes and goes, the other stays enrolled and must not notice.
+struct World {
+    node: Arc<Node>,
+    pod: Pod,
+    stays: Pod,
+    other: Pod,
+    servers: Vec<(Stack, Server)>,
+    /// What is in the pods without us.
+    clean: Footprint,
+    clean_stays: Footprint,
+}
+
+impl World {
+    fn new(context: &Context) -> Result<Self> {
+        let options = NodeOptions { agent_arguments: arguments(&[]), faults: true, ..NodeOptions::default() };
+        let node = Node::with(&context.session()?, options)?;
+        let [pod, stays, other] = ["pod", "stays", "other"].map(|name| node.plain(name, Families::Dual));
+        let (pod, stays, other) = (pod?, stays?, other?);
+        let servers = Stack::ALL.map(|stack| anyhow::Ok((stack, other.listen(stack)?)));
+        let servers = servers.into_iter().collect::<Result<_>>()?;
+        let (clean, clean_stays) = (Footprint::of(pod.netns())?, Footprint::of(stays.netns())?);
+        let world = Self { node, pod, stays, other, servers, clean, clean_stays };
+        world.stays.enrol()?;
+        Ok(world)
+    }
+
+    fn faults(&self) -> Result<&Faults> {
+        self.node.faults()
+    }
+
+    /// The points that an operation reaches.
+    fn points(&self, operation: Operation) -> Result<BTreeMap<Point, usize>> {
+        self.prepare(operation)?;
+        self.faults()?.arm(None);
+        let done = self.act(operation);
+        let points = self.faults()?.reached();
+        done?;
+        self.verify(operation, None, false)?;
+        Ok(points)
+    }
+
+    fn with_fault(
+        &self,
+        operation: Operation,
+        point: &Point,
+        occurrence: usize,
+        fault: Fault,
+    ) -> Result<Outcome> {
+        self.prepare(operation)?;
+        let faults = self.faults()?;
+        faults.arm(Some((point, occurrence, fault)));
+        let (done, hung) = thread::scope(|scope| {
+            let acting = scope.spawn(|| self.act(operation));
+            let mut hung = Ok(false);
+            while !acting.is_finished() {
+                if faults.is_hanging() {
+                    // What is being removed captures some connections, and holds others.
+                    hung = match operation {
+                        Operation::Uninstall => Ok(true),
+                        _ => self.is_captured(&self.stays).context("while the call hangs").map(|()| true),
+                    };
+                    faults.release();
+                }
+                thread::sleep(Duration::from_millis(5));
+            }
+            (acting.join().map_err(|_| anyhow!("the operation panicked")), hung)
+        });
+        faults.arm(None);
+        faults.release();
+        let (done, hung) = (done?, hung?);
+        let outcome = match (&done, hung) {
+            (Ok(()), true) => Outcome::Waited,
+            (Ok(()), false) => Outcome::Borne,
+            (Err(error), _) => {
+                let text = format!("{error:#}");
+                let is_named = text.contains(CAUSE) || TRIED.contains(&point.as_str());
+                ensure!(fault == Fault::Fails && is_named, "the cause is not named: {text}");
+                Outcome::Named
+            }
+        };
+        self.verify(operation, done.err(), point.contains("checkpoint"))?;
+        Ok(outcome)
+    }
+
+    /// Brings about what the operation starts from.
+    fn prepare(&self, operation: Operation) -> Result<()> {
+        match operation {
+            Operation::Add => Ok(()),
+            Operation::Del => self.pod.enrol(),
+            Operation::Restart | Operation::Upgrade => self.node.kill_agent(),
+            Operation::Uninstall => self.node.end_agent(),
+        }
+        .context("prepare")
+    }
+
+    fn act(&self, operation: Operation) -> Result<()> {
+        match operation {
+            Operation::Add => self.pod.enrol_alone(),
+            Operation::Del => self.pod.unenrol(),
+            Operation::Restart => self.start_agent(&[]),
+            // Other capacities are another layout of the maps.
+            Operation::Upgrade => self.start_agent(&["--max-pods", "77"]),
+            Operation::Uninstall => {
+                let output = self.node.uninstall(&[])?;
+                let said =
+                    [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned());
+                ensure!(output.status.success(), "{}: {}", output.status, said.join("\n"));
+                Ok(())
+            }
+        }
+    }
+
+    fn start_agent(&self, more: &[&str]) -> Result<()> {
+        self.node.begin_agent(&arguments(more))?;
+        self.node.with_agent(Agent::wait_until_ready)?;
+        self.node.wait_for_proxy()
+    }
+
+    /// Nothing is left, nothing gets past the proxy, and the next try succeeds. What is about checkpoints shows when the agent is
+    /// replaced.
+    fn verify(&self, operation: Operation, error: Option<anyhow::Error>, recorded: bool) -> Result<()> {
+        self.no_panic()?;
+        match operation {
+            Operation::Add => {
+                if let Some(error) = error {
+                    let text = format!("{error:#}");
+                    ensure!(text.contains(&self.pod.identity().to_string()), "the pod is not named: {text}");
+                    self.is_clean().context("after ADD failed")?;
+                    self.pod.enrol_alone().context("the next ADD")?;
+                }
+                self.is_captured(&self.pod).context("after ADD")?;
+                if recorded {
+                    self.node.kill_agent()?;
+                    self.start_agent(&[])?;
+                    self.is_captured(&self.pod).context("with another agent")?;
+                }
+                self.pod.unenrol()?;
+                self.is_clean().context("after DEL")?;
+            }
+            Operation::Del => {
+                if error.is_some() {
+                    self.pod.unenrol().context("the next DEL")?;
+                }
+                self.is_clean().context("after DEL")?;
+                if recorded {
+                    self.node.kill_agent()?;
+                    self.start_agent(&[])?;
+                    self.is_clean().context("with another agent")?;
+                }
+            }
+            Operation::Restart | Operation::Upgrade => {
+                if error.is_some() {
+                    self.is_captured(&self.stays).context("without an agent")?;
+                    self.start_agent(&[]).context("the next agent")?;
+                }
+                ensure!(self.node.report(&self.stays)?.is_some(), "the agent does not know the pod");
+                wait::until_true("pod as it should be", wait::SOON, || Ok(self.stays.check().is_ok()))
+                    .with_context(|| format!("{:?}", self.stays.check()))?;
+                self.is_clean()?;
+            }
+            Operation::Uninstall => {
+                if error.is_some() {
+                    self.act(operation).context("the next uninstall")?;
+                }
+                let left = [self.node.pin_dir(), self.node.state_dir()];
+                ensure!(left.iter().all(|directory| !directory.exists()), "one of {left:?} is left");
+                let footprint = Footprint::of(self.stays.netns())?;
+                let left = footprint.difference(&self.clean_stays);
+                ensure!(left.is_empty(), "the pod is not as before: {left:#?}");
+                self.start_agent(&[]).context("after uninstall")?;
+                self.stays.enrol()?;
+            }
+        }
+        self.is_captured(&self.stays)
+    }
+
+    fn no_panic(&self) -> Result<()> {
+        let log = fs::read_to_string(self.node.dir().join("agent.log"))?;
+        match log.lines().find(|line| line.contains("panicked")) {
+            Some(line) => bail!("{line}"),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether nothing of the pod that comes and goes is anywhere.
+    fn is_clean(&self) -> Result<()> {
+        let footprint = Footprint::of(self.pod.netns())?;
+        let left = footprint.difference(&self.clean);
+        ensure!(left.is_empty(), "the pod is not as before: {left:#?}");
+        let cookie = self.pod.netns().run(redirect_linux::netns::current_cookie)??;
+        let status = self.node.status()?;
+        let left = status.maps.iter().filter(|map| PODS.contains(&map.name.as_str()) && map.entries > 1);
+        let left: Vec<_> = left.map(|map| format!("{} entries of {}", map.entries, map.name)).collect();
+        ensure!(left.is_empty(), "{left:?}");
+        ensure!(self.node.report(&self.pod)?.is_none(), "the agent knows the pod");
+        for directory in [self.node.state_dir().join("pods"), self.node.pin_dir().join("links")] {
+            for entry in fs::read_dir(directory)? {
+                let path = entry?.path();
+                let is_of_pod = path.file_stem().is_some_and(|name| {
+                    name.to_string_lossy().split('-').any(|part| part == cookie.to_string())
+                });
+                ensure!(!is_of_pod, "{} is left", path.display());
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the proxy has the connections of a pod.
+    fn is_captured(&self, pod: &Pod) -> Result<()> {
+        for (stack, server) in &self.servers {
+            let connection = pod.connect(*stack, self.other.endpoint(stack.family(), server.port())?)?;
+            ensure!(!connection.is_direct(), "past the proxy: {:?}", connection.heard);
+        }
+        Ok(())
+    }
+}
+
+/// The maps in which pods are.
+const PODS: [&str; 3] = ["PODS", "POD_IPV4", "POD_IPV6"];
+
+fn arguments(more: &[&str]) -> Vec<String> {
+    ["--on-exit", "keep"].iter().chain(more).map(ToString::to_string).collect()
+}
+
+/// Points × operations.
+#[derive(Debug, Default)]
+struct Table(BTreeMap<Point, BTreeMap<Operation, Cell>>);
+
+#[derive(Debug, Default)]
+struct Cell {
+    /// How often the point is reached.
+    reached: usize,
+    outcomes: BTreeMap<Outcome, usize>,
+}
+
+impl Table {
+    fn cell(&mut self, point: &Point, operation: Operation) -> &mut Cell {
+        self.0.entry(point.clone()).or_default().entry(operation).or_default()
+    }
+
+    fn reached(&mut self, point: &Point, operation: Operation, times: usize) {
+        self.cell(point, operation).reached = times;
+    }
+
+    fn outcome(&mut self, point: &Point, operation: Operation, outcome: Outcome) {
+        *self.cell(point, operation).outcomes.entry(outcome).or_default() += 1;
+    }
+}
+
+impl std::fmt::Display for Table {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut table = comfy_table::Table::new();
+        table.load_style(comfy_table::presets::ASCII_MARKDOWN);
+        let labels = Operation::ALL.map(|operation| operation.label().to_owned());
+        table.set_header(std::iter::once("point (calls)".to_owned()).chain(labels));
+        for (point, cells) in &self.0 {
+            let cell = |operation| match cells.get(&operation) {
+                None => "-".to_owned(),
+                Some(Cell { reached, outcomes }) => {
+                    let outcomes =
+                        outcomes.iter().map(|(outcome, times)| format!("{times} {}", outcome.label()));
+                    format!("({reached}) {}", outcomes.collect::<Vec<_>>().join(", "))
+                }
+            };
+            table.add_row(std::iter::once(point.clone()).chain(Operation::ALL.map(cell)));
+        }
+        write!(f, "{table}")
+    }
+}
