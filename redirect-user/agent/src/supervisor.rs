@@ -170,7 +170,7 @@ async fn supervise<F>(
 {
     let mut pause = FIRST_PAUSE;
     while let Some(run) = start() {
-        // A task of its own, so that a panic ends the service alone.
+        // A task of its own: it is aborted when the agent stops, wherever it is.
         let mut task = AbortOnDrop(tokio::spawn(run));
         let run = async {
             if let Ok(outcome) = timeout(STEADY, &mut task.0).await {
