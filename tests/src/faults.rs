@@ -36,7 +36,7 @@ pub enum Fault {
     Hangs,
 }
 
-/// An error that no program expects of these calls: whoever reports it got it from here.
+/// An error that the kernel never returns from these calls: a program that reports it has met an injected fault.
 pub const ERROR: i32 = libc::EREMOTEIO;
 
 /// The system calls in which a fault can be injected.
@@ -202,7 +202,7 @@ impl Shared {
 struct Call(seccomp_notif);
 
 impl Call {
-    /// `None`: whoever asked has ended.
+    /// `None` if the calling thread has ended.
     fn receive(listener: &OwnedFd) -> Result<Option<Self>> {
         // SAFETY: plain numbers.
         let mut call = unsafe { zeroed::<seccomp_notif>() };
@@ -356,8 +356,8 @@ fn filter() -> Vec<sock_filter> {
     filter
 }
 
-/// Memory that a child shares before it executes its program, by which it tells of its listener: it can't make any of [`CALLS`] by
-/// then.
+/// Memory that the child shares until it executes its program. It reports its listener there, because it can't make any of [`CALLS`]
+/// by then.
 #[derive(Clone, Copy)]
 struct Page(&'static Shown);
 

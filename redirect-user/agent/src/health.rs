@@ -16,7 +16,7 @@ use redirect_protocol::placement::Placement;
 /// How often the kernel is examined.
 const PERIOD: Duration = Duration::from_secs(2);
 
-/// The same while something is amiss, for kernel and chain: whoever waits for it to be ready waits no longer than that in vain.
+/// How often the kernel and the chain are examined while something is wrong. Readiness follows at most this much later.
 const PERIOD_OF_FAULTS: Duration = Duration::from_millis(200);
 
 /// The chain is examined in every so many of these periods: it means reading files, the plugin's among them.

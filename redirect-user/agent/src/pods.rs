@@ -430,8 +430,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// Enrolls a pod that runs already, in the one of these namespaces that holds its addresses. The proxies are told first. Until
-    /// one serves the pod ([`Self::served`]), nothing of it is captured.
+    /// Enrolls a running pod, in whichever of these namespaces has its addresses. The agent announces it to the proxies first, and
+    /// captures nothing of it until one serves it ([`Self::served`]).
     pub(crate) async fn adopt(&self, wanted: Wanted, sandboxes: Vec<Sandbox>) -> Result<(), Error> {
         let uid = wanted.identity.uid.clone();
         // Before it is looked whether they were taken down: whoever does that afterwards waits for this to end.

@@ -106,8 +106,8 @@ impl Records {
         self.pods().join(format!("{netns_cookie}.json"))
     }
 
-    /// Every pod's record; none where there is no directory. One that makes no sense is told, and left out. One that the disk does not
-    /// give is an error: its pod would be nobody's.
+    /// Every pod's record; none if the directory does not exist. A record that can't be parsed is logged and left out. One that can't
+    /// be read is an error: nobody would look after its pod.
     pub fn read(&self) -> io::Result<Vec<Record>> {
         let entries = match fs::read_dir(self.pods()) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),

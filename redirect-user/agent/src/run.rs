@@ -255,8 +255,8 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
             reconciled_by.send_replace(true);
         });
     }
-    // A proxy drops every pod that it is not told of at first: those of checkpoints are known, and others that it may have are
-    // found by way of the API server.
+    // A proxy drops every pod that it is not told of at first: those of checkpoints are known, and the API server knows the
+    // others that it may have.
     if let Some(controller) = controller.as_ref().filter(|_| unknown > 0) {
         tokio::select! {
             () = catch_up(controller, options.kubernetes.initial_wait) => {}
@@ -357,8 +357,8 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     Ok(())
 }
 
-/// Takes over the pods of the agent before, and removes what is left of those that are gone. Returns how many namespaces are
-/// enrolled that no checkpoint is about.
+/// Takes over the previous agent's pods, and removes what is left of those that are gone. Returns how many namespaces are enrolled
+/// without a checkpoint.
 async fn take_over(
     kernel: &DatapathHandle<Linux>,
     pods: &Pods<Linux>,

@@ -104,7 +104,7 @@ pub fn uninstall(options: &Options) -> anyhow::Result<Report> {
         report.host = host.context("the host's network namespace")?;
     }
     if !report.errors.is_empty() {
-        // Checkpoints and pins stay: the next attempt finds by them what is left.
+        // Checkpoints and pins stay: they lead the next attempt to what is left.
         return Ok(report);
     }
     if let Some(pins) = pins {

@@ -231,7 +231,7 @@ async fn a_pod_is_pending_in_the_end_without_its_proxy_and_when_it_refuses() {
     tokio::time::sleep(SHORT).await;
     assert!(node.steers(cookie, &[]), "nobody serves it");
     proxy.seen.lock().unwrap().refuse.clear();
-    // It is told of the pod again before long; a new proxy at once.
+    // The agent announces the pod to that proxy again after a while, and to a new one at once.
     let _proxy = node.proxy().await;
     eventually("captured", || node.steers(cookie, &["10.0.0.7"])).await;
     node.stop().await;
