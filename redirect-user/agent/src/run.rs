@@ -180,6 +180,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         let (probers, cgroup, kernel) = (options.probers, cgroup.clone(), kernel.clone());
         move || probes::follow(probers.clone(), cgroup.clone(), kernel.clone(), looked.clone())
     });
+    let is_first = found.is_empty();
     let unknown = take_over(&kernel, &pods, found).await?;
     if tokio::time::timeout(PROBERS, probers_looked.wait_for(|looked| *looked)).await.is_err() {
         tracing::warn!(
@@ -255,9 +256,9 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
             reconciled_by.send_replace(true);
         });
     }
-    // A proxy drops every pod that it is not told of at first: those of checkpoints are known, and the API server knows the
-    // others that it may have.
-    if let Some(controller) = controller.as_ref().filter(|_| unknown > 0) {
+    // A proxy drops every pod that it is not told of at first. Where there are checkpoints it has its pods from an agent of ours, and
+    // they name them. Elsewhere it may have them from the mesh's own agent, and the API server knows them.
+    if let Some(controller) = controller.as_ref().filter(|_| is_first || unknown > 0) {
         tokio::select! {
             () = catch_up(controller, options.kubernetes.initial_wait) => {}
             _ = terminate.recv() => terminated = true,
@@ -422,7 +423,7 @@ async fn catch_up(controller: &Controller<Linux>, seconds: u64) {
     if tokio::time::timeout(limit, controller.caught_up()).await.is_err() {
         tracing::warn!(
             seconds,
-            "no pod list from the API server yet: serving node proxies without the enrolled pods that have no checkpoint"
+            "no pod list from the API server yet: serving node proxies without the pods that have no checkpoint"
         );
     }
 }

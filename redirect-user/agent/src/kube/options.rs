@@ -37,8 +37,8 @@ pub struct Options {
     /// Path of the host's /proc
     #[arg(long, default_value = "/proc", value_name = "DIRECTORY")]
     pub host_proc: PathBuf,
-    /// How long node proxies wait for the API server's first pod list if network namespaces are enrolled without a checkpoint, in
-    /// seconds; 0 waits indefinitely
+    /// How long node proxies wait for the API server's first pod list if there are no checkpoints, or network namespaces are enrolled
+    /// without one, in seconds; 0 waits indefinitely
     #[arg(long, default_value_t = 10, value_name = "SECONDS")]
     pub initial_wait: u64,
 }
