@@ -97,8 +97,10 @@ impl Scene {
     fn send(&self, route: Route, times: usize) -> Result<()> {
         let (from, to) = if route.from_pod { (&self.pod, &self.other) } else { (&self.other, &self.pod) };
         let to = to.endpoint(self.stack.family(), 80)?;
-        let packet = raw::cut_syn(from.address(self.stack.family())?, 40_000, to);
-        from.netns().run(|| (0..times).try_for_each(|_| raw::send_marked(&packet, to.ip(), route.mark)))?
+        let source = from.address(self.stack.family())?;
+        let packet = raw::cut_syn(source, 40_000, to);
+        let send = || raw::send_bound(&packet, source, to.ip(), route.mark);
+        from.netns().run(|| (0..times).try_for_each(|_| send()))?
     }
 
     /// The name of the program that sees a packet.

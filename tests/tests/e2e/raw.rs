@@ -175,7 +175,17 @@ pub(crate) fn socket(to: IpAddr) -> io::Result<Socket> {
 
 /// Sends one packet from the namespace of the calling thread.
 pub(crate) fn send_marked(packet: &[u8], to: IpAddr, mark: u32) -> Result<()> {
+    send_by(&socket(to)?, packet, to, mark)
+}
+
+/// The same by a socket that is bound to the source: as those of connections are, when the kernel routes what they send.
+pub(crate) fn send_bound(packet: &[u8], from: IpAddr, to: IpAddr, mark: u32) -> Result<()> {
     let socket = socket(to)?;
+    socket.bind(&SocketAddr::new(from, 0).into())?;
+    send_by(&socket, packet, to, mark)
+}
+
+fn send_by(socket: &Socket, packet: &[u8], to: IpAddr, mark: u32) -> Result<()> {
     socket.set_mark(mark)?;
     ensure!(socket.send_to(packet, &SocketAddr::new(to, 0).into())? == packet.len());
     Ok(())
