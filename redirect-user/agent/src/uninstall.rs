@@ -80,14 +80,20 @@ pub fn uninstall(options: &Options) -> anyhow::Result<Report> {
     });
     report.records = known.len();
     let pinned = options.known_only.then(|| pins.as_ref().map(Pins::cookies).unwrap_or_default());
-    let mut devices = pins.as_ref().map(Pins::devices).unwrap_or_default();
+    let mut devices = options.known_only.then(|| pins.as_ref().map(Pins::devices).unwrap_or_default());
     for (netns, record) in namespaces(known, pinned.as_ref())? {
         let (pod, foreign) = match record {
             Some(record) => (Some(record.identity), Some(record.foreign)),
             None => (None, None),
         };
         let inode = netns.inode()?;
-        match linux::strip(&netns, foreign.as_ref()) {
+        let stripped = linux::strip(&netns, foreign.as_ref()).and_then(|removed| {
+            if let Some(devices) = &mut devices {
+                devices.extend(linux::devices_of(&netns)?);
+            }
+            Ok(removed)
+        });
+        match stripped {
             Ok(removed) if removed == Stripped::default() => {}
             Ok(removed) => report.namespaces.push(NamespaceReport { inode, pod, removed }),
             Err(error) => report.errors.push(match pod {
@@ -95,12 +101,10 @@ pub fn uninstall(options: &Options) -> anyhow::Result<Report> {
                 None => format!("network namespace {inode}: {error}"),
             }),
         }
-        devices.extend(linux::devices_of(&netns)?);
     }
     let is_unknown = options.known_only && pins.is_none() && report.records == 0;
     if !is_unknown {
-        let known = options.known_only.then_some(&devices);
-        let host = linux::strip_host(&records.early_demux(), known);
+        let host = linux::strip_host(&records.early_demux(), devices.as_ref());
         report.host = host.context("the host's network namespace")?;
     }
     if !report.errors.is_empty() {
