@@ -610,17 +610,20 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         Ok(())
     }
 
-    /// Steers a pod no longer. Returns whether it was.
-    pub(crate) async fn forget(&self, uid: &str) -> bool {
-        let Some(mut slot) = self.slots.find(uid).await else { return false };
-        let known = slot.take();
-        if let Some(known) = &known
-            && let Err(error) = self.end(known).await
-        {
-            tracing::error!(%error, "pod that is no longer wanted is not un-enrolled");
+    /// Steers a pod no longer. Returns whether it was. On an error the pod is known still, so that the caller can try again.
+    pub(crate) async fn forget(&self, uid: &str) -> Result<bool, Error> {
+        let Some(mut slot) = self.slots.find(uid).await else { return Ok(false) };
+        let mut outcome = Ok(false);
+        if let Some(known) = &mut *slot {
+            outcome = self.end(known).await.map(|()| true);
+            if outcome.is_ok() {
+                *slot = None;
+            } else {
+                known.removing = true;
+            }
         }
         self.release(slot, uid).await;
-        known.is_some()
+        outcome
     }
 
     /// Forgets an attachment, and the pod with its last one. What is not known is forgotten already. On an error the pod is known

@@ -261,29 +261,35 @@ impl<D: Datapath + Send + 'static> Controller<D> {
     /// Looks at one pod. Returns when to look again, if nothing happens before.
     async fn reconcile(&self, uid: &str, stop: &watch::Receiver<bool>) -> Option<Duration> {
         let Some(Known { pod, namespace }) = self.store.pod(uid) else {
+            let mut memory = self.memory().remove(uid).unwrap_or_default();
             // Before that, an absent pod may only be one that was not listed yet.
-            if self.store.is_synced() {
-                self.pods.forget(uid).await;
+            if self.store.is_synced()
+                && let Err(again) = self.forget(uid, &mut memory).await
+            {
+                self.memory().insert(uid.into(), memory);
+                return Some(again);
             }
-            self.memory().remove(uid);
             return None;
         };
         let mut memory = self.memory().get(uid).cloned().unwrap_or_default();
         let decision = decide(&pod, namespace.as_ref(), &self.rules);
         let again = match decision {
             Decision::No(Reason::NamespaceUnknown) => None,
-            Decision::No(reason) => {
-                if self.pods.forget(uid).await {
-                    tracing::info!(pod = %pod.identity(), uid, %reason, "pod was un-enrolled");
+            Decision::No(reason) => match self.forget(uid, &mut memory).await {
+                Ok(was_enrolled) => {
+                    if was_enrolled {
+                        tracing::info!(pod = %pod.identity(), uid, %reason, "pod was un-enrolled");
+                    }
+                    memory = Memory { told: memory.told, ..Memory::default() };
+                    // Nothing in an excluded namespace is touched.
+                    if reason == Reason::Excluded {
+                        None
+                    } else {
+                        self.annotate(&pod, None, &mut memory, stop).await
+                    }
                 }
-                memory = Memory { told: memory.told, ..Memory::default() };
-                // Nothing in an excluded namespace is touched.
-                if reason == Reason::Excluded {
-                    None
-                } else {
-                    self.annotate(&pod, None, &mut memory, stop).await
-                }
-            }
+                Err(again) => Some(again),
+            },
             Decision::Refuse(bad) => {
                 // It stays as it is, steered or not.
                 self.complain(&pod, "BadAnnotation", &bad.to_string(), &mut memory, stop).await;
@@ -293,6 +299,17 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         };
         self.memory().insert(uid.into(), memory);
         again
+    }
+
+    /// Un-enrolls a pod. Returns whether it was enrolled, or when to try again.
+    async fn forget(&self, uid: &str, memory: &mut Memory) -> Result<bool, Duration> {
+        self.pods.forget(uid).await.map_err(|error| {
+            memory.failures = memory.failures.saturating_add(1);
+            if memory.failures % 10 == 1 {
+                tracing::error!(uid, %error, "pod that is no longer wanted is not un-enrolled");
+            }
+            pause(memory.failures, self.timing.api)
+        })
     }
 
     async fn enrol(

@@ -160,8 +160,8 @@ async fn a_running_pod_is_one_pods() {
     node.pods.adopt(wanted("u", "a", &["10.0.0.2"]), vec![sandbox]).await.unwrap();
     assert!(node.kernel.state().applied.is_empty());
 
-    assert!(node.pods.forget("u").await);
-    assert!(!node.pods.forget("u").await);
+    assert!(node.pods.forget("u").await.unwrap());
+    assert!(!node.pods.forget("u").await.unwrap());
     assert!(node.kernel.facts(cookie).is_empty());
     assert!(node.pods.ownership.containers().is_empty());
 }
@@ -246,8 +246,35 @@ async fn a_failed_second_add_leaves_the_pod_as_it_was() {
         assert!(matches!(error, Error::Datapath(_)), "{error}");
         as_it_was(&format!("{address}, refused step")).await;
     }
-    assert!(node.pods.forget("u").await, "the pod is no longer known");
+    assert!(node.pods.forget("u").await.unwrap(), "the pod is no longer known");
     assert!(node.kernel.facts(cookie).is_empty());
+}
+
+/// A step of the removal fails: it is tried again at once, or the pod is known still and the next try removes it.
+#[tokio::test]
+async fn a_pod_that_can_not_be_removed_is_known_still() {
+    for address in ["10.0.0.2", "fd00::2", "::ffff:10.0.0.2"] {
+        let mut failures = 0;
+        for step in 0.. {
+            let node = Node::start();
+            let (netns, cookie) = node.netns("pod", &["10.0.0.2", "fd00::2"]);
+            let sandbox = Sandbox { netns, containers: BTreeSet::new() };
+            adopt(&node.pods, wanted("u", "a", &[address]), sandbox).await;
+            let now = node.kernel.state().applied.len();
+            node.kernel.state().fail_at = Some(now + step);
+            if let Err(error) = node.pods.forget("u").await {
+                failures += 1;
+                assert!(matches!(error, Error::NotRemoved { .. }), "{error}");
+                assert_eq!(node.pods.uids().await, ["u"], "{address}, step {step}");
+                assert!(node.pods.forget("u").await.unwrap());
+            }
+            assert!(node.kernel.facts(cookie).is_empty() && node.pods.uids().await.is_empty());
+            if node.kernel.state().fail_at.is_some() {
+                break;
+            }
+        }
+        assert!(failures > 0, "{address}: no step made it fail");
+    }
 }
 
 /// How long things may take that wait for nobody: much shorter than the proxy's deadline in these tests.
@@ -313,7 +340,7 @@ async fn pods_that_wait_for_a_proxy_delay_nobody() {
         pods.collect(&[]).await;
         assert_eq!(pods.report().await.len(), PODS + 1, "an ADD in progress is no leftover");
         // Removal, also of one that waits.
-        assert!(pods.forget("running").await);
+        assert!(pods.forget("running").await.unwrap());
         pods.del(&attachment("0")).await.unwrap();
     };
     tokio::time::timeout(AT_ONCE, others).await.expect("nobody waits for them");
@@ -446,7 +473,7 @@ async fn an_address_is_the_pods_that_was_brought_with_it_last() {
         let of_old = report.iter().find(|pod| pod.pod.name == "old").unwrap();
         assert_eq!(of_old.addresses, parse(&["10.0.0.3"]));
 
-        assert!(node.pods.forget("new").await);
+        assert!(node.pods.forget("new").await.unwrap());
         node.pods.look_after("old").await;
         assert!(has(old, contested), "{contested}: nobody has it now");
     }
