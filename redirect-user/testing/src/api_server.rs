@@ -43,6 +43,8 @@ pub struct World {
     cuts: u64,
     away: bool,
     bookmarks: u64,
+    /// It knows no streaming lists.
+    lists_only: bool,
     faults: Vec<(String, Fault)>,
     /// Method, path with query.
     pub requests: Vec<(String, String)>,
@@ -204,11 +206,19 @@ impl ApiServer {
         });
     }
 
-    /// How often pods were listed.
+    /// Has it refuse streaming lists, as API servers without them do.
+    pub fn set_lists_only(&self) {
+        self.world().lists_only = true;
+    }
+
+    /// How often pods were listed, in a stream or not.
     #[must_use]
     pub fn lists_of_pods(&self) -> usize {
         let world = self.world();
-        let lists = |path: &str| path.starts_with("/api/v1/pods?") && !path.contains("watch=true");
+        let lists = |path: &str| {
+            path.starts_with("/api/v1/pods?")
+                && (!path.contains("watch=true") || path.contains("sendInitialEvents=true"))
+        };
         world.requests.iter().filter(|(_, path)| lists(path)).count()
     }
 
@@ -253,6 +263,11 @@ impl World {
             object["metadata"]["resourceVersion"] = json!(self.version.to_string());
             self.history.push((self.version, collection(path).into(), "DELETED", object));
         }
+    }
+
+    fn list(&self, list: &str, node: Option<&str>) -> Vec<Value> {
+        let listed = |(key, object): &(&String, &Value)| collection(key) == list && on_node(object, node);
+        self.objects.iter().filter(listed).map(|(_, object)| object.clone()).collect()
     }
 
     fn take_fault(&mut self, request: &str) -> Option<Fault> {
@@ -313,6 +328,9 @@ impl Connection {
                 return Ok(());
             }
             match fault {
+                None if query.contains("sendInitialEvents=true") && self.world().lists_only => {
+                    respond(&mut stream, 422, None, &failure(422).to_string()).await?;
+                }
                 None if query.contains("watch=true") => return self.watch(&mut stream, &request).await,
                 None => {
                     let (status, body) = self.answer(request);
@@ -339,17 +357,11 @@ impl Connection {
     }
 
     fn answer(&self, request: Request) -> (u16, Value) {
-        let Request { method, path, query, body, .. } = request;
+        let Request { method, path, query, mut body, .. } = request;
         let mut world = self.world();
         match (method.as_str(), path.as_str()) {
             ("GET", list) if matches!(list, PODS | NAMESPACES) || list.ends_with(DAEMONSETS) => {
-                let node = node(&query);
-                let items: Vec<Value> = world
-                    .objects
-                    .iter()
-                    .filter(|(key, object)| collection(key) == list && on_node(object, node.as_deref()))
-                    .map(|(_, object)| object.clone())
-                    .collect();
+                let items = world.list(list, node(&query).as_deref());
                 let metadata = json!({"resourceVersion": world.version.to_string()});
                 (200, json!({"apiVersion": "v1", "kind": "List", "metadata": metadata, "items": items}))
             }
@@ -363,10 +375,20 @@ impl Connection {
                 if !stem.trim_end_matches('-').ends_with(|c: char| c.is_ascii_alphanumeric()) {
                     return (422, failure(422));
                 }
+                body["metadata"]["name"] = format!("{stem}{}", world.events.len()).into();
                 world.events.push(body.clone());
                 (201, body)
             }
-            ("PATCH", events) if events.contains("/events/") => (200, body),
+            ("PATCH", key) if key.contains("/events/") => {
+                let name = key.rsplit('/').next().unwrap();
+                match world.events.iter_mut().find(|event| event["metadata"]["name"] == name) {
+                    Some(event) => {
+                        merge(event, &body);
+                        (200, event.clone())
+                    }
+                    None => (404, failure(404)),
+                }
+            }
             ("PATCH", status) => {
                 let key = status.trim_end_matches("/status");
                 let Some(mut object) = world.objects.get(key).cloned() else { return (404, failure(404)) };
@@ -385,8 +407,19 @@ impl Connection {
     }
 
     async fn watch(&mut self, stream: &mut BufReader<TcpStream>, request: &Request) -> io::Result<()> {
-        let mut seen: u64 = parameter(&request.query, "resourceVersion").unwrap().parse().unwrap();
         let node = node(&request.query);
+        let (mut seen, mut listed) = if request.query.contains("sendInitialEvents=true") {
+            // Without a version the list is as new as the request.
+            assert_eq!(parameter(&request.query, "resourceVersion").unwrap_or_default(), "");
+            let world = self.world();
+            let line = |object| json!({"type": "ADDED", "object": object});
+            let mut listed: Vec<Value> =
+                world.list(&request.path, node.as_deref()).into_iter().map(line).collect();
+            listed.push(bookmark(world.version, &json!({"k8s.io/initial-events-end": "true"})));
+            (world.version, listed)
+        } else {
+            (parameter(&request.query, "resourceVersion").unwrap().parse().unwrap(), Vec::new())
+        };
         stream
             .write_all(
                 b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n",
@@ -398,7 +431,7 @@ impl Connection {
         };
         loop {
             self.changes.borrow_and_update();
-            let mut lines = Vec::new();
+            let mut lines = std::mem::take(&mut listed);
             let cut = {
                 let world = self.world();
                 if seen < world.oldest {
@@ -413,9 +446,7 @@ impl Connection {
                     seen = world.version;
                     if world.bookmarks != bookmarks {
                         bookmarks = world.bookmarks;
-                        let metadata = json!({"resourceVersion": seen.to_string()});
-                        let object = json!({"apiVersion": "v1", "kind": "Pod", "metadata": metadata});
-                        lines.push(json!({"type": "BOOKMARK", "object": object}));
+                        lines.push(bookmark(seen, &json!({})));
                     }
                 }
                 world.cuts != cuts
@@ -433,6 +464,11 @@ impl Connection {
             }
         }
     }
+}
+
+fn bookmark(version: u64, annotations: &Value) -> Value {
+    let metadata = json!({"resourceVersion": version.to_string(), "annotations": annotations});
+    json!({"type": "BOOKMARK", "object": {"apiVersion": "v1", "kind": "Pod", "metadata": metadata}})
 }
 
 fn collection(key: &str) -> &str {

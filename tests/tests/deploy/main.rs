@@ -22,6 +22,7 @@ fn main() -> ExitCode {
         trial("chart::everything_on", everything_on),
         trial("chart::wrong_values_are_refused", wrong_values_are_refused),
         trial("chart::rights_are_minimal", rights_are_minimal),
+        trial("chart::rollouts_keep_pace_with_the_cluster", rollouts),
         trial("manifests::are_valid", manifests_are_valid),
         trial("samples::are_valid", samples_are_valid),
         trial("objects::unknown_fields_are_found", unknown_fields_are_found),
@@ -229,6 +230,17 @@ fn wrong_values_are_refused() -> Result<()> {
     Ok(())
 }
 
+/// One node after the other would take hours with thousands of them.
+fn rollouts() -> Result<()> {
+    let objects = render(&["proxy.enabled=true"])?;
+    for (name, share) in [("mesh", "maxUnavailable"), ("mesh-proxy", "maxSurge")] {
+        let strategy = &daemonset(&objects, name)?["spec"]["updateStrategy"]["rollingUpdate"];
+        let is_share = strategy[share].as_str().is_some_and(|share| share.ends_with('%'));
+        ensure!(is_share, "{name}: {strategy}");
+    }
+    Ok(())
+}
+
 /// Whoever adds a right changes this list as well.
 fn rights_are_minimal() -> Result<()> {
     let objects = render(&[])?;
@@ -242,7 +254,8 @@ fn rights_are_minimal() -> Result<()> {
         Ok(rules.iter().map(|rule| format!("{}: {}", list(rule, "resources"), list(rule, "verbs"))).collect())
     };
     ensure!(
-        rules("ClusterRole")? == ["pods,namespaces: get,list,watch", "pods/status: patch", "events: create"]
+        rules("ClusterRole")?
+            == ["pods,namespaces: get,list,watch", "pods/status: patch", "events: create,patch"]
     );
     ensure!(rules("Role")? == ["daemonsets: get,list,watch"]);
     let container = &of_kind(&objects, "DaemonSet")?["spec"]["template"]["spec"]["containers"][0];

@@ -3,13 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kube::client::ClientBuilder;
+use hyper::Request;
 use kube::client::retry::RetryPolicy;
+use kube::client::{Body, ClientBuilder};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use tower::buffer::BufferLayer;
 use tower::limit::RateLimitLayer;
 use tower::retry::RetryLayer;
+use tower::util::MapRequestLayer;
 
 /// Longer than a watch may be quiet: the API server ends each after 290 s.
 const READ: Duration = Duration::from_secs(300);
@@ -70,10 +72,23 @@ pub(crate) fn client_at(rate: Rate, mut config: Config) -> Result<Client, Client
         .map_err(|error| failed(kube::Error::Service(error.into())))?;
     Ok(ClientBuilder::try_from(config)
         .map_err(failed)?
+        .with_layer(&MapRequestLayer::new(newest))
         .with_layer(&RateLimitLayer::new(rate.requests, rate.period))
         .with_layer(&BufferLayer::new(64))
         .with_layer(&RetryLayer::new(policy))
         .build())
+}
+
+/// Has a streaming list begin with the newest state, which kube has no setting for: it asks for any state. An older one may lack a
+/// pod that was just enrolled, or a label that was just set, and the agent would take a running pod out of the mesh.
+fn newest(mut request: Request<Body>) -> Request<Body> {
+    let uri = request.uri().to_string();
+    if uri.contains("sendInitialEvents=true")
+        && let Ok(newest) = uri.replace("resourceVersion=0", "resourceVersion=").parse()
+    {
+        *request.uri_mut() = newest;
+    }
+    request
 }
 
 #[cfg(test)]

@@ -44,7 +44,8 @@ struct Memory {
     failures: u32,
     /// What was last said about it.
     complaint: Option<String>,
-    unacknowledged_since: Option<Instant>,
+    /// Whether there is no event of that yet.
+    untold: bool,
     /// The annotation that was last written. The informer shows it a little later.
     told: Option<(Option<Redirection>, Instant)>,
 }
@@ -242,11 +243,19 @@ impl<D: Datapath + Send + 'static> Controller<D> {
     /// Tells whoever looks at a pod that something else interferes with it.
     async fn tell_repairs(self: Arc<Self>) {
         let mut repairs = self.pods.repairs().subscribe();
+        let mut ticks = interval(self.timing.events);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            let Repair { pod, what } = match repairs.recv().await {
-                Ok(repair) => repair,
-                Err(RecvError::Lagged(_)) => continue,
-                Err(RecvError::Closed) => return,
+            let Repair { pod, what } = tokio::select! {
+                repair = repairs.recv() => match repair {
+                    Ok(repair) => repair,
+                    Err(RecvError::Lagged(_)) => continue,
+                    Err(RecvError::Closed) => return,
+                },
+                _ = ticks.tick() => {
+                    self.status.count_repeated().await;
+                    continue;
+                }
             };
             let Some(Known { pod, .. }) = self.store.pod(&pod.uid) else { continue };
             let message = format!("repaired after changes by other software on the node: {what}");
@@ -292,8 +301,9 @@ impl<D: Datapath + Send + 'static> Controller<D> {
             },
             Decision::Refuse(bad) => {
                 // It stays as it is, steered or not.
-                self.complain(&pod, "BadAnnotation", &bad.to_string(), &mut memory, stop).await;
-                self.show(&pod, None, &mut memory, stop).await
+                let told = self.complain(&pod, "BadAnnotation", &bad.to_string(), &mut memory, stop).await;
+                let shown = self.show(&pod, None, &mut memory, stop).await;
+                [told, shown].into_iter().flatten().min()
             }
             Decision::Enrol(settings) => self.enrol(&pod, settings, &mut memory, stop).await,
         };
@@ -338,7 +348,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
                 // A pod that is just being set up or taken down is not worth an alarm.
                 let passing = matches!(error, Error::NoNamespace(_)) && memory.failures < 3;
                 if !passing {
-                    self.complain(pod, reason, &error.to_string(), memory, stop).await;
+                    let _ = self.complain(pod, reason, &error.to_string(), memory, stop).await;
                 }
                 let _ = self.show(pod, Some(Redirection::Pending), memory, stop).await;
                 Some(pause(memory.failures, self.timing.api))
@@ -381,16 +391,10 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         stop: &watch::Receiver<bool>,
     ) -> Option<Duration> {
         let standing = self.pods.standing(&pod.uid).await;
-        let unacknowledged = match &standing {
-            Some(Standing { steered: true, proxy, .. }) => {
-                !matches!(proxy, PodProxyState::Acknowledged | PodProxyState::Kept)
-            }
-            Some(Standing { steered: false, .. }) | None => false,
-        };
+        let unacknowledged = standing.as_ref().is_some_and(|standing| {
+            standing.steered && !matches!(standing.proxy, PodProxyState::Acknowledged | PodProxyState::Kept)
+        });
         let awaiting = standing.as_ref().is_some_and(|standing| standing.awaiting);
-        let since = unacknowledged.then(|| memory.unacknowledged_since.unwrap_or_else(Instant::now));
-        memory.unacknowledged_since = since;
-        let in_grace = since.is_some_and(|since| since.elapsed() < self.timing.grace);
         // The informer shows a little later what was written.
         let shown = match memory.told {
             Some((told, _)) => told == Some(Redirection::Enabled),
@@ -398,10 +402,14 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         };
         let state = match standing {
             None => otherwise,
-            Some(Standing { steered: false, .. }) => Some(Redirection::Pending),
-            Some(Standing { proxy: PodProxyState::Refused(_), .. }) => Some(Redirection::Pending),
-            Some(_) if !unacknowledged => Some(Redirection::Enabled),
-            Some(_) if in_grace && shown => Some(Redirection::Enabled),
+            Some(
+                Standing { steered: false, .. }
+                | Standing { awaiting: true, .. }
+                | Standing { proxy: PodProxyState::Refused(_), .. },
+            ) => Some(Redirection::Pending),
+            // A captured pod stays enabled while its proxy is away: the mesh's control plane tells every other proxy by the
+            // annotation whether to encrypt what it sends to the pod, and a node has hundreds of them.
+            Some(_) if shown || !unacknowledged => Some(Redirection::Enabled),
             Some(_) => Some(Redirection::Pending),
         };
         let again = self.annotate(pod, state, memory, stop).await;
@@ -444,7 +452,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         }
     }
 
-    /// Says once what is wrong with a pod, here and in Kubernetes.
+    /// Says once what is wrong with a pod, here and in Kubernetes. Returns when to try again.
     async fn complain(
         &self,
         pod: &PodView,
@@ -452,15 +460,28 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         message: &str,
         memory: &mut Memory,
         stop: &watch::Receiver<bool>,
-    ) {
-        if memory.complaint.as_deref() == Some(message) {
-            return;
+    ) -> Option<Duration> {
+        if memory.complaint.as_deref() != Some(message) {
+            memory.complaint = Some(message.into());
+            memory.untold = true;
+            events().pod_refused(reason);
+            tracing::warn!(pod = %pod.identity(), uid = pod.uid, reason, error = message, "cannot enroll pod");
         }
-        memory.complaint = Some(message.into());
-        events().pod_refused(reason);
-        tracing::warn!(pod = %pod.identity(), uid = pod.uid, reason, error = message, "cannot enroll pod");
-        if let Some(Err(error)) = self.call(self.status.warn(pod, reason, message), stop).await {
-            tracing::warn!(pod = %pod.identity(), error, "cannot create event");
+        if !memory.untold {
+            return None;
+        }
+        match self.call(self.status.warn(pod, reason, message), stop).await? {
+            Ok(()) => {
+                memory.untold = false;
+                None
+            }
+            Err(error) => {
+                memory.failures = memory.failures.saturating_add(1);
+                if memory.failures % 10 == 1 {
+                    tracing::warn!(pod = %pod.identity(), error, "cannot create event");
+                }
+                Some(pause(memory.failures, self.timing.api))
+            }
         }
     }
 

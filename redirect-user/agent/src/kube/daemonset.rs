@@ -4,16 +4,15 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use futures::StreamExt as _;
 use k8s_openapi::api::apps::v1::DaemonSet;
 use kube::Api;
 use kube::api::ObjectMeta;
 use kube::core::PartialObjectMeta;
-use kube::runtime::WatchStreamExt as _;
-use kube::runtime::watcher::{Config, Event, watcher};
+use kube::runtime::watcher::{Config, watcher};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use super::informer::{Patience, Sink, follow};
 use super::{client, config};
 
 /// A pod that ends has 30 seconds in all.
@@ -45,36 +44,14 @@ impl OwnDaemonSet {
     ) -> anyhow::Result<Self> {
         let api: Api<PartialObjectMeta<DaemonSet>> =
             Api::namespaced(client(config(kubeconfig).await?)?, namespace);
-        let (sender, going) = watch::channel(false);
+        let (seen, going) = watch::channel(false);
         // During an upgrade the status changes with every node, and every agent hears of it: it is not sent along.
-        let only = Config::default().fields(&format!("metadata.name={name}")).any_semantic();
-        // Pages would be read past the API server's cache.
-        let only = Config { page_size: None, ..only };
-        let seen = watcher(api.clone(), only).default_backoff();
-        let mut listed = true;
-        let task = tokio::spawn(seen.for_each(move |seen| {
-            let now = match seen {
-                Ok(Event::Init) => {
-                    listed = true;
-                    None
-                }
-                Ok(Event::InitApply(found)) => {
-                    listed = is_going(&found.metadata);
-                    None
-                }
-                Ok(Event::InitDone) => Some(listed),
-                Ok(Event::Apply(found)) => Some(is_going(&found.metadata)),
-                Ok(Event::Delete(_)) => Some(true),
-                Err(error) => {
-                    tracing::debug!(%error, "cannot watch the agent's DaemonSet");
-                    None
-                }
-            };
-            if let Some(now) = now {
-                sender.send_replace(now);
-            }
-            std::future::ready(())
-        }));
+        let only = Config::default().fields(&format!("metadata.name={name}"));
+        let watched = api.clone();
+        let sink = Own { seen, listed: true };
+        let task = tokio::spawn(async move {
+            follow(|config| watcher(watched.clone(), config), only, sink, Patience::default()).await;
+        });
         Ok(Self { api, name: name.to_owned(), going, task })
     }
 
@@ -88,6 +65,39 @@ impl OwnDaemonSet {
             Err(silence) => silence,
         };
         if *self.going.borrow() { Ok(true) } else { Err(error) }
+    }
+}
+
+/// Where the watch goes.
+struct Own {
+    seen: watch::Sender<bool>,
+    /// Whether it is going by the list that is being read, where it may be missing.
+    listed: bool,
+}
+
+impl Sink<PartialObjectMeta<DaemonSet>> for Own {
+    fn name(&self) -> &'static str {
+        "daemonsets"
+    }
+
+    fn begin(&mut self) {
+        self.listed = true;
+    }
+
+    fn listed(&mut self, found: PartialObjectMeta<DaemonSet>) {
+        self.listed = is_going(&found.metadata);
+    }
+
+    fn complete(&mut self) {
+        self.seen.send_replace(self.listed);
+    }
+
+    fn changed(&self, found: PartialObjectMeta<DaemonSet>) {
+        self.seen.send_replace(is_going(&found.metadata));
+    }
+
+    fn deleted(&self, _: PartialObjectMeta<DaemonSet>) {
+        self.seen.send_replace(true);
     }
 }
 
@@ -134,17 +144,17 @@ mod tests {
     #[tokio::test]
     async fn an_upgrade_costs_one_watch_of_metadata() {
         const NODES: usize = 5000;
-        const LIST: &str = "GET /apis/apps/v1/namespaces/mesh/daemonsets?";
         let (server, own) = watched().await;
         for _ in 0..NODES {
             server.put_daemonset("mesh", "redirect", false);
         }
-        assert!(!own.is_deleted().await.unwrap());
-        let lists = server.count(LIST) - server.count("watch=true");
-        assert_eq!((lists, server.count("watch=true"), server.count(GET)), (1, 1, 1));
-        // From the API server's cache, and no more than metadata.
-        assert_eq!(server.count("resourceVersion=0"), 1);
-        assert_eq!(server.requests_for_metadata(), 3);
+        // It hears of all of them before it hears of the end.
+        server.put_daemonset("mesh", "redirect", true);
+        let mut going = own.going.clone();
+        tokio::time::timeout(DEADLINE * 6, going.wait_for(|going| *going)).await.unwrap().unwrap();
+        assert!(own.is_deleted().await.unwrap());
+        assert_eq!((server.count("watch=true"), server.count(GET), server.count("")), (1, 1, 2));
+        assert_eq!(server.requests_for_metadata(), 2);
     }
 
     #[tokio::test]

@@ -9,7 +9,7 @@ use futures::{Stream, StreamExt};
 use k8s_openapi::api::core::v1::Namespace;
 use kube::api::{Api, ObjectMeta};
 use kube::core::{DeserializeGuard, PartialObjectMeta, Resource};
-use kube::runtime::watcher::{self, Event, watcher};
+use kube::runtime::watcher::{self, Config, Event, InitialListStrategy, watcher};
 use kube::{Client, ResourceExt};
 use tokio::time::{sleep, timeout};
 
@@ -39,10 +39,11 @@ impl Default for Patience {
 }
 
 /// Where what is watched goes.
-trait Sink<K>: Send + Sync {
+pub(super) trait Sink<K>: Send + Sync {
     /// In messages.
     fn name(&self) -> &'static str;
-    fn begin(&self);
+    /// A list begins, possibly after one that was never completed.
+    fn begin(&mut self);
     fn listed(&mut self, object: K);
     fn complete(&mut self);
     fn changed(&self, object: K);
@@ -51,34 +52,46 @@ trait Sink<K>: Send + Sync {
 
 /// Watches the pods of a node. Never returns.
 pub(super) async fn pods(client: Client, node: String, rules: Rules, store: Arc<Store>, patience: Patience) {
-    let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
-    let start = || watcher(Api::<DeserializeGuard<ApiPod>>::all(client.clone()), config.clone());
-    follow(start, PodSink { store, rules, listed: Vec::new() }, patience).await;
+    let config = Config::default().fields(&format!("spec.nodeName={node}"));
+    let start = |config| watcher(Api::<DeserializeGuard<ApiPod>>::all(client.clone()), config);
+    follow(start, config, PodSink { store, rules, listed: Vec::new() }, patience).await;
 }
 
 /// Watches all namespaces' metadata. Never returns.
 pub(super) async fn namespaces(client: Client, rules: Rules, store: Arc<Store>, patience: Patience) {
-    let start = || {
-        let namespaces = Api::<PartialObjectMeta<Namespace>>::all(client.clone());
-        watcher(namespaces, watcher::Config::default())
-    };
-    follow(start, NamespaceSink { store, rules, listed: Vec::new() }, patience).await;
+    let start = |config| watcher(Api::<PartialObjectMeta<Namespace>>::all(client.clone()), config);
+    let sink = NamespaceSink { store, rules, listed: Vec::new() };
+    follow(start, Config::default(), sink, patience).await;
 }
 
-async fn follow<K, S>(start: impl Fn() -> S, mut sink: impl Sink<K>, patience: Patience)
-where
+/// Lists and watches. Never returns.
+///
+/// The list is a stream that the API server answers from its cache. A server without such streams gets to read one list in one piece:
+/// it answers that from its cache as well (since Kubernetes 1.31), but reads pages of it from etcd, all pods of the cluster each time.
+pub(super) async fn follow<K, S>(
+    start: impl Fn(Config) -> S,
+    config: Config,
+    mut sink: impl Sink<K>,
+    patience: Patience,
+) where
     K: Resource + Debug,
     S: Stream<Item = watcher::Result<Event<K>>>,
 {
+    let mut config = Config { page_size: None, ..config.streaming_lists() };
     let mut failures: u32 = 0;
     loop {
-        let mut events = std::pin::pin!(start());
+        let mut events = std::pin::pin!(start(config.clone()));
         let mut listing = true;
         loop {
             // A watch may be quiet for as long as it likes, a list may not. The watcher sees to watches that have died.
             let limit = if listing { patience.list } else { Duration::MAX };
             let event = match timeout(limit, events.next()).await {
                 Ok(Some(Ok(event))) => event,
+                Ok(Some(Err(error))) if is_streaming(&config) && lacks_streams(&error) => {
+                    tracing::debug!(of = sink.name(), %error, "API server has no streaming lists");
+                    config.initial_list_strategy = InitialListStrategy::ListWatch;
+                    break;
+                }
                 Ok(Some(Err(error))) => {
                     failures = failures.saturating_add(1);
                     metrics::events().watch_failed(sink.name());
@@ -90,6 +103,8 @@ where
                     failures = failures.saturating_add(1);
                     metrics::events().watch_failed(sink.name());
                     tracing::warn!(of = sink.name(), "API server did not finish its list, restarting it");
+                    // One that does not know of streams never ends one.
+                    config.initial_list_strategy = InitialListStrategy::ListWatch;
                     sleep(pause(failures, patience)).await;
                     break;
                 }
@@ -110,6 +125,18 @@ where
     }
 }
 
+fn is_streaming(config: &Config) -> bool {
+    config.initial_list_strategy == InitialListStrategy::StreamingList
+}
+
+/// Whether the API server refuses the request as such.
+fn lacks_streams(error: &watcher::Error) -> bool {
+    matches!(
+        error,
+        watcher::Error::WatchStartFailed(kube::Error::Api(status)) if status.code == 400 || status.code == 422
+    )
+}
+
 /// The first failure and every tenth are for people to read.
 fn tell(error: &watcher::Error, failures: u32, of: &str) {
     if failures % 10 != 1 {
@@ -122,9 +149,9 @@ fn tell(error: &watcher::Error, failures: u32, of: &str) {
         | watcher::Error::WatchFailed(kube::Error::Api(status)) if status.code == 401 || status.code == 403
     );
     let remedy = if forbidden {
-        "allow the agent's service account to list and watch pods and namespaces"
+        format!("allow the agent's service account to list and watch {of}")
     } else {
-        "the agent goes on with what it knows, and tries again"
+        "the agent goes on with what it knows, and tries again".to_owned()
     };
     tracing::warn!(of, %error, failures, remedy, "API server watch failed");
 }
@@ -168,7 +195,8 @@ impl Sink<DeserializeGuard<ApiPod>> for PodSink {
         "pods"
     }
 
-    fn begin(&self) {
+    fn begin(&mut self) {
+        self.listed.clear();
         self.store.begin_pods();
     }
 
@@ -218,7 +246,9 @@ impl Sink<PartialObjectMeta<Namespace>> for NamespaceSink {
         "namespaces"
     }
 
-    fn begin(&self) {}
+    fn begin(&mut self) {
+        self.listed.clear();
+    }
 
     fn listed(&mut self, namespace: PartialObjectMeta<Namespace>) {
         self.listed.extend(self.view(namespace));

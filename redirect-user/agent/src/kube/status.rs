@@ -1,13 +1,18 @@
 //! Reports to Kubernetes: a pod's annotation, and events.
 
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, ObjectMeta, Patch, PatchParams, PostParams};
 use kube::core::PartialObjectMeta;
-use kube::{Client, Error};
+use kube::{Client, Error, ResourceExt as _};
+use parking_lot::Mutex;
 use serde_json::json;
+use tokio::time::timeout;
 
 use super::api::{PodView, REDIRECTION};
 
@@ -17,6 +22,11 @@ const REPORTER: &str = "ambient-redirect";
 const NOTE: usize = 1024;
 /// The API takes this many characters in an instance's name.
 const INSTANCE: usize = 128;
+
+/// What has not happened for so long makes a new event when it happens again.
+const SERIES: Duration = Duration::from_mins(6);
+/// How long the API server may take to count a repeated event.
+const COUNT: Duration = Duration::from_secs(10);
 
 /// What a pod's annotation says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,11 +50,32 @@ impl Redirection {
 pub(super) struct StatusWriter {
     client: Client,
     node: String,
+    events: Mutex<HashMap<Said, Series>>,
+}
+
+/// What an event says, and of which pod.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Said {
+    uid: String,
+    namespace: String,
+    reason: String,
+    note: String,
+}
+
+/// An event that was made.
+struct Series {
+    name: String,
+    /// How often it has happened.
+    times: u32,
+    /// Of which the API server knows so many.
+    known: u32,
+    last: Instant,
+    last_time: Timestamp,
 }
 
 impl StatusWriter {
     pub(super) fn new(client: Client, node: &str) -> Self {
-        Self { client, node: node.chars().take(INSTANCE).collect() }
+        Self { client, node: node.chars().take(INSTANCE).collect(), events: Mutex::default() }
     }
 
     /// Sets a pod's annotation, or removes it. A pod that is gone, or was replaced by one of the same name, is no error.
@@ -68,11 +99,26 @@ impl StatusWriter {
         }
     }
 
-    /// Warns whoever looks at the pod. Events of the same reason are not counted together, for they may say different
-    /// things; who calls this sees to it that nothing is said twice.
+    /// Warns whoever looks at the pod. What was said before is only counted, for [`Self::count_repeated`].
     pub(super) async fn warn(&self, pod: &PodView, reason: &str, message: &str) -> Result<(), Error> {
         let mut note = message.to_owned();
         note.truncate(note.floor_char_boundary(NOTE));
+        let said = Said {
+            uid: pod.uid.clone(),
+            namespace: pod.namespace.clone(),
+            reason: reason.to_owned(),
+            note: note.clone(),
+        };
+        {
+            let mut events = self.events.lock();
+            events.retain(|_, series| series.last.elapsed() < SERIES);
+            if let Some(series) = events.get_mut(&said) {
+                series.times += 1;
+                series.last = Instant::now();
+                series.last_time = Timestamp::now();
+                return Ok(());
+            }
+        }
         let event = Event {
             metadata: ObjectMeta {
                 generate_name: Some(format!("{}-", pod.name)),
@@ -90,6 +136,38 @@ impl StatusWriter {
             ..Event::default()
         };
         let events: Api<Event> = Api::namespaced(self.client.clone(), &pod.namespace);
-        events.create(&PostParams::default(), &event).await.map(|_| ())
+        let name = events.create(&PostParams::default(), &event).await?.name_any();
+        let series = Series { name, times: 1, known: 1, last: Instant::now(), last_time: Timestamp::now() };
+        self.events.lock().insert(said, series);
+        Ok(())
+    }
+
+    /// Writes how often events have happened again, each with one request however often that was.
+    pub(super) async fn count_repeated(&self) {
+        let repeated: Vec<_> = {
+            let events = self.events.lock();
+            let repeated = events.iter().filter(|(_, series)| series.known < series.times);
+            repeated
+                .map(|(said, series)| (said.clone(), series.name.clone(), series.times, series.last_time))
+                .collect()
+        };
+        for (said, name, times, last) in repeated {
+            let patch = json!({"series": {"count": times, "lastObservedTime": MicroTime(last)}});
+            let events: Api<Event> = Api::namespaced(self.client.clone(), &said.namespace);
+            let params = PatchParams::default();
+            let patched = timeout(COUNT, events.patch(&name, &params, &Patch::Merge(&patch))).await;
+            let mut events = self.events.lock();
+            match patched {
+                Ok(Ok(_)) => {
+                    if let Some(series) = events.get_mut(&said) {
+                        series.known = times;
+                    }
+                }
+                // The API server forgets events after a while.
+                Ok(Err(Error::Api(status))) if status.code == 404 => _ = events.remove(&said),
+                Ok(Err(error)) => tracing::debug!(reason = said.reason, %error, "cannot count an event"),
+                Err(_) => tracing::debug!(reason = said.reason, "counting an event timed out"),
+            }
+        }
     }
 }

@@ -5,6 +5,7 @@ mod controller;
 mod faults;
 mod proxy;
 mod real;
+mod requests;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -46,7 +47,7 @@ fn quick() -> Timing {
         admission: Duration::from_millis(500),
         resync: Duration::from_secs(60),
         poll: Duration::from_millis(20),
-        grace: Duration::ZERO,
+        events: Duration::from_millis(50),
         api: Patience {
             first_pause: Duration::from_millis(20),
             longest_pause: Duration::from_millis(100),
@@ -114,6 +115,10 @@ impl Node {
 
     async fn proxy(&self) -> Proxy {
         Proxy::connect(&self.directory.path().join("zds.sock")).await
+    }
+
+    async fn proxy_that_refuses(&self, uids: BTreeSet<String>) -> Proxy {
+        Proxy::connect_refusing(&self.directory.path().join("zds.sock"), uids).await
     }
 
     /// Runs a process of a pod, in a namespace with these addresses. Returns the namespace's cookie.

@@ -15,9 +15,8 @@ pub(crate) struct Timing {
     pub(crate) resync: Duration,
     /// Interval for checking a pod that the proxy has not acknowledged.
     pub(crate) poll: Duration,
-    /// How long a pod keeps the annotation `enabled` that no proxy acknowledges, while proxy or agent restart. Its
-    /// traffic does not get past the kernel meanwhile.
-    pub(crate) grace: Duration,
+    /// How often the API server is told how often something has happened again.
+    pub(crate) events: Duration,
     pub(crate) api: Patience,
 }
 
@@ -28,7 +27,7 @@ impl Default for Timing {
             admission: Duration::from_secs(12),
             resync: Duration::from_secs(60),
             poll: Duration::from_secs(1),
-            grace: Duration::from_secs(30),
+            events: Duration::from_secs(60),
             api: Patience::default(),
         }
     }

@@ -34,9 +34,14 @@ impl Drop for Proxy {
 
 impl Proxy {
     pub(super) async fn connect(path: &Path) -> Self {
+        Self::connect_refusing(path, BTreeSet::new()).await
+    }
+
+    /// Refuses these pods from its first packet on.
+    pub(super) async fn connect_refusing(path: &Path, refuse: BTreeSet<String>) -> Self {
         let socket = UnixSeqpacket::connect(path).await.unwrap();
         packet::send(&socket, &Hello { version: 1 }, None).await.unwrap();
-        let seen = Arc::new(Mutex::new(Seen::default()));
+        let seen = Arc::new(Mutex::new(Seen { refuse, ..Seen::default() }));
         let task = tokio::spawn(converse(socket, Arc::clone(&seen)));
         Self { seen, task }
     }
