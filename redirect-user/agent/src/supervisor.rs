@@ -1,5 +1,5 @@
-//! Runs the agent's services. A service that ends before the agent does is an event with a cause: it is logged, health and
-//! readiness show it, and it is restarted where that can help. A panic is no such event: it ends the agent.
+//! Runs the agent's services. A service that ends before the agent does is an event with a cause: it is logged and counted, health
+//! and readiness show it, and it is restarted where that can help. A panic is no such event: it ends the agent.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -9,6 +9,8 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinHandle};
 use tokio::time::{sleep, timeout};
+
+use crate::metrics::events::events;
 
 /// The pause before a service is restarted. It doubles with each restart.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -120,6 +122,7 @@ impl Supervisor {
         F: Future<Output = anyhow::Result<()>> + Send + 'static,
     {
         let (stopped, ended) = (self.stopped(), Arc::clone(&self.ended));
+        events().service_begins(name);
         self.services.push((name, tokio::spawn(supervise(name, stop, stopped, ended, start))));
     }
 
@@ -192,6 +195,7 @@ async fn supervise<F>(
         }
         let cause = failure(outcome).unwrap_or_else(|| "it ended".into());
         tracing::error!(service, cause, "a service of the agent ended");
+        events().service_ended(service);
         ended.send_modify(|ended| _ = ended.insert(service, Ended { cause, for_good: false }));
         tokio::select! {
             () = sleep(pause) => pause = (2 * pause).min(LONGEST_PAUSE),

@@ -34,7 +34,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 }
 
 /// The status and the body of an answer, over IPv4 and IPv6 alike.
-fn get(node: &Node, path: &str) -> Result<(String, String)> {
+pub(crate) fn get(node: &Node, path: &str) -> Result<(String, String)> {
     let connect = |address: IpAddr| move || Ok(TcpStream::connect(SocketAddr::new(address, PORT)).ok());
     let over = |address: IpAddr| {
         node.netns()
@@ -55,14 +55,14 @@ fn ask(mut stream: TcpStream, path: &str) -> Result<(String, String)> {
     Ok((head.split(' ').nth(1).unwrap_or_default().to_owned(), body.to_owned()))
 }
 
-fn scrape(node: &Node) -> Result<String> {
+pub(crate) fn scrape(node: &Node) -> Result<String> {
     let (status, body) = get(node, "/metrics")?;
     ensure!(status == "200", "{status}: {body}");
     Ok(body)
 }
 
 /// The value of a series; one that is not there is zero.
-fn value(text: &str, series: &str) -> Result<f64> {
+pub(crate) fn value(text: &str, series: &str) -> Result<f64> {
     let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
     line.map_or(Ok(0.0), |value| Ok(value.parse()?))
 }

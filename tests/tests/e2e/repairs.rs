@@ -1,6 +1,7 @@
 //! What others change in the kernel is found and put right, while the agent runs and when it starts; and told.
 
 use std::fs;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::symlink;
 use std::process::Command;
 use std::sync::Arc;
@@ -8,6 +9,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
+use nix::sys::socket::sockopt::ReceiveTimeout;
+use nix::sys::socket::{NetlinkAddr, getsockname, getsockopt, setsockopt};
+use nix::sys::time::{TimeVal, TimeValLike as _};
 use redirect_ebpf::Family;
 use redirect_ebpf::constants::{
     REPLY_TABLE, ROUTE_TABLE, RULE_PRIORITY_CAPTURE, RULE_PRIORITY_DELIVERY, RULE_PRIORITY_REFUSE,
@@ -15,13 +19,14 @@ use redirect_ebpf::constants::{
 };
 use redirect_tests::cluster::Cluster;
 use redirect_tests::kernel::Footprint;
+use redirect_tests::process::descriptor_of;
 use redirect_tests::{Families, Node, NodeOptions, Pod, Stack, wait};
 use serde_json::Value;
 
 use crate::context::{Context, trial};
 use crate::flows::pinned;
 use crate::logs::lines;
-use crate::{inbound, outbound};
+use crate::{inbound, metrics, outbound};
 
 /// What somebody does.
 #[derive(Clone, Copy, Debug)]
@@ -154,6 +159,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     }
     trials.push(trial(context, "repairs::while_adds_wait", while_adds_wait));
     trials.push(trial(context, "repairs::not_by_adds", not_by_adds));
+    trials.push(trial(context, "repairs::after_the_watch_has_failed", after_the_watch_has_failed));
     trials.push(trial(context, "repairs::at_start", at_start));
     trials.push(trial(context, "repairs::are_told_in_kubernetes", event));
     trials.push(trial(context, "repairs::namespace_made_anew::while_running", |context| anew(context, true)));
@@ -279,6 +285,79 @@ fn not_by_adds(context: &Context) -> Result<()> {
     println!("{PODS} ADDs looked at {} pods", all.iter().sum::<usize>());
     ensure!(all.iter().all(|looks| *looks == 1), "{all:?}");
     Ok(())
+}
+
+/// The watch's socket fails, twice. That is in the log, in readiness and in the metrics, but no reason to restart the agent; the watch is
+/// started again after a pause, and repairs at once as before.
+fn after_the_watch_has_failed(context: &Context) -> Result<()> {
+    const SERVICE: &str = "watch of pods' interfaces";
+    let ends = format!("redirect_service_ends_total{{service=\"{SERVICE}\"}}");
+    // Nothing but the watch finds what changes.
+    let arguments = ["--on-exit", "keep", "--check-interval", "3600"].map(str::to_owned);
+    let options = NodeOptions { agent_arguments: arguments.to_vec(), ..NodeOptions::default() };
+    let node = Node::with(&context.session()?, options)?;
+    let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    let before = Footprint::of(pod.netns())?;
+    let ended = |times: f64| Ok(metrics::value(&metrics::scrape(&node)?, &ends)? == times);
+    let is_ready = || Ok(metrics::get(&node, "/readyz").is_ok_and(|(status, _)| status == "200"));
+    wait::until_true("ready agent", LIMIT, is_ready)?;
+    ensure!(metrics::scrape(&node)?.contains(&ends) && ended(0.0)?, "it is not counted from zero");
+    for times in [1.0, 2.0] {
+        fail_the_watch(&node)?;
+        // The watch asks its socket again once something has happened.
+        pod.netns().ip("link set eth0 alias another")?;
+        wait::until_true("end of the watch", LIMIT, || ended(times))?;
+        let (status, body) = metrics::get(&node, "/readyz")?;
+        ensure!(status == "503" && body.contains(&format!("[-] services: {SERVICE}: ")), "{status}: {body}");
+        let (status, body) = metrics::get(&node, "/healthz")?;
+        ensure!(status == "200", "{status}: {body}");
+        // It is started again by itself: one of its sockets works.
+        wait::until_true("another watch", LIMIT, || {
+            Ok(watching(&node)?.iter().any(|socket| !is_failed(socket)))
+        })?;
+    }
+    for damage in Family::ALL.map(Damage::Rule) {
+        let earlier = repairs(&node, damage.kind())?;
+        damage.inflict(&node, &pod)?;
+        wait::until_true("repair", LIMIT, || {
+            Ok(repairs(&node, damage.kind())? > earlier && Footprint::of(pod.netns())? == before)
+        })?;
+    }
+    works(&pod, &other)?;
+    wait::until_true("ready agent", 2 * LIMIT, is_ready)?;
+    ensure!(ended(2.0)?);
+    let lines = node.with_agent(|agent| Ok(agent.process().log()))?;
+    ensure!(lines.contains("a service of the agent ended") && lines.contains(SERVICE), "{lines}");
+    Ok(())
+}
+
+/// The agent's sockets that hear of changes.
+fn watching(node: &Node) -> Result<Vec<OwnedFd>> {
+    let agent: i32 = node.with_agent(|agent| Ok(agent.process().pid()))?.try_into()?;
+    let mut watching = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{agent}/fd"))?.flatten() {
+        let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        // It may be closed by now, or be no socket.
+        let Ok(socket) = descriptor_of(agent, number) else { continue };
+        let address = getsockname::<NetlinkAddr>(socket.as_raw_fd());
+        if address.is_ok_and(|address| address.groups() != 0) {
+            watching.push(socket);
+        }
+    }
+    Ok(watching)
+}
+
+/// Has the next receive of the watch fail.
+fn fail_the_watch(node: &Node) -> Result<()> {
+    let watching = watching(node)?;
+    ensure!(!watching.is_empty(), "nobody watches");
+    Ok(watching.iter().try_for_each(|socket| setsockopt(socket, ReceiveTimeout, &FAILED))?)
+}
+
+const FAILED: TimeVal = TimeVal::new(0, 1000);
+
+fn is_failed(socket: &OwnedFd) -> bool {
+    getsockopt(socket, ReceiveTimeout).is_ok_and(|timeout| timeout.num_microseconds() > 0)
 }
 
 fn links(node: &Node) -> Result<Vec<String>> {

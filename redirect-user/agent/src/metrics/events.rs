@@ -28,6 +28,7 @@ pub struct Events {
     watch_failures: Family<Watch, Counter>,
     patch_failures: Counter,
     refused_pods: Family<Refusal, Counter>,
+    service_ends: Family<Service, Counter>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -61,6 +62,11 @@ struct Refusal {
     reason: String,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Service {
+    service: &'static str,
+}
+
 impl Events {
     fn new() -> Self {
         Self {
@@ -74,6 +80,7 @@ impl Events {
             watch_failures: Family::default(),
             patch_failures: Counter::default(),
             refused_pods: Family::default(),
+            service_ends: Family::default(),
         }
     }
 
@@ -119,6 +126,17 @@ impl Events {
         self.refused_pods.get_or_create(&Refusal { reason: reason.into() }).inc();
     }
 
+    /// A service of the agent starts for the first time. Its ends count from zero: Prometheus sees no increase in a series that
+    /// begins with one.
+    pub(crate) fn service_begins(&self, service: &'static str) {
+        drop(self.service_ends.get_or_create(&Service { service }));
+    }
+
+    /// A service of the agent has ended before the agent.
+    pub(crate) fn service_ended(&self, service: &'static str) {
+        self.service_ends.get_or_create(&Service { service }).inc();
+    }
+
     /// Under their names.
     pub(super) fn register(&self, registry: &mut Registry) {
         let seconds = "Time to enroll a pod, by phase: the kernel, the node proxy's acknowledgment";
@@ -158,6 +176,11 @@ impl Events {
             "kubernetes_refused_pods",
             "Pods that cannot be enrolled, by reason",
             self.refused_pods.clone(),
+        );
+        registry.register(
+            "service_ends",
+            "Services of the agent that ended before it, by name",
+            self.service_ends.clone(),
         );
     }
 }

@@ -18,6 +18,7 @@ fn text() -> String {
     events.watch_failed("pods");
     events.patch_failed();
     events.pod_refused("NoNamespace");
+    events.service_begins("resync");
     let counter = CounterReport {
         family: "IPv6".into(),
         direction: "outbound".into(),
