@@ -25,6 +25,8 @@ pub enum Verb {
     Check,
     /// `DEL`.
     Del,
+    /// `GC`.
+    Gc,
 }
 
 impl fmt::Display for Verb {
@@ -33,6 +35,7 @@ impl fmt::Display for Verb {
             Self::Add => "ADD",
             Self::Check => "CHECK",
             Self::Del => "DEL",
+            Self::Gc => "GC",
         })
     }
 }
@@ -180,6 +183,21 @@ impl Chain {
         outcome
     }
 
+    /// `GC` of the plugins of this type: these attachments, containers with interfaces, are valid.
+    pub fn gc(&self, kind: &str, node: &Netns, valid: &[(&str, &str)]) -> Result<()> {
+        /// The first that has `GC`.
+        const SINCE: &str = "1.1.0";
+        for plugin in self.only(kind).plugins {
+            let mut config = plugin.clone();
+            config["cniVersion"] = json!(SINCE);
+            config["name"] = json!(self.name);
+            let attachment = |(id, interface): &(&str, &str)| json!({"containerID": id, "ifname": interface});
+            config["cni.dev/valid-attachments"] = valid.iter().map(attachment).collect();
+            self.execute(Verb::Gc, kind, node, self.command(Verb::Gc, kind)?, &config)?;
+        }
+        Ok(())
+    }
+
     fn run(
         &self,
         verb: Verb,
@@ -195,15 +213,31 @@ impl Chain {
         if let Some(previous) = previous {
             config["prevResult"] = previous.clone();
         }
-        let step = format!("{kind} {verb}");
-        let mut command = Command::new(self.find(kind)?);
-        command.env("CNI_COMMAND", verb.to_string());
+        let mut command = self.command(verb, kind)?;
         command.env("CNI_CONTAINERID", &sandbox.container_id);
         command.env("CNI_IFNAME", &sandbox.interface);
         command.env("CNI_ARGS", &sandbox.arguments);
-        command.env("CNI_PATH", std::env::join_paths(&self.search)?);
         command.env("CNI_NETNS", sandbox.netns.as_deref().unwrap_or(Path::new("")));
-        let output = node.execute(command, &serde_json::to_vec(&config)?).context(step.clone())?;
+        self.execute(verb, kind, node, command, &config)
+    }
+
+    fn command(&self, verb: Verb, kind: &str) -> Result<Command> {
+        let mut command = Command::new(self.find(kind)?);
+        command.env("CNI_COMMAND", verb.to_string());
+        command.env("CNI_PATH", std::env::join_paths(&self.search)?);
+        Ok(command)
+    }
+
+    fn execute(
+        &self,
+        verb: Verb,
+        kind: &str,
+        node: &Netns,
+        command: Command,
+        config: &Value,
+    ) -> Result<Value> {
+        let step = format!("{kind} {verb}");
+        let output = node.execute(command, &serde_json::to_vec(config)?).context(step.clone())?;
         if !output.status.success() {
             return Err(match serde_json::from_slice::<PluginError>(&output.stdout) {
                 Ok(error) => anyhow!(PluginError { step, ..error }),

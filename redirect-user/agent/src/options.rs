@@ -16,6 +16,9 @@ use redirect_protocol::pod::{Exclusion, network};
 use redirect_protocol::wire;
 use redirect_zds as zds;
 
+/// The runtime's list of what is valid on the node, and the directory of checkpoints, are read up to this length.
+const MOST_PODS: i64 = wire::MAX_ATTACHMENTS as i64;
+
 /// Settings of the agent.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
@@ -75,8 +78,8 @@ pub struct Options {
     /// Which programs store the node proxy's listeners for the socket lookup (default: by kernel support)
     #[arg(long, value_enum, hide = true)]
     pub listeners_noted_by: Option<NotedBy>,
-    /// Maximum number of enrolled pods
-    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..), value_name = "NUMBER")]
+    /// Maximum number of enrolled pods, at most 65536
+    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=MOST_PODS), value_name = "NUMBER")]
     pub max_pods: u32,
     /// Maximum number of addresses of enrolled pods, per family (default: --max-pods)
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..), value_name = "NUMBER")]

@@ -79,8 +79,9 @@ const PROXIES: &str = "proxies.json";
 /// The longest checkpoint. Kubernetes limits a pod's annotations, where exclusions come from, to 256 KiB.
 const LONGEST: usize = 4 << 20;
 
-/// How many checkpoints are read. A node has hundreds of pods.
-const MOST: usize = 65_536;
+/// How many checkpoints are read: of as many pods as an agent may enroll.
+const MOST: usize = redirect_protocol::wire::MAX_ATTACHMENTS;
+
 /// There, if placement `node` has turned the sysctl off.
 const EARLY_DEMUX: &str = "early-demux-was-on";
 

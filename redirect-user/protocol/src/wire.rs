@@ -38,8 +38,8 @@ pub const DEFAULT_SOCKET: &str = "/run/ambient-redirect/agent.sock";
 /// The largest packet of either side, in bytes.
 pub const MAX_PACKET: usize = 64 * 1024;
 
-/// The longest list of attachments that a [`Request::Gc`] may have. A node's maps have room for as many pods as
-/// `--max-pods` says; this is sixty times its default.
+/// The longest list of attachments that a [`Request::Gc`] may have. `--max-pods`, which says for how many pods a node's maps
+/// have room, can't be more.
 pub const MAX_ATTACHMENTS: usize = 65_536;
 
 /// A message with the version of the protocol that its sender speaks.

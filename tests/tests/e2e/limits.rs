@@ -1,12 +1,13 @@
 //! Many pods, and more pods than there is room for.
 
+use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use libtest_mimic::Trial;
-use redirect_tests::{Families, Node, NodeOptions, Pod, Stack};
+use redirect_tests::{Families, Node, NodeOptions, Pod, Stack, cni};
 
 use crate::context::{Context, trial};
 use crate::{inbound, outbound, restarts};
@@ -15,6 +16,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     vec![
         trial(context, "limits::full_map_names_the_pod", full_map),
         trial(context, "limits::two_hundred_pods", two_hundred_pods),
+        trial(context, "limits::gc_of_a_large_node", gc_of_a_large_node),
     ]
 }
 
@@ -37,6 +39,28 @@ fn full_map(context: &Context) -> Result<()> {
     third.enrol().context("with room again")?;
     for stack in Stack::ALL {
         outbound::passes_the_proxy_once(&third, &first, stack)?;
+    }
+    Ok(())
+}
+
+/// The runtime's list of what is valid has no limit below the pods that a node can have.
+fn gc_of_a_large_node(context: &Context) -> Result<()> {
+    const VALID: usize = 5_000;
+    let node = Node::start(&context.session()?)?;
+    let (stays, goes) = (node.enrolled("stays", Families::Dual)?, node.enrolled("goes", Families::Dual)?);
+    let others: Vec<String> = (1..VALID).map(|number| format!("{number:064x}")).collect();
+    let mut valid: Vec<(&str, &str)> = others.iter().map(|id| (id.as_str(), "eth0")).collect();
+    valid.push((&stays.sandbox().container_id, &stays.sandbox().interface));
+    node.chain(Families::Dual, &[]).gc(cni::REDIRECT, node.netns(), &valid)?;
+    ensure!(node.report(&goes)?.is_none(), "{:?}", node.report(&goes)?);
+    let redirect = context.session()?.binaries().redirect.clone();
+    let more = Command::new(redirect).args(["agent", "--max-pods", "65537"]).output()?;
+    let text = String::from_utf8_lossy(&more.stderr);
+    ensure!(more.status.code() == Some(2) && text.contains("65536"), "{}: {text}", more.status);
+    stays.check()?;
+    for stack in Stack::ALL {
+        outbound::passes_the_proxy_once(&stays, &goes, stack)?;
+        inbound::passes_the_proxy_once(goes.netns(), &stays, stack)?;
     }
     Ok(())
 }
