@@ -32,6 +32,8 @@ pub type Point = String;
 pub enum Fault {
     /// The call fails with [`ERROR`].
     Fails,
+    /// This call and all that follow it fail with this error.
+    FailsFromNowOn(i32),
     /// The call does not return until [`Faults::release`].
     Hangs,
 }
@@ -181,6 +183,7 @@ impl Shared {
             match point.and_then(|point| self.decide(point)) {
                 None => respond(listener, call.0.id, None)?,
                 Some(Fault::Fails) => respond(listener, call.0.id, Some(ERROR))?,
+                Some(Fault::FailsFromNowOn(error)) => respond(listener, call.0.id, Some(error))?,
                 Some(Fault::Hangs) => hanging = Some((call.0.id, self.state().released)),
             }
         }
@@ -191,7 +194,15 @@ impl Shared {
         let count = state.reached.entry(point.clone()).or_default();
         *count += 1;
         let count = *count;
-        let armed = state.armed.take_if(|armed| armed.point == point && armed.occurrence == count)?;
+        let armed = match state.armed.clone()? {
+            armed if armed.point != point => return None,
+            armed if matches!(armed.fault, Fault::FailsFromNowOn(_)) && count >= armed.occurrence => armed,
+            armed if count == armed.occurrence => {
+                state.armed = None;
+                armed
+            }
+            _ => return None,
+        };
         state.happened = true;
         state.hanging = armed.fault == Fault::Hangs;
         Some(armed.fault)

@@ -60,13 +60,15 @@ pub enum State {
 /// Why the agent refuses to start. The number is its exit code; `redirect uninstall` has 3.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
+    /// It could not be tried.
+    Untried = 1,
     /// The kernel does not describe its types.
     Btf = 4,
     /// No cgroup2 hierarchy.
     Cgroup = 5,
     /// No bpffs for the pins.
     Bpffs = 6,
-    /// The kernel lacks something that the data path needs.
+    /// The kernel lacks something that the data path needs, by its own answer.
     Kernel = 7,
     /// Not root, or without the capabilities.
     Privileges = 8,

@@ -11,6 +11,7 @@ use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use redirect_protocol::placement::Placement;
+use redirect_tests::faults::{Fault, Faults};
 use redirect_tests::foreign::{Hook, Kind, Program};
 use redirect_tests::{Families, Node, NodeOptions, Pod, foreign, wait};
 use serde_json::Value;
@@ -23,11 +24,12 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         return vec![trial(context, "doctor::an_old_kernel_is_refused", old_kernel)];
     }
     type Test = fn(&Context) -> Result<()>;
-    let tests: [(&str, Test); 11] = [
+    let tests: [(&str, Test); 12] = [
         ("this_node_is_fit", fit),
         ("without_root", without_root),
         ("without_capabilities", without_capabilities),
         ("without_btf", without_btf),
+        ("probes_that_fail", probes_that_fail),
         ("without_cgroup2", without_cgroup2),
         ("version_1_alone", version_1_alone),
         ("read_only_cgroup2", read_only_cgroup2),
@@ -65,7 +67,11 @@ struct Said {
 }
 
 /// `prepare` is a shell script; what it mounts is gone with the processes.
-fn in_surroundings(context: &Context, prepare: &str, change: impl Fn(&mut Command)) -> Result<Said> {
+fn in_surroundings(
+    context: &Context,
+    prepare: &str,
+    change: impl Fn(&mut Command) -> Result<()>,
+) -> Result<Said> {
     let session = context.session()?;
     let directory = tempfile::tempdir_in(session.directory())?;
     let redirect = session.binaries().redirect.display().to_string();
@@ -73,13 +79,13 @@ fn in_surroundings(context: &Context, prepare: &str, change: impl Fn(&mut Comman
     let command = |arguments: &[&str]| {
         let mut command = Command::new("unshare");
         command.args(["--mount", "--net", "sh", "-c", &script, "sh", &redirect]).args(arguments);
-        change(&mut command);
-        command
+        change(&mut command)?;
+        anyhow::Ok(command)
     };
     let socket = |name: &str| directory.path().join(name).display().to_string();
     let (wire, zds) = (socket("agent.sock"), socket("zds.sock"));
-    let agent = ended(command(&["agent", "--socket", &wire, "--zds-socket", &zds]))?;
-    let doctor = command(&["doctor", "-o", "json"]).output().context("redirect doctor")?;
+    let agent = ended(command(&["agent", "--socket", &wire, "--zds-socket", &zds])?)?;
+    let doctor = command(&["doctor", "-o", "json"])?.output().context("redirect doctor")?;
     Ok(Said { agent, doctor })
 }
 
@@ -95,7 +101,8 @@ fn ended(mut command: Command) -> Result<Output> {
     if let Some(mut pipe) = child.stderr.take() {
         pipe.read_to_end(&mut stderr)?;
     }
-    Ok(Output { status: status?, stdout: Vec::new(), stderr })
+    let status = status.with_context(|| String::from_utf8_lossy(&stderr).into_owned())?;
+    Ok(Output { status, stdout: Vec::new(), stderr })
 }
 
 impl Said {
@@ -177,11 +184,37 @@ fn without_capabilities(context: &Context) -> Result<()> {
         };
         // SAFETY: the closure makes one system call.
         unsafe { command.pre_exec(drop) };
+        Ok(())
     };
     in_surroundings(context, "", without)?.refused(PRIVILEGES, "privileges", &["CAP_NET_ADMIN"])
 }
 
-fn nothing(_: &mut Command) {}
+fn nothing(_: &mut Command) -> Result<()> {
+    Ok(())
+}
+
+/// A probe that fails says by which error. The kernel lacks something only where it answers so.
+fn probes_that_fail(context: &Context) -> Result<()> {
+    const ANY: i32 = 1;
+    let point = "bpf MAP_CREATE".to_owned();
+    for (error, code, word) in [
+        (libc::EPERM, PRIVILEGES, "EPERM"),
+        (libc::ENOMEM, ANY, "ENOMEM"),
+        (libc::EREMOTEIO, ANY, "EREMOTEIO"),
+        (libc::EINVAL, KERNEL, "the kernel lacks hash"),
+    ] {
+        let nowhere = || "/nonexistent".into();
+        let faults = Faults::new(nowhere(), nowhere());
+        let said = in_surroundings(context, "", |command| {
+            faults.arm(Some((&point, 1, Fault::FailsFromNowOn(error))));
+            faults.inject_into(command)
+        })?;
+        said.refused(code, "maps", &[word])?;
+        let text = String::from_utf8_lossy(&said.agent.stderr);
+        ensure!(text.contains("lacks") == (error == libc::EINVAL), "{text}");
+    }
+    Ok(())
+}
 
 fn without_btf(context: &Context) -> Result<()> {
     let hide = "mount -t tmpfs none /sys/kernel/btf";

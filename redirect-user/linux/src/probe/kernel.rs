@@ -1,5 +1,6 @@
 //! BPF features that the data path needs.
 
+use std::io;
 use std::os::fd::{AsFd as _, RawFd};
 
 use aya::maps::MapType;
@@ -115,26 +116,53 @@ pub(super) fn checks(_: &Requirements) -> Vec<Check> {
 /// Nothing can be learnt where `bpf()` is refused altogether.
 fn not_at_all(error: Errno) -> Check {
     match error {
-        Errno::EPERM | Errno::EACCES => Check::fail(
+        Errno::ENOSYS => Check::fail(
             "bpf()",
-            Cause::Privileges,
-            format!("refused: {error}"),
-            "run it as root of the host's user namespace, without a seccomp profile or lockdown that forbids bpf()",
+            Cause::Kernel,
+            format!("the kernel lacks it: {error}"),
+            "CONFIG_BPF_SYSCALL=y",
         ),
-        error => Check::fail("bpf()", Cause::Kernel, error.to_string(), "CONFIG_BPF_SYSCALL=y"),
+        error => untried("bpf()", "refused", error),
     }
 }
 
+/// What the kernel did not answer. Whether it lacks something is as open as before.
+fn untried(check: &str, what: &str, error: Errno) -> Check {
+    let detail = format!("{what}: {error}");
+    match error {
+        Errno::EPERM | Errno::EACCES => Check::fail(
+            check,
+            Cause::Privileges,
+            detail,
+            "run it as root of the host's user namespace, without a seccomp profile or lockdown that forbids bpf()",
+        ),
+        Errno::ENOMEM => Check::fail(
+            check,
+            Cause::Untried,
+            detail,
+            "free memory on the node, or raise the limit of the agent's container",
+        ),
+        _ => Check::fail(check, Cause::Untried, detail, "try again; if it stays, report this error"),
+    }
+}
+
+/// The kernel answers with this error what it does not know: a type of programs, of maps, an attachment, a command.
+const UNKNOWN: Errno = Errno::EINVAL;
+
 fn hook_check(needs: &HookNeeds) -> Check {
-    if let Err(error) = tiny::load(needs.hook) {
-        return missing(needs.name, format!("no programs of this type: {error}"), needs.remedy);
+    match tiny::load(needs.hook) {
+        Ok(_) => {}
+        Err(UNKNOWN) => {
+            return missing(needs.name, format!("no programs of this type: {UNKNOWN}"), needs.remedy);
+        }
+        Err(error) => return untried(needs.name, "cannot load a program of this type", error),
     }
     let mut lacking = Vec::new();
     for (name, helper, remedy) in needs.helpers {
         match tiny::has_helper(needs.hook, *helper) {
             Ok(true) => {}
             Ok(false) => lacking.push((*name, *remedy)),
-            Err(error) => return missing(needs.name, format!("cannot probe {name}: {error}"), remedy),
+            Err(error) => return untried(needs.name, &format!("cannot probe {name}"), error),
         }
     }
     if lacking.is_empty() {
@@ -151,16 +179,22 @@ fn missing(check: &str, detail: String, brought_by: &str) -> Check {
 }
 
 fn maps() -> Check {
-    let lacking: Vec<_> = MAPS
-        .iter()
-        .filter(|(_, kind)| !is_map_supported(*kind).unwrap_or(false))
-        .map(|(name, _)| *name)
-        .collect();
+    const NAME: &str = "maps";
+    let mut lacking = Vec::new();
+    for (name, kind) in MAPS {
+        match is_map_supported(kind) {
+            Ok(true) => {}
+            Ok(false) => lacking.push(name),
+            Err(error) => {
+                return untried(NAME, &format!("cannot make a map ({name})"), errno(&error.io_error));
+            }
+        }
+    }
     if lacking.is_empty() {
-        return Check::ok("maps", MAPS.map(|(name, _)| name).join(", "));
+        return Check::ok(NAME, MAPS.map(|(name, _)| name).join(", "));
     }
     missing(
-        "maps",
+        NAME,
         format!("the kernel lacks {}", lacking.join(", ")),
         "CONFIG_BPF_STREAM_PARSER or CONFIG_NET, Linux 5.8",
     )
@@ -172,37 +206,74 @@ fn listeners() -> Check {
     match tiny::tc_may_keep_sockets() {
         Ok(true) => Check::ok(NAME, "stored by TC programs"),
         Ok(false) => Check::ok(NAME, "stored by sock_ops: TC programs may not (Linux 7.3)"),
-        Err(error) => {
+        // The verifier's answers.
+        Err(error @ (Errno::EINVAL | Errno::EACCES)) => {
             missing(NAME, format!("TC programs cannot store sockets in a map: {error}"), "Linux 5.10")
         }
+        Err(error) => untried(NAME, "cannot store a socket in a map", error),
     }
 }
 
 /// A kernel that knows the command finds fault with the descriptors, another with the command.
 fn link_update() -> Check {
+    const NAME: &str = "BPF_LINK_UPDATE";
     const NOTHING: RawFd = -1;
     match bpf::link_update(NOTHING, NOTHING) {
-        Err(Errno::EINVAL) => missing("BPF_LINK_UPDATE", "unknown to the kernel".into(), "Linux 5.7"),
-        Ok(()) | Err(_) => Check::ok("BPF_LINK_UPDATE", "programs can be replaced in place"),
+        Err(UNKNOWN) => missing(NAME, "unknown to the kernel".into(), "Linux 5.7"),
+        Ok(()) | Err(Errno::EBADF) => Check::ok(NAME, "programs can be replaced in place"),
+        Err(error) => untried(NAME, "refused", error),
     }
 }
 
 fn netns_cookie() -> Check {
-    match netns::current_cookie() {
-        Ok(_) => Check::ok("SO_NETNS_COOKIE", "network namespaces are distinguishable"),
-        Err(error) => {
-            missing("SO_NETNS_COOKIE", format!("cannot identify network namespaces: {error}"), "Linux 5.14")
+    const NAME: &str = "SO_NETNS_COOKIE";
+    match netns::current_cookie().map_err(|error| errno(&error)) {
+        Ok(_) => Check::ok(NAME, "network namespaces are distinguishable"),
+        Err(Errno::ENOPROTOOPT) => {
+            missing(NAME, "the kernel can't tell network namespaces apart".into(), "Linux 5.14")
         }
+        Err(error) => untried(NAME, "cannot identify network namespaces", error),
     }
+}
+
+fn errno(error: &io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::UnknownErrno, Errno::from_raw)
 }
 
 /// Where it is unknown, so is the attach type: the kernel does not come to see that there is no such interface.
 fn tcx() -> Check {
+    const NAME: &str = "tcx links";
     const NO_INTERFACE: u32 = i32::MAX as u32;
     let tried = tiny::load(hook(BPF_PROG_TYPE_SCHED_CLS, None))
         .and_then(|program| bpf::link_create(program.as_fd(), NO_INTERFACE, BPF_TCX_INGRESS, 0));
-    if matches!(tried, Err(Errno::ENODEV)) {
-        return Check::ok("tcx links", "available with --tc tcx");
+    match tried {
+        Ok(_) | Err(Errno::ENODEV) => Check::ok(NAME, "available with --tc tcx"),
+        Err(UNKNOWN) => Check::ok(NAME, "none (needs Linux 6.6): clsact filters are used"),
+        Err(error) => Check::warn(NAME, format!("cannot be tried: {error}"), "clsact filters are used"),
     }
-    Check::ok("tcx links", "none (needs Linux 6.6): clsact filters are used")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_kernels_own_answer_is_a_lack() {
+        for (error, cause) in [
+            (Errno::EPERM, Cause::Privileges),
+            (Errno::EACCES, Cause::Privileges),
+            (Errno::ENOMEM, Cause::Untried),
+            (Errno::EREMOTEIO, Cause::Untried),
+        ] {
+            for check in [untried("maps", "cannot make a map (ring buffer)", error), not_at_all(error)] {
+                assert_eq!(check.cause, Some(cause), "{check:?}");
+                assert!(
+                    check.detail.contains(&error.to_string()) && !check.detail.contains("lacks"),
+                    "{check:?}"
+                );
+            }
+        }
+        let check = not_at_all(Errno::ENOSYS);
+        assert!(check.cause == Some(Cause::Kernel) && check.detail.contains("lacks"), "{check:?}");
+    }
 }

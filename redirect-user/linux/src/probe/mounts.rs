@@ -1,6 +1,7 @@
 //! Kernel file systems that have to be mounted.
 
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::path::Path;
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, FsType, statfs};
@@ -18,6 +19,12 @@ pub(super) fn checks(requirements: &Requirements) -> Vec<Check> {
 fn btf() -> Check {
     match File::open(BTF) {
         Ok(_) => Check::ok("BTF", BTF),
+        Err(error) if error.kind() != ErrorKind::NotFound => Check::fail(
+            "BTF",
+            Cause::Untried,
+            format!("cannot open {BTF}: {error}"),
+            "run it as root, with the host's /sys",
+        ),
         Err(error) => Check::fail(
             "BTF",
             Cause::Btf,
