@@ -1,5 +1,8 @@
 //! Which sockets are the proxy's own: not those that only look like it.
 
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::process::Command;
 use std::sync::Arc;
 
@@ -8,8 +11,10 @@ use libtest_mimic::Trial;
 use redirect_ebpf::constants::{MARK_CAPTURE, MARK_DELIVERY, MARK_MASK, MARK_PROXY};
 use redirect_protocol::placement::Placement;
 use redirect_tests::{Caller, Direction, Families, Node, Stack};
+use serde_json::Value;
 
-use crate::context::{Context, for_every_kind, for_every_stack, for_every_stack_in_pods};
+use crate::context::{Context, for_every_kind, for_every_stack, for_every_stack_in_pods, trial};
+use crate::flows::pinned;
 use crate::{inbound, outbound};
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
@@ -22,6 +27,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     }
     trials.extend(for_every_stack(context, "identity::mark_at_own_address_stays_inside", own_address));
     trials.extend(for_every_kind(context, "identity::proxy_in_a_new_cgroup", new_cgroup));
+    trials.push(trial(context, "identity::proxies_that_connect_at_once", at_once));
     type Test = fn(&Context, Stack) -> Result<()>;
     let tests: [(&str, Test); 3] = [
         ("cgroup_of_a_proxy_that_is_gone", gone),
@@ -151,6 +157,52 @@ fn no_proxy_named(context: &Context, stack: Stack) -> Result<()> {
     }
     is_captured()?;
     outbound::passes_the_proxy_once(&pod, &other, stack)
+}
+
+/// The checkpoint and the map end up with all of them, whatever the order in which their connections are dealt with.
+fn at_once(context: &Context) -> Result<()> {
+    const PROXIES: usize = 6;
+    const ROUNDS: usize = 5;
+    context.needs_placement_pod(NO_CONNECTION)?;
+    let node = Node::start(&context.session()?)?;
+    let socket = redirect_tests::agent::zds_socket(node.dir()).display().to_string();
+    for round in 0..ROUNDS {
+        let name = |number| format!("{}-proxy-{round}-{number}", node.netns().name());
+        let cgroups = (0..PROXIES).map(|number| node.session().cgroup().child(&name(number)));
+        let cgroups = cgroups.collect::<Result<Vec<_>>>()?;
+        let doors: Vec<_> =
+            cgroups.iter().map(|cgroup| cgroup.path().join("cgroup.procs").display().to_string()).collect();
+        // Each process waits in its cgroup until all are there. The protobuf message is `version: 1`.
+        let program = format!(
+            "import os, socket\nready, go = os.pipe(), os.pipe()\nfor door in {doors:?}:\n if os.fork() == 0:\n  \
+             open(door, 'w').write(str(os.getpid()))\n  s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n  \
+             os.close(go[1]); os.write(ready[1], b'1'); os.read(go[0], 1)\n  s.connect({socket:?})\n  \
+             s.send(bytes([8, 1]))\n  s.settimeout(20); print(len(s.recv(1024)) > 0); os._exit(0)\n\
+             for _ in {doors:?}: os.read(ready[0], 1)\nos.close(go[1])\nfor _ in {doors:?}: os.wait()"
+        );
+        let mut python = Command::new("python3");
+        python.args(["-u", "-c", &program]);
+        let heard = String::from_utf8(node.netns().output(python, b"")?)?;
+        ensure!(heard.matches("True").count() == PROXIES, "not all were told of pods: {heard}");
+        let ids: BTreeSet<u64> =
+            cgroups.iter().map(|cgroup| Ok(fs::metadata(cgroup.path())?.ino())).collect::<Result<_>>()?;
+        let noted: Vec<u64> = serde_json::from_slice(&fs::read(node.state_dir().join("proxies.json"))?)?;
+        ensure!(ids.iter().all(|id| noted.contains(id)), "round {round}: {ids:?} are not all in {noted:?}");
+        let map = pinned(&node, "PROXY_CGROUPS")?;
+        let dump = Command::new("bpftool").args(["-j", "map", "dump", "pinned"]).arg(map).output()?;
+        let entries: Vec<Value> = serde_json::from_slice(&dump.stdout)?;
+        let key = |entry: &Value| -> Option<u64> {
+            let byte = |value: &Value| u8::from_str_radix(value.as_str()?.trim_start_matches("0x"), 16).ok();
+            let bytes: Vec<u8> = entry["key"].as_array()?.iter().map(byte).collect::<Option<_>>()?;
+            Some(u64::from_ne_bytes(bytes.try_into().ok()?))
+        };
+        let known: BTreeSet<u64> = entries.iter().filter_map(key).collect();
+        ensure!(
+            known == noted.iter().copied().collect(),
+            "round {round}: {known:?} in the map, {noted:?} noted"
+        );
+    }
+    Ok(())
 }
 
 /// For proxies that have no cgroup of their own.

@@ -256,3 +256,103 @@ fn respond(status: StatusCode, content_type: &'static str, text: impl Into<Bytes
     response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(content_type));
     response
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use redirect_protocol::wire::{FlowStatus, Status};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+
+    /// An agent whose datapath thread may be stuck, and how often it was asked.
+    struct Agent {
+        is_stuck: bool,
+        asked: AtomicUsize,
+    }
+
+    impl Source for Agent {
+        async fn snapshot(&self) -> Result<Snapshot, String> {
+            self.asked.fetch_add(1, Ordering::Relaxed);
+            if self.is_stuck {
+                std::future::pending::<()>().await;
+            }
+            let status = Status {
+                version: String::new(),
+                pid: 1,
+                uptime: 0,
+                kernel: String::new(),
+                cgroup: String::new(),
+                tcx: false,
+                features: Vec::new(),
+                programs: Vec::new(),
+                maps: Vec::new(),
+                proxies: Vec::new(),
+                counters: Vec::new(),
+                repairs: Vec::new(),
+                flows: FlowStatus::default(),
+            };
+            Ok(Snapshot { status, pods: Vec::new(), repairs: Vec::new() })
+        }
+
+        fn health(&self) -> Vec<Check> {
+            vec![("datapath", Ok(()))]
+        }
+
+        fn readiness(&self) -> Vec<Check> {
+            vec![("datapath", Ok(()))]
+        }
+    }
+
+    fn agent(is_stuck: bool) -> Arc<Agent> {
+        Arc::new(Agent { is_stuck, asked: AtomicUsize::new(0) })
+    }
+
+    async fn ask<S: Source>(server: &Arc<Server<S>>, path: &str) -> String {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        tokio::spawn(converse(stream, Arc::clone(server), Arc::default()));
+        client.write_all(format!("GET {path} HTTP/1.1\r\nHost: node\r\n\r\n").as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn many_scrapes_at_once_are_one() {
+        let agent = agent(false);
+        let server = Arc::new(Server {
+            purpose: Purpose::Metrics,
+            source: Arc::clone(&agent),
+            scraped: Mutex::default(),
+        });
+        let began = Instant::now();
+        let answers = futures::future::join_all((0..50).map(|_| ask(&server, "/metrics"))).await;
+        assert!(answers.iter().all(|answer| answer.starts_with("HTTP/1.1 200")), "{answers:?}");
+        let most = began.elapsed().as_millis() / SCRAPE_LIFETIME.as_millis() + 1;
+        let asked = agent.asked.load(Ordering::Relaxed);
+        assert!(asked as u128 <= most, "{asked} dumps in {:?}", began.elapsed());
+    }
+
+    #[tokio::test]
+    async fn health_needs_neither_the_datapath_nor_who_waits_for_it() {
+        let agent = agent(true);
+        for purpose in [Purpose::Metrics, Purpose::Health] {
+            let server = Arc::new(Server { purpose, source: Arc::clone(&agent), scraped: Mutex::default() });
+            let stuck = tokio::spawn({
+                let server = Arc::clone(&server);
+                async move { ask(&server, "/metrics").await }
+            });
+            for path in ["/healthz", "/readyz"] {
+                let answer = timeout(Duration::from_secs(5), ask(&server, path)).await.unwrap();
+                assert!(answer.starts_with("HTTP/1.1 200"), "{purpose:?} {path}: {answer}");
+            }
+            if purpose == Purpose::Health {
+                assert!(stuck.await.unwrap().starts_with("HTTP/1.1 404"));
+            }
+        }
+        assert!(agent.asked.load(Ordering::Relaxed) <= 1);
+    }
+}
