@@ -11,7 +11,6 @@ use tokio::time::{sleep, timeout};
 use crate::install;
 use redirect_datapath::handle::DatapathHandle;
 use redirect_datapath::linux::Linux;
-use redirect_protocol::placement::Placement;
 
 /// How often the kernel is examined.
 const PERIOD: Duration = Duration::from_secs(2);
@@ -82,7 +81,6 @@ impl Findings {
 #[derive(Clone)]
 pub(super) struct Examined {
     pub(super) kernel: DatapathHandle<Linux>,
-    pub(super) placement: Placement,
     /// The CNI chain, if this agent keeps it.
     pub(super) chain: Option<install::Options>,
 }
@@ -99,7 +97,7 @@ pub(super) async fn examine(what: Examined, findings: watch::Sender<Findings>) -
         if round % CHAIN_EVERY == 0 || chain.is_err() {
             chain = examine_chain(what.chain.clone()).await;
         }
-        let datapath = examine_datapath(&what.kernel, what.placement).await;
+        let datapath = examine_datapath(&what.kernel).await;
         let period = if datapath.is_ok() && chain.is_ok() { PERIOD } else { PERIOD_OF_FAULTS };
         findings.send_replace(Findings { at: Instant::now(), datapath, chain: chain.clone() });
         sleep(period).await;
@@ -124,14 +122,8 @@ async fn examine_chain(options: Option<install::Options>) -> Result<(), Unchaine
 }
 
 /// Whether the programs are attached and can be worked with.
-async fn examine_datapath(kernel: &DatapathHandle<Linux>, placement: Placement) -> Result<(), String> {
-    let needed = match placement {
-        Placement::Pod => ["outbound_ipv4", "outbound_ipv6"],
-        Placement::Node => ["entrance_ipv4", "entrance_ipv6"],
-    };
-    let detached =
-        kernel.run(move |linux| needed.into_iter().find(|program| linux.attachments(program) == 0));
-    match timeout(PATIENCE, detached).await {
+async fn examine_datapath(kernel: &DatapathHandle<Linux>) -> Result<(), String> {
+    match timeout(PATIENCE, kernel.run(|linux| linux.detached())).await {
         Ok(Ok(None)) => Ok(()),
         Ok(Ok(Some(program))) => Err(format!("program {program} is not attached")),
         Ok(Err(gone)) => Err(gone.to_string()),

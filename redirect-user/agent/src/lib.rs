@@ -19,6 +19,7 @@ pub mod kube;
 pub mod metrics;
 mod named_proxies;
 mod node_ack;
+mod node_proxies;
 mod options;
 mod peer_auth;
 pub(crate) mod pods;

@@ -38,6 +38,10 @@ impl NamedProxies {
         Ok(Self(named))
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Those that exist, all of which have to.
     pub(super) fn all(&self) -> anyhow::Result<Numbers> {
         let number = |directory: &Path| {

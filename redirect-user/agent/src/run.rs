@@ -12,24 +12,23 @@ use tokio::sync::watch as signal_watch;
 use super::enrolment::{Enrolment, Everybody};
 use super::flows::Flows;
 use super::health::{self, Examined};
-use super::named_proxies::NamedProxies;
+use super::node_proxies::NodeProxies;
 use super::options::{LinkLocal, OnExit, Options, WithoutProxy};
 use super::pods::{Defaults, Pods, Restored};
 use super::probes;
-use super::proxy_cgroups::Cgroups;
 use super::ready;
 use super::records::{self, Found, Phase, Records};
 use super::service::Service;
 use super::supervisor::{Stop, Supervisor};
 use super::watch::Watch;
-use super::{drift, node_ack, uninstall, upkeep};
+use super::{drift, uninstall, upkeep};
 use crate::kube::{self, Controller, OwnDaemonSet, Timing};
 use crate::metrics::events::events;
 use crate::metrics::server::Purpose;
 use crate::{install, metrics};
 use redirect_datapath::bpf_log;
 use redirect_datapath::handle::DatapathHandle;
-use redirect_datapath::linux::{Capacities, Linux, NotedBy, Pins, ProxyIdentity, Settings};
+use redirect_datapath::linux::{Capacities, Linux, NotedBy, Pins, Settings};
 use redirect_linux::netns::NetNs;
 use redirect_linux::probe::{self, Requirements};
 use redirect_linux::{cgroup, descriptors, privileges};
@@ -74,8 +73,8 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminated = false;
-    let cgroup = match options.cgroup {
-        Some(path) => path,
+    let cgroup = match &options.cgroup {
+        Some(path) => path.clone(),
         None => tokio::task::spawn_blocking(cgroup::mount).await??,
     };
     let host_cookie =
@@ -88,8 +87,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     };
     let records = Records::open(&options.state_dir)
         .with_context(|| format!("cannot create the state directory {}", options.state_dir.display()))?;
-    let cgroups = Arc::new(Cgroups::new(options.proxy_identity, records.clone()));
-    let named = NamedProxies::new(&options.proxy_cgroup, &options.outbound_proxy_cgroup)?;
+    let node_proxies = NodeProxies::new(&options, &records)?;
     let settings = Settings {
         cgroup: cgroup.clone(),
         host_cookie,
@@ -98,22 +96,8 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         refuse: options.without_proxy == WithoutProxy::Refuse,
         link_local: options.link_local == LinkLocal::Pass,
         exclusions: options.exclude.exclusions(),
-        proxy_identity: match options.placement {
-            Placement::Node
-                if options.proxy_cgroup.is_empty() && options.outbound_proxy_cgroup.is_empty() =>
-            {
-                tracing::warn!(
-                    "no --proxy-cgroup names the node proxy's cgroup: any process with CAP_NET_RAW in the node's network namespace \
-                     can pass for it"
-                );
-                ProxyIdentity::Mark
-            }
-            Placement::Pod | Placement::Node => options.proxy_identity,
-        },
-        proxy_cgroups: match options.placement {
-            Placement::Pod => cgroups.known().await,
-            Placement::Node => named.all()?,
-        },
+        proxy_identity: node_proxies.identity(options.proxy_identity),
+        proxy_cgroups: node_proxies.known().await?,
         placement: options.placement,
         rule_priority: options.rule_priority,
         flows: FlowLimits { one_of: options.flow_sample, rate: options.flow_rate },
@@ -142,16 +126,10 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         .context("datapath thread")?;
     loaded.await.context("the datapath thread ended")??;
 
-    let admission = kernel.clone();
+    let (admission, admitting) = (kernel.clone(), node_proxies.clone());
     let on_connect: zds::server::OnConnect = Arc::new(move |peer| {
-        let (cgroups, kernel) = (Arc::clone(&cgroups), admission.clone());
-        Box::pin(async move {
-            match options.placement {
-                Placement::Pod => cgroups.admit(&kernel, peer).await?,
-                Placement::Node => node_ack::admit(&peer)?,
-            }
-            Ok(())
-        })
+        let (node_proxies, kernel) = (admitting.clone(), admission.clone());
+        Box::pin(async move { Ok(node_proxies.admit(&kernel, peer).await?) })
     });
     let (zds_server, proxies) = zds::server::Server::bind(
         &options.zds_socket,
@@ -241,7 +219,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         });
     }
     supervisor.once("events of connections", Stop::Finishes, reading);
-    let examined = Examined { kernel: kernel.clone(), placement: options.placement, chain: chain.clone() };
+    let examined = Examined { kernel: kernel.clone(), chain: chain.clone() };
     supervisor.restarting("examination of kernel and CNI chain", Stop::Cut, move || {
         health::examine(examined.clone(), found.clone())
     });
@@ -282,15 +260,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
             }
         });
     }
-    if options.placement == Placement::Node {
-        let kernel = kernel.clone();
-        supervisor
-            .restarting("cgroups of the node proxy", Stop::Cut, move || named.clone().follow(kernel.clone()));
-        let zds_socket = options.zds_socket.clone();
-        supervisor.restarting("stand-in for the node proxy", Stop::Cut, move || {
-            node_ack::acknowledge(zds_socket.clone())
-        });
-    }
+    node_proxies.stand_in(&mut supervisor, &kernel, &options.zds_socket);
     supervisor.restarting("watch of pods' interfaces", Stop::Cut, {
         let (kernel, pods) = (kernel.clone(), Arc::clone(&pods));
         move || drift::follow(events.take(), Arc::clone(&watch), kernel.clone(), Arc::clone(&pods))

@@ -9,11 +9,14 @@ mod decision;
 mod devices;
 mod entrance;
 mod holders;
+mod in_pod;
 mod listeners;
 mod maps;
 mod notrack;
 mod object;
+mod on_node;
 mod pins;
+mod placed;
 mod ports;
 mod shortcuts;
 mod strip;
@@ -34,14 +37,12 @@ use std::sync::atomic::AtomicU32;
 use aya::maps::{MapData, RingBuf};
 use aya_log::EbpfLogger;
 use redirect_ebpf::Family;
-use redirect_ebpf::constants::ENTRANCE;
 use redirect_ebpf::flow::{FlowLimits, FlowState};
 use redirect_ebpf::maps::ProxyPart;
 
 use super::datapath::{Adoption, Datapath, Error, Introduction, Observation, Target};
-use super::facts::{Devices, Fact, Hook, Interface, LOOPBACK_INDEX, Lookup, Namespace, Op};
+use super::facts::{Devices, Fact, Hook, Interface, LOOPBACK_INDEX, Lookup, Op};
 use super::faults::Words;
-use super::mirror;
 pub use attached::{Attached, at_cgroup, on_devices, shortcuts, unguarded};
 pub use entrance::EarlyDemuxNote;
 use listeners::LISTENING;
@@ -52,6 +53,7 @@ use object::Programs;
 pub use object::load;
 pub use pins::{DEFAULT_DIRECTORY, InUse, Pins};
 use pins::{Links, cookie_of_lookup, lookup_name, lookup_names};
+use placed::Placed;
 use redirect_linux::link::{At, AttachType, Place, State};
 use redirect_linux::netlink::Netlink;
 use redirect_linux::netns::{NetNs, current_cookie};
@@ -63,35 +65,19 @@ use sysctl::Sysctls;
 pub use tc::TcMethod;
 pub use try_out::try_out;
 
-/// The programs that are attached to the root of the cgroup2 hierarchy.
-const CGROUP: [(&str, AttachType); 10] = [
-    ("outbound_ipv4", AttachType::BPF_CGROUP_INET4_CONNECT),
-    ("outbound_ipv6", AttachType::BPF_CGROUP_INET6_CONNECT),
-    BIND[0],
-    BIND[1],
-    ("sendmsg_ipv4", AttachType::BPF_CGROUP_UDP4_SENDMSG),
-    ("sendmsg_ipv6", AttachType::BPF_CGROUP_UDP6_SENDMSG),
-    ("recvmsg_ipv4", AttachType::BPF_CGROUP_UDP4_RECVMSG),
-    ("recvmsg_ipv6", AttachType::BPF_CGROUP_UDP6_RECVMSG),
-    ("getpeername_ipv4", AttachType::BPF_CGROUP_INET4_GETPEERNAME),
-    ("getpeername_ipv6", AttachType::BPF_CGROUP_INET6_GETPEERNAME),
-];
+/// A program, and where on a cgroup it is attached.
+type OnCgroup = (&'static str, AttachType);
 
-/// Those of them that guard the proxy's ports.
-const BIND: [(&str, AttachType); 2] =
+/// Those that keep others off the proxy's ports.
+const BIND: [OnCgroup; 2] =
     [("bind_ipv4", AttachType::BPF_CGROUP_INET4_BIND), ("bind_ipv6", AttachType::BPF_CGROUP_INET6_BIND)];
 
-/// Placement `node` keeps others off the proxy's ports on the host. Nothing of it is in the pods.
-fn cgroup_programs(
-    placement: Placement,
-    noted_by: NotedBy,
-) -> impl Iterator<Item = (&'static str, AttachType)> {
-    let programs: &[_] = match placement {
-        Placement::Pod => &CGROUP,
-        Placement::Node => &BIND,
-    };
-    let listening = (noted_by == NotedBy::SockOps).then_some((LISTENING, AttachType::BPF_CGROUP_SOCK_OPS));
-    programs.iter().copied().chain(listening)
+/// What differs by where the proxy listens.
+fn placed(placement: Placement) -> &'static dyn Placed {
+    match placement {
+        Placement::Pod => &in_pod::InPod,
+        Placement::Node => &on_node::OnNode,
+    }
 }
 
 /// The program that is attached to the kubelet's cgroup.
@@ -150,7 +136,7 @@ pub struct Linux {
     links: Links,
     /// Root of the cgroup2 hierarchy.
     cgroup: Directory,
-    placement: Placement,
+    placed: &'static dyn Placed,
     noted_by: NotedBy,
     rule_priority: u32,
     /// Whether the host's ends of pods' devices are guarded.
@@ -234,20 +220,14 @@ impl Linux {
         }
         let host = NetNs::current().context("cannot open the agent's own network namespace")?;
         let mut host_netlink = Netlink::open()?;
-        let Settings { placement, noted_by, rule_priority, host_cookie, .. } = *settings;
-        if placement == Placement::Node {
-            let entrance = entrance::ensure(&mut host_netlink, rule_priority, &note)?;
-            maps.set_entrance(entrance.interface.index);
-            for pod in pods {
-                for end in devices::of(&pod.netns, &host, &mut host_netlink)?.ends {
-                    maps.insert_device(pod.netns_cookie, end.index)?;
-                }
-            }
-        }
+        let Settings { noted_by, rule_priority, host_cookie, .. } = *settings;
+        let placed = placed(settings.placement);
+        let on_host = placed::OnHost { maps: &mut maps, netlink: &mut host_netlink, host: &host };
+        placed.prepare(on_host, rule_priority, &note, pods)?;
         maps.configure(settings)?;
         let log = settings.diagnostics.then(|| object::log(&mut object)).transpose()?;
-        let programs = Programs::load(&mut object, &[placement], noted_by)?;
-        let tc = tc::Tc::new(&programs, settings.tc, Hook::of(placement))?;
+        let programs = Programs::load(&mut object, &[placed], noted_by)?;
+        let tc = tc::Tc::new(&programs, settings.tc, placed.hooks())?;
         let cgroup = Directory::open(&settings.cgroup)
             .with_context(|| format!("cannot open the cgroup2 directory {}", settings.cgroup.display()))?;
         let links = Links::find(&pins)?;
@@ -258,7 +238,7 @@ impl Linux {
             programs,
             links,
             cgroup,
-            placement,
+            placed,
             noted_by,
             rule_priority,
             gated: settings.proxy_identity == ProxyIdentity::Cgroup,
@@ -283,7 +263,7 @@ impl Linux {
         use anyhow::Context as _;
         self.leave().context("cannot return to the host's network namespace")?;
         let mut mended = Vec::new();
-        for (name, hook) in cgroup_programs(self.placement, self.noted_by) {
+        for (name, hook) in placed::on_root(self.placed, self.noted_by) {
             let (program, place) = (self.programs.get(name)?, self.cgroup.place(hook));
             if self.links.state(name, program, place)? != Some(State::Current) {
                 // Links of cgroup programs are always "multi": others' programs stay attached beside ours.
@@ -293,41 +273,8 @@ impl Linux {
                 mended.push(name);
             }
         }
-        if self.placement == Placement::Node {
-            self.mend_host(&mut mended)?;
-        }
+        self.placed.mend(self, &mut mended)?;
         Ok(mended)
-    }
-
-    /// The entrance, what is attached to it, and the socket lookups in the host's namespace.
-    fn mend_host(&mut self, mended: &mut Vec<&'static str>) -> anyhow::Result<()> {
-        let Self { tc, links, programs, host_netlink, host_cookie, .. } = self;
-        let entrance = entrance::ensure(host_netlink, self.rule_priority, &self.note)?;
-        if entrance.mended {
-            mended.push(ENTRANCE);
-        }
-        let interface = entrance.interface;
-        self.maps.change_entrance(interface.index)?;
-        let place = tc::Where { interfaces: std::slice::from_ref(&interface), on_host: true };
-        let attached = tc.look(host_netlink, links, programs, *host_cookie, place)?.current;
-        for hook in Family::ALL.map(Hook::Entrance) {
-            if !attached.contains(&hook.fact(&interface)) {
-                let spot =
-                    tc::Spot { netns_cookie: *host_cookie, interface: &interface, carries_traffic: false };
-                tc.attach(host_netlink, links, programs, &spot, hook)?;
-                mended.push(hook.program());
-            }
-        }
-        for lookup in Lookup::ALL {
-            let name = format!("{}-host", lookup.program());
-            let (program, place) = (programs.get(lookup.program())?, lookup_place(&self.host)?);
-            if links.state(&name, program, place)? != Some(State::Current) {
-                links.ensure(&name, program, place)?;
-                mended.push(lookup.program());
-            }
-        }
-        links.remove(&format!("{}-host", Lookup::FORMER))?;
-        Ok(())
     }
 
     /// Removes what is about namespaces that are gone. Returns the cookies of the others that no pod is known of.
@@ -459,7 +406,7 @@ impl Linux {
 
     /// How many times a program is attached.
     pub fn attachments(&self, program: &str) -> usize {
-        match Hook::of(self.placement).iter().find(|hook| hook.program() == program) {
+        match self.placed.hooks().iter().find(|hook| hook.program() == program) {
             Some(hook) => self.tc.attached(*hook),
             None if program == PROBE => self.probes().count(),
             None if Lookup::ALL.map(Lookup::program).contains(&program) => {
@@ -468,6 +415,11 @@ impl Linux {
             None if self.programs.iter().any(|(loaded, _)| loaded == program) => 1,
             None => 0,
         }
+    }
+
+    /// A program without which no connection is captured, if it is attached nowhere.
+    pub fn detached(&self) -> Option<&'static str> {
+        self.placed.vital().into_iter().find(|program| self.attachments(program) == 0)
     }
 
     /// What is loaded, and what it counted.
@@ -486,33 +438,6 @@ impl Linux {
             flows_limited: flows.limited,
             flows_full: flows.full,
         })
-    }
-
-    fn look(&mut self, target: &Target) -> io::Result<Observation> {
-        match self.placement {
-            Placement::Pod => self.look_into_pod(target),
-            Placement::Node => self.look_at_devices(target),
-        }
-    }
-
-    fn look_at_devices(&mut self, target: &Target) -> io::Result<Observation> {
-        let (found, host_id) = {
-            let host = self.host.clone();
-            let netlink = &mut self.enter(target)?.netlink;
-            (netlink.devices()?, netlink.namespace_id(&host)?)
-        };
-        let known = self.maps.devices(target.netns_cookie)?;
-        let devices = devices::lead_to(&found, host_id, &known, &mut self.host_netlink)?;
-        let mut observation = Observation::default();
-        self.look_at_host(target, &devices, &mut observation)?;
-        observation.facts.extend(self.maps.facts(target)?);
-        observation.namespace = Namespace {
-            ipv6: sysctl::has_ipv6()?,
-            devices,
-            placement: Placement::Node,
-            ..Namespace::default()
-        };
-        Ok(observation)
     }
 
     /// What is attached to the host's ends of a pod's devices, and which of them are noted.
@@ -538,59 +463,6 @@ impl Linux {
             observation.facts.insert(Fact::Device(end));
         }
         Ok(())
-    }
-
-    fn look_into_pod(&mut self, target: &Target) -> io::Result<Observation> {
-        let (host, gated) = (self.host.clone(), self.gated);
-        let Session { netlink, sysctls, .. } = self.enter(target)?;
-        let (found, host_id) = (netlink.devices()?, netlink.namespace_id(&host)?);
-        let interfaces: Vec<Interface> = found.iter().map(|device| device.interface.clone()).collect();
-        let up: BTreeSet<u32> =
-            found.iter().filter(|device| device.up).map(|device| device.interface.index).collect();
-        let ipv6 = sysctls.ipv6_enabled("lo")?;
-        let mut observation = Observation {
-            namespace: Namespace { interfaces, up, ipv6, gated, ..Namespace::default() },
-            ..Observation::default()
-        };
-        let interfaces = &observation.namespace.interfaces;
-        let facts = &mut observation.facts;
-        if observation.namespace.up.contains(&LOOPBACK_INDEX) {
-            facts.insert(Fact::LoopbackUp);
-        }
-        let mut addresses = Vec::new();
-        let families = if ipv6 { &Family::ALL[..] } else { &[Family::Ipv4][..] };
-        for &family in families {
-            facts.extend(netlink.rules(family)?.into_iter().map(|rule| Fact::Rule { family, rule }));
-            let routes = netlink.routes(family, interfaces)?;
-            if let (Family::Ipv6, Some(lo)) =
-                (family, interfaces.iter().find(|interface| interface.is_loopback()))
-            {
-                observation.namespace.mirror = mirror::of(&routes, lo);
-            }
-            facts.extend(routes.ours.into_iter().map(Fact::Route));
-            addresses.extend(routes.addresses);
-        }
-        observation.namespace.addresses = self.maps.learn(target, &addresses).map_err(io::Error::other)?;
-        let Session { netlink, netns_cookie, .. } = entered(&mut self.session)?;
-        let place = tc::Where { interfaces, on_host: false };
-        let attached = self.tc.look(netlink, &self.links, &self.programs, *netns_cookie, place)?;
-        facts.extend(attached.current);
-        observation.stale = attached.stale;
-        observation.damaged = attached.damaged;
-        for lookup in Lookup::ALL {
-            match self.lookup_state(lookup, target)? {
-                Some(State::Current) => observation.facts.insert(lookup.fact()),
-                Some(State::Stale) => observation.stale.insert(lookup.fact()),
-                Some(State::Elsewhere) => observation.damaged.insert(lookup.fact()),
-                None => false,
-            };
-        }
-        observation.facts.extend(self.sysctls_and_entries(target)?);
-        let known = self.maps.devices(target.netns_cookie)?;
-        let devices = devices::lead_to(&found, host_id, &known, &mut self.host_netlink)?;
-        self.look_at_host(target, &devices, &mut observation)?;
-        observation.namespace.devices = devices;
-        Ok(observation)
     }
 
     /// Does something in the host's namespace, and comes back to where the thread was.
@@ -630,28 +502,6 @@ impl Linux {
 
     fn detach_lookup(&mut self, lookup: Lookup, target: &Target) -> anyhow::Result<()> {
         Ok(self.links.remove(&lookup_name(lookup, target.netns_cookie))?)
-    }
-
-    /// The sysctls of the pod that are on, and what the maps have of it.
-    fn sysctls_and_entries(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>> {
-        let on = self.enter(target)?.sysctls.that_are_on()?;
-        let mut facts: BTreeSet<Fact> = on.into_iter().map(Fact::Sysctl).collect();
-        facts.extend(self.maps.facts(target)?);
-        Ok(facts)
-    }
-
-    /// The facts that nobody tells about when they change.
-    fn quiet_facts(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>> {
-        let mut facts = self.sysctls_and_entries(target)?;
-        for lookup in Lookup::ALL {
-            if self.lookup_state(lookup, target)? == Some(State::Current) {
-                facts.insert(lookup.fact());
-            }
-        }
-        for index in self.maps.devices(target.netns_cookie)? {
-            facts.extend(self.host_netlink.interface(index)?.map(Fact::Device));
-        }
-        Ok(facts)
     }
 
     fn attach(&mut self, target: &Target, interface: &Interface, hook: Hook) -> anyhow::Result<()> {
@@ -762,10 +612,7 @@ impl Datapath for Linux {
     }
 
     fn glance(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>> {
-        if self.placement == Placement::Node {
-            return Ok(self.look_at_devices(target)?.facts);
-        }
-        self.quiet_facts(target)
+        self.placed.glance(self, target)
     }
 
     fn addresses(&mut self, netns: &NetNs) -> io::Result<Vec<IpAddr>> {
@@ -773,21 +620,16 @@ impl Datapath for Linux {
     }
 
     fn tidy(&mut self, target: &Target) -> io::Result<()> {
-        if self.placement == Placement::Node {
-            return Ok(());
-        }
-        let netlink = &mut self.enter(target)?.netlink;
-        let (interfaces, _) = netlink.interfaces()?;
-        interfaces.iter().try_for_each(|interface| netlink.delete_qdisc(interface.index))
+        self.placed.tidy(self, target)
     }
 
     fn served(&mut self, netns: &NetNs) -> io::Result<BTreeSet<Family>> {
-        let place = if self.placement == Placement::Node { &self.host } else { netns };
-        place.run(super::listeners::served)?
+        self.placed.listens_in(&self.host, netns).run(super::listeners::served)?
     }
 
     fn observe(&mut self, target: &Target) -> Result<Observation, Error> {
-        self.look(target).map_err(|source| Error::Namespace { pod: target.identity.to_string(), source })
+        let observed = self.placed.observe(self, target);
+        observed.map_err(|source| Error::Namespace { pod: target.identity.to_string(), source })
     }
 
     fn apply(&mut self, target: &Target, op: &Op) -> Result<(), Error> {

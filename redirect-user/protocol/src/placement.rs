@@ -9,3 +9,8 @@ pub enum Placement {
     /// Once per node, in the host's network namespace.
     Node,
 }
+
+impl Placement {
+    /// Both of them.
+    pub const ALL: [Self; 2] = [Self::Pod, Self::Node];
+}

@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use super::{Enrolled, Error, Ownership, Pods};
 use redirect_datapath::datapath::{self, Adoption, Datapath, Finding, Target};
 use redirect_datapath::facts::{Fact, Interface};
-use redirect_protocol::placement::Placement;
 use redirect_protocol::pod::PodIdentity;
 use redirect_protocol::wire::{FactState, PodReport, PodState};
 use redirect_zds::server::{Handle, PodProxyState};
@@ -92,11 +91,10 @@ fn report(enrolled: &Enrolled, ownership: &Ownership, proxies: &Handle) -> PodRe
             }
         },
         strayed: names(&observation.namespace.devices.strayed),
-        unguarded: match (observation.namespace.placement, observation.namespace.gated) {
-            (Placement::Pod, false) => interfaces.clone(),
-            (Placement::Pod, true) => observation.namespace.devices.unreachable.clone(),
-            // Such a pod is not enrolled.
-            (Placement::Node, _) => Vec::new(),
+        unguarded: if observation.namespace.gated {
+            observation.namespace.devices.unreachable.clone()
+        } else {
+            interfaces.clone()
         },
         interfaces,
         state: match &proxy {

@@ -6,8 +6,9 @@ use std::io;
 use std::os::fd::AsFd as _;
 use std::path::Path;
 
+use super::devices;
+use super::in_pod::CGROUP;
 use super::shortcuts::Shortcut;
-use super::{CGROUP, devices};
 use crate::facts::{Hook, Interface};
 use redirect_linux::link::{self, At, AttachType};
 use redirect_linux::netlink::{HANDLES, Netlink, Side};
@@ -96,8 +97,7 @@ pub fn shortcuts() -> io::Result<Vec<String>> {
 
 /// On interfaces of the calling thread's namespace. The kernel runs tcx programs before filters.
 fn on(netlink: &mut Netlink, interfaces: &[Interface]) -> io::Result<Vec<Attached>> {
-    let ours: Vec<_> =
-        [Placement::Pod, Placement::Node].into_iter().flat_map(Hook::of).map(|hook| hook.program()).collect();
+    let ours: Vec<_> = Placement::ALL.into_iter().flat_map(Hook::of).map(|hook| hook.program()).collect();
     let mut attached = Vec::new();
     for interface in interfaces {
         let filters = netlink.all_filters(interface.index)?;

@@ -20,7 +20,6 @@ use redirect_ebpf::maps::{
 };
 
 use super::holders::{Holders, Learned};
-use super::object::DIAGNOSTICS;
 use super::{ProxyIdentity, Settings};
 use crate::datapath::Target;
 use crate::facts::Fact;
@@ -38,6 +37,9 @@ pub struct Capacities {
     /// Exclusions of ports, and of networks of each family.
     pub exclusions: u32,
 }
+
+/// How much was told in the kernel side's log.
+pub(super) const DIAGNOSTICS: &str = "DIAGNOSTICS";
 
 pub(super) struct Maps {
     pods: Table<u64, Pod>,

@@ -18,13 +18,14 @@ use aya_obj::generated::bpf_map_info;
 use redirect_ebpf::constants::MAX_PROXY_CGROUPS;
 
 use super::listeners::NotedBy;
+use super::maps::DIAGNOSTICS;
 use super::pins::Pins;
-use super::{PROBE, Settings, cgroup_programs};
-use crate::facts::{Hook, Lookup};
+use super::placed::{Placed, on_root};
+use super::{PROBE, Settings, placed};
+use crate::facts::Lookup;
 use crate::faults::Words;
 use redirect_linux::bpf;
 use redirect_linux::link;
-use redirect_protocol::placement::Placement;
 
 /// The kernel side, as the build script found it. Aligned as an ELF file has to be.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect.o"));
@@ -97,9 +98,6 @@ pub(super) fn load_pinned(settings: &Settings, pins: &Pins) -> anyhow::Result<(E
 /// aya-log's ring buffer.
 const LOG: &str = "AYA_LOGS";
 
-/// How much was told in it.
-pub(super) const DIAGNOSTICS: &str = "DIAGNOSTICS";
-
 /// Not the log, which is one agent's, nor what is only read, which is made anew with each load: settings, texts of the log.
 fn outlives_the_agent(map: &str, kind: EbpfSectionKind) -> bool {
     ![LOG, DIAGNOSTICS].contains(&map) && kind != EbpfSectionKind::Rodata
@@ -157,10 +155,7 @@ fn loader<'a>(settings: &Settings) -> EbpfLoader<'a> {
     for (name, capacity) in capacities(settings) {
         loader.map_max_entries(name, capacity);
     }
-    let in_pods = match settings.placement {
-        Placement::Pod => &1u8,
-        Placement::Node => &0u8,
-    };
+    let in_pods = if placed(settings.placement).looks_up_in_pods() { &1u8 } else { &0u8 };
     loader.override_global("LOOKUP_IN_PODS", in_pods, true);
     let tc_knows_listeners = match settings.noted_by {
         NotedBy::Tc => &1u8,
@@ -177,12 +172,12 @@ impl Programs {
     /// Has the kernel check all that these placements need.
     pub(super) fn load(
         object: &mut Ebpf,
-        placements: &[Placement],
+        placements: &[&'static dyn Placed],
         noted_by: NotedBy,
     ) -> anyhow::Result<Self> {
-        let of_placement = |&placement: &Placement| {
-            let cgroup = cgroup_programs(placement, noted_by).map(|(name, _)| name);
-            cgroup.chain(Hook::of(placement).iter().map(|hook| hook.program()))
+        let of_placement = |&placed: &&'static dyn Placed| {
+            let cgroup = on_root(placed, noted_by).map(|(name, _)| name);
+            cgroup.chain(placed.hooks().iter().map(|hook| hook.program()))
         };
         let of_both = Lookup::ALL.map(Lookup::program).into_iter().chain([PROBE]);
         let names: BTreeSet<_> = placements.iter().flat_map(of_placement).chain(of_both).collect();

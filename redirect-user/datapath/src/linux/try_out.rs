@@ -7,8 +7,7 @@ use redirect_ebpf::flow::FlowLimits;
 
 use super::object::{self, Programs};
 use super::tc::{Tc, TcMethod};
-use super::{Capacities, NotedBy, ProxyIdentity, Settings};
-use crate::facts::Hook;
+use super::{Capacities, NotedBy, ProxyIdentity, Settings, placed};
 use redirect_protocol::placement::Placement;
 
 /// Loads and unloads all programs that this kernel can need. Returns how many these are.
@@ -31,7 +30,7 @@ pub fn try_out(tc: TcMethod) -> anyhow::Result<usize> {
         noted_by: NotedBy::probe()?,
     };
     let mut object = object::load(&settings)?;
-    let programs = Programs::load(&mut object, &[Placement::Pod, Placement::Node], settings.noted_by)?;
-    Tc::new(&programs, tc, Hook::of(Placement::Pod))?;
+    let programs = Programs::load(&mut object, &Placement::ALL.map(placed), settings.noted_by)?;
+    Tc::new(&programs, tc, placed(Placement::Pod).hooks())?;
     Ok(programs.iter().count())
 }

@@ -1,0 +1,81 @@
+//! The node proxies, by where they listen: those in pods connect to the agent; the one on the host need not know about it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use redirect_datapath::handle::DatapathHandle;
+use redirect_datapath::linux::{Linux, ProxyIdentity};
+use redirect_ebpf::maps::ProxyPart;
+use redirect_protocol::placement::Placement;
+use redirect_zds::server::Peer;
+
+use super::named_proxies::NamedProxies;
+use super::node_ack;
+use super::options::Options;
+use super::proxy_cgroups::Cgroups;
+use super::records::Records;
+use super::supervisor::{Stop, Supervisor};
+
+#[derive(Clone)]
+pub(super) enum NodeProxies {
+    InPods(Arc<Cgroups>),
+    OnNode(NamedProxies),
+}
+
+impl NodeProxies {
+    pub(super) fn new(options: &Options, records: &Records) -> anyhow::Result<Self> {
+        Ok(match options.placement {
+            Placement::Pod => Self::InPods(Arc::new(Cgroups::new(options.proxy_identity, records.clone()))),
+            Placement::Node => {
+                Self::OnNode(NamedProxies::new(&options.proxy_cgroup, &options.outbound_proxy_cgroup)?)
+            }
+        })
+    }
+
+    /// How their sockets are recognized, if it is to be like this.
+    pub(super) fn identity(&self, wanted: ProxyIdentity) -> ProxyIdentity {
+        match self {
+            Self::OnNode(named) if named.is_empty() => {
+                tracing::warn!(
+                    "no --proxy-cgroup names the node proxy's cgroup: any process with CAP_NET_RAW in the node's network namespace \
+                     can pass for it"
+                );
+                ProxyIdentity::Mark
+            }
+            Self::InPods(_) | Self::OnNode(_) => wanted,
+        }
+    }
+
+    /// The cgroups of those that are known so far.
+    pub(super) async fn known(&self) -> anyhow::Result<BTreeMap<u64, ProxyPart>> {
+        match self {
+            Self::InPods(cgroups) => Ok(cgroups.known().await),
+            Self::OnNode(named) => named.all(),
+        }
+    }
+
+    /// Admits who connects as a proxy, before it is told any pod.
+    pub(super) async fn admit(&self, kernel: &DatapathHandle<Linux>, peer: Peer) -> anyhow::Result<()> {
+        match self {
+            Self::InPods(cgroups) => cgroups.admit(kernel, peer).await,
+            Self::OnNode(_) => node_ack::admit(&peer),
+        }
+    }
+
+    /// Starts what the agent does in place of a proxy that does not connect.
+    pub(super) fn stand_in(
+        self,
+        supervisor: &mut Supervisor,
+        kernel: &DatapathHandle<Linux>,
+        zds_socket: &Path,
+    ) {
+        let Self::OnNode(named) = self else { return };
+        let (kernel, zds_socket) = (kernel.clone(), zds_socket.to_owned());
+        supervisor
+            .restarting("cgroups of the node proxy", Stop::Cut, move || named.clone().follow(kernel.clone()));
+        supervisor.restarting("stand-in for the node proxy", Stop::Cut, move || {
+            node_ack::acknowledge(zds_socket.clone())
+        });
+    }
+}

@@ -1,0 +1,115 @@
+//! Placement `node`: the proxy listens in the host's namespace, and nothing is in the pods.
+
+use std::collections::BTreeSet;
+use std::io;
+
+use redirect_ebpf::Family;
+use redirect_ebpf::constants::ENTRANCE;
+
+use super::placed::{OnHost, Placed};
+use super::{BIND, EarlyDemuxNote, Linux, OnCgroup, devices, entrance, lookup_place, sysctl, tc};
+use crate::datapath::{Observation, Target};
+use crate::facts::{Fact, Hook, Lookup, Namespace};
+use redirect_linux::link::State;
+use redirect_linux::netns::NetNs;
+use redirect_protocol::placement::Placement;
+
+pub(super) struct OnNode;
+
+impl Placed for OnNode {
+    /// The ports are the host's.
+    fn cgroup_programs(&self) -> &'static [OnCgroup] {
+        &BIND
+    }
+
+    fn hooks(&self) -> &'static [Hook] {
+        Hook::of(Placement::Node)
+    }
+
+    fn vital(&self) -> [&'static str; 2] {
+        Family::ALL.map(|family| Hook::Entrance(family).program())
+    }
+
+    fn looks_up_in_pods(&self) -> bool {
+        false
+    }
+
+    fn prepare(
+        &self,
+        OnHost { maps, netlink, host }: OnHost<'_>,
+        rule_priority: u32,
+        note: &EarlyDemuxNote,
+        pods: &[Target],
+    ) -> anyhow::Result<()> {
+        maps.set_entrance(entrance::ensure(netlink, rule_priority, note)?.interface.index);
+        for pod in pods {
+            for end in devices::of(&pod.netns, host, netlink)?.ends {
+                maps.insert_device(pod.netns_cookie, end.index)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The entrance, what is attached to it, and the socket lookups in the host's namespace.
+    fn mend(&self, linux: &mut Linux, mended: &mut Vec<&'static str>) -> anyhow::Result<()> {
+        let Linux { tc, links, programs, host_netlink, host_cookie, .. } = linux;
+        let entrance = entrance::ensure(host_netlink, linux.rule_priority, &linux.note)?;
+        if entrance.mended {
+            mended.push(ENTRANCE);
+        }
+        let interface = entrance.interface;
+        linux.maps.change_entrance(interface.index)?;
+        let place = tc::Where { interfaces: std::slice::from_ref(&interface), on_host: true };
+        let attached = tc.look(host_netlink, links, programs, *host_cookie, place)?.current;
+        for hook in Family::ALL.map(Hook::Entrance) {
+            if !attached.contains(&hook.fact(&interface)) {
+                let spot =
+                    tc::Spot { netns_cookie: *host_cookie, interface: &interface, carries_traffic: false };
+                tc.attach(host_netlink, links, programs, &spot, hook)?;
+                mended.push(hook.program());
+            }
+        }
+        for lookup in Lookup::ALL {
+            let name = format!("{}-host", lookup.program());
+            let (program, place) = (programs.get(lookup.program())?, lookup_place(&linux.host)?);
+            if links.state(&name, program, place)? != Some(State::Current) {
+                links.ensure(&name, program, place)?;
+                mended.push(lookup.program());
+            }
+        }
+        links.remove(&format!("{}-host", Lookup::FORMER))?;
+        Ok(())
+    }
+
+    fn observe(&self, linux: &mut Linux, target: &Target) -> io::Result<Observation> {
+        let (found, host_id) = {
+            let host = linux.host.clone();
+            let netlink = &mut linux.enter(target)?.netlink;
+            (netlink.devices()?, netlink.namespace_id(&host)?)
+        };
+        let known = linux.maps.devices(target.netns_cookie)?;
+        let devices = devices::lead_to(&found, host_id, &known, &mut linux.host_netlink)?;
+        let mut observation = Observation::default();
+        linux.look_at_host(target, &devices, &mut observation)?;
+        observation.facts.extend(linux.maps.facts(target)?);
+        observation.namespace = Namespace {
+            ipv6: sysctl::has_ipv6()?,
+            devices,
+            placement: Placement::Node,
+            ..Namespace::default()
+        };
+        Ok(observation)
+    }
+
+    fn glance(&self, linux: &mut Linux, target: &Target) -> io::Result<BTreeSet<Fact>> {
+        Ok(self.observe(linux, target)?.facts)
+    }
+
+    fn tidy(&self, _: &mut Linux, _: &Target) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn listens_in<'a>(&self, host: &'a NetNs, _: &'a NetNs) -> &'a NetNs {
+        host
+    }
+}
