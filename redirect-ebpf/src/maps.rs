@@ -78,6 +78,8 @@ impl ProxyPart {
     pub const OUTBOUND: Self = Self(2);
     /// The one that delivers to applications. Placement `node`.
     pub const INBOUND: Self = Self(3);
+    /// One that listens in the pods. What it sends to another pod is captured there like anybody's.
+    pub const IN_PODS: Self = Self(4);
 }
 
 /// Settings of the kernel side for the whole node.
@@ -380,6 +382,11 @@ flags! {
         EARLIER_CONNECTIONS = 4,
         /// The pod ran when it was captured, a few minutes ago: connections that were half open then may complete as they began.
         HALF_OPEN = 5,
+        /// The host's ends of its devices capture its new connections. What is in the pod serves those that it captured before the
+        /// placement changed.
+        ON_HOST = 6,
+        /// The other way round: what is in the pod captures new connections.
+        IN_POD = 7,
     }
 }
 

@@ -60,7 +60,15 @@ impl Agent {
         }
         command.arg("--pin-dir").arg(pin_dir(session, dir));
         command.arg("--state-dir").arg(state_dir(dir));
-        command.args(["--placement", placement(session)]);
+        let named = arguments.iter().position(|argument| argument == "--placement");
+        let placement = match named.and_then(|at| arguments.get(at + 1)).map(String::as_str) {
+            Some("node") => Placement::Node,
+            Some(_) => Placement::Pod,
+            None => {
+                command.args(["--placement", spelled(session.placement())]);
+                session.placement()
+            }
+        };
         if !arguments.iter().any(|argument| argument == "--on-exit") {
             command.args(["--on-exit", "remove"]);
         }
@@ -83,7 +91,7 @@ impl Agent {
         let name = format!("agent of {}", netns.name());
         let process = Process::spawn(&name, command, netns, cgroup, &dir.join("agent.log"))?;
         let binary = session.binaries().redirect.clone();
-        Ok(Self { process, socket, binary, placement: session.placement() })
+        Ok(Self { process, socket, binary, placement })
     }
 
     /// Its process.
@@ -193,8 +201,9 @@ pub fn uninstall(
 }
 
 /// As the command line spells it.
-pub(crate) fn placement(session: &Session) -> &'static str {
-    match session.placement() {
+#[must_use]
+pub fn spelled(placement: Placement) -> &'static str {
+    match placement {
         Placement::Pod => "pod",
         Placement::Node => "node",
     }

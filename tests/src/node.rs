@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::{Context, Result};
 use redirect_ebpf::Family;
 use redirect_linux::netns::NetNs;
+use redirect_protocol::placement::Placement;
 use redirect_protocol::wire::{PodReport, Status};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -59,6 +60,8 @@ pub struct ProxyOptions<'a> {
     pub environment: Vec<(String, String)>,
     /// How long its connections may go on when it is told to stop, in seconds.
     pub drain: u64,
+    /// Where it listens; by default where the session's proxies do.
+    pub placement: Option<Placement>,
 }
 
 /// A node.
@@ -287,6 +290,12 @@ impl Node {
         Ok(lock(&self.proxy).replace(proxy))
     }
 
+    /// As [`Node::start_another_proxy`], without waiting for anything.
+    pub fn begin_another_proxy(&self, options: &ProxyOptions<'_>) -> Result<Option<Proxy>> {
+        let proxy = self.spawn_proxy(options)?;
+        Ok(lock(&self.proxy).replace(proxy))
+    }
+
     fn spawn_proxy(&self, options: &ProxyOptions<'_>) -> Result<Proxy> {
         let setup = Setup {
             number: self.proxies.fetch_add(1, Ordering::Relaxed),
@@ -297,6 +306,7 @@ impl Node {
             tunnelled: &options.tunnelled,
             environment: &options.environment,
             drain: options.drain,
+            placement: options.placement.unwrap_or_else(|| self.session.placement()),
         };
         Proxy::start(&self.session, &setup)
     }

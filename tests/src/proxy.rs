@@ -8,6 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
 use anyhow::Result;
+use redirect_protocol::placement::Placement;
 
 use crate::agent;
 use crate::cgroup::Cgroup;
@@ -44,6 +45,8 @@ pub struct Setup<'a> {
     pub environment: &'a [(String, String)],
     /// How long connections may go on when the proxy is told to stop, in seconds.
     pub drain: u64,
+    /// Where it listens.
+    pub placement: Placement,
 }
 
 /// A pod that a ztunnel is told about before it is made. The embedded proxy has no tunnel and ignores it.
@@ -62,7 +65,7 @@ impl Proxy {
         let binary = &session.binaries().proxy;
         let log = setup.dir.join(format!("proxy-{:03}.log", setup.number));
         let (command, netns) = match session.binaries().kind {
-            ProxyKind::Embedded => (embedded::command(binary, setup, agent::placement(session)), None),
+            ProxyKind::Embedded => (embedded::command(binary, setup, agent::spelled(setup.placement)), None),
             ProxyKind::Ztunnel => (ztunnel::command(binary, setup)?, Some(Netns::new(&name)?)),
         };
         let home = netns.as_ref().unwrap_or(setup.netns);

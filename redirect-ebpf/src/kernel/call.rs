@@ -1,10 +1,10 @@
 //! What is decided about a socket's call, whether it connects or sends a datagram.
 
 use aya_ebpf::programs::SockAddrContext;
-use redirect_ebpf::count::Direction;
+use redirect_ebpf::count::{Direction, Reason};
 use redirect_ebpf::decide::{self, Connect, Outbound};
 use redirect_ebpf::family::Ip;
-use redirect_ebpf::maps::ConfigFlags;
+use redirect_ebpf::maps::{ConfigFlags, PodFlags};
 
 use super::config;
 use super::exclusions::{ExcludedIp, excluded};
@@ -40,11 +40,15 @@ pub(super) fn decision<I: PodIp + ExcludedIp>(
     source: I::Address,
 ) -> Outbound {
     let (cookie, port) = (caller.netns_cookie, port(ctx));
+    let proxy = proxies::is_proxy(mark);
+    if !proxy && caller.flags.contains(PodFlags::ON_HOST) {
+        return Outbound::Pass(Reason::NotSteered);
+    }
     let connect = Connect {
         protocol: caller.protocol,
         destination,
         port,
-        proxy: proxies::is_proxy(mark),
+        proxy,
         source,
         flags: caller.flags,
         link_local: config::flags().contains(ConfigFlags::LINK_LOCAL),

@@ -13,7 +13,7 @@ use redirect_ebpf::count::{Direction, Reason, Verdict};
 use redirect_ebpf::decide;
 use redirect_ebpf::diagnostics::Hook;
 use redirect_ebpf::family::{Ipv4, Ipv6};
-use redirect_ebpf::maps::ConfigFlags;
+use redirect_ebpf::maps::{ConfigFlags, PodFlags};
 use redirect_ebpf::packet::{Parse, Parsed, Segment, is_of_another_family, parse};
 
 use super::config;
@@ -54,7 +54,9 @@ fn egress<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
         Parsed::NotOurs | Parsed::Datagram(_) => (true, Reason::Unmarked),
         Parsed::Unknown => (false, Reason::Malformed),
         Parsed::Tcp(segment) if segment.opens() => {
-            (is_exempt::<I>(&segment) || opened_before::<I>(ctx, &segment), Reason::Unmarked)
+            let leaves =
+                is_exempt::<I>(&segment) || opened_before::<I>(ctx, &segment) || is_left::<I>(&segment);
+            (leaves, Reason::Unmarked)
         }
         Parsed::Tcp(segment) if segment.resets() => (true, Reason::Unmarked),
         // What goes on must not change over from the proxy to the network in the middle.
@@ -64,7 +66,7 @@ fn egress<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
             OtherEnd::Delivery | OtherEnd::Inside => (false, Reason::Unmarked),
         },
         // It may open a connection, and nobody can tell; but TCP itself never sends such.
-        Parsed::Fragment(segment) => (is_exempt::<I>(&segment), Reason::Fragmented),
+        Parsed::Fragment(segment) => (is_exempt::<I>(&segment) || is_left::<I>(&segment), Reason::Fragmented),
     };
     if leaves {
         return Action::Continue;
@@ -100,6 +102,13 @@ fn is_exempt<I: Parse + PodIp + ExcludedIp>(segment: &Segment<I::Address>) -> bo
 fn opened_before<I: Parse + PodIp>(ctx: &TcContext, segment: &Segment<I::Address>) -> bool {
     let flags = I::owner(&segment.source).and_then(pods::flags);
     flags.is_some_and(|flags| half_open::opened_before(ctx, flags))
+}
+
+/// Whether the pod's connections are captured on the host.
+#[inline(always)]
+fn is_left<I: PodIp>(segment: &Segment<I::Address>) -> bool {
+    let flags = I::owner(&segment.source).and_then(pods::flags);
+    flags.is_some_and(|flags| flags.contains(PodFlags::ON_HOST))
 }
 
 /// Where a segment's receiver is.

@@ -18,6 +18,7 @@ use super::diagnostics;
 use super::entrance::{enter, enter_complaint, is_of_the_link};
 use super::exclusions::{ExcludedIp, excluded};
 use super::flows::About;
+use super::half_open;
 use super::host_gate::Pod;
 use super::pods::{self, PodIp};
 use super::refuse::{Back, is_refused, refuse};
@@ -43,17 +44,20 @@ fn from_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
     // SAFETY: every TC context has `ifindex`.
     let interface = unsafe { (*ctx.skb.skb).ifindex };
     let Some((cookie, flags)) = pods::behind(interface) else { return Action::Continue };
+    // What is in the pod captures its connections: the proxy on the host has those that it had before.
+    let left = flags.contains(PodFlags::IN_POD);
     // No pod may impersonate another pod.
     let spoofs = |source| match I::owner(&source) {
         Some(owner) => owner != cookie,
         None => !flags.contains(PodFlags::ANY_SOURCE) && !I::is_unassigned(source),
     };
     // A packet too short for an address is dropped below.
-    if source::<I>(&Skb(ctx)).is_some_and(spoofs) {
+    if !left && source::<I>(&Skb(ctx)).is_some_and(spoofs) {
         return drop::<I>(Reason::Spoofed, cookie, None);
     }
     let (segment, kind) = match parse::<I>(&Skb(ctx)) {
         Parsed::NotOurs => return enter_complaint::<I>(ctx),
+        Parsed::Unknown if left => return Action::Continue,
         Parsed::Unknown => {
             diagnostics::malformed::<I>(ctx, Hook::FromPod);
             return drop::<I>(Reason::Malformed, cookie, None);
@@ -62,8 +66,17 @@ fn from_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
         Parsed::Datagram(segment) => (segment, Kind::Datagram),
         Parsed::Fragment(segment) => (segment, Kind::Fragment),
     };
-    if kind == Kind::Segment && !segment.opens() && socket::is_known(ctx, &segment) {
+    let is_the_proxys = kind == Kind::Segment
+        && if segment.opens() {
+            left && half_open::opened_before(ctx, flags)
+        } else {
+            socket::is_known(ctx, &segment)
+        };
+    if is_the_proxys {
         return enter::<I>(ctx, MARK_CAPTURE);
+    }
+    if left {
+        return Action::Continue;
     }
     let protocol = if kind == Kind::Datagram { Protocol::Udp } else { Protocol::Tcp };
     // In one place: each would need room on the stack, of which Linux 6.1 counts more.

@@ -29,7 +29,8 @@ const TCP_NEW_SYN_RECV: u32 = 12;
 /// Notes a socket that connects. False if there is no memory for it: then it must not connect.
 #[inline(always)]
 pub(super) fn note(ctx: &SockAddrContext, caller: &Caller) -> bool {
-    if !caller.flags.contains(PodFlags::HALF_OPEN) || caller.protocol != Protocol::Tcp {
+    let captured = caller.flags.contains(PodFlags::HALF_OPEN) && !caller.flags.contains(PodFlags::ON_HOST);
+    if !captured || caller.protocol != Protocol::Tcp {
         return true;
     }
     let mut noted = 1u64;

@@ -48,6 +48,9 @@ fn gate<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
     let interface = unsafe { (*ctx.skb.skb).ifindex };
     // Nobody's while the pod is being enrolled.
     let Some((cookie, flags)) = pods::behind(interface) else { return Action::Continue };
+    if flags.contains(PodFlags::ON_HOST) {
+        return Action::Continue;
+    }
     match parse::<I>(&Skb(ctx)) {
         Parsed::NotOurs | Parsed::Datagram(_) => Action::Continue,
         Parsed::Unknown => {

@@ -7,10 +7,11 @@ use aya_ebpf::helpers::bpf_fib_lookup;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use redirect_ebpf::constants::PORT_INBOUND;
-use redirect_ebpf::count::Direction;
+use redirect_ebpf::count::{Direction, Reason};
 use redirect_ebpf::decide::{self, Inbound};
 use redirect_ebpf::diagnostics::Hook;
 use redirect_ebpf::family::{Ip, Ipv4, Ipv6};
+use redirect_ebpf::maps::PodFlags;
 use redirect_ebpf::packet::{Parse, Segment, address_family};
 
 use super::exclusions::{ExcludedIp, excluded};
@@ -40,6 +41,9 @@ impl<I: Parse + PodIp + ExcludedIp + Fib> Route<I> for FromOutside {
     fn decide(ctx: &TcContext, segment: &Segment<I::Address>) -> Inbound {
         let cookie = I::owner(&segment.destination);
         let flags = cookie.and_then(pods::flags);
+        if flags.is_some_and(|flags| flags.contains(PodFlags::ON_HOST)) {
+            return Inbound::Pass(Reason::NotSteered);
+        }
         let excluded = || {
             let (cookie, flags) = (cookie.unwrap_or_default(), flags.unwrap_or_default());
             excluded::<I>(cookie, flags, Direction::Inbound, segment.source, segment.destination_port)

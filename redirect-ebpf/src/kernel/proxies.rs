@@ -78,8 +78,8 @@ pub(super) fn sender(ctx: &TcContext, opens: bool) -> Sender {
         _ => match part {
             Some(ProxyPart::OUTBOUND) => Sender::Proxy,
             Some(ProxyPart::INBOUND) => Sender::Inbound,
+            Some(ProxyPart::IN_PODS) | None => Sender::Other,
             Some(_) => Sender::Delivery,
-            None => Sender::Other,
         },
     }
 }

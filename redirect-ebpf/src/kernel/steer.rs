@@ -164,7 +164,7 @@ fn open<I: Parse + PodIp, R: Route<I>>(
             {
                 return refused::<I, R>(ctx, segment, error);
             }
-            if !known {
+            if !known && reason != Reason::NotSteered {
                 counted::<I, R>(ctx, segment, Verdict::Passed, reason);
             }
             return Action::Continue;

@@ -61,7 +61,10 @@ fn to_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
         }
         Parsed::Tcp(segment) => tcp::<I>(ctx, &segment, cookie, flags),
         // It may open a connection: its flags are in another fragment. TCP itself never sends such packets.
-        Parsed::Fragment(_) if matches!(sender(ctx, true), Sender::Delivery | Sender::Inbound) => {
+        Parsed::Fragment(_)
+            if flags.contains(PodFlags::IN_POD)
+                || matches!(sender(ctx, true), Sender::Delivery | Sender::Inbound) =>
+        {
             Action::Continue
         }
         Parsed::Fragment(segment) => match decision::<I>(ctx, &segment, cookie, flags) {
@@ -80,6 +83,11 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
 ) -> Action {
     let about = || About::packet::<I>(Some(segment));
     let known = || is_of_a_connection(ctx, segment);
+    if flags.contains(PodFlags::IN_POD) {
+        // The proxy on the host has the connections that it had.
+        let delivered = sender(ctx, segment.opens()) == Sender::Delivery;
+        return if !delivered && known() { enter::<I>(ctx, MARK_CAPTURE) } else { Action::Continue };
+    }
     match sender(ctx, segment.opens()) {
         Sender::Delivery => return Action::Continue,
         Sender::Inbound if !known() => return Action::Continue,

@@ -481,6 +481,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         // It may make connections until it is captured.
         let namespace = Introduction { adoption, earlier_connections: true, ..namespace };
         let target = self.defaults.target(identity, &settings, all, netns, namespace);
+        let target = self.divided(target).await?;
         let mut enrolled = Enrolled { declared: addresses, containers, settings, ..Enrolled::new(target) };
         self.own(&enrolled.target).await;
         self.claim(&enrolled.target, enrolled.target.addresses.iter());
@@ -508,8 +509,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     /// Captures a pod that waits for it, if a proxy serves it by now.
     async fn capture(&self, known: &mut Enrolled) -> Result<(), Error> {
         let uid = &known.target.identity.uid;
-        if known.target.adoption != Adoption::Awaited || self.proxies.pod(uid) != PodProxyState::Acknowledged
-        {
+        if !known.target.adoption.awaits() || self.proxies.pod(uid) != PodProxyState::Acknowledged {
             return Ok(());
         }
         let netns = known.target.netns.clone();
@@ -521,7 +521,50 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             }
             Err(source) => return Err(Error::Listeners { pod: known.target.identity.clone(), source }),
         }
-        self.capture_served(known).await
+        if known.target.adoption == Adoption::Elsewhere {
+            self.come_over(known).await
+        } else {
+            self.capture_served(known).await
+        }
+    }
+
+    /// From the other placement: first everything is attached, then one step has new connections captured here.
+    async fn come_over(&self, known: &mut Enrolled) -> Result<(), Error> {
+        let began = Instant::now();
+        self.steer(&known.target.adopted(Adoption::Joining)).await?;
+        let target = known.target.adopted(Adoption::Moved);
+        let observation = self.steer(&target).await?.observation;
+        *known = Enrolled { target, observation, steered: true, since: Instant::now(), ..known.clone() };
+        self.keep(known).await;
+        tell::steered(&known.target, &known.observation, began, Duration::ZERO);
+        Ok(())
+    }
+
+    /// Goes on with a pod that is to come over from the other placement, or takes away what that has left, once its proxies have
+    /// none of the pod's connections.
+    pub(crate) async fn settle(&self, uid: &str) -> Result<(), Error> {
+        let Some(mut slot) = self.slots.find_idle(uid).await else { return Ok(()) };
+        let Some(known) = slot.as_mut().filter(|known| known.target.adoption.is_divided()) else {
+            return Ok(());
+        };
+        self.capture(known).await?;
+        let target = known.target.clone();
+        if target.adoption == Adoption::Moved
+            && matches!(self.kernel.run(move |datapath| datapath.drained(&target)).await?, Ok(true))
+        {
+            known.target = known.target.adopted(Adoption::None);
+            self.keep(known).await;
+            self.repair(known).await;
+        }
+        self.note_awaiting(uid, slot.as_ref());
+        Ok(())
+    }
+
+    /// How far the pod is that may have been captured in the other placement.
+    async fn divided(&self, target: Target) -> Result<Target, Error> {
+        let copy = target.clone();
+        let division = self.kernel.run(move |datapath| datapath.division(&copy)).await??;
+        Ok(division.map_or(target.clone(), |adoption| target.adopted(adoption)))
     }
 
     async fn capture_served(&self, known: &mut Enrolled) -> Result<(), Error> {
@@ -936,7 +979,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
 
     fn note_awaiting(&self, uid: &str, known: Option<&Enrolled>) {
         let mut awaiting = self.awaiting.lock();
-        if known.is_some_and(|known| known.target.adoption == Adoption::Awaited) {
+        if known.is_some_and(|known| known.target.adoption.awaits()) {
             awaiting.insert(uid.to_owned());
         } else {
             awaiting.remove(uid);
@@ -988,8 +1031,11 @@ impl Defaults {
             .with(PodFlags::BYPASS_INBOUND, settings.bypass_inbound)
             .with(PodFlags::DNS, settings.dns.unwrap_or(self.dns))
             .with(PodFlags::ANY_SOURCE, settings.any_source.unwrap_or(self.any_source))
-            .with(PodFlags::EARLIER_CONNECTIONS, namespace.earlier_connections)
-            .with(PodFlags::HALF_OPEN, namespace.adoption == Adoption::Recent);
+            .with(
+                PodFlags::EARLIER_CONNECTIONS,
+                namespace.earlier_connections || namespace.adoption.is_divided(),
+            )
+            .with(PodFlags::HALF_OPEN, namespace.adoption.is_live());
         Target {
             identity,
             netns,

@@ -65,7 +65,7 @@ fn with(known: &[u64], cgroup: u64) -> Vec<u64> {
 
 /// Those of whole proxies.
 fn whole(cgroups: &[u64]) -> BTreeMap<u64, ProxyPart> {
-    cgroups.iter().map(|cgroup| (*cgroup, ProxyPart::ALL)).collect()
+    cgroups.iter().map(|cgroup| (*cgroup, ProxyPart::IN_PODS)).collect()
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ use super::records::{self, Found, Phase, Records};
 use super::service::Service;
 use super::supervisor::{Stop, Supervisor};
 use super::watch::Watch;
-use super::{drift, uninstall, upkeep};
+use super::{drift, placement_change, uninstall, upkeep};
 use crate::kube::{self, Controller, OwnDaemonSet, Timing};
 use crate::metrics::events::events;
 use crate::metrics::server::Purpose;
@@ -261,6 +261,10 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         });
     }
     node_proxies.stand_in(&mut supervisor, &kernel, &options.zds_socket);
+    supervisor.restarting("take-over from the other placement", Stop::Cut, {
+        let (kernel, pods) = (kernel.clone(), Arc::clone(&pods));
+        move || placement_change::follow(kernel.clone(), Arc::clone(&pods))
+    });
     supervisor.restarting("watch of pods' interfaces", Stop::Cut, {
         let (kernel, pods) = (kernel.clone(), Arc::clone(&pods));
         move || drift::follow(events.take(), Arc::clone(&watch), kernel.clone(), Arc::clone(&pods))

@@ -7,6 +7,7 @@ mod chain;
 mod gates;
 mod netfilter;
 mod others;
+mod placements;
 mod programs;
 mod shortcuts;
 mod sysctls;
@@ -44,13 +45,14 @@ pub(crate) struct Requirements {
 type Group = fn(&Requirements) -> Vec<Check>;
 
 /// What else the doctor looks at.
-const FURTHER: [Group; 8] = [
+const FURTHER: [Group; 9] = [
     programs::checks,
     sysctls::checks,
     others::at_cgroup,
     others::on_devices,
     gates::check,
     shortcuts::check,
+    placements::check,
     netfilter::checks,
     chain::checks,
 ];

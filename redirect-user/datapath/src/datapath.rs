@@ -49,12 +49,39 @@ pub enum Adoption {
     /// It has just been captured: packets are on their way while programs are attached, and connections that were half open may
     /// complete as they began.
     Recent,
+    /// The agent before had the other placement, which captures the pod until a proxy serves it in this one.
+    Elsewhere,
+    /// The same, with everything of this placement attached.
+    Joining,
+    /// This placement captures new connections. Those that the other captured go on with what it has left.
+    Moved,
+}
+
+impl Adoption {
+    /// Whether nothing of this placement captures the pod until a proxy serves it.
+    #[must_use]
+    pub const fn awaits(self) -> bool {
+        matches!(self, Self::Awaited | Self::Elsewhere)
+    }
+
+    /// Whether another agent's placement has a part in the pod.
+    #[must_use]
+    pub const fn is_divided(self) -> bool {
+        matches!(self, Self::Elsewhere | Self::Joining | Self::Moved)
+    }
+
+    /// Whether applications send while programs are attached, and connections may be half open.
+    #[must_use]
+    pub const fn is_live(self) -> bool {
+        matches!(self, Self::Recent) || self.is_divided()
+    }
 }
 
 impl Target {
     fn wanted(&self) -> Wanted<'_> {
         Wanted {
             flags: self.flags,
+            elsewhere: matches!(self.adoption, Adoption::Elsewhere | Adoption::Joining),
             addresses: &self.addresses,
             virtual_interfaces: &self.virtual_interfaces,
             exclusions: &self.exclusions,
@@ -82,7 +109,10 @@ impl Target {
     /// The same pod, further on.
     #[must_use]
     pub fn adopted(&self, adoption: Adoption) -> Self {
-        let flags = self.flags.with(PodFlags::HALF_OPEN, adoption == Adoption::Recent);
+        let mut flags = self.flags.with(PodFlags::HALF_OPEN, adoption.is_live());
+        if adoption.is_divided() {
+            flags = flags.with(PodFlags::EARLIER_CONNECTIONS, true);
+        }
         Self { adoption, flags, ..self.clone() }
     }
 
@@ -90,7 +120,11 @@ impl Target {
         if self.adoption == Adoption::Awaited {
             return BTreeSet::new();
         }
-        desired(&self.wanted(), namespace)
+        let mut facts = desired(&self.wanted(), namespace);
+        if self.adoption == Adoption::Elsewhere {
+            facts.retain(Fact::is_of_both);
+        }
+        facts
     }
 }
 
@@ -120,12 +154,14 @@ pub struct Observation {
     pub stale: BTreeSet<Fact>,
     /// What is there, but damaged: a link that is detached or no longer pinned.
     pub damaged: BTreeSet<Fact>,
+    /// What an agent of the other placement has left, in whatever shape.
+    pub elsewhere: BTreeSet<Fact>,
 }
 
 impl Observation {
     /// Everything of ours.
     fn present(&self) -> BTreeSet<Fact> {
-        [&self.facts, &self.stale, &self.damaged].into_iter().flatten().cloned().collect()
+        [&self.facts, &self.stale, &self.damaged, &self.elsewhere].into_iter().flatten().cloned().collect()
     }
 }
 
@@ -198,6 +234,16 @@ pub trait Datapath {
     /// Removes what no fact is about, and a step that was cut short has left.
     fn tidy(&mut self, target: &Target) -> io::Result<()>;
 
+    /// How far a pod is that an earlier agent has captured in the other placement; `None` if nothing of that is left.
+    fn division(&mut self, _: &Target) -> Result<Option<Adoption>, Error> {
+        Ok(None)
+    }
+
+    /// Whether the proxies of the other placement have no connections of the pod any more.
+    fn drained(&mut self, _: &Target) -> io::Result<bool> {
+        Ok(true)
+    }
+
     /// Called between one piece of work and the next: lets go of namespaces, so that they can end.
     fn rest(&mut self) {}
 }
@@ -230,9 +276,19 @@ pub fn enroll(datapath: &mut impl Datapath, target: &Target) -> Result<Outcome, 
         return Ok(Outcome { observation: before, made: Vec::new() });
     }
     let wanted = target.desired(&before.namespace);
+    if target.adoption == Adoption::Elsewhere {
+        // Before anything of this placement is attached: it must not capture yet.
+        for pod in wanted.iter().filter(|fact| matches!(fact, Fact::Pod(_)) && !before.facts.contains(fact)) {
+            datapath.apply(target, &Op::Ensure(pod.clone()))?;
+        }
+        return Ok(Outcome { observation: before, made: Vec::new() });
+    }
     let is_foreign = |fact: &Fact| matches!(fact, Fact::Sysctl(sysctl) if target.foreign.contains(sysctl));
     let missing = wanted.difference(&before.facts).cloned().map(Op::Ensure);
-    let present = before.present();
+    let mut present = before.present();
+    if target.adoption.is_divided() {
+        present.retain(|fact| !before.elsewhere.contains(fact));
+    }
     let surplus =
         diff(&wanted, &present).into_iter().filter(|op| matches!(op, Op::Remove(fact) if !is_foreign(fact)));
     let ops: Vec<Op> = missing.chain(surplus).collect();
@@ -263,7 +319,9 @@ pub fn enroll(datapath: &mut impl Datapath, target: &Target) -> Result<Outcome, 
     );
     let lacked = |fact: &&Fact| !before.facts.contains(*fact) && !before.stale.contains(*fact);
     let made = wanted.iter().filter(lacked).cloned().collect();
-    let observation = Observation { namespace: before.namespace, facts: wanted, ..Observation::default() };
+    let elsewhere = if target.adoption.is_divided() { before.elsewhere } else { BTreeSet::new() };
+    let observation =
+        Observation { namespace: before.namespace, facts: wanted, elsewhere, ..Observation::default() };
     Ok(Outcome { observation, made })
 }
 
@@ -352,7 +410,10 @@ pub fn inspect(datapath: &mut impl Datapath, target: &Target) -> Result<Vec<Find
     let actual = datapath.observe(target)?;
     let wanted = target.desired(&actual.namespace);
     let foreign = |fact: &Fact| matches!(fact, Fact::Sysctl(sysctl) if target.foreign.contains(sysctl));
-    let all = wanted.iter().chain(actual.facts.difference(&wanted).filter(|fact| !foreign(fact)));
+    let actual_elsewhere = actual.elsewhere.difference(&wanted);
+    let all = wanted
+        .iter()
+        .chain(actual.facts.difference(&wanted).chain(actual_elsewhere).filter(|fact| !foreign(fact)));
     let state = |fact: &Fact| match (wanted.contains(fact), actual.facts.contains(fact)) {
         (true, true) => FactState::Present,
         (true, false) if actual.damaged.contains(fact) || actual.stale.contains(fact) => FactState::Damaged,

@@ -112,6 +112,20 @@ impl Fact {
         }
     }
 
+    /// Whether it is the same wherever the proxy listens.
+    #[must_use]
+    pub const fn is_of_both(&self) -> bool {
+        matches!(
+            self,
+            Self::LoopbackUp
+                | Self::Excluded(_)
+                | Self::Address(_)
+                | Self::Counters
+                | Self::Pod(_)
+                | Self::Device(_)
+        )
+    }
+
     /// Whether nobody tells when it ceases to hold.
     #[must_use]
     pub const fn is_quiet(&self) -> bool {
@@ -322,6 +336,8 @@ impl Devices {
 pub struct Wanted<'a> {
     /// Its switches, without [`PodFlags::EXCLUSIONS`].
     pub flags: PodFlags,
+    /// Whether the other placement captures its new connections.
+    pub elsewhere: bool,
     /// Its addresses.
     pub addresses: &'a PodAddresses,
     /// Interfaces behind which others' connections begin that count as the pod's own.
@@ -334,12 +350,13 @@ impl Wanted<'_> {
     /// The pod's map entry, as far as it is known without a look at its namespace.
     #[must_use]
     pub fn kernel_pod(&self) -> Pod {
-        self.kernel_pod_with(self.addresses)
+        self.kernel_pod_with(self.addresses, PodFlags::default())
     }
 
-    fn kernel_pod_with(&self, addresses: &PodAddresses) -> Pod {
+    /// `place` says where new connections are captured.
+    fn kernel_pod_with(&self, addresses: &PodAddresses, place: PodFlags) -> Pod {
         Pod {
-            flags: self.flags.with(PodFlags::EXCLUSIONS, !self.exclusions.is_empty()).0,
+            flags: self.flags.with(PodFlags::EXCLUSIONS, !self.exclusions.is_empty()).0 | place.0,
             ipv4: addresses.ipv4.first().map(Ipv4Addr::octets).unwrap_or_default(),
             ipv6: addresses.ipv6.first().map(Ipv6Addr::octets).unwrap_or_default(),
         }

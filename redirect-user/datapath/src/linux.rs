@@ -30,7 +30,7 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
@@ -52,7 +52,7 @@ use maps::Maps;
 use object::Programs;
 pub use object::load;
 pub use pins::{DEFAULT_DIRECTORY, InUse, Pins};
-use pins::{Links, cookie_of_lookup, lookup_name, lookup_names};
+use pins::{LINKS, Links, cookie_of_lookup, lookup_name, lookup_names};
 use placed::Placed;
 use redirect_linux::link::{At, AttachType, Place, State};
 use redirect_linux::netlink::Netlink;
@@ -78,6 +78,18 @@ fn placed(placement: Placement) -> &'static dyn Placed {
         Placement::Pod => &in_pod::InPod,
         Placement::Node => &on_node::OnNode,
     }
+}
+
+/// The placements of which agents have left something for the calling thread's node.
+pub fn placements(pin_dir: &Path) -> io::Result<Vec<Placement>> {
+    let mut netlink = Netlink::open()?;
+    let mut found = Vec::new();
+    for placement in Placement::ALL {
+        if placed(placement).is_there(&pin_dir.join(LINKS), &mut netlink)? {
+            found.push(placement);
+        }
+    }
+    Ok(found)
 }
 
 /// The program that is attached to the kubelet's cgroup.
@@ -150,10 +162,21 @@ pub struct Linux {
     session: Option<Session>,
     /// Whether the thread is in another namespace than the host's.
     away: bool,
+    /// What an agent of the other placement has left, as long as any of it is there.
+    other: Option<Other>,
     /// The kernel side's log, if there is one, until somebody takes it.
     log: Option<Log>,
     /// Held as long as the agent runs.
     _pins: Pins,
+}
+
+/// The other placement: an agent of it has captured pods, which come over one by one.
+struct Other {
+    placed: &'static dyn Placed,
+    tc: tc::Tc,
+    programs: Programs,
+    /// The namespaces in which it may have a part.
+    pods: BTreeSet<u64>,
 }
 
 /// The kernel side's log, and how many records were read from it.
@@ -167,7 +190,7 @@ struct Directory {
 }
 
 impl Directory {
-    fn open(path: &std::path::Path) -> io::Result<Self> {
+    fn open(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
         let inode = file.metadata()?.ino();
         Ok(Self { path: path.into(), file, inode })
@@ -222,6 +245,24 @@ impl Linux {
         let mut host_netlink = Netlink::open()?;
         let Settings { noted_by, rule_priority, host_cookie, .. } = *settings;
         let placed = placed(settings.placement);
+        let links = Links::find(&pins)?;
+        let mut other = None;
+        for placement in Placement::ALL.into_iter().filter(|other| *other != settings.placement) {
+            let before = self::placed(placement);
+            if before.is_there(&pins.links(), &mut host_netlink)? {
+                tracing::info!(
+                    ?placement,
+                    "an agent of another placement has captured the pods of this node: they are taken over when a proxy serves them"
+                );
+                maps.inherit(|part| before.inherits(part))?;
+                // The log is this placement's.
+                let settings = Settings { placement, diagnostics: false, ..settings.clone() };
+                let (mut object, _) = object::load_pinned(&settings, &pins)?;
+                let programs = Programs::load(&mut object, &[before], noted_by)?;
+                let tc = tc::Tc::new(&programs, settings.tc, before.hooks())?;
+                other = Some(Other { placed: before, tc, programs, pods: maps.enrolled()? });
+            }
+        }
         let on_host = placed::OnHost { maps: &mut maps, netlink: &mut host_netlink, host: &host };
         placed.prepare(on_host, rule_priority, &note, pods)?;
         maps.configure(settings)?;
@@ -230,7 +271,6 @@ impl Linux {
         let tc = tc::Tc::new(&programs, settings.tc, placed.hooks())?;
         let cgroup = Directory::open(&settings.cgroup)
             .with_context(|| format!("cannot open the cgroup2 directory {}", settings.cgroup.display()))?;
-        let links = Links::find(&pins)?;
         pins.remove_other_maps(&paths)?;
         let mut linux = Self {
             maps,
@@ -248,14 +288,103 @@ impl Linux {
             note,
             session: None,
             away: false,
+            other,
             log,
             _pins: pins,
         };
+        linux.renew_other(pods);
         linux.mend()?;
         if noted_by == NotedBy::Tc {
             linux.links.remove(LISTENING)?;
         }
         Ok(linux)
+    }
+
+    /// Works as an agent of the other placement would, if there is anything of it.
+    fn as_other<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> Option<T> {
+        let mut other = self.other.take()?;
+        self.swap(&mut other);
+        let result = work(self);
+        self.swap(&mut other);
+        self.other = Some(other);
+        Some(result)
+    }
+
+    fn swap(&mut self, other: &mut Other) {
+        std::mem::swap(&mut self.placed, &mut other.placed);
+        std::mem::swap(&mut self.tc, &mut other.tc);
+        std::mem::swap(&mut self.programs, &mut other.programs);
+    }
+
+    /// Has this build's programs do the work of those that the other placement's agent has attached: others may not know that pods
+    /// come over.
+    fn renew_other(&mut self, pods: &[Target]) {
+        let renewed = self.as_other(|linux| {
+            linux.mend()?;
+            for pod in pods {
+                for fact in linux.placed.observe(linux, pod)?.stale {
+                    linux.step(pod, &Op::Ensure(fact))?;
+                }
+            }
+            anyhow::Ok(())
+        });
+        if let Some(Err(error)) = renewed {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "cannot replace the programs of the other placement"
+            );
+        }
+    }
+
+    /// What the other placement has for a pod, apart from what both have.
+    fn elsewhere(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>> {
+        let cookie = target.netns_cookie;
+        if !self.other.as_ref().is_some_and(|other| other.pods.contains(&cookie)) {
+            return Ok(BTreeSet::new());
+        }
+        let seen =
+            self.as_other(|linux| linux.placed.observe(linux, target)).transpose()?.unwrap_or_default();
+        let Observation { facts, stale, damaged, .. } = seen;
+        let all = facts.into_iter().chain(stale).chain(damaged);
+        let own: BTreeSet<Fact> = all
+            .filter(|fact| !fact.is_of_both())
+            .filter(|fact| !matches!(fact, Fact::Sysctl(sysctl) if target.foreign.contains(sysctl)))
+            .collect();
+        if own.is_empty()
+            && let Some(other) = &mut self.other
+        {
+            other.pods.remove(&cookie);
+        }
+        Ok(own)
+    }
+
+    /// Whether anything of the other placement is left.
+    pub fn is_divided(&self) -> bool {
+        self.other.is_some()
+    }
+
+    /// Removes what the other placement has for the whole node, when no pod needs it any more. Returns whether it did.
+    pub fn retire_other(&mut self) -> anyhow::Result<bool> {
+        let enrolled = self.maps.enrolled()?;
+        let Some(other) = &mut self.other else { return Ok(false) };
+        other.pods.retain(|cookie| enrolled.contains(cookie));
+        if !other.pods.is_empty() {
+            return Ok(false);
+        }
+        self.leave()?;
+        let own: Vec<&str> = self.placed.cgroup_programs().iter().map(|(program, _)| *program).collect();
+        self.as_other(|linux| {
+            let programs = linux.placed.cgroup_programs().iter().map(|(program, _)| *program);
+            for program in programs.filter(|program| !own.contains(program)) {
+                linux.links.remove(program)?;
+            }
+            linux.placed.retire(linux)
+        })
+        .transpose()?;
+        self.maps.disinherit()?;
+        self.other = None;
+        tracing::info!("nothing of the other placement is left");
+        Ok(true)
     }
 
     /// Attaches what is for the whole node, as far as it is not. Returns the names of the programs that had to be.
@@ -293,7 +422,10 @@ impl Linux {
             }
             tracing::info!(netns_cookie = cookie, "removed leftovers of a pod that is gone");
             self.maps.forget(*cookie)?;
-            for name in self.tc.links_of(&self.links, *cookie).into_iter().chain(lookups) {
+            let of_other = self.other.as_ref().map(|other| other.tc.links_of(&self.links, *cookie));
+            let names =
+                self.tc.links_of(&self.links, *cookie).into_iter().chain(of_other.into_iter().flatten());
+            for name in names.chain(lookups) {
                 self.links.remove(&name)?;
             }
         }
@@ -505,11 +637,12 @@ impl Linux {
     }
 
     fn attach(&mut self, target: &Target, interface: &Interface, hook: Hook) -> anyhow::Result<()> {
+        let is_live = target.adoption.is_live();
         let netns_cookie = target.netns_cookie;
         if hook.is_on_host() {
             // In placement `pod` a pod that is enrolled already gets the gate after an upgrade, or gets it back. A filter that is
             // there is replaced by a filter.
-            let carries_traffic = target.adoption == Adoption::Recent
+            let carries_traffic = is_live
                 || (hook == Hook::HostGate
                     && self.maps.has_pod(netns_cookie)?
                     && !self.tc.has_filter(netns_cookie, interface.index, hook));
@@ -521,15 +654,16 @@ impl Linux {
         }
         self.enter(target)?;
         let Session { netlink, netns_cookie, .. } = entered(&mut self.session)?;
-        let spot = tc::Spot {
-            netns_cookie: *netns_cookie,
-            interface,
-            carries_traffic: target.adoption == Adoption::Recent,
-        };
+        let spot = tc::Spot { netns_cookie: *netns_cookie, interface, carries_traffic: is_live };
         self.tc.attach(netlink, &mut self.links, &self.programs, &spot, hook)
     }
 
     fn detach(&mut self, target: &Target, interface: &Interface, hook: Hook) -> anyhow::Result<()> {
+        if !self.placed.hooks().contains(&hook)
+            && let Some(detached) = self.as_other(|linux| linux.detach(target, interface, hook))
+        {
+            return detached;
+        }
         if hook.is_on_host() {
             return self.at_host(target, |linux| {
                 let Self { tc, links, host_netlink, .. } = linux;
@@ -628,7 +762,10 @@ impl Datapath for Linux {
     }
 
     fn observe(&mut self, target: &Target) -> Result<Observation, Error> {
-        let observed = self.placed.observe(self, target);
+        let observed = self.placed.observe(self, target).and_then(|observed| {
+            let elsewhere = self.elsewhere(target)?;
+            Ok(Observation { elsewhere, ..observed })
+        });
         observed.map_err(|source| Error::Namespace { pod: target.identity.to_string(), source })
     }
 
@@ -641,6 +778,23 @@ impl Datapath for Linux {
                 cause: format!("{cause:#}"),
             }
         })
+    }
+
+    fn division(&mut self, target: &Target) -> Result<Option<Adoption>, Error> {
+        let captured_here = self.placed.place();
+        let read = self.elsewhere(target).and_then(|elsewhere| {
+            let captured = self.maps.captured(target.netns_cookie)?;
+            let adoption = if captured == captured_here { Adoption::Moved } else { Adoption::Elsewhere };
+            Ok((!elsewhere.is_empty()).then_some(adoption))
+        });
+        read.map_err(|source| Error::Namespace { pod: target.identity.to_string(), source })
+    }
+
+    fn drained(&mut self, target: &Target) -> io::Result<bool> {
+        let Some(other) = &self.other else { return Ok(true) };
+        let netns = other.placed.listens_in(&self.host, &target.netns);
+        let own: BTreeSet<IpAddr> = netns.addresses()?.into_iter().collect();
+        netns.run(|| super::listeners::have_let_go(&target.addresses, &own))?
     }
 
     fn rest(&mut self) {

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, BufRead as _, BufReader};
+use std::net::IpAddr;
 
 use redirect_ebpf::Family;
 use redirect_ebpf::constants::{PORT_DNS, PORT_INBOUND, PORT_OUTBOUND};
@@ -12,6 +13,7 @@ use redirect_ebpf::maps::PodFlags;
 
 use super::datapath::Target;
 use redirect_protocol::placement::Placement;
+use redirect_protocol::pod::PodAddresses;
 use redirect_protocol::wire::{FactState, Transport};
 
 /// A listener that the proxy has to have.
@@ -100,17 +102,64 @@ pub struct Bound {
 
 /// The listeners of a family in the calling thread's namespace; none where the kernel does not have the family.
 pub fn bound(transport: Transport, family: Family) -> io::Result<Vec<Bound>> {
+    let Some(table) = table(transport, family)? else { return Ok(Vec::new()) };
+    Ok(listening(transport, table.lines().map_while(Result::ok)))
+}
+
+/// The sockets of a family in the calling thread's namespace, in the kernel's words; `None`: the kernel does not have the family.
+fn table(transport: Transport, family: Family) -> io::Result<Option<BufReader<File>>> {
     let table = match (transport, family) {
         (Transport::Tcp, Family::Ipv4) => "tcp",
         (Transport::Tcp, Family::Ipv6) => "tcp6",
         (Transport::Udp, Family::Ipv4) => "udp",
         (Transport::Udp, Family::Ipv6) => "udp6",
     };
-    let file = match File::open(format!("/proc/thread-self/net/{table}")) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        file => file?,
-    };
-    Ok(listening(transport, BufReader::new(file).lines().map_while(Result::ok)))
+    match File::open(format!("/proc/thread-self/net/{table}")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        file => Ok(Some(BufReader::new(file?))),
+    }
+}
+
+/// Whether the proxies in the calling thread's namespace have no connection of a pod any more: one that they impersonate an end of,
+/// so that their socket's address is none of the namespace's `own`.
+pub(super) fn have_let_go(pod: &PodAddresses, own: &BTreeSet<IpAddr>) -> io::Result<bool> {
+    let pod: BTreeSet<IpAddr> = pod.iter().collect();
+    for family in Family::ALL {
+        let Some(table) = table(Transport::Tcp, family)? else { continue };
+        for line in table.lines().skip(1) {
+            let is_impersonated = |(local, remote): &(IpAddr, IpAddr)| {
+                !own.contains(local) && !local.is_loopback() && (pod.contains(local) || pod.contains(remote))
+            };
+            if ends(&line?).as_ref().is_some_and(is_impersonated) {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
+}
+
+/// The ends of a connection in a table of TCP, unless it is over.
+fn ends(line: &str) -> Option<(IpAddr, IpAddr)> {
+    const TIME_WAIT: &str = "06";
+    let mut words = line.split_whitespace().skip(1);
+    let (local, remote, state) = (words.next()?, words.next()?, words.next()?);
+    if [LISTEN, TIME_WAIT].contains(&state) {
+        return None;
+    }
+    Some((address(local)?, address(remote)?))
+}
+
+/// Words of four bytes, each as the machine has it in memory.
+fn address(end: &str) -> Option<IpAddr> {
+    let (digits, _) = end.split_once(':')?;
+    let word = |at: usize| Some(u32::from_str_radix(digits.get(at * 8..at * 8 + 8)?, 16).ok()?.to_ne_bytes());
+    Some(match digits.len() {
+        8 => IpAddr::from(word(0)?),
+        _ => {
+            let bytes = [word(0)?, word(1)?, word(2)?, word(3)?].concat();
+            IpAddr::from(<[u8; 16]>::try_from(bytes).ok()?).to_canonical()
+        }
+    })
 }
 
 /// Whether the calling thread's namespace has any TCP socket that listens or is connected. The kernel keeps count.
@@ -129,9 +178,10 @@ pub(super) fn has_sockets() -> io::Result<bool> {
     Ok(false)
 }
 
+const LISTEN: &str = "0A";
+
 /// Those in a table: "sl local_address rem_address st …". That of TCP has listeners first, and may be long.
 fn listening(transport: Transport, lines: impl Iterator<Item = String>) -> Vec<Bound> {
-    const LISTEN: &str = "0A";
     let parsed = lines.skip(1).map_while(|line| {
         let mut words = line.split_whitespace().skip(1);
         let (local, _, state) = (words.next()?, words.next()?, words.next()?);
@@ -158,6 +208,18 @@ mod tests {
         let found = listening(Transport::Tcp, table.lines().map(str::to_owned));
         let bound = |port, anywhere| Bound { port, anywhere };
         assert_eq!(found, [bound(PORT_OUTBOUND, true), bound(PORT_INBOUND, false)]);
+    }
+
+    #[test]
+    fn ends_are_addresses_of_either_family_until_the_connection_is_over() {
+        let table = |state: &str| {
+            format!("   3: 0100007F:1F90 0200000A:C350 {state} 00000000:00000000 00:00000000 00000000")
+        };
+        assert_eq!(ends(&table("01")), Some(([127, 0, 0, 1].into(), [10, 0, 0, 2].into())));
+        assert_eq!([ends(&table("06")), ends(&table("0A"))], [None, None]);
+        let ipv6 = "   0: 000000FD000000000000000002000000:1F90 0000000000000000FFFF00000200000A:C350 01 0:0";
+        let (local, remote) = ends(ipv6).unwrap();
+        assert_eq!([local, remote], ["fd00::2".parse::<IpAddr>().unwrap(), [10, 0, 0, 2].into()]);
     }
 
     #[test]

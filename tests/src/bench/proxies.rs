@@ -129,6 +129,7 @@ pub(super) fn spawn(
                 tunnelled,
                 environment: &[("RUST_LOG".to_owned(), "error".to_owned())],
                 drain: 0,
+                placement: session.placement(),
             };
             let mut proxy = Proxy::start(session, &setup)?;
             return Ok(Running { process: proxy.process().pid(), _guard: Guard::Proxy(proxy) });

@@ -41,6 +41,7 @@ mod nodes;
 mod odd_sockets;
 mod on_node;
 mod outbound;
+mod placement_change;
 mod pod_counters;
 mod port_guard;
 mod probes;
@@ -148,6 +149,7 @@ fn everywhere(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         shared_listeners::trials(context),
         running_pods::trials(context),
         transitions::trials(context),
+        placement_change::trials(context),
         coexistence::trials(context),
         diagnostics::trials(context),
     ];

@@ -84,11 +84,10 @@ fn report(enrolled: &Enrolled, ownership: &Ownership, proxies: &Handle) -> PodRe
         attachments: attachments.keys().cloned().collect(),
         addresses: addresses.iter().collect(),
         netns_cookie: target.netns_cookie,
-        steered: match target.adoption {
-            Adoption::Awaited => Vec::new(),
-            Adoption::None | Adoption::Recent => {
-                addresses.families().map(|family| family.to_string()).collect()
-            }
+        steered: if target.adoption == Adoption::Awaited {
+            Vec::new()
+        } else {
+            addresses.families().map(|family| family.to_string()).collect()
         },
         strayed: names(&observation.namespace.devices.strayed),
         unguarded: if observation.namespace.gated {
@@ -98,7 +97,7 @@ fn report(enrolled: &Enrolled, ownership: &Ownership, proxies: &Handle) -> PodRe
         },
         interfaces,
         state: match &proxy {
-            _ if target.adoption == Adoption::Awaited => PodState::Waiting,
+            _ if target.adoption.awaits() => PodState::Waiting,
             _ if !enrolled.steered
                 || target.addresses.is_empty()
                 || !observation.namespace.devices.strayed.is_empty() =>

@@ -55,6 +55,13 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 restored.undone += 1;
                 continue;
             }
+            let target = match self.divided(target.clone()).await {
+                Ok(target) => target,
+                Err(error) => {
+                    tracing::warn!(pod = %record.identity, %error, "cannot find out where the pod is captured");
+                    target
+                }
+            };
             let Record { identity, attachments, declared, containers, settings, .. } = record;
             let mut slot = self.slots.lock(&identity.uid).await;
             let attachments = attachments.into_iter().collect();

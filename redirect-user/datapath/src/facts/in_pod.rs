@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use redirect_ebpf::Family;
 use redirect_ebpf::constants::{REPLY_TABLE, ROUTE_METRIC, ROUTE_TABLE};
+use redirect_ebpf::maps::PodFlags;
 use redirect_protocol::pod::PodAddresses;
 
 use super::{Fact, Hook, Interface, Namespace, Route, RouteKind, Rule, Sysctl, Wanted};
@@ -22,7 +23,8 @@ pub(super) const HOOKS: [Hook; 9] = [
 ];
 
 pub(super) fn desired(wanted: &Wanted<'_>, namespace: &Namespace) -> BTreeSet<Fact> {
-    let Wanted { virtual_interfaces, exclusions, .. } = wanted;
+    let Wanted { virtual_interfaces, exclusions, elsewhere, .. } = wanted;
+    let place = if *elsewhere { PodFlags::ON_HOST } else { PodFlags::IN_POD };
     let mut addresses = wanted.addresses.clone();
     addresses.extend(namespace.addresses.iter());
     let mut facts = BTreeSet::from([
@@ -33,7 +35,7 @@ pub(super) fn desired(wanted: &Wanted<'_>, namespace: &Namespace) -> BTreeSet<Fa
         Fact::Sysctl(Sysctl::ReservedPorts),
         Fact::Lookup,
         Fact::Counters,
-        Fact::Pod(wanted.kernel_pod_with(&addresses)),
+        Fact::Pod(wanted.kernel_pod_with(&addresses, place)),
         Fact::ListenerGuard,
     ]);
     facts.extend(addresses.iter().map(Fact::Address));
@@ -136,7 +138,7 @@ mod tests {
         virtual_interfaces: &'a [String],
         exclusions: &'a BTreeSet<Exclusion>,
     ) -> Wanted<'a> {
-        Wanted { flags: PodFlags::default(), addresses, virtual_interfaces, exclusions }
+        Wanted { flags: PodFlags::default(), elsewhere: false, addresses, virtual_interfaces, exclusions }
     }
 
     #[test]
@@ -157,7 +159,7 @@ mod tests {
         ]);
         let facts = desired(&wanted(&addresses(&["fd00::2"]), &[], &exclusions), &namespace(true));
         let ipv6 = "fd00::2".parse::<Ipv6Addr>().unwrap().octets();
-        let pod = Fact::Pod(Pod { flags: PodFlags::EXCLUSIONS.0, ipv4: [0; 4], ipv6 });
+        let pod = Fact::Pod(Pod { flags: (PodFlags::EXCLUSIONS.0 | PodFlags::IN_POD.0), ipv4: [0; 4], ipv6 });
         let is_guard =
             |fact: &&Fact| matches!(fact, Fact::Entry { .. } | Fact::Guard { .. } | Fact::ListenerGuard);
         let guards = facts.iter().rev().take_while(is_guard).count();
@@ -205,7 +207,11 @@ mod tests {
             assert!(facts.contains(&Fact::Address(address.parse().unwrap())), "{address}");
         }
         let ipv6 = "fd00::1".parse::<Ipv6Addr>().unwrap().octets();
-        assert!(facts.contains(&Fact::Pod(Pod { flags: 0, ipv4: [169, 254, 172, 2], ipv6 })));
+        assert!(facts.contains(&Fact::Pod(Pod {
+            flags: PodFlags::IN_POD.0,
+            ipv4: [169, 254, 172, 2],
+            ipv6
+        })));
         let bound = |fact: &&Fact| matches!(fact, Fact::Route(route) if route.metric == ROUTE_METRIC + 2);
         assert_eq!(facts.iter().filter(bound).count(), 1);
     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use redirect_ebpf::Family;
+use redirect_ebpf::maps::PodFlags;
 
 use super::{Devices, Fact, Hook, Wanted};
 
@@ -16,7 +17,9 @@ pub(super) const HOOKS: [Hook; 6] = [
 ];
 
 pub(super) fn desired(wanted: &Wanted<'_>, devices: &Devices) -> BTreeSet<Fact> {
-    let mut facts = BTreeSet::from([Fact::Counters, Fact::Pod(wanted.kernel_pod())]);
+    let place = if wanted.elsewhere { PodFlags::IN_POD } else { PodFlags::ON_HOST };
+    let mut facts =
+        BTreeSet::from([Fact::Counters, Fact::Pod(wanted.kernel_pod_with(wanted.addresses, place))]);
     facts.extend(wanted.addresses.iter().map(Fact::Address));
     facts.extend(wanted.exclusions.iter().copied().map(Fact::Excluded));
     for end in devices.on_host() {

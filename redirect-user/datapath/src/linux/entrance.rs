@@ -52,6 +52,14 @@ impl EarlyDemuxNote {
         self.0.exists()
     }
 
+    /// The sysctl is as it was before.
+    pub(super) fn remove(&self) -> io::Result<()> {
+        match fs::remove_file(&self.0) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// Notes that it was.
     pub fn write(&self) {
         if let Err(error) = fs::write(&self.0, "true") {

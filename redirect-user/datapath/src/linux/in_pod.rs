@@ -2,8 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::path::Path;
 
 use redirect_ebpf::Family;
+use redirect_ebpf::maps::{PodFlags, ProxyPart};
 
 use super::placed::{OnHost, Placed};
 use super::{BIND, EarlyDemuxNote, Linux, OnCgroup, Session, devices, entered, tc};
@@ -11,6 +13,7 @@ use crate::datapath::{Observation, Target};
 use crate::facts::{Fact, Hook, Interface, LOOPBACK_INDEX, Lookup, Namespace};
 use crate::mirror;
 use redirect_linux::link::{AttachType, State};
+use redirect_linux::netlink::Netlink;
 use redirect_linux::netns::NetNs;
 use redirect_protocol::placement::Placement;
 
@@ -132,6 +135,23 @@ impl Placed for InPod {
         let netlink = &mut linux.enter(target)?.netlink;
         let (interfaces, _) = netlink.interfaces()?;
         interfaces.iter().try_for_each(|interface| netlink.delete_qdisc(interface.index))
+    }
+
+    fn place(&self) -> PodFlags {
+        PodFlags::IN_POD
+    }
+
+    fn is_there(&self, links: &Path, _: &mut Netlink) -> io::Result<bool> {
+        Ok(self.vital().into_iter().any(|program| links.join(program).exists()))
+    }
+
+    /// On the host its connections are those of its pods.
+    fn inherits(&self, _: ProxyPart) -> ProxyPart {
+        ProxyPart::IN_PODS
+    }
+
+    fn retire(&self, _: &mut Linux) -> anyhow::Result<()> {
+        Ok(())
     }
 
     fn listens_in<'a>(&self, _: &'a NetNs, pod: &'a NetNs) -> &'a NetNs {

@@ -38,6 +38,9 @@ pub struct Capacities {
     pub exclusions: u32,
 }
 
+/// The flags that say where a pod's new connections are captured.
+const PLACES: u32 = PodFlags::ON_HOST.0 | PodFlags::IN_POD.0;
+
 /// How much was told in the kernel side's log.
 pub(super) const DIAGNOSTICS: &str = "DIAGNOSTICS";
 
@@ -69,6 +72,16 @@ pub(super) struct Maps {
     addresses: HashMap<u64, HashSet<IpAddr>>,
     /// Who has which address.
     holders: Holders,
+    /// The cgroups of this placement's proxies.
+    proxies: BTreeMap<u64, ProxyPart>,
+    /// How the other placement's proxies are recognized, while it has a part in any pod.
+    inherited: Inherited,
+}
+
+#[derive(Default)]
+struct Inherited {
+    flags: ConfigFlags,
+    proxies: BTreeMap<u64, ProxyPart>,
 }
 
 /// A hash map that knows its name, its fill and its capacity.
@@ -181,8 +194,41 @@ impl Maps {
             .with(ConfigFlags::EXCLUSIONS, !settings.exclusions.is_empty())
             .with(ConfigFlags::PROXY_BY_CGROUP, true)
             .with(ConfigFlags::PROXY_BY_MARK, settings.proxy_identity == ProxyIdentity::Mark);
-        self.set_flags(self.flags)?;
+        self.inherited.flags.0 &= !self.flags.0;
+        self.set_flags(ConfigFlags(self.flags.0 | self.inherited.flags.0))?;
         self.set_proxy_cgroups(&settings.proxy_cgroups)
+    }
+
+    /// Keeps what an agent of the other placement has said of its proxies and of the ingress device. Takes effect with
+    /// [`Self::configure`].
+    pub(super) fn inherit(&mut self, part: impl Fn(ProxyPart) -> ProxyPart) -> anyhow::Result<()> {
+        let Config { flags, entrance, .. } = self.config.get(&0, 0).context("map CONFIG")?;
+        self.entrance = entrance as u32;
+        let recognized = ConfigFlags::PROXY_BY_MARK.0 | ConfigFlags::UNMARKED_PROXY.0;
+        let proxies = self.proxy_cgroups.entries()?.into_iter();
+        self.inherited = Inherited {
+            flags: ConfigFlags(flags as u32 & recognized),
+            proxies: proxies.map(|(cgroup, known)| (cgroup, part(known.part))).collect(),
+        };
+        Ok(())
+    }
+
+    /// No longer: nothing of the other placement is left.
+    pub(super) fn disinherit(&mut self) -> anyhow::Result<()> {
+        let Inherited { flags, .. } = std::mem::take(&mut self.inherited);
+        self.set_flags(ConfigFlags(self.flags.0 & !flags.0))?;
+        let proxies = self.proxies.clone();
+        self.set_proxy_cgroups(&proxies)
+    }
+
+    /// Where the pod's new connections are captured, as far as an agent has said so.
+    pub(super) fn captured(&self, cookie: u64) -> io::Result<PodFlags> {
+        Ok(self.pods.get(&cookie)?.map_or(PodFlags::default(), |pod| PodFlags(pod.flags & PLACES)))
+    }
+
+    /// The enrolled namespaces.
+    pub(super) fn enrolled(&self) -> io::Result<BTreeSet<u64>> {
+        Ok(self.pods.keys()?.into_iter().collect())
     }
 
     /// Notes what the maps hold.
@@ -249,7 +295,9 @@ impl Maps {
         target.addresses.iter().try_for_each(|address| self.insert_address(cookie, address))?;
         self.holders.note(cookie, &target.addresses, &[]);
         self.ensure_counters(cookie)?;
-        self.insert_pod(cookie, target.kernel_pod())
+        let mut pod = target.kernel_pod();
+        pod.flags |= self.captured(cookie)?.0;
+        self.insert_pod(cookie, pod)
     }
 
     fn set_flags(&mut self, flags: ConfigFlags) -> anyhow::Result<()> {
@@ -291,6 +339,8 @@ impl Maps {
             exclusions: HashMap::new(),
             addresses: HashMap::new(),
             holders: Holders::default(),
+            proxies: BTreeMap::new(),
+            inherited: Inherited::default(),
         };
         maps.index()?;
         Ok(maps)
@@ -520,11 +570,14 @@ impl Maps {
     }
 
     pub(super) fn set_proxy_cgroups(&mut self, cgroups: &BTreeMap<u64, ProxyPart>) -> anyhow::Result<()> {
-        for (cgroup, part) in cgroups {
+        self.proxies = cgroups.clone();
+        let mut all = self.inherited.proxies.clone();
+        all.extend(cgroups);
+        for (cgroup, part) in &all {
             self.proxy_cgroups.insert(*cgroup, ProxyCgroup { part: *part })?;
         }
         let stale: Vec<u64> =
-            self.proxy_cgroups.keys()?.into_iter().filter(|cgroup| !cgroups.contains_key(cgroup)).collect();
+            self.proxy_cgroups.keys()?.into_iter().filter(|cgroup| !all.contains_key(cgroup)).collect();
         stale.iter().try_for_each(|cgroup| self.proxy_cgroups.remove(cgroup))
     }
 

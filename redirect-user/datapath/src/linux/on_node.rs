@@ -2,15 +2,18 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::path::Path;
 
 use redirect_ebpf::Family;
 use redirect_ebpf::constants::ENTRANCE;
+use redirect_ebpf::maps::{PodFlags, ProxyPart};
 
 use super::placed::{OnHost, Placed};
 use super::{BIND, EarlyDemuxNote, Linux, OnCgroup, devices, entrance, lookup_place, sysctl, tc};
 use crate::datapath::{Observation, Target};
 use crate::facts::{Fact, Hook, Lookup, Namespace};
 use redirect_linux::link::State;
+use redirect_linux::netlink::Netlink;
 use redirect_linux::netns::NetNs;
 use redirect_protocol::placement::Placement;
 
@@ -107,6 +110,30 @@ impl Placed for OnNode {
 
     fn tidy(&self, _: &mut Linux, _: &Target) -> io::Result<()> {
         Ok(())
+    }
+
+    fn place(&self) -> PodFlags {
+        PodFlags::ON_HOST
+    }
+
+    fn is_there(&self, _: &Path, netlink: &mut Netlink) -> io::Result<bool> {
+        Ok(netlink.find(ENTRANCE)?.is_some())
+    }
+
+    fn inherits(&self, part: ProxyPart) -> ProxyPart {
+        part
+    }
+
+    fn retire(&self, linux: &mut Linux) -> anyhow::Result<()> {
+        for name in linux.tc.links_of(&linux.links, linux.host_cookie) {
+            linux.links.remove(&name)?;
+        }
+        for lookup in Lookup::ALL {
+            linux.links.remove(&format!("{}-host", lookup.program()))?;
+        }
+        entrance::remove(&mut linux.host_netlink, &linux.note)?;
+        linux.note.remove()?;
+        linux.maps.change_entrance(0)
     }
 
     fn listens_in<'a>(&self, host: &'a NetNs, _: &'a NetNs) -> &'a NetNs {

@@ -35,7 +35,7 @@ pub const DEFAULT_DIRECTORY: &str = "/sys/fs/bpf/ambient-redirect";
 const PREDECESSOR: Duration = Duration::from_secs(5);
 
 /// Where links are, below that.
-const LINKS: &str = "links";
+pub(super) const LINKS: &str = "links";
 
 /// The directory, held so that no second agent works on it.
 #[derive(Debug)]

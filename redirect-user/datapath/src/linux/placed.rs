@@ -2,6 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::path::Path;
+
+use redirect_ebpf::maps::{PodFlags, ProxyPart};
 
 use super::listeners::{LISTENING, NotedBy};
 use super::maps::Maps;
@@ -52,6 +55,18 @@ pub(super) trait Placed: Send + Sync {
 
     /// See [`Datapath::tidy`](crate::datapath::Datapath::tidy).
     fn tidy(&self, linux: &mut Linux, target: &Target) -> io::Result<()>;
+
+    /// How the kernel side knows that new connections are captured here.
+    fn place(&self) -> PodFlags;
+
+    /// Whether an agent of this placement has left anything for the whole node. `links` is the directory of pinned links.
+    fn is_there(&self, links: &Path, netlink: &mut Netlink) -> io::Result<bool>;
+
+    /// What a proxy of this placement is to one of the other.
+    fn inherits(&self, part: ProxyPart) -> ProxyPart;
+
+    /// Removes what is for the whole node, beside the programs on cgroups.
+    fn retire(&self, linux: &mut Linux) -> anyhow::Result<()>;
 
     /// The namespace in which the proxy listens for a pod.
     fn listens_in<'a>(&self, host: &'a NetNs, pod: &'a NetNs) -> &'a NetNs;

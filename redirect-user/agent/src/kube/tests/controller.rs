@@ -86,7 +86,7 @@ async fn switches_are_carried_and_followed() {
     let _proxy = node.proxy().await;
     let cookie = node.run_sandbox(&uid(1), KINDS[0]);
     // A pod that runs may have connections from before.
-    let before = PodFlags::EARLIER_CONNECTIONS.0 | PodFlags::HALF_OPEN.0;
+    let before = PodFlags::EARLIER_CONNECTIONS.0 | PodFlags::HALF_OPEN.0 | PodFlags::IN_POD.0;
     let flags = |bits: u32| {
         let facts = node.kernel.facts(cookie);
         let flags =
