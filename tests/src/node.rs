@@ -318,6 +318,11 @@ impl Node {
         self.with_agent(|agent| agent.wait_for_no_proxy())
     }
 
+    /// The cgroup of its proxies.
+    pub(crate) fn proxy_cgroup(&self) -> &Cgroup {
+        &self.proxy_cgroup
+    }
+
     /// The proxy's process ID.
     pub fn proxy_pid(&self) -> Result<u32> {
         Ok(lock(&self.proxy).as_mut().context("no proxy is running")?.process().pid())

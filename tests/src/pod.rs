@@ -1,14 +1,16 @@
 //! A pod: a network namespace that the CNI chain attached to a node.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use redirect_ebpf::Family;
+use redirect_ebpf::constants::MARK_PROXY;
 use redirect_protocol::placement::Placement;
 use redirect_protocol::pod::PodIdentity;
 use serde_json::{Value, json};
@@ -18,6 +20,7 @@ use crate::cni::{Chain, REDIRECT, Sandbox};
 use crate::connection::Connection;
 use crate::netns::Netns;
 use crate::node::Node;
+use crate::process::Process;
 use crate::server::Server;
 use crate::stack::{Families, Stack, canonical};
 use crate::wait;
@@ -157,6 +160,25 @@ impl Pod {
     #[must_use]
     pub fn families(&self) -> Families {
         self.families
+    }
+
+    /// A listener as the node proxy has them, in its cgroup, that the pod's connections reach on this port. It greets whoever
+    /// connects, and ends with this value.
+    pub fn listener_of_proxy(&self, port: u16) -> Result<Process> {
+        let name = format!("listener-{port}");
+        let mut command = Command::new(&self.node.session().binaries().testbed);
+        command.args(["tcp-echo", "--greeting", &name, "--proxy-mark", &MARK_PROXY.to_string()]);
+        let any: [IpAddr; 2] = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
+        for ip in any {
+            command.arg("--listen").arg(SocketAddr::new(ip, port).to_string());
+        }
+        let log = self.node.dir().join(format!("{name}-{}.log", self.identity.name));
+        let process = Process::spawn(&name, command, self.proxy_netns(), self.node.proxy_cgroup(), &log)?;
+        wait::until_true("listener in the proxy's cgroup", wait::SOON, || {
+            Ok(process.log().contains("listening"))
+        })
+        .with_context(|| process.last_lines())?;
+        Ok(process)
     }
 
     /// Where the proxy's sockets of its connections are.

@@ -108,7 +108,8 @@ pub fn listen(stack: Stack, address: SocketAddr) -> io::Result<TcpListener> {
     listen_prepared(stack, address, |_| Ok(()))
 }
 
-fn listen_prepared(
+/// As [`listen`], with something done to the socket before it listens.
+pub(crate) fn listen_prepared(
     stack: Stack,
     address: SocketAddr,
     prepare: impl FnOnce(&Socket) -> io::Result<()>,

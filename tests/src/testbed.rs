@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use clap::{Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
+use socket2::Socket;
 
 use crate::echo::Hello;
 use crate::stack::canonical;
@@ -23,6 +24,9 @@ pub enum Application {
         /// What the greeting says.
         #[arg(long)]
         greeting: String,
+        /// Listens as a node proxy does: with this mark, transparent, sharing its ports.
+        #[arg(long)]
+        proxy_mark: Option<u32>,
     },
     /// Connects and prints one line of JSON for each connection.
     Client {
@@ -83,7 +87,7 @@ impl From<SocketKind> for Stack {
 /// Runs an application to its end.
 pub fn run(application: Application) -> Result<()> {
     match application {
-        Application::TcpEcho { listen, greeting } => serve(&listen, &greeting),
+        Application::TcpEcho { listen, greeting, proxy_mark } => serve(&listen, &greeting, proxy_mark),
         Application::Client { family, to, count, pause, mark, limit } => {
             for &to in std::iter::repeat_n(&to, count).flatten() {
                 let start = Instant::now();
@@ -97,11 +101,21 @@ pub fn run(application: Application) -> Result<()> {
     }
 }
 
-fn serve(addresses: &[SocketAddr], greeting: &str) -> Result<()> {
+fn serve(addresses: &[SocketAddr], greeting: &str, proxy_mark: Option<u32>) -> Result<()> {
+    let prepare = |socket: &Socket| match proxy_mark {
+        Some(mark) => {
+            socket.set_mark(mark)?;
+            socket.set_reuse_port(true)?;
+            // What the kernel looks at in both families.
+            socket.set_ip_transparent_v4(true)
+        }
+        None => Ok(()),
+    };
     let mut listeners = Vec::new();
     for &address in addresses {
         let stack = if address.is_ipv4() { Stack::V4 } else { Stack::V6 };
-        listeners.push(server::listen(stack, address).with_context(|| format!("listen on {address}"))?);
+        let listener = server::listen_prepared(stack, address, prepare);
+        listeners.push(listener.with_context(|| format!("listen on {address}"))?);
     }
     println!("listening");
     thread::scope(|scope| {

@@ -175,8 +175,7 @@ fn open<I: Parse + PodIp, R: Route<I>>(
             return Action::Continue;
         }
         let held = dropped::<I, R>(ctx, segment, Reason::NoListener);
-        // Not every proxy has tunnels. Clients then find the port closed, even if an application listens there.
-        let refused = (config::flags().contains(ConfigFlags::REFUSE) || capture.port == PORT_TUNNEL)
+        let refused = config::flags().contains(ConfigFlags::REFUSE)
             && notes::note(&segment.tuple::<I>(), NoteVerdict::REFUSED, notes::A_MOMENT).is_ok();
         return if refused { Action::Continue } else { held };
     };

@@ -397,7 +397,7 @@ impl Finding {
     #[must_use]
     pub fn complaint(&self) -> Option<String> {
         match self.state {
-            FactState::Present => None,
+            FactState::Present | FactState::Unused => None,
             FactState::Missing => Some(format!("{} is missing", self.fact)),
             FactState::Damaged => Some(format!("{} is damaged", self.fact)),
             FactState::Surplus => Some(format!("{} is there but should not be", self.fact)),

@@ -7,7 +7,7 @@ use std::io::{self, BufRead as _, BufReader};
 use std::net::IpAddr;
 
 use redirect_ebpf::Family;
-use redirect_ebpf::constants::{PORT_DNS, PORT_INBOUND, PORT_OUTBOUND};
+use redirect_ebpf::constants::{PORT_DNS, PORT_INBOUND, PORT_OUTBOUND, PORT_TUNNEL};
 use redirect_ebpf::decide::Outbound;
 use redirect_ebpf::maps::PodFlags;
 
@@ -16,7 +16,7 @@ use redirect_protocol::placement::Placement;
 use redirect_protocol::pod::PodAddresses;
 use redirect_protocol::wire::{FactState, Transport};
 
-/// A listener that the proxy has to have.
+/// A listener of the proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Listener {
     /// Of the connections that it is for.
@@ -28,12 +28,24 @@ pub struct Listener {
 impl Listener {
     /// Those for a pod, in the order in which they are shown.
     fn of(target: &Target) -> Vec<Self> {
-        let mut ports = vec![(Transport::Tcp, PORT_OUTBOUND), (Transport::Tcp, PORT_INBOUND)];
+        let mut ports =
+            [PORT_OUTBOUND, PORT_INBOUND, PORT_TUNNEL].map(|port| (Transport::Tcp, port)).to_vec();
         if target.flags.contains(PodFlags::DNS) {
             ports.extend([(Transport::Tcp, PORT_DNS), (Transport::Udp, PORT_DNS)]);
         }
         let of = |family| ports.iter().map(move |&(transport, port)| Self { family, transport, port });
         target.addresses.families().flat_map(of).collect()
+    }
+
+    /// Whether it is there, in the calling thread's namespace. Not every proxy has tunnels: one that listens, and not for them, has none.
+    fn state(self) -> io::Result<FactState> {
+        Ok(if is_there(self)? {
+            FactState::Present
+        } else if self.port == PORT_TUNNEL && is_there(Self { port: PORT_INBOUND, ..self })? {
+            FactState::Unused
+        } else {
+            FactState::Missing
+        })
     }
 
     /// Whether it gets the pod's connections that are decided on like this: the proxy's listener or its resolver's.
@@ -59,10 +71,8 @@ impl fmt::Display for Listener {
 
 /// The listeners for a pod, and which of them are there: in the pod, or in the calling thread's namespace.
 pub fn look(target: &Target, placement: Placement) -> io::Result<Vec<(Listener, FactState)>> {
-    let look = || {
-        let state = |there| if there { FactState::Present } else { FactState::Missing };
-        Listener::of(target).into_iter().map(|listener| Ok((listener, state(is_there(listener)?)))).collect()
-    };
+    let look =
+        || Listener::of(target).into_iter().map(|listener| Ok((listener, listener.state()?))).collect();
     match placement {
         Placement::Pod => target.netns.run(look)?,
         Placement::Node => look(),

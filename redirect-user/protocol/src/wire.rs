@@ -396,6 +396,8 @@ pub enum FactState {
     Damaged,
     /// It is there, and nobody wants it.
     Surplus,
+    /// It is not there, and need not be: the node proxy does without it.
+    Unused,
 }
 
 /// What becomes of a connection.

@@ -12,9 +12,9 @@ use redirect_ebpf::Family;
 use redirect_ebpf::constants::{PORT_INBOUND, PORT_OUTBOUND, RULE_PRIORITY_DELIVERY, RULE_PRIORITY_SOURCE};
 use redirect_linux::netns::NetNs;
 use redirect_protocol::placement::Placement;
-use redirect_protocol::wire::{Explanation, FactState, PodDetail, PodState};
+use redirect_protocol::wire::{Expectation, Explanation, FactState, PodDetail, PodState};
 use redirect_tests::kernel::Footprint;
-use redirect_tests::{Families, Node, Pod, Stack, agent, wait};
+use redirect_tests::{Families, Node, Pod, ProxyKind, Stack, agent, wait};
 use redirect_zds::client::{Backoff, Workloads, follow};
 use redirect_zds::messages::WorkloadInfo;
 use tokio::runtime::Runtime;
@@ -66,7 +66,12 @@ fn pod(context: &Context) -> Result<()> {
         let pod = node.enrolled("pod", families)?;
         let (detail, code) = show(&node, &pod)?;
         ensure!(code == Some(0), "{detail:#?}");
-        ensure!(detail.expectations.iter().all(|expectation| expectation.state == FactState::Present));
+        let tunnels = context.proxy()? == ProxyKind::Ztunnel;
+        for expectation in &detail.expectations {
+            let unused = !tunnels && expectation.what.contains("port 15008");
+            let wanted = if unused { FactState::Unused } else { FactState::Present };
+            ensure!(expectation.state == wanted, "{expectation:?}");
+        }
         let named = |part: &str| detail.expectations.iter().filter(|of| of.what.contains(part)).count();
         let footprint = Footprint::of(pod.netns())?;
         let is_ours = |rule: &&serde_json::Value| {
@@ -80,11 +85,14 @@ fn pod(context: &Context) -> Result<()> {
         }
         let bound = listeners(&pod)?;
         for family in Family::ALL {
-            for (transport, port) in [("TCP", 15001), ("TCP", 15006), ("TCP", 15053), ("UDP", 15053)] {
+            for (transport, port) in
+                [("TCP", 15001), ("TCP", 15006), ("TCP", 15008), ("TCP", 15053), ("UDP", 15053)]
+            {
                 let expected = usize::from(pod.families().has(family));
                 let what = format!("listener of the node proxy, {transport} port {port}, {family}");
                 ensure!(named(&what) == expected, "{what}: {detail:#?}");
-                ensure!(bound.contains(&(transport.to_lowercase(), port)), "{what}: {bound:?}");
+                let there = bound.contains(&(transport.to_lowercase(), port));
+                ensure!(there == (tunnels || port != 15008), "{what}: {bound:?}");
             }
         }
     }
@@ -188,7 +196,8 @@ fn broken(context: &Context, stack: Stack) -> Result<()> {
             ensure!(explanation.wrong.first() == wrong.then_some(&complaint), "{other:?}: {explanation:#?}");
         }
         let (detail, code) = show(&node, &pod)?;
-        let found = detail.expectations.iter().filter(|of| of.state != FactState::Present);
+        let fault = |of: &&Expectation| !matches!(of.state, FactState::Present | FactState::Unused);
+        let found = detail.expectations.iter().filter(fault);
         let missing: Vec<_> = found.map(|of| &of.what).collect();
         ensure!(code == Some(1) && missing == [&spoilt], "{detail:#?}");
         Ok(())
@@ -209,7 +218,7 @@ fn broken(context: &Context, stack: Stack) -> Result<()> {
     let (detail, _) = show(&node, &pod)?;
     let listening: Vec<_> =
         detail.expectations.iter().filter(|of| of.what.starts_with("listener of the node proxy")).collect();
-    ensure!(listening.len() == 8, "{detail:#?}");
+    ensure!(listening.len() == 10, "{detail:#?}");
     ensure!(listening.iter().all(|of| of.state == FactState::Missing), "{detail:#?}");
     ensure!(!listeners(&pod)?.iter().any(|(_, port)| (15001..=15053).contains(port)));
     ensure!(node.report(&pod)?.is_some_and(|report| report.state == PodState::Waiting));

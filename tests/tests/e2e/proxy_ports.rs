@@ -9,10 +9,9 @@ use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::Family;
 use redirect_ebpf::constants::{PORT_DNS, PORT_INBOUND, PORT_OUTBOUND, PORT_TUNNEL};
-use redirect_protocol::placement::Placement;
 use redirect_tests::connection::dial;
 use redirect_tests::wait;
-use redirect_tests::{Families, Netns, Node, NodeOptions, Pod, Server, Stack};
+use redirect_tests::{Families, Netns, Node, NodeOptions, Pod, ProxyKind, Server, Stack};
 
 use crate::context::{Context, for_every_kind, for_every_stack};
 use crate::outbound;
@@ -36,11 +35,10 @@ const PORTS: [u16; 3] = [PORT_OUTBOUND, PORT_INBOUND, PORT_TUNNEL];
 /// Those of its listeners for captured connections.
 const CAPTURED: [u16; 2] = [PORT_OUTBOUND, PORT_INBOUND];
 
-/// What a client outside dials. In placement `node` a tunnel's connection waits for a listener that the embedded proxy does not
-/// have.
-fn from_afar(context: &Context) -> impl Iterator<Item = u16> {
-    let tunnel = (context.placement() == Placement::Pod).then_some(PORT_TUNNEL);
-    CAPTURED.into_iter().chain(tunnel).chain([PORT_DNS]).chain(ELSEWHERE)
+/// What a client outside dials. A tunnel's connection waits for a listener that the embedded proxy does not have.
+fn from_afar(context: &Context) -> Result<impl Iterator<Item = u16>> {
+    let tunnel = (context.proxy()? == ProxyKind::Ztunnel).then_some(PORT_TUNNEL);
+    Ok(CAPTURED.into_iter().chain(tunnel).chain([PORT_DNS]).chain(ELSEWHERE))
 }
 
 /// Ports that a proxy has in its own namespace: administration, metrics, readiness, SOCKS.
@@ -133,7 +131,7 @@ fn from_outside(context: &Context, families: Families, stack: Stack) -> Result<(
     let node = context.node()?;
     let (pod, other) = (node.enrolled("pod", families)?, node.plain("other", Families::Dual)?);
     for client in [other.netns(), node.netns()] {
-        for port in from_afar(context) {
+        for port in from_afar(context)? {
             ends_soon(client, stack, pod.address(stack.family())?, port)?;
         }
     }
@@ -144,7 +142,7 @@ fn from_outside(context: &Context, families: Families, stack: Stack) -> Result<(
 fn from_enrolled(context: &Context, families: Families, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let (pod, client) = (node.enrolled("pod", families)?, node.enrolled("client", families)?);
-    for port in from_afar(context) {
+    for port in from_afar(context)? {
         ends_soon(client.netns(), stack, pod.address(stack.family())?, port)?;
     }
     no_circles(&[&pod, &client], 8)?;

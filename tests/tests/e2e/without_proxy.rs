@@ -1,6 +1,8 @@
-//! What becomes of connections while no proxy listens: held or refused, and never plaintext past the proxy.
+//! What becomes of connections while no proxy listens: held or refused, and never plaintext past the proxy. The tunnels of other
+//! proxies are no exception: the embedded one has no listener for them, so another process in its cgroup stands in.
 
 use std::io::ErrorKind;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -8,12 +10,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::Verdict;
+use redirect_ebpf::constants::PORT_TUNNEL;
 use redirect_ebpf::count::{self, Reason};
 use redirect_tests::connection::dial;
+use redirect_tests::load::{self, Failure, Target};
 use redirect_tests::wait;
 use redirect_tests::{Connection, Direction, Families, Node, Pod, Server, Stack};
 
-use crate::context::{Context, for_every_kind};
+use crate::context::{Context, for_every_kind, for_every_stack};
+use crate::load::is_full;
 use crate::reports::counted;
 use crate::{inbound, outbound};
 
@@ -30,8 +35,17 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         };
         trials.extend(for_every_kind(context, &format!("without_proxy::{word}_is_refused"), refuse));
     }
+    trials.extend(for_every_kind(context, "without_proxy::tunnel_is_held", tunnel_held));
+    trials.extend(for_every_kind(context, "without_proxy::tunnel_is_refused", tunnel_refused));
+    trials.extend(for_every_stack(context, "without_proxy::tunnel_while_the_proxy_is_killed", tunnel_killed));
     trials
 }
+
+/// How long there is no proxy.
+const DOWN: Duration = Duration::from_millis(500);
+
+/// Longer than any attempt has to take.
+const LIMIT: Duration = Duration::from_secs(15);
 
 fn label(direction: Direction) -> &'static str {
     match direction {
@@ -46,7 +60,7 @@ struct Scene {
     pod: Pod,
     other: Pod,
     listening: Server,
-    to: std::net::SocketAddr,
+    to: SocketAddr,
     direction: Direction,
     stack: Stack,
 }
@@ -91,12 +105,10 @@ impl Scene {
 }
 
 fn held(context: &Context, families: Families, stack: Stack, direction: Direction) -> Result<()> {
-    const DOWN: Duration = Duration::from_millis(500);
     let scene = Scene::new(context, families, stack, direction, &["--without-proxy", "hold"])?;
     let connection = thread::scope(|scope| {
         let netns = scene.client().netns();
-        let attempt =
-            scope.spawn(|| Connection::open_within(netns, stack, scene.to, Duration::from_secs(15)));
+        let attempt = scope.spawn(|| Connection::open_within(netns, stack, scene.to, LIMIT));
         thread::sleep(DOWN);
         ensure!(!attempt.is_finished(), "an answer without a proxy: {:?}", attempt.join());
         ensure!(scene.dropped()? >= 1, "not counted: {:#?}", scene.node.status()?.counters);
@@ -135,5 +147,98 @@ fn refused(context: &Context, families: Families, stack: Stack, direction: Direc
     };
     let error = client.connect(stack, server.endpoint(stack.family(), 9)?).err().context("a closed port")?;
     ensure!(outbound::is_refusal(client, &error), "{error:#}");
+    Ok(())
+}
+
+/// An enrolled pod without its proxy, and another proxy's tunnel to it.
+struct Tunnel {
+    node: Arc<Node>,
+    pod: Pod,
+    peer: Pod,
+    to: SocketAddr,
+    stack: Stack,
+}
+
+impl Tunnel {
+    fn new(context: &Context, families: Families, stack: Stack, setting: &str) -> Result<Self> {
+        let node = Node::with_arguments(&context.session()?, &["--without-proxy", setting])?;
+        let (pod, peer) = (node.enrolled("pod", families)?, node.plain("peer", Families::Dual)?);
+        let to = pod.endpoint(stack.family(), PORT_TUNNEL)?;
+        node.kill_proxy()?;
+        Ok(Self { node, pod, peer, to, stack })
+    }
+
+    fn dropped(&self) -> Result<u64> {
+        let status = self.node.status()?;
+        let (family, direction) = (self.stack.family(), count::Direction::Inbound);
+        Ok(counted(&status, family, direction, Verdict::Dropped, Reason::NoListener))
+    }
+
+    /// The proxy's listener has the connection, as it was dialled.
+    fn reached(&self, connection: &Connection) -> Result<()> {
+        ensure!(connection.heard.local == self.to, "{:?}", connection.heard);
+        ensure!(
+            connection.heard.peer.ip() == self.peer.address(self.stack.family())?,
+            "{:?}",
+            connection.heard
+        );
+        Ok(())
+    }
+}
+
+fn tunnel_held(context: &Context, families: Families, stack: Stack) -> Result<()> {
+    let tunnel = Tunnel::new(context, families, stack, "hold")?;
+    let (connection, _listener) = thread::scope(|scope| {
+        let (netns, to) = (tunnel.peer.netns(), tunnel.to);
+        let attempt = scope.spawn(move || Connection::open_within(netns, stack, to, LIMIT));
+        thread::sleep(DOWN);
+        ensure!(!attempt.is_finished(), "an answer without a proxy: {:?}", attempt.join());
+        ensure!(tunnel.dropped()? >= 1, "not counted: {:#?}", tunnel.node.status()?.counters);
+        let listener = tunnel.pod.listener_of_proxy(PORT_TUNNEL)?;
+        Ok((attempt.join().map_err(|_| anyhow!("the client panicked"))??, listener))
+    })?;
+    tunnel.reached(&connection)
+}
+
+fn tunnel_refused(context: &Context, families: Families, stack: Stack) -> Result<()> {
+    let tunnel = Tunnel::new(context, families, stack, "refuse")?;
+    for attempt in 1..=3 {
+        let start = Instant::now();
+        let outcome = tunnel.peer.netns().run(|| dial(stack, tunnel.to, LIMIT))?;
+        let error = outcome.err().context("an answer without a proxy")?;
+        ensure!(error.kind() == ErrorKind::ConnectionRefused, "attempt {attempt}: {error}");
+        ensure!(start.elapsed() < wait::patient(DOWN), "only after {:?}", start.elapsed());
+        ensure!(tunnel.dropped()? == attempt, "{:#?}", tunnel.node.status()?.counters);
+    }
+    let _listener = tunnel.pod.listener_of_proxy(PORT_TUNNEL)?;
+    tunnel.reached(&Connection::open_within(tunnel.peer.netns(), stack, tunnel.to, LIMIT)?)
+}
+
+/// Only those connections fail that a proxy had when it was killed.
+fn tunnel_killed(context: &Context, stack: Stack) -> Result<()> {
+    let kills = if is_full() { 10 } else { 2 };
+    let tunnel = Tunnel::new(context, Families::Dual, stack, "hold")?;
+    let mut listener = Some(tunnel.pod.listener_of_proxy(PORT_TUNNEL)?);
+    let mut killed = Vec::new();
+    let target = Target { from: tunnel.peer.netns(), stack, to: tunnel.to };
+    let tally = load::during(&[target; 2], LIMIT, || {
+        for _ in 0..kills {
+            thread::sleep(DOWN);
+            let mut old = listener.take().context("a listener")?;
+            let before = Instant::now();
+            old.kill()?;
+            killed.push((before, Instant::now()));
+            thread::sleep(DOWN);
+            listener = Some(tunnel.pod.listener_of_proxy(PORT_TUNNEL)?);
+        }
+        thread::sleep(DOWN);
+        Ok(())
+    })?;
+    println!("{kills} kills, {stack}: {tally}");
+    let in_flight =
+        |failure: &&Failure| killed.iter().any(|(from, to)| failure.start <= *to && failure.end >= *from);
+    let others: Vec<_> = tally.failed.iter().filter(|failure| !in_flight(failure)).collect();
+    ensure!(others.is_empty(), "{tally}: {others:#?}");
+    ensure!(tally.succeeded() > 10 * kills, "hardly any load: {tally}");
     Ok(())
 }

@@ -250,7 +250,7 @@ fn endless_headers(bench: &Bench, subject: Subject) -> Result<()> {
 fn tunnel_port(bench: &Bench, subject: Subject) -> Result<()> {
     let packet = Packet { port: PORT_TUNNEL, ..subject.syn() };
     subject.expect(bench, Proxy::Listens, &packet, Fate::Tunnelled)?;
-    subject.expect(bench, Proxy::Absent, &packet, Fate::Refused(Reason::NoListener))
+    subject.expect(bench, Proxy::Absent, &packet, Fate::Dropped(Reason::NoListener))
 }
 
 /// On `lo` only what was marked for capture is.

@@ -49,7 +49,10 @@ pub(super) fn pod(PodQuery { name, query }: &PodQuery) -> anyhow::Result<ExitCod
     }
     let good = detail.report.proxy.is_ok()
         && detail.report.strayed.is_empty()
-        && detail.expectations.iter().all(|expectation| expectation.state == FactState::Present);
+        && detail
+            .expectations
+            .iter()
+            .all(|expectation| matches!(expectation.state, FactState::Present | FactState::Unused));
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -81,6 +84,7 @@ fn pod_text(detail: &PodDetail) -> String {
             FactState::Missing => ("✗", ": missing"),
             FactState::Damaged => ("✗", ": damaged"),
             FactState::Surplus => ("✗", ": should not be there"),
+            FactState::Unused => ("-", ": it has none"),
         };
         expectations.add_row([sign.to_owned(), format!("{}{remark}", expectation.what)]);
     }
@@ -170,6 +174,7 @@ mod tests {
                 expectation("program noted_listener on the network namespace", FactState::Damaged),
                 expectation("exclusion of outbound port 80", FactState::Surplus),
                 expectation("listener of the node proxy, TCP port 15001, IPv6", FactState::Missing),
+                expectation("listener of the node proxy, TCP port 15008, IPv6", FactState::Unused),
             ],
         };
         insta::assert_snapshot!("pod", pod_text(&detail));
