@@ -6,6 +6,7 @@
 use std::fmt::Debug;
 
 use redirect_agent::install;
+use redirect_ebpf::decide::Protocol;
 use redirect_ebpf::family::{Ipv4, Ipv6};
 use redirect_ebpf::packet::{self, Packet, Parse, Parsed, Segment};
 use redirect_protocol::wire;
@@ -162,10 +163,13 @@ fn parsed<I: Parse<Address: PartialEq>>(packet: &Bytes<'_>) {
         assert_eq!(packet::source::<I>(packet), Some(segment.source));
     }
     // The short way for most packets finds what the long one does.
-    if packet.ether_type() == I::ETHER_TYPE
-        && let Some(plain) = I::plain(packet)
-    {
-        assert_eq!(found, Parsed::Tcp(plain));
+    if packet.ether_type() == I::ETHER_TYPE {
+        if let Some(plain) = I::plain(packet, Protocol::Tcp) {
+            assert_eq!(found, Parsed::Tcp(plain));
+        }
+        if let Some(plain) = I::plain(packet, Protocol::Udp) {
+            assert_eq!(found, Parsed::Datagram(plain));
+        }
     }
     if let Some(segment) = packet::complained_of::<I>(packet) {
         within::<I>(packet, &segment.reversed(), PORTS);

@@ -1,5 +1,6 @@
 //! Finds the TCP or UDP header of a packet: VLAN tags, IPv4 options, IPv6 extension headers, fragments.
 
+use crate::decide::Protocol;
 use crate::family::{Family, Ip, Ipv4, Ipv6};
 use crate::maps::Tuple;
 
@@ -71,9 +72,6 @@ const IPPROTO_ICMPV6: u8 = 58;
 /// How long the header of an ICMP error is; what it quotes comes next.
 const ICMP_HEADER: u32 = 8;
 
-/// How long the IPv6 header is, without extensions.
-const IPV6_HEADER: u32 = 40;
-
 /// 802.1Q and 802.1ad.
 const VLAN_TYPES: [u16; 2] = [0x8100, 0x88a8];
 
@@ -102,15 +100,18 @@ pub enum Extent {
 
 /// A family whose headers can be walked.
 pub trait Parse: Ip {
+    /// How long the IP header is at least.
+    const HEADER: u32;
+
     /// Where the IP header has its source address.
     const SOURCE: u32;
 
     /// Where the IP header has its destination address.
     const DESTINATION: u32;
 
-    /// The TCP segment of a packet without tags, options, extension headers and fragments, as nearly all are. Nothing for
-    /// others, which [`parse`] is for.
-    fn plain(packet: &impl Packet) -> Option<Segment<Self::Address>>;
+    /// The TCP segment or UDP datagram of a packet without tags, options, extension headers and fragments, as nearly all are. Nothing
+    /// for others, which [`parse`] is for.
+    fn plain(packet: &impl Packet, protocol: Protocol) -> Option<Segment<Self::Address>>;
 
     /// Finds the TCP or UDP header behind the IP header at `offset`.
     fn parse_at(packet: &impl Packet, offset: u32, extent: Extent) -> Parsed<Self::Address>;
@@ -171,23 +172,23 @@ fn network_header<I: Parse>(packet: &impl Packet) -> Result<u32, Parsed<I::Addre
 }
 
 impl Parse for Ipv4 {
+    const HEADER: u32 = 20;
     const SOURCE: u32 = 12;
     const DESTINATION: u32 = 16;
 
     #[inline(always)]
-    fn plain(packet: &impl Packet) -> Option<Segment<[u8; 4]>> {
-        const LENGTH: u32 = 20;
+    fn plain(packet: &impl Packet, protocol: Protocol) -> Option<Segment<[u8; 4]>> {
         if packet.ether_type() != Self::ETHER_TYPE {
             return None;
         }
-        let header = packet.load::<{ LENGTH as usize }>(0)?;
+        let header = packet.load::<{ Self::HEADER as usize }>(0)?;
         let whole = [header[6] & 0x3f, header[7]] == [0, 0];
-        if header[0] != 0x45 || !whole || header[9] != IPPROTO_TCP {
+        if header[0] != 0x45 || !whole || header[9] != number(protocol) {
             return None;
         }
         let source = [header[12], header[13], header[14], header[15]];
         let destination = [header[16], header[17], header[18], header[19]];
-        plain_segment(packet, LENGTH, source, destination)
+        plain_segment(packet, protocol, Self::HEADER, (source, destination))
     }
 
     #[inline(always)]
@@ -238,19 +239,21 @@ impl Parse for Ipv4 {
 }
 
 impl Parse for Ipv6 {
+    const HEADER: u32 = 40;
     const SOURCE: u32 = 8;
     const DESTINATION: u32 = 24;
 
     #[inline(always)]
-    fn plain(packet: &impl Packet) -> Option<Segment<[u8; 16]>> {
+    fn plain(packet: &impl Packet, protocol: Protocol) -> Option<Segment<[u8; 16]>> {
         if packet.ether_type() != Self::ETHER_TYPE {
             return None;
         }
         let header = packet.load::<8>(0)?;
-        if header[0] >> 4 != 6 || header[6] != IPPROTO_TCP {
+        if header[0] >> 4 != 6 || header[6] != number(protocol) {
             return None;
         }
-        plain_segment(packet, IPV6_HEADER, packet.load(Self::SOURCE)?, packet.load(Self::DESTINATION)?)
+        let addresses = (packet.load(Self::SOURCE)?, packet.load(Self::DESTINATION)?);
+        plain_segment(packet, protocol, Self::HEADER, addresses)
     }
 
     #[inline(always)]
@@ -261,7 +264,7 @@ impl Parse for Ipv6 {
         }
         let mut next = header[6];
         let fragmented = extent == Extent::Quoted;
-        let mut place = Place { network: offset, transport: offset + IPV6_HEADER, fragmented };
+        let mut place = Place { network: offset, transport: offset + Self::HEADER, fragmented };
         for _ in 0..MAX_EXTENSION_HEADERS {
             let Some(kind) = Extension::of(next) else { break };
             let Some(extension) = packet.load::<8>(place.transport) else { return Parsed::Unknown };
@@ -295,7 +298,7 @@ impl Parse for Ipv6 {
     #[inline(always)]
     fn quoted_at(packet: &impl Packet, offset: u32) -> Option<u32> {
         let header: [u8; 8] = packet.load(offset)?;
-        let message = offset + IPV6_HEADER;
+        let message = offset + Self::HEADER;
         // Unreachable, too big, out of time, a header that is wrong.
         let [kind] = packet.load(message)?;
         (header[6] == IPPROTO_ICMPV6 && matches!(kind, 1..=4)).then_some(message + ICMP_HEADER)
@@ -338,11 +341,27 @@ struct Place {
     fragmented: bool,
 }
 
-/// The segment of a packet whose TCP header is at `transport`.
 #[inline(always)]
-fn plain_segment<A>(packet: &impl Packet, transport: u32, source: A, destination: A) -> Option<Segment<A>> {
+const fn number(protocol: Protocol) -> u8 {
+    match protocol {
+        Protocol::Tcp => IPPROTO_TCP,
+        Protocol::Udp => IPPROTO_UDP,
+    }
+}
+
+/// The segment of a packet whose TCP or UDP header is at `transport`.
+#[inline(always)]
+fn plain_segment<A>(
+    packet: &impl Packet,
+    protocol: Protocol,
+    transport: u32,
+    (source, destination): (A, A),
+) -> Option<Segment<A>> {
     let ports = packet.load::<4>(transport)?;
-    let [_, flags] = packet.load::<2>(transport + 12)?;
+    let flags = match protocol {
+        Protocol::Tcp => packet.load::<2>(transport + 12)?[1],
+        Protocol::Udp => 0,
+    };
     Some(Segment {
         source,
         destination,

@@ -1,20 +1,23 @@
 //! TC ingress of the pod's `lo`: connections that [`super::outbound`] marked arrive here by way of the pod's policy
-//! rule and go to the proxy's outbound listener.
+//! rule and go to the proxy's outbound listener. DNS queries that nobody would answer end here.
 
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use redirect_ebpf::constants::{MARK_CAPTURE, MARK_DELIVERY, MARK_MASK, MARK_PROXY, PORT_OUTBOUND};
-use redirect_ebpf::count::Direction;
-use redirect_ebpf::decide::Inbound;
+use redirect_ebpf::constants::{MARK_CAPTURE, MARK_DELIVERY, MARK_MASK, MARK_PROXY, PORT_DNS, PORT_OUTBOUND};
+use redirect_ebpf::count::{Direction, Reason, Verdict};
+use redirect_ebpf::decide::{Inbound, Protocol};
 use redirect_ebpf::diagnostics::Hook;
 use redirect_ebpf::family::{Ipv4, Ipv6};
-use redirect_ebpf::maps::NoteVerdict;
+use redirect_ebpf::maps::{ConfigFlags, NoteVerdict};
 use redirect_ebpf::packet::{Parse, Parsed, Segment};
 
+use super::counters::count;
+use super::flows::About;
 use super::pods::PodIp;
-use super::skb::parse_on_loopback;
+use super::skb::{parse_on_loopback, plain_on_loopback, port_on_loopback};
+use super::socket::Socket;
 use super::steer::{Action, Route, steer_parsed};
-use super::{cookies, flows, notes};
+use super::{config, cookies, flows, notes};
 
 #[classifier]
 pub(crate) fn loopback_ipv4(ctx: TcContext) -> i32 {
@@ -57,9 +60,33 @@ fn loopback<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
     match mark & MARK_MASK {
         MARK_CAPTURE => return captured::<I>(ctx).into(),
         MARK_PROXY | MARK_DELIVERY => proxied::<I>(ctx, mark),
+        _ if port_on_loopback::<I>(ctx) == Some(PORT_DNS) => return question::<I>(ctx).into(),
         _ => {}
     }
     Action::Continue.into()
+}
+
+/// A DNS query on its way to the proxy's resolver. If that is not there, the kernel refuses the query at once, and the application
+/// fails; without an answer it asks again.
+#[inline(always)]
+fn question<I: Parse + PodIp>(ctx: &TcContext) -> Action {
+    let (segment, heard) = if let Some(segment) = plain_on_loopback::<I>(ctx, Protocol::Udp) {
+        (segment, Socket::receiving(ctx, &segment, PORT_DNS).is_some())
+    } else if let Some(segment) = plain_on_loopback::<I>(ctx, Protocol::Tcp)
+        && segment.opens()
+    {
+        (segment, Socket::is_listening(ctx, &segment, PORT_DNS))
+    } else {
+        return Action::Continue;
+    };
+    if heard || !I::is_loopback(segment.destination) {
+        return Action::Continue;
+    }
+    let pod = I::owner(&segment.source);
+    count(I::FAMILY, Direction::Outbound, Verdict::Dropped, Reason::NoListener, pod, || {
+        About::segment::<I>(&segment, 0)
+    });
+    if config::flags().contains(ConfigFlags::REFUSE) { Action::Continue } else { Action::Drop }
 }
 
 /// A packet between the proxy and the pod's application.

@@ -6,8 +6,9 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
 use aya_ebpf::helpers::{bpf_check_mtu, bpf_skb_load_bytes, bpf_skb_load_bytes_relative};
 use aya_ebpf::programs::TcContext;
+use redirect_ebpf::decide::Protocol;
 use redirect_ebpf::family::{Ip as _, Ipv4, Ipv6};
-use redirect_ebpf::packet::{Packet, Parse, Parsed, parse};
+use redirect_ebpf::packet::{Packet, Parse, Parsed, Segment, parse};
 
 /// A packet that came in by an interface. The kernel itself has just read its type from the frame, and set the network header
 /// behind it. Offsets count from there, because devices without Ethernet headers (tun, WireGuard) exist in pods too.
@@ -133,10 +134,27 @@ fn has_link_headers(ctx: &TcContext) -> bool {
 /// Reads a packet on `lo`, which has an Ethernet header: where it is, without a call of the kernel, if it is plain.
 #[inline(always)]
 pub(super) fn parse_on_loopback<I: Parse>(ctx: &TcContext) -> Parsed<I::Address> {
-    match I::plain(&LoopbackSkb(ctx)) {
+    match plain_on_loopback::<I>(ctx, Protocol::Tcp) {
         Some(segment) => Parsed::Tcp(segment),
         None => parse::<I>(&Skb(ctx)),
     }
+}
+
+/// The destination port of a packet on `lo`, if it has one and is plain. So cheap that every packet can be asked.
+#[inline(always)]
+pub(super) fn port_on_loopback<I: Parse>(ctx: &TcContext) -> Option<u16> {
+    let packet = LoopbackSkb(ctx);
+    let port = (packet.ether_type() == I::ETHER_TYPE).then(|| packet.load(I::HEADER + 2));
+    port?.map(u16::from_be_bytes)
+}
+
+/// The datagram of a plain packet on `lo`, or the segment.
+#[inline(always)]
+pub(super) fn plain_on_loopback<I: Parse>(
+    ctx: &TcContext,
+    protocol: Protocol,
+) -> Option<Segment<I::Address>> {
+    I::plain(&LoopbackSkb(ctx), protocol)
 }
 
 /// The first piece of a packet on `lo`.

@@ -150,9 +150,21 @@ impl Socket {
         (socket.state() == TCP_LISTEN).then_some(socket)
     }
 
+    /// Whether anybody listens on `port` for the segment's connection.
+    #[inline(always)]
+    pub(super) fn is_listening<A: Copy>(ctx: &TcContext, segment: &Segment<A>, port: u16) -> bool {
+        Self::listening(ctx, segment.source, segment.destination, port).is_some()
+    }
+
     /// The proxy's socket for datagrams on `port`.
     #[inline(always)]
     pub(super) fn datagrams<A: Copy>(ctx: &TcContext, segment: &Segment<A>, port: u16) -> Option<Self> {
+        Self::receiving(ctx, segment, port).filter(Self::is_marked)
+    }
+
+    /// Anybody's socket for datagrams on `port`.
+    #[inline(always)]
+    pub(super) fn receiving<A: Copy>(ctx: &TcContext, segment: &Segment<A>, port: u16) -> Option<Self> {
         let mut tuple = Tuple {
             source: segment.source,
             destination: segment.destination,
@@ -169,8 +181,7 @@ impl Socket {
                 0,
             )
         };
-        let socket = Self(NonNull::new(socket)?);
-        socket.is_marked().then_some(socket)
+        NonNull::new(socket).map(Self)
     }
 
     #[inline(always)]

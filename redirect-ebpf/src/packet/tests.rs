@@ -80,14 +80,20 @@ fn plain_headers() {
     let v6 = expect_tcp::<Ipv6>(&ipv6(6, &tcp(SYN)), SYN);
     assert_eq!((v6.source, v6.destination), V6);
     assert_eq!((v6.network_offset, v6.transport_offset), (0, 40));
-    assert_eq!(Ipv4::plain(&ipv4(&[], 0x4000, 6, &tcp(SYN))), Some(v4));
-    assert_eq!(Ipv6::plain(&ipv6(6, &tcp(SYN))), Some(v6));
+    assert_eq!(Ipv4::plain(&ipv4(&[], 0x4000, 6, &tcp(SYN)), Protocol::Tcp), Some(v4));
+    assert_eq!(Ipv6::plain(&ipv6(6, &tcp(SYN)), Protocol::Tcp), Some(v6));
+    // Shorter than any TCP header.
+    let datagram = &tcp(SYN)[..8];
+    let v4 = Ipv4::plain(&ipv4(&[], 0x4000, 17, datagram), Protocol::Udp);
+    assert_eq!(v4.map(Parsed::Datagram), Some(parse::<Ipv4>(&ipv4(&[], 0x4000, 17, datagram))));
+    let v6 = Ipv6::plain(&ipv6(17, datagram), Protocol::Udp);
+    assert_eq!(v6.map(Parsed::Datagram), Some(parse::<Ipv6>(&ipv6(17, datagram))));
     for other in
         [ipv4(&[1, 1, 1, 1], 0, 6, &tcp(SYN)), ipv4(&[], 0x2000, 6, &tcp(SYN)), ipv4(&[], 0, 17, &tcp(SYN))]
     {
-        assert_eq!(Ipv4::plain(&other), None);
+        assert_eq!(Ipv4::plain(&other, Protocol::Tcp), None);
     }
-    assert_eq!(Ipv6::plain(&ipv6(0, &tcp(SYN))), None);
+    assert_eq!(Ipv6::plain(&ipv6(0, &tcp(SYN)), Protocol::Tcp), None);
 }
 
 #[test]
@@ -254,8 +260,11 @@ proptest! {
 /// A packet that is read the short way is read the long way with the same result.
 fn agrees<I: Parse<Address: PartialEq + core::fmt::Debug>>(packet: &Bytes) {
     let whole = parse::<I>(packet);
-    if let Some(segment) = I::plain(packet) {
+    if let Some(segment) = I::plain(packet, Protocol::Tcp) {
         assert_eq!(whole, Parsed::Tcp(segment));
+    }
+    if let Some(segment) = I::plain(packet, Protocol::Udp) {
+        assert_eq!(whole, Parsed::Datagram(segment));
     }
 }
 

@@ -93,7 +93,7 @@ pub struct Options {
     /// How to recognize the node proxy's own sockets
     #[arg(long, value_enum, default_value_t)]
     pub proxy_identity: ProxyIdentity,
-    /// What to do with connections while no node proxy listens in the pod
+    /// What to do with connections and DNS queries while no node proxy listens in the pod
     #[arg(long, value_enum, default_value_t)]
     pub without_proxy: WithoutProxy,
     /// What to do with TCP connections of pods to IPv6 link-local addresses (fe80::/10)
@@ -138,10 +138,10 @@ pub enum OnExit {
 /// What happens to connections while no node proxy listens. They never bypass it in plaintext.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum WithoutProxy {
-    /// SYNs are dropped until a proxy listens; a retransmission then connects.
+    /// SYNs and DNS queries are dropped until a proxy listens; when they are sent again, they reach it.
     #[default]
     Hold,
-    /// Connections are refused at once.
+    /// Connections and DNS queries are refused at once; DNS over UDP gets no answer in placement `node`.
     Refuse,
 }
 

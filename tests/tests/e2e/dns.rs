@@ -138,5 +138,16 @@ fn answer_to(question: &[u8], socket: &UdpSocket) -> Result<SocketAddr> {
     }
 }
 
+/// Why a socket hears nothing.
+fn no_answer(socket: &UdpSocket) -> Result<ErrorKind> {
+    loop {
+        match socket.recv(&mut [0; 512]).map_err(|error| error.kind()) {
+            // A socket with a time limit is not restarted by the kernel.
+            Err(ErrorKind::Interrupted) => {}
+            received => return received.err().context("an answer without a proxy"),
+        }
+    }
+}
+
 /// How long to wait for what must not come.
 const A_WHILE: Duration = Duration::from_millis(300);

@@ -41,12 +41,11 @@ pub(crate) fn host_device(pod: &Pod) -> Result<String> {
 }
 
 /// What is different there.
-const DIFFERENT: [(&str, &str); 7] = [
+const DIFFERENT: [(&str, &str); 6] = [
     ("dns::bound_to_a_device", "a socket that is bound to the pod's device is captured like any other"),
     ("dns::connected_and_then_elsewhere", "a connected socket hears nobody but its peer, as without a mesh"),
     ("dns::link_local_server", "the resolver could not answer on the pod's link: such questions are dropped"),
     ("dns::without_the_resolvers_address", "the resolver is not in the pod"),
-    ("dns::without_proxy_questions_fail", "questions are dropped without a proxy: whoever asks waits"),
     (
         "dns::sendmmsg_and_recvmmsg",
         "answers show who gave them, so that they need not come in the order of questions",

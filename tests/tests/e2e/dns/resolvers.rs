@@ -7,15 +7,16 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::thread;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use libtest_mimic::{Completion, Trial};
 use redirect_tests::dns::{ABSENT, LONG, V4, V6};
-use redirect_tests::{Families, Stack};
+use redirect_tests::{Families, Node, Stack};
 use tempfile::TempDir;
 
-use super::{Scene, fresh_name};
-use crate::context::{Context, for_every_kind};
+use super::{A_WHILE, Scene, fresh_name};
+use crate::context::{Context, for_every_kind, for_every_stack};
 
 pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     let mut trials = for_every_kind(context, "dns::glibc::udp", |context, families, stack| {
@@ -24,6 +25,10 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials.extend(for_every_kind(context, "dns::glibc::tcp", |context, families, stack| {
         getaddrinfo(context, families, stack, Path::new("getent"), &["ahosts"], "tcp")
     }));
+    for (transport, options) in [("udp", "timeout:1 attempts:9"), ("tcp", "use-vc timeout:9")] {
+        let name = format!("dns::glibc::waits_for_the_proxy_{transport}");
+        trials.extend(for_every_stack(context, &name, move |context, stack| waits(context, stack, options)));
+    }
     trials.extend(if_there(for_every_kind(context, "dns::musl", musl), "musl-gcc", "musl-tools"));
     for (name, test) in [
         ("dns::dig::udp", dig_udp as fn(&Context, Families, Stack) -> Result<()>),
@@ -113,6 +118,25 @@ fn getaddrinfo(
     }
     let arguments = [&arguments[..arguments.len() - 1], &[&name]].concat();
     found(&with_servers(&scene, &servers, options, program, &arguments)?)?;
+    scene.server_heard_nothing()
+}
+
+/// While there is no proxy, it gets no answer, asks again, and the application notices nothing.
+fn waits(context: &Context, stack: Stack, options: &str) -> Result<()> {
+    let node = Node::start(&context.session()?)?;
+    let scene = Scene::new(&node, Families::Dual, stack)?;
+    let server = scene.spell(scene.server()?).ip();
+    let name = fresh_name("outage");
+    node.kill_proxy()?;
+    let text = thread::scope(|scope| {
+        let asked =
+            scope.spawn(|| with_servers(&scene, &[server], options, Path::new("getent"), &["ahosts", &name]));
+        thread::sleep(3 * A_WHILE);
+        ensure!(!asked.is_finished(), "without a proxy: {:?}", asked.join());
+        node.start_proxy()?;
+        asked.join().map_err(|_| anyhow!("the resolver panicked"))?
+    })?;
+    found(&text)?;
     scene.server_heard_nothing()
 }
 

@@ -1,21 +1,25 @@
 //! Which questions go to the proxy's resolver, and what becomes of them without one.
 
 use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use libtest_mimic::Trial;
-use redirect_ebpf::Family;
+use redirect_ebpf::count::{self, Reason};
+use redirect_ebpf::{Family, Verdict};
+use redirect_protocol::placement::Placement;
 use redirect_tests::connection::dial;
 use redirect_tests::dns::{DnsServer, PORT, check_answer, read_framed, write_framed};
 use redirect_tests::wait::{self, SOON};
 use redirect_tests::{Direction, Families, Node, NodeOptions, ProxyKind, Stack};
 use socket2::{Socket, Type};
 
-use super::{A_WHILE, Scene, answer_to, fresh_question};
+use super::{A_WHILE, Scene, answer_to, fresh_question, no_answer};
 use crate::context::{Context, for_every_kind, for_every_stack};
+use crate::reports::counted;
 use crate::{inbound, outbound};
 
 pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
@@ -34,7 +38,8 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         };
         goes_past_the_resolver(context, stack, networks, None)
     }));
-    trials.extend(for_every_stack(context, "dns::without_proxy_questions_fail", without_proxy));
+    trials.extend(for_every_stack(context, "dns::outage_is_held", outage_is_held));
+    trials.extend(for_every_stack(context, "dns::outage_is_refused", outage_is_refused));
     trials.extend(for_every_stack(context, "dns::not_enrolled", not_enrolled));
     trials.extend(for_every_stack(
         context,
@@ -123,43 +128,101 @@ fn goes_past_the_resolver(
     Ok(())
 }
 
-fn without_proxy(context: &Context, stack: Stack) -> Result<()> {
-    let node = Node::start(&context.session()?)?;
+/// A pod that asks while no proxy runs.
+fn during_an_outage(context: &Context, stack: Stack, setting: &str) -> Result<Scene> {
+    let node = Node::with_arguments(&context.session()?, &["--without-proxy", setting])?;
     let scene = Scene::new(&node, Families::Dual, stack)?;
-    let server = scene.server()?;
     node.kill_proxy()?;
-    let (_, question) = fresh_question("nobody")?;
+    Ok(scene)
+}
 
-    let connected = scene.socket()?;
+/// Nobody answers, and nobody else is asked: the query waits for the proxy.
+fn outage_is_held(context: &Context, stack: Stack) -> Result<()> {
+    let scene = during_an_outage(context, stack, "hold")?;
+    let node = scene.pod.node();
+    let server = scene.server()?;
+    let (_, question) = fresh_question("nobody")?;
+    let (connected, unconnected) = (scene.socket()?, scene.socket()?);
+    connected.connect(scene.spell(server))?;
+    for socket in [&connected, &unconnected] {
+        socket.set_read_timeout(Some(A_WHILE))?;
+        if socket.peer_addr().is_ok() {
+            socket.send(&question)?;
+        } else {
+            socket.send_to(&question, scene.spell(server))?;
+        }
+        let error = no_answer(socket)?;
+        ensure!(error == ErrorKind::WouldBlock, "{error}");
+    }
+    let (name, framed) = fresh_question("by-tcp")?;
+    let mut stream = thread::scope(|scope| {
+        let dialled = scope.spawn(|| scene.pod.netns().run(|| dial(stack, server, 3 * SOON)));
+        thread::sleep(A_WHILE);
+        ensure!(!dialled.is_finished(), "an answer without a proxy: {:?}", dialled.join());
+        ensure!(dropped(node, stack)? >= 3, "not counted: {:#?}", node.status()?.counters);
+        node.start_proxy()?;
+        Ok(dialled.join().map_err(|_| anyhow!("the client panicked"))???)
+    })?;
+    scene.server_heard_nothing()?;
+    write_framed(&mut stream, &framed)?;
+    check_answer(&framed, &read_framed(&mut stream)?)?;
+    scene.was_resolved(&name, "tcp")?;
+    works_again(&scene, &[connected, unconnected])
+}
+
+/// Where it can be told at once, it is; nobody else is asked.
+fn outage_is_refused(context: &Context, stack: Stack) -> Result<()> {
+    let scene = during_an_outage(context, stack, "refuse")?;
+    let node = scene.pod.node();
+    let server = scene.server()?;
+    let (_, question) = fresh_question("nobody")?;
+    let (connected, unconnected) = (scene.socket()?, scene.socket()?);
+    connected.set_read_timeout(Some(if in_pod(&scene) { wait::patient(SOON) } else { A_WHILE }))?;
     connected.connect(scene.spell(server))?;
     connected.send(&question)?;
-    let error = connected.recv(&mut [0; 512]).err().context("an answer without a proxy")?;
-    ensure!(error.kind() == ErrorKind::ConnectionRefused, "{error}");
+    let error = no_answer(&connected)?;
+    let wanted = if in_pod(&scene) { ErrorKind::ConnectionRefused } else { ErrorKind::WouldBlock };
+    ensure!(error == wanted, "{error}");
 
-    let unconnected = scene.socket()?;
     unconnected.set_read_timeout(Some(A_WHILE))?;
     unconnected.send_to(&question, scene.spell(server))?;
-    let error = unconnected.recv(&mut [0; 512]).err().context("an answer without a proxy")?;
-    ensure!(error.kind() == ErrorKind::WouldBlock, "{error}");
+    let error = no_answer(&unconnected)?;
+    ensure!(error == ErrorKind::WouldBlock, "{error}");
 
     let start = Instant::now();
     let error =
         scene.pod.netns().run(|| dial(stack, server, SOON))?.err().context("a connection without a proxy")?;
     ensure!(error.kind() == ErrorKind::ConnectionRefused, "{error}");
     ensure!(start.elapsed() < wait::patient(Duration::from_secs(1)), "only after {:?}", start.elapsed());
+    ensure!(dropped(node, stack)? == 3, "{:#?}", node.status()?.counters);
     scene.server_heard_nothing()?;
-    ensure!(scene.upstream.heard().is_empty());
 
     node.start_proxy()?;
-    for socket in [&connected, &unconnected] {
+    works_again(&scene, &[connected, unconnected])
+}
+
+/// Whether the resolver would be in the pod.
+fn in_pod(scene: &Scene) -> bool {
+    scene.pod.node().session().placement() == Placement::Pod
+}
+
+/// The queries that found no resolver.
+fn dropped(node: &Node, stack: Stack) -> Result<u64> {
+    let (family, direction) = (stack.family(), count::Direction::Outbound);
+    Ok(counted(&node.status()?, family, direction, Verdict::Dropped, Reason::NoListener))
+}
+
+fn works_again(scene: &Scene, sockets: &[UdpSocket]) -> Result<()> {
+    let server = scene.spell(scene.server()?);
+    for socket in sockets {
         socket.set_read_timeout(Some(wait::patient(SOON)))?;
         let (name, question) = fresh_question("again")?;
         if socket.peer_addr().is_ok() {
             socket.send(&question)?;
         } else {
-            socket.send_to(&question, scene.spell(server))?;
+            socket.send_to(&question, server)?;
         }
-        ensure!(answer_to(&question, socket)? == scene.spell(server));
+        ensure!(answer_to(&question, socket)? == server);
         scene.was_resolved(&name, "udp")?;
     }
     Ok(())
