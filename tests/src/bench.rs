@@ -5,7 +5,7 @@
 //! | [`world`] | the pods of each arm |
 //! | [`rules`] | what the netfilter arms write into pods |
 //! | [`mesh`], [`proxies`], [`sink`] | who serves the connections, and who tells it which pods |
-//! | [`load`], [`listener`], [`protocol`] | clients and servers |
+//! | [`load`], [`client`], [`listener`], [`protocol`] | clients and servers |
 //! | [`traffic`] | measurements of connections, and the proof that an arm is what it claims to be |
 //! | [`extra`] | destinations in turn, run time of programs, many pods and exclusions |
 //! | [`nursery`], [`crowd`], [`enrolment`], [`scale`] | what enrolment takes, and what many pods cost |
@@ -13,6 +13,7 @@
 //! | [`machine`] | where it was measured, and what else ran there |
 //! | [`run`], [`report`], [`plots`] | the order of it all, and what comes out |
 
+pub mod client;
 pub mod crowd;
 pub mod enrolment;
 pub mod extra;

@@ -71,13 +71,22 @@ fn testbed() -> PathBuf {
 #[derive(Clone, Debug)]
 pub struct Session {
     placement: Placement,
+    binaries: Arc<Binaries>,
+    plugins: PathBuf,
     run: Arc<Run>,
+}
+
+/// Puts the plugin where a chain finds it.
+fn offer(plugin: &Path, directory: &Path) -> Result<()> {
+    if let Ok(plugin) = plugin.canonicalize() {
+        symlink(plugin, directory.join(crate::cni::REDIRECT))?;
+    }
+    Ok(())
 }
 
 /// What is there once.
 #[derive(Debug)]
 struct Run {
-    binaries: Binaries,
     directory: TempDir,
     home: PathBuf,
     nodes: Mutex<Numbers>,
@@ -95,29 +104,36 @@ impl Session {
         sweep_pins()?;
         let directory =
             tempfile::Builder::new().prefix(&format!("{PREFIX}{}-", std::process::id())).tempdir()?;
-        if let Ok(plugin) = binaries.plugin.canonicalize() {
-            symlink(plugin, directory.path().join(crate::cni::REDIRECT))?;
-        }
+        let plugins = directory.path().to_owned();
+        offer(&binaries.plugin, &plugins)?;
         let home = cgroup::current()?;
         let cgroup = Cgroup::for_this_process()?;
         let applications = cgroup.child("applications")?;
         cgroup::enter(applications.path())?;
-        let run = Run {
-            binaries,
-            directory,
-            home,
-            nodes: Mutex::default(),
-            made: Mutex::default(),
-            applications,
-            cgroup,
-        };
-        Ok(Arc::new(Self { placement: Placement::Pod, run: Arc::new(run) }))
+        let run =
+            Run { directory, home, nodes: Mutex::default(), made: Mutex::default(), applications, cgroup };
+        Ok(Arc::new(Self {
+            placement: Placement::Pod,
+            binaries: Arc::new(binaries),
+            plugins,
+            run: Arc::new(run),
+        }))
     }
 
     /// The same run, whose nodes from here on have their proxies in this placement.
     #[must_use]
     pub fn placed(&self, placement: Placement) -> Arc<Self> {
-        Arc::new(Self { placement, run: self.run.clone() })
+        Arc::new(Self { placement, ..self.clone() })
+    }
+
+    /// The same run, whose nodes from here on have another build of agent and plugin.
+    pub fn with_build(&self, redirect: PathBuf, plugin: PathBuf) -> Result<Arc<Self>> {
+        let plugins = self.directory().join("other-build");
+        fs::create_dir(&plugins).with_context(|| plugins.display().to_string())?;
+        offer(&plugin, &plugins)?;
+        let binaries = Binaries { redirect, plugin, ..self.binaries().clone() };
+        binaries.check()?;
+        Ok(Arc::new(Self { binaries: Arc::new(binaries), plugins, ..self.clone() }))
     }
 
     /// Where the proxies of nodes are.
@@ -129,7 +145,7 @@ impl Session {
     /// The binaries under test.
     #[must_use]
     pub fn binaries(&self) -> &Binaries {
-        &self.run.binaries
+        &self.binaries
     }
 
     /// The cgroup that holds every process of the session.
@@ -155,7 +171,7 @@ impl Session {
     pub fn plugin_directories(&self) -> Vec<PathBuf> {
         let installed = ["/usr/lib/cni", "/opt/cni/bin", "/usr/libexec/cni"].map(PathBuf::from);
         let installed = installed.into_iter().filter(|path| path.is_dir());
-        [self.directory().to_owned()].into_iter().chain(installed).collect()
+        [self.plugins.clone()].into_iter().chain(installed).collect()
     }
 
     /// Where agents pin what outlives them.

@@ -1,5 +1,6 @@
 //! What it takes to steer a pod, and to let go of it; against writing the rules of netfilter for it.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -26,6 +27,8 @@ pub struct Enrolment {
     pub write: Vec<f64>,
     /// From the request to let go to the answer.
     pub release: Vec<f64>,
+    /// The same two with another build, in turn with this one.
+    pub against: Option<[Vec<f64>; 2]>,
     /// Of it the proxy's share.
     pub release_proxy: Vec<f64>,
     /// The plugin's process from start to exit.
@@ -98,8 +101,9 @@ const SETTLE: Duration = Duration::from_millis(300);
 ///
 /// The process has to be in the host's namespace, as kubelets and runtimes are: the agent looks closer at whoever asks from
 /// another one.
-pub fn measure(session: &Arc<Session>, plan: &Plan) -> Result<Enrolment> {
-    let nursery = Nursery::start(session)?;
+pub fn measure(session: &Arc<Session>, against: Option<&Arc<Session>>, plan: &Plan) -> Result<Enrolment> {
+    let nursery = Nursery::start(session, "nursery")?;
+    let other = against.map(|session| Nursery::start(session, "other-nursery")).transpose()?;
     let agent = nursery.agent_socket();
     let plugin = session.binaries().plugin.clone();
     let _host = nursery.node().netns().visit()?;
@@ -107,20 +111,41 @@ pub fn measure(session: &Arc<Session>, plan: &Plan) -> Result<Enrolment> {
     let pods = gather(1, most + 1)?;
     let (resident, pods) = pods.split_first().context("a pod")?;
     let mut times = Enrolment::default();
-    // The first ones fill caches on both sides.
-    for _ in 0..3 {
-        resident.enrol(&agent)?;
-        resident.unenrol(&agent)?;
+    let resident_of_the_other = gather(most + 2, usize::from(other.is_some()))?;
+    let other = other.as_ref().map(Nursery::agent_socket);
+    let settle = |resident: &BarePod, agent: &Path| -> Result<()> {
+        // The first ones fill caches on both sides.
+        for _ in 0..3 {
+            resident.enrol(agent)?;
+            resident.unenrol(agent)?;
+        }
+        resident.enrol(agent).map(drop)
+    };
+    settle(resident, &agent)?;
+    for (resident, agent) in resident_of_the_other.iter().zip(&other) {
+        settle(resident, agent)?;
     }
-    resident.enrol(&agent)?;
+    times.against = other.as_ref().map(|_| Default::default());
     for block in 0..plan.attempts.div_ceil(BLOCK) {
         // Each attempt is with a pod that was never enrolled.
         let attempts = BLOCK.min(plan.attempts - block * BLOCK);
         let some = pods.get(block * BLOCK..).and_then(|rest| rest.get(..attempts)).context("as many pods")?;
         for one in some {
             signals::check()?;
-            times.request.push(microseconds(one.enrol(&agent)?));
-            times.release.push(microseconds(one.unenrol(&agent)?));
+            let ask = |agent: &Path, enrolled: &mut Vec<f64>, released: &mut Vec<f64>| -> Result<()> {
+                enrolled.push(microseconds(one.enrol(agent)?));
+                released.push(microseconds(one.unenrol(agent)?));
+                Ok(())
+            };
+            let mut others = other.as_ref().zip(times.against.as_mut());
+            let first = fastrand::bool();
+            for ours in [first, !first] {
+                if ours {
+                    ask(&agent, &mut times.request, &mut times.release)?;
+                } else if let Some((agent, [enrolled, released])) = &mut others {
+                    ask(agent, enrolled, released)?;
+                }
+            }
             times.plugin.push(microseconds(one.run_plugin(&plugin, &agent, "ADD")?));
             one.run_plugin(&plugin, &agent, "DEL")?;
         }
@@ -158,6 +183,9 @@ pub fn measure(session: &Arc<Session>, plan: &Plan) -> Result<Enrolment> {
         times.crowds.push(crowd);
     }
     resident.unenrol(&agent)?;
+    for (resident, agent) in resident_of_the_other.iter().zip(&other) {
+        resident.unenrol(agent)?;
+    }
     Ok(times)
 }
 

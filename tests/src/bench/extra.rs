@@ -10,8 +10,8 @@ use aya::sys::{Stats, enable_stats};
 use serde::Serialize;
 
 use super::crowd::{BarePod, gather};
-use super::load::Work;
-use super::traffic::{self, Case, Length, Sample, Scene, generate};
+use super::load::{Length, Work};
+use super::traffic::{Case, Clients, Effort, Sample, Scene};
 use super::world::{Arm, PORT, World};
 use crate::Stack;
 
@@ -35,20 +35,20 @@ pub struct Turns {
 /// Measures them in the arms that redirect.
 pub fn turns(world: &World, length: Length) -> Result<Vec<Turns>> {
     let mut all = Vec::new();
+    let arms = [Arm::Ebpf, Arm::Iptables, Arm::Nft];
+    let mut clients = Clients::start(world, Scene::SinkOutbound, &arms)?;
     for stack in [Stack::V4, Stack::V6] {
-        for arm in [Arm::Ebpf, Arm::Iptables, Arm::Nft] {
+        let case = Case { scene: Scene::SinkOutbound, work: Work::Connections, clients: 16, stack };
+        for arm in arms {
             let pair = world.of(arm)?;
-            let destinations: Vec<SocketAddr> = [&pair.server, world.outside()]
+            let destinations: Vec<SocketAddr> = [&pair.server, world.outside(arm)?]
                 .into_iter()
                 .map(|pod| pod.endpoint(stack.family(), PORT))
                 .collect::<Result<_>>()?;
-            let netns = pair.client.netns();
-            let run =
-                |to: &[SocketAddr]| generate(world, netns, arm, (Work::Connections, 16, stack), to, length);
-            let resent = || netns.statistic("netstat", "TcpExt", "TCPSynRetrans");
-            let one = run(destinations.get(..1).unwrap_or_default())?;
+            let resent = || pair.client.netns().statistic("netstat", "TcpExt", "TCPSynRetrans");
+            let one = clients.generate(case, arm, destinations.get(..1).unwrap_or_default(), length)?;
             let before = resent()?;
-            let two = run(&destinations)?;
+            let two = clients.generate(case, arm, &destinations, length)?;
             let rate =
                 |outcome: &super::load::Outcome| outcome.count as f64 * 1e9 / outcome.nanoseconds as f64;
             all.push(Turns {
@@ -70,7 +70,7 @@ pub struct Hook {
     /// The program's name.
     pub program: String,
     /// What ran meanwhile.
-    pub during: String,
+    pub during: Case,
     /// How often it ran for each connection, or round trip.
     pub runs: f64,
     /// How long it took each time, in nanoseconds, with what the measuring takes.
@@ -82,18 +82,20 @@ pub fn hooks(world: &World, length: Length) -> Result<Vec<Hook>> {
     let mut hooks = Vec::new();
     let _enabled = enable_stats(Stats::RunTime).context("run time of programs")?;
     for scene in [Scene::SinkOutbound, Scene::SinkInbound] {
+        let mut clients = Clients::start(world, scene, &[Arm::Ebpf])?;
         for stack in [Stack::V4, Stack::V6] {
             for work in [Work::Connections, Work::PingPong] {
                 let case = Case { scene, work, clients: 1, stack };
+                clients.measure(case, Arm::Ebpf, 0, length)?;
                 let before = run_times(world)?;
-                let sample = traffic::measure(world, case, Arm::Ebpf, 0, length)?;
+                let sample = clients.measure(case, Arm::Ebpf, 0, length)?;
                 for (program, (runs, time)) in run_times(world)? {
                     let (old_runs, old_time) = before.get(&program).copied().unwrap_or_default();
                     let (runs, time) = (runs - old_runs, time - old_time);
                     if runs > 0 {
                         hooks.push(Hook {
                             program,
-                            during: format!("{}, {case}", scene.label()),
+                            during: case,
                             runs: runs as f64 / sample.outcome.all as f64,
                             nanoseconds: time as f64 / runs as f64,
                         });
@@ -133,30 +135,28 @@ pub struct Many {
 }
 
 /// Measures connections with few pods, then with many.
-pub fn many_pods(world: &World, count: usize, rounds: usize, length: Length) -> Result<Many> {
-    let few = compare(world, rounds, length)?;
+pub fn many_pods(world: &World, count: usize, effort: Effort) -> Result<Many> {
+    let few = compare(world, effort)?;
     let agent = world.node().agent_socket();
     let pods: Vec<BarePod> = gather(1, count)?;
     for pod in &pods {
         pod.enrol(&agent)?;
     }
-    let many = compare(world, rounds, length)?;
+    let many = compare(world, effort)?;
     for pod in &pods {
         pod.unenrol(&agent)?;
     }
     Ok(Many { what: format!("{count} pods"), few, many })
 }
 
-/// Our arm and the floor in turn.
-pub fn compare(world: &World, rounds: usize, length: Length) -> Result<Vec<Sample>> {
+/// Our arm and the floor.
+pub fn compare(world: &World, effort: Effort) -> Result<Vec<Sample>> {
+    let scene = Scene::SinkOutbound;
+    let mut clients = Clients::start(world, scene, &[Arm::Floor, Arm::Ebpf])?;
     let mut samples = Vec::new();
-    for round in 0..rounds {
-        for stack in [Stack::V4, Stack::V6] {
-            let case = Case { scene: Scene::SinkOutbound, work: Work::Connections, clients: 1, stack };
-            for arm in [Arm::Floor, Arm::Ebpf] {
-                samples.push(traffic::measure(world, case, arm, round, length)?);
-            }
-        }
+    for stack in [Stack::V4, Stack::V6] {
+        let case = Case { scene, work: Work::Connections, clients: 1, stack };
+        samples.extend(clients.compare(case, effort)?);
     }
     Ok(samples)
 }

@@ -1,23 +1,26 @@
-//! The load generator: a process in a client's namespace, which prints what it measured as JSON.
+//! The load generator: a process in a client's namespace that does, block by block, what it is ordered to on its standard
+//! input, and answers with what it measured, a line of JSON each.
+//!
+//! There is one for each arm, and they take turns: a process starts anew for nothing, and connections that a measurement is
+//! not about stay open between its blocks.
 
-use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::collections::HashMap;
+use std::io::{BufRead, Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::{Barrier, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use hdrhistogram::Histogram;
-use nix::sys::resource::{UsageWho, getrusage};
-use nix::sys::time::TimeValLike;
+use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use socket2::{Socket, Type};
 
 use super::place::Place;
-use super::protocol::{Kind, MESSAGE, Sight};
+use super::protocol::{Kind, MESSAGE, Sight, VOLUME};
 use crate::stack::Stack;
-use crate::testbed::SocketKind;
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
@@ -34,38 +37,54 @@ pub enum Work {
 /// Settings of the load generator.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
-    /// What to do.
-    #[arg(long)]
-    pub work: Work,
-    /// The kind of socket.
-    #[arg(long)]
-    pub family: SocketKind,
-    /// The server. Several are taken in turn.
-    #[arg(long, required = true)]
-    pub to: Vec<SocketAddr>,
-    /// How many clients at once.
-    #[arg(long, default_value_t = 1)]
-    pub clients: usize,
-    /// How long to measure.
-    #[arg(long)]
-    pub milliseconds: u64,
-    /// How long to do the same before, unmeasured.
-    #[arg(long, default_value_t = 20)]
-    pub warm_up: u64,
     /// Where it runs.
     #[command(flatten)]
     pub place: Place,
 }
 
-/// What came of it.
+/// What to do next.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Order {
+    /// Measure for a moment.
+    Block(Block),
+    /// Say how a server sees a connection.
+    Identify(Stack, SocketAddr),
+    /// Close what is open, and say how long operations took since the last time.
+    Finish,
+}
+
+/// Some milliseconds of one kind of work.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Block {
+    /// What to do.
+    pub work: Work,
+    /// The kind of socket.
+    pub stack: Stack,
+    /// How many clients at once.
+    pub clients: usize,
+    /// The servers, which are taken in turn.
+    pub to: Vec<SocketAddr>,
+    /// How long.
+    pub length: Length,
+}
+
+/// How long a block takes, in microseconds.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Length {
+    /// Measured.
+    pub measured: u64,
+    /// Before: what fills the caches again that other arms have filled.
+    pub warm_up: u64,
+}
+
+/// What came of a block.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Outcome {
     /// Length of the measurement.
     pub nanoseconds: u64,
     /// Operations in it: connections, round trips, or bytes.
     pub count: u64,
-    /// Latency of an operation: median, 99th and 99.9th percentile.
-    pub latency: [u64; 3],
     /// Operations with the warm-up.
     pub all: u64,
     /// CPU time of the load generator for all of them, in nanoseconds.
@@ -74,16 +93,84 @@ pub struct Outcome {
     pub errors: u64,
 }
 
-/// How long a run may take beyond its length before the process is killed: a connection that hangs must not hang all.
+/// Latency of an operation in nanoseconds: median, 99th and 99.9th percentile.
+pub type Latency = [u64; 3];
+
+/// How long a block may take beyond its length before the process is killed: a connection that hangs must not hang all.
 const PATIENCE: u64 = 40;
 
-/// Runs it and prints the outcome.
+/// Carries out orders until there are no more.
 pub fn run(options: &Options) -> Result<()> {
     options.place.take()?;
-    let length = (options.milliseconds + options.warm_up) / 1000 + PATIENCE;
-    nix::unistd::alarm::set(u32::try_from(length)?);
-    println!("{}", serde_json::to_string(&measure(options)?)?);
+    let mut generator = Generator { open: HashMap::new(), latency: histogram()? };
+    let mut answers = std::io::stdout().lock();
+    for line in std::io::stdin().lock().lines() {
+        let answer = match serde_json::from_str(&line?)? {
+            Order::Block(block) => {
+                let length = (block.length.measured + block.length.warm_up) / 1_000_000 + PATIENCE;
+                nix::unistd::alarm::set(u32::try_from(length)?);
+                let outcome = generator.measure(&block)?;
+                nix::unistd::alarm::cancel();
+                serde_json::to_string(&outcome)?
+            }
+            Order::Identify(stack, to) => serde_json::to_string(&identify(stack, to)?)?,
+            Order::Finish => serde_json::to_string(&generator.finish()?)?,
+        };
+        writeln!(answers, "{answer}")?;
+    }
     Ok(())
+}
+
+fn histogram() -> Result<Histogram<u64>> {
+    Ok(Histogram::new_with_bounds(1, 60_000_000_000, 3)?)
+}
+
+/// What lives from block to block.
+struct Generator {
+    /// Connections that stay open, by what they are for.
+    open: HashMap<(Work, Stack, SocketAddr), TcpStream>,
+    latency: Histogram<u64>,
+}
+
+impl Generator {
+    fn measure(&mut self, block: &Block) -> Result<Outcome> {
+        let mut open = match block.work {
+            Work::Connections => None,
+            Work::PingPong | Work::Bulk => Some(self.opened(block)?),
+        };
+        let before = cpu_time()?;
+        let tally = match (&mut open, block.work) {
+            (Some(stream), Work::Bulk) => bulk(stream, block)?,
+            (Some(stream), _) => ping_pong(stream, block)?,
+            (None, _) if block.clients == 1 => connections(block)?,
+            (None, _) => at_once(block)?,
+        };
+        let cpu = cpu_time()? - before;
+        if let (Some(stream), Some(&to)) = (open, block.to.first()) {
+            self.open.insert((block.work, block.stack, to), stream);
+        }
+        self.latency.add(&tally.latency)?;
+        let Tally { count, all, errors, nanoseconds, .. } = tally;
+        Ok(Outcome { nanoseconds, count, all, cpu, errors })
+    }
+
+    /// The connection of such blocks.
+    fn opened(&mut self, block: &Block) -> Result<TcpStream> {
+        let &[to] = block.to.as_slice() else { bail!("one server, not {}", block.to.len()) };
+        if let Some(stream) = self.open.remove(&(block.work, block.stack, to)) {
+            return Ok(stream);
+        }
+        let stream =
+            connect(block.stack, block.stack.spell(to)).with_context(|| format!("connect to {to}"))?;
+        stream.set_nodelay(true)?;
+        Ok(stream)
+    }
+
+    fn finish(&mut self) -> Result<Latency> {
+        self.open.clear();
+        let latency = std::mem::replace(&mut self.latency, histogram()?);
+        Ok([50.0, 99.0, 99.9].map(|percentile| latency.value_at_percentile(percentile)))
+    }
 }
 
 #[derive(Debug)]
@@ -97,13 +184,7 @@ struct Tally {
 
 impl Tally {
     fn new() -> Result<Self> {
-        Ok(Self {
-            latency: Histogram::new_with_bounds(1, 60_000_000_000, 3)?,
-            count: 0,
-            all: 0,
-            errors: 0,
-            nanoseconds: 0,
-        })
+        Ok(Self { latency: histogram()?, count: 0, all: 0, errors: 0, nanoseconds: 0 })
     }
 
     fn add(&mut self, other: &Self) -> Result<()> {
@@ -116,20 +197,15 @@ impl Tally {
     }
 }
 
-fn measure(options: &Options) -> Result<Outcome> {
+fn at_once(block: &Block) -> Result<Tally> {
     let total = Mutex::new(Tally::new()?);
-    let barrier = Barrier::new(options.clients);
-    let before = cpu_time()?;
+    let barrier = Barrier::new(block.clients);
     thread::scope(|scope| -> Result<()> {
-        let threads: Vec<_> = (0..options.clients)
+        let threads: Vec<_> = (0..block.clients)
             .map(|_| {
                 scope.spawn(|| -> Result<()> {
                     barrier.wait();
-                    let tally = match options.work {
-                        Work::Connections => connections(options)?,
-                        Work::PingPong => ping_pong(options)?,
-                        Work::Bulk => bulk(options)?,
-                    };
+                    let tally = connections(block)?;
                     total.lock().unwrap_or_else(PoisonError::into_inner).add(&tally)
                 })
             })
@@ -139,35 +215,27 @@ fn measure(options: &Options) -> Result<Outcome> {
         }
         Ok(())
     })?;
-    let cpu = cpu_time()? - before;
-    let total = total.into_inner().unwrap_or_else(PoisonError::into_inner);
-    Ok(Outcome {
-        nanoseconds: total.nanoseconds,
-        count: total.count,
-        latency: [50.0, 99.0, 99.9].map(|percentile| total.latency.value_at_percentile(percentile)),
-        all: total.all,
-        cpu,
-        errors: total.errors,
-    })
+    Ok(total.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
+/// The CPU time of this process's threads, in nanoseconds.
 fn cpu_time() -> Result<u64> {
-    let usage = getrusage(UsageWho::RUSAGE_SELF)?;
-    Ok((usage.user_time().num_nanoseconds() + usage.system_time().num_nanoseconds()).cast_unsigned())
+    let time = Duration::from(clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID)?);
+    Ok(nanoseconds(time))
 }
 
 /// Repeats an operation for the warm-up and for the measurement.
-fn repeat(options: &Options, mut operation: impl FnMut() -> Result<bool>) -> Result<Tally> {
+fn repeat(length: Length, mut operation: impl FnMut() -> Result<bool>) -> Result<Tally> {
     let mut tally = Tally::new()?;
     let start = Instant::now();
-    let warm = start + Duration::from_millis(options.warm_up);
+    let warm = start + Duration::from_micros(length.warm_up);
     let mut began = start;
     while began < warm {
         operation()?;
         tally.all += 1;
         began = Instant::now();
     }
-    let (first, end) = (began, began + Duration::from_millis(options.milliseconds));
+    let (first, end) = (began, began + Duration::from_micros(length.measured));
     while began < end {
         let succeeded = operation()?;
         let ended = Instant::now();
@@ -181,12 +249,11 @@ fn repeat(options: &Options, mut operation: impl FnMut() -> Result<bool>) -> Res
     Ok(tally)
 }
 
-fn connections(options: &Options) -> Result<Tally> {
-    let stack = Stack::from(options.family);
-    let mut servers = options.to.iter().map(|&server| stack.spell(server)).cycle();
-    repeat(options, || {
+fn connections(block: &Block) -> Result<Tally> {
+    let mut servers = block.to.iter().map(|&server| block.stack.spell(server)).cycle();
+    repeat(block.length, || {
         let Some(server) = servers.next() else { return Ok(false) };
-        Ok(one_request(stack, server).is_ok())
+        Ok(one_request(block.stack, server).is_ok())
     })
 }
 
@@ -199,40 +266,30 @@ fn one_request(stack: Stack, server: SocketAddr) -> std::io::Result<()> {
     if stream.read(&mut response)? == 0 { Ok(()) } else { Err(std::io::ErrorKind::InvalidData.into()) }
 }
 
-fn ping_pong(options: &Options) -> Result<Tally> {
-    let mut stream = connect_to(options)?;
-    stream.set_nodelay(true)?;
+fn ping_pong(stream: &mut TcpStream, block: &Block) -> Result<Tally> {
     let mut response = [0; MESSAGE];
-    repeat(options, || {
+    repeat(block.length, || {
         stream.write_all(&Kind::PingPong.request())?;
         stream.read_exact(&mut response)?;
         Ok(true)
     })
 }
 
-fn bulk(options: &Options) -> Result<Tally> {
-    const CHUNK: usize = 256 * 1024;
-    let chunk = vec![Kind::Bulk as u8; CHUNK];
-    let mut stream = connect_to(options)?;
-    let mut tally = repeat(options, || {
-        stream.write_all(&chunk)?;
+/// An operation is a volume and the server's answer to it, so that what is still on its way belongs to the measurement.
+fn bulk(stream: &mut TcpStream, block: &Block) -> Result<Tally> {
+    const CHUNK: usize = 64 * 1024;
+    let chunk = [Kind::Bulk as u8; CHUNK];
+    let mut response = [0; MESSAGE];
+    let mut tally = repeat(block.length, || {
+        for _ in 0..VOLUME / CHUNK {
+            stream.write_all(&chunk)?;
+        }
+        stream.read_exact(&mut response)?;
         Ok(true)
     })?;
-    // What is still on its way belongs to the measurement.
-    let drained = Instant::now();
-    stream.shutdown(Shutdown::Write)?;
-    let mut response = [0; MESSAGE];
-    stream.read_exact(&mut response)?;
-    tally.nanoseconds += nanoseconds(drained.elapsed());
-    tally.count *= CHUNK as u64;
-    tally.all *= CHUNK as u64;
+    tally.count *= VOLUME as u64;
+    tally.all *= VOLUME as u64;
     Ok(tally)
-}
-
-fn connect_to(options: &Options) -> Result<TcpStream> {
-    let stack = Stack::from(options.family);
-    let server = *options.to.first().context("a server")?;
-    connect(stack, stack.spell(server)).with_context(|| format!("connect to {server}"))
 }
 
 fn connect(stack: Stack, server: SocketAddr) -> std::io::Result<TcpStream> {
@@ -242,7 +299,7 @@ fn connect(stack: Stack, server: SocketAddr) -> std::io::Result<TcpStream> {
 }
 
 /// How the server at the end of a connection sees it.
-pub fn identify(stack: Stack, server: SocketAddr) -> Result<Sight> {
+fn identify(stack: Stack, server: SocketAddr) -> Result<Sight> {
     let mut stream = connect(stack, stack.spell(server)).with_context(|| format!("connect to {server}"))?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     stream.write_all(&Kind::Identify.request())?;

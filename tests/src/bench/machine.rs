@@ -4,13 +4,18 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use nix::net::if_::if_nametoindex;
 use serde::Serialize;
 
-use crate::signals;
+use crate::netns::Netns;
+use crate::{signals, wait};
 
 /// A run is called noisy above this load of others, in processes that run or want to.
 const QUIET: f64 = 0.6;
+
+/// How long the kernel may take to take down namespaces.
+const NAMESPACES: Duration = Duration::from_secs(120);
 
 /// What was measured on.
 #[derive(Clone, Debug, Serialize)]
@@ -81,6 +86,23 @@ pub fn wait_for_quiet(patience: Duration) -> Result<f64> {
         signals::check()?;
         thread::sleep(Duration::from_secs(1));
     }
+}
+
+/// Time that a hypervisor took from this machine so far, in ticks of 10 ms.
+pub fn stolen() -> Result<u64> {
+    let text = fs::read_to_string("/proc/stat")?;
+    let field = text.lines().next().and_then(|line| line.split_whitespace().nth(8));
+    field.context("no stolen time in /proc/stat")?.parse().context("stolen time")
+}
+
+/// Waits until the kernel has taken down the namespaces that ended before: it does so in their order, for seconds if there
+/// were many, under locks that everybody needs.
+pub fn wait_for_namespaces() -> Result<()> {
+    let (last, watch) = (Netns::new("last")?, Netns::new("watch")?);
+    last.ip_batch(&[format!("link add eth0 type veth peer name last netns {}", watch.path().display())])?;
+    drop(last);
+    let gone = || Ok(watch.run(|| if_nametoindex("last"))?.is_err());
+    wait::until_true("end of earlier namespaces", NAMESPACES, gone)
 }
 
 /// Processor time of the machine, in ticks.

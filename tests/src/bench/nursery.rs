@@ -13,22 +13,25 @@ use crate::{Node, NodeOptions, Session};
 #[derive(Debug)]
 pub struct Nursery {
     _proxy: Running,
-    _cgroup: Cgroup,
     node: Arc<Node>,
+    _proxy_cgroup: Cgroup,
+    _cgroup: Cgroup,
 }
 
 impl Nursery {
-    /// Starts it. The agent's log tells how long each part of an enrolment took.
-    pub fn start(session: &Arc<Session>) -> Result<Self> {
+    /// Starts it, in cgroups of this name. The agent's log tells how long each part of an enrolment took.
+    pub fn start(session: &Arc<Session>, name: &str) -> Result<Self> {
+        let cgroup = Cgroup::beside_this_process(name)?;
+        let proxy_cgroup = cgroup.child("proxy")?;
+        let log = "info,redirect_agent=debug,redirect_datapath=debug";
         let agent_arguments =
-            ["--log", "info,redirect_agent=debug,redirect_datapath=debug", "--log-format", "json"];
+            ["--log", log, "--log-format", "json", "--cgroup", &cgroup.path().display().to_string()];
         let agent_arguments = agent_arguments.map(str::to_owned).to_vec();
         let node =
             Node::with(session, NodeOptions { proxy: false, agent_arguments, ..NodeOptions::default() })?;
-        let cgroup = session.cgroup().child("nursery-proxy")?;
-        let proxy = spawn(Serving::Nothing, &[], &node, &cgroup, node.dir(), Redirection::Socket)?;
+        let proxy = spawn(Serving::Nothing, &[], &node, &proxy_cgroup, node.dir(), Redirection::Socket)?;
         node.with_agent(|agent| agent.wait_for_proxy(proxy.process()))?;
-        Ok(Self { _proxy: proxy, _cgroup: cgroup, node })
+        Ok(Self { _proxy: proxy, node, _proxy_cgroup: proxy_cgroup, _cgroup: cgroup })
     }
 
     /// The agent's socket.

@@ -1,9 +1,10 @@
-//! Where a process of a measurement runs: on one processor, and inside or outside of the cgroup that our programs are
+//! Where a process of a measurement runs: on one processor, before others, and inside or outside of the cgroup that our programs are
 //! attached to.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
@@ -44,9 +45,13 @@ impl Place {
     }
 }
 
-/// Keeps a thread on a processor. Threads that it starts stay there as well.
+/// Keeps a thread on a processor, before everything that is not as urgent. Threads that it starts are kept there as well.
 pub fn pin(thread: i32, cpu: usize) -> Result<()> {
     let mut set = CpuSet::new();
     set.set(cpu).with_context(|| format!("processor {cpu}"))?;
-    sched_setaffinity(Pid::from_raw(thread), &set).with_context(|| format!("to processor {cpu}"))
+    sched_setaffinity(Pid::from_raw(thread), &set).with_context(|| format!("to processor {cpu}"))?;
+    let first = libc::sched_param { sched_priority: 1 };
+    // SAFETY: the call reads the structure, which outlives it.
+    let changed = unsafe { libc::sched_setscheduler(thread, libc::SCHED_RR, &raw const first) };
+    Errno::result(changed).map(drop).context("real-time scheduling")
 }

@@ -69,7 +69,8 @@ pub fn draw(data: &Data, directory: &Path) -> Result<()> {
 
 fn color(arm: Arm) -> RGBColor {
     match arm {
-        Arm::Floor => RGBColor(150, 150, 150),
+        Arm::Floor | Arm::Again => RGBColor(150, 150, 150),
+        Arm::Against => RGBColor(86, 180, 233),
         Arm::None => RGBColor(210, 210, 210),
         Arm::Ebpf => RGBColor(0, 114, 178),
         Arm::Iptables => RGBColor(213, 94, 0),

@@ -12,7 +12,10 @@ use socket2::SockRef;
 /// The length of every request and every response.
 pub const MESSAGE: usize = 64;
 
-/// How much is read at once of a bulk transfer.
+/// How much a client sends before it awaits a response, in a bulk transfer.
+pub const VOLUME: usize = 2 * 1024 * 1024;
+
+/// How much is read at once of it.
 const CHUNK: usize = 256 * 1024;
 
 /// A response. Its content is of no interest.
@@ -26,7 +29,7 @@ pub enum Kind {
     Request = b'R',
     /// Requests and responses in turn, until the client has had enough.
     PingPong = b'P',
-    /// Everything that the client sends, and one response at the end.
+    /// Volumes and responses in turn, until the client has had enough.
     Bulk = b'B',
     /// Tells how the server sees the connection, as one line of JSON.
     Identify = b'I',
@@ -82,8 +85,18 @@ pub fn serve(mut stream: TcpStream, port: u16) -> io::Result<()> {
         },
         kind if kind == Kind::Bulk as u8 => {
             let mut buffer = vec![0; CHUNK];
-            while stream.read(&mut buffer)? > 0 {}
-            stream.write_all(&RESPONSE)
+            let mut missing = VOLUME - MESSAGE;
+            loop {
+                match stream.read(&mut buffer)? {
+                    0 => return Ok(()),
+                    length if length < missing => missing -= length,
+                    // The client sends nothing more before it has the response.
+                    _ => {
+                        stream.write_all(&RESPONSE)?;
+                        missing = VOLUME;
+                    }
+                }
+            }
         }
         kind if kind == Kind::Identify as u8 => {
             serde_json::to_writer(&stream, &Sight::of(&stream, port)?)?;

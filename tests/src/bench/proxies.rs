@@ -1,11 +1,14 @@
-//! The node proxies of an experiment: one that our agent tells its pods, and one of the same program for the other arms.
+//! The node proxies of an experiment: one that an agent tells its pods, and one of the same program for the arms without.
 
 use std::fs;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
+use nix::time::{clock_getcpuclockid, clock_gettime};
+use nix::unistd::Pid;
 
 use super::mesh::Mesh;
 use super::place::{PROXIES, pin};
@@ -24,13 +27,6 @@ pub enum Serving {
     Nothing,
     /// Passes them on: the session's proxy.
     Pass,
-}
-
-/// The two processes.
-#[derive(Debug)]
-pub struct Proxies {
-    ours: Running,
-    theirs: Running,
 }
 
 /// A process that runs as long as the value lives.
@@ -52,40 +48,49 @@ impl Running {
     pub(super) fn process(&self) -> u32 {
         self.process
     }
+
+    /// Keeps all of its threads on the processor of proxies.
+    fn keep_in_place(&self) -> Result<()> {
+        threads(self.process)?.into_iter().try_for_each(|thread| pin(thread, PROXIES))
+    }
 }
 
-impl Proxies {
-    /// Starts them and waits until they serve every pod. The first cgroup is that of ours.
+/// Starts a node's proxy, and waits until it serves every pod.
+pub(super) fn serve_node(
+    serving: Serving,
+    tunnelled: &[Tunnelled],
+    node: &Node,
+    cgroup: &Cgroup,
+) -> Result<Running> {
+    let proxy = spawn(serving, tunnelled, node, cgroup, node.dir(), Redirection::Socket)?;
+    node.with_agent(|agent| agent.wait_for_proxy(proxy.process))?;
+    proxy.keep_in_place()?;
+    Ok(proxy)
+}
+
+/// The proxy of the arms without an agent.
+#[derive(Debug)]
+pub struct Theirs(Running);
+
+impl Theirs {
+    /// Starts it, and waits until it serves every pod.
     pub fn start(
         serving: Serving,
         tunnelled: &[Tunnelled],
         node: &Node,
         mesh: &Mesh,
-        cgroups: [&Cgroup; 2],
+        cgroup: &Cgroup,
     ) -> Result<Self> {
-        let [ours, theirs] = cgroups;
-        let ours = spawn(serving, tunnelled, node, ours, node.dir(), Redirection::Socket)?;
-        node.with_agent(|agent| agent.wait_for_proxy(ours.process))?;
-        let theirs = spawn(serving, tunnelled, node, theirs, mesh.dir(), Redirection::Conntrack)?;
-        mesh.wait_for_proxy(theirs.process)?;
-        for process in [&ours, &theirs] {
-            for thread in threads(process.process)? {
-                pin(thread, PROXIES)?;
-            }
-        }
-        Ok(Self { ours, theirs })
+        let proxy = spawn(serving, tunnelled, node, cgroup, mesh.dir(), Redirection::Conntrack)?;
+        mesh.wait_for_proxy(proxy.process)?;
+        proxy.keep_in_place()?;
+        Ok(Self(proxy))
     }
 
-    /// The proxy of enrolled pods.
+    /// Its process ID.
     #[must_use]
-    pub fn ours(&self) -> u32 {
-        self.ours.process
-    }
-
-    /// The proxy of the other arms.
-    #[must_use]
-    pub fn theirs(&self) -> u32 {
-        self.theirs.process
+    pub fn process(&self) -> u32 {
+        self.0.process
     }
 }
 
@@ -157,13 +162,8 @@ pub(super) fn threads(process: u32) -> Result<Vec<i32>> {
     Ok(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
 }
 
-/// The CPU time of a process's living threads, in nanoseconds.
+/// The CPU time of a process so far, in nanoseconds.
 pub fn cpu_time(process: u32) -> Result<u64> {
-    let mut sum = 0;
-    for thread in threads(process)? {
-        // A thread may end in between.
-        let text = fs::read_to_string(format!("/proc/{process}/task/{thread}/schedstat")).unwrap_or_default();
-        sum += text.split(' ').next().and_then(|first| first.parse::<u64>().ok()).unwrap_or_default();
-    }
-    Ok(sum)
+    let clock = clock_getcpuclockid(Pid::from_raw(i32::try_from(process)?))?;
+    Ok(u64::try_from(Duration::from(clock_gettime(clock)?).as_nanos())?)
 }

@@ -4,15 +4,13 @@ use std::fmt::Write;
 
 use super::run::Data;
 use super::statistics::{Estimate, percentile};
-use super::targets::{Rounds, Target, evaluate, limits};
-use super::traffic::{Case, Sample, Scene};
+use super::targets::{Rounds, SCENES, Target, Verdict, builds, errors, evaluate, is_valid, limits};
+use super::traffic::{Case, Sample};
 use super::world::Arm;
 use crate::bench::load::Work;
 
 /// A run writes the part of deploy/docs/benchmark.md between these lines.
 pub const MARKERS: [&str; 2] = ["<!-- measured: begin -->", "<!-- measured: end -->"];
-
-const SCENES: [Scene; 4] = [Scene::SinkOutbound, Scene::SinkInbound, Scene::Path, Scene::Tunnel];
 
 /// A table in Markdown.
 fn table(head: &[&str], rows: &[Vec<String>]) -> String {
@@ -30,7 +28,12 @@ pub fn targets(targets: &[Target]) -> String {
     let rows: Vec<Vec<String>> = targets
         .iter()
         .map(|target| {
-            let met = target.met.map_or("–", |met| if met { "yes" } else { "no" });
+            let met = match target.verdict {
+                None => "–",
+                Some(Verdict::Met) => "yes",
+                Some(Verdict::Missed) => "no",
+                Some(Verdict::Undecided) => "undecided",
+            };
             vec![target.measure.clone(), target.wanted.clone(), target.measured.clone(), met.to_owned()]
         })
         .collect();
@@ -57,31 +60,45 @@ fn circumstances(data: &Data) -> String {
     if machine.is_noisy() {
         text += "\n**The machine was busy with other things: ratios of time are unreliable, those of CPU time less so.**\n";
     }
+    if !is_valid(data) {
+        text += "\n**Invalid: the floor differs from the floor (below), so that nothing can be said of anything else.**\n";
+    }
     text
+}
+
+/// A sentence with ratios of one kind. Nothing if there are none.
+fn list(what: &str, ratios: &[(Case, Estimate)]) -> String {
+    if ratios.is_empty() {
+        return String::new();
+    }
+    let list: Vec<String> =
+        ratios.iter().map(|(case, estimate)| format!("{}, {case}: {estimate}", case.scene.label())).collect();
+    format!("\n{what}: {}.\n", list.join("; "))
+}
+
+/// How much the run errs, and how much this build differs from another.
+fn comparisons(data: &Data) -> String {
+    list("The floor against itself", &errors(data)) + &list("This build against the other", &builds(data))
 }
 
 /// The part of deploy/docs/benchmark.md.
 #[must_use]
 pub fn documented(data: &Data) -> String {
     format!(
-        "{}\nRatios of arms that alternate in one run, with confidence intervals of 95 %; a sink is a proxy that answers itself.\n\n{}{}",
+        "{}\nMedians of the ratios of blocks of 5 ms that follow each other in random order, with confidence intervals of 95 %; a \
+         sink is a proxy that answers itself.\n\n{}{}{}",
         circumstances(data),
         targets(&evaluate(data)),
         bounds(data),
+        comparisons(data),
     )
 }
 
 /// How much better than iptables a redirection can be at all on this machine.
 fn bounds(data: &Data) -> String {
-    let limits = limits(data);
-    if limits.is_empty() {
-        return String::new();
-    }
-    let list: Vec<String> =
-        limits.iter().map(|(case, estimate)| format!("{case}: {:.2}", estimate.value)).collect();
-    format!(
-        "\nWhat iptables costs on this machine, iptables : floor (no redirection can be better than iptables by more): {}.\n",
-        list.join("; ")
+    list(
+        "What iptables costs on this machine, iptables : floor (no redirection can be better than iptables by more)",
+        &limits(data),
     )
 }
 
@@ -101,10 +118,11 @@ pub fn markdown(data: &Data) -> String {
     let mut text =
         format!("# Measurements\n\n{}\n## Targets\n\n{}", circumstances(data), targets(&evaluate(data)));
     text += &bounds(data);
+    text += &comparisons(data);
     for scene in SCENES {
         let cases = rounds.cases(scene);
         if !cases.is_empty() {
-            let _ = write!(text, "\n## Connections {}\n\n{}", scene.label(), costs(&rounds, &cases));
+            let _ = write!(text, "\n## Connections {}\n\n{}", scene.label(), costs(data, &rounds, &cases));
             let _ = write!(text, "\nTime and CPU time against other arms:\n\n{}", ratios(&rounds, &cases));
         }
     }
@@ -114,29 +132,30 @@ pub fn markdown(data: &Data) -> String {
     text
 }
 
-fn costs(rounds: &Rounds<'_>, cases: &[Case]) -> String {
+fn costs(data: &Data, rounds: &Rounds<'_>, cases: &[Case]) -> String {
     let mut rows = Vec::new();
     for &case in cases {
         for arm in case.arms() {
             let samples = rounds.samples(case, arm);
-            let geometric = |value: &dyn Fn(&Sample) -> f64| {
+            if samples.is_empty() {
+                continue;
+            }
+            let middle = |value: &dyn Fn(&Sample) -> f64| {
                 Estimate::of(&samples.iter().map(|sample| value(sample)).collect::<Vec<_>>())
                     .map_or(f64::NAN, |estimate| estimate.value)
             };
-            let latency = |place: usize| {
-                let of = |sample: &&Sample| sample.outcome.latency.get(place).copied().unwrap_or_default();
-                let values: Vec<f64> = samples.iter().map(|sample| of(sample) as f64 / 1000.0).collect();
-                percentile(&values, 0.5).unwrap_or_default()
-            };
+            let latency = data.latencies.iter().find(|known| (known.case, known.arm) == (case, arm));
+            let [p50, p99, p999] =
+                latency.map_or([0; 3], |known| known.latency).map(|time| time as f64 / 1000.0);
             let errors: u64 = samples.iter().map(|sample| sample.outcome.errors).sum();
-            let (cost, cpu) = (geometric(&Sample::cost), geometric(&Sample::cpu));
+            let (cost, cpu) = (middle(&Sample::cost), middle(&Sample::cpu));
             let (rate, cpu, latencies) = match case.work {
                 // A byte per nanosecond is a gigabyte per second.
                 Work::Bulk => (format!("{:.2} GB/s", 1.0 / cost), format!("{cpu:.3} s/GB"), "–".to_owned()),
                 Work::Connections | Work::PingPong => (
                     format!("{:.0}/s", 1e9 / cost),
                     format!("{:.1} µs", cpu / 1000.0),
-                    format!("{:.1} / {:.1} / {:.1}", latency(0), latency(1), latency(2)),
+                    format!("{p50:.1} / {p99:.1} / {p999:.1}"),
                 ),
             };
             rows.push(vec![
@@ -146,10 +165,22 @@ fn costs(rounds: &Rounds<'_>, cases: &[Case]) -> String {
                 latencies,
                 cpu,
                 errors.to_string(),
+                samples.len().to_string(),
+                samples.iter().filter(|sample| sample.stolen > 0).count().to_string(),
             ]);
         }
     }
-    table(&["measure", "arm", "rate", "p50 / p99 / p99.9 in µs", "CPU time each", "failed"], &rows)
+    let head = [
+        "measure",
+        "arm",
+        "rate",
+        "p50 / p99 / p99.9 in µs",
+        "CPU time each",
+        "failed",
+        "blocks",
+        "with steal",
+    ];
+    table(&head, &rows)
 }
 
 fn ratios(rounds: &Rounds<'_>, cases: &[Case]) -> String {
@@ -202,7 +233,7 @@ fn extras(data: &Data) -> String {
             .iter()
             .map(|hook| {
                 vec![
-                    hook.during.clone(),
+                    format!("{}, {}", hook.during.scene.label(), hook.during),
                     hook.program.clone(),
                     format!("{:.2}", hook.runs),
                     format!("{:.0}", hook.nanoseconds),
@@ -212,11 +243,39 @@ fn extras(data: &Data) -> String {
         let head = ["during", "program", "runs each", "ns a run"];
         let _ = write!(
             text,
-            "\n## Run time of programs (with what measuring it takes)\n\n{}",
-            table(&head, &rows)
+            "\n## Run time of programs (with what measuring it takes)\n\n{}\n### Where it goes: ebpf less floor, in ns each\n\n{}",
+            table(&head, &rows),
+            shares(data)
         );
     }
     text
+}
+
+/// What an operation costs over the floor, and how much of that the programs themselves take.
+fn shares(data: &Data) -> String {
+    let rounds = Rounds::of(&data.samples);
+    let mut cases: Vec<Case> = data.hooks.iter().map(|hook| hook.during).collect();
+    cases.dedup();
+    let rows: Vec<Vec<String>> = cases
+        .into_iter()
+        .map(|case| {
+            let of = data.hooks.iter().filter(|hook| hook.during == case);
+            let programs: f64 = of.map(|hook| hook.runs * hook.nanoseconds).sum();
+            let cost = |arm| rounds.values(case, arm, Sample::cost);
+            let differences =
+                cost(Arm::Ebpf).into_iter().zip(cost(Arm::Floor)).map(|(ours, floor)| ours - floor);
+            let all = percentile(&differences.collect::<Vec<_>>(), 0.5);
+            let show =
+                |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |value| format!("{value:.0}"));
+            vec![
+                format!("{}, {case}", case.scene.label()),
+                show(all),
+                show(Some(programs)),
+                show(all.map(|all| all - programs)),
+            ]
+        })
+        .collect();
+    table(&["", "all", "programs", "the kernel around them"], &rows)
 }
 
 fn enrolment(data: &Data) -> String {
@@ -254,6 +313,15 @@ fn enrolment(data: &Data) -> String {
             vec![crowd.pods.to_string(), middle(&crowd.ebpf), middle(&crowd.iptables), middle(&crowd.nft)]
         })
         .collect();
+    if let Some([request, release]) = &times.against {
+        for (what, ours, theirs) in
+            [("Enrolment", &times.request, request), ("Un-enrolment", &times.release, release)]
+        {
+            if let Some(found) = Estimate::ratio(ours, theirs) {
+                let _ = write!(text, "\n{what}, request to answer, this build against the other: {found}.\n");
+            }
+        }
+    }
     let head = ["pods at once", "ebpf, by the plugin", "iptables", "nft"];
     let _ = write!(text, "\n### Until the last of several is steered, in ms\n\n{}", table(&head, &rows));
     text
@@ -290,13 +358,14 @@ fn scale(data: &Data) -> String {
 /// Every sample of connections as a line.
 #[must_use]
 pub fn csv(data: &Data) -> String {
-    let mut text = "scene,work,clients,stack,arm,round,nanoseconds,count,p50,p99,p99.9,all,client_cpu,served_cpu,errors\n".to_owned();
+    let mut text =
+        "scene,work,clients,stack,arm,round,nanoseconds,count,all,client_cpu,served_cpu,errors,stolen\n"
+            .to_owned();
     for sample in &data.samples {
         let (case, outcome) = (sample.case, &sample.outcome);
-        let [p50, p99, p999] = outcome.latency;
         let _ = writeln!(
             text,
-            "{:?},{:?},{},{:?},{},{},{},{},{p50},{p99},{p999},{},{},{},{}",
+            "{:?},{:?},{},{:?},{},{},{},{},{},{},{},{},{}",
             case.scene,
             case.work,
             case.clients,
@@ -308,7 +377,8 @@ pub fn csv(data: &Data) -> String {
             outcome.all,
             outcome.cpu,
             sample.served_cpu,
-            outcome.errors
+            outcome.errors,
+            sample.stolen
         );
     }
     text

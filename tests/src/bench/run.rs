@@ -4,16 +4,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 use serde::Serialize;
 
 use super::enrolment::{self, Enrolment};
 use super::extra::{self, Hook, Many, Turns};
-use super::machine::{Busy, Machine, wait_for_quiet};
+use super::load::Length;
+use super::machine::{Busy, Machine, wait_for_namespaces, wait_for_quiet};
 use super::proxies::Serving;
 use super::scale::{self, Scale};
-use super::traffic::{self, Case, Length, Sample, Scene};
+use super::traffic::{Case, Clients, Effort, Latencies, Sample, Scene};
 use super::world::World;
 use crate::Session;
 use crate::proxy::ProxyKind;
@@ -42,9 +43,22 @@ pub struct Options {
     /// Writes a summary between the markers of this file.
     #[arg(long, value_name = "FILE")]
     pub docs: Option<PathBuf>,
-    /// How many rounds.
-    #[arg(long)]
-    pub rounds: Option<usize>,
+    /// Compares this build with another one: a directory that holds its `redirect` and `redirect-cni`.
+    #[arg(long, value_name = "DIRECTORY")]
+    pub against: Option<PathBuf>,
+    /// How well ratios of arms are to be known: half of their interval, in percent.
+    #[arg(long, value_name = "PERCENT", default_value = "1%", value_parser = percent)]
+    pub precision: f64,
+    /// How long a ratio is measured at most, in seconds, where it does not become that precise.
+    #[arg(long, value_name = "SECONDS")]
+    pub limit: Option<f64>,
+}
+
+/// A share, as `1%` or `0.5`.
+fn percent(text: &str) -> Result<f64> {
+    let number: f64 = text.strip_suffix('%').unwrap_or(text).trim().parse()?;
+    ensure!(number > 0.0 && number <= 100.0, "not between 0 and 100");
+    Ok(number / 100.0)
 }
 
 /// An experiment.
@@ -72,20 +86,23 @@ impl Options {
     }
 
     fn plan(&self) -> Plan {
-        let (rounds, measured, warm_up) = match (self.smoke, self.quick) {
-            (true, _) => (1, 10, 2),
-            (_, true) => (5, 100, 15),
-            _ => (15, 400, 40),
+        const MILLISECOND: u64 = 1000;
+        let milliseconds =
+            |measured, warm_up| Length { measured: measured * MILLISECOND, warm_up: warm_up * MILLISECOND };
+        let (rounds, limit) = match (self.smoke, self.quick) {
+            (true, _) => (1, 0.0),
+            (_, true) => (20, 5.0),
+            _ => (100, 20.0),
         };
-        let turns = |measured| Length { measured, warm_up };
         let (turns, enrolments, crowds, levels, many): (_, _, (&[usize], _), &[usize], _) =
             match (self.smoke, self.quick) {
-                (true, _) => (turns(30), 2, (&[1, 2], 1), &[0, 2], 2),
-                (_, true) => (turns(400), 40, (&[1, 10, 100], 2), &[0, 10, 100, 250], 250),
-                _ => (turns(3000), 300, (&[1, 10, 100], 10), &[0, 10, 100, 250, 1000], 1000),
+                (true, _) => (30, 2, (&[1, 2], 1), &[0, 2], 2),
+                (_, true) => (400, 40, (&[1, 10, 100], 2), &[0, 10, 100, 250], 250),
+                _ => (3000, 300, (&[1, 10, 100], 10), &[0, 10, 100, 250, 1000], 1000),
             };
         Plan {
-            turns,
+            turns: milliseconds(turns, 40),
+            hooks: milliseconds(if self.smoke { 10 } else { 400 }, 40),
             enrolments,
             crowds,
             levels,
@@ -97,8 +114,12 @@ impl Options {
                 5000
             }),
             many,
-            rounds: self.rounds.unwrap_or(rounds),
-            length: Length { measured, warm_up },
+            effort: Effort {
+                length: Length { measured: 5 * MILLISECOND, warm_up: MILLISECOND / 2 },
+                precision: self.precision,
+                rounds,
+                limit: Duration::from_secs_f64(self.limit.unwrap_or(limit)),
+            },
             patience: Duration::from_secs(if self.smoke || self.no_wait {
                 0
             } else if self.quick {
@@ -113,12 +134,14 @@ impl Options {
 /// How much of everything.
 #[derive(Clone, Copy, Debug)]
 struct Plan {
-    rounds: usize,
-    length: Length,
+    /// Of comparisons of arms.
+    effort: Effort,
     /// How long a quiet machine is waited for.
     patience: Duration,
     /// Destinations in turn: long enough for conntrack's stalls to show.
     turns: Length,
+    /// Run time of programs.
+    hooks: Length,
     /// Enrolments of one pod.
     enrolments: usize,
     /// Pods that are enrolled at once, and how often.
@@ -140,8 +163,12 @@ pub struct Data {
     pub quick: bool,
     /// The proxy of the whole path.
     pub proxy: String,
+    /// How well ratios were to be known, as a share.
+    pub precision: f64,
     /// Connections.
     pub samples: Vec<Sample>,
+    /// How long operations took in them.
+    pub latencies: Vec<Latencies>,
     /// Destinations in turn.
     pub turns: Vec<Turns>,
     /// Run time of programs.
@@ -164,55 +191,71 @@ pub fn run(session: &Arc<Session>, options: &Options) -> Result<Data> {
             ProxyKind::Embedded => "embedded".to_owned(),
             ProxyKind::Ztunnel => "ztunnel".to_owned(),
         },
+        precision: options.precision,
         samples: Vec::new(),
+        latencies: Vec::new(),
         turns: Vec::new(),
         hooks: Vec::new(),
         many: Vec::new(),
         enrolment: None,
         scale: None,
     };
+    let against = options
+        .against
+        .as_ref()
+        .map(|directory| session.with_build(directory.join("redirect"), directory.join("redirect-cni")));
+    let against = against.transpose()?;
     data.machine.load_before = wait_for_quiet(plan.patience)?;
-    connections(session, options, plan, &mut data)?;
-    if options.wants(Experiment::Many) {
-        data.many.push(exclusions(session, plan)?);
-    }
+    // First of all: it suffers from what a kernel with many namespaces has still to clean up.
     if options.wants(Experiment::Enrolment) {
         let (crowds, rounds) = plan.crowds;
         let plan = enrolment::Plan { attempts: plan.enrolments, crowds: crowds.to_vec(), rounds };
-        data.enrolment = Some(step("enrolment", || enrolment::measure(session, &plan))?);
+        data.enrolment = Some(step("enrolment", || enrolment::measure(session, against.as_ref(), &plan))?);
+        wait_for_namespaces()?;
+    }
+    connections(session, against.as_ref(), options, plan, &mut data)?;
+    if options.wants(Experiment::Many) {
+        data.many.push(exclusions(session, plan)?);
     }
     if options.wants(Experiment::Scale) {
+        wait_for_namespaces()?;
         data.scale = Some(step("memory", || scale::measure(session, plan.levels, plan.idle))?);
     }
     Ok(data)
 }
 
-fn connections(session: &Arc<Session>, options: &Options, plan: Plan, data: &mut Data) -> Result<()> {
+fn connections(
+    session: &Arc<Session>,
+    against: Option<&Arc<Session>>,
+    options: &Options,
+    plan: Plan,
+    data: &mut Data,
+) -> Result<()> {
     use Experiment::{Hooks, Many, Path, Sink, Turns};
     if ![Sink, Path, Turns, Hooks, Many].into_iter().any(|experiment| options.wants(experiment)) {
         return Ok(());
     }
-    let mut world = step("pods of every arm", || World::new(session, Serving::Sink, &[]))?;
+    let mut world = step("pods of every arm", || World::new(session, against, Serving::Sink, &[]))?;
     let (busy, own) = (Busy::now()?, world.cpu_time()?);
     if options.wants(Sink) {
-        rounds(&world, &[Scene::SinkOutbound, Scene::SinkInbound], plan, data)?;
+        compare(&world, &[Scene::SinkOutbound, Scene::SinkInbound], plan, data)?;
     }
     if options.wants(Turns) {
         data.turns = step("destinations in turn", || extra::turns(&world, plan.turns))?;
     }
     if options.wants(Hooks) {
-        data.hooks = step("run time of programs", || extra::hooks(&world, plan.length))?;
+        data.hooks = step("run time of programs", || extra::hooks(&world, plan.hooks))?;
     }
     if options.wants(Many) {
-        let many = || extra::many_pods(&world, plan.many, plan.rounds, plan.length);
+        let many = || extra::many_pods(&world, plan.many, plan.effort);
         data.many.push(step("connections among many pods", many)?);
     }
     if options.wants(Path) {
         world.start_proxies(Serving::Pass)?;
-        rounds(&world, &[Scene::Path], plan, data)?;
+        compare(&world, &[Scene::Path], plan, data)?;
         if session.binaries().kind == ProxyKind::Ztunnel {
             world.start_tunnels()?;
-            rounds(&world, &[Scene::Tunnel], plan, data)?;
+            compare(&world, &[Scene::Tunnel], plan, data)?;
         }
     }
     data.machine.disturbance = busy.disturbance(Busy::now()?, world.cpu_time()? - own);
@@ -222,8 +265,8 @@ fn connections(session: &Arc<Session>, options: &Options, plan: Plan, data: &mut
 /// As many networks of each family and ports, none of which matters to the connections that are measured.
 fn exclusions(session: &Arc<Session>, plan: Plan) -> Result<Many> {
     let few = {
-        let world = World::new(session, Serving::Sink, &[])?;
-        extra::compare(&world, plan.rounds, plan.length)?
+        let world = World::new(session, None, Serving::Sink, &[])?;
+        extra::compare(&world, plan.effort)?
     };
     let count = u16::try_from(plan.many)?;
     let networks: Vec<String> = (0..count)
@@ -238,8 +281,8 @@ fn exclusions(session: &Arc<Session>, plan: Plan) -> Result<Many> {
         format!("--exclude-outbound-ports={}", ports.join(",")),
     ];
     let many = step("connections with many exclusions", || {
-        let world = World::new(session, Serving::Sink, &agent)?;
-        extra::compare(&world, plan.rounds, plan.length)
+        let world = World::new(session, None, Serving::Sink, &agent)?;
+        extra::compare(&world, plan.effort)
     })?;
     Ok(Many { what: format!("{count} exclusions of each kind"), few, many })
 }
@@ -252,31 +295,34 @@ fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     Ok(result)
 }
 
-/// Every case in every arm, round by round; the arms of a case one right after the other, in changing order.
-fn rounds(world: &World, scenes: &[Scene], plan: Plan, data: &mut Data) -> Result<()> {
-    let cases: Vec<Case> = scenes.iter().flat_map(|&scene| Case::of(scene)).collect();
-    for &case in &cases {
-        for arm in case.arms() {
-            let verified = traffic::verify(world, case, arm);
-            verified.with_context(|| format!("{}, {case}, arm {}", case.scene.label(), arm.label()))?;
-        }
-    }
-    for round in 0..plan.rounds {
-        let started = Instant::now();
-        for &case in &cases {
-            let mut arms = case.arms();
-            let turn = round % arms.len();
-            arms.rotate_left(turn);
-            for arm in arms {
-                data.samples.push(traffic::measure(world, case, arm, round, plan.length)?);
+/// Every case in every arm.
+fn compare(world: &World, scenes: &[Scene], plan: Plan, data: &mut Data) -> Result<()> {
+    let arms = world.arms();
+    for &scene in scenes {
+        let mut clients = Clients::start(world, scene, &arms)?;
+        for case in Case::of(scene) {
+            for &arm in case.arms().iter().filter(|arm| arms.contains(arm)) {
+                let verified = clients.verify(case, arm);
+                verified.with_context(|| format!("{}, {case}, arm {}", scene.label(), arm.label()))?;
             }
         }
-        eprintln!(
-            "{scenes:?}: round {} of {} took {:.1} s",
-            round + 1,
-            plan.rounds,
-            started.elapsed().as_secs_f32()
-        );
+        for case in Case::of(scene) {
+            let samples = step(&format!("{}, {case}", scene.label()), || clients.compare(case, plan.effort))?;
+            data.samples.extend(samples);
+            data.latencies.extend(clients.finish(case)?);
+        }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn precision_is_in_percent() {
+        assert_eq!(percent("1%").expect("a share"), 0.01);
+        assert_eq!(percent("2.5").expect("a share"), 0.025);
+        assert!(["", "%", "0", "-1%", "101", "one"].iter().all(|text| percent(text).is_err()));
+    }
 }

@@ -49,7 +49,7 @@ pub struct Scale {
 
 /// Measures it at these numbers of pods; the agent is watched for so long while nothing happens.
 pub fn measure(session: &Arc<Session>, levels: &[usize], idle: Duration) -> Result<Scale> {
-    let nursery = Nursery::start(session)?;
+    let nursery = Nursery::start(session, "nursery")?;
     let agent = nursery.agent_socket();
     let most = levels.iter().copied().max().unwrap_or(0);
     let pods = gather(1, most)?;

@@ -1,5 +1,6 @@
-//! Ratios of arms with confidence intervals. Arms alternate within a round, so that what disturbs the machine disturbs both
-//! sides of a round's ratio; the interval is Student's over the logarithms of the rounds' ratios.
+//! Ratios of arms with confidence intervals. The arms of a round follow each other within milliseconds, so that what disturbs
+//! the machine disturbs both sides of a round's ratio; the estimate is the median of these ratios, and its interval is that
+//! of order statistics, which assumes nothing of their distribution.
 
 use std::fmt;
 
@@ -19,38 +20,35 @@ pub struct Estimate {
 impl fmt::Display for Estimate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { value, low, high } = self;
-        if low.is_finite() && high.is_finite() {
-            write!(f, "{value:.2} ({low:.2}–{high:.2})")
+        if low.is_finite() && high.is_finite() && low < high {
+            write!(f, "{value:.3} ({low:.3}–{high:.3})")
         } else {
-            write!(f, "{value:.2}")
+            write!(f, "{value:.3}")
         }
     }
 }
 
 impl Estimate {
-    /// A number that is known without doubt.
+    /// A number that is counted, or measured once.
     #[must_use]
     pub fn exact(value: f64) -> Self {
         Self { value, low: value, high: value }
     }
 
-    /// The geometric mean of rounds. `None` without any, or where a value is not positive. The interval of a single value is
-    /// unbounded.
+    /// The median. `None` without any value, or where one is not positive. The interval of fewer than six is unbounded.
     #[must_use]
-    pub fn of(rounds: &[f64]) -> Option<Self> {
-        if rounds.is_empty() || rounds.iter().any(|value| *value <= 0.0 || !value.is_finite()) {
+    pub fn of(values: &[f64]) -> Option<Self> {
+        if values.iter().any(|value| *value <= 0.0 || !value.is_finite()) {
             return None;
         }
-        let logs: Vec<f64> = rounds.iter().map(|value| value.ln()).collect();
-        let count = logs.len() as f64;
-        let mean = logs.iter().sum::<f64>() / count;
-        let half = if logs.len() == 1 {
-            f64::INFINITY
-        } else {
-            let variance = logs.iter().map(|log| (log - mean).powi(2)).sum::<f64>() / (count - 1.0);
-            student(logs.len() - 1) * (variance / count).sqrt()
-        };
-        Some(Self { value: mean.exp(), low: (mean - half).exp(), high: (mean + half).exp() })
+        let mut sorted = values.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let count = sorted.len();
+        let (lower, upper) = (sorted.get(count.checked_sub(1)? / 2)?, sorted.get(count / 2)?);
+        let interval =
+            below(count).and_then(|outside| Some((*sorted.get(outside)?, *sorted.get(count - 1 - outside)?)));
+        let (low, high) = interval.unwrap_or((f64::NEG_INFINITY, f64::INFINITY));
+        Some(Self { value: (lower + upper) / 2.0, low, high })
     }
 
     /// The ratio of two arms, round by round.
@@ -59,18 +57,46 @@ impl Estimate {
         let ratios: Vec<f64> = numerator.iter().zip(denominator).map(|(a, b)| a / b).collect();
         Self::of(&ratios)
     }
+
+    /// The quotient of two independent estimates.
+    #[must_use]
+    pub fn over(self, other: Self) -> Self {
+        let value = self.value / other.value;
+        let distance = |own: f64, others: f64| (own / self.value).ln().hypot((others / other.value).ln());
+        Self {
+            value,
+            low: value * (-distance(self.low, other.high)).exp(),
+            high: value * distance(self.high, other.low).exp(),
+        }
+    }
+
+    /// Half of the interval, as a share of the estimate.
+    #[must_use]
+    pub fn precision(&self) -> f64 {
+        (self.high - self.low) / 2.0 / self.value
+    }
 }
 
-/// The quantile of Student's distribution that leaves 2.5 % on either side.
-fn student(degrees: usize) -> f64 {
-    const TABLE: [f64; 30] = [
-        12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
-        2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048,
-        2.045, 2.042,
-    ];
-    let known = degrees.checked_sub(1).and_then(|place| TABLE.get(place));
-    // Beyond the table, the expansion around the normal distribution's quantile.
-    known.copied().unwrap_or_else(|| 1.960 + 2.372 / degrees as f64)
+/// How many of the smallest values, and of the largest, are outside of the median's interval of 95 %: as many as a binomial
+/// variable exceeds with a probability of 97.5 %. `None` if even the extremes are not far enough out.
+fn below(count: usize) -> Option<usize> {
+    // Beyond this, the binomial distribution is the normal one, and powers of two are out of reach.
+    const EXACT: usize = 60;
+    if count > EXACT {
+        let count = count as f64;
+        return Some(((count - 1.960 * count.sqrt()) / 2.0).floor() as usize);
+    }
+    let mut probability = 0.5_f64.powi(i32::try_from(count).ok()?);
+    let (mut cumulated, mut outside) = (0.0, None);
+    for rank in 0..count {
+        cumulated += probability;
+        if cumulated > 0.025 {
+            return outside;
+        }
+        outside = Some(rank);
+        probability *= (count - rank) as f64 / (rank + 1) as f64;
+    }
+    outside
 }
 
 /// The value that a share of the sorted values does not exceed.
@@ -84,24 +110,30 @@ pub fn percentile(values: &[f64], share: f64) -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
-    fn the_interval_is_student_s() {
-        // Logarithms 0, 1, 2: mean 1, deviation 1, half width 4.303 / √3.
-        let estimate = Estimate::of(&[1.0, 1f64.exp(), 2f64.exp()]).expect("an estimate");
-        let half = 4.303 / 3f64.sqrt();
-        for (found, wanted) in
-            [(estimate.value, 1.0), (estimate.low, 1.0 - half), (estimate.high, 1.0 + half)]
-        {
-            assert!((found.ln() - wanted).abs() < 1e-9, "{estimate:?}");
+    fn the_interval_is_that_of_order_statistics() {
+        // Of published tables: the ranks, from one on, of the interval's lower end.
+        for (count, rank) in [(6, 1), (8, 1), (9, 2), (12, 3), (20, 6), (30, 10), (50, 18), (60, 22)] {
+            assert_eq!(below(count), Some(rank - 1), "{count}");
         }
+        assert!((0..6).all(|count| below(count).is_none()));
+        // The approximation goes on where the exact ranks end.
+        assert_eq!(below(61), Some(22));
+        assert_eq!(below(1000), Some(469));
+        let values: Vec<f64> = (1..=9).map(f64::from).collect();
+        assert_eq!(Estimate::of(&values), Some(Estimate { value: 5.0, low: 2.0, high: 8.0 }));
+        assert_eq!(Estimate::of(&[4.0, 1.0]).map(|estimate| estimate.value), Some(2.5));
     }
 
     #[test]
     fn a_disturbance_of_a_whole_round_does_not_show_in_the_ratio() {
-        let ratio = Estimate::ratio(&[2.0, 20.0, 4.0], &[1.0, 10.0, 2.0]).expect("a ratio");
-        assert!((ratio.value - 2.0).abs() < 1e-12 && (ratio.high - ratio.low).abs() < 1e-12, "{ratio:?}");
+        let (slow, fast): (Vec<f64>, Vec<f64>) =
+            [1.0, 10.0, 2.0, 1.0, 7.0, 3.0].map(|base| (2.0 * base, base)).into_iter().unzip();
+        assert_eq!(Estimate::ratio(&slow, &fast), Some(Estimate::exact(2.0)));
     }
 
     #[test]
@@ -110,7 +142,19 @@ mod tests {
             assert_eq!(Estimate::of(rounds), None, "{rounds:?}");
         }
         assert_eq!(Estimate::of(&[3.0]).map(|estimate| estimate.high), Some(f64::INFINITY));
-        assert_eq!(Estimate::exact(1.5).to_string(), "1.50 (1.50–1.50)");
+        assert_eq!(Estimate::exact(1.5).to_string(), "1.500");
+        assert_eq!(Estimate { value: 1.5, low: 1.4, high: 1.6 }.to_string(), "1.500 (1.400–1.600)");
+    }
+
+    #[test]
+    fn quotients_add_their_doubts() {
+        let estimate = |value: f64, half: f64| Estimate { value, low: value / half, high: value * half };
+        let quotient = estimate(6.0, 3f64.exp()).over(estimate(2.0, 4f64.exp()));
+        for (found, wanted) in
+            [(quotient.value, 3.0), (quotient.low, 3.0 * (-5f64).exp()), (quotient.high, 3.0 * 5f64.exp())]
+        {
+            assert!((found / wanted - 1.0).abs() < 1e-9, "{quotient:?}");
+        }
     }
 
     #[test]
@@ -122,8 +166,24 @@ mod tests {
         assert_eq!(percentile(&[], 0.5), None);
     }
 
-    #[test]
-    fn more_rounds_narrow_the_interval() {
-        assert!(student(1) > student(2) && student(30) > student(31) && student(1000) > 1.96);
+    proptest! {
+        /// The interval holds the median of what the values were drawn from in about 95 of 100 cases.
+        #[test]
+        fn the_interval_covers_as_often_as_it_says(seed in 0_u64..1_000_000) {
+            let mut state = seed;
+            let mut draw = || {
+                // Knuth's linear congruential generator; skewed, as times are.
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                let uniform = (state >> 11) as f64 / (1_u64 << 53) as f64;
+                (3.0 * uniform).exp()
+            };
+            let median = 1.5_f64.exp();
+            let covered = (0..400).filter(|_| {
+                let values: Vec<f64> = (0..41).map(|_| draw()).collect();
+                Estimate::of(&values).is_some_and(|found| found.low <= median && median <= found.high)
+            });
+            // Six deviations below what is expected.
+            prop_assert!(covered.count() > 354);
+        }
     }
 }

@@ -1,19 +1,22 @@
-//! Measurements of connections: cases, and how an arm measures one.
+//! Measurements of connections: cases, and how arms measure one in turn.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
 use redirect_ebpf::Family;
 use redirect_ebpf::constants::{PORT_INBOUND, PORT_OUTBOUND};
 use serde::{Deserialize, Serialize};
 
-use super::load::{self, Outcome, Work};
-use super::place::{APPLICATIONS, Place};
+use super::client::Client;
+use super::load::{Block, Latency, Length, Outcome, Work};
+use super::machine::stolen;
 use super::proxies::cpu_time;
-use super::world::{Arm, PORT, World, own_program};
-use crate::netns::Netns;
-use crate::testbed::SocketKind;
+use super::statistics::Estimate;
+use super::world::{Arm, PORT, World};
 use crate::{Pod, Stack, signals};
 
 /// Between whom.
@@ -31,13 +34,10 @@ pub enum Scene {
 }
 
 impl Scene {
-    /// The arms that have it.
+    /// Whether an arm has it.
     #[must_use]
-    pub fn arms(self) -> &'static [Arm] {
-        match self {
-            Self::SinkOutbound | Self::SinkInbound => &Arm::ALL,
-            Self::Path | Self::Tunnel => &[Arm::None, Arm::Ebpf, Arm::Iptables, Arm::Nft],
-        }
+    pub fn has(self, arm: Arm) -> bool {
+        !arm.is_floor() || matches!(self, Self::SinkOutbound | Self::SinkInbound)
     }
 
     /// As reports call it.
@@ -80,8 +80,8 @@ impl Case {
     /// The arms to compare: the socket's kind makes a difference to programs only, to packets none.
     #[must_use]
     pub fn arms(self) -> Vec<Arm> {
-        let arms = self.scene.arms().iter().copied();
-        arms.filter(|&arm| self.stack != Stack::Mapped || matches!(arm, Arm::Floor | Arm::Ebpf)).collect()
+        let arms = Arm::value_variants().iter().copied().filter(|&arm| self.scene.has(arm));
+        arms.filter(|&arm| self.stack != Stack::Mapped || arm.is_floor() || arm.is_enrolled()).collect()
     }
 }
 
@@ -100,7 +100,7 @@ impl fmt::Display for Case {
     }
 }
 
-/// One measurement.
+/// One block of an arm.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Sample {
     /// Of what.
@@ -115,6 +115,8 @@ pub struct Sample {
     pub outcome: Outcome,
     /// CPU time of proxy and server for all operations, in nanoseconds.
     pub served_cpu: u64,
+    /// Time that a hypervisor took from this machine meanwhile, in ticks.
+    pub stolen: u64,
 }
 
 impl Sample {
@@ -131,6 +133,18 @@ impl Sample {
     }
 }
 
+/// Latency of one case in one arm.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Latencies {
+    /// Of what.
+    #[serde(flatten)]
+    pub case: Case,
+    /// How.
+    pub arm: Arm,
+    /// The percentiles.
+    pub latency: Latency,
+}
+
 /// Where a connection starts and what it dials.
 struct Way<'a> {
     from: &'a Pod,
@@ -140,101 +154,166 @@ struct Way<'a> {
 impl<'a> Way<'a> {
     fn of(world: &'a World, case: Case, arm: Arm) -> Result<Self> {
         let pair = world.of(arm)?;
-        let family = case.stack.family();
-        let to = pair.server.endpoint(family, PORT)?;
-        Ok(match (case.scene, arm) {
-            (Scene::SinkOutbound, Arm::Floor) => {
+        let outside = world.outside(arm)?;
+        let to = pair.server.endpoint(case.stack.family(), PORT)?;
+        Ok(match case.scene {
+            Scene::SinkOutbound if arm.is_floor() => {
                 Self { from: &pair.client, to: SocketAddr::new(case.stack.loopback(), PORT_OUTBOUND) }
             }
-            (Scene::SinkInbound, Arm::Floor) => {
-                Self { from: world.outside(), to: SocketAddr::new(to.ip(), PORT_INBOUND) }
+            Scene::SinkInbound if arm.is_floor() => {
+                Self { from: outside, to: SocketAddr::new(to.ip(), PORT_INBOUND) }
             }
-            (Scene::SinkOutbound | Scene::Path | Scene::Tunnel, _) => Self { from: &pair.client, to },
-            (Scene::SinkInbound, _) => Self { from: world.outside(), to },
+            Scene::SinkOutbound | Scene::Path | Scene::Tunnel => Self { from: &pair.client, to },
+            Scene::SinkInbound => Self { from: outside, to },
         })
     }
 }
 
-/// How long a measurement takes, in milliseconds.
+/// How long a comparison goes on.
 #[derive(Clone, Copy, Debug)]
-pub struct Length {
-    /// Measured.
-    pub measured: u64,
-    /// Before.
-    pub warm_up: u64,
+pub struct Effort {
+    /// Of a block.
+    pub length: Length,
+    /// Half of the interval that is wanted of the ratios that matter, as a share.
+    pub precision: f64,
+    /// The fewest rounds of a case.
+    pub rounds: usize,
+    /// The longest that a case takes, with however wide an interval.
+    pub limit: Duration,
 }
 
-/// Measures once.
-pub fn measure(world: &World, case: Case, arm: Arm, round: usize, length: Length) -> Result<Sample> {
-    signals::check()?;
-    let way = Way::of(world, case, arm)?;
-    let processes = world.processes(arm)?;
-    let served = || processes.iter().map(|&process| cpu_time(process)).sum::<Result<u64>>();
-    let before = served()?;
-    let outcome =
-        generate(world, way.from.netns(), arm, (case.work, case.clients, case.stack), &[way.to], length)
-            .with_context(|| format!("{case}, {}", arm.label()))?;
-    let served_cpu = served()? - before;
-    Ok(Sample { case, arm, round, outcome, served_cpu })
+/// The load generators of a scene.
+#[derive(Debug)]
+pub struct Clients<'a> {
+    world: &'a World,
+    clients: BTreeMap<Arm, Client>,
 }
 
-/// Runs the load generator.
-pub fn generate(
-    world: &World,
-    netns: &Netns,
-    arm: Arm,
-    (work, clients, stack): (Work, usize, Stack),
-    to: &[SocketAddr],
-    length: Length,
-) -> Result<Outcome> {
-    let work = match work {
-        Work::Connections => "connections",
-        Work::PingPong => "ping-pong",
-        Work::Bulk => "bulk",
-    };
-    let mut command = own_program()?;
-    command.args(["load", "--work", work, "--family", SocketKind::of(stack)]);
-    command.args(["--clients", &clients.to_string()]);
-    command.args(["--milliseconds", &length.measured.to_string(), "--warm-up", &length.warm_up.to_string()]);
-    command.args(to.iter().flat_map(|to| ["--to".to_owned(), to.to_string()]));
-    command.args(Place::arguments(APPLICATIONS, world.cgroup_of(arm).as_deref()));
-    let output = netns.output(command, b"")?;
-    let outcome: Outcome = serde_json::from_slice(&output).context("outcome of the load generator")?;
-    ensure!(outcome.count > 0, "nothing came of it, with {} errors", outcome.errors);
-    Ok(outcome)
-}
-
-/// An error unless an arm is what it claims to be: who answers, what it takes for the destination, and that the
-/// packets went through the arm's rules or programs and through no other's.
-pub fn verify(world: &World, case: Case, arm: Arm) -> Result<()> {
-    let way = Way::of(world, case, arm)?;
-    let expected_port = match (case.scene, arm) {
-        (Scene::Path | Scene::Tunnel, _) | (_, Arm::None) => PORT,
-        (Scene::SinkOutbound, _) => PORT_OUTBOUND,
-        (Scene::SinkInbound, _) => PORT_INBOUND,
-    };
-    let family = case.stack.family();
-    let before = Counts::read(world, family)?;
-    let sight = way.from.netns().run(|| load::identify(case.stack, way.to))??;
-    let after = Counts::read(world, family)?;
-    let destination = crate::stack::canonical(sight.destination);
-    ensure!(sight.port == expected_port, "the listener of port {} answered, not {expected_port}", sight.port);
-    ensure!(destination == way.to, "the original destination is {destination}, not {}", way.to);
-    let outbound = u64::from(case.scene != Scene::SinkInbound);
-    // Tunnels go to the proxy's port as they are.
-    let inbound = u64::from(matches!(case.scene, Scene::SinkInbound | Scene::Path));
-    let mut expected = before;
-    match arm {
-        Arm::Floor | Arm::None => {}
-        Arm::Ebpf => expected.add(0, outbound, inbound),
-        Arm::Iptables => expected.add(1, outbound, inbound),
-        Arm::Nft => expected.add(2, outbound, inbound),
+impl<'a> Clients<'a> {
+    /// Starts those of these arms.
+    pub fn start(world: &'a World, scene: Scene, arms: &[Arm]) -> Result<Self> {
+        let mut clients = BTreeMap::new();
+        for &arm in arms.iter().filter(|&&arm| scene.has(arm)) {
+            let case = Case { scene, work: Work::Connections, clients: 1, stack: Stack::V4 };
+            let netns = Way::of(world, case, arm)?.from.netns();
+            clients.insert(arm, Client::start(world, arm, netns)?);
+        }
+        Ok(Self { world, clients })
     }
-    ensure!(
-        after == expected,
-        "redirected connections (programs, iptables, nft): {after:?}, not {expected:?}"
-    );
-    Ok(())
+
+    /// The arms of a case that have one.
+    fn arms(&self, case: Case) -> Vec<Arm> {
+        case.arms().into_iter().filter(|arm| self.clients.contains_key(arm)).collect()
+    }
+
+    fn of(&mut self, arm: Arm) -> Result<&mut Client> {
+        self.clients.get_mut(&arm).with_context(|| format!("no clients of {}", arm.label()))
+    }
+
+    /// An error unless an arm is what it claims to be: who answers, what it takes for the destination, and that the
+    /// packets went through the arm's rules or programs and through no other's.
+    pub fn verify(&mut self, case: Case, arm: Arm) -> Result<()> {
+        let world = self.world;
+        let way = Way::of(world, case, arm)?;
+        let expected_port = match (case.scene, arm) {
+            (Scene::Path | Scene::Tunnel, _) | (_, Arm::None) => PORT,
+            (Scene::SinkOutbound, _) => PORT_OUTBOUND,
+            (Scene::SinkInbound, _) => PORT_INBOUND,
+        };
+        let family = case.stack.family();
+        let before = Counts::read(world, family)?;
+        let sight = self.of(arm)?.identify(case.stack, way.to)?;
+        let after = Counts::read(world, family)?;
+        let destination = crate::stack::canonical(sight.destination);
+        ensure!(
+            sight.port == expected_port,
+            "the listener of port {} answered, not {expected_port}",
+            sight.port
+        );
+        ensure!(destination == way.to, "the original destination is {destination}, not {}", way.to);
+        let outbound = u64::from(case.scene != Scene::SinkInbound);
+        // Tunnels go to the proxy's port as they are.
+        let inbound = u64::from(matches!(case.scene, Scene::SinkInbound | Scene::Path));
+        let mut expected = before;
+        match arm {
+            // The other build counts for itself; that its listener answered is what can be known.
+            Arm::Floor | Arm::Again | Arm::None | Arm::Against => {}
+            Arm::Ebpf => expected.add(0, outbound, inbound),
+            Arm::Iptables => expected.add(1, outbound, inbound),
+            Arm::Nft => expected.add(2, outbound, inbound),
+        }
+        ensure!(
+            after == expected,
+            "redirected connections (programs, iptables, nft): {after:?}, not {expected:?}"
+        );
+        Ok(())
+    }
+
+    /// Measures one block, to these destinations.
+    pub fn generate(&mut self, case: Case, arm: Arm, to: &[SocketAddr], length: Length) -> Result<Outcome> {
+        let Case { work, clients, stack, .. } = case;
+        let block = Block { work, stack, clients, to: to.to_vec(), length };
+        self.of(arm)?.measure(&block).with_context(|| format!("{}, {case}", case.scene.label()))
+    }
+
+    /// Measures one block.
+    pub fn measure(&mut self, case: Case, arm: Arm, round: usize, length: Length) -> Result<Sample> {
+        signals::check()?;
+        let to = Way::of(self.world, case, arm)?.to;
+        let processes = self.world.processes(arm)?;
+        let served = || processes.iter().map(|&process| cpu_time(process)).sum::<Result<u64>>();
+        let (before, stolen_before) = (served()?, stolen()?);
+        let outcome = self.generate(case, arm, &[to], length)?;
+        let (served_cpu, stolen) = (served()? - before, stolen()? - stolen_before);
+        Ok(Sample { case, arm, round, outcome, served_cpu, stolen })
+    }
+
+    /// Ends the connections of a case. How long operations took.
+    pub fn finish(&mut self, case: Case) -> Result<Vec<Latencies>> {
+        let arms = self.arms(case).into_iter();
+        arms.map(|arm| Ok(Latencies { case, arm, latency: self.of(arm)?.finish()? })).collect()
+    }
+
+    /// Measures a case in blocks of all arms, in random order, until the ratios that matter are known as well as is asked for.
+    pub fn compare(&mut self, case: Case, effort: Effort) -> Result<Vec<Sample>> {
+        /// How many rounds there are between looks at the intervals.
+        const STRIDE: usize = 20;
+        let mut arms = self.arms(case);
+        for &arm in &arms {
+            // Opens connections, and does once what is done once.
+            self.measure(case, arm, 0, effort.length)?;
+        }
+        let (mut samples, started) = (Vec::new(), Instant::now());
+        for round in 0.. {
+            let enough =
+                round >= effort.rounds && round % STRIDE == 0 && precision(&samples) <= effort.precision;
+            if round >= effort.rounds && (enough || started.elapsed() >= effort.limit) {
+                break;
+            }
+            fastrand::shuffle(&mut arms);
+            for &arm in &arms {
+                samples.push(self.measure(case, arm, round, effort.length)?);
+            }
+        }
+        Ok(samples)
+    }
+}
+
+/// How well the worst known of the ratios that matter is known.
+fn precision(samples: &[Sample]) -> f64 {
+    let costs =
+        |arm| -> Vec<f64> { samples.iter().filter(|sample| sample.arm == arm).map(Sample::cost).collect() };
+    let ours = costs(Arm::Ebpf);
+    let others = [Arm::Floor, Arm::Again, Arm::Against, Arm::None, Arm::Iptables].map(costs);
+    let [floor, again, against, none, iptables] = &others;
+    // Where nobody can dial the proxy itself, the path without one and that of iptables are what there is to compare with.
+    let pairs = if floor.is_empty() {
+        vec![(&ours, none), (iptables, &ours)]
+    } else {
+        vec![(&ours, floor), (again, floor)]
+    };
+    let pairs = pairs.into_iter().chain([(&ours, against)]);
+    pairs.filter_map(|(a, b)| Estimate::ratio(a, b)).map(|estimate| estimate.precision()).fold(0.0, f64::max)
 }
 
 /// Redirected connections of the clients' pods outbound and of the servers' pods inbound: by our programs, by iptables, by

@@ -1,19 +1,21 @@
-//! Where the measurements of connections happen: one node, and for each arm a pod with clients and a pod with a server.
+//! Where the measurements of connections happen: for each arm a pod with clients and a pod with a server.
 //!
 //! ```text
 //!             client's pod        server's pod       proxy in both pods
 //! floor       –                   –                  theirs, dialled directly
+//! again       –                   –                  theirs, dialled directly
 //! none        –                   –                  –
 //! ebpf        enrolled            enrolled           ours: told by the agent
+//! against     enrolled            enrolled           of another node, whose agent is another build
 //! iptables    rules               rules              theirs: told by the mesh
 //! nft         rules               rules              theirs
 //! ```
 //!
-//! Ours and theirs are two processes of the same program. Clients, servers and the proxy of the other arms are outside of
-//! the cgroup that our programs are attached to.
+//! All proxies are processes of the same program. Clients, servers and the proxy of the arms without an agent are outside of
+//! the cgroups that our programs are attached to.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use super::listener::{Listener, Owner};
 use super::mesh::Mesh;
 use super::place::{APPLICATIONS, PROXIES, Place};
-use super::proxies::{Proxies, Serving};
+use super::proxies::{Running, Serving, Theirs, serve_node};
 use super::rules::Netfilter;
 use crate::cgroup::Cgroup;
 use crate::process::Process;
@@ -41,10 +43,14 @@ pub const PORT: u16 = 9000;
 pub enum Arm {
     /// Straight to the proxy's listener.
     Floor,
+    /// The same with other pods: what differs between the two is how much the measurement errs.
+    Again,
     /// Straight to the server.
     None,
     /// This project.
     Ebpf,
+    /// Another build of it.
+    Against,
     /// iptables and ip6tables.
     Iptables,
     /// nftables.
@@ -52,17 +58,26 @@ pub enum Arm {
 }
 
 impl Arm {
-    /// All of them.
-    pub const ALL: [Self; 5] = [Self::Floor, Self::None, Self::Ebpf, Self::Iptables, Self::Nft];
-
     /// The rules that redirect.
     #[must_use]
     pub fn netfilter(self) -> Option<Netfilter> {
         match self {
             Self::Iptables => Some(Netfilter::Iptables),
             Self::Nft => Some(Netfilter::Nft),
-            Self::Floor | Self::None | Self::Ebpf => None,
+            Self::Floor | Self::Again | Self::None | Self::Ebpf | Self::Against => None,
         }
+    }
+
+    /// Whether it dials the proxy itself.
+    #[must_use]
+    pub fn is_floor(self) -> bool {
+        matches!(self, Self::Floor | Self::Again)
+    }
+
+    /// Whether an agent enrolls its pods.
+    #[must_use]
+    pub fn is_enrolled(self) -> bool {
+        matches!(self, Self::Ebpf | Self::Against)
     }
 
     /// As reports call it.
@@ -70,8 +85,10 @@ impl Arm {
     pub fn label(self) -> &'static str {
         match self {
             Self::Floor => "floor",
+            Self::Again => "floor again",
             Self::None => "none",
             Self::Ebpf => "ebpf",
+            Self::Against => "against",
             Self::Iptables => "iptables",
             Self::Nft => "nft",
         }
@@ -96,37 +113,80 @@ impl Pair {
     }
 }
 
+/// A node with an agent. Fields are dropped in this order.
+#[derive(Debug)]
+struct Site {
+    proxy: Option<Running>,
+    outside: Pod,
+    node: Arc<Node>,
+    proxy_cgroup: Cgroup,
+    applications: Cgroup,
+    cgroup: Cgroup,
+}
+
+impl Site {
+    fn new(session: &Arc<Session>, name: &str, agent: &[String]) -> Result<Self> {
+        let cgroup = Cgroup::beside_this_process(name)?;
+        let (proxy_cgroup, applications) = (cgroup.child("proxy")?, cgroup.child("applications")?);
+        let mut agent_arguments = agent.to_vec();
+        agent_arguments.extend(["--cgroup".to_owned(), cgroup.path().display().to_string()]);
+        let node =
+            Node::with(session, NodeOptions { proxy: false, agent_arguments, ..NodeOptions::default() })?;
+        let outside = node.plain("outside", Families::Dual)?;
+        Ok(Self { proxy: None, outside, node, proxy_cgroup, applications, cgroup })
+    }
+}
+
 /// The world of an experiment. Fields are dropped in this order.
 #[derive(Debug)]
 pub struct World {
-    proxies: Option<Proxies>,
+    theirs: Option<Theirs>,
     pairs: BTreeMap<Arm, Pair>,
-    outside: Pod,
-    /// What hands pods to the proxy of the other arms.
-    pub mesh: Mesh,
-    proxy_cgroup: Cgroup,
+    /// What hands pods to the proxy of the arms without an agent.
+    mesh: Mesh,
+    against: Option<Site>,
+    home: Site,
+    applications: Cgroup,
     cgroup: Cgroup,
-    node: Arc<Node>,
 }
 
 impl World {
-    /// Makes it, with this kind of proxy.
-    pub fn new(session: &Arc<Session>, serving: Serving, agent: &[String]) -> Result<Self> {
-        let agent_arguments = agent.to_vec();
-        let node =
-            Node::with(session, NodeOptions { proxy: false, agent_arguments, ..NodeOptions::default() })?;
+    /// Makes it, with this kind of proxy; with the arm of another build where there is one.
+    pub fn new(
+        session: &Arc<Session>,
+        against: Option<&Arc<Session>>,
+        serving: Serving,
+        agent: &[String],
+    ) -> Result<Self> {
+        let home = Site::new(session, "ours", agent)?;
+        let against = against.map(|session| Site::new(session, "against", agent)).transpose()?;
         let cgroup = Cgroup::beside_this_process("others")?;
-        let proxy_cgroup = session.cgroup().child("measured-proxy")?;
-        let mesh = Mesh::start(&node.dir().join("mesh"))?;
-        let outside = node.plain("outside", Families::Dual)?;
+        let applications = cgroup.child("applications")?;
+        let mesh = Mesh::start(&home.node.dir().join("mesh"))?;
         let mut world =
-            Self { proxies: None, pairs: BTreeMap::new(), outside, mesh, proxy_cgroup, cgroup, node };
+            Self { theirs: None, pairs: BTreeMap::new(), mesh, against, home, applications, cgroup };
         world.start_proxies(serving)?;
-        for arm in Arm::ALL {
+        for arm in world.arms() {
             let pair = world.pair(arm)?;
             world.pairs.insert(arm, pair);
         }
         Ok(world)
+    }
+
+    /// The arms that there are.
+    #[must_use]
+    pub fn arms(&self) -> Vec<Arm> {
+        let all = Arm::value_variants().iter().copied();
+        all.filter(|&arm| arm != Arm::Against || self.against.is_some()).collect()
+    }
+
+    fn site(&self, arm: Arm) -> Result<&Site> {
+        if arm == Arm::Against { self.against.as_ref().context("no other build") } else { Ok(&self.home) }
+    }
+
+    /// The cgroup of an arm's clients and servers.
+    pub fn applications(&self, arm: Arm) -> Result<&Path> {
+        Ok(if arm.is_enrolled() { self.site(arm)?.applications.path() } else { self.applications.path() })
     }
 
     fn pair(&self, arm: Arm) -> Result<Pair> {
@@ -134,9 +194,10 @@ impl World {
         let (client, server) = (client?, server?);
         let mut command = own_program()?;
         command.args(["serve", "--port", &PORT.to_string()]);
-        let cgroup = if arm == Arm::Ebpf { self.node.session().applications() } else { &self.cgroup };
+        let site = self.site(arm)?;
+        let cgroup = if arm.is_enrolled() { &site.applications } else { &self.applications };
         command.args(Place::arguments(APPLICATIONS, None));
-        let log = self.node.dir().join(format!("server-{}.log", arm.label()));
+        let log = site.node.dir().join(format!("server-{}.log", arm.label()));
         let name = format!("server of {}", arm.label());
         let mut server_process = Process::spawn(&name, command, server.netns(), cgroup, &log)?;
         server_process.wait_until("listening server", || {
@@ -146,13 +207,14 @@ impl World {
     }
 
     fn pod(&self, arm: Arm, role: &str) -> Result<Pod> {
-        let spec = self.node.numbered(&format!("{}-{role}", arm.label()), Families::Dual);
-        let spec = if arm == Arm::Ebpf { spec } else { spec.not_enrolled() };
-        let pod = Pod::start(&self.node, spec)?;
+        let node = &self.site(arm)?.node;
+        let spec = node.numbered(&format!("{}-{role}", arm.label().replace(' ', "-")), Families::Dual);
+        let spec = if arm.is_enrolled() { spec } else { spec.not_enrolled() };
+        let pod = Pod::start(node, spec)?;
         if let Some(netfilter) = arm.netfilter() {
             netfilter.apply(pod.netns())?;
         }
-        if !matches!(arm, Arm::Ebpf | Arm::None) {
+        if !arm.is_enrolled() && arm != Arm::None {
             self.mesh.add(&pod)?;
         }
         // Short connections of many seconds need more ports than the 28,000 that there are by default.
@@ -175,20 +237,23 @@ impl World {
     }
 
     fn start_proxies_with(&mut self, serving: Serving, tunnelled: &[Tunnelled]) -> Result<()> {
-        if self.proxies.take().is_some() {
-            self.node.with_agent(|agent| agent.wait_for_no_proxy())?;
+        for site in [Some(&mut self.home), self.against.as_mut()].into_iter().flatten() {
+            if site.proxy.take().is_some() {
+                site.node.with_agent(|agent| agent.wait_for_no_proxy())?;
+            }
+            site.proxy = Some(serve_node(serving, tunnelled, &site.node, &site.proxy_cgroup)?);
+        }
+        if self.theirs.take().is_some() {
             self.mesh.wait_for_no_proxy()?;
         }
-        let cgroups = [&self.proxy_cgroup, &self.cgroup];
-        let proxies = Proxies::start(serving, tunnelled, &self.node, &self.mesh, cgroups)?;
-        self.proxies = Some(proxies);
+        self.theirs = Some(Theirs::start(serving, tunnelled, &self.home.node, &self.mesh, &self.cgroup)?);
         Ok(())
     }
 
-    /// The node.
+    /// The node whose agent is the build that is measured.
     #[must_use]
     pub fn node(&self) -> &Arc<Node> {
-        &self.node
+        &self.home.node
     }
 
     /// The pods of an arm.
@@ -196,32 +261,27 @@ impl World {
         self.pairs.get(&arm).with_context(|| format!("pods of {}", arm.label()))
     }
 
-    /// A pod without a proxy, from which inbound connections come.
-    #[must_use]
-    pub fn outside(&self) -> &Pod {
-        &self.outside
-    }
-
-    /// The cgroup of clients of an arm, if it is not this process's own.
-    #[must_use]
-    pub fn cgroup_of(&self, arm: Arm) -> Option<PathBuf> {
-        (arm != Arm::Ebpf).then(|| self.cgroup.path().to_owned())
+    /// A pod without a proxy, from which inbound connections of an arm come.
+    pub fn outside(&self, arm: Arm) -> Result<&Pod> {
+        Ok(&self.site(arm)?.outside)
     }
 
     /// The CPU time of everything that belongs to the experiment so far.
     pub fn cpu_time(&self) -> Result<Duration> {
-        Ok(self.cgroup.cpu_time()? + self.node.session().cgroup().cpu_time()?)
+        let sites = [Some(&self.home), self.against.as_ref()].into_iter().flatten();
+        let cgroups = sites.map(|site| &site.cgroup).chain([&self.cgroup, self.node().session().cgroup()]);
+        cgroups.map(Cgroup::cpu_time).sum()
     }
 
     /// The processes that serve the connections of an arm: the server, and the proxy.
     pub fn processes(&self, arm: Arm) -> Result<Vec<u32>> {
-        let proxies = self.proxies.as_ref().context("no proxy runs")?;
         let server = self.of(arm)?.server_process();
-        Ok(match arm {
-            Arm::None => vec![server],
-            Arm::Ebpf => vec![server, proxies.ours()],
-            Arm::Floor | Arm::Iptables | Arm::Nft => vec![server, proxies.theirs()],
-        })
+        let proxy = match arm {
+            Arm::None => return Ok(vec![server]),
+            Arm::Ebpf | Arm::Against => self.site(arm)?.proxy.as_ref().map(Running::process),
+            Arm::Floor | Arm::Again | Arm::Iptables | Arm::Nft => self.theirs.as_ref().map(Theirs::process),
+        };
+        Ok(vec![server, proxy.context("no proxy runs")?])
     }
 }
 
