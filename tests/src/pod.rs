@@ -1,6 +1,7 @@
 //! A pod: a network namespace that the CNI chain attached to a node.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::Command;
@@ -267,12 +268,29 @@ impl Pod {
     pub fn end_without_del(mut self) -> Result<Remains> {
         self.attached = false;
         self.chain.without(REDIRECT).del(self.node.netns(), &self.sandbox, Some(&self.result))?;
-        Ok(Remains {
+        Ok(self.remains())
+    }
+
+    /// Ends the pod without any DEL: its namespace has no path and no process any more. Its addresses are free, as after a
+    /// runtime has lost what it knew of the pod.
+    pub fn vanish(mut self) -> Result<Remains> {
+        self.attached = false;
+        for network in fs::read_dir(self.node.dir().join("host-local"))?.flatten() {
+            for address in &self.addresses {
+                // It is reserved in one of the networks.
+                let _ = fs::remove_file(network.path().join(address.to_string()));
+            }
+        }
+        Ok(self.remains())
+    }
+
+    fn remains(&self) -> Remains {
+        Remains {
             chain: self.chain.only(REDIRECT),
             sandbox: Sandbox { netns: None, ..self.sandbox.clone() },
             result: self.result.clone(),
             node: self.node.clone(),
-        })
+        }
     }
 
     /// Runs the whole chain's DEL.

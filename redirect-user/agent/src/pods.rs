@@ -5,6 +5,7 @@
 //! running pod whose namespace it has found ([`Pods::adopt`]): it is captured when a proxy serves it, and loses nothing. A pod leaves with its last attachment ([`Pods::del`]), or when it is no longer wanted ([`Pods::forget`]).
 //! An agent that starts adopts the pods of the previous one ([`Pods::restore`]).
 
+mod abandoned;
 mod error;
 mod ownership;
 mod report;
@@ -30,6 +31,7 @@ use super::records::{Failed, Phase, Record, Records};
 use super::repairs::Repairs;
 use super::watch::Watch;
 use crate::metrics::events::events;
+pub(crate) use abandoned::Users;
 pub(crate) use error::Error;
 use ownership::Ownership;
 use redirect_datapath::datapath::{
@@ -136,12 +138,15 @@ struct Enrolled {
     unsaved: bool,
     /// Whether a removal has failed half-way.
     removing: bool,
+    /// Whether its namespace was at its path when the agent got to know it.
+    found: bool,
     since: Instant,
 }
 
 impl Enrolled {
     fn new(target: Target) -> Self {
         Self {
+            found: target.netns.path().is_some_and(|path| target.netns.is_at(path)),
             target,
             attachments: BTreeMap::new(),
             adding: BTreeMap::new(),
@@ -656,15 +661,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     /// Steers a pod no longer. Returns whether it was. On an error the pod is known still, so that the caller can try again.
     pub(crate) async fn forget(&self, uid: &str) -> Result<bool, Error> {
         let Some(mut slot) = self.slots.find(uid).await else { return Ok(false) };
-        let mut outcome = Ok(false);
-        if let Some(known) = &mut *slot {
-            outcome = self.end(known).await.map(|()| true);
-            if outcome.is_ok() {
-                *slot = None;
-            } else {
-                known.removing = true;
-            }
-        }
+        let outcome = self.let_go(&mut slot).await;
         self.release(slot, uid).await;
         outcome
     }
@@ -700,6 +697,16 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
         self.release(slot, &uid).await;
         outcome
+    }
+
+    /// Un-enrolls the pod of a place, and returns whether there was one. On an error it is known still, so that somebody can repeat it.
+    async fn let_go(&self, slot: &mut Guard<Enrolled>) -> Result<bool, Error> {
+        let Some(known) = &mut **slot else { return Ok(false) };
+        let outcome = self.end(known).await;
+        known.removing = outcome.is_err();
+        outcome?;
+        **slot = None;
+        Ok(true)
     }
 
     async fn end(&self, known: &Enrolled) -> Result<(), Error> {

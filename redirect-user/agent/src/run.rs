@@ -274,6 +274,10 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         let (kernel, pods) = (kernel.clone(), Arc::clone(&pods));
         move || upkeep::keep_up(every, kernel.clone(), Arc::clone(&pods))
     });
+    supervisor.restarting("pods without a sandbox", Stop::Cut, {
+        let (proc, pods) = (options.kubernetes.host_proc.clone(), Arc::clone(&pods));
+        move || upkeep::leave_abandoned(proc.clone(), Arc::clone(&pods))
+    });
     if bpf_log::is_wanted() {
         supervisor.once("log of the kernel side", Stop::Cut, bpf_log::follow(every, kernel));
     }

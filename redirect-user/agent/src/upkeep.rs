@@ -1,13 +1,14 @@
 //! Periodic resync, for state the kernel sends no notifications for: pins, links, sysctls, map entries, and namespaces that
 //! end. [`super::watch`] notices all other changes at once.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::drop_log::DropLog;
-use super::pods::Pods;
+use super::pods::{Pods, Users};
 use super::repairs::Kind;
 use redirect_datapath::handle::{DatapathHandle, Gone};
 use redirect_datapath::linux::Linux;
@@ -32,6 +33,20 @@ pub(super) async fn keep_up(
         if let Ok(Err(error)) = kernel.run(move |linux| linux.collect(&known)).await {
             tracing::warn!(error = format!("{error:#}"), "cannot remove leftovers of pods that are gone");
         }
+    }
+}
+
+/// How often it is looked whether somebody uses the pods' namespaces: one that nobody does lives no longer than a second.
+const USERS: Duration = Duration::from_millis(250);
+
+/// Lets go of pods whose sandbox is gone. Needs the host's `/proc`.
+pub(super) async fn leave_abandoned(proc: PathBuf, pods: Arc<Pods<Linux>>) -> anyhow::Result<()> {
+    let mut ticks = interval(USERS);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut users = Users::default();
+    loop {
+        ticks.tick().await;
+        pods.leave_abandoned(&proc, &mut users).await;
     }
 }
 

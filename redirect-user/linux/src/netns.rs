@@ -50,6 +50,12 @@ impl NetNs {
         self.path.as_deref()
     }
 
+    /// Whether a path leads to it.
+    #[must_use]
+    pub fn is_at(&self, path: &Path) -> bool {
+        Self::open(path).is_ok_and(|there| there == *self)
+    }
+
     /// The descriptor, to be passed on.
     #[must_use]
     pub fn descriptor(&self) -> Arc<OwnedFd> {

@@ -1,6 +1,6 @@
 //! The load generators of the arms: processes that differ in nothing but where they are.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -76,14 +76,14 @@ fn spawn(mut command: Command, netns: &Netns) -> Result<Child> {
     command.stdin(Stdio::piped()).stdout(Stdio::piped());
     // SAFETY: the closure runs between fork and exec and makes system calls only.
     unsafe {
-        command.pre_exec(|| {
-            signals::reset_mask()?;
-            // Where code and data are in memory makes a difference of some percent.
-            match libc::personality(libc::ADDR_NO_RANDOMIZE as libc::c_ulong) {
-                -1 => Err(std::io::Error::last_os_error()),
-                _ => Ok(()),
-            }
-        })
+        command.pre_exec(|| signals::reset_mask().map_err(io::Error::from).and_then(|()| keep_addresses()))
     };
     Ok(netns.run(move || command.spawn())??)
+}
+
+/// Where code and data are in memory makes a difference of some percent: in every process they are at the same places.
+fn keep_addresses() -> io::Result<()> {
+    // SAFETY: the call takes a number alone.
+    let before = unsafe { libc::personality(libc::ADDR_NO_RANDOMIZE as libc::c_ulong) };
+    if before == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -3,6 +3,7 @@
 //! They need root, the usual CNI plugins, bpftool and the release build of this workspace. Without them they are
 //! skipped, visibly; with `REDIRECT_E2E=require` they fail instead.
 
+mod abandoned;
 mod batches;
 mod bench;
 mod closed_ports;
@@ -113,6 +114,7 @@ fn everywhere(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         nodes::trials(context),
         enrolment::trials(context),
         restarts::trials(context),
+        abandoned::trials(context),
         eaddrinuse::trials(context),
         probes::trials(context),
         exclusions::trials(context),

@@ -9,9 +9,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
+use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::sockopt::ReceiveTimeout;
 use nix::sys::socket::{NetlinkAddr, getsockname, getsockopt, setsockopt};
 use nix::sys::time::{TimeVal, TimeValLike as _};
+use nix::unistd::Pid;
 use redirect_ebpf::Family;
 use redirect_ebpf::constants::{
     REPLY_TABLE, ROUTE_TABLE, RULE_PRIORITY_CAPTURE, RULE_PRIORITY_DELIVERY, RULE_PRIORITY_REFUSE,
@@ -415,7 +417,11 @@ fn anew(context: &Context, running: bool) -> Result<()> {
     let path = node.dir().join("netns");
     symlink(old.netns().path(), &path)?;
     old.enrol_at(path.clone())?;
-    if !running {
+    let agent = Pid::from_raw(i32::try_from(node.with_agent(|agent| Ok(agent.process().pid()))?)?);
+    if running {
+        // For it there is no moment without a namespace.
+        kill(agent, Signal::SIGSTOP)?;
+    } else {
         node.kill_agent()?;
     }
     let identity = old.identity().clone();
@@ -423,7 +429,9 @@ fn anew(context: &Context, running: bool) -> Result<()> {
     let new = Pod::start(&node, spec)?;
     fs::remove_file(&path)?;
     symlink(new.netns().path(), &path)?;
-    if !running {
+    if running {
+        kill(agent, Signal::SIGCONT)?;
+    } else {
         node.start_agent(&["--on-exit", "keep"].map(str::to_owned))?;
     }
     let cookie = new.netns().cookie()?;

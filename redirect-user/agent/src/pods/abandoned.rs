@@ -1,0 +1,207 @@
+//! Un-enrolls pods whose network namespace has ended for everybody else: its path is gone, no process is in it, and no DEL came.
+//! The descriptors of agent and proxy would keep it alive, with interfaces that answer for addresses that another pod may have.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::Pods;
+use redirect_datapath::datapath::Datapath;
+use redirect_linux::netns::NetNs;
+
+/// In so many looks in a row nobody must use a namespace: processes come and go while they are listed.
+const LOOKS: u32 = 2;
+
+/// Who used the pods' namespaces when that was last looked at.
+#[derive(Debug, Default)]
+pub(crate) struct Users {
+    /// By the namespaces' cookies.
+    known: HashMap<u64, User>,
+    /// Whether the log says already that it can't be seen.
+    told: bool,
+}
+
+/// A namespace is abandoned only after it was used: a runtime may keep it where the agent does not see it.
+#[derive(Debug, Default)]
+struct User {
+    /// A process that was in it, where the path that the runtime named leads nowhere.
+    witness: Option<PathBuf>,
+    /// In how many looks in a row nobody was.
+    missed: u32,
+}
+
+/// A pod's namespace.
+struct Held {
+    uid: String,
+    netns_cookie: u64,
+    netns: NetNs,
+    found: bool,
+    witness: Option<PathBuf>,
+}
+
+/// How a namespace is used.
+enum Use {
+    /// It is where the runtime said.
+    Named,
+    /// A process is in it.
+    Process(PathBuf),
+    Nobody,
+}
+
+impl<D: Datapath + Send + 'static> Pods<D> {
+    /// Looks who uses the pods' namespaces, and un-enrolls those that nobody does any more.
+    pub(crate) async fn leave_abandoned(&self, proc: &Path, users: &mut Users) {
+        let held = self.slots.each(|uid, known| Held {
+            uid: uid.to_owned(),
+            netns_cookie: known.target.netns_cookie,
+            netns: known.target.netns.clone(),
+            found: known.found,
+            witness: users.known.get(&known.target.netns_cookie).and_then(|user| user.witness.clone()),
+        });
+        let (held, proc) = (held.await, proc.to_owned());
+        let looked = tokio::task::spawn_blocking(move || {
+            let uses = look(&proc, &held);
+            // The namespaces are let go of here: one that is kept until the next look would live until then.
+            let pods = held.into_iter().map(|held| (held.uid, held.netns_cookie, held.found));
+            uses.map(|uses| pods.zip(uses).collect::<Vec<_>>())
+        });
+        let uses = match looked.await {
+            Ok(Ok(uses)) => uses,
+            Ok(Err(error)) => {
+                if !std::mem::replace(&mut users.told, true) {
+                    tracing::warn!(
+                        %error,
+                        "cannot see which network namespaces processes are in; pods without a sandbox stay \
+                         until the runtime's DEL"
+                    );
+                }
+                return;
+            }
+            // The agent ends.
+            Err(_) => return,
+        };
+        users.known.retain(|cookie, _| uses.iter().any(|((_, known, _), _)| known == cookie));
+        for ((uid, netns_cookie, found), used) in uses {
+            if found {
+                users.known.entry(netns_cookie).or_default();
+            }
+            match (used, users.known.get_mut(&netns_cookie)) {
+                (Use::Nobody, None) => {}
+                (Use::Nobody, Some(user)) => {
+                    user.missed += 1;
+                    if user.missed >= LOOKS {
+                        self.leave(&uid, netns_cookie).await;
+                    }
+                }
+                (Use::Named, _) => _ = users.known.insert(netns_cookie, User::default()),
+                (Use::Process(witness), _) => {
+                    users.known.insert(netns_cookie, User { witness: Some(witness), missed: 0 });
+                }
+            }
+        }
+    }
+
+    /// Un-enrolls a pod, if nobody works on it and it is still in this namespace.
+    async fn leave(&self, uid: &str, netns_cookie: u64) {
+        // The runtime may have put another namespace in its place.
+        self.look_after(uid).await;
+        let Some(mut slot) = self.slots.find_idle(uid).await else { return };
+        let gone = slot
+            .as_ref()
+            .filter(|known| known.target.netns_cookie == netns_cookie && known.adding.is_empty());
+        if let Some(known) = gone {
+            let (pod, again) = (known.target.identity.clone(), known.removing);
+            if !again {
+                tracing::warn!(%pod, uid, "sandbox is gone without a DEL of the runtime's; un-enrolling the pod");
+            }
+            match self.let_go(&mut slot).await {
+                Err(error) if !again => {
+                    tracing::error!(%error, "pod without a sandbox is not un-enrolled yet");
+                }
+                Err(error) => tracing::debug!(%error, "pod without a sandbox is still not un-enrolled"),
+                Ok(_) => {}
+            }
+        }
+        self.release(slot, uid).await;
+    }
+}
+
+/// How each namespace is used. Blocks; reads all of `/proc` only for a namespace that is not where it was.
+fn look(proc: &Path, held: &[Held]) -> io::Result<Vec<Use>> {
+    let mut processes = None;
+    let mut uses = Vec::new();
+    for Held { netns, witness, .. } in held {
+        let leads_there = |path: &Path| netns.is_at(path);
+        uses.push(if netns.path().is_some_and(leads_there) {
+            Use::Named
+        } else if let Some(witness) = witness.as_deref().filter(|path| leads_there(path)) {
+            Use::Process(witness.to_owned())
+        } else {
+            let processes = match &mut processes {
+                Some(processes) => processes,
+                none => none.insert(scan(proc)?),
+            };
+            match netns.inode().ok().and_then(|inode| processes.get(&inode)) {
+                Some(process) => Use::Process(process.clone()),
+                None => Use::Nobody,
+            }
+        });
+    }
+    Ok(uses)
+}
+
+/// A process in each network namespace, by the namespace's inode. An error unless every process can be looked at: one that
+/// can't may be in any of them. Process 1 is in the host's.
+fn scan(proc: &Path) -> io::Result<HashMap<u64, PathBuf>> {
+    let mut found = HashMap::new();
+    for entry in fs::read_dir(proc)? {
+        let entry = entry?;
+        let process = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok());
+        if process.is_none_or(|process| process == 1) {
+            continue;
+        }
+        let path = entry.path().join("ns/net");
+        match fs::metadata(&path) {
+            Ok(metadata) => _ = found.entry(metadata.ino()).or_insert(path),
+            // It has ended meanwhile, or is about to.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {}
+            Err(error) => return Err(io::Error::new(error.kind(), format!("{}: {error}", path.display()))),
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    fn held(netns: NetNs, witness: Option<PathBuf>) -> Held {
+        Held { uid: "uid".into(), netns_cookie: 1, netns, found: false, witness }
+    }
+
+    #[test]
+    fn a_namespace_is_used_by_its_path_or_by_a_process() {
+        let own = NetNs::open(Path::new("/proc/self/ns/net")).expect("a namespace");
+        let nowhere = own.clone().at(Some("/nowhere".into()));
+        let uses = look(Path::new("/proc"), &[held(own, None), held(nowhere.clone(), None)]).expect("uses");
+        assert!(matches!(uses[0], Use::Named));
+        let Use::Process(witness) = &uses[1] else { panic!("no process is in this process's namespace") };
+        // What was found once is looked at first.
+        let uses =
+            look(Path::new("/nowhere"), &[held(nowhere.clone(), Some(witness.clone()))]).expect("uses");
+        assert!(matches!(&uses[0], Use::Process(known) if known == witness));
+        // Where nothing can be seen, nothing is known.
+        assert!(look(Path::new("/nowhere"), &[held(nowhere, None)]).is_err());
+    }
+
+    #[test]
+    fn processes_that_end_are_none() {
+        let mut child = Command::new("true").stdin(Stdio::null()).spawn().expect("a process");
+        child.wait().expect("its end");
+        assert!(!scan(Path::new("/proc")).expect("processes").is_empty());
+    }
+}
