@@ -17,7 +17,7 @@ use tokio::time::{interval, timeout};
 
 use super::admission::Admission;
 use super::api::{PodView, REDIRECTION};
-use super::informer::{self, pause};
+use super::informer::{self, Patience, pause};
 use super::labels::Rules;
 use super::queue::Queue;
 use super::rules::{Decision, Reason, decide};
@@ -46,8 +46,35 @@ struct Memory {
     complaint: Option<String>,
     /// Whether there is no event of that yet.
     untold: bool,
+    events: Backoff,
+    annotations: Backoff,
     /// The annotation that was last written. The informer shows it a little later.
     told: Option<(Option<Redirection>, Instant)>,
+}
+
+/// When to ask the API server again after it has failed. Something else may have the pod looked at before.
+#[derive(Clone, Copy, Debug, Default)]
+struct Backoff {
+    failures: u32,
+    until: Option<Instant>,
+}
+
+impl Backoff {
+    fn left(&self) -> Option<Duration> {
+        self.until?.checked_duration_since(Instant::now())
+    }
+
+    fn failed(&mut self, patience: Patience) -> Duration {
+        self.failures = self.failures.saturating_add(1);
+        let pause = pause(self.failures, patience);
+        self.until = Some(Instant::now() + pause);
+        pause
+    }
+
+    /// The first failure and every tenth are for people to read.
+    fn is_worth_a_word(&self) -> bool {
+        self.failures % 10 == 1
+    }
 }
 
 /// See the module.
@@ -289,7 +316,8 @@ impl<D: Datapath + Send + 'static> Controller<D> {
                     if was_enrolled {
                         tracing::info!(pod = %pod.identity(), uid, %reason, "pod was un-enrolled");
                     }
-                    memory = Memory { told: memory.told, ..Memory::default() };
+                    let Memory { told, annotations, .. } = memory;
+                    memory = Memory { told, annotations, ..Memory::default() };
                     // Nothing in an excluded namespace is touched.
                     if reason == Reason::Excluded {
                         None
@@ -435,19 +463,23 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         {
             return Some(self.timing.poll);
         }
+        if let Some(left) = memory.annotations.left() {
+            return Some(left);
+        }
         match self.call(self.status.annotate(pod, state), stop).await? {
             Ok(()) => {
                 memory.told = Some((state, Instant::now()));
+                memory.annotations = Backoff::default();
                 None
             }
             Err(error) => {
-                memory.failures = memory.failures.saturating_add(1);
+                let pause = memory.annotations.failed(self.timing.api);
                 events().patch_failed();
-                if memory.failures % 10 == 1 {
+                if memory.annotations.is_worth_a_word() {
                     tracing::warn!(pod = %pod.identity(), uid = pod.uid, error, "cannot write the pod's \
                          annotation");
                 }
-                Some(pause(memory.failures, self.timing.api))
+                Some(pause)
             }
         }
     }
@@ -470,17 +502,21 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         if !memory.untold {
             return None;
         }
+        if let Some(left) = memory.events.left() {
+            return Some(left);
+        }
         match self.call(self.status.warn(pod, reason, message), stop).await? {
             Ok(()) => {
                 memory.untold = false;
+                memory.events = Backoff::default();
                 None
             }
             Err(error) => {
-                memory.failures = memory.failures.saturating_add(1);
-                if memory.failures % 10 == 1 {
+                let pause = memory.events.failed(self.timing.api);
+                if memory.events.is_worth_a_word() {
                     tracing::warn!(pod = %pod.identity(), error, "cannot create event");
                 }
-                Some(pause(memory.failures, self.timing.api))
+                Some(pause)
             }
         }
     }

@@ -172,6 +172,37 @@ async fn an_annotation_is_written_in_the_end() {
 }
 
 #[tokio::test]
+async fn an_annotation_that_cannot_be_written_is_tried_less_and_less_often() {
+    const FAULTS: usize = 1000;
+    let api = Patience { longest_pause: LONG, ..quick().api };
+    let node = Node::start_with(Timing { api, ..quick() }, |_| {}).await;
+    (0..FAULTS).for_each(|_| node.api.fail_next("PATCH", Fault::Status(403)));
+    // Without a proxy it is looked at every 20 ms.
+    node.run_sandbox(&uid(1), KINDS[0]);
+    node.api.put_pod(pod(1, Some("ambient"), KINDS[0]));
+    eventually("a second try", || node.api.faults_left() < FAULTS - 1).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    // After 20 ms, 40 ms, 80 ms, and so on.
+    let tries = FAULTS - node.api.faults_left();
+    assert!(tries < 10, "{tries}");
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn an_event_is_created_in_the_end() {
+    for fault in [Fault::Status(403), Fault::Status(500), Fault::Status(429), Fault::Malformed, Fault::HangUp]
+    {
+        let node = Node::start().await;
+        let mut bad = pod(1, Some("ambient"), KINDS[0]);
+        bad["metadata"]["annotations"] = json!({"ambient-redirect.io/exclude-outbound-ports": "http"});
+        node.api.fail_next("create events", fault.clone());
+        node.api.put_pod(bad);
+        eventually(&format!("an event after {fault:?}"), || !node.api.world().events.is_empty()).await;
+        node.stop().await;
+    }
+}
+
+#[tokio::test]
 async fn a_namespace_that_is_gone_is_told_and_looked_for_again() {
     let node = Node::start().await;
     let _proxy = node.proxy().await;
