@@ -10,7 +10,7 @@ use redirect_protocol::wire::{PodReport, Status};
 use serde::de::DeserializeOwned;
 
 use crate::cgroup::Cgroup;
-use crate::faults::Faults;
+use crate::faults::{Faults, Program};
 use crate::kernel::Objects;
 use crate::netns::Netns;
 use crate::process::Process;
@@ -86,7 +86,7 @@ impl Agent {
             command.env("NOTIFY_SOCKET", systemd);
         }
         if let Some(faults) = faults {
-            faults.inject_into(&mut command)?;
+            faults.inject_into(&mut command, Program::Agent)?;
         }
         let name = format!("agent of {}", netns.name());
         let process = Process::spawn(&name, command, netns, cgroup, &dir.join("agent.log"))?;
@@ -195,7 +195,7 @@ pub fn uninstall(
         .arg(state_dir(dir))
         .args(arguments);
     if let Some(faults) = faults {
-        faults.inject_into(&mut command)?;
+        faults.inject_into(&mut command, Program::Agent)?;
     }
     netns.run(|| command.output())?.context("redirect uninstall")
 }

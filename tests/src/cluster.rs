@@ -35,7 +35,12 @@ impl Cluster {
 
     /// Starts a node without agent and proxy, and the API server.
     pub fn without_agent(session: &Arc<Session>) -> Result<Self> {
-        let node = Node::with(session, NodeOptions { agent: false, proxy: false, ..NodeOptions::default() })?;
+        Self::without_agent_on(session, NodeOptions::default())
+    }
+
+    /// The same on a node that is made with these options.
+    pub fn without_agent_on(session: &Arc<Session>, options: NodeOptions) -> Result<Self> {
+        let node = Node::with(session, NodeOptions { agent: false, proxy: false, ..options })?;
         let listener = node.netns().run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))??;
         listener.set_nonblocking(true)?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
@@ -102,10 +107,18 @@ impl Cluster {
 
     /// Starts the agent, or starts it again, with these arguments besides.
     pub fn start_agent(&self, arguments: &[&str]) -> Result<()> {
+        self.node.start_agent(&self.arguments(arguments)?)
+    }
+
+    /// As [`Self::start_agent`], without waiting until it is ready.
+    pub fn begin_agent(&self, arguments: &[&str]) -> Result<()> {
+        self.node.begin_agent(&self.arguments(arguments)?)
+    }
+
+    fn arguments(&self, more: &[&str]) -> Result<Vec<String>> {
         let kubeconfig = self.kubeconfig()?.display().to_string();
         let own = ["--kubernetes", "--node-name", NODE, "--kubeconfig", &kubeconfig];
-        let all: Vec<String> = own.iter().chain(arguments).map(ToString::to_string).collect();
-        self.node.start_agent(&all)
+        Ok(own.iter().chain(more).map(ToString::to_string).collect())
     }
 
     /// The notes of the events about a pod.

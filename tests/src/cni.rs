@@ -8,6 +8,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::faults::{Faults, Program};
 use crate::netns::Netns;
 
 /// The version of the CNI specification that the chain is written in.
@@ -82,13 +83,14 @@ pub struct Chain {
     name: String,
     plugins: Vec<Value>,
     search: Vec<PathBuf>,
+    faults: Option<Faults>,
 }
 
 impl Chain {
     /// A chain of these plugins, whose binaries are in the directories `search`.
     #[must_use]
     pub fn new(name: &str, plugins: Vec<Value>, search: Vec<PathBuf>) -> Self {
-        Self { name: name.to_owned(), plugins, search }
+        Self { name: name.to_owned(), plugins, search, faults: None }
     }
 
     /// What a runtime makes of a configuration directory: the chain of the first file, in lexical order.
@@ -108,7 +110,7 @@ impl Chain {
         let List { cni_version, name, plugins } =
             serde_json::from_slice(&fs::read(file)?).with_context(|| file.display().to_string())?;
         ensure!(cni_version == VERSION, "{} has cniVersion {cni_version}", file.display());
-        Ok(Self { name, plugins, search })
+        Ok(Self { name, plugins, search, faults: None })
     }
 
     /// As it stands in a `.conflist`.
@@ -128,6 +130,12 @@ impl Chain {
     pub fn searching_first(mut self, directory: &Path) -> Self {
         self.search.insert(0, directory.to_owned());
         self
+    }
+
+    /// The same chain, with faults in our plugin.
+    #[must_use]
+    pub(crate) fn with_faults(self, faults: Option<Faults>) -> Self {
+        Self { faults, ..self }
     }
 
     /// The plugins of this type alone.
@@ -233,10 +241,15 @@ impl Chain {
         verb: Verb,
         kind: &str,
         node: &Netns,
-        command: Command,
+        mut command: Command,
         config: &Value,
     ) -> Result<Value> {
         let step = format!("{kind} {verb}");
+        if kind == REDIRECT
+            && let Some(faults) = &self.faults
+        {
+            faults.inject_into(&mut command, Program::Plugin)?;
+        }
         let output = node.execute(command, &serde_json::to_vec(config)?).context(step.clone())?;
         if !output.status.success() {
             return Err(match serde_json::from_slice::<PluginError>(&output.stdout) {

@@ -24,7 +24,8 @@ use nix::sys::socket::{AddressFamily, SockaddrLike as _, UnixAddr, getsockname};
 use crate::process::descriptor_of;
 use crate::wait;
 
-/// Where a fault can be injected, by name: a command of bpf(2), a kind of netlink message, what is done to a kind of file.
+/// Where a fault can be injected, by name: a command of bpf(2), a kind of netlink message, what is done to a kind of file, a call of
+/// the plugin.
 pub type Point = String;
 
 /// What happens there.
@@ -40,6 +41,15 @@ pub enum Fault {
 
 /// An error that the kernel never returns from these calls: a program that reports it has met an injected fault.
 pub const ERROR: i32 = libc::EREMOTEIO;
+
+/// In which program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Program {
+    /// `redirect`.
+    Agent,
+    /// `redirect-cni`. Its points begin with `plugin`.
+    Plugin,
+}
 
 /// The system calls in which a fault can be injected.
 const CALLS: [c_long; 20] = [
@@ -64,6 +74,9 @@ const CALLS: [c_long; 20] = [
     libc::SYS_recvmsg,
     libc::SYS_mount,
 ];
+
+/// Those that only the plugin is asked about.
+const PLUGIN_CALLS: [c_long; 4] = [libc::SYS_read, libc::SYS_fstatfs, libc::SYS_ioctl, libc::SYS_setsockopt];
 
 /// Faults for the programs that are started with [`Faults::inject_into`].
 #[derive(Clone, Debug)]
@@ -107,12 +120,12 @@ impl Faults {
     }
 
     /// Has the kernel ask about the calls of the program that the command will start.
-    pub fn inject_into(&self, command: &mut Command) -> Result<()> {
-        let filter = filter();
+    pub fn inject_into(&self, command: &mut Command, program: Program) -> Result<()> {
+        let filter = filter(program);
         let page = Page::new()?;
         let shared = Arc::clone(&self.shared);
         thread::spawn(move || {
-            if let Err(error) = page.listener().and_then(|listener| shared.answer(&listener)) {
+            if let Err(error) = page.listener().and_then(|listener| shared.answer(&listener, program)) {
                 eprintln!("faults: {error:#}");
             }
         });
@@ -161,7 +174,7 @@ impl Shared {
     }
 
     /// Answers the kernel's questions until the program and its children have ended.
-    fn answer(&self, listener: &OwnedFd) -> Result<()> {
+    fn answer(&self, listener: &OwnedFd, program: Program) -> Result<()> {
         let mut hanging: Option<(u64, u64)> = None;
         loop {
             if let Some((id, released)) = hanging
@@ -179,7 +192,10 @@ impl Shared {
                 return Ok(());
             }
             let Some(call) = Call::receive(listener)? else { continue };
-            let point = call.point(&self.directories);
+            let point = match program {
+                Program::Agent => call.point(&self.directories),
+                Program::Plugin => call.plugin_point().map(|point| format!("plugin {point}")),
+            };
             match point.and_then(|point| self.decide(point)) {
                 None => respond(listener, call.0.id, None)?,
                 Some(Fault::Fails) => respond(listener, call.0.id, Some(ERROR))?,
@@ -275,6 +291,38 @@ impl Call {
         }
     }
 
+    /// The same for the plugin.
+    fn plugin_point(&self) -> Option<Point> {
+        let arguments = self.0.data.args;
+        let is_unix = |number| self.socket(number) == Some("unix");
+        match c_long::from(self.0.data.nr) {
+            libc::SYS_read => (arguments[0] == 0).then(|| "read stdin".into()),
+            libc::SYS_write => {
+                // It may write to a duplicate.
+                let file = |number| fs::read_link(format!("/proc/{}/fd/{number}", self.0.pid)).ok();
+                let written = file(arguments[0])?;
+                let name = |(number, name)| (file(number).as_ref() == Some(&written)).then_some(name);
+                [(1, "write stdout"), (2, "write stderr")].into_iter().find_map(name).map(str::to_owned)
+            }
+            libc::SYS_openat => {
+                // That is where the harness keeps namespaces.
+                let path = self.path(arguments[1])?;
+                let is_namespace = path.starts_with("/proc") && path.iter().any(|name| name == "fd");
+                is_namespace.then(|| "open namespace".into())
+            }
+            libc::SYS_fstatfs => Some("fstatfs namespace".into()),
+            libc::SYS_ioctl => Some("ioctl namespace".into()),
+            libc::SYS_unlink | libc::SYS_unlinkat => Some("remove note".into()),
+            libc::SYS_mkdir => Some("make directory of notes".into()),
+            libc::SYS_socket => (arguments[0] == libc::AF_UNIX as u64).then(|| "socket".into()),
+            libc::SYS_setsockopt => is_unix(arguments[0]).then(|| "setsockopt".into()),
+            libc::SYS_connect => is_unix(arguments[0]).then(|| "connect".into()),
+            libc::SYS_sendmsg => is_unix(arguments[0]).then(|| "send".into()),
+            libc::SYS_recvmsg => is_unix(arguments[0]).then(|| "receive".into()),
+            _ => None,
+        }
+    }
+
     fn sent(&self, socket: u64, buffer: u64) -> Option<Point> {
         match self.socket(socket)? {
             "ZDS" => Some("ZDS send".into()),
@@ -352,15 +400,17 @@ const NOTIF_RECV: libc::c_ulong = nix::request_code_readwrite!(b'!', 0, size_of:
 const NOTIF_SEND: libc::c_ulong = nix::request_code_readwrite!(b'!', 1, size_of::<seccomp_notif_resp>()) as _;
 
 /// Asks about [`CALLS`], and allows all others.
-fn filter() -> Vec<sock_filter> {
+fn filter(program: Program) -> Vec<sock_filter> {
+    let more: &[c_long] = if program == Program::Plugin { &PLUGIN_CALLS } else { &[] };
+    let calls: Vec<c_long> = CALLS.iter().chain(more).copied().collect();
     const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
     const IS: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
     const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
     let step = |code, k, jt| sock_filter { code, jt, jf: 0, k };
     let mut filter = vec![step(LOAD, offset_of!(libc::seccomp_data, nr) as u32, 0)];
-    for (i, call) in CALLS.iter().enumerate() {
+    for (i, call) in calls.iter().enumerate() {
         // To the last instruction, over the other comparisons and the one that allows.
-        filter.push(step(IS, *call as u32, (CALLS.len() - i) as u8));
+        filter.push(step(IS, *call as u32, (calls.len() - i) as u8));
     }
     filter.push(step(RETURN, libc::SECCOMP_RET_ALLOW, 0));
     filter.push(step(RETURN, libc::SECCOMP_RET_USER_NOTIF, 0));

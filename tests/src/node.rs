@@ -39,7 +39,7 @@ pub struct NodeOptions {
     pub agent_arguments: Vec<String>,
     /// Whether there is a proxy.
     pub proxy: bool,
-    /// Whether faults can be injected into agents and `redirect uninstall`.
+    /// Whether faults can be injected into agents, plugins and `redirect uninstall`.
     pub faults: bool,
 }
 
@@ -418,6 +418,7 @@ impl Node {
         let redirect =
             json!({"type": REDIRECT, "agentSocket": self.agent_socket(), "timeoutSeconds": timeout});
         Chain::new(name, vec![first, redirect], self.session.plugin_directories())
+            .with_faults(self.faults.clone())
     }
 
     fn ipam(&self, families: Families, part: u8) -> Value {

@@ -27,7 +27,9 @@ mod version;
 
 use std::env;
 use std::ffi::OsString;
+use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd as _;
 use std::process::ExitCode;
 
 use serde_json::{Value, json};
@@ -46,15 +48,31 @@ const MAX_STDIN: u64 = 16 * 1024 * 1024;
 
 /// The plugin's `main`.
 pub fn main() -> ExitCode {
-    let outcome = run(&|name| env::var_os(name), io::stdin().lock());
+    let environment = |name: &str| env::var_os(name);
+    let outcome = run(&environment, io::stdin().lock());
     if let Some(note) = &outcome.note {
-        eprintln!("{note}");
+        remark(note);
     }
-    let printed = match &outcome.stdout {
-        Some(value) => writeln!(io::stdout(), "{value}"),
-        None => Ok(()),
-    };
+    let printed = outcome.stdout.as_ref().map_or(Ok(()), print);
+    if let Err(error) = &printed {
+        let pod =
+            Invocation::from_environment(&environment).ok().and_then(|invocation| invocation.pod_name());
+        let pod = pod.map(|pod| format!("pod {pod}: ")).unwrap_or_default();
+        remark(&format!("ambient-redirect: {pod}cannot print the result: {error}"));
+    }
     if outcome.failed || printed.is_err() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+/// Whole or not at all: what a buffer keeps would be printed at the end all the same, and runtimes take the output of a plugin that
+/// fails for the error.
+fn print(value: &Value) -> io::Result<()> {
+    let mut stdout = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    stdout.write_all(format!("{value}\n").as_bytes())
+}
+
+/// For people. A command that has been carried out does not fail because nobody can read of it.
+fn remark(text: &str) {
+    let _ = io::stderr().write_all(format!("{text}\n").as_bytes());
 }
 
 /// What the runtime gets to see.

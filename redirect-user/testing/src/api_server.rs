@@ -48,6 +48,8 @@ pub struct World {
     faults: Vec<(String, Fault)>,
     /// Method, path with query.
     pub requests: Vec<(String, String)>,
+    /// How often each kind of request came, as [`kind`] names it.
+    kinds: BTreeMap<String, usize>,
     /// In which form each of them wants its answer.
     pub accepted: Vec<String>,
     /// The events that were made, as they came.
@@ -169,7 +171,7 @@ impl ApiServer {
         Some(pod["metadata"]["annotations"]["ambient.istio.io/redirection"].as_str()?.to_owned())
     }
 
-    /// Has the next request whose method and path contain this text fail.
+    /// Has the next request fail whose kind, method and path (`list pods: GET /api/v1/pods?`) contain this text.
     pub fn fail_next(&self, what: &str, fault: Fault) {
         self.world().faults.push((what.into(), fault));
     }
@@ -180,7 +182,18 @@ impl ApiServer {
         self.world().faults.len()
     }
 
-    /// Ends all watches.
+    /// Forgets the faults that have not come to pass.
+    pub fn clear_faults(&self) {
+        self.world().faults.clear();
+    }
+
+    /// How often each kind of request (`list pods`, `patch pod`) came so far.
+    #[must_use]
+    pub fn kinds(&self) -> BTreeMap<String, usize> {
+        self.world().kinds.clone()
+    }
+
+    /// Ends all watches, and what stalls.
     pub fn cut_watches(&self) {
         self.change(|world| world.cuts += 1);
     }
@@ -295,6 +308,32 @@ fn merge(object: &mut Value, patch: &Value) {
     }
 }
 
+/// What is done to what.
+fn kind(request: &Request) -> String {
+    let Request { method, path, query, .. } = request;
+    let is_collection = |words: &[&str]| matches!(words, [] | ["namespaces", _]);
+    let words: Vec<&str> = path.trim_start_matches('/').split('/').collect();
+    // /api/v1/…, or /apis/GROUP/VERSION/….
+    let version = if words.first() == Some(&"apis") { 2 } else { 1 };
+    let words = words.get(version + 1..).unwrap_or_default();
+    let (of, is_one) = match words {
+        [before @ .., plural] if is_collection(before) => (*plural, false),
+        [before @ .., plural, _] | [before @ .., plural, _, "status"] if is_collection(before) => {
+            (*plural, true)
+        }
+        _ => (path.as_str(), false),
+    };
+    let verb = match method.as_str() {
+        "GET" if is_one => "get",
+        "GET" if query.contains("watch=true") => "watch",
+        "GET" => "list",
+        "POST" => "create",
+        "PATCH" => "patch",
+        other => other,
+    };
+    format!("{verb} {of}")
+}
+
 struct Connection {
     world: Arc<Mutex<World>>,
     changes: watch::Receiver<()>,
@@ -318,11 +357,13 @@ impl Connection {
         let mut stream = BufReader::new(stream);
         while let Some(request) = read(&mut stream).await? {
             let Request { method, path, query, .. } = &request;
-            let (fault, away) = {
+            let kind = kind(&request);
+            let (fault, away, cuts) = {
                 let mut world = self.world();
                 world.requests.push((method.clone(), format!("{path}?{query}")));
                 world.accepted.push(request.accept.clone());
-                (world.take_fault(&format!("{method} {path}?{query}")), world.away)
+                *world.kinds.entry(kind.clone()).or_default() += 1;
+                (world.take_fault(&format!("{kind}: {method} {path}?{query}")), world.away, world.cuts)
             };
             if away {
                 return Ok(());
@@ -347,7 +388,9 @@ impl Connection {
                 }
                 Some(Fault::Stall) => {
                     stream.write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n").await?;
-                    tokio::time::sleep(Duration::from_secs(60)).await;
+                    let cut =
+                        async { while self.world().cuts == cuts && self.changes.changed().await.is_ok() {} };
+                    let _ = tokio::time::timeout(Duration::from_secs(60), cut).await;
                     return Ok(());
                 }
                 Some(Fault::HangUp) => return Ok(()),

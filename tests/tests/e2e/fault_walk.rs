@@ -1,11 +1,13 @@
-//! Whatever the agent asks of the kernel and of proxies fails, one call after the other, while pods are added and deleted, while agents
-//! start and replace each other, and while everything is removed. The error names the cause, nothing is left, nothing gets past
-//! the proxy, and the next try succeeds. Some calls hang as well: pods that are enrolled don't notice.
+//! Whatever the agent asks of the kernel, of proxies and of the API server fails, and whatever the plugin asks of the kernel and of the
+//! agent, one call after the other, while pods are added and deleted, while agents start and replace each other, and while
+//! everything is removed. The error names the cause, nothing is left, nothing gets past the proxy, and the next try
+//! succeeds. Some calls hang as well: pods that are enrolled don't notice.
 //!
 //! By default a sample of ADD and DEL is walked, by a seed that is printed; with `cargo xtask test --load` every point of all operations.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 use std::{env, fs};
@@ -13,10 +15,11 @@ use std::{env, fs};
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use fastrand::Rng;
 use libtest_mimic::Trial;
+use redirect_testing::{ApiServer, Fault as Answer};
 use redirect_tests::agent::Agent;
 use redirect_tests::faults::{Fault, Faults, Point};
 use redirect_tests::kernel::Footprint;
-use redirect_tests::{Families, Node, NodeOptions, Pod, Server, Stack, signals, wait};
+use redirect_tests::{Cluster, Families, Node, NodeOptions, Pod, Server, Stack, signals, wait};
 
 use crate::context::{Context, trial};
 use crate::load::is_full;
@@ -36,6 +39,28 @@ const SAMPLE: Duration = Duration::from_secs(5);
 
 /// How often a point is tried with every operation, when all are.
 const OCCURRENCES: usize = 5;
+
+/// What the API server says, or does not say, instead of an answer.
+const ANSWERS: [Answer; 6] = [
+    Answer::Status(500),
+    Answer::Status(403),
+    Answer::RetryAfter(429, 1),
+    Answer::Malformed,
+    Answer::HangUp,
+    Answer::Stall,
+];
+
+/// How the points begin that are requests to the API server, before the request's kind.
+const API: &str = "API ";
+
+/// What happens at a point.
+#[derive(Clone, Debug)]
+enum Case {
+    /// The call of this number.
+    Call(usize, Fault),
+    /// The first request.
+    Request(Answer),
+}
 
 /// During which the points are walked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -70,6 +95,8 @@ enum Outcome {
     Named,
     /// The call hung, and the operation succeeded once it went on.
     Waited,
+    /// The call was not made this time.
+    Missed,
 }
 
 impl Outcome {
@@ -78,6 +105,7 @@ impl Outcome {
             Self::Borne => "borne",
             Self::Named => "named",
             Self::Waited => "waited",
+            Self::Missed => "missed",
         }
     }
 }
@@ -95,21 +123,26 @@ fn walk(context: &Context) -> Result<()> {
     for operation in operations() {
         let points =
             world.points(operation).with_context(|| format!("{} without a fault", operation.label()))?;
+        let points: BTreeMap<Point, usize> =
+            points.into_iter().filter(|(point, _)| is_chosen(point)).collect();
         let begun = Instant::now();
         let mut cases = cases(&points, &mut random);
         for (point, count) in &points {
             table.reached(point, operation, *count);
         }
-        while let Some((point, occurrence, fault)) = cases.pop() {
+        while let Some((point, case)) = cases.pop() {
             if !is_full() && begun.elapsed() > SAMPLE {
                 break;
             }
             signals::check()?;
-            match world.with_fault(operation, &point, occurrence, fault) {
+            let outcome = match &case {
+                Case::Call(occurrence, fault) => world.with_fault(operation, &point, *occurrence, *fault),
+                Case::Request(answer) => world.with_answer(operation, &point, answer),
+            };
+            match outcome {
                 Ok(outcome) => table.outcome(&point, operation, outcome),
                 Err(error) => {
-                    let case =
-                        format!("{}, {point} {fault:?} at no. {occurrence}: {error:#}", operation.label());
+                    let case = format!("{}, {point} {case:?}: {error:#}", operation.label());
                     eprintln!("fault_walk: {place:?}: {case}");
                     wrong.push(case);
                     world = World::new(context)?;
@@ -131,16 +164,28 @@ fn operations() -> impl Iterator<Item = Operation> {
     })
 }
 
-/// What is tried, in random order: every point fails at its first call, its last, and some between; and hangs once.
-fn cases(points: &BTreeMap<Point, usize>, random: &mut Rng) -> Vec<(Point, usize, Fault)> {
+/// Whether a point begins as one of `REDIRECT_FAULT_POINTS`, if any are named.
+fn is_chosen(point: &Point) -> bool {
+    let chosen = env::var("REDIRECT_FAULT_POINTS").ok();
+    chosen.is_none_or(|chosen| chosen.split(',').any(|start| point.starts_with(start)))
+}
+
+/// What is tried, in random order: every point fails at its first call, its last, and some between; and hangs once. A request to the
+/// API server fails in every way.
+fn cases(points: &BTreeMap<Point, usize>, random: &mut Rng) -> Vec<(Point, Case)> {
     let mut cases = Vec::new();
     for (point, &count) in points {
+        if point.starts_with(API) {
+            cases.extend(ANSWERS.map(|answer| (point.clone(), Case::Request(answer))));
+            continue;
+        }
         let mut occurrences = BTreeSet::from([1, count]);
         for _ in 0..OCCURRENCES.saturating_sub(2) {
             occurrences.insert(random.usize(1..=count));
         }
-        cases.extend(occurrences.into_iter().map(|occurrence| (point.clone(), occurrence, Fault::Fails)));
-        cases.push((point.clone(), random.usize(1..=count), Fault::Hangs));
+        let fails = |occurrence| (point.clone(), Case::Call(occurrence, Fault::Fails));
+        cases.extend(occurrences.into_iter().map(fails));
+        cases.push((point.clone(), Case::Call(random.usize(1..=count), Fault::Hangs)));
     }
     random.shuffle(&mut cases);
     cases
@@ -148,10 +193,14 @@ fn cases(points: &BTreeMap<Point, usize>, random: &mut Rng) -> Vec<(Point, usize
 
 /// A node with two pods: one comes and goes, the other stays enrolled and must not notice.
 struct World {
+    cluster: Cluster,
     node: Arc<Node>,
     pod: Pod,
     stays: Pod,
+    /// It is never enrolled, and serves.
     other: Pod,
+    /// How often the API server was stirred.
+    stirred: AtomicU32,
     servers: Vec<(Stack, Server)>,
     /// What is in the pods without us.
     clean: Footprint,
@@ -160,14 +209,19 @@ struct World {
 
 impl World {
     fn new(context: &Context) -> Result<Self> {
-        let options = NodeOptions { agent_arguments: arguments(&[]), faults: true, ..NodeOptions::default() };
-        let node = Node::with(&context.session()?, options)?;
+        let options = NodeOptions { faults: true, ..NodeOptions::default() };
+        let cluster = Cluster::without_agent_on(&context.session()?, options)?;
+        cluster.start_agent(&arguments(&[]))?;
+        let node = Arc::clone(cluster.node());
+        node.start_proxy()?;
         let [pod, stays, other] = ["pod", "stays", "other"].map(|name| node.plain(name, Families::Dual));
         let (pod, stays, other) = (pod?, stays?, other?);
         let servers = Stack::ALL.map(|stack| anyhow::Ok((stack, other.listen(stack)?)));
         let servers = servers.into_iter().collect::<Result<_>>()?;
         let (clean, clean_stays) = (Footprint::of(pod.netns())?, Footprint::of(stays.netns())?);
-        let world = Self { node, pod, stays, other, servers, clean, clean_stays };
+        [&pod, &stays].into_iter().for_each(|pod| cluster.announce(pod, &[]));
+        let stirred = AtomicU32::new(0);
+        let world = Self { cluster, node, pod, stays, other, stirred, servers, clean, clean_stays };
         world.stays.enrol()?;
         Ok(world)
     }
@@ -181,10 +235,104 @@ impl World {
         self.prepare(operation)?;
         self.faults()?.arm(None);
         let done = self.act(operation);
-        let points = self.faults()?.reached();
+        let mut points = self.faults()?.reached();
         done?;
         self.verify(operation, None, false)?;
+        points.extend(self.requests(operation)?);
         Ok(points)
+    }
+
+    fn api(&self) -> &ApiServer {
+        self.cluster.api()
+    }
+
+    /// The kinds of requests that the agent makes of the API server during an operation.
+    fn requests(&self, operation: Operation) -> Result<BTreeMap<Point, usize>> {
+        if operation == Operation::Uninstall {
+            return Ok(BTreeMap::new());
+        }
+        self.prepare(operation)?;
+        let before = self.api().kinds();
+        self.stir(operation, || ());
+        self.act(operation)?;
+        self.is_told(operation)?;
+        let made = self.api().kinds().into_iter().filter_map(|(kind, count)| {
+            let made = count - before.get(&kind).unwrap_or(&0);
+            (made > 0).then(|| (format!("{API}{kind}"), made))
+        });
+        let mut made: BTreeMap<Point, usize> = made.collect();
+        if operation == Operation::Add {
+            // It asks for a single pod if the list takes too long.
+            made.insert(GET_POD.into(), 1);
+        }
+        self.verify(operation, None, false)?;
+        Ok(made)
+    }
+
+    /// Has the agent list and watch anew, and gives it something to write about the pods. `arm` is called before it can ask.
+    fn stir(&self, operation: Operation, arm: impl FnOnce()) {
+        let stirred = self.stirred.fetch_add(1, Ordering::Relaxed) + 1;
+        let identity = self.pod.identity();
+        if operation == Operation::Add {
+            self.api().delete_pod(&identity.namespace, &identity.name);
+        }
+        arm();
+        self.api().compact();
+        self.api().cut_watches();
+        // Without its annotation, which the agent writes again.
+        self.cluster.announce(&self.stays, &[]);
+        self.cluster.announce(&self.other, &[(PORTS, &bad_port(stirred))]);
+        self.cluster.announce(&self.pod, &[]);
+    }
+
+    /// Waits until the agent has written what it has to write after [`Self::stir`].
+    fn is_told(&self, operation: Operation) -> Result<()> {
+        let bad = bad_port(self.stirred.load(Ordering::Relaxed));
+        let pods = [&self.stays, &self.pod];
+        let enrolled = if operation == Operation::Add { &pods[..] } else { &pods[..1] };
+        for pod in enrolled {
+            wait::until_true("annotation", 6 * wait::SOON, || {
+                Ok(self.cluster.redirection(pod).as_deref() == Some("enabled"))
+            })
+            .with_context(|| format!("{}: {:?}", pod.identity(), self.cluster.redirection(pod)))?;
+        }
+        wait::until_true("event", 6 * wait::SOON, || {
+            Ok(self.cluster.events(&self.other).iter().any(|note| note.contains(&bad)))
+        })
+        .with_context(|| format!("{:?}", self.cluster.events(&self.other).last()))
+    }
+
+    /// The API server answers the first request of a kind badly, or not at all.
+    fn with_answer(&self, operation: Operation, point: &Point, answer: &Answer) -> Result<Outcome> {
+        self.prepare(operation)?;
+        let kind = point.trim_start_matches(API);
+        self.stir(operation, || {
+            if point == GET_POD {
+                self.api().fail_next("list pods: ", Answer::Stall);
+            }
+            self.api().fail_next(&format!("{kind}: "), answer.clone());
+        });
+        let done = self.act(operation);
+        let happened = wait::until_true("request", 2 * wait::SOON, || Ok(self.api().faults_left() == 0));
+        self.api().clear_faults();
+        self.is_captured(&self.stays).context("while the API server fails")?;
+        // What hangs goes on.
+        self.api().cut_watches();
+        let outcome = match (&done, happened) {
+            (_, Err(_)) => Outcome::Missed,
+            (Ok(()), Ok(())) if matches!(answer, Answer::Stall) => Outcome::Waited,
+            (Ok(()), Ok(())) => Outcome::Borne,
+            (Err(error), Ok(())) => {
+                let text = format!("{error:#}");
+                ensure!(text.contains("API server"), "the cause is not named: {text}");
+                Outcome::Named
+            }
+        };
+        if done.is_ok() {
+            self.is_told(operation)?;
+        }
+        self.verify(operation, done.err(), false)?;
+        Ok(outcome)
     }
 
     fn with_fault(
@@ -213,10 +361,12 @@ impl World {
             }
             (acting.join().map_err(|_| anyhow!("the operation panicked")), hung)
         });
+        let happened = faults.happened();
         faults.arm(None);
         faults.release();
         let (done, hung) = (done?, hung?);
         let outcome = match (&done, hung) {
+            (Ok(()), false) if !happened => Outcome::Missed,
             (Ok(()), true) => Outcome::Waited,
             (Ok(()), false) => Outcome::Borne,
             (Err(error), _) => {
@@ -226,7 +376,15 @@ impl World {
                 Outcome::Named
             }
         };
-        self.verify(operation, done.err(), point.contains("checkpoint"))?;
+        let mut error = done.err();
+        if operation == Operation::Add && error.is_some() && point.starts_with("plugin") {
+            // The agent may have done what it was asked to, and not have been heard. The runtime deletes what it could not add.
+            self.names_pod(error.take().as_ref())?;
+            self.pod.unenrol().context("DEL after ADD failed")?;
+            self.is_clean().context("after ADD failed")?;
+            self.pod.enrol_alone().context("the next ADD")?;
+        }
+        self.verify(operation, error, point.contains("checkpoint"))?;
         Ok(outcome)
     }
 
@@ -259,7 +417,7 @@ impl World {
     }
 
     fn start_agent(&self, more: &[&str]) -> Result<()> {
-        self.node.begin_agent(&arguments(more))?;
+        self.cluster.begin_agent(&arguments(more))?;
         self.node.with_agent(Agent::wait_until_ready)?;
         self.node.wait_for_proxy()
     }
@@ -270,9 +428,8 @@ impl World {
         self.no_panic()?;
         match operation {
             Operation::Add => {
-                if let Some(error) = error {
-                    let text = format!("{error:#}");
-                    ensure!(text.contains(&self.pod.identity().to_string()), "the pod is not named: {text}");
+                if error.is_some() {
+                    self.names_pod(error.as_ref())?;
                     self.is_clean().context("after ADD failed")?;
                     self.pod.enrol_alone().context("the next ADD")?;
                 }
@@ -322,6 +479,12 @@ impl World {
         self.is_captured(&self.stays)
     }
 
+    fn names_pod(&self, error: Option<&anyhow::Error>) -> Result<()> {
+        let text = error.map(|error| format!("{error:#}")).unwrap_or_default();
+        ensure!(text.contains(&self.pod.identity().to_string()), "the pod is not named: {text}");
+        Ok(())
+    }
+
     fn no_panic(&self) -> Result<()> {
         let log = fs::read_to_string(self.node.dir().join("agent.log"))?;
         match log.lines().find(|line| line.contains("panicked")) {
@@ -363,11 +526,21 @@ impl World {
     }
 }
 
+/// The agent asks for a pod that is being added when the API server does not list it.
+const GET_POD: &str = "API get pods";
+
+/// An annotation, and a value of it that the agent refuses, with an event.
+const PORTS: &str = "ambient-redirect.io/exclude-outbound-ports";
+
+fn bad_port(number: u32) -> String {
+    format!("http{number}-")
+}
+
 /// The maps in which pods are.
 const PODS: [&str; 3] = ["PODS", "POD_IPV4", "POD_IPV6"];
 
-fn arguments(more: &[&str]) -> Vec<String> {
-    ["--on-exit", "keep"].iter().chain(more).map(ToString::to_string).collect()
+fn arguments<'a>(more: &[&'a str]) -> Vec<&'a str> {
+    ["--on-exit", "keep"].iter().chain(more).copied().collect()
 }
 
 /// Points × operations.
