@@ -231,7 +231,11 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let mut slot = self.slots.lock(&uid).await;
         let began = Instant::now();
         let (identity, addresses) = (wanted.identity.clone(), wanted.addresses.iter().copied().collect());
-        let result = self.attach(&mut slot, attachment, wanted, netns).await;
+        let result = if self.ownership.resume(&attachment.container_id, &uid) {
+            self.attach(&mut slot, attachment, wanted, netns).await
+        } else {
+            Err(Error::TakenDown(identity.clone()))
+        };
         self.release(slot, &uid).await;
         let result = match result {
             Ok(attached) => self.serve(attached, began).await,
@@ -293,7 +297,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         self.own(&enrolled.target).await;
         self.claim(&enrolled.target, addresses);
         self.follow(&enrolled.target);
-        let steered = match self.steer(&enrolled.target).await {
+        let steered = match self.steer_owned(&enrolled.target).await {
             Ok(outcome) => self.announce(&enrolled.target).map(|announced| (outcome.observation, announced)),
             Err(error) => Err(error),
         };
@@ -371,7 +375,9 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         before: Option<Enrolled>,
     ) {
         let Some(known) = &mut **slot else { return };
-        match before.as_ref().and_then(|before| before.attachments.get(attachment)) {
+        // What another ADD of this attachment had not ended with when this one took its place was nobody's.
+        let ended = before.as_ref().filter(|before| !before.adding.contains_key(attachment));
+        match ended.and_then(|before| before.attachments.get(attachment)) {
             Some(addresses) => _ = known.attachments.insert(attachment.clone(), addresses.clone()),
             None => _ = known.attachments.remove(attachment),
         }
@@ -440,9 +446,11 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     pub(crate) async fn adopt(&self, wanted: Wanted, sandboxes: Vec<Sandbox>) -> Result<(), Error> {
         let uid = wanted.identity.uid.clone();
         // Before it is looked whether they were taken down: whoever does that afterwards waits for this to end.
-        let containers = sandboxes.iter().flat_map(|sandbox| &sandbox.containers);
-        self.ownership.find(containers, &uid);
+        let containers = || sandboxes.iter().flat_map(|sandbox| &sandbox.containers);
+        self.ownership.find(containers(), &uid);
         let mut slot = self.slots.lock(&uid).await;
+        // Whoever held the pod has settled its containers.
+        self.ownership.find(containers(), &uid);
         let result = match &mut *slot {
             // The plugin brought it meanwhile.
             Some(known) => self.change(known, &wanted).await,
@@ -492,7 +500,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         self.claim(&enrolled.target, enrolled.target.addresses.iter());
         self.follow(&enrolled.target);
         // Nothing yet, but whether it can be.
-        let steered = match self.steer(&enrolled.target).await {
+        let steered = match self.steer_owned(&enrolled.target).await {
             Ok(outcome) => self.hand_over(&enrolled.target).map(|()| outcome.observation),
             Err(error) => Err(error),
         };
@@ -736,7 +744,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
         let proxy = asked.elapsed();
         self.unenroll(target, Removal::Everything, left).await?;
-        if owned {
+        // Another pod may have taken the namespace meanwhile.
+        if owned && self.ownership.is_of(target) {
             if tidy {
                 self.tidy(target).await?;
             }
@@ -846,6 +855,15 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             events().enrolled("kernel", began.elapsed());
         }
         Ok(outcome)
+    }
+
+    /// The same for a pod whose namespace others may have taken, and left, since it became the pod's.
+    async fn steer_owned(&self, target: &Target) -> Result<Outcome, Error> {
+        if self.ownership.take_if_free(target) {
+            self.steer(target).await
+        } else {
+            Err(Error::NamespaceTaken(target.identity.clone()))
+        }
     }
 
     /// Removes everything of every pod from the kernel. The proxies keep their pods: an agent that stops is no reason to
@@ -997,12 +1015,12 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     async fn release(&self, slot: Guard<Enrolled>, uid: &str) {
         self.ownership.settle(uid, slot.iter().flat_map(Enrolled::containers));
         self.note_awaiting(uid, slot.as_ref());
-        drop(slot);
-        if self.slots.tidy(uid).await
+        if slot.is_none()
             && let Some(watch) = &self.watch
         {
             watch.unfollow(uid);
         }
+        self.slots.release(uid, slot).await;
     }
 }
 

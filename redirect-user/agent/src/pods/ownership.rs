@@ -136,6 +136,17 @@ impl Ownership {
         owned.retired.retain(|retired| retired != container);
     }
 
+    /// The same again, once nobody else settles the pod's containers any more. Returns whether that is still wanted: the runtime may have
+    /// taken the container down meanwhile.
+    pub(super) fn resume(&self, container: &str, uid: &str) -> bool {
+        let mut owned = self.owned();
+        let is_retired = owned.retired.iter().any(|retired| retired == container);
+        if !is_retired {
+            owned.containers.insert(container.into(), uid.into());
+        }
+        !is_retired
+    }
+
     /// Containers were found running.
     pub(super) fn find<'a>(&self, containers: impl Iterator<Item = &'a String>, uid: &str) {
         self.owned().containers.extend(containers.map(|container| (container.clone(), uid.to_owned())));
@@ -174,6 +185,12 @@ impl Ownership {
     #[cfg(test)]
     pub(super) fn containers(&self) -> BTreeSet<String> {
         self.owned().containers.keys().cloned().collect()
+    }
+
+    /// The addresses that pods have.
+    #[cfg(test)]
+    pub(super) fn addresses(&self) -> BTreeSet<IpAddr> {
+        self.owned().addresses.keys().copied().collect()
     }
 
     fn owned(&self) -> MutexGuard<'_, Owned> {
@@ -282,5 +299,11 @@ mod tests {
         // The runtime may bring back what it took down.
         ownership.begin("1", "pod");
         assert!(!ownership.is_retired(&set(&["1"])));
+        // What is being set up is not among what somebody else settles meanwhile, and may be taken down.
+        ownership.settle("pod", set(&["c"]).iter());
+        assert!(ownership.resume("1", "pod") && ownership.pod_of("1").as_deref() == Some("pod"));
+        ownership.settle("pod", set(&["c"]).iter());
+        ownership.retire("1");
+        assert!(!ownership.resume("1", "pod") && ownership.pod_of("1").is_none());
     }
 }

@@ -1,5 +1,7 @@
 //! Pods on a kernel that is a double, as the CNI plugin brings and takes them. Other ways are tested with Kubernetes.
 
+mod schedules;
+
 use std::convert::Infallible;
 
 use tempfile::TempDir;

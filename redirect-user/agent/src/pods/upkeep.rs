@@ -115,12 +115,18 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         if known.target.adoption == Adoption::Awaited {
             return;
         }
-        if !self.ownership.is_of(&known.target) {
+        // Another pod that took the namespace may be gone, and its checkpoint with it.
+        let is_free = self.ownership.owner(known.target.netns_cookie).is_none();
+        if !self.ownership.take_if_free(&known.target) {
             known.steered = false;
             return;
         }
         let began = Instant::now();
-        match self.steer(&known.target).await {
+        let steered = self.steer(&known.target).await;
+        if is_free {
+            self.keep(known).await;
+        }
+        match steered {
             Ok(outcome) => {
                 let before = &known.observation.facts;
                 let lost: Vec<Fact> = outcome.made.into_iter().filter(|fact| before.contains(fact)).collect();
