@@ -126,6 +126,8 @@ impl Faults {
         let shared = Arc::clone(&self.shared);
         thread::spawn(move || {
             if let Err(error) = page.listener().and_then(|listener| shared.answer(&listener, program)) {
+                // Nobody answers the program, which fails; it must not wait in vain.
+                page.0.taken.store(1, Ordering::Release);
                 eprintln!("faults: {error:#}");
             }
         });

@@ -11,7 +11,7 @@ use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use redirect_protocol::placement::Placement;
-use redirect_tests::faults::{Fault, Faults};
+use redirect_tests::faults::{self, Fault, Faults};
 use redirect_tests::foreign::{Hook, Kind, Program};
 use redirect_tests::{Families, Node, NodeOptions, Pod, foreign, wait};
 use serde_json::Value;
@@ -207,7 +207,7 @@ fn probes_that_fail(context: &Context) -> Result<()> {
         let faults = Faults::new(nowhere(), nowhere());
         let said = in_surroundings(context, "", |command| {
             faults.arm(Some((&point, 1, Fault::FailsFromNowOn(error))));
-            faults.inject_into(command)
+            faults.inject_into(command, faults::Program::Agent)
         })?;
         said.refused(code, "maps", &[word])?;
         let text = String::from_utf8_lossy(&said.agent.stderr);
