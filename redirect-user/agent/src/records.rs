@@ -262,26 +262,30 @@ pub struct Found {
     pub netns: Option<NetNs>,
 }
 
-/// Looks for the namespaces of records: where they were, then among those of all processes and mounts.
-#[must_use]
-pub fn find(records: Vec<Record>) -> Vec<Found> {
+/// Looks for the namespaces of records: where they were, then among those of all processes and mounts. An error if one that may be a
+/// pod's can't be told from others: to take it for none would leave in it what is ours.
+pub fn find(records: Vec<Record>) -> io::Result<Vec<Found>> {
     let mut everywhere = None;
     let find = |record: Record| {
-        let is_it = |netns: &NetNs| {
-            netns.inode().is_ok_and(|inode| inode == record.netns_inode)
-                && netns.cookie().is_ok_and(|cookie| cookie == record.netns_cookie)
+        let its_own = |path: &Path| -> io::Result<Option<NetNs>> {
+            let Ok(netns) = NetNs::open(path) else { return Ok(None) };
+            let is_it = netns.inode()? == record.netns_inode && netns.cookie()? == record.netns_cookie;
+            Ok(is_it.then_some(netns))
         };
-        let hint = record
-            .netns_path
-            .iter()
-            .flat_map(|path| places(path))
-            .find_map(|path| NetNs::open(&path).ok().filter(is_it));
-        let netns = hint.or_else(|| {
+        let search = || -> io::Result<Option<NetNs>> {
+            for path in record.netns_path.iter().flat_map(|path| places(path)) {
+                if let Some(netns) = its_own(&path)? {
+                    return Ok(Some(netns));
+                }
+            }
             let everywhere = everywhere.get_or_insert_with(namespaces);
-            let netns = NetNs::open(everywhere.get(&record.netns_inode)?).ok().filter(is_it)?;
-            Some(netns)
-        });
-        Found { netns, record }
+            everywhere.get(&record.netns_inode).map_or(Ok(None), |path| its_own(path))
+        };
+        let netns = { search }().map_err(|error| {
+            let pod = &record.identity;
+            io::Error::new(error.kind(), format!("pod {pod}: cannot identify its network namespace: {error}"))
+        })?;
+        Ok(Found { netns, record })
     };
     records.into_iter().map(find).collect()
 }
@@ -464,7 +468,7 @@ mod tests {
         };
         let another = Record { netns_path: Some("/proc/self/ns/net".into()), ..record() };
         let reused = Record { netns_cookie: 1 << 60, ..living.clone() };
-        let found = find(vec![living, another, reused]);
+        let found = find(vec![living, another, reused]).unwrap();
         let found: Vec<bool> = found.iter().map(|found| found.netns.is_some()).collect();
         assert_eq!(found, [true, false, false]);
     }

@@ -114,7 +114,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     let (pins, found) = tokio::task::spawn_blocking(move || {
         // First the pins: with them, no other agent writes records.
         let pins = Pins::open(&pin_dir)?;
-        anyhow::Ok((pins, records::find(earlier.read().context("cannot read the checkpoints of pods")?)))
+        anyhow::Ok((pins, records::find(earlier.read().context("cannot read the checkpoints of pods")?)?))
     })
     .await??;
     let steered = found.iter().filter(|found| found.record.phase == Phase::Done);

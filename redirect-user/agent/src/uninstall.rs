@@ -120,7 +120,8 @@ pub fn uninstall(options: &Options) -> anyhow::Result<Report> {
 }
 
 /// Every network namespace but the host's, with its record if there is one; of those without a record only the ones with
-/// these cookies.
+/// these cookies. An error unless each can be told from the others: what is ours stays in one that is left out, and nothing leads to it
+/// any more.
 fn namespaces(
     known: Vec<records::Record>,
     limit: Option<&BTreeSet<u64>>,
@@ -128,14 +129,21 @@ fn namespaces(
     let host = NetNs::current().context("the host's network namespace")?.inode()?;
     let mut all: BTreeMap<u64, (NetNs, Option<records::Record>)> = BTreeMap::new();
     for (inode, path) in records::namespaces() {
-        let is_wanted = |netns: &NetNs| {
-            limit.is_none_or(|cookies| netns.cookie().is_ok_and(|cookie| cookies.contains(&cookie)))
+        // It may have ended meanwhile.
+        let Ok(netns) = NetNs::open(&path) else { continue };
+        let is_wanted = match limit {
+            None => true,
+            Some(cookies) => {
+                let cookie = netns.cookie();
+                cookies
+                    .contains(&cookie.with_context(|| format!("cannot identify network namespace {inode}"))?)
+            }
         };
-        if let Some(netns) = NetNs::open(&path).ok().filter(is_wanted) {
+        if is_wanted {
             all.insert(inode, (netns, None));
         }
     }
-    for found in records::find(known) {
+    for found in records::find(known)? {
         if let Some(netns) = found.netns {
             all.insert(found.record.netns_inode, (netns, Some(found.record)));
         }

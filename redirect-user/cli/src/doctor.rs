@@ -69,7 +69,7 @@ pub(crate) fn examine(requirements: &Requirements) -> Vec<Check> {
 
 /// The pods that an agent steers here, as far as their namespaces still exist.
 fn enrolled(requirements: &Requirements) -> std::io::Result<Vec<Found>> {
-    Ok(records::find(Records::at(&requirements.state_dir).read()?))
+    records::find(Records::at(&requirements.state_dir).read()?)
 }
 
 /// The worst of them.
