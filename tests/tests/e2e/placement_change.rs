@@ -252,7 +252,8 @@ fn nothing_is_left(node: &Arc<Node>, placement: Placement, before: &Footprint, p
         left.extend((doctor["state"] != "ok").then(|| doctor.to_string()));
         for pod in pods {
             let (detail, _) = show(node, pod)?;
-            let odd = detail.expectations.into_iter().filter(|expected| expected.state != FactState::Present);
+            let is_odd = |state| !matches!(state, FactState::Present | FactState::Unused);
+            let odd = detail.expectations.into_iter().filter(|expected| is_odd(expected.state));
             left.extend(odd.map(|expected| format!("{expected:?}")));
         }
         Ok(left)
