@@ -1,5 +1,5 @@
 //! The desired state of an enrolled pod in the kernel, as a set of facts, and the operations that lead from the observed facts to
-//! the desired ones. Pure. What is desired differs by where the proxy listens ([`in_pod`], [`on_node`]).
+//! the desired ones. Pure. What is desired differs by where the proxy listens (`in_pod`, `on_node`).
 
 mod in_pod;
 mod on_node;
