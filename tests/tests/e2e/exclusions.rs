@@ -1,10 +1,10 @@
 //! Networks and ports that the agent is told not to steer.
 
 use std::net::IpAddr;
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 use std::sync::Arc;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::count::Reason;
 use redirect_ebpf::{Direction, Family, Verdict};
@@ -183,6 +183,11 @@ fn everything_of_a_family(context: &Context, stack: Stack) -> Result<()> {
 
 /// What an agent says that does not start.
 fn refusal(context: &Context, arguments: &[&str]) -> Result<String> {
+    refused(context, arguments).map(|(_, text)| text)
+}
+
+/// The same, with how it ended. One that starts all the same is ended, and leaves nothing.
+pub(crate) fn refused(context: &Context, arguments: &[&str]) -> Result<(ExitStatus, String)> {
     let session = context.session()?;
     // A bpffs has no names with dots.
     let directory = tempfile::Builder::new().prefix("refused-").tempdir_in(session.directory())?;
@@ -210,8 +215,9 @@ fn refusal(context: &Context, arguments: &[&str]) -> Result<String> {
         std::fs::remove_dir_all(&pins)?;
     }
     ended?;
-    ensure!(status.is_some_and(|status| !status.success()), "{arguments:?}: {status:?}");
-    Ok(std::fs::read_to_string(log)?)
+    let status = status.filter(|status| !status.success());
+    let status = status.with_context(|| format!("{arguments:?}: the agent ended well"))?;
+    Ok((status, std::fs::read_to_string(log)?))
 }
 
 fn bad_values(context: &Context) -> Result<()> {

@@ -1,6 +1,5 @@
 //! Many pods, and more pods than there is room for.
 
-use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -10,7 +9,7 @@ use libtest_mimic::Trial;
 use redirect_tests::{Families, Node, NodeOptions, Pod, Stack, cni};
 
 use crate::context::{Context, trial};
-use crate::{inbound, outbound, restarts};
+use crate::{exclusions, inbound, outbound, restarts};
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     vec![
@@ -53,10 +52,8 @@ fn gc_of_a_large_node(context: &Context) -> Result<()> {
     valid.push((&stays.sandbox().container_id, &stays.sandbox().interface));
     node.chain(Families::Dual, &[]).gc(cni::REDIRECT, node.netns(), &valid)?;
     ensure!(node.report(&goes)?.is_none(), "{:?}", node.report(&goes)?);
-    let redirect = context.session()?.binaries().redirect.clone();
-    let more = Command::new(redirect).args(["agent", "--max-pods", "65537"]).output()?;
-    let text = String::from_utf8_lossy(&more.stderr);
-    ensure!(more.status.code() == Some(2) && text.contains("65536"), "{}: {text}", more.status);
+    let (status, text) = exclusions::refused(context, &["--max-pods", "65537"])?;
+    ensure!(status.code() == Some(2) && text.contains("65536"), "{status}: {text}");
     stays.check()?;
     for stack in Stack::ALL {
         outbound::passes_the_proxy_once(&stays, &goes, stack)?;
