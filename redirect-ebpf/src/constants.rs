@@ -64,10 +64,10 @@ pub const RULE_PRIORITY_REFUSE: u32 = 15002;
 pub const RULE_PRIORITY_DELIVERY: u32 = 15006;
 
 /// Placement `node`: the ingress device, in the host's namespace, through which packets of pods reach the proxy.
-pub const ENTRANCE: &str = "redirect0";
+pub const INGRESS_DEVICE: &str = "redirect0";
 
 /// The other end of that veth pair, which is never up.
-pub const ENTRANCE_PEER: &str = "redirect1";
+pub const INGRESS_DEVICE_PEER: &str = "redirect1";
 
 /// How many proxy cgroups the kernel side knows at a time: a rolling upgrade has two.
 pub const MAX_PROXY_CGROUPS: u32 = 16;

@@ -41,7 +41,7 @@ counted! {
     /// What the kernel side did with a connection.
     Verdict {
         /// Given to the node proxy.
-        Steered = "steered",
+        Captured = "captured",
         /// Left alone.
         Passed = "passed",
         /// Refused or held: its packets are dropped.
@@ -67,7 +67,7 @@ counted! {
         /// The pod accepts inbound connections without the proxy.
         BypassInbound = "bypass_inbound",
         /// Neither TCP nor DNS. Not counted.
-        NotSteered = "not_steered",
+        OtherTraffic = "other_traffic",
         /// An exclusion of the node or of the pod.
         Excluded = "excluded",
         /// A DNS query, to the proxy's resolver.

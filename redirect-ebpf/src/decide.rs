@@ -66,7 +66,7 @@ pub fn outbound<I: Ip>(
     let tcp = connect.protocol == Protocol::Tcp;
     let dns = connect.port == PORT_DOMAIN && connect.flags.contains(PodFlags::DNS);
     if !tcp && !dns {
-        return Outbound::Pass(Reason::NotSteered);
+        return Outbound::Pass(Reason::OtherTraffic);
     }
     if connect.proxy {
         let borrows = || !I::is_loopback(connect.source) && !own(connect.source);

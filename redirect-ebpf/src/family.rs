@@ -68,7 +68,7 @@ pub trait Ip: Copy + 'static {
     fn is_group(address: Self::Address) -> bool;
 
     /// Whether the address is an IPv6 link-local one. IPv4 link-local unicast does not count: cloud metadata servers live
-    /// there, and Istio steers connections to them.
+    /// there, and Istio captures connections to them.
     fn is_link_local(address: Self::Address) -> bool;
 
     /// Whether the address means something only on its link.

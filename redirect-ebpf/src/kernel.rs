@@ -14,12 +14,12 @@
 //! | [`dns`] | cgroup/sendmsg, recvmsg, getpeername, 4 and 6 | sends DNS queries to the proxy's resolver |
 //! | [`from_pod`] | TC ingress of the host end of the pod's device, placement `node` | sends packets for the proxy to the ingress device |
 //! | [`to_pod`] | TC egress of the same | the same |
-//! | [`entrance`] | TC ingress of the ingress device, placement `node` | gives connections to the proxy |
+//! | [`ingress_device`] | TC ingress of the ingress device, placement `node` | gives connections to the proxy |
 //! | [`probe`] | sock_ops of the kubelet's cgroup | records the kubelet's probes |
 //!
 //! They share maps ([`config`], [`pods`], [`proxies`], [`exclusions`], [`counters`], [`flows`], [`notes`]), the drop log
 //! ([`diagnostics`]), access to contexts ([`context`], [`sock_addr`], [`skb`]), [`atomic`] additions, socket lookups ([`socket`]), the
-//! assignment of packets to listeners ([`steer`]), connections that were half open when a pod was captured ([`half_open`]), and in
+//! assignment of packets to listeners ([`capture`]), connections that were half open when a pod was captured ([`half_open`]), and in
 //! placement `node` changes of packets ([`rewrite`]) and refusals ([`refuse`]).
 
 #![expect(
@@ -30,6 +30,7 @@
 mod atomic;
 mod bind;
 mod call;
+mod capture;
 mod config;
 mod context;
 mod cookies;
@@ -37,13 +38,13 @@ mod counters;
 mod diagnostics;
 mod dns;
 mod egress;
-mod entrance;
 mod exclusions;
 mod flows;
 mod from_pod;
 mod half_open;
 mod host_gate;
 mod inbound;
+mod ingress_device;
 mod listeners;
 mod lookup;
 mod loopback;
@@ -57,7 +58,6 @@ mod rewrite;
 mod skb;
 mod sock_addr;
 mod socket;
-mod steer;
 mod to_pod;
 mod virtual_interface;
 

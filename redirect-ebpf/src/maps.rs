@@ -91,7 +91,7 @@ pub struct Config {
     /// [`ConfigFlags`] as bits; 64 bits wide, so that there is no padding.
     pub flags: u64,
     /// Placement `node`: index of the device through which packets reach the proxy, host order; else zero.
-    pub entrance: u64,
+    pub ingress_device: u64,
 }
 
 /// The addresses and ports of a connection, as in its SYN.

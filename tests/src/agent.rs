@@ -166,7 +166,7 @@ pub fn pin_dir(session: &Session, dir: &Path) -> PathBuf {
     session.pins().join(dir.file_name().unwrap_or_default())
 }
 
-/// Where it keeps its records.
+/// Where it keeps its checkpoints.
 #[must_use]
 pub fn state_dir(dir: &Path) -> PathBuf {
     dir.join("state")

@@ -8,14 +8,14 @@
 //! | [`load`], [`client`], [`listener`], [`protocol`] | clients and servers |
 //! | [`traffic`] | measurements of connections, and the proof that an arm is what it claims to be |
 //! | [`extra`] | destinations in turn, run time of programs, many pods and exclusions |
-//! | [`nursery`], [`crowd`], [`enrolment`], [`scale`] | what enrolment takes, and what many pods cost |
+//! | [`nursery`], [`crowd`], [`enrollment`], [`scale`] | what enrollment takes, and what many pods cost |
 //! | [`statistics`], [`targets`] | ratios with confidence intervals, and what they should be |
 //! | [`machine`] | where it was measured, and what else ran there |
 //! | [`run`], [`report`], [`plots`] | the order of it all, and what comes out |
 
 pub mod client;
 pub mod crowd;
-pub mod enrolment;
+pub mod enrollment;
 pub mod extra;
 pub mod listener;
 pub mod load;

@@ -120,7 +120,7 @@ fn id(object: &Value, field: &str) -> Option<u32> {
     u32::try_from(object[field].as_u64()?).ok()
 }
 
-/// What steering changes in a namespace, a pod's or the host's, in a form that can be compared.
+/// What capturing changes in a namespace, a pod's or the host's, in a form that can be compared.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Footprint {
     /// Routing rules, both families.

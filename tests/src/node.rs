@@ -236,7 +236,7 @@ impl Node {
         agent::pin_dir(&self.session, self.dir())
     }
 
-    /// Where it keeps its records.
+    /// Where it keeps its checkpoints.
     #[must_use]
     pub fn state_dir(&self) -> PathBuf {
         agent::state_dir(self.dir())

@@ -227,13 +227,13 @@ impl Pod {
     }
 
     /// Runs our plugin's ADD alone, on the namespace as it is.
-    pub fn enrol(&self) -> Result<()> {
+    pub fn enroll(&self) -> Result<()> {
         self.enrolled.store(true, Ordering::Relaxed);
         self.chain.only(REDIRECT).add(self.node.netns(), &self.sandbox, Some(&self.result)).map(drop)
     }
 
-    /// As [`Pod::enrol`], after a plugin that made one more interface, and named none of its addresses.
-    pub fn enrol_with_interface(&self, name: &str) -> Result<()> {
+    /// As [`Pod::enroll`], after a plugin that made one more interface, and named none of its addresses.
+    pub fn enroll_with_interface(&self, name: &str) -> Result<()> {
         self.enrolled.store(true, Ordering::Relaxed);
         let mut result = self.result.clone();
         let interfaces = result["interfaces"].as_array_mut().context("the chain's result has interfaces")?;
@@ -241,21 +241,21 @@ impl Pod {
         self.chain.only(REDIRECT).add(self.node.netns(), &self.sandbox, Some(&result)).map(drop)
     }
 
-    /// As [`Pod::enrol`], without a DEL if it fails.
-    pub fn enrol_alone(&self) -> Result<()> {
+    /// As [`Pod::enroll`], without a DEL if it fails.
+    pub fn enroll_alone(&self) -> Result<()> {
         self.enrolled.store(true, Ordering::Relaxed);
         self.chain.only(REDIRECT).add_alone(self.node.netns(), &self.sandbox, Some(&self.result)).map(drop)
     }
 
-    /// As [`Pod::enrol`]; the runtime keeps the namespace at this path.
-    pub fn enrol_at(&self, netns: PathBuf) -> Result<()> {
+    /// As [`Pod::enroll`]; the runtime keeps the namespace at this path.
+    pub fn enroll_at(&self, netns: PathBuf) -> Result<()> {
         self.enrolled.store(true, Ordering::Relaxed);
         let sandbox = Sandbox { netns: Some(netns), ..self.sandbox.clone() };
         self.chain.only(REDIRECT).add(self.node.netns(), &sandbox, Some(&self.result)).map(drop)
     }
 
     /// Runs our plugin's DEL alone; the pod lives on.
-    pub fn unenrol(&self) -> Result<()> {
+    pub fn unenroll(&self) -> Result<()> {
         self.chain.only(REDIRECT).del(self.node.netns(), &self.sandbox, Some(&self.result))
     }
 

@@ -101,7 +101,7 @@ fn control(tree: &Tree<'_>) -> Result<()> {
         "Package: {NAME}\nVersion: {version}\nArchitecture: {architecture}\nSection: net\nPriority: optional\n\
          Maintainer: The ambient-redirect authors <ambient-redirect@localhost>\nInstalled-Size: {size}\n\
          Recommends: containernetworking-plugins\n\
-         Description: steers containers' TCP connections to a node proxy, with eBPF\n \
+         Description: captures containers' TCP connections to a node proxy, with eBPF\n \
          Agent, CNI plugin and node proxy of ambient-redirect, for nodes without\n \
          Kubernetes, such as those on which podman starts containers by CNI.\n"
     );

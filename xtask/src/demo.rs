@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: pods whose traffic is steered, without a cluster.
+//! `cargo xtask demo`: pods whose traffic is captured, without a cluster.
 
 use std::ffi::OsString;
 

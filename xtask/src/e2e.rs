@@ -1,9 +1,9 @@
 //! `cargo xtask e2e`: image and chart on a real cluster, from the installation to the last trace of it.
 
+mod capturing;
 mod cluster;
 mod load;
 mod report;
-mod steering;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -80,11 +80,11 @@ fn run(workspace: &Workspace, options: &Options, cluster: &Cluster<'_>, report: 
 
     report.step("helm install", || install(cluster, options, &images[0]))?;
     report.step("samples", || samples(cluster, options))?;
-    report.step("greetings", || steering::greetings(cluster, steering::Steered::Yes))?;
+    report.step("greetings", || capturing::greetings(cluster, capturing::Captured::Yes))?;
     if !options.with_proxy {
-        report.step("all through the proxy but probes", || steering::passed_the_proxy(cluster))?;
+        report.step("all through the proxy but probes", || capturing::passed_the_proxy(cluster))?;
     }
-    report.step("what redirect pod says", || steering::in_the_kernel(cluster))?;
+    report.step("what redirect pod says", || capturing::in_the_kernel(cluster))?;
     let before = cluster.vitals(SAMPLES)?;
     report.step("helm upgrade under load", || {
         let load = Load::start(cluster)?;
@@ -92,7 +92,7 @@ fn run(workspace: &Workspace, options: &Options, cluster: &Cluster<'_>, report: 
         let load = load.finish()?;
         Ok(format!("{}; {load}", upgraded?))
     })?;
-    report.step("greetings after the upgrade", || steering::greetings(cluster, steering::Steered::Yes))?;
+    report.step("greetings after the upgrade", || capturing::greetings(cluster, capturing::Captured::Yes))?;
     report.step("probes stayed green", || {
         let after = cluster.vitals(SAMPLES)?;
         ensure!(after == before, "before: {before:#?}\nafter: {after:#?}");
@@ -100,16 +100,16 @@ fn run(workspace: &Workspace, options: &Options, cluster: &Cluster<'_>, report: 
     })?;
     report.step("pods started after the upgrade", || {
         cluster.restart(SAMPLES)?;
-        steering::greetings(cluster, steering::Steered::Yes)
+        capturing::greetings(cluster, capturing::Captured::Yes)
     })?;
 
     let daemonset = cluster.get(&options.namespace, &format!("daemonset/{RELEASE}"))?;
     report.step("helm uninstall", || uninstall(cluster, &options.namespace))?;
-    report.step("greetings without us", || steering::greetings(cluster, steering::Steered::No))?;
+    report.step("greetings without us", || capturing::greetings(cluster, capturing::Captured::No))?;
     report.step("nothing left on the nodes", || left_on_nodes(cluster, &daemonset))?;
     report.step("pods started without us", || {
         cluster.restart(SAMPLES)?;
-        steering::greetings(cluster, steering::Steered::No)
+        capturing::greetings(cluster, capturing::Captured::No)
     })?;
     report.step("nothing left in the cluster", || {
         cluster.delete_namespaces(&[SAMPLES, &options.namespace])?;

@@ -62,7 +62,7 @@ enum Task {
         #[arg(last = true)]
         agent: Vec<OsString>,
     },
-    /// Builds, then shows pods whose traffic is steered, on this host, without a cluster. Needs root.
+    /// Builds, then shows pods whose traffic is captured, on this host, without a cluster. Needs root.
     Demo {
         /// Arguments of the demo, such as `--keep`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]

@@ -148,7 +148,7 @@ impl fmt::Display for Tally {
     }
 }
 
-/// cargo's line before it runs a test binary: `Running tests/steer.rs (target/debug/deps/steer-0123)`.
+/// cargo's line before it runs a test binary: `Running tests/capture.rs (target/debug/deps/capture-0123)`.
 fn header(line: &str) -> Option<&str> {
     let line = line.trim();
     match line.strip_prefix("Running ") {
@@ -197,12 +197,12 @@ mod tests {
         test wire::tests::needs_ipv6 ... ignored, no IPv6 here\n\
         test wire::tests::starts ... ok\n\n\
         test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s\n";
-    const MIMIC: &str = "     Running tests/steer.rs (/x/target/debug/deps/steer-0b)\n\nrunning 3 tests\n\
+    const MIMIC: &str = "     Running tests/capture.rs (/x/target/debug/deps/capture-0b)\n\nrunning 3 tests\n\
         skipped: dns::udp: kernel 6.1 lacks it\n\
         test dns::udp  ... ignored (kernel 6.1 lacks it)\n\
-        test steer::v4 ... FAILED\n\
-        test steer::v6 ... ok\n\n\
-        failures:\n\n---- steer::v4 ----\nno answer\n\nfailures:\n    steer::v4\n\n\
+        test capture::v4 ... FAILED\n\
+        test capture::v6 ... ok\n\n\
+        failures:\n\n---- capture::v4 ----\nno answer\n\nfailures:\n    capture::v4\n\n\
         test result: FAILED. 1 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; finished in 2.50s\n";
     const CRASH: &str = "     Running tests/hooks.rs (target/debug/deps/hooks-0c)\n\nrunning 3 tests\n\
         error: test failed, to rerun pass `-p redirect-tests --test hooks`\n";
@@ -229,7 +229,7 @@ mod tests {
             (&[], false, "0 passed, 1 failed", &["cargo test itself"]),
             (&[UNIT], true, "2 passed, 0 failed, 1 skipped", &[]),
             (&[DOC], true, "1 passed, 0 failed", &[]),
-            (&[MIMIC], false, "1 passed, 1 failed, 1 skipped", &["steer::v4"]),
+            (&[MIMIC], false, "1 passed, 1 failed, 1 skipped", &["capture::v4"]),
             (&[EARLY], true, "1 passed, 0 failed, 2 skipped", &[]),
             (
                 &[CRASH, UNIT],
@@ -237,7 +237,7 @@ mod tests {
                 "2 passed, 1 failed, 1 skipped",
                 &["tests/hooks.rs (target/debug/deps/hooks-0c) died before it reported"],
             ),
-            (&[UNIT, MIMIC, EARLY, DOC], false, "5 passed, 1 failed, 4 skipped", &["steer::v4"]),
+            (&[UNIT, MIMIC, EARLY, DOC], false, "5 passed, 1 failed, 4 skipped", &["capture::v4"]),
         ];
         for (outputs, succeeded, line, failures) in cases {
             let tally = tally(outputs, succeeded);
@@ -248,20 +248,20 @@ mod tests {
 
     #[test]
     fn what_passes_alone_is_counted_and_named() {
-        let end_to_end = MIMIC.replace("tests/steer.rs", "tests/e2e/main.rs");
+        let end_to_end = MIMIC.replace("tests/capture.rs", "tests/e2e/main.rs");
         let mut both = tally(&[&end_to_end, UNIT], false);
-        assert_eq!(both.end_to_end, ["steer::v4"]);
+        assert_eq!(both.end_to_end, ["capture::v4"]);
         assert_eq!(tally(&[MIMIC], false).end_to_end, [""; 0]);
-        both.passed_alone("steer::v4");
+        both.passed_alone("capture::v4");
         assert!(both.is_success());
         assert_eq!(both.to_string(), "4 passed, 0 failed, 2 skipped, 1 unstable");
-        assert_eq!((both.unstable, both.failures), (vec!["steer::v4".to_owned()], vec![]));
+        assert_eq!((both.unstable, both.failures), (vec!["capture::v4".to_owned()], vec![]));
     }
 
     #[test]
     fn what_failed_is_explained() {
         let tally = tally(&[UNIT, MIMIC, DOC], false);
-        assert_eq!(tally.details, ["", "---- steer::v4 ----", "no answer", "", "    steer::v4", ""]);
+        assert_eq!(tally.details, ["", "---- capture::v4 ----", "no answer", "", "    capture::v4", ""]);
     }
 
     #[test]

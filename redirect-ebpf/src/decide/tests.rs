@@ -77,9 +77,9 @@ fn outbound_decisions<I: Ip>(remote: I::Address, loopback: I::Address, none: I::
     let without_dns = Connect { port: 53, flags: PodFlags::default(), ..to_remote };
     assert_eq!(outbound::<I>(&without_dns, not_own, no), Outbound::Capture);
     let udp_without_dns = Connect { protocol: Protocol::Udp, ..without_dns };
-    assert_eq!(outbound::<I>(&udp_without_dns, never_own, never), Outbound::Pass(Reason::NotSteered));
+    assert_eq!(outbound::<I>(&udp_without_dns, never_own, never), Outbound::Pass(Reason::OtherTraffic));
     let other_udp = Connect { protocol: Protocol::Udp, ..to_remote };
-    assert_eq!(outbound::<I>(&other_udp, never_own, never), Outbound::Pass(Reason::NotSteered));
+    assert_eq!(outbound::<I>(&other_udp, never_own, never), Outbound::Pass(Reason::OtherTraffic));
 }
 
 #[test]

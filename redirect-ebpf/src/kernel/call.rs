@@ -42,7 +42,7 @@ pub(super) fn decision<I: PodIp + ExcludedIp>(
     let (cookie, port) = (caller.netns_cookie, port(ctx));
     let proxy = proxies::is_proxy(mark);
     if !proxy && caller.flags.contains(PodFlags::ON_HOST) {
-        return Outbound::Pass(Reason::NotSteered);
+        return Outbound::Pass(Reason::OtherTraffic);
     }
     let connect = Connect {
         protocol: caller.protocol,

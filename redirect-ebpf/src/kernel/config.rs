@@ -15,9 +15,9 @@ pub(super) fn flags() -> ConfigFlags {
 
 /// Placement `node`: the ingress device, through which packets reach the proxy.
 #[inline(always)]
-pub(super) fn entrance() -> u32 {
+pub(super) fn ingress_device() -> u32 {
     // SAFETY: as above.
-    CONFIG.get_ptr(0).map_or(0, |config| unsafe { (*config).entrance } as u32)
+    CONFIG.get_ptr(0).map_or(0, |config| unsafe { (*config).ingress_device } as u32)
 }
 
 /// Cookie of the host's network namespace.

@@ -153,8 +153,10 @@ fn is_question<I: PodIp + ExcludedIp>(
     let about = || call::about::<I>(ctx, None, destination);
     let pod = Some(caller.netns_cookie);
     match decision {
-        Outbound::Resolve => count(I::FAMILY, Direction::Outbound, Verdict::Steered, Reason::Dns, pod, about),
-        Outbound::Pass(Reason::NotSteered) => return false,
+        Outbound::Resolve => {
+            count(I::FAMILY, Direction::Outbound, Verdict::Captured, Reason::Dns, pod, about)
+        }
+        Outbound::Pass(Reason::OtherTraffic) => return false,
         Outbound::Pass(reason) => count(I::FAMILY, Direction::Outbound, Verdict::Passed, reason, pod, about),
         Outbound::Capture | Outbound::Deliver | Outbound::Refuse(_) => {}
     }

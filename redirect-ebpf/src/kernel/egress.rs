@@ -1,4 +1,4 @@
-//! TC egress of every interface of an enrolled pod but `lo`: the last gate. The connect hooks and the policy rule steer
+//! TC egress of every interface of an enrolled pod but `lo`: the last gate. The connect hooks and the policy rule capture
 //! connections; whatever finds a way round them (a mark set after `connect()`, a raw socket, a routing rule of the pod's
 //! own) ends here instead of leaving the pod past the proxy.
 //!
@@ -16,6 +16,7 @@ use redirect_ebpf::family::{Ipv4, Ipv6};
 use redirect_ebpf::maps::{ConfigFlags, PodFlags};
 use redirect_ebpf::packet::{Parse, Parsed, Segment, is_of_another_family, parse};
 
+use super::capture::Action;
 use super::config;
 use super::counters::count;
 use super::diagnostics;
@@ -26,7 +27,6 @@ use super::pods::{self, PodIp};
 use super::proxies;
 use super::skb::Frame;
 use super::socket::{self, Socket, State};
-use super::steer::Action;
 
 #[classifier]
 pub(crate) fn egress_ipv4(ctx: TcContext) -> i32 {

@@ -1,5 +1,5 @@
 //! TC ingress of the host end of an enrolled pod's device, placement `node`: what the pod sends. New connections, DNS queries and
-//! packets of the proxy's connections go to the proxy through the ingress device ([`super::entrance`]).
+//! packets of the proxy's connections go to the proxy through the ingress device ([`super::ingress_device`]).
 
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
@@ -11,20 +11,20 @@ use redirect_ebpf::family::{Ipv4, Ipv6};
 use redirect_ebpf::maps::{ConfigFlags, PodFlags};
 use redirect_ebpf::packet::{Parse, Parsed, Segment, is_of_another_family, parse, source};
 
+use super::capture::Action;
 use super::config;
 use super::cookies::acknowledged;
 use super::counters::count;
 use super::diagnostics;
-use super::entrance::{enter, enter_complaint, is_of_the_link};
 use super::exclusions::{ExcludedIp, excluded};
 use super::flows::About;
 use super::half_open;
 use super::host_gate::Pod;
+use super::ingress_device::{enter, enter_complaint, is_of_the_link};
 use super::pods::{self, PodIp};
 use super::refuse::{Back, is_refused, refuse};
 use super::skb::Skb;
 use super::socket;
-use super::steer::Action;
 
 #[classifier]
 pub(crate) fn from_pod_ipv4(ctx: TcContext) -> i32 {

@@ -13,6 +13,7 @@ use redirect_ebpf::family::{Ipv4, Ipv6};
 use redirect_ebpf::maps::{ConfigFlags, PodFlags};
 use redirect_ebpf::packet::{Packet as _, Parse, Parsed, Segment, is_of_another_family, parse};
 
+use super::capture::Action;
 use super::config;
 use super::counters::count;
 use super::diagnostics;
@@ -23,7 +24,6 @@ use super::pods::{self, PodIp};
 use super::probe::is_for_probe;
 use super::proxies;
 use super::skb::Skb;
-use super::steer::Action;
 
 /// One program for both families: it costs every packet that a pod sends.
 #[classifier]

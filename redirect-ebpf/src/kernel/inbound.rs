@@ -14,10 +14,10 @@ use redirect_ebpf::family::{Ip, Ipv4, Ipv6};
 use redirect_ebpf::maps::PodFlags;
 use redirect_ebpf::packet::{Parse, Segment, address_family};
 
+use super::capture::{Route, capture};
 use super::exclusions::{ExcludedIp, excluded};
 use super::pods::{self, PodIp};
 use super::probe::is_probe;
-use super::steer::{Route, steer};
 
 #[classifier]
 pub(crate) fn inbound_ipv4(ctx: TcContext) -> i32 {
@@ -42,7 +42,7 @@ impl<I: Parse + PodIp + ExcludedIp + Fib> Route<I> for FromOutside {
         let cookie = I::owner(&segment.destination);
         let flags = cookie.and_then(pods::flags);
         if flags.is_some_and(|flags| flags.contains(PodFlags::ON_HOST)) {
-            return Inbound::Pass(Reason::NotSteered);
+            return Inbound::Pass(Reason::OtherTraffic);
         }
         let excluded = || {
             let (cookie, flags) = (cookie.unwrap_or_default(), flags.unwrap_or_default());
@@ -60,7 +60,7 @@ impl<I: Parse + PodIp + ExcludedIp + Fib> Route<I> for FromOutside {
 
 #[inline(always)]
 fn inbound<I: Parse + PodIp + ExcludedIp + Fib>(ctx: &TcContext) -> i32 {
-    steer::<I, FromOutside>(ctx).into()
+    capture::<I, FromOutside>(ctx).into()
 }
 
 /// A family with its part of `struct bpf_fib_lookup`.

@@ -108,7 +108,7 @@ fn count_once(tuple: &Tuple, note: *mut Note) {
         number if number == Reason::Dns as u8 => Reason::Dns,
         _ => Reason::Enrolled,
     };
-    count(family(tuple), direction, Verdict::Steered, reason, pods::owner(pod), || About {
+    count(family(tuple), direction, Verdict::Captured, reason, pods::owner(pod), || About {
         socket_cookie,
         tuple: *tuple,
     });

@@ -11,12 +11,12 @@ use redirect_ebpf::family::{Ipv4, Ipv6};
 use redirect_ebpf::maps::{ConfigFlags, NoteVerdict};
 use redirect_ebpf::packet::{Parse, Parsed, Segment};
 
+use super::capture::{Action, Route, capture_parsed};
 use super::counters::count;
 use super::flows::About;
 use super::pods::PodIp;
 use super::skb::{parse_on_loopback, plain_on_loopback, port_on_loopback};
 use super::socket::Socket;
-use super::steer::{Action, Route, steer_parsed};
 use super::{config, cookies, flows, notes};
 
 #[classifier]
@@ -124,5 +124,5 @@ fn captured<I: Parse + PodIp>(ctx: &TcContext) -> Action {
             return Action::Continue;
         }
     }
-    steer_parsed::<I, Captured>(ctx, parsed)
+    capture_parsed::<I, Captured>(ctx, parsed)
 }

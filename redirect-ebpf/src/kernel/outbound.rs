@@ -31,7 +31,7 @@ pub(crate) fn outbound_ipv4(ctx: SockAddrContext) -> i32 {
     if !half_open::note(&ctx, &caller) {
         return DENY;
     }
-    match steer::<Ipv4>(&ctx, &caller, user_ip4(&ctx)) {
+    match capture::<Ipv4>(&ctx, &caller, user_ip4(&ctx)) {
         Call::Allow => ALLOW,
         Call::Resolve => dns::connect_ipv4(&ctx, &caller),
         Call::Deny => DENY,
@@ -47,8 +47,8 @@ pub(crate) fn outbound_ipv6(ctx: SockAddrContext) -> i32 {
     }
     let address = user_ip6(&ctx);
     let call = match v4_mapped(address) {
-        Some(address) => steer::<Ipv4>(&ctx, &caller, address),
-        None => steer::<Ipv6>(&ctx, &caller, address),
+        Some(address) => capture::<Ipv4>(&ctx, &caller, address),
+        None => capture::<Ipv6>(&ctx, &caller, address),
     };
     match call {
         Call::Allow => ALLOW,
@@ -68,7 +68,7 @@ enum Call {
 
 /// Decides, marks the socket and counts.
 #[inline(always)]
-fn steer<I: PodIp + ExcludedIp + BoundIp>(
+fn capture<I: PodIp + ExcludedIp + BoundIp>(
     ctx: &SockAddrContext,
     caller: &Caller,
     destination: I::Address,
@@ -80,8 +80,8 @@ fn steer<I: PodIp + ExcludedIp + BoundIp>(
     let pod = Some(caller.netns_cookie);
     let (direction, counted) = match decision {
         // Captured connections are counted where the proxy gets them.
-        Outbound::Capture | Outbound::Pass(Reason::NotSteered) => (Direction::Outbound, None),
-        Outbound::Resolve => (Direction::Outbound, Some((Verdict::Steered, Reason::Dns))),
+        Outbound::Capture | Outbound::Pass(Reason::OtherTraffic) => (Direction::Outbound, None),
+        Outbound::Resolve => (Direction::Outbound, Some((Verdict::Captured, Reason::Dns))),
         Outbound::Deliver => (Direction::Delivery, Some((Verdict::Passed, Reason::Proxy))),
         Outbound::Pass(reason) => (Direction::Outbound, Some((Verdict::Passed, reason))),
         Outbound::Refuse(reason) => (Direction::Outbound, Some((Verdict::Dropped, reason))),

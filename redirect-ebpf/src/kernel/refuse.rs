@@ -9,12 +9,12 @@ use redirect_ebpf::diagnostics::{Fault, Hook};
 use redirect_ebpf::maps::ConfigFlags;
 use redirect_ebpf::packet::{ACK, Packet as _, Parse, RST, Segment};
 
+use super::capture::Action;
 use super::config;
 use super::diagnostics;
 use super::rewrite::{place, store};
 use super::skb::Skb;
 use super::socket::Socket;
-use super::steer::Action;
 
 /// The direction of the answer.
 #[derive(Clone, Copy, PartialEq, Eq)]

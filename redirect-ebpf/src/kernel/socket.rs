@@ -122,7 +122,7 @@ impl Socket {
         find(ctx, &mut tuple, bpf_sk_lookup_tcp)
     }
 
-    /// The listener on `port`, for the segment's connection, if it looks like the proxy's. [`super::steer`] verifies that it is.
+    /// The listener on `port`, for the segment's connection, if it looks like the proxy's. [`super::capture`] verifies that it is.
     #[inline(always)]
     pub(super) fn listener<A: Copy>(ctx: &TcContext, segment: &Segment<A>, port: u16) -> Option<Self> {
         let socket = Self::listening(ctx, segment.source, segment.destination, port)?;

@@ -1,5 +1,5 @@
 //! TC egress of the host end of an enrolled pod's device, placement `node`: what is sent to the pod. New connections and packets of
-//! the proxy's connections go to the proxy through the ingress device ([`super::entrance`]). That includes connections that the
+//! the proxy's connections go to the proxy through the ingress device ([`super::ingress_device`]). That includes connections that the
 //! proxy made from the pod's address, because their answers are addressed to the pod.
 
 use aya_ebpf::macros::classifier;
@@ -14,12 +14,13 @@ use redirect_ebpf::family::{Ipv4, Ipv6};
 use redirect_ebpf::maps::PodFlags;
 use redirect_ebpf::packet::{Parse, Parsed, Segment, is_of_another_family, parse};
 
+use super::capture::Action;
 use super::cookies::acknowledged;
 use super::counters::count;
 use super::diagnostics;
-use super::entrance::{enter, enter_complaint, is_of_the_link};
 use super::exclusions::{ExcludedIp, excluded};
 use super::flows::About;
+use super::ingress_device::{enter, enter_complaint, is_of_the_link};
 use super::pods::{self, PodIp};
 use super::probe::is_probe;
 use super::proxies::{Sender, sender};
@@ -27,7 +28,6 @@ use super::refuse::{Back, is_refused, refuse};
 use super::rewrite::set_source_port;
 use super::skb::Frame;
 use super::socket;
-use super::steer::Action;
 
 #[classifier]
 pub(crate) fn to_pod_ipv4(ctx: TcContext) -> i32 {

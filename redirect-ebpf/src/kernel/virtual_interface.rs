@@ -7,10 +7,10 @@ use redirect_ebpf::constants::MARK_CAPTURE;
 use redirect_ebpf::family::{Ipv4, Ipv6};
 use redirect_ebpf::packet::{Parse, Parsed, parse};
 
+use super::capture::{Action, capture};
 use super::loopback::Captured;
 use super::pods::PodIp;
 use super::skb::Skb;
-use super::steer::{Action, steer};
 
 #[classifier]
 pub(crate) fn virtual_ipv4(ctx: TcContext) -> i32 {
@@ -29,5 +29,5 @@ fn from_behind<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
     }
     // The mark makes the pod's policy rule deliver every packet of the connection locally instead of forwarding it.
     ctx.set_mark(MARK_CAPTURE);
-    steer::<I, Captured>(ctx).into()
+    capture::<I, Captured>(ctx).into()
 }

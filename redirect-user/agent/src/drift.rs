@@ -49,7 +49,7 @@ pub(super) async fn follow(
         }
         let on_host = batch.contains(&Event::Host);
         if on_host {
-            upkeep::mend(&kernel, &pods).await?;
+            upkeep::repair(&kernel, &pods).await?;
         }
         let devices: BTreeSet<u32> = batch
             .iter()

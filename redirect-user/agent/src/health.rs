@@ -21,7 +21,7 @@ const PERIOD_OF_FAULTS: Duration = Duration::from_millis(200);
 /// The chain is examined in every so many of these periods: it means reading files, the plugin's among them.
 const CHAIN_EVERY: u32 = 5;
 
-/// How long the datapath's thread may take to answer. Enrolments take milliseconds; many may wait.
+/// How long the datapath's thread may take to answer. Enrollments take milliseconds; many may wait.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Findings that are older are none.

@@ -130,13 +130,13 @@ pub(super) async fn explain(
     };
     wrong.extend(report.strayed.iter().map(moved));
     let outbound = decision.as_ref().map(|decision| decision.outbound);
-    let steered = matches!(outbound, Some(Outbound::Capture | Outbound::Resolve));
-    if steered && !report.steered.iter().any(|name| name == family.name()) {
+    let captured = matches!(outbound, Some(Outbound::Capture | Outbound::Resolve));
+    if captured && !report.captured.iter().any(|name| name == family.name()) {
         wrong.push(format!("the pod has no {family} address and cannot connect"));
     }
     match &report.proxy {
-        Err(why) if steered => wrong.push(why.clone()),
-        Ok(()) if steered => {
+        Err(why) if captured => wrong.push(why.clone()),
+        Ok(()) if captured => {
             let silent = listeners.iter().filter(|(listener, state)| {
                 listener.family == family
                     && outbound.is_some_and(|decision| listener.serves(decision, transport))
@@ -160,7 +160,7 @@ pub(super) async fn explain(
         transport,
         family: family.name().into(),
         steps: decision.map(|decision| decision.steps).unwrap_or_default(),
-        steered,
+        captured,
         verdict,
         wrong,
     })

@@ -8,9 +8,10 @@
 //! ```
 
 mod cgroup_watch;
+pub mod checkpoints;
 mod drift;
 mod drop_log;
-pub(crate) mod enrolment;
+pub(crate) mod enrollment;
 mod flows;
 mod health;
 mod inspect;
@@ -27,7 +28,6 @@ mod pods;
 mod probes;
 mod proxy_cgroups;
 mod ready;
-pub mod records;
 pub mod repairs;
 mod run;
 mod service;

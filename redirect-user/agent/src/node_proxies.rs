@@ -10,11 +10,11 @@ use redirect_ebpf::maps::ProxyPart;
 use redirect_protocol::placement::Placement;
 use redirect_zds::server::Peer;
 
+use super::checkpoints::Checkpoints;
 use super::named_proxies::NamedProxies;
 use super::node_ack;
 use super::options::Options;
 use super::proxy_cgroups::Cgroups;
-use super::records::Records;
 use super::supervisor::{Stop, Supervisor};
 
 #[derive(Clone)]
@@ -24,9 +24,11 @@ pub(super) enum NodeProxies {
 }
 
 impl NodeProxies {
-    pub(super) fn new(options: &Options, records: &Records) -> anyhow::Result<Self> {
+    pub(super) fn new(options: &Options, checkpoints: &Checkpoints) -> anyhow::Result<Self> {
         Ok(match options.placement {
-            Placement::Pod => Self::InPods(Arc::new(Cgroups::new(options.proxy_identity, records.clone()))),
+            Placement::Pod => {
+                Self::InPods(Arc::new(Cgroups::new(options.proxy_identity, checkpoints.clone())))
+            }
             Placement::Node => {
                 Self::OnNode(NamedProxies::new(&options.proxy_cgroup, &options.outbound_proxy_cgroup)?)
             }
@@ -64,7 +66,7 @@ impl NodeProxies {
     }
 
     /// Starts what the agent does in place of a proxy that does not connect.
-    pub(super) fn stand_in(
+    pub(super) fn serve_node_ack(
         self,
         supervisor: &mut Supervisor,
         kernel: &DatapathHandle<Linux>,

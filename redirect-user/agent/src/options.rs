@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use redirect_ebpf::Direction;
 
+use super::checkpoints;
 use super::probes::Probers;
-use super::records;
 use crate::{install, kube, metrics};
 use redirect_datapath::linux::{self, NotedBy, ProxyIdentity, TcMethod};
 use redirect_protocol::placement::Placement;
@@ -52,7 +52,7 @@ pub struct Options {
     #[arg(long, default_value = linux::DEFAULT_DIRECTORY, env = "REDIRECT_PIN_DIR", value_name = "DIRECTORY")]
     pub pin_dir: PathBuf,
     /// Directory for checkpoints of enrolled pods, which the next agent reads
-    #[arg(long, default_value = records::DEFAULT_DIRECTORY, env = "REDIRECT_STATE_DIR", value_name = "DIRECTORY")]
+    #[arg(long, default_value = checkpoints::DEFAULT_DIRECTORY, env = "REDIRECT_STATE_DIR", value_name = "DIRECTORY")]
     pub state_dir: PathBuf,
     /// What to do with enrolled pods when the agent stops
     #[arg(long, value_enum, default_value_t)]

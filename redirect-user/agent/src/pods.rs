@@ -7,11 +7,11 @@
 
 mod abandoned;
 mod error;
+mod log;
 mod ownership;
 mod report;
 mod restore;
 mod slots;
-mod tell;
 #[cfg(test)]
 mod tests;
 mod upkeep;
@@ -27,7 +27,7 @@ use redirect_ebpf::Family;
 use redirect_ebpf::maps::PodFlags;
 use tokio::sync::watch;
 
-use super::records::{Failed, Phase, Record, Records};
+use super::checkpoints::{Checkpoint, Checkpoints, Failed, Phase};
 use super::repairs::Repairs;
 use super::watch::Watch;
 use crate::metrics::events::events;
@@ -66,7 +66,7 @@ pub(crate) struct Pods<D> {
     host_cookie: u64,
     /// Notices interfaces that appear later. Not in tests on a fake kernel.
     watch: Option<Arc<Watch>>,
-    records: Records,
+    checkpoints: Checkpoints,
     repairs: Repairs,
     /// By UID.
     slots: Slots<Enrolled>,
@@ -82,7 +82,7 @@ pub(crate) struct Pods<D> {
 /// What holds for every pod that says nothing else.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Defaults {
-    /// How long an enrolment waits for the proxy.
+    /// How long an enrollment waits for the proxy.
     pub(crate) proxy_deadline: Duration,
     /// Whether DNS questions go to the proxy's resolver.
     pub(crate) dns: bool,
@@ -90,7 +90,7 @@ pub(crate) struct Defaults {
     pub(crate) any_source: bool,
 }
 
-/// A pod that shall be steered.
+/// A pod that shall be captured.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Wanted {
     pub(crate) identity: PodIdentity,
@@ -98,7 +98,7 @@ pub(crate) struct Wanted {
     pub(crate) settings: PodSettings,
 }
 
-/// A pod that is steered, and that a proxy shall serve.
+/// A pod that is captured, and that a proxy shall serve.
 struct Attached {
     attachment: Attachment,
     /// The number of the ADD.
@@ -133,7 +133,7 @@ struct Enrolled {
     settings: PodSettings,
     observation: Observation,
     /// Whether the kernel was as it should be when it was last looked at.
-    steered: bool,
+    captured: bool,
     /// Whether its checkpoint could not be written.
     unsaved: bool,
     /// Whether a removal has failed half-way.
@@ -155,19 +155,19 @@ impl Enrolled {
             containers: BTreeSet::new(),
             settings: PodSettings::default(),
             observation: Observation::default(),
-            steered: false,
+            captured: false,
             unsaved: false,
             removing: false,
             since: Instant::now(),
         }
     }
 
-    fn record(&self) -> Record {
+    fn checkpoint(&self) -> Checkpoint {
         let target = &self.target;
         // What an ADD brings that does not come to its end is removed with the whole pod, or not known.
         let counts = |added: &Attachment| self.phase == Phase::Begun || !self.adding.contains_key(added);
         let attachments = self.attachments.iter().filter(|(added, _)| counts(added));
-        Record {
+        Checkpoint {
             phase: self.phase,
             identity: target.identity.clone(),
             netns_cookie: target.netns_cookie,
@@ -200,7 +200,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         defaults: Defaults,
         host_cookie: u64,
         watch: Option<Arc<Watch>>,
-        records: Records,
+        checkpoints: Checkpoints,
     ) -> Self {
         Self {
             kernel,
@@ -208,7 +208,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             defaults,
             host_cookie,
             watch,
-            records,
+            checkpoints,
             repairs: Repairs::default(),
             slots: Slots::default(),
             ownership: Ownership::default(),
@@ -218,7 +218,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// Steers a pod whose sandbox is being set up and hands it to the proxy; on an error, neither.
+    /// Captures a pod whose sandbox is being set up and hands it to the proxy; on an error, neither.
     pub(crate) async fn add(
         &self,
         attachment: Attachment,
@@ -242,12 +242,12 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             Err(error) => Err(error),
         };
         if let Err(error) = &result {
-            tell::not_enrolled(&identity, &addresses, began, error);
+            log::not_enrolled(&identity, &addresses, began, error);
         }
         result
     }
 
-    /// Steers the pod, and announces it to the proxies. On an error the pod is as it was.
+    /// Captures the pod, and announces it to the proxies. On an error the pod is as it was.
     async fn attach(
         &self,
         slot: &mut Guard<Enrolled>,
@@ -260,7 +260,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let namespace = self.introduce(&identity, &netns).await?;
         if let Some(old) = slot.take_if(|known| known.target.netns_cookie != namespace.cookie) {
             tracing::info!(pod = %identity, uid = identity.uid, "pod has a new sandbox");
-            self.remove_or_tell(&old.target).await;
+            self.remove_or_log(&old.target).await;
         }
         // The slot is changed when everything is done: on an error, a pod that is enrolled stays as it was.
         let before = slot.as_ref().cloned();
@@ -297,21 +297,21 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         self.own(&enrolled.target).await;
         self.claim(&enrolled.target, addresses);
         self.follow(&enrolled.target);
-        let steered = match self.steer_owned(&enrolled.target).await {
+        let captured = match self.apply_owned(&enrolled.target).await {
             Ok(outcome) => self.announce(&enrolled.target).map(|announced| (outcome.observation, announced)),
             Err(error) => Err(error),
         };
-        match steered {
+        match captured {
             Ok((observation, announcement)) => {
                 enrolled.observation = observation;
-                enrolled.steered = true;
+                enrolled.captured = true;
                 **slot = Some(enrolled.clone());
                 Ok(Attached { attachment, number, enrolled, before, announcement })
             }
             Err(error) => {
                 match &before {
                     Some(known) => self.put_back(&known.target).await,
-                    None => self.remove_or_tell(&enrolled.target).await,
+                    None => self.remove_or_log(&enrolled.target).await,
                 }
                 Err(error)
             }
@@ -341,7 +341,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                     Ok(()) => {
                         let saved = self.save(&Enrolled { phase: Phase::Done, ..known.clone() }).await;
                         if saved.is_ok() {
-                            tell::steered(&known.target, &known.observation, began, proxy);
+                            log::captured(&known.target, &known.observation, began, proxy);
                             if known.phase == Phase::Begun {
                                 known.phase = Phase::Done;
                                 known.since = Instant::now();
@@ -384,7 +384,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         // A pod that was adopted had none.
         let was_adopted = before.as_ref().is_some_and(|before| before.attachments.is_empty());
         if known.attachments.is_empty() && !was_adopted {
-            self.remove_or_tell(&known.target).await;
+            self.remove_or_log(&known.target).await;
             **slot = None;
             return;
         }
@@ -407,7 +407,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     /// Makes an enrolled pod what it was, after a change that failed.
     async fn put_back(&self, target: &Target) {
         self.ownership.keep(target.netns_cookie, &target.addresses);
-        if let Err(error) = self.steer(target).await {
+        if let Err(error) = self.apply(target).await {
             // It is captured all the same, and looked at again before long.
             tracing::warn!(pod = %target.identity, %error, "cannot roll back a failed change to the pod yet");
         }
@@ -500,11 +500,11 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         self.claim(&enrolled.target, enrolled.target.addresses.iter());
         self.follow(&enrolled.target);
         // Nothing yet, but whether it can be.
-        let steered = match self.steer_owned(&enrolled.target).await {
+        let captured = match self.apply_owned(&enrolled.target).await {
             Ok(outcome) => self.hand_over(&enrolled.target).map(|()| outcome.observation),
             Err(error) => Err(error),
         };
-        match steered {
+        match captured {
             Ok(observation) => enrolled.observation = observation,
             Err(error) => {
                 self.clear(&enrolled.target).await;
@@ -512,9 +512,9 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             }
         }
         if adoption == Adoption::None {
-            enrolled.steered = true;
+            enrolled.captured = true;
             self.keep(&mut enrolled).await;
-            tell::steered(&enrolled.target, &enrolled.observation, began, Duration::ZERO);
+            log::captured(&enrolled.target, &enrolled.observation, began, Duration::ZERO);
         }
         Ok(enrolled)
     }
@@ -544,12 +544,12 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     /// From the other placement: first everything is attached, then one step has new connections captured here.
     async fn come_over(&self, known: &mut Enrolled) -> Result<(), Error> {
         let began = Instant::now();
-        self.steer(&known.target.adopted(Adoption::Joining)).await?;
+        self.apply(&known.target.adopted(Adoption::Joining)).await?;
         let target = known.target.adopted(Adoption::Moved);
-        let observation = self.steer(&target).await?.observation;
-        *known = Enrolled { target, observation, steered: true, since: Instant::now(), ..known.clone() };
+        let observation = self.apply(&target).await?.observation;
+        *known = Enrolled { target, observation, captured: true, since: Instant::now(), ..known.clone() };
         self.keep(known).await;
-        tell::steered(&known.target, &known.observation, began, Duration::ZERO);
+        log::captured(&known.target, &known.observation, began, Duration::ZERO);
         Ok(())
     }
 
@@ -587,19 +587,19 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let target = Target { foreign, ..known.target.adopted(Adoption::Recent) };
         let begun = Enrolled { target, phase: Phase::Begun, ..known.clone() };
         self.save(&begun).await?;
-        match self.steer(&begun.target).await {
+        match self.apply(&begun.target).await {
             Ok(Outcome { observation, .. }) => {
                 let phase = Phase::Done;
-                *known = Enrolled { observation, phase, steered: true, since: Instant::now(), ..begun };
+                *known = Enrolled { observation, phase, captured: true, since: Instant::now(), ..begun };
                 self.keep(known).await;
-                tell::steered(&known.target, &known.observation, began, Duration::ZERO);
+                log::captured(&known.target, &known.observation, began, Duration::ZERO);
                 if known.observation.namespace.ipv6 && !known.target.addresses.ipv6.is_empty() {
                     self.tell_of_ipv6(&known.target).await;
                 }
                 Ok(())
             }
             Err(error) => {
-                self.discard_or_tell(begun.target.netns_cookie).await;
+                self.discard_or_log(begun.target.netns_cookie).await;
                 Err(error)
             }
         }
@@ -654,19 +654,19 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         if readdressed {
             self.claim(&wanted_target, wanted.addresses.iter().copied());
         }
-        known.observation = self.steer(&wanted_target).await?.observation;
+        known.observation = self.apply(&wanted_target).await?.observation;
         self.ownership.keep(wanted_target.netns_cookie, &wanted_target.addresses);
         self.hand_over(&wanted_target)?;
-        tell::changed(&wanted_target, began);
+        log::changed(&wanted_target, began);
         known.declared = declared;
         known.settings = wanted.settings.clone();
         known.target = wanted_target;
-        known.steered = known.target.adoption != Adoption::Awaited;
+        known.captured = known.target.adoption != Adoption::Awaited;
         self.keep(known).await;
         Ok(())
     }
 
-    /// Steers a pod no longer. Returns whether it was. On an error the pod is known still, so that the caller can try again.
+    /// Captures a pod no longer. Returns whether it was. On an error the pod is known still, so that the caller can try again.
     pub(crate) async fn forget(&self, uid: &str) -> Result<bool, Error> {
         let Some(mut slot) = self.slots.find(uid).await else { return Ok(false) };
         let outcome = self.let_go(&mut slot).await;
@@ -723,7 +723,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         if known.removing {
             self.tidy(&known.target).await?;
         }
-        tell::no_longer_steered(&known.target, began, proxy);
+        log::no_longer_captured(&known.target, began, proxy);
         Ok(())
     }
 
@@ -766,7 +766,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     }
 
     /// As [`Self::remove`], where nobody would try again.
-    async fn remove_or_tell(&self, target: &Target) {
+    async fn remove_or_log(&self, target: &Target) {
         if let Err(error) = self.remove(target).await {
             tracing::error!(%error, "pod was not removed completely");
             self.ownership.release(target);
@@ -782,7 +782,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             tracing::error!(%error, "pod was not removed completely");
         }
         self.ownership.release(target);
-        self.discard_or_tell(target.netns_cookie).await;
+        self.discard_or_log(target.netns_cookie).await;
     }
 
     /// Leaves a namespace alone that is another pod's by now. `known` is what an earlier call has left, which this returns.
@@ -806,7 +806,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         Err(Error::NotRemoved { pod: target.identity.clone(), causes })
     }
 
-    /// Compares the kernel with what enrolment promised.
+    /// Compares the kernel with what enrollment promised.
     pub(crate) async fn check(&self, attachment: &Attachment, addresses: &[IpAddr]) -> Result<(), Error> {
         let unknown = || Error::Unknown(attachment.container_id.clone());
         let uid = self.ownership.pod_of(&attachment.container_id).ok_or_else(unknown)?;
@@ -847,7 +847,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    async fn steer(&self, target: &Target) -> Result<Outcome, Error> {
+    async fn apply(&self, target: &Target) -> Result<Outcome, Error> {
         let copy = self.ownership.held(target);
         let began = Instant::now();
         let outcome = self.kernel.run(move |datapath| datapath::enroll(datapath, &copy)).await??;
@@ -858,9 +858,9 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     }
 
     /// The same for a pod whose namespace others may have taken, and left, since it became the pod's.
-    async fn steer_owned(&self, target: &Target) -> Result<Outcome, Error> {
+    async fn apply_owned(&self, target: &Target) -> Result<Outcome, Error> {
         if self.ownership.take_if_free(target) {
-            self.steer(target).await
+            self.apply(target).await
         } else {
             Err(Error::NamespaceTaken(target.identity.clone()))
         }
@@ -879,8 +879,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         if enrolled.target.adoption == Adoption::Awaited {
             return Ok(());
         }
-        let (records, record) = (self.records.clone(), enrolled.record());
-        let saved = on_disk(move || records.write(&record)).await;
+        let (checkpoints, checkpoint) = (self.checkpoints.clone(), enrolled.checkpoint());
+        let saved = on_disk(move || checkpoints.write(&checkpoint)).await;
         saved.map_err(|source| Error::Checkpoint {
             pod: enrolled.target.identity.clone(),
             source: source.into(),
@@ -898,15 +898,15 @@ impl<D: Datapath + Send + 'static> Pods<D> {
 
     /// Removes a pod's checkpoint.
     async fn discard(&self, target: &Target) -> Result<(), Error> {
-        let (records, netns_cookie) = (self.records.clone(), target.netns_cookie);
-        let removed = on_disk(move || records.remove(netns_cookie)).await;
+        let (checkpoints, netns_cookie) = (self.checkpoints.clone(), target.netns_cookie);
+        let removed = on_disk(move || checkpoints.remove(netns_cookie)).await;
         removed.map_err(|source| Error::Checkpoint { pod: target.identity.clone(), source: source.into() })
     }
 
     /// The same where nobody would try again.
-    async fn discard_or_tell(&self, netns_cookie: u64) {
-        let records = self.records.clone();
-        if let Err(error) = on_disk(move || records.remove(netns_cookie)).await {
+    async fn discard_or_log(&self, netns_cookie: u64) {
+        let checkpoints = self.checkpoints.clone();
+        if let Err(error) = on_disk(move || checkpoints.remove(netns_cookie)).await {
             tracing::warn!(%error, "the next agent will find a pod that is gone");
         }
     }
@@ -1074,18 +1074,18 @@ impl Defaults {
         }
     }
 
-    /// The pod that a record is about.
-    pub(crate) fn recorded(self, record: &Record, netns: NetNs) -> Target {
-        let attached = record.attachments.iter().flat_map(|(_, addresses)| addresses);
-        let addresses = attached.chain(&record.declared).copied().collect();
+    /// The pod that a checkpoint is about.
+    pub(crate) fn checkpointed(self, checkpoint: &Checkpoint, netns: NetNs) -> Target {
+        let attached = checkpoint.attachments.iter().flat_map(|(_, addresses)| addresses);
+        let addresses = attached.chain(&checkpoint.declared).copied().collect();
         let namespace = Introduction {
-            cookie: record.netns_cookie,
-            sysctls: record.foreign.clone(),
-            earlier_connections: record.earlier_connections,
+            cookie: checkpoint.netns_cookie,
+            sysctls: checkpoint.foreign.clone(),
+            earlier_connections: checkpoint.earlier_connections,
             enrolled: true,
-            adoption: if record.recent { Adoption::Recent } else { Adoption::None },
+            adoption: if checkpoint.recent { Adoption::Recent } else { Adoption::None },
         };
-        self.target(record.identity.clone(), &record.settings, addresses, netns, namespace)
+        self.target(checkpoint.identity.clone(), &checkpoint.settings, addresses, netns, namespace)
     }
 }
 

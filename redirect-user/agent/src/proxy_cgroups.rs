@@ -6,8 +6,8 @@ use anyhow::Context as _;
 use redirect_ebpf::maps::ProxyPart;
 use tokio::sync::Mutex;
 
+use super::checkpoints::Checkpoints;
 use super::peer_auth;
-use super::records::Records;
 use redirect_datapath::handle::DatapathHandle;
 use redirect_datapath::linux::{Linux, ProxyIdentity};
 use redirect_zds::server::Peer;
@@ -17,14 +17,14 @@ pub(super) struct Cgroups {
     identity: ProxyIdentity,
     /// Newest first. Locked until file and map have the same list, lest two proxies that connect at once leave an older one.
     known: Mutex<Vec<u64>>,
-    records: Records,
+    checkpoints: Checkpoints,
 }
 
 impl Cgroups {
     /// Those that the agent before knew are known: their proxies are still at work.
-    pub(super) fn new(identity: ProxyIdentity, records: Records) -> Self {
-        let known = if identity == ProxyIdentity::Mark { Vec::new() } else { records.proxies() };
-        Self { identity, known: known.into(), records }
+    pub(super) fn new(identity: ProxyIdentity, checkpoints: Checkpoints) -> Self {
+        let known = if identity == ProxyIdentity::Mark { Vec::new() } else { checkpoints.proxies() };
+        Self { identity, known: known.into(), checkpoints }
     }
 
     pub(super) async fn known(&self) -> BTreeMap<u64, ProxyPart> {
@@ -49,8 +49,8 @@ impl Cgroups {
         let cgroups = whole(&wanted);
         // In the map before it is written down: what the next agent finds noted has been in force.
         kernel.run(move |linux| linux.set_proxy_cgroups(&cgroups)).await??;
-        let (records, written) = (self.records.clone(), wanted.clone());
-        tokio::task::spawn_blocking(move || records.set_proxies(&written)).await?;
+        let (checkpoints, written) = (self.checkpoints.clone(), wanted.clone());
+        tokio::task::spawn_blocking(move || checkpoints.set_proxies(&written)).await?;
         *known = wanted;
         Ok(())
     }

@@ -9,7 +9,8 @@ use redirect_ebpf::flow::FlowLimits;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch as signal_watch;
 
-use super::enrolment::{Enrolment, Everybody};
+use super::checkpoints::{self, Checkpoints, Found, Phase};
+use super::enrollment::{Enrollment, Everybody};
 use super::flows::Flows;
 use super::health::{self, Examined};
 use super::node_proxies::NodeProxies;
@@ -17,7 +18,6 @@ use super::options::{LinkLocal, OnExit, Options, WithoutProxy};
 use super::pods::{Defaults, Pods, Restored};
 use super::probes;
 use super::ready;
-use super::records::{self, Found, Phase, Records};
 use super::service::Service;
 use super::supervisor::{Stop, Supervisor};
 use super::watch::Watch;
@@ -85,9 +85,9 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         addresses: options.max_addresses.unwrap_or(options.max_pods),
         exclusions: options.max_exclusions,
     };
-    let records = Records::open(&options.state_dir)
+    let checkpoints = Checkpoints::open(&options.state_dir)
         .with_context(|| format!("cannot create the state directory {}", options.state_dir.display()))?;
-    let node_proxies = NodeProxies::new(&options, &records)?;
+    let node_proxies = NodeProxies::new(&options, &checkpoints)?;
     let settings = Settings {
         cgroup: cgroup.clone(),
         host_cookie,
@@ -110,19 +110,19 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         dns: options.dns,
         any_source: !options.source_ip_verification,
     };
-    let (pin_dir, earlier) = (options.pin_dir.clone(), records.clone());
+    let (pin_dir, earlier) = (options.pin_dir.clone(), checkpoints.clone());
     let (pins, found) = tokio::task::spawn_blocking(move || {
-        // First the pins: with them, no other agent writes records.
+        // First the pins: with them, no other agent writes checkpoints.
         let pins = Pins::open(&pin_dir)?;
-        anyhow::Ok((pins, records::find(earlier.read().context("cannot read the checkpoints of pods")?)?))
+        anyhow::Ok((pins, checkpoints::find(earlier.read().context("cannot read the checkpoints of pods")?)?))
     })
     .await??;
-    let steered = found.iter().filter(|found| found.record.phase == Phase::Done);
-    let steered: Vec<_> = steered
-        .filter_map(|Found { record, netns }| Some(defaults.recorded(record, netns.clone()?)))
+    let captured = found.iter().filter(|found| found.checkpoint.phase == Phase::Done);
+    let captured: Vec<_> = captured
+        .filter_map(|Found { checkpoint, netns }| Some(defaults.checkpointed(checkpoint, netns.clone()?)))
         .collect();
-    let note = records.early_demux();
-    let (kernel, loaded) = DatapathHandle::start(move || Linux::load(&settings, pins, note, &steered))
+    let note = checkpoints.early_demux();
+    let (kernel, loaded) = DatapathHandle::start(move || Linux::load(&settings, pins, note, &captured))
         .context("datapath thread")?;
     loaded.await.context("the datapath thread ended")??;
 
@@ -149,7 +149,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         defaults,
         host_cookie,
         Some(Arc::clone(&watch)),
-        records,
+        checkpoints,
     ));
     let mut supervisor = Supervisor::new();
     // The kubelet's probes are exempt before anything is captured that is not captured already.
@@ -168,7 +168,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     }
     let controller = controller(&options.kubernetes, &pods).await?;
     let daemonset = own_daemonset(&options.kubernetes).await;
-    let enrolment: Arc<dyn Enrolment> = match &controller {
+    let enrollment: Arc<dyn Enrollment> = match &controller {
         Some(controller) => Arc::new(controller.admission()),
         None => Arc::new(Everybody),
     };
@@ -179,7 +179,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     let announced = findings.clone();
     let service = Arc::new(Service {
         pods: Arc::clone(&pods),
-        enrolment,
+        enrollment,
         kernel: kernel.clone(),
         proxies,
         started,
@@ -260,7 +260,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
             }
         });
     }
-    node_proxies.stand_in(&mut supervisor, &kernel, &options.zds_socket);
+    node_proxies.serve_node_ack(&mut supervisor, &kernel, &options.zds_socket);
     supervisor.restarting("take-over from the other placement", Stop::Cut, {
         let (kernel, pods) = (kernel.clone(), Arc::clone(&pods));
         move || placement_change::follow(kernel.clone(), Arc::clone(&pods))
@@ -272,7 +272,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     let every = Duration::from_secs(options.check_interval);
     supervisor.restarting("resync with the kernel", Stop::Cut, {
         let (kernel, pods) = (kernel.clone(), Arc::clone(&pods));
-        move || upkeep::keep_up(every, kernel.clone(), Arc::clone(&pods))
+        move || upkeep::reconcile_all(every, kernel.clone(), Arc::clone(&pods))
     });
     supervisor.restarting("pods without a sandbox", Stop::Cut, {
         let (proc, pods) = (options.kubernetes.host_proc.clone(), Arc::clone(&pods));

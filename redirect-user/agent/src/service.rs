@@ -7,7 +7,7 @@ use std::time::Instant;
 use futures::stream::BoxStream;
 use tokio::sync::watch;
 
-use super::enrolment::{self, Enrolment};
+use super::enrollment::{self, Enrollment};
 use super::flows::Flows;
 use super::health::Findings;
 use super::inspect;
@@ -30,7 +30,7 @@ use redirect_zds::server::{AddError, Handle};
 
 pub(super) struct Service {
     pub(super) pods: Arc<Pods<Linux>>,
-    pub(super) enrolment: Arc<dyn Enrolment>,
+    pub(super) enrollment: Arc<dyn Enrollment>,
     pub(super) kernel: DatapathHandle<Linux>,
     pub(super) proxies: Handle,
     pub(super) started: Instant,
@@ -39,7 +39,7 @@ pub(super) struct Service {
     pub(super) features: Vec<FeatureReport>,
     pub(super) placement: Placement,
     pub(super) flows: Flows,
-    /// Whether all pods that Kubernetes wants steered are known.
+    /// Whether all pods that Kubernetes wants captured are known.
     pub(super) reconciled: watch::Receiver<bool>,
     /// What the last examination of kernel and chain found.
     pub(super) findings: watch::Receiver<Findings>,
@@ -106,7 +106,7 @@ impl Service {
                 let Some(netns) = netns else { return vec![no_namespace()] };
                 let wanted = Wanted { identity: pod, addresses, ..Wanted::default() };
                 let netns = NetNs::from_fd(netns).at(netns_path);
-                vec![enrolment::add(&self.pods, &*self.enrolment, attachment, wanted, netns).await]
+                vec![enrollment::add(&self.pods, &*self.enrollment, attachment, wanted, netns).await]
             }
             Request::Del { attachment } => {
                 vec![
@@ -117,7 +117,7 @@ impl Service {
                 ]
             }
             Request::Check { attachment, addresses } => {
-                vec![enrolment::check(&self.pods, &*self.enrolment, &attachment, &addresses).await]
+                vec![enrollment::check(&self.pods, &*self.enrollment, &attachment, &addresses).await]
             }
             Request::Gc { valid } => {
                 self.pods.collect(&valid).await;

@@ -2,7 +2,7 @@
 //! also removes the plugin from the CNI chain.
 //!
 //! What is there is found in the kernel: every network namespace of the node is looked at for rules, routes and filters of
-//! ours, and all pins go, whatever their version. Records help with namespaces that no process is in and that are mounted
+//! ours, and all pins go, whatever their version. Checkpoints help with namespaces that no process is in and that are mounted
 //! nowhere, and with sysctls that were on before us.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use serde::Serialize;
 
-use super::records::{self, Records};
+use super::checkpoints::{self, Checkpoints};
 use redirect_datapath::linux::{self, HostReport, InUse, Pins, Stripped};
 use redirect_linux::netns::NetNs;
 use redirect_protocol::pod::PodIdentity;
@@ -23,7 +23,7 @@ pub struct Options {
     #[arg(long, default_value = linux::DEFAULT_DIRECTORY, env = "REDIRECT_PIN_DIR", value_name = "DIRECTORY")]
     pub pin_dir: PathBuf,
     /// Directory of the checkpoints of enrolled pods
-    #[arg(long, default_value = records::DEFAULT_DIRECTORY, env = "REDIRECT_STATE_DIR", value_name = "DIRECTORY")]
+    #[arg(long, default_value = checkpoints::DEFAULT_DIRECTORY, env = "REDIRECT_STATE_DIR", value_name = "DIRECTORY")]
     pub state_dir: PathBuf,
     /// Continue even if an agent runs
     #[arg(long)]
@@ -42,8 +42,8 @@ pub struct Report {
     pub host: HostReport,
     /// Pinned maps and links.
     pub pins: Vec<PathBuf>,
-    /// Records of pods.
-    pub records: usize,
+    /// Checkpoints of pods.
+    pub checkpoints: usize,
     /// Files of the CNI chain that were changed or removed, the plugin among them.
     pub chain: Vec<PathBuf>,
     /// What could not be removed.
@@ -72,18 +72,18 @@ pub fn uninstall(options: &Options) -> anyhow::Result<Report> {
     {
         return Err(InUse(other).into());
     }
-    let records = Records::at(&options.state_dir);
+    let checkpoints = Checkpoints::at(&options.state_dir);
     let mut report = Report::default();
-    let known = records.read().unwrap_or_else(|error| {
+    let known = checkpoints.read().unwrap_or_else(|error| {
         report.errors.push(format!("cannot read the checkpoints of pods: {error}"));
         Vec::new()
     });
-    report.records = known.len();
+    report.checkpoints = known.len();
     let pinned = options.known_only.then(|| pins.as_ref().map(Pins::cookies).unwrap_or_default());
     let mut devices = options.known_only.then(|| pins.as_ref().map(Pins::devices).unwrap_or_default());
-    for (netns, record) in namespaces(known, pinned.as_ref())? {
-        let (pod, foreign) = match record {
-            Some(record) => (Some(record.identity), Some(record.foreign)),
+    for (netns, checkpoint) in namespaces(known, pinned.as_ref())? {
+        let (pod, foreign) = match checkpoint {
+            Some(checkpoint) => (Some(checkpoint.identity), Some(checkpoint.foreign)),
             None => (None, None),
         };
         let inode = netns.inode()?;
@@ -102,9 +102,9 @@ pub fn uninstall(options: &Options) -> anyhow::Result<Report> {
             }),
         }
     }
-    let is_unknown = options.known_only && pins.is_none() && report.records == 0;
+    let is_unknown = options.known_only && pins.is_none() && report.checkpoints == 0;
     if !is_unknown {
-        let host = linux::strip_host(&records.early_demux(), devices.as_ref());
+        let host = linux::strip_host(&checkpoints.early_demux(), devices.as_ref());
         report.host = host.context("the host's network namespace")?;
     }
     if !report.errors.is_empty() {
@@ -115,20 +115,20 @@ pub fn uninstall(options: &Options) -> anyhow::Result<Report> {
         report.pins = pins.remove()?;
     }
     let directory = options.state_dir.display();
-    records.remove_all().with_context(|| format!("cannot remove the state directory {directory}"))?;
+    checkpoints.remove_all().with_context(|| format!("cannot remove the state directory {directory}"))?;
     Ok(report)
 }
 
-/// Every network namespace but the host's, with its record if there is one; of those without a record only the ones with
+/// Every network namespace but the host's, with its checkpoint if there is one; of those without a checkpoint only the ones with
 /// these cookies. An error unless each can be told from the others: what is ours stays in one that is left out, and nothing leads to it
 /// any more.
 fn namespaces(
-    known: Vec<records::Record>,
+    known: Vec<checkpoints::Checkpoint>,
     limit: Option<&BTreeSet<u64>>,
-) -> anyhow::Result<impl Iterator<Item = (NetNs, Option<records::Record>)>> {
+) -> anyhow::Result<impl Iterator<Item = (NetNs, Option<checkpoints::Checkpoint>)>> {
     let host = NetNs::current().context("the host's network namespace")?.inode()?;
-    let mut all: BTreeMap<u64, (NetNs, Option<records::Record>)> = BTreeMap::new();
-    for (inode, path) in records::namespaces() {
+    let mut all: BTreeMap<u64, (NetNs, Option<checkpoints::Checkpoint>)> = BTreeMap::new();
+    for (inode, path) in checkpoints::namespaces() {
         // It may have ended meanwhile.
         let Ok(netns) = NetNs::open(&path) else { continue };
         let is_wanted = match limit {
@@ -143,9 +143,9 @@ fn namespaces(
             all.insert(inode, (netns, None));
         }
     }
-    for found in records::find(known)? {
+    for found in checkpoints::find(known)? {
         if let Some(netns) = found.netns {
-            all.insert(found.record.netns_inode, (netns, Some(found.record)));
+            all.insert(found.checkpoint.netns_inode, (netns, Some(found.checkpoint)));
         }
     }
     all.remove(&host);

@@ -14,7 +14,7 @@ use redirect_datapath::handle::{DatapathHandle, Gone};
 use redirect_datapath::linux::Linux;
 
 /// Works until the datapath's thread is gone.
-pub(super) async fn keep_up(
+pub(super) async fn reconcile_all(
     every: Duration,
     kernel: DatapathHandle<Linux>,
     pods: Arc<Pods<Linux>>,
@@ -25,9 +25,9 @@ pub(super) async fn keep_up(
     loop {
         ticks.tick().await;
         for uid in pods.uids().await {
-            pods.look_after(&uid).await;
+            pods.check_drift(&uid).await;
         }
-        mend(&kernel, &pods).await?;
+        repair(&kernel, &pods).await?;
         diagnostics.tell(&kernel).await;
         let known = pods.cookies().await;
         if let Ok(Err(error)) = kernel.run(move |linux| linux.collect(&known)).await {
@@ -51,10 +51,10 @@ pub(super) async fn leave_abandoned(proc: PathBuf, pods: Arc<Pods<Linux>>) -> an
 }
 
 /// Looks after what is for the whole node. An error: nobody does any more.
-pub(super) async fn mend(kernel: &DatapathHandle<Linux>, pods: &Pods<Linux>) -> Result<(), Gone> {
-    match kernel.run(Linux::mend).await? {
-        Ok(mended) => {
-            for what in mended {
+pub(super) async fn repair(kernel: &DatapathHandle<Linux>, pods: &Pods<Linux>) -> Result<(), Gone> {
+    match kernel.run(Linux::repair).await? {
+        Ok(repaired) => {
+            for what in repaired {
                 pods.repairs().count(Kind::Link);
                 tracing::warn!(what, "repaired node datapath drift");
             }

@@ -177,7 +177,7 @@ impl Watch {
     /// Waits for a message, and returns what has changed by it and by those that come soon after it. `reached` is the latest mark
     /// before them.
     ///
-    /// Enrolments send dozens of messages. Whoever sends one pays for waking a thread that waits for it, so that this one does not
+    /// Enrollments send dozens of messages. Whoever sends one pays for waking a thread that waits for it, so that this one does not
     /// wait for each.
     fn next_batch(
         &self,
@@ -241,7 +241,7 @@ fn changes_by(notification: &Notification, mark: u32) -> impl Iterator<Item = Ch
 }
 
 /// Whether a message calls for a look at its namespace: any about a link, those about what is removed, and those about an address or
-/// a route of the pod's own that is new: a route says of either. Enrolment itself sets `lo` up.
+/// a route of the pod's own that is new: a route says of either. Enrollment itself sets `lo` up.
 fn is_of_interest(message: &Raw) -> bool {
     let is_up = message.word(IFI_FLAGS) & libc::IFF_UP.cast_unsigned() != 0;
     match message.kind() {
@@ -302,7 +302,7 @@ mod tests {
             watch.netlink.lock().namespace_id(netns).unwrap();
         }
         watch.follow("other", &other).unwrap();
-        // What a CNI plugin does, and what enrolment does.
+        // What a CNI plugin does, and what enrollment does.
         change(&pod, |netlink| netlink.add_pair("eth0", "peer"));
         watch.follow("pod", &pod).unwrap();
         change(&pod, |netlink| netlink.set_up(LOOPBACK_INDEX));

@@ -17,8 +17,8 @@ use std::path::PathBuf;
 use redirect_linux::probe;
 pub(crate) use redirect_linux::probe::{Cause, Check, State};
 
+use redirect_agent::checkpoints::{self, Checkpoints, Found};
 use redirect_agent::install;
-use redirect_agent::records::{self, Found, Records};
 use redirect_datapath::linux::{self, TcMethod};
 
 /// What is asked of the node.
@@ -34,7 +34,7 @@ pub(crate) struct Requirements {
     #[arg(long, value_enum, default_value_t)]
     pub tc: TcMethod,
     /// Directory of the checkpoints of enrolled pods
-    #[arg(long, default_value = records::DEFAULT_DIRECTORY, env = "REDIRECT_STATE_DIR", value_name = "DIRECTORY")]
+    #[arg(long, default_value = checkpoints::DEFAULT_DIRECTORY, env = "REDIRECT_STATE_DIR", value_name = "DIRECTORY")]
     pub state_dir: PathBuf,
     /// Where the node's CNI chain is.
     #[command(flatten)]
@@ -67,9 +67,9 @@ pub(crate) fn examine(requirements: &Requirements) -> Vec<Check> {
     checks
 }
 
-/// The pods that an agent steers here, as far as their namespaces still exist.
+/// The pods that an agent captures here, as far as their namespaces still exist.
 fn enrolled(requirements: &Requirements) -> std::io::Result<Vec<Found>> {
-    records::find(Records::at(&requirements.state_dir).read()?)
+    checkpoints::find(Checkpoints::at(&requirements.state_dir).read()?)
 }
 
 /// The worst of them.

@@ -128,7 +128,7 @@ mod tests {
         let counter = |family: &str, connections| CounterReport {
             family: family.into(),
             direction: "outbound".into(),
-            verdict: "steered".into(),
+            verdict: "captured".into(),
             reason: "enrolled".into(),
             connections,
         };
@@ -157,7 +157,7 @@ mod tests {
             direction: "outbound".into(),
             source: None,
             destination: None,
-            verdict: "steered".into(),
+            verdict: "captured".into(),
             reason: "enrolled".into(),
             socket_cookie: None,
         }

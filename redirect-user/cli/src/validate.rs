@@ -19,8 +19,8 @@ use serde::Serialize;
 pub(crate) struct Finding {
     /// `IPv4` or `IPv6`.
     pub family: String,
-    /// Whether connections of the family are steered; `None`: the pod has no address of it.
-    pub steered: Option<bool>,
+    /// Whether connections of the family are captured; `None`: the pod has no address of it.
+    pub captured: Option<bool>,
     /// What shows that.
     pub detail: String,
 }
@@ -94,6 +94,6 @@ fn was_accepted(error: &io::Error) -> bool {
     }
 }
 
-fn finding(family: Family, steered: Option<bool>, detail: String) -> Finding {
-    Finding { family: family.name().into(), steered, detail }
+fn finding(family: Family, captured: Option<bool>, detail: String) -> Finding {
+    Finding { family: family.name().into(), captured, detail }
 }

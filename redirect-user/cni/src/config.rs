@@ -17,7 +17,7 @@ use redirect_protocol::wire::{Attachment, DEFAULT_SOCKET};
 /// |---|---|---|---|
 /// | `agentSocket` | absolute path | `/run/ambient-redirect/agent.sock` | where the agent listens |
 /// | `timeoutSeconds` | 1 to 3600 | 25 | how long to wait for the agent; must be shorter than the runtime waits for the plugin |
-/// | `excludeNamespaces` | list of strings | `["kube-system", "ambient-redirect"]` | pods of these Kubernetes namespaces start even if the agent does not answer within two seconds: the agent's own pod and what the node needs to live must be able to start. They are steered if it answers |
+/// | `excludeNamespaces` | list of strings | `["kube-system", "ambient-redirect"]` | pods of these Kubernetes namespaces start even if the agent does not answer within two seconds: the agent's own pod and what the node needs to live must be able to start. They are captured if it answers |
 ///
 /// The specification's own keys are `cniVersion`, `name`, `type`, `prevResult`, `runtimeConfig` and, for `GC`,
 /// `cni.dev/valid-attachments`. Other keys are ignored, so that a configuration can be written for a newer plugin; a

@@ -22,7 +22,7 @@ use redirect_protocol::wire::{self, ErrorKind, client};
 /// | 7 | a key of the configuration is wrong; the message names it |
 /// | 11 | the agent cannot be reached, did not answer in time or is not ready: try again later |
 /// | 50 | `STATUS`: `ADD` would not be served |
-/// | 51 | `STATUS`: as 50, and pods that are steered already may be cut off, too |
+/// | 51 | `STATUS`: as 50, and pods that are captured already may be cut off, too |
 /// | 100 | plugin and agent are of different releases |
 /// | 101 | the kernel is not as `ADD` left it (`CHECK`) |
 /// | 102 | the kernel refused, or a map is full |

@@ -37,7 +37,7 @@ fn list<'a>(result: &'a Value, key: &str) -> Result<&'a [Value], Error> {
 }
 
 /// An interface without a sandbox is the host's end. An index that leads nowhere is an error: to skip the address
-/// would leave one of the pod's families unsteered.
+/// would leave one of the pod's families uncaptured.
 fn is_inside(ip: &Value, interfaces: &[Value], i: usize) -> Result<bool, Error> {
     let index = match ip.get("interface") {
         None | Some(Value::Null) => return Ok(true),

@@ -227,7 +227,7 @@ fn excluded_namespaces_do_without_the_agent_but_heed_its_answer() {
     }
     let agent = TestAgent::start(agreeable);
     assert!(!Call::new("ADD", &agent.socket()).namespace("kube-system").run().failed);
-    assert_eq!(agent.requests().len(), 1, "excluded pods are steered if the agent is there");
+    assert_eq!(agent.requests().len(), 1, "excluded pods are captured if the agent is there");
 }
 
 #[test]
@@ -344,7 +344,7 @@ fn check_passes_namespace_and_addresses_on() {
 }
 
 #[test]
-fn status_tells_whether_steered_pods_suffer_too() {
+fn status_tells_whether_captured_pods_suffer_too() {
     let agent = TestAgent::start(agreeable);
     let status = Call::new("STATUS", &agent.socket()).unset("prevResult");
     assert_eq!(status.succeed_silently(), None);

@@ -30,7 +30,7 @@ pub struct Target {
     pub flags: PodFlags,
     /// See [`PodSettings::virtual_interfaces`](redirect_protocol::pod::PodSettings::virtual_interfaces).
     pub virtual_interfaces: Vec<String>,
-    /// What is not to be steered.
+    /// What is not to be captured.
     pub exclusions: BTreeSet<Exclusion>,
     /// Sysctls that were on before the pod was enrolled, and stay on after it.
     pub foreign: BTreeSet<Sysctl>,
@@ -176,7 +176,7 @@ pub enum Error {
         /// The cause.
         source: std::io::Error,
     },
-    /// The pod has IPv6 addresses and no IPv6 to steer them with.
+    /// The pod has IPv6 addresses and no IPv6 to capture them with.
     #[error(
         "pod {pod}: IPv6: it has the address {address}, but IPv6 is disabled on its lo, so its connections \
          cannot be captured: set net.ipv6.conf.lo.disable_ipv6=0 in the pod, or give it no IPv6 address"
@@ -220,7 +220,7 @@ pub trait Datapath {
     fn addresses(&mut self, netns: &NetNs) -> io::Result<Vec<IpAddr>>;
 
     /// Reads those facts about a pod whose end nobody tells of: sysctls, map entries, the socket lookup. Cheap.
-    fn glance(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>>;
+    fn observe_facts(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>>;
 
     /// The families in which a proxy listens for captured connections.
     fn served(&mut self, netns: &NetNs) -> io::Result<BTreeSet<Family>>;
@@ -257,7 +257,7 @@ pub struct Outcome {
     pub made: Vec<Fact>,
 }
 
-/// Makes the pod steered, or finds out whether it can be, if that is to be later. On an error everything that this call did is undone, except that what was there in the shape of
+/// Makes the pod captured, or finds out whether it can be, if that is to be later. On an error everything that this call did is undone, except that what was there in the shape of
 /// another build is not brought back.
 pub fn enroll(datapath: &mut impl Datapath, target: &Target) -> Result<Outcome, Error> {
     let began = Instant::now();
@@ -331,7 +331,7 @@ fn replaced_by(new: &Fact, before: &BTreeSet<Fact>) -> Option<Fact> {
     before.iter().find(|old| old.place() == Some(place)).cloned()
 }
 
-/// How much of a pod's enrolment is to be removed.
+/// How much of a pod's enrollment is to be removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Removal {
     /// What catches new connections. Those that the proxy has go on.
@@ -423,7 +423,7 @@ pub fn inspect(datapath: &mut impl Datapath, target: &Target) -> Result<Vec<Find
     Ok(all.map(|fact| Finding { fact: fact.clone(), state: state(fact) }).collect())
 }
 
-/// What is missing for the pod to be steered.
+/// What is missing for the pod to be captured.
 pub fn missing(datapath: &mut impl Datapath, target: &Target) -> Result<Vec<Fact>, Error> {
     let actual = datapath.observe(target)?;
     let wanted = target.desired(&actual.namespace);

@@ -148,7 +148,7 @@ impl Fact {
     }
 }
 
-/// A sysctl that a steered pod needs.
+/// A sysctl that a captured pod needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Sysctl {
     /// Accepted sockets inherit the mark of the SYN, in both families: the application's replies return to the proxy.
@@ -182,8 +182,8 @@ pub enum Hook {
     FromPod(Family),
     /// The same: what is sent to the pod.
     ToPod(Family),
-    /// On the entrance: what the proxy in the host's namespace is to get.
-    Entrance(Family),
+    /// On the ingress device: what the proxy in the host's namespace is to get.
+    IngressDevice(Family),
 }
 
 impl Hook {
@@ -199,7 +199,7 @@ impl Hook {
     /// Whether it is attached to the host's end of a pod's device.
     #[must_use]
     pub const fn is_on_host(self) -> bool {
-        matches!(self, Self::HostGate | Self::FromPod(_) | Self::ToPod(_) | Self::Entrance(_))
+        matches!(self, Self::HostGate | Self::FromPod(_) | Self::ToPod(_) | Self::IngressDevice(_))
     }
 
     /// The family of the packets that the program sees, if it is one.
@@ -212,7 +212,7 @@ impl Hook {
             | Self::Egress(family)
             | Self::FromPod(family)
             | Self::ToPod(family)
-            | Self::Entrance(family) => Some(family),
+            | Self::IngressDevice(family) => Some(family),
             Self::HostGate => None,
         }
     }
@@ -224,9 +224,11 @@ impl Hook {
         match self {
             Self::Inbound(_) | Self::Virtual(_) => Fact::Entry { interface, hook: self },
             Self::Egress(family) => Fact::Guard { interface, family },
-            Self::Loopback(_) | Self::HostGate | Self::FromPod(_) | Self::ToPod(_) | Self::Entrance(_) => {
-                Fact::Program { interface, hook: self }
-            }
+            Self::Loopback(_)
+            | Self::HostGate
+            | Self::FromPod(_)
+            | Self::ToPod(_)
+            | Self::IngressDevice(_) => Fact::Program { interface, hook: self },
         }
     }
 
@@ -247,8 +249,8 @@ impl Hook {
             Self::FromPod(Family::Ipv6) => "from_pod_ipv6",
             Self::ToPod(Family::Ipv4) => "to_pod_ipv4",
             Self::ToPod(Family::Ipv6) => "to_pod_ipv6",
-            Self::Entrance(Family::Ipv4) => "entrance_ipv4",
-            Self::Entrance(Family::Ipv6) => "entrance_ipv6",
+            Self::IngressDevice(Family::Ipv4) => "entrance_ipv4",
+            Self::IngressDevice(Family::Ipv6) => "entrance_ipv6",
         }
     }
 }
@@ -342,7 +344,7 @@ pub struct Wanted<'a> {
     pub addresses: &'a PodAddresses,
     /// Interfaces behind which others' connections begin that count as the pod's own.
     pub virtual_interfaces: &'a [String],
-    /// What is not to be steered.
+    /// What is not to be captured.
     pub exclusions: &'a BTreeSet<Exclusion>,
 }
 
@@ -363,7 +365,7 @@ impl Wanted<'_> {
     }
 }
 
-/// The facts that make a pod steered, given what its namespace is like.
+/// The facts that make a pod captured, given what its namespace is like.
 ///
 /// Both families are caught wherever the namespace can speak them, also one that the pod has no address of yet: an
 /// address that appears later must not be a way around the proxy.

@@ -7,9 +7,9 @@
 mod attached;
 mod decision;
 mod devices;
-mod entrance;
 mod holders;
 mod in_pod;
+mod ingress_device;
 mod listeners;
 mod maps;
 mod notrack;
@@ -44,7 +44,7 @@ use super::datapath::{Adoption, Datapath, Error, Introduction, Observation, Targ
 use super::facts::{Devices, Fact, Hook, Interface, LOOPBACK_INDEX, Lookup, Op};
 use super::faults::Words;
 pub use attached::{Attached, at_cgroup, on_devices, shortcuts, unguarded};
-pub use entrance::EarlyDemuxNote;
+pub use ingress_device::EarlyDemuxNote;
 use listeners::LISTENING;
 pub use listeners::NotedBy;
 pub use maps::Capacities;
@@ -120,7 +120,7 @@ pub struct Settings {
     pub refuse: bool,
     /// Whether connections to IPv6 link-local addresses go past the proxy instead of being refused.
     pub link_local: bool,
-    /// What is not steered, in any pod.
+    /// What is not captured, in any pod.
     pub exclusions: BTreeSet<Exclusion>,
     /// How a socket is known to be the proxy's own.
     pub proxy_identity: ProxyIdentity,
@@ -227,7 +227,7 @@ pub struct Report {
 
 impl Linux {
     /// Loads the programs and puts them in the place of those of the agent before, if there are any: in the order in which
-    /// nothing is let past in between. `pods` are those that were steered already.
+    /// nothing is let past in between. `pods` are those that were captured already.
     pub fn load(
         settings: &Settings,
         pins: Pins,
@@ -293,7 +293,7 @@ impl Linux {
             _pins: pins,
         };
         linux.renew_other(pods);
-        linux.mend()?;
+        linux.repair()?;
         if noted_by == NotedBy::Tc {
             linux.links.remove(LISTENING)?;
         }
@@ -320,7 +320,7 @@ impl Linux {
     /// come over.
     fn renew_other(&mut self, pods: &[Target]) {
         let renewed = self.as_other(|linux| {
-            linux.mend()?;
+            linux.repair()?;
             for pod in pods {
                 for fact in linux.placed.observe(linux, pod)?.stale {
                     linux.step(pod, &Op::Ensure(fact))?;
@@ -388,10 +388,10 @@ impl Linux {
     }
 
     /// Attaches what is for the whole node, as far as it is not. Returns the names of the programs that had to be.
-    pub fn mend(&mut self) -> anyhow::Result<Vec<&'static str>> {
+    pub fn repair(&mut self) -> anyhow::Result<Vec<&'static str>> {
         use anyhow::Context as _;
         self.leave().context("cannot return to the host's network namespace")?;
-        let mut mended = Vec::new();
+        let mut repaired = Vec::new();
         for (name, hook) in placed::on_root(self.placed, self.noted_by) {
             let (program, place) = (self.programs.get(name)?, self.cgroup.place(hook));
             if self.links.state(name, program, place)? != Some(State::Current) {
@@ -399,11 +399,11 @@ impl Linux {
                 self.links.ensure(name, program, place).with_context(|| {
                     format!("program {name} can't be attached to {}", self.cgroup.path.display())
                 })?;
-                mended.push(name);
+                repaired.push(name);
             }
         }
-        self.placed.mend(self, &mut mended)?;
-        Ok(mended)
+        self.placed.repair(self, &mut repaired)?;
+        Ok(repaired)
     }
 
     /// Removes what is about namespaces that are gone. Returns the cookies of the others that no pod is known of.
@@ -737,7 +737,7 @@ fn lookup_place(netns: &NetNs) -> io::Result<Place<'_>> {
 impl Datapath for Linux {
     fn introduce(&mut self, netns: &NetNs) -> io::Result<Introduction> {
         let cookie = self.move_to(netns, current_cookie)?;
-        // Those of a pod that is steered are ours; in placement `node` none of them is touched.
+        // Those of a pod that is captured are ours; in placement `node` none of them is touched.
         let enrolled = self.maps.has_pod(cookie)?;
         let sysctls =
             if enrolled { BTreeSet::new() } else { entered(&mut self.session)?.sysctls.that_are_on()? };
@@ -745,8 +745,8 @@ impl Datapath for Linux {
         Ok(Introduction { cookie, sysctls, earlier_connections, enrolled, adoption: Adoption::None })
     }
 
-    fn glance(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>> {
-        self.placed.glance(self, target)
+    fn observe_facts(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>> {
+        self.placed.observe_facts(self, target)
     }
 
     fn addresses(&mut self, netns: &NetNs) -> io::Result<Vec<IpAddr>> {

@@ -242,25 +242,25 @@ impl Netlink {
         self.change(RouteNetlinkMessage::DelLink(link), 0)
     }
 
-    /// A rule of this priority that is not the entrance's, in words.
+    /// A rule of this priority that is not the ingress device's, in words.
     pub fn other_rule(&mut self, family: Family, priority: u32) -> io::Result<Option<String>> {
         let at_priority = RuleAttribute::Priority(priority);
         let others = self.all_rules(family)?.into_iter();
         Ok(others
-            .filter(|found| found.attributes.contains(&at_priority) && !leads_to_entrance(found))
+            .filter(|found| found.attributes.contains(&at_priority) && !leads_to_ingress_device(found))
             .map(|found| in_words(&found))
             .next())
     }
 
     /// Returns whether it was missing.
-    pub fn ensure_entrance_rule(&mut self, family: Family, priority: u32) -> io::Result<bool> {
-        let message = RouteNetlinkMessage::NewRule(entrance_rule(family, priority));
+    pub fn ensure_ingress_device_rule(&mut self, family: Family, priority: u32) -> io::Result<bool> {
+        let message = RouteNetlinkMessage::NewRule(ingress_device_rule(family, priority));
         made(self.change(message, NLM_F_CREATE | NLM_F_EXCL))
     }
 
-    /// Removes the entrance's rules, of whatever priority. Returns how many there were.
-    pub fn delete_entrance_rules(&mut self, family: Family) -> io::Result<usize> {
-        let ours: Vec<_> = self.all_rules(family)?.into_iter().filter(leads_to_entrance).collect();
+    /// Removes the ingress device's rules, of whatever priority. Returns how many there were.
+    pub fn delete_ingress_device_rules(&mut self, family: Family) -> io::Result<usize> {
+        let ours: Vec<_> = self.all_rules(family)?.into_iter().filter(leads_to_ingress_device).collect();
         for rule in &ours {
             self.change(RouteNetlinkMessage::DelRule(rule.clone()), 0)?;
         }
@@ -291,9 +291,9 @@ impl Netlink {
         made(self.change(RouteNetlinkMessage::NewAddress(message), NLM_F_CREATE | NLM_F_EXCL))
     }
 
-    /// `local default dev ENTRANCE table ROUTE_TABLE`. Of that device, because the reverse path filter takes a source for
+    /// `local default dev INGRESS_DEVICE table ROUTE_TABLE`. Of that device, because the reverse path filter takes a source for
     /// right if the route to it is through the device that the packet came in by.
-    pub fn add_entrance_route(&mut self, family: Family, index: u32) -> io::Result<()> {
+    pub fn add_ingress_device_route(&mut self, family: Family, index: u32) -> io::Result<()> {
         let mut route = RouteMessage::default();
         route.header = RouteHeader {
             address_family: address_family(family),
@@ -516,11 +516,11 @@ const fn everything(family: Family) -> RouteAttribute {
     })
 }
 
-fn entrance_rule(family: Family, priority: u32) -> RuleMessage {
+fn ingress_device_rule(family: Family, priority: u32) -> RuleMessage {
     rule_of(family, MARK_CAPTURE, priority, ROUTE_TABLE)
 }
 
-fn leads_to_entrance(rule: &RuleMessage) -> bool {
+fn leads_to_ingress_device(rule: &RuleMessage) -> bool {
     [RuleAttribute::FwMark(MARK_CAPTURE), RuleAttribute::FwMask(MARK_MASK), RuleAttribute::Table(ROUTE_TABLE)]
         .iter()
         .all(|attribute| rule.attributes.contains(attribute))

@@ -110,13 +110,13 @@ pub struct PodSettings {
     pub dns: Option<bool>,
     /// Placement `node`: whether the pod may send from addresses that are not its own, if it says so itself.
     pub any_source: Option<bool>,
-    /// What is not steered.
+    /// What is not captured.
     pub exclusions: BTreeSet<Exclusion>,
     /// Interfaces whose inbound TCP counts as the pod's own outbound: virtual machines behind them, say.
     pub virtual_interfaces: Vec<String>,
 }
 
-/// Connections that are not steered.
+/// Connections that are not captured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Exclusion {
     /// With peers in a network: destinations of outbound connections, sources of inbound ones.

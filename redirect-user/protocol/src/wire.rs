@@ -64,7 +64,7 @@ pub struct Attachment {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case")]
 pub enum Request {
-    /// Steer this pod, if it is to be enrolled; answer when the kernel does and the proxy knows it. Carries the
+    /// Capture this pod, if it is to be enrolled; answer when the kernel does and the proxy knows it. Carries the
     /// namespace's descriptor. Answered by [`Reply::Added`].
     Add {
         /// What was attached.
@@ -151,7 +151,7 @@ impl Request {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "snake_case")]
 pub enum Reply {
-    /// The pod is steered, or need not be.
+    /// The pod is captured, or need not be.
     Added {
         /// Whether the pod is enrolled.
         enrolled: bool,
@@ -414,7 +414,7 @@ pub struct Explanation {
     /// How the decision is found.
     pub steps: Vec<Step>,
     /// Whether the node proxy gets it.
-    pub steered: bool,
+    pub captured: bool,
     /// What becomes of it, in words.
     pub verdict: String,
     /// What is wrong on its way, the first thing first.
@@ -441,9 +441,9 @@ pub struct PodReport {
     pub addresses: Vec<IpAddr>,
     /// Cookie of its network namespace.
     pub netns_cookie: u64,
-    /// The families that are steered: `IPv4`, `IPv6`.
-    pub steered: Vec<String>,
-    /// The interfaces whose inbound connections are steered.
+    /// The families that are captured: `IPv4`, `IPv6`.
+    pub captured: Vec<String>,
+    /// The interfaces whose inbound connections are captured.
     pub interfaces: Vec<String>,
     /// Devices of the host that led to the pod and whose other ends somebody moved into another namespace. What comes from there
     /// and is not the proxy's is dropped.
@@ -481,7 +481,7 @@ pub struct PodCounter {
 #[serde(rename_all = "snake_case")]
 pub enum PodState {
     /// The kernel gives its connections to the node proxy, which knows the pod.
-    Steered,
+    Captured,
     /// The kernel is as it should be, but the node proxy does not serve the pod: connections wait, or are refused.
     Waiting,
     /// The kernel was not as it should be when it was last looked at; the agent tries again.
@@ -493,7 +493,7 @@ impl PodState {
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
-            Self::Steered => "steered",
+            Self::Captured => "captured",
             Self::Waiting => "waiting",
             Self::Broken => "broken",
         }

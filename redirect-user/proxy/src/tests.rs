@@ -1,6 +1,6 @@
 //! The proxy's parts on loopback, and in network namespaces of their own where the tests may make them.
 //!
-//! Nothing steers here. Where a connection has to pass through, the listener is in one namespace and the pod in another, in
+//! Nothing captures here. Where a connection has to pass through, the listener is in one namespace and the pod in another, in
 //! which the application has the very address that the client dialled.
 
 mod inside;

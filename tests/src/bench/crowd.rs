@@ -65,8 +65,8 @@ impl BarePod {
         Attachment { container_id: format!("crowd-{}", self.number), interface: "eth0".into() }
     }
 
-    /// Asks the agent to steer it. Returns how long that took.
-    pub fn enrol(&self, agent: &Path) -> Result<Duration> {
+    /// Asks the agent to capture it. Returns how long that took.
+    pub fn enroll(&self, agent: &Path) -> Result<Duration> {
         let pod = PodIdentity {
             uid: self.uid(),
             namespace: CROWD.into(),
@@ -85,7 +85,7 @@ impl BarePod {
     }
 
     /// Asks the agent to let go of it.
-    pub fn unenrol(&self, agent: &Path) -> Result<Duration> {
+    pub fn unenroll(&self, agent: &Path) -> Result<Duration> {
         let request = Request::Del { attachment: self.attachment() };
         let began = Instant::now();
         client::call_done(agent, &request, None, PATIENCE)?;

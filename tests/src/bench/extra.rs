@@ -140,11 +140,11 @@ pub fn many_pods(world: &World, count: usize, effort: Effort) -> Result<Many> {
     let agent = world.node().agent_socket();
     let pods: Vec<BarePod> = gather(1, count)?;
     for pod in &pods {
-        pod.enrol(&agent)?;
+        pod.enroll(&agent)?;
     }
     let many = compare(world, effort)?;
     for pod in &pods {
-        pod.unenrol(&agent)?;
+        pod.unenroll(&agent)?;
     }
     Ok(Many { what: format!("{count} pods"), few, many })
 }

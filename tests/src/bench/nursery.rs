@@ -19,7 +19,7 @@ pub struct Nursery {
 }
 
 impl Nursery {
-    /// Starts it, in cgroups of this name. The agent's log tells how long each part of an enrolment took.
+    /// Starts it, in cgroups of this name. The agent's log tells how long each part of an enrollment took.
     pub fn start(session: &Arc<Session>, name: &str) -> Result<Self> {
         let cgroup = Cgroup::beside_this_process(name)?;
         let proxy_cgroup = cgroup.child("proxy")?;

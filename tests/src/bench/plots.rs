@@ -45,7 +45,7 @@ pub fn draw(data: &Data, directory: &Path) -> Result<()> {
             plot(directory, name, &title, &bars)?;
         }
     }
-    if let Some(times) = &data.enrolment {
+    if let Some(times) = &data.enrollment {
         let bar = |label: &str, color, values: &[f64]| {
             let at = |share| percentile(values, share).unwrap_or_default() / 1000.0;
             Bar {
@@ -58,11 +58,11 @@ pub fn draw(data: &Data, directory: &Path) -> Result<()> {
             bar("ebpf, our share", color(Arm::Ebpf), &times.ours()),
             bar("iptables", color(Arm::Iptables), &times.iptables),
             bar("nft", color(Arm::Nft), &times.nft),
-            bar("un-enrolment, ebpf", color(Arm::Ebpf), &times.release_ours()),
+            bar("un-enrollment, ebpf", color(Arm::Ebpf), &times.release_ours()),
             bar("removal, iptables", color(Arm::Iptables), &times.iptables_release),
             bar("removal, nft", color(Arm::Nft), &times.nft_release),
         ];
-        plot(directory, "enrolment", "enrolment of one pod: median, 5 % and 95 %, in ms", &bars)?;
+        plot(directory, "enrollment", "enrollment of one pod: median, 5 % and 95 %, in ms", &bars)?;
     }
     Ok(())
 }

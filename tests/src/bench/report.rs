@@ -127,7 +127,7 @@ pub fn markdown(data: &Data) -> String {
         }
     }
     text += &extras(data);
-    text += &enrolment(data);
+    text += &enrollment(data);
     text += &scale(data);
     text
 }
@@ -278,8 +278,8 @@ fn shares(data: &Data) -> String {
     table(&["", "all", "programs", "the kernel around them"], &rows)
 }
 
-fn enrolment(data: &Data) -> String {
-    let Some(times) = &data.enrolment else { return String::new() };
+fn enrollment(data: &Data) -> String {
+    let Some(times) = &data.enrollment else { return String::new() };
     let row = |what: &str, values: &[f64]| {
         let at = |share| {
             percentile(values, share).map_or("–".to_owned(), |value| format!("{:.2}", value / 1000.0))
@@ -293,7 +293,7 @@ fn enrolment(data: &Data) -> String {
         row("– the steps", &times.write),
         row("– the proxy", &times.proxy),
         row("our share", &ours),
-        row("un-enrolment, our share", &release),
+        row("un-enrollment, our share", &release),
         row("plugin, start to exit", &times.plugin),
         row("plugin, without the agent", &plugin),
         row("iptables-restore × 2, rules, routes", &times.iptables),
@@ -302,7 +302,7 @@ fn enrolment(data: &Data) -> String {
         row("– removal", &times.nft_release),
     ];
     let mut text =
-        format!("\n## Enrolment of one pod, both families, in ms\n\n{}", table(&["", "p50", "p99"], &rows));
+        format!("\n## Enrollment of one pod, both families, in ms\n\n{}", table(&["", "p50", "p99"], &rows));
     let rows: Vec<Vec<String>> = times
         .crowds
         .iter()
@@ -315,7 +315,7 @@ fn enrolment(data: &Data) -> String {
         .collect();
     if let Some([request, release]) = &times.against {
         for (what, ours, theirs) in
-            [("Enrolment", &times.request, request), ("Un-enrolment", &times.release, release)]
+            [("Enrollment", &times.request, request), ("Un-enrollment", &times.release, release)]
         {
             if let Some(found) = Estimate::ratio(ours, theirs) {
                 let _ = write!(text, "\n{what}, request to answer, this build against the other: {found}.\n");
@@ -323,7 +323,7 @@ fn enrolment(data: &Data) -> String {
         }
     }
     let head = ["pods at once", "ebpf, by the plugin", "iptables", "nft"];
-    let _ = write!(text, "\n### Until the last of several is steered, in ms\n\n{}", table(&head, &rows));
+    let _ = write!(text, "\n### Until the last of several is captured, in ms\n\n{}", table(&head, &rows));
     text
 }
 

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 use serde::Serialize;
 
-use super::enrolment::{self, Enrolment};
+use super::enrollment::{self, Enrollment};
 use super::extra::{self, Hook, Many, Turns};
 use super::load::Length;
 use super::machine::{Busy, Machine, wait_for_namespaces, wait_for_quiet};
@@ -74,8 +74,8 @@ pub enum Experiment {
     Hooks,
     /// Connections while there are many pods, or exclusions.
     Many,
-    /// Enrolment of pods.
-    Enrolment,
+    /// Enrollment of pods.
+    Enrollment,
     /// Memory by the number of pods.
     Scale,
 }
@@ -94,7 +94,7 @@ impl Options {
             (_, true) => (20, 5.0),
             _ => (100, 20.0),
         };
-        let (turns, enrolments, crowds, levels, many): (_, _, (&[usize], _), &[usize], _) =
+        let (turns, enrollments, crowds, levels, many): (_, _, (&[usize], _), &[usize], _) =
             match (self.smoke, self.quick) {
                 (true, _) => (30, 2, (&[1, 2], 1), &[0, 2], 2),
                 (_, true) => (400, 40, (&[1, 10, 100], 2), &[0, 10, 100, 250], 250),
@@ -103,7 +103,7 @@ impl Options {
         Plan {
             turns: milliseconds(turns, 40),
             hooks: milliseconds(if self.smoke { 10 } else { 400 }, 40),
-            enrolments,
+            enrollments,
             crowds,
             levels,
             idle: Duration::from_millis(if self.smoke {
@@ -142,8 +142,8 @@ struct Plan {
     turns: Length,
     /// Run time of programs.
     hooks: Length,
-    /// Enrolments of one pod.
-    enrolments: usize,
+    /// Enrollments of one pod.
+    enrollments: usize,
     /// Pods that are enrolled at once, and how often.
     crowds: (&'static [usize], usize),
     /// Numbers of pods.
@@ -175,8 +175,8 @@ pub struct Data {
     pub hooks: Vec<Hook>,
     /// Many pods, many exclusions.
     pub many: Vec<Many>,
-    /// Enrolment.
-    pub enrolment: Option<Enrolment>,
+    /// Enrollment.
+    pub enrollment: Option<Enrollment>,
     /// Memory.
     pub scale: Option<Scale>,
 }
@@ -197,7 +197,7 @@ pub fn run(session: &Arc<Session>, options: &Options) -> Result<Data> {
         turns: Vec::new(),
         hooks: Vec::new(),
         many: Vec::new(),
-        enrolment: None,
+        enrollment: None,
         scale: None,
     };
     let against = options
@@ -207,10 +207,10 @@ pub fn run(session: &Arc<Session>, options: &Options) -> Result<Data> {
     let against = against.transpose()?;
     data.machine.load_before = wait_for_quiet(plan.patience)?;
     // First of all: it suffers from what a kernel with many namespaces has still to clean up.
-    if options.wants(Experiment::Enrolment) {
+    if options.wants(Experiment::Enrollment) {
         let (crowds, rounds) = plan.crowds;
-        let plan = enrolment::Plan { attempts: plan.enrolments, crowds: crowds.to_vec(), rounds };
-        data.enrolment = Some(step("enrolment", || enrolment::measure(session, against.as_ref(), &plan))?);
+        let plan = enrollment::Plan { attempts: plan.enrollments, crowds: crowds.to_vec(), rounds };
+        data.enrollment = Some(step("enrollment", || enrollment::measure(session, against.as_ref(), &plan))?);
         wait_for_namespaces()?;
     }
     connections(session, against.as_ref(), options, plan, &mut data)?;

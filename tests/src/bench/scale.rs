@@ -39,7 +39,7 @@ pub struct Level {
 pub struct Scale {
     /// By number of pods.
     pub levels: Vec<Level>,
-    /// Kernel memory that the last pods' enrolment took, per pod, in bytes, and that un-enrolment gave back.
+    /// Kernel memory that the last pods' enrollment took, per pod, in bytes, and that un-enrollment gave back.
     pub kernel_per_pod: [f64; 2],
     /// The same for rules of iptables.
     pub iptables_per_pod: [f64; 2],
@@ -59,14 +59,14 @@ pub fn measure(session: &Arc<Session>, levels: &[usize], idle: Duration) -> Resu
     for &level in levels {
         for pod in pods.get(enrolled..level).unwrap_or_default() {
             signals::check()?;
-            pod.enrol(&agent)?;
+            pod.enroll(&agent)?;
         }
         enrolled = level;
         scale.levels.push(look(&nursery, level, idle)?);
     }
     let full = kernel_memory()?;
     for pod in &pods {
-        pod.unenrol(&agent)?;
+        pod.unenroll(&agent)?;
     }
     scale.kernel_per_pod = per_pod(&pods, before, full, kernel_memory()?);
     scale.iptables_per_pod = rules(&pods, Netfilter::Iptables)?;

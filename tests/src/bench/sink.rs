@@ -22,7 +22,7 @@ pub struct Options {
     /// Where pods come from.
     #[arg(long)]
     pub zds_socket: PathBuf,
-    /// Acknowledges pods but serves none, to measure what enrolment costs without a proxy.
+    /// Acknowledges pods but serves none, to measure what enrollment costs without a proxy.
     #[arg(long)]
     pub acknowledge_only: bool,
     /// Where it runs.

@@ -177,7 +177,7 @@ pub fn evaluate(data: &Data) -> Vec<Target> {
     }
     targets.extend(turns(data));
     targets.extend(families(&rounds));
-    targets.extend(enrolment(data));
+    targets.extend(enrollment(data));
     targets.extend(scale(data));
     targets
 }
@@ -265,13 +265,13 @@ fn families(rounds: &Rounds<'_>) -> Vec<Target> {
         .collect()
 }
 
-fn enrolment(data: &Data) -> Vec<Target> {
-    let Some(times) = &data.enrolment else { return Vec::new() };
+fn enrollment(data: &Data) -> Vec<Target> {
+    let Some(times) = &data.enrollment else { return Vec::new() };
     let at = |values: &[f64], share| percentile(values, share).map(|value| Estimate::exact(value / 1000.0));
     [
-        ("enrolment of a pod, both families, our share, p50", 0.7, at(&times.ours(), 0.5)),
-        ("enrolment of a pod, both families, our share, p99", 2.0, at(&times.ours(), 0.99)),
-        ("un-enrolment, our share, p50", 0.5, at(&times.release_ours(), 0.5)),
+        ("enrollment of a pod, both families, our share, p50", 0.7, at(&times.ours(), 0.5)),
+        ("enrollment of a pod, both families, our share, p99", 2.0, at(&times.ours(), 0.99)),
+        ("un-enrollment, our share, p50", 0.5, at(&times.release_ours(), 0.5)),
         ("plugin process, without the agent's work, p50", 1.0, at(&times.plugin_alone(), 0.5)),
     ]
     .into_iter()

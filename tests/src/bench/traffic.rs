@@ -324,15 +324,15 @@ struct Counts([[u64; 2]; 3]);
 impl Counts {
     fn read(world: &World, family: Family) -> Result<Self> {
         let status = world.node().status()?;
-        let steered = |direction: &str| {
+        let captured = |direction: &str| {
             let of = |counter: &&redirect_protocol::wire::CounterReport| {
                 counter.family == family.to_string()
                     && counter.direction == direction
-                    && counter.verdict == "steered"
+                    && counter.verdict == "captured"
             };
             status.counters.iter().filter(of).map(|counter| counter.connections).sum()
         };
-        let mut counts = [[steered("outbound"), steered("inbound")], [0; 2], [0; 2]];
+        let mut counts = [[captured("outbound"), captured("inbound")], [0; 2], [0; 2]];
         for (place, arm) in [(1, Arm::Iptables), (2, Arm::Nft)] {
             let pair = world.of(arm)?;
             let netfilter = arm.netfilter().context("rules")?;

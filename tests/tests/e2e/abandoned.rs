@@ -97,7 +97,7 @@ fn belongs_to_the_new(
         let connection = other.connect(stack, to).with_context(|| format!("attempt {attempt}"))?;
         ensure!(connection.is_direct(), "a proxy answers for a pod that is not enrolled");
     }
-    new.enrol()?;
+    new.enroll()?;
     inbound::passes_the_proxy_once(other.netns(), &new, stack)?;
     outbound::passes_the_proxy_once(&new, other, stack)
 }
@@ -109,7 +109,7 @@ fn process_without_a_path(context: &Context) -> Result<()> {
     let pod = node.plain("pod", Families::Dual)?;
     let path = node.dir().join("netns");
     symlink(pod.netns().path(), &path)?;
-    pod.enrol_at(path.clone())?;
+    pod.enroll_at(path.clone())?;
     // Seen where it is.
     thread::sleep(Duration::from_secs(1));
     let mut command = std::process::Command::new(&context.session()?.binaries().testbed);

@@ -42,12 +42,12 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
                 }
             }
         }
-        let against = &data["enrolment"]["against"][0];
+        let against = &data["enrollment"]["against"][0];
         ensure!(against.as_array().is_some_and(|list| !list.is_empty()), "the other build enrolled nothing");
         for part in ["turns", "hooks", "many", "latencies"] {
             ensure!(data[part].as_array().is_some_and(|list| !list.is_empty()), "{part} is empty");
         }
-        for name in ["report.md", "samples.csv", "outbound.svg", "path.svg", "enrolment.svg"] {
+        for name in ["report.md", "samples.csv", "outbound.svg", "path.svg", "enrollment.svg"] {
             let length = fs::metadata(output.path().join(name)).context(name)?.len();
             ensure!(length > 1000, "{name} has {length} bytes");
         }

@@ -170,7 +170,7 @@ fn shortcut(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-fn is_steered_both_ways(pod: &Pod, other: &Pod, stack: Stack) -> Result<()> {
+fn is_captured_both_ways(pod: &Pod, other: &Pod, stack: Stack) -> Result<()> {
     outbound::passes_the_proxy_once(pod, other, stack)?;
     inbound::passes_the_proxy_once(other.netns(), pod, stack)
 }
@@ -230,16 +230,16 @@ fn tcx_programs(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
         place.netns.run(attach)?.into_iter().collect::<Result<Vec<_>>>()
     };
     let before = (turn == Turn::Before).then(attach).transpose()?;
-    pod.enrol()?;
+    pod.enroll()?;
     if turn == Turn::After {
         let _after = attach()?;
-        // The agent looks at pods anew from time to time, and at once when it is asked to enrol one again.
-        pod.enrol()?;
-        return is_steered_both_ways(&pod, &other, stack);
+        // The agent looks at pods anew from time to time, and at once when it is asked to enroll one again.
+        pod.enroll()?;
+        return is_captured_both_ways(&pod, &other, stack);
     }
-    is_steered_both_ways(&pod, &other, stack)?;
+    is_captured_both_ways(&pod, &other, stack)?;
     drop(before);
-    pod.unenrol()?;
+    pod.unenroll()?;
     ensure!(place.index()? == index);
     Ok(())
 }
@@ -263,11 +263,11 @@ fn filters(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
     if turn == Turn::Before {
         add()?;
     }
-    pod.enrol()?;
+    pod.enroll()?;
     if turn == Turn::After {
         add()?;
     }
-    is_steered_both_ways(&pod, &other, stack)
+    is_captured_both_ways(&pod, &other, stack)
 }
 
 /// The same on `lo`, where ours make a place for what comes in alone, unless there is one. Those of others stay there.
@@ -284,12 +284,12 @@ fn filters_on_loopback(context: &Context, stack: Stack, turn: Turn) -> Result<()
         place.add_qdisc()?;
         add()?;
     }
-    pod.enrol()?;
+    pod.enroll()?;
     if turn == Turn::After {
         add()?;
     }
-    is_steered_both_ways(&pod, &other, stack)?;
-    pod.unenrol()?;
+    is_captured_both_ways(&pod, &other, stack)?;
+    pod.unenroll()?;
     for side in sides {
         let left = pod.netns().json(&format!("tc -j filter show dev lo {side}"))?;
         let left: Vec<_> =
@@ -307,11 +307,11 @@ fn filter_in_our_place(context: &Context, stack: Stack) -> Result<()> {
     let program = if context.placement() == Placement::Pod { "inbound_ipv4" } else { "from_pod_ipv4" };
     place.add_qdisc()?;
     place.add_filter("arp", "1", "ingress")?;
-    let text = restarts::message(pod.enrol())?;
+    let text = restarts::message(pod.enroll())?;
     for wanted in [pod.identity().to_string().as_str(), program, &place.device] {
         ensure!(text.contains(wanted), "{wanted} is not in {text:?}");
     }
     place.tc("filter del dev DEVICE ingress pref 1", &[])?;
-    pod.enrol()?;
-    is_steered_both_ways(&pod, &other, stack)
+    pod.enroll()?;
+    is_captured_both_ways(&pod, &other, stack)
 }

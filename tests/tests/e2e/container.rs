@@ -24,9 +24,9 @@ use crate::install::Directories;
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     vec![
-        trial_in_container(context, "container::steers_what_podman_starts", steers_with_either_profile),
+        trial_in_container(context, "container::captures_what_podman_starts", captures_with_either_profile),
         trial_in_container(context, "container::seccomp_profile_refuses_other_calls", refuses_other_calls),
-        trial_in_container(context, "container::steers_what_ctr_starts", steers_ctr),
+        trial_in_container(context, "container::captures_what_ctr_starts", captures_ctr),
     ]
 }
 
@@ -80,14 +80,14 @@ fn daemonset(paths: &[(&str, &Path)], values: &[&str], image: &str) -> Result<Va
 }
 
 /// With the seccomp profile of the runtime, and with ours.
-fn steers_with_either_profile(context: &Context) -> Result<()> {
-    steers(context, &["seccompProfile.type=RuntimeDefault"]).context("the runtime's profile")?;
+fn captures_with_either_profile(context: &Context) -> Result<()> {
+    captures(context, &["seccompProfile.type=RuntimeDefault"]).context("the runtime's profile")?;
     let ours = format!("seccompProfile.type=Localhost,seccompProfile.localhostProfile={PROFILE}");
-    steers(context, &[&ours]).context("our profile")
+    captures(context, &[&ours]).context("our profile")
 }
 
 /// The agent runs as the chart says with these values.
-fn steers(context: &Context, values: &[&str]) -> Result<()> {
+fn captures(context: &Context, values: &[&str]) -> Result<()> {
     context.needs(ProxyKind::Embedded, "a ztunnel knows no pod of podman's")?;
     let session = context.session()?;
     let node = Node::with(&session, NodeOptions { agent: false, proxy: false, ..NodeOptions::default() })?;
@@ -213,8 +213,8 @@ fn passes_the_proxy(
     Ok(())
 }
 
-/// The agent, as a process of the node, puts the plugin into the chain by which `ctr` starts containers, and steers them.
-fn steers_ctr(context: &Context) -> Result<()> {
+/// The agent, as a process of the node, puts the plugin into the chain by which `ctr` starts containers, and captures them.
+fn captures_ctr(context: &Context) -> Result<()> {
     context.needs(ProxyKind::Embedded, "a ztunnel knows no container of containerd's")?;
     let session = context.session()?;
     let node = Node::with(&session, NodeOptions { agent: false, proxy: false, ..NodeOptions::default() })?;

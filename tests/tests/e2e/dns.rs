@@ -1,8 +1,8 @@
 //! DNS questions of enrolled pods go to the proxy's resolver, and applications see the servers that they asked.
 
+mod capturing;
 mod resolvers;
 mod sockets;
-mod steering;
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -25,7 +25,7 @@ use redirect_protocol::placement::Placement;
 use crate::context::Context;
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
-    [sockets::trials(context), steering::trials(context), resolvers::trials(context)]
+    [sockets::trials(context), capturing::trials(context), resolvers::trials(context)]
         .into_iter()
         .flatten()
         .collect()

@@ -432,7 +432,7 @@ fn devices(context: &Context) -> Result<()> {
         ensure!(found["detail"].as_str().is_some_and(|detail| detail.starts_with(&place)), "{found:#?}");
     }
     // The agent looks at the pod anew, and puts its own before the others.
-    pod.enrol()?;
+    pod.enroll()?;
     let (found, _) = ask()?;
     ensure!(found.len() == 1 && found[0]["state"] == "ok", "{found:#?}");
     ensure!(

@@ -1,4 +1,4 @@
-//! Networks and ports that the agent is told not to steer.
+//! Networks and ports that the agent is told not to capture.
 
 use std::net::IpAddr;
 use std::process::{Command, ExitStatus};
@@ -109,8 +109,8 @@ fn outbound_port(context: &Context, families: Families, stack: Stack) -> Result<
     let to = (other.address(stack.family())?, EXCLUDED);
     passes_by(client.netns(), &listening, to, stack, &client, Direction::Outbound)?;
     outbound::passes_the_proxy_once(&client, &other, stack)?;
-    // Inbound, the same port is steered.
-    is_steered_inbound(&other, &client, stack)
+    // Inbound, the same port is captured.
+    is_captured_inbound(&other, &client, stack)
 }
 
 fn inbound_port(context: &Context, families: Families, stack: Stack) -> Result<()> {
@@ -120,7 +120,7 @@ fn inbound_port(context: &Context, families: Families, stack: Stack) -> Result<(
     let to = (server.address(stack.family())?, EXCLUDED);
     passes_by(other.netns(), &listening, to, stack, &server, Direction::Inbound)?;
     inbound::passes_the_proxy_once(other.netns(), &server, stack)?;
-    // Outbound, the same port is steered.
+    // Outbound, the same port is captured.
     let _elsewhere = Server::start(other.netns(), stack, EXCLUDED, "elsewhere")?;
     let to = other.endpoint(stack.family(), EXCLUDED)?;
     let connection = server.connect(stack, to)?;
@@ -128,7 +128,7 @@ fn inbound_port(context: &Context, families: Families, stack: Stack) -> Result<(
     server.proxied_times(redirect_tests::Direction::Outbound, to, 1).map(drop)
 }
 
-fn is_steered_inbound(client: &Pod, server: &Pod, stack: Stack) -> Result<()> {
+fn is_captured_inbound(client: &Pod, server: &Pod, stack: Stack) -> Result<()> {
     let _listening = Server::start(server.netns(), stack, EXCLUDED, "not excluded")?;
     let to = server.endpoint(stack.family(), EXCLUDED)?;
     let connection = client.connect(stack, to)?;

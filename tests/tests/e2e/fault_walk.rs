@@ -222,7 +222,7 @@ impl World {
         [&pod, &stays].into_iter().for_each(|pod| cluster.announce(pod, &[]));
         let stirred = AtomicU32::new(0);
         let world = Self { cluster, node, pod, stays, other, stirred, servers, clean, clean_stays };
-        world.stays.enrol()?;
+        world.stays.enroll()?;
         Ok(world)
     }
 
@@ -380,9 +380,9 @@ impl World {
         if operation == Operation::Add && error.is_some() && point.starts_with("plugin") {
             // The agent may have done what it was asked to, and not have been heard. The runtime deletes what it could not add.
             self.names_pod(error.take().as_ref())?;
-            self.pod.unenrol().context("DEL after ADD failed")?;
+            self.pod.unenroll().context("DEL after ADD failed")?;
             self.is_clean().context("after ADD failed")?;
-            self.pod.enrol_alone().context("the next ADD")?;
+            self.pod.enroll_alone().context("the next ADD")?;
         }
         self.verify(operation, error, point.contains("checkpoint"))?;
         Ok(outcome)
@@ -392,7 +392,7 @@ impl World {
     fn prepare(&self, operation: Operation) -> Result<()> {
         match operation {
             Operation::Add => Ok(()),
-            Operation::Del => self.pod.enrol(),
+            Operation::Del => self.pod.enroll(),
             Operation::Restart | Operation::Upgrade => self.node.kill_agent(),
             Operation::Uninstall => self.node.end_agent(),
         }
@@ -401,8 +401,8 @@ impl World {
 
     fn act(&self, operation: Operation) -> Result<()> {
         match operation {
-            Operation::Add => self.pod.enrol_alone(),
-            Operation::Del => self.pod.unenrol(),
+            Operation::Add => self.pod.enroll_alone(),
+            Operation::Del => self.pod.unenroll(),
             Operation::Restart => self.start_agent(&[]),
             // Other capacities are another layout of the maps.
             Operation::Upgrade => self.start_agent(&["--max-pods", "77"]),
@@ -431,7 +431,7 @@ impl World {
                 if error.is_some() {
                     self.names_pod(error.as_ref())?;
                     self.is_clean().context("after ADD failed")?;
-                    self.pod.enrol_alone().context("the next ADD")?;
+                    self.pod.enroll_alone().context("the next ADD")?;
                 }
                 self.is_captured(&self.pod).context("after ADD")?;
                 if recorded {
@@ -439,12 +439,12 @@ impl World {
                     self.start_agent(&[])?;
                     self.is_captured(&self.pod).context("with another agent")?;
                 }
-                self.pod.unenrol()?;
+                self.pod.unenroll()?;
                 self.is_clean().context("after DEL")?;
             }
             Operation::Del => {
                 if error.is_some() {
-                    self.pod.unenrol().context("the next DEL")?;
+                    self.pod.unenroll().context("the next DEL")?;
                 }
                 self.is_clean().context("after DEL")?;
                 if recorded {
@@ -473,7 +473,7 @@ impl World {
                 let left = footprint.difference(&self.clean_stays);
                 ensure!(left.is_empty(), "the pod is not as before: {left:#?}");
                 self.start_agent(&[]).context("after uninstall")?;
-                self.stays.enrol()?;
+                self.stays.enroll()?;
             }
         }
         self.is_captured(&self.stays)

@@ -61,7 +61,7 @@ fn agent_says(node: &Node, what: &str) -> Result<()> {
 /// These tests are the proxies themselves. Were the cgroup what tells a proxy's sockets, their clients would be its as well.
 const IDENTITY: [&str; 2] = ["--proxy-identity", "mark"];
 
-/// It greets and then sleeps: an enrolment fails in time and is undone; a proxy that works replaces it.
+/// It greets and then sleeps: an enrollment fails in time and is undone; a proxy that works replaces it.
 fn never_answers(context: &Context) -> Result<()> {
     let agent_arguments = IDENTITY.map(str::to_owned).to_vec();
     let options = NodeOptions { agent_arguments, proxy: false, ..NodeOptions::default() };
@@ -72,7 +72,7 @@ fn never_answers(context: &Context) -> Result<()> {
     sleeper.say(&HELLO)?;
     ensure!(sleeper.hear()? > 0, "no snapshot");
 
-    let text = restarts::message(pod.enrol())?;
+    let text = restarts::message(pod.enroll())?;
     for wanted in ["proxy", &pod.identity().to_string()] {
         ensure!(text.contains(wanted), "{wanted} is not in {text:?}");
     }
@@ -80,7 +80,7 @@ fn never_answers(context: &Context) -> Result<()> {
     agent_says(&node, "did not answer within")?;
 
     node.start_proxy()?;
-    pod.enrol()?;
+    pod.enroll()?;
     for stack in Stack::ALL {
         outbound::passes_the_proxy_once(&pod, &other, stack)?;
     }

@@ -24,7 +24,7 @@ use crate::outbound;
 use crate::probes::{Probing, is_exempt, probing};
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
-    let mut trials = for_every_stack(context, "flows::steered", steered);
+    let mut trials = for_every_stack(context, "flows::captured", captured);
     trials.extend(for_every_stack(context, "flows::left_alone", left_alone));
     trials.extend(for_every_stack(context, "flows::refused", refused));
     trials.extend(for_every_stack(context, "flows::a_probe", probe));
@@ -59,7 +59,7 @@ fn known<T>(context: &Context, value: T) -> Option<T> {
     (context.placement() == Placement::Pod).then_some(value)
 }
 
-fn steered(context: &Context, stack: Stack) -> Result<()> {
+fn captured(context: &Context, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let (client, server) =
         (node.enrolled("client", Families::Dual)?, node.enrolled("server", Families::Dual)?);
@@ -70,7 +70,7 @@ fn steered(context: &Context, stack: Stack) -> Result<()> {
     let began = jiff::Timestamp::now();
     let connection = client.connect(stack, to)?;
 
-    let flow = monitor.hears("outbound connection", |flow| is(flow, "outbound", "steered", "enrolled"))?;
+    let flow = monitor.hears("outbound connection", |flow| is(flow, "outbound", "captured", "enrolled"))?;
     ensure!(flow.pod.as_ref() == Some(client.identity()), "{flow:#?}");
     ensure!(flow.family == stack.family().name() && flow.destination == Some(to), "{flow:#?}");
     ensure!(flow.source == Some(canonical(connection.local_name)), "{flow:#?}");
@@ -78,7 +78,7 @@ fn steered(context: &Context, stack: Stack) -> Result<()> {
     let second = jiff::SignedDuration::from_secs(1);
     ensure!(flow.time > began - second && flow.time < jiff::Timestamp::now() + second, "{flow:#?}");
 
-    let flow = at_server.hears("inbound connection", |flow| is(flow, "inbound", "steered", "enrolled"))?;
+    let flow = at_server.hears("inbound connection", |flow| is(flow, "inbound", "captured", "enrolled"))?;
     ensure!(flow.pod.as_ref() == Some(server.identity()), "{flow:#?}");
     ensure!(flow.family == stack.family().name() && flow.destination == Some(to), "{flow:#?}");
     ensure!(flow.source.map(|source| source.ip()) == Some(client.address(stack.family())?), "{flow:#?}");
@@ -199,7 +199,7 @@ fn filters(context: &Context) -> Result<()> {
     let own = if context.placement() == Placement::Pod {
         by_address.hears("proxy's own connection", |flow| is(flow, "outbound", "passed", "proxy"))?
     } else {
-        by_address.hears("connection", |flow| is(flow, "outbound", "steered", "enrolled"))?
+        by_address.hears("connection", |flow| is(flow, "outbound", "captured", "enrolled"))?
     };
     ensure!(mine(&own), "{own:#?}");
     let to_server = |flow: &FlowReport| flow.destination.is_some_and(|to| to.ip().to_string() == address);
@@ -275,7 +275,7 @@ fn restart(context: &Context) -> Result<()> {
         for stack in Stack::ALL {
             outbound::passes_the_proxy_once(&pod, &server, stack)?;
             monitor.hears("outbound connection", |flow| {
-                is(flow, "outbound", "steered", "enrolled") && flow.family == stack.family().name()
+                is(flow, "outbound", "captured", "enrolled") && flow.family == stack.family().name()
             })?;
         }
         ensure!(

@@ -319,8 +319,8 @@ fn tunnel_port(context: &Context, stack: Stack) -> Result<()> {
     let application = Server::start(pod.netns(), stack, PORT_TUNNEL, "application")?;
     let to = pod.endpoint(stack.family(), PORT_TUNNEL)?;
     drop(client.connect(stack, to)?);
-    ensure!(application.accepted().len() == 1, "not even before enrolment");
-    pod.enrol()?;
+    ensure!(application.accepted().len() == 1, "not even before enrollment");
+    pod.enroll()?;
     let before = dropped(&node, stack, Way::Inbound, Reason::NoListener)?;
     let refused = client.netns().run(|| -> Result<()> {
         let socket = Socket::new(stack.domain(), Type::STREAM, Some(Protocol::TCP))?;

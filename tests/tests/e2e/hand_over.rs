@@ -127,7 +127,7 @@ fn two_at_once(context: &Context, stack: Stack) -> Result<()> {
     ensure!(acknowledged()? == [Some(1), Some(2)], "{:#?}", node.status()?.proxies);
 
     connection.exchange("through the old one").context("while both run")?;
-    old.unenrol()?;
+    old.unenroll()?;
     ensure!(connection.is_cut_within(Duration::from_secs(3))?, "the old proxy was not told");
     ensure!(old.connect(stack, to)?.is_direct(), "a proxy was not told");
     ensure!(acknowledged()? == [Some(0), Some(1)], "{:#?}", node.status()?.proxies);

@@ -192,7 +192,7 @@ fn comes_and_goes(context: &Context) -> Result<()> {
         outbound::passes_the_proxy_once(&pod, &other, stack)?;
         inbound::passes_the_proxy_once(other.netns(), &pod, stack)?;
     }
-    pod.unenrol()?;
+    pod.unenroll()?;
     ensure!(gates(&node)? == 0 && !is_there()? && !stops()?, "{}", shown()?);
     let connection = pod.connect(Stack::V4, SocketAddr::new(other.address(Family::Ipv4)?, 9));
     ensure!(connection.is_err_and(|error| format!("{error:#}").contains("refused")), "nothing is in its way");

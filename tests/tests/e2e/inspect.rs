@@ -147,13 +147,13 @@ fn decisions(context: &Context, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let pod = node.enrolled("pod", Families::Dual)?;
     let own = stack.spell(pod.endpoint(stack.family(), 80)?).to_string();
-    for (to, steered, word) in
+    for (to, captured, word) in
         [(destination(stack), true, "goes to the node proxy"), (&own, false, "own_address")]
     {
         let (explanation, code) = explain(&node, &pod, to)?;
         ensure!(code == Some(0), "{explanation:#?}");
         ensure!(explanation.family == stack.family().name(), "{explanation:#?}");
-        ensure!(explanation.steered == steered && explanation.verdict.contains(word), "{explanation:#?}");
+        ensure!(explanation.captured == captured && explanation.verdict.contains(word), "{explanation:#?}");
     }
     Ok(())
 }
@@ -192,7 +192,7 @@ fn broken(context: &Context, stack: Stack) -> Result<()> {
         for other in Stack::ALL {
             let (explanation, code) = explain(&node, &pod, destination(other))?;
             let wrong = other.family() == stack.family();
-            ensure!(code == Some(i32::from(wrong)) && explanation.steered, "{other:?}: {explanation:#?}");
+            ensure!(code == Some(i32::from(wrong)) && explanation.captured, "{other:?}: {explanation:#?}");
             ensure!(explanation.wrong.first() == wrong.then_some(&complaint), "{other:?}: {explanation:#?}");
         }
         let (detail, code) = show(&node, &pod)?;
@@ -232,7 +232,7 @@ fn silent(context: &Context) -> Result<()> {
     node.kill_proxy()?;
     for stack in Stack::ALL {
         let (explanation, code) = explain(&node, &pod, destination(stack))?;
-        ensure!(code == Some(1) && explanation.steered, "{explanation:#?}");
+        ensure!(code == Some(1) && explanation.captured, "{explanation:#?}");
         ensure!(explanation.wrong == ["no node proxy is connected"], "{explanation:#?}");
     }
     if context.placement() == Placement::Pod {
@@ -250,14 +250,14 @@ fn silent(context: &Context) -> Result<()> {
 
 /// The pod is acknowledged, and connections of these families, and no others, have nobody to get them.
 fn lacks_listeners(node: &Node, pod: &Pod, families: &[Family]) -> Result<()> {
-    let served = || Ok(node.report(pod)?.is_some_and(|report| report.state == PodState::Steered));
+    let served = || Ok(node.report(pod)?.is_some_and(|report| report.state == PodState::Captured));
     wait::until_true("pod that is acknowledged", wait::SOON, served)?;
     for stack in Stack::ALL {
         let family = stack.family();
         let missing = families.contains(&family);
         let complaint = format!("listener of the node proxy, TCP port 15001, {family} is missing");
         let (explanation, code) = explain(node, pod, destination(stack))?;
-        ensure!(code == Some(i32::from(missing)) && explanation.steered, "{explanation:#?}");
+        ensure!(code == Some(i32::from(missing)) && explanation.captured, "{explanation:#?}");
         ensure!(explanation.wrong == Vec::from_iter(missing.then_some(complaint)), "{explanation:#?}");
     }
     Ok(())

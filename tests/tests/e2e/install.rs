@@ -21,7 +21,7 @@ use crate::context::{Context, for_every_kind, trial};
 use crate::{inbound, outbound};
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
-    let mut trials = for_every_kind(context, "install::steers", steers);
+    let mut trials = for_every_kind(context, "install::captures", captures);
     trials.push(trial(context, "install::removed", removed));
     trials.push(trial(context, "install::killed", killed));
     trials.push(trial(context, "install::by_the_agent", by_the_agent));
@@ -110,7 +110,7 @@ impl Directories {
     }
 }
 
-fn steers(context: &Context, families: Families, stack: Stack) -> Result<()> {
+fn captures(context: &Context, families: Families, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let directories = Directories::new(&node, families)?;
     ensure!(directories.command(&["--check"]).output()?.status.code() == Some(1), "--check before");
@@ -122,7 +122,7 @@ fn steers(context: &Context, families: Families, stack: Stack) -> Result<()> {
     inbound::passes_the_proxy_once(other.netns(), &pod, stack)
 }
 
-/// Pods of before can go, pods of after are not steered.
+/// Pods of before can go, pods of after are not captured.
 fn removed(context: &Context) -> Result<()> {
     let node = context.node()?;
     let directories = Directories::new(&node, Families::Dual)?;
@@ -133,7 +133,7 @@ fn removed(context: &Context) -> Result<()> {
     ensure!(!directories.plugins().join(REDIRECT).exists(), "the plugin is still there");
 
     let after = directories.pod("after", Families::Dual)?;
-    ensure!(node.report(&after)?.is_none(), "a pod is steered without the plugin");
+    ensure!(node.report(&after)?.is_none(), "a pod is captured without the plugin");
     // The chain of now can end pods of before; the agent is told here by another copy of the plugin.
     let sandbox = before.sandbox().clone();
     before.end_without_del()?;

@@ -20,17 +20,21 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials.push(trial(context, "kubernetes::bad_exclusions_are_refused", bad_exclusions));
     trials.push(trial(context, "kubernetes::annotations_go_with_the_agent", annotations_go));
     trials.push(trial(context, "kubernetes::annotations_stay_without_the_right", annotations_stay));
-    trials.push(trial(context, "kubernetes::annotations_stay_with_steered_pods", annotations_stay_with_pods));
+    trials.push(trial(
+        context,
+        "kubernetes::annotations_stay_with_captured_pods",
+        annotations_stay_with_pods,
+    ));
     trials
 }
 
 const PORT: u16 = 8443;
 
-/// Enrols a pod with these annotations.
+/// Enrolls a pod with these annotations.
 fn enrolled(cluster: &Cluster, families: Families, annotations: &[(&str, &str)]) -> Result<Pod> {
     let pod = cluster.node().plain("pod", families)?;
     cluster.announce(&pod, annotations);
-    pod.enrol()?;
+    pod.enroll()?;
     Ok(pod)
 }
 
@@ -112,7 +116,7 @@ fn bad_exclusions(context: &Context) -> Result<()> {
     for (name, value, bad) in cases {
         let pod = cluster.node().plain("pod", Families::Dual)?;
         cluster.announce(&pod, &[(name, value)]);
-        let text = restarts::message(pod.enrol())?;
+        let text = restarts::message(pod.enroll())?;
         for wanted in [name, bad] {
             ensure!(text.contains(wanted), "{wanted} is not in {text:?}");
         }
@@ -130,8 +134,8 @@ fn bad_exclusions(context: &Context) -> Result<()> {
             .announce(&pod, &[(name, value.split(',').next().filter(|first| *first != bad).unwrap_or(""))]);
         // The agent may not have heard of it yet.
         let mut outcome = Ok(());
-        let enrolled = wait::until_true("enrolment with a good value", wait::SOON, || {
-            outcome = pod.enrol();
+        let enrolled = wait::until_true("enrollment with a good value", wait::SOON, || {
+            outcome = pod.enroll();
             Ok(outcome.is_ok())
         });
         outcome.and(enrolled)?;
@@ -141,7 +145,7 @@ fn bad_exclusions(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// A pod whose annotation says that it is steered, and a server beside it.
+/// A pod whose annotation says that it is captured, and a server beside it.
 fn shown(cluster: &Cluster) -> Result<(Pod, Pod)> {
     let (pod, other) =
         (enrolled(cluster, Families::Dual, &[])?, cluster.node().plain("other", Families::Dual)?);
@@ -149,12 +153,12 @@ fn shown(cluster: &Cluster) -> Result<(Pod, Pod)> {
     Ok((pod, other))
 }
 
-/// The agent has removed everything at its end: the pod is not steered, in any family.
+/// The agent has removed everything at its end: the pod is not captured, in any family.
 fn is_plain(pod: &Pod, other: &Pod) -> Result<()> {
     for stack in Stack::ALL {
         let listening = other.listen(stack)?;
         let to = other.endpoint(stack.family(), listening.port())?;
-        ensure!(pod.connect(stack, to)?.is_direct(), "{stack}: still steered");
+        ensure!(pod.connect(stack, to)?.is_direct(), "{stack}: still captured");
     }
     Ok(())
 }

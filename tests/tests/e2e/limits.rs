@@ -24,7 +24,7 @@ fn full_map(context: &Context) -> Result<()> {
     let node = Node::with(&context.session()?, NodeOptions { agent_arguments, ..NodeOptions::default() })?;
     let (first, second) = (node.enrolled("first", Families::Dual)?, node.enrolled("second", Families::Dual)?);
     let third = node.plain("third", Families::Dual)?;
-    let text = restarts::message(third.enrol())?;
+    let text = restarts::message(third.enroll())?;
     for wanted in [third.identity().to_string().as_str(), "2"] {
         ensure!(text.contains(wanted), "{wanted} is not in {text:?}");
     }
@@ -34,8 +34,8 @@ fn full_map(context: &Context) -> Result<()> {
             inbound::passes_the_proxy_once(third.netns(), pod, stack)?;
         }
     }
-    first.unenrol()?;
-    third.enrol().context("with room again")?;
+    first.unenroll()?;
+    third.enroll().context("with room again")?;
     for stack in Stack::ALL {
         outbound::passes_the_proxy_once(&third, &first, stack)?;
     }
@@ -69,7 +69,7 @@ fn two_hundred_pods(context: &Context) -> Result<()> {
     let pods = at_once(AT_ONCE, (0..PODS).collect(), |_| node.plain("pod", Families::Dual))?;
 
     let start = Instant::now();
-    let mut times = at_once(AT_ONCE, pods.iter().collect(), |pod| timed(|| pod.enrol()))?;
+    let mut times = at_once(AT_ONCE, pods.iter().collect(), |pod| timed(|| pod.enroll()))?;
     let enrolled = start.elapsed();
     times.sort_unstable();
     println!(
@@ -91,7 +91,7 @@ fn two_hundred_pods(context: &Context) -> Result<()> {
     }
 
     let start = Instant::now();
-    at_once(AT_ONCE, pods.iter().collect(), |pod: &Pod| pod.unenrol())?;
+    at_once(AT_ONCE, pods.iter().collect(), |pod: &Pod| pod.unenroll())?;
     println!("{PODS} pods un-enrolled in {:?}", start.elapsed());
     ensure!(node.with_agent(|agent| agent.pods())?.is_empty());
     // Each of them has a device to take down, which the kernel does one after the other unless asked at once.

@@ -73,7 +73,7 @@ fn pods_come_and_go(context: &Context) -> Result<()> {
                 }
                 let due = start + PACE * number as u32;
                 thread::sleep(due.saturating_duration_since(Instant::now()));
-                times.push(timed(|| if enrolled { pod.unenrol() } else { pod.enrol() })?);
+                times.push(timed(|| if enrolled { pod.unenroll() } else { pod.enroll() })?);
                 enrolled = !enrolled;
             }
         };

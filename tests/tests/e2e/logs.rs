@@ -66,10 +66,10 @@ fn changes(context: &Context) -> Result<()> {
     for families in Families::ALL {
         let pod = node.enrolled("pod", families)?;
         let uid = pod.identity().uid.clone();
-        pod.unenrol()?;
+        pod.unenroll()?;
         // Another filter is where ours has to be.
         add_filter(&pod, "arp", "1", "ingress")?;
-        restarts::message(pod.enrol())?;
+        restarts::message(pod.enroll())?;
         let messages = ["pod enrolled", "pod un-enrolled", "cannot enroll pod"];
         say(&node, &uid, &names(families), &messages)?;
     }
@@ -81,7 +81,7 @@ fn in_kubernetes(context: &Context) -> Result<()> {
     for families in Families::ALL {
         let pod = cluster.node().plain("pod", families)?;
         cluster.announce(&pod, &[]);
-        pod.enrol()?;
+        pod.enroll()?;
         cluster.announce(&pod, &[("ambient-redirect.io/exclude-outbound-ports", "8443")]);
         let messages = ["pod enrolled", "pod changed"];
         say(cluster.node(), &pod.identity().uid, &names(families), &messages)?;

@@ -15,7 +15,7 @@ mod diagnostics;
 mod dns;
 mod doctor;
 mod eaddrinuse;
-mod enrolment;
+mod enrollment;
 mod exclusions;
 mod fault_walk;
 mod faults;
@@ -112,7 +112,7 @@ fn everywhere(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         dns::trials(context),
         streams::trials(context),
         nodes::trials(context),
-        enrolment::trials(context),
+        enrollment::trials(context),
         restarts::trials(context),
         abandoned::trials(context),
         eaddrinuse::trials(context),
@@ -164,7 +164,7 @@ fn in_pods(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
         // The tests' own tools.
         harness::trials(context),
         leftovers::trials(context),
-        // Before pods are steered: the same code wherever the proxy is.
+        // Before pods are captured: the same code wherever the proxy is.
         doctor::trials(context),
         install::trials(context),
         // What is in pods there alone: rules, routes, sysctls, the proxy's listeners. `on_node` has its counterpart.

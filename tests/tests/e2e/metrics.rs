@@ -26,7 +26,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     let mut trials = vec![
         trial(context, "metrics::are_what_prometheus_expects", lint),
         trial(context, "metrics::an_agent_without_a_proxy_is_healthy_but_not_ready", readiness),
-        trial(context, "metrics::enrolments_are_measured", enrolments),
+        trial(context, "metrics::enrollments_are_measured", enrollments),
     ];
     trials.extend(for_every_stack(context, "metrics::connections_are_counted", connections));
     trials.extend(for_every_stack(context, "metrics::idle_clients_keep_nobody_waiting", idle_clients));
@@ -153,13 +153,13 @@ fn idle_clients(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-fn enrolments(context: &Context) -> Result<()> {
+fn enrollments(context: &Context) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let _pods = [node.enrolled("one", Families::Dual)?, node.enrolled("two", Families::V6Only)?];
     let text = scrape(&node)?;
     for (series, expected) in [
-        (r#"redirect_enrolment_duration_seconds_count{phase="kernel"}"#, 2.0),
-        (r#"redirect_enrolment_duration_seconds_count{phase="proxy"}"#, 2.0),
+        (r#"redirect_enrollment_duration_seconds_count{phase="kernel"}"#, 2.0),
+        (r#"redirect_enrollment_duration_seconds_count{phase="proxy"}"#, 2.0),
         (r#"redirect_cni_requests_total{command="add",result="ok"}"#, 2.0),
         (r#"redirect_pods_enrolled{ip_family="IPv4"}"#, 1.0),
         (r#"redirect_pods_enrolled{ip_family="IPv6"}"#, 2.0),
@@ -178,7 +178,7 @@ fn connections(context: &Context, stack: Stack) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
     let series = format!(
-        r#"redirect_connections_total{{ip_family="{}",direction="outbound",verdict="steered",reason="enrolled"}}"#,
+        r#"redirect_connections_total{{ip_family="{}",direction="outbound",verdict="captured",reason="enrolled"}}"#,
         stack.family().name()
     );
     let before = value(&scrape(&node)?, &series)?;

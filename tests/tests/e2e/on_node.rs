@@ -50,7 +50,7 @@ const DIFFERENT: [(&str, &str); 6] = [
         "dns::sendmmsg_and_recvmmsg",
         "answers show who gave them, so that they need not come in the order of questions",
     ),
-    ("without_ipv6::off_", "the host steers IPv6, whatever the pod's lo"),
+    ("without_ipv6::off_", "the host captures IPv6, whatever the pod's lo"),
 ];
 
 /// Why a test is not run there.

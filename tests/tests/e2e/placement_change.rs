@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use libtest_mimic::Trial;
-use redirect_ebpf::constants::ENTRANCE;
+use redirect_ebpf::constants::INGRESS_DEVICE;
 use redirect_protocol::placement::Placement;
 use redirect_protocol::wire::{FactState, PodState};
 use redirect_tests::agent::spelled;
@@ -144,7 +144,7 @@ fn changes(
             }
             for pod in [client, server] {
                 wait::until_true("pod that has come over", wait::SOON, || {
-                    Ok(node.report(pod)?.is_some_and(|report| report.state == PodState::Steered))
+                    Ok(node.report(pod)?.is_some_and(|report| report.state == PodState::Captured))
                 })?;
             }
             let (detail, _) = show(node, server)?;
@@ -236,7 +236,7 @@ fn nothing_is_left(node: &Arc<Node>, placement: Placement, before: &Footprint, p
                 left.extend(changed(&now.rules, &before.rules));
                 left.extend(changed(&now.sysctls, &before.sysctls));
                 let links = node.netns().json("ip -j link show")?;
-                let named = |link: &serde_json::Value| link["ifname"] == ENTRANCE;
+                let named = |link: &serde_json::Value| link["ifname"] == INGRESS_DEVICE;
                 left.extend(
                     links.as_array().into_iter().flatten().find(|link| named(link)).map(ToString::to_string),
                 );

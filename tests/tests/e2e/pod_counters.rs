@@ -51,9 +51,9 @@ fn own(context: &Context, stack: Stack) -> Result<()> {
     // Each end of a connection counts it as its own.
     let listening = other.listen(stack)?;
     pod.connect(stack, other.endpoint(stack.family(), listening.port())?)?.exchange("hello")?;
-    let steered = |direction, connections| (direction, Verdict::Steered, connections);
-    counts(&pod, stack, &[steered(Direction::Outbound, TIMES + 1), steered(Direction::Inbound, TIMES)])?;
-    counts(&other, stack, &[steered(Direction::Inbound, 1)])
+    let captured = |direction, connections| (direction, Verdict::Captured, connections);
+    counts(&pod, stack, &[captured(Direction::Outbound, TIMES + 1), captured(Direction::Inbound, TIMES)])?;
+    counts(&other, stack, &[captured(Direction::Inbound, 1)])
 }
 
 fn lifetime(context: &Context, stack: Stack) -> Result<()> {
@@ -66,9 +66,9 @@ fn lifetime(context: &Context, stack: Stack) -> Result<()> {
     node.kill_proxy()?;
     refused(&pod, stack, plain.endpoint(family, 80)?, TIMES)?;
     refused(&plain, stack, pod.endpoint(family, 80)?, 1)?;
-    let all = |steered| {
+    let all = |captured| {
         [
-            (Direction::Outbound, Verdict::Steered, steered),
+            (Direction::Outbound, Verdict::Captured, captured),
             (Direction::Outbound, Verdict::Passed, 1),
             (Direction::Outbound, Verdict::Dropped, TIMES),
             (Direction::Inbound, Verdict::Dropped, 1),
@@ -84,9 +84,9 @@ fn lifetime(context: &Context, stack: Stack) -> Result<()> {
     counts(&pod, stack, &all(2))?;
 
     ensure!(entries(&node)? == 1);
-    pod.unenrol()?;
+    pod.unenroll()?;
     ensure!(entries(&node)? == 0);
-    pod.enrol()?;
+    pod.enroll()?;
     counts(&pod, stack, &[])
 }
 

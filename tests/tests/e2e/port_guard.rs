@@ -21,7 +21,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     let mut trials = for_every_kind(context, "port_guard::application_is_kept_off", kept_off);
     trials.extend(for_every_stack(context, "port_guard::pod_that_is_not_enrolled_is_free", free));
     trials.extend(for_every_kind(context, "port_guard::pod_that_left_is_free", left));
-    trials.extend(for_every_stack(context, "port_guard::squatter_fails_the_enrolment", squatter));
+    trials.extend(for_every_stack(context, "port_guard::squatter_fails_the_enrollment", squatter));
     trials.push(trial(context, "port_guard::reserved_ports_of_the_pod_stay", reserved_ports_stay));
     trials
 }
@@ -34,14 +34,14 @@ fn reserved_ports_stay(context: &Context) -> Result<()> {
     let pod = node.plain("pod", Families::Dual)?;
     let own: Vec<String> = (0..2_000).map(|number| (20_000 + 2 * number).to_string()).collect();
     pod.netns().set_sysctl(NAME, &own.join(","))?;
-    pod.enrol()?;
+    pod.enroll()?;
     let list =
         || -> Result<Vec<String>> { Ok(pod.netns().sysctl(NAME)?.split(',').map(str::to_owned).collect()) };
     let proxys = PROXY_PORTS.map(|port| port.to_string());
     let mut expected = [&proxys[..], &own].concat();
     expected.sort_by_key(|port| port.parse::<u16>().ok());
     ensure!(list()? == expected, "enrolled: {:?}", list()?);
-    pod.unenrol()?;
+    pod.unenroll()?;
     ensure!(list()? == own, "un-enrolled: {:?}", list()?);
     Ok(())
 }
@@ -125,7 +125,7 @@ fn left(context: &Context, families: Families, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let pod = node.enrolled("pod", families)?;
     is_refused(pod.netns(), stack, Type::STREAM, (pod.address(stack.family())?, PORT_INBOUND).into())?;
-    pod.unenrol()?;
+    pod.unenroll()?;
     can_bind_all(&pod, stack)
 }
 
@@ -152,7 +152,7 @@ fn squatter(context: &Context, stack: Stack) -> Result<()> {
         // A child that another test just forked may still hold a copy of the socket before.
         let mut text = String::new();
         let told = wait::until_true("refusal with the port", wait::SOON, || {
-            text = restarts::message(pod.enrol())?;
+            text = restarts::message(pod.enroll())?;
             Ok(text.contains(&port.to_string()))
         });
         told.with_context(|| text.clone())?;
@@ -161,8 +161,8 @@ fn squatter(context: &Context, stack: Stack) -> Result<()> {
         ensure!(after == before, "before: {before:#?}\nafter: {after:#?}");
     }
     let mut outcome = Ok(());
-    let enrolled = wait::until_true("enrolment with the ports free", wait::SOON, || {
-        outcome = pod.enrol();
+    let enrolled = wait::until_true("enrollment with the ports free", wait::SOON, || {
+        outcome = pod.enroll();
         Ok(outcome.is_ok())
     });
     outcome.and(enrolled)?;

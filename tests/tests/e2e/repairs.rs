@@ -222,7 +222,7 @@ fn while_adds_wait(context: &Context) -> Result<()> {
 
     let mut figures = Vec::new();
     std::thread::scope(|scope| {
-        let adds: Vec<_> = waiting.iter().map(|pod| scope.spawn(|| pod.enrol())).collect();
+        let adds: Vec<_> = waiting.iter().map(|pod| scope.spawn(|| pod.enroll())).collect();
         wait::until_true("pods that wait", LIMIT, || Ok(node.reports()?.len() == PODS + 2))?;
         let mut measure = |what: &str, work: &mut dyn FnMut() -> Result<()>| -> Result<()> {
             let began = std::time::Instant::now();
@@ -240,9 +240,9 @@ fn while_adds_wait(context: &Context) -> Result<()> {
             })?;
         }
         ensure!(Footprint::of(pod.netns())? == before);
-        measure("DEL", &mut || gone.unenrol())?;
+        measure("DEL", &mut || gone.unenroll())?;
         let (first, rest) = waiting.split_first().context("one that waits")?;
-        measure("DEL of one that waits", &mut || first.unenrol())?;
+        measure("DEL of one that waits", &mut || first.unenroll())?;
         let ended = adds.iter().skip(1).filter(|add| add.is_finished()).count();
         ensure!(ended == 0, "{ended} ADDs have ended: nothing is known of how they delay others");
 
@@ -374,7 +374,7 @@ fn event(context: &Context) -> Result<()> {
     let cluster = Cluster::start(&context.session()?, &[])?;
     let pod = cluster.node().plain("pod", Families::Dual)?;
     cluster.announce(&pod, &[]);
-    pod.enrol()?;
+    pod.enroll()?;
     for (family, damage) in Family::ALL.map(|family| (family, Damage::Rule(family))) {
         damage.inflict(cluster.node(), &pod)?;
         let rule = format!("{family} rule for captured connections");
@@ -416,7 +416,7 @@ fn anew(context: &Context, running: bool) -> Result<()> {
     let old = Pod::start(&node, spec.clone())?;
     let path = node.dir().join("netns");
     symlink(old.netns().path(), &path)?;
-    old.enrol_at(path.clone())?;
+    old.enroll_at(path.clone())?;
     let agent = Pid::from_raw(i32::try_from(node.with_agent(|agent| Ok(agent.process().pid()))?)?);
     if running {
         // For it there is no moment without a namespace.

@@ -121,9 +121,9 @@ fn pods(context: &Context) -> Result<()> {
         ensure!(report.addresses == pod.addresses(), "{:?}", report.addresses);
         ensure!(report.netns_cookie == pod.netns().cookie()?, "{}", report.netns_cookie);
         ensure!(report.interfaces == ["eth0"], "{:?}", report.interfaces);
-        ensure!(report.proxy == Ok(()) && report.state == PodState::Steered, "{report:#?}");
+        ensure!(report.proxy == Ok(()) && report.state == PodState::Captured, "{report:#?}");
         let names: Vec<_> = families.iter().map(|family| family.name().to_owned()).collect();
-        ensure!(report.steered == names, "{:?}", report.steered);
+        ensure!(report.captured == names, "{:?}", report.captured);
         let [attachment] = &report.attachments[..] else { anyhow::bail!("{:?}", report.attachments) };
         ensure!(attachment.container_id == pod.sandbox().container_id && attachment.interface == "eth0");
 
@@ -161,16 +161,16 @@ fn counters(context: &Context, stack: Stack) -> Result<()> {
     inbound::passes_the_proxy_once(other.netns(), &pod, stack)?;
     let after = node.status()?;
     for direction in [Direction::Outbound, Direction::Inbound] {
-        let grown = steered(&after, family, direction) - steered(&before, family, direction);
+        let grown = captured(&after, family, direction) - captured(&before, family, direction);
         ensure!(grown == 1, "{family} {} grew by {grown}: {:#?}", direction.label(), after.counters);
     }
     let other = if family == Family::Ipv4 { Family::Ipv6 } else { Family::Ipv4 };
-    ensure!(steered(&after, other, Direction::Outbound) == 0, "{:#?}", after.counters);
+    ensure!(captured(&after, other, Direction::Outbound) == 0, "{:#?}", after.counters);
     Ok(())
 }
 
-fn steered(status: &Status, family: Family, direction: Direction) -> u64 {
-    counted(status, family, direction, Verdict::Steered, Reason::Enrolled)
+fn captured(status: &Status, family: Family, direction: Direction) -> u64 {
+    counted(status, family, direction, Verdict::Captured, Reason::Enrolled)
 }
 
 /// How many connections the agent counted so.

@@ -61,7 +61,7 @@ fn add_without_proxy(context: &Context) -> Result<()> {
     let node = Node::with(&context.session()?, NodeOptions { proxy: false, ..NodeOptions::default() })?;
     let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
     let before = Footprint::of(pod.netns())?;
-    let text = message(pod.enrol())?;
+    let text = message(pod.enroll())?;
     ensure!(text.contains("proxy"), "the proxy is not in {text:?}");
     ensure!(text.contains(&pod.identity().to_string()), "the pod is not in {text:?}");
     let after = Footprint::of(pod.netns())?;
@@ -74,7 +74,7 @@ fn add_without_proxy(context: &Context) -> Result<()> {
     }
 
     node.start_proxy()?;
-    pod.enrol().context("with a proxy")?;
+    pod.enroll().context("with a proxy")?;
     for stack in Stack::ALL {
         outbound::passes_the_proxy_once(&pod, &other, stack)?;
     }
@@ -85,10 +85,10 @@ fn add_without_agent(context: &Context) -> Result<()> {
     let nothing = NodeOptions { agent: false, proxy: false, ..NodeOptions::default() };
     let node = Node::with(&context.session()?, nothing)?;
     let pod = node.plain("pod", Families::Dual)?;
-    let text = message(pod.enrol())?;
+    let text = message(pod.enroll())?;
     let socket = node.agent_socket().display().to_string();
     ensure!(text.contains(&socket), "{socket} is not in {text:?}");
-    pod.unenrol().context("DEL without an agent")
+    pod.unenroll().context("DEL without an agent")
 }
 
 /// The runtime's whole chain, on a node where our plugin must fail.
@@ -118,7 +118,7 @@ fn end_of_the_agent(context: &Context) -> Result<()> {
     node.start_agent(&[])?;
     node.start_proxy()?;
     for pod in &pods {
-        pod.enrol()?;
+        pod.enroll()?;
         for stack in pod.families().stacks() {
             inbound::passes_the_proxy_once(node.netns(), pod, stack)?;
         }

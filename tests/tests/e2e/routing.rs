@@ -23,7 +23,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     type Test = fn(&Context, Stack) -> Result<()>;
     let tests: [(&str, Test); 9] = [
         ("egress_interface", |context, stack| egress_interface(context, stack, Order::InterfaceFirst)),
-        ("egress_interface_later", |context, stack| egress_interface(context, stack, Order::EnrolmentFirst)),
+        ("egress_interface_later", |context, stack| egress_interface(context, stack, Order::EnrollmentFirst)),
         ("sources_of_routes", sources_of_routes),
         ("sources_of_addresses", sources_of_addresses),
         ("sources_of_devices", sources_of_devices),
@@ -82,7 +82,7 @@ fn source(of: &SocketAddr) -> IpAddr {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Order {
     InterfaceFirst,
-    EnrolmentFirst,
+    EnrollmentFirst,
 }
 
 /// Pods of IPv6 clusters of EKS have IPv4 through a device of its own, to speak to what is outside. Its address is link-local,
@@ -96,8 +96,8 @@ fn egress_interface(context: &Context, stack: Stack, order: Order) -> Result<()>
     };
     let (address, beyond) = far(family);
     let pod = node.plain("pod", families)?;
-    if order == Order::EnrolmentFirst {
-        pod.enrol()?;
+    if order == Order::EnrollmentFirst {
+        pod.enroll()?;
         let nowhere = SocketAddr::new(address, 9);
         ensure!(captured(pod.netns(), stack, nowhere, None)?.is_err(), "the pod can't speak {family}");
     }
@@ -120,7 +120,7 @@ fn egress_interface(context: &Context, stack: Stack, order: Order) -> Result<()>
         format!("route add default via {gateway} dev {device}"),
     ])?;
     if order == Order::InterfaceFirst {
-        pod.enrol_with_interface(device)?;
+        pod.enroll_with_interface(device)?;
     }
     let own: IpAddr = own.parse()?;
     wait::until_true("agent that knows the address", wait::SOON, || {
@@ -141,16 +141,16 @@ fn egress_interface(context: &Context, stack: Stack, order: Order) -> Result<()>
 
     // It is the pod's address as any other.
     let report = node.report(&pod)?.context("an enrolled pod")?;
-    ensure!(report.steered.iter().any(|name| name == family.name()), "{report:#?}");
+    ensure!(report.captured.iter().any(|name| name == family.name()), "{report:#?}");
     for direction in ["outbound", "inbound"] {
         let is_of = |counter: &&redirect_protocol::wire::PodCounter| {
-            counter.family == family.name() && counter.direction == direction && counter.verdict == "steered"
+            counter.family == family.name() && counter.direction == direction && counter.verdict == "captured"
         };
         let counted = report.counters.iter().find(is_of).map_or(0, |counter| counter.connections);
         ensure!(counted == 1, "{direction}: {report:#?}");
     }
     let (explanation, code) = inspect::explain(&node, &pod, &stack.spell(to).to_string())?;
-    ensure!(code == Some(0) && explanation.steered, "{explanation:#?}");
+    ensure!(code == Some(0) && explanation.captured, "{explanation:#?}");
     let itself = SocketAddr::new(own, 80);
     let (explanation, code) = inspect::explain(&node, &pod, &stack.spell(itself).to_string())?;
     ensure!(code == Some(0) && explanation.verdict.contains("own_address"), "{explanation:#?}");
@@ -448,7 +448,7 @@ fn contested_address(context: &Context, stack: Stack) -> Result<()> {
     outbound::passes_the_proxy_once(&one.pod, &other, stack)
 }
 
-/// Enrolment takes no longer than it may, and nothing of it is left.
+/// Enrollment takes no longer than it may, and nothing of it is left.
 fn a_thousand_routes(context: &Context, stack: Stack) -> Result<()> {
     const ROUTES: u16 = 1000;
     let node = Node::start(&context.session()?)?;
@@ -463,7 +463,7 @@ fn a_thousand_routes(context: &Context, stack: Stack) -> Result<()> {
     let routes = (0..ROUTES).map(|number| format!("route add {} via {gateway}", destination(number)));
     pod.netns().ip_batch(&routes.collect::<Vec<_>>())?;
     let began = Instant::now();
-    pod.enrol()?;
+    pod.enroll()?;
     println!("routing::a_thousand_routes::{}: enrolled after {:?}", stack.label(), began.elapsed());
     let footprint = Footprint::of(pod.netns())?;
     let mirrored = if family == Family::Ipv6 { usize::from(ROUTES) } else { 0 };
@@ -484,7 +484,7 @@ fn a_thousand_routes(context: &Context, stack: Stack) -> Result<()> {
     pod.netns().ip("link set net1 down")?;
     let left = |most: usize| -> Result<bool> { Ok(Footprint::of(pod.netns())?.routes.len() < most) };
     wait::until_true("table without the routes", wait::SOON, || left(16))?;
-    pod.unenrol()?;
+    pod.unenroll()?;
     ensure!(Footprint::of(pod.netns())?.routes == before.routes);
     Ok(())
 }

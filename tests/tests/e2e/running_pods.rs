@@ -79,7 +79,7 @@ fn labels(context: &Context, families: Families, stack: Stack) -> Result<()> {
         cluster.announce_running(pod, &NONE);
         becomes(&cluster, pod, None)?;
         // A connection that meets the change may come to nothing.
-        wait::until_true("pod that is steered no longer", RETRIED, || {
+        wait::until_true("pod that is captured no longer", RETRIED, || {
             let attempt = Connection::open_within(pod.netns(), stack, to, Duration::from_secs(1));
             Ok(attempt.is_ok_and(|connection| connection.is_direct()))
         })?;
@@ -125,7 +125,7 @@ fn refused(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// The agent starts again while the API server is away: the pods of its records are in the proxy's snapshot, and stay.
+/// The agent starts again while the API server is away: the pods of its checkpoints are in the proxy's snapshot, and stay.
 fn without_api_server(context: &Context, stack: Stack) -> Result<()> {
     let keep = ["--on-exit", "keep", "--initial-wait", "1"];
     let cluster = Cluster::start(&context.session()?, &keep)?;

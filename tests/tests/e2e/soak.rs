@@ -296,7 +296,7 @@ impl Soak {
         let mut sum = Sum::default();
         while !over.load(Ordering::SeqCst) && !signals::interrupted() {
             let mut pod = self.node.plain("pod", Families::Dual)?;
-            if self.until_undisturbed(|| over.load(Ordering::SeqCst), &mut sum, || pod.enrol())?.is_some() {
+            if self.until_undisturbed(|| over.load(Ordering::SeqCst), &mut sum, || pod.enroll())?.is_some() {
                 sum.pods += 1;
                 self.life(&pod, &mut random, over, &mut sum)
                     .with_context(|| format!("pod {}", pod.identity()))?;
@@ -385,8 +385,8 @@ impl Soak {
                     left.push(format!("{} entries of {}", map.entries, map.name));
                 }
             }
-            let records = fs::read_dir(self.node.state_dir().join("pods"))?.flatten();
-            left.extend(records.map(|record| record.path().display().to_string()));
+            let checkpoints = fs::read_dir(self.node.state_dir().join("pods"))?.flatten();
+            left.extend(checkpoints.map(|checkpoint| checkpoint.path().display().to_string()));
             Ok(left)
         };
         wait::until_true("end of all pods", wait::SOON, || Ok(left()?.is_empty()))

@@ -55,8 +55,8 @@ fn explains(pod: &Pod, other: &Pod, stack: Stack, link_local_passes: bool) -> Re
         let case = Case { pod: facts, ..case };
         let answer = ask(pod, stack, &case).map_err(|error| TestCaseError::fail(format!("{error:#}")))?;
         let (wanted, actual) = (specification::call(&case), verdict(&answer)?);
-        let steered = matches!(wanted, Verdict::Captured | Verdict::Resolved);
-        if actual == wanted && answer.steered == steered {
+        let captured = matches!(wanted, Verdict::Captured | Verdict::Resolved);
+        if actual == wanted && answer.captured == captured {
             Ok(())
         } else {
             Err(TestCaseError::fail(format!("not {wanted:?} but {answer:#?}")))

@@ -224,7 +224,7 @@ fn object(node: &Node, patch: Patch) -> Result<String> {
     Ok(path.display().to_string())
 }
 
-/// Whatever the moment, the pod is steered or untouched once the next agent is there; and steered if ADD said so.
+/// Whatever the moment, the pod is captured or untouched once the next agent is there; and captured if ADD said so.
 fn kill_in_the_middle_of_adds(context: &Context) -> Result<()> {
     const ROUNDS: u32 = 12;
     let node = node(context)?;
@@ -234,7 +234,7 @@ fn kill_in_the_middle_of_adds(context: &Context) -> Result<()> {
         let pod = node.plain("pod", Families::Dual)?;
         let before = Footprint::of(pod.netns())?;
         let added = thread::scope(|scope| {
-            let adding = scope.spawn(|| pod.enrol());
+            let adding = scope.spawn(|| pod.enroll());
             thread::sleep(random(Duration::from_millis(40)));
             node.kill_agent()?;
             anyhow::Ok(adding.join())
@@ -257,10 +257,10 @@ fn kill_in_the_middle_of_adds(context: &Context) -> Result<()> {
             undone += 1;
             let after = Footprint::of(pod.netns())?;
             ensure!(after == before, "round {round}: before: {before:#?}\nafter: {after:#?}");
-            pod.enrol().with_context(|| format!("round {round}: again"))?;
+            pod.enroll().with_context(|| format!("round {round}: again"))?;
         }
         // What the runtime does after a failed ADD.
-        pod.unenrol()?;
+        pod.unenroll()?;
         let after = Footprint::of(pod.netns())?;
         ensure!(after == before, "round {round}: before: {before:#?}\nafter: {after:#?}");
     }
@@ -289,7 +289,7 @@ fn pods_that_end_meanwhile(context: &Context) -> Result<()> {
     let gone = || Ok(entries(&node)? == entries_before && links(&node)? == links_before);
     wait::until_true("end of what is left of the pod", wait::SOON, gone)
         .with_context(|| format!("left: {:?}, {:?}", entries(&node), links(&node)))?;
-    ensure!(fs::read_dir(node.state_dir().join("pods"))?.count() == 1, "its record is left");
+    ensure!(fs::read_dir(node.state_dir().join("pods"))?.count() == 1, "its checkpoint is left");
     // The runtime's DEL comes late, or never.
     remains.delete()?;
     outbound::passes_the_proxy_once(&stays, &node.plain("other", Families::Dual)?, Stack::V6)
@@ -330,9 +330,9 @@ fn pods_that_are_deleted_meanwhile(context: &Context) -> Result<()> {
         node.wait_for_proxy()
     };
     let before = Footprint::of(pod.netns())?;
-    pod.enrol()?;
+    pod.enroll()?;
     node.kill_agent()?;
-    pod.unenrol()?;
+    pod.unenroll()?;
     restart()?;
     ensure!(node.reports()?.is_empty(), "the agent has taken the pod over: {:?}", node.reports()?);
     let after = Footprint::of(pod.netns())?;
@@ -343,10 +343,10 @@ fn pods_that_are_deleted_meanwhile(context: &Context) -> Result<()> {
     }
     // It comes again, by the same name: what was deleted before does not count any more.
     node.kill_agent()?;
-    pod.unenrol()?;
-    ensure!(pod.enrol().is_err(), "a pod came up without an agent");
+    pod.unenroll()?;
+    ensure!(pod.enroll().is_err(), "a pod came up without an agent");
     restart()?;
-    pod.enrol()?;
+    pod.enroll()?;
     node.kill_agent()?;
     restart()?;
     for stack in Stack::ALL {
@@ -356,7 +356,7 @@ fn pods_that_are_deleted_meanwhile(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// An upgrade keeps the pods steered, and so do rights that are broken; the end of the DaemonSet removes everything.
+/// An upgrade keeps the pods captured, and so do rights that are broken; the end of the DaemonSet removes everything.
 fn daemonset(context: &Context, deleted: bool, forbidden: bool) -> Result<()> {
     let arguments =
         ["--on-exit", "auto", "--daemonset", "redirect", "--pod-namespace", "mesh"].map(str::to_owned);
@@ -370,12 +370,12 @@ fn daemonset(context: &Context, deleted: bool, forbidden: bool) -> Result<()> {
     let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
     let before = Footprint::of(pod.netns())?;
     cluster.announce(&pod, &[]);
-    pod.enrol()?;
-    let steered = Footprint::of(pod.netns())?;
+    pod.enroll()?;
+    let captured = Footprint::of(pod.netns())?;
     node.end_agent()?;
     ensure!(cluster.api().faults_left() == 0, "the agent did not ask");
     ensure!(node.pin_dir().exists() != deleted, "pins");
-    ensure!(Footprint::of(pod.netns())? == if deleted { before } else { steered });
+    ensure!(Footprint::of(pod.netns())? == if deleted { before } else { captured });
     for stack in Stack::ALL {
         if deleted {
             let listening = other.listen(stack)?;

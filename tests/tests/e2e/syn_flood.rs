@@ -57,7 +57,7 @@ fn clients_get_in(context: &Context, stack: Stack) -> Result<()> {
         node.netns().set_sysctl(name, value)?;
     }
     node.start_proxy()?;
-    pod.enrol()?;
+    pod.enroll()?;
     let listening = pod.listen(stack)?;
     let to = pod.endpoint(stack.family(), listening.port())?;
     drop(Connection::open(&outside, stack, to)?);

@@ -11,7 +11,7 @@ use crate::context::{Context, for_every_stack, for_every_stack_in_pods, needs_tc
 use crate::{inbound, outbound, second_network};
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
-    let mut trials = for_every_stack(context, "tc_method::tcx_steers_both_ways", steers);
+    let mut trials = for_every_stack(context, "tc_method::tcx_captures_both_ways", captures);
     trials.extend(for_every_stack_in_pods(
         context,
         "tc_method::tcx_on_an_interface_added_later",
@@ -27,7 +27,7 @@ fn node(context: &Context) -> Result<Arc<Node>> {
     Node::with_arguments(&context.session()?, &["--tc", "tcx"])
 }
 
-fn steers(context: &Context, stack: Stack) -> Result<()> {
+fn captures(context: &Context, stack: Stack) -> Result<()> {
     let node = node(context)?;
     ensure!(node.status()?.tcx, "the agent does not use tcx");
     for families in Families::ALL.into_iter().filter(|families| families.has(stack.family())) {
@@ -47,12 +47,12 @@ fn leaves_nothing(context: &Context) -> Result<()> {
     let pods = [node.plain("one", Families::Dual)?, node.plain("two", Families::V6Only)?];
     let before = pods.iter().map(|pod| Footprint::of(pod.netns())).collect::<Result<Vec<_>>>()?;
     for pod in &pods {
-        pod.enrol()?;
+        pod.enroll()?;
     }
     let objects = node.with_agent(|agent| agent.objects())?;
     // Each pod has `lo` and `eth0`, each of these a program for either family.
     ensure!(objects.links.len() >= 8, "{objects:?}");
-    pods[0].unenrol()?;
+    pods[0].unenroll()?;
     ensure!(Footprint::of(pods[0].netns())? == before[0]);
     // The agent's end checks that its links are gone.
     node.stop_agent()?;

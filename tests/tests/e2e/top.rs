@@ -32,16 +32,16 @@ fn rates(context: &Context, stack: Stack) -> Result<()> {
     for _ in 0..2 {
         outbound::passes_the_proxy_once(&pod, &server, stack)?;
     }
-    let steered = |flows: &[redirect_protocol::wire::FlowReport]| {
-        flows.iter().filter(|flow| flow.direction == "outbound" && flow.verdict == "steered").count()
+    let captured = |flows: &[redirect_protocol::wire::FlowReport]| {
+        flows.iter().filter(|flow| flow.direction == "outbound" && flow.verdict == "captured").count()
     };
-    wait::until_true("both connections", SOON, || Ok(steered(&monitor.heard()) == 2))?;
+    wait::until_true("both connections", SOON, || Ok(captured(&monitor.heard()) == 2))?;
     board.update(&node.status()?, &monitor.heard(), 0, Duration::from_secs(4));
     let mut terminal = Terminal::new(TestBackend::new(120, 30))?;
     terminal.draw(|frame| board.draw(frame))?;
     let screen = terminal.backend().to_string();
     let shown = |name: &str| {
-        let words = ["outbound", "steered", "enrolled", stack.family().name(), name];
+        let words = ["outbound", "captured", "enrolled", stack.family().name(), name];
         let mut lines = screen.lines().filter(|line| words.iter().all(|word| line.contains(word)));
         lines.any(|line| {
             let figures: Vec<&str> =
@@ -69,7 +69,7 @@ fn terminal(context: &Context, stack: Stack) -> Result<()> {
     wait::until_true("listener", SOON, || Ok(node.status()?.flows.listeners == 1))?;
     outbound::passes_the_proxy_once(&pod, &server, stack)?;
     let row = |line: &str| {
-        let words = [&pod.identity().to_string(), stack.family().name(), "outbound", "steered", "enrolled"];
+        let words = [&pod.identity().to_string(), stack.family().name(), "outbound", "captured", "enrolled"];
         words.iter().all(|word| line.contains(*word))
     };
     wait::until_true("row of the pod", SOON, || Ok(terminal.shown().lines().any(row)))

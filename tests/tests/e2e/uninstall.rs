@@ -24,7 +24,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     vec![
         case("after_kill", Case::default()),
         case("with_tcx_links", Case { tcx: true, ..Case::default() }),
-        case("without_records", Case { without_records: true, ..Case::default() }),
+        case("without_checkpoints", Case { without_checkpoints: true, ..Case::default() }),
         case("without_pins", Case { without_pins: true, ..Case::default() }),
         case("with_another_layout", Case { another_layout: true, ..Case::default() }),
         trial(context, "uninstall::refuses_while_an_agent_runs", refuses),
@@ -39,7 +39,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 #[derive(Clone, Copy, Debug, Default)]
 struct Case {
     tcx: bool,
-    without_records: bool,
+    without_checkpoints: bool,
     without_pins: bool,
     another_layout: bool,
 }
@@ -62,7 +62,7 @@ fn leaves_nothing(context: &Context, case: Case) -> Result<()> {
     node.start_agent(&agent_arguments)?;
     node.start_proxy()?;
     for pod in &pods {
-        pod.enrol()?;
+        pod.enroll()?;
     }
     let objects = node.with_agent(|agent| agent.objects())?;
     node.kill_agent()?;
@@ -74,9 +74,9 @@ fn leaves_nothing(context: &Context, case: Case) -> Result<()> {
             Command::new("bpftool").args(["map", "pin", "id", &map]).arg(other.join("OLD")).status()?;
         ensure!(pinned.success());
     }
-    // Namespaces that are held by descriptors alone are found by records alone.
+    // Namespaces that are held by descriptors alone are found by checkpoints alone.
     let mut processes = Vec::new();
-    if case.without_records {
+    if case.without_checkpoints {
         for pod in &pods {
             processes.push(Process::start(pod)?);
         }
@@ -89,12 +89,12 @@ fn leaves_nothing(context: &Context, case: Case) -> Result<()> {
     let found = report["namespaces"].as_array().context("namespaces")?.len();
     match context.placement() {
         Placement::Pod => ensure!(found == pods.len(), "{report:#}"),
-        Placement::Node => ensure!(found == 0 && report["host"]["entrance"] == true, "{report:#}"),
+        Placement::Node => ensure!(found == 0 && report["host"]["ingress_device"] == true, "{report:#}"),
     }
     ensure!(!node.pin_dir().exists() && !node.state_dir().exists(), "{report:#}");
     objects.wait_until_gone()?;
     let mut after = footprints()?;
-    if case.without_records {
+    if case.without_checkpoints {
         // Nobody knows that the sysctl was on.
         after[1].sysctls.clone_from(&before[1].sysctls);
     }
@@ -103,7 +103,7 @@ fn leaves_nothing(context: &Context, case: Case) -> Result<()> {
         for stack in pod.families().stacks() {
             let listening = pod.listen(stack)?;
             let to = pod.endpoint(stack.family(), listening.port())?;
-            ensure!(Connection::open(node.netns(), stack, to)?.is_direct(), "still steered");
+            ensure!(Connection::open(node.netns(), stack, to)?.is_direct(), "still captured");
         }
     }
     Ok(())
@@ -145,7 +145,7 @@ fn refuses(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// The agent of another pin directory holds pods, which are steered no less than one's own.
+/// The agent of another pin directory holds pods, which are captured no less than one's own.
 fn refuses_for_another(context: &Context) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let pod = node.enrolled("pod", Families::Dual)?;

@@ -1,4 +1,4 @@
-//! `redirect validate` in pods of every kind: it succeeds exactly where connections are steered.
+//! `redirect validate` in pods of every kind: it succeeds exactly where connections are captured.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -14,16 +14,16 @@ use crate::context::{Context, trial};
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     let mut trials = Vec::new();
     for families in Families::ALL {
-        let name = format!("validate::an_enrolled_pod_is_steered::{}", families.label());
+        let name = format!("validate::an_enrolled_pod_is_captured::{}", families.label());
         trials.push(trial(context, name, move |context| enrolled(context, families)));
         let name = format!("validate::another_pod_is_not::{}", families.label());
         trials.push(trial(context, name, move |context| plain(context, families)));
     }
-    trials.push(trial(context, "validate::the_family_that_is_not_steered_is_named", one_family));
+    trials.push(trial(context, "validate::the_family_that_is_not_captured_is_named", one_family));
     trials
 }
 
-/// Whether a family is steered; nothing where the pod has no address of it.
+/// Whether a family is captured; nothing where the pod has no address of it.
 type Finding = (Family, Option<bool>);
 
 /// The arguments of the init container that is recommended.
@@ -42,17 +42,17 @@ fn validate(pod: &Pod) -> Result<(Vec<Finding>, Option<i32>)> {
     let stderr = String::from_utf8_lossy(&output.stderr);
     let findings: Vec<Value> = serde_json::from_slice(&output.stdout).with_context(|| stderr.into_owned())?;
     ensure!(findings.len() == Family::ALL.len(), "{findings:#?}");
-    let steered = Family::ALL.into_iter().zip(&findings).map(|(family, finding)| {
+    let captured = Family::ALL.into_iter().zip(&findings).map(|(family, finding)| {
         ensure!(finding["family"] == family.name(), "{finding}");
-        Ok((family, finding["steered"].as_bool()))
+        Ok((family, finding["captured"].as_bool()))
     });
-    Ok((steered.collect::<Result<_>>()?, output.status.code()))
+    Ok((captured.collect::<Result<_>>()?, output.status.code()))
 }
 
-fn expect(pod: &Pod, steered: bool) -> Result<()> {
+fn expect(pod: &Pod, captured: bool) -> Result<()> {
     let (findings, code) = validate(pod)?;
-    let expected = Family::ALL.map(|family| (family, pod.families().has(family).then_some(steered)));
-    ensure!(findings == expected && code == Some(i32::from(!steered)), "{findings:?}, exit code {code:?}");
+    let expected = Family::ALL.map(|family| (family, pod.families().has(family).then_some(captured)));
+    ensure!(findings == expected && code == Some(i32::from(!captured)), "{findings:?}, exit code {code:?}");
     Ok(())
 }
 

@@ -12,11 +12,11 @@ use crate::odd_sockets::nested::{Joint, address, behind};
 use crate::{inbound, outbound};
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
-    let mut trials = for_every_stack(context, "virtual_interfaces::there_at_enrolment", |context, stack| {
+    let mut trials = for_every_stack(context, "virtual_interfaces::there_at_enrollment", |context, stack| {
         declared(context, stack, Order::InterfaceFirst)
     });
     trials.extend(for_every_stack(context, "virtual_interfaces::made_later", |context, stack| {
-        declared(context, stack, Order::EnrolmentFirst)
+        declared(context, stack, Order::EnrollmentFirst)
     }));
     trials
 }
@@ -27,7 +27,7 @@ const ANNOTATION: [(&str, &str); 1] = [("istio.io/reroute-virtual-interfaces", "
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Order {
     InterfaceFirst,
-    EnrolmentFirst,
+    EnrollmentFirst,
 }
 
 /// A virtual machine behind the pod, say.
@@ -39,11 +39,11 @@ fn declared(context: &Context, stack: Stack, order: Order) -> Result<()> {
     let machine = match order {
         Order::InterfaceFirst => {
             let machine = behind(&pod, Joint::Routed)?;
-            pod.enrol()?;
+            pod.enroll()?;
             machine
         }
-        Order::EnrolmentFirst => {
-            pod.enrol()?;
+        Order::EnrollmentFirst => {
+            pod.enroll()?;
             behind(&pod, Joint::Routed)?
         }
     };

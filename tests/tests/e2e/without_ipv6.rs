@@ -77,7 +77,7 @@ fn off_in_the_pod(context: &Context) -> Result<()> {
     let node = context.node()?;
     let other = node.plain("other", Families::Dual)?;
     let pod = pod_with_ipv6_off(&node, Families::V4Only, &["all", "default", "lo"])?;
-    pod.enrol()?;
+    pod.enroll()?;
     agent_says(&node, &pod, "IPv6 is disabled on the pod's lo")?;
     works(&pod, &other, &IPV4)
 }
@@ -87,7 +87,7 @@ fn off_on_the_pods_lo(context: &Context) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let other = node.plain("other", Families::Dual)?;
     let pod = pod_with_ipv6_off(&node, Families::V4Only, &["lo"])?;
-    pod.enrol()?;
+    pod.enroll()?;
     agent_says(&node, &pod, "IPv6 is disabled on the pod's lo")?;
     works(&pod, &other, &IPV4)?;
 
@@ -114,24 +114,24 @@ fn off_on_the_pods_lo(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// Half of it could not be steered: it is refused, with what is to be done.
+/// Half of it could not be captured: it is refused, with what is to be done.
 fn off_on_lo_of_a_pod_with_addresses(context: &Context) -> Result<()> {
     let node = context.node()?;
     let pod = pod_with_ipv6_off(&node, Families::Dual, &["lo"])?;
-    let text = restarts::message(pod.enrol())?;
+    let text = restarts::message(pod.enroll())?;
     let name = pod.identity().to_string();
     for wanted in [name.as_str(), "IPv6", "net.ipv6.conf.lo.disable_ipv6=0"] {
         ensure!(text.contains(wanted), "{wanted} is not in {text:?}");
     }
     pod.netns().set_sysctl("net.ipv6.conf.lo.disable_ipv6", "0")?;
-    pod.enrol().context("with IPv6 on lo")
+    pod.enroll().context("with IPv6 on lo")
 }
 
 fn off_on_the_pods_device(context: &Context) -> Result<()> {
     let node = context.node()?;
     let other = node.plain("other", Families::Dual)?;
     let pod = pod_with_ipv6_off(&node, Families::V4Only, &["eth0"])?;
-    pod.enrol()?;
+    pod.enroll()?;
     works(&pod, &other, &IPV4)
 }
 
@@ -141,7 +141,7 @@ fn link_local_alone(context: &Context) -> Result<()> {
     let (pod, other) = (node.plain("pod", Families::V4Only)?, node.plain("other", Families::Dual)?);
     let text = pod.netns().ip("-6 address show dev eth0")?;
     ensure!(text.contains("fe80::") && !text.contains("global"), "{text}");
-    pod.enrol()?;
+    pod.enroll()?;
     works(&pod, &other, &IPV4)
 }
 
@@ -166,8 +166,8 @@ fn off_in_the_kernel(context: &Context) -> Result<()> {
     let (pod, other) = (node.enrolled("pod", Families::V4Only)?, node.plain("other", Families::V4Only)?);
     works(&pod, &other, &[Stack::V4])?;
     let report = node.report(&pod)?.context("the agent does not know the pod")?;
-    ensure!(report.steered == ["IPv4"], "{:?}", report.steered);
-    pod.unenrol()
+    ensure!(report.captured == ["IPv4"], "{:?}", report.captured);
+    pod.unenroll()
 }
 
 /// But 127.0.0.1, which the kernel gives every namespace.
@@ -176,11 +176,11 @@ fn without_ipv4(context: &Context) -> Result<()> {
     let (pod, other) = (node.plain("pod", Families::V6Only)?, node.plain("other", Families::Dual)?);
     let text = pod.netns().ip("-4 address show")?;
     ensure!(text.matches("inet ").count() == 1 && text.contains("127.0.0.1/8"), "{text}");
-    pod.enrol()?;
+    pod.enroll()?;
     works(&pod, &other, &[Stack::V6])?;
     let report = node.report(&pod)?.context("the agent does not know the pod")?;
-    ensure!(report.steered == ["IPv6"], "{:?}", report.steered);
-    pod.unenrol()
+    ensure!(report.captured == ["IPv6"], "{:?}", report.captured);
+    pod.unenroll()
 }
 
 /// The proxy listens for IPv4 alone: what the pod speaks in IPv6 meets no proxy, and gets nowhere.

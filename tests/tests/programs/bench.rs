@@ -58,7 +58,7 @@ pub(crate) enum Proxy {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fate {
     /// The proxy gets it, as an enrolled pod's connection.
-    Steered,
+    Captured,
     /// The proxy's listener for tunnels gets it.
     Tunnelled,
     /// It goes on, and nobody counted it.
@@ -161,10 +161,10 @@ impl Bench {
         let way = if name.starts_with("inbound") { Direction::Inbound } else { Direction::Outbound };
         match (code, &grown[..]) {
             (UNSPEC, []) => Ok(Fate::Untouched),
-            (UNSPEC, &[(f, w, Verdict::Steered, Reason::Enrolled)]) if (f, w) == (family, way) => {
-                Ok(Fate::Steered)
+            (UNSPEC, &[(f, w, Verdict::Captured, Reason::Enrolled)]) if (f, w) == (family, way) => {
+                Ok(Fate::Captured)
             }
-            (UNSPEC, &[(f, w, Verdict::Steered, Reason::TunnelPort)]) if (f, w) == (family, way) => {
+            (UNSPEC, &[(f, w, Verdict::Captured, Reason::TunnelPort)]) if (f, w) == (family, way) => {
                 Ok(Fate::Tunnelled)
             }
             (UNSPEC, &[(f, w, Verdict::Passed, reason)]) if (f, w) == (family, way) => {

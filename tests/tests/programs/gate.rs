@@ -57,8 +57,8 @@ fn expect(bench: &Bench, query: &Query, outcome: Outcome, counted: &[Counted]) -
     Ok(())
 }
 
-fn steered(family: Family) -> Counted {
-    (family, Direction::Inbound, Verdict::Steered, Reason::Enrolled)
+fn captured(family: Family) -> Counted {
+    (family, Direction::Inbound, Verdict::Captured, Reason::Enrolled)
 }
 
 fn unseen(bench: &Bench, family: Family) -> Result<()> {
@@ -79,7 +79,7 @@ fn batch(bench: &Bench, family: Family) -> Result<()> {
         ensure!(run(packet)? == Fate::Untouched, "counted before the proxy has it");
     }
     for packet in &batch {
-        expect(bench, &query(packet), Outcome::Chosen, &[steered(family)])?;
+        expect(bench, &query(packet), Outcome::Chosen, &[captured(family)])?;
     }
     // With SYN cookies there are two lookups for one connection.
     for packet in batch.iter().rev() {
@@ -87,7 +87,7 @@ fn batch(bench: &Bench, family: Family) -> Result<()> {
     }
     // The SYN is sent again, and counts again.
     run(&batch[0])?;
-    expect(bench, &query(&batch[0]), Outcome::Chosen, &[steered(family)])
+    expect(bench, &query(&batch[0]), Outcome::Chosen, &[captured(family)])
 }
 
 fn batch_without_proxy(_: &Bench, family: Family) -> Result<()> {

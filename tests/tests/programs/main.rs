@@ -2,9 +2,10 @@
 //!
 //! The kernel runs the programs on a packet that no interface has received, in the network namespace of the caller. Only
 //! the listener cannot be assigned so (the kernel allows it at a TC hook alone): the programs then hand the connection over
-//! to the socket lookup, whose programs run here as well, and count it as steered.
+//! to the socket lookup, whose programs run here as well, and count it as captured.
 
 mod bench;
+mod capturing;
 mod cost;
 mod diagnostics;
 mod gate;
@@ -13,7 +14,6 @@ mod lookup;
 mod packets;
 mod random;
 mod specification;
-mod steering;
 
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -29,7 +29,7 @@ type Shared = Arc<Mutex<Option<Result<Arc<Bench>, String>>>>;
 fn main() -> ExitCode {
     let shared = Shared::default();
     let trials = [
-        steering::trials(&shared),
+        capturing::trials(&shared),
         guard::trials(&shared),
         gate::trials(&shared),
         cost::trials(&shared),

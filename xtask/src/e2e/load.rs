@@ -1,4 +1,4 @@
-//! Connections without a pause, from a pod to every kind of Service, while something is done to what steers them.
+//! Connections without a pause, from a pod to every kind of Service, while something is done to what captures them.
 
 use std::process::{Child, Stdio};
 

@@ -17,7 +17,7 @@ use super::queue::Queue;
 use super::rules::{Decision as Rule, Reason, decide};
 use super::store::{Known, Store};
 use super::timing::Timing;
-use crate::enrolment::{Decision, Enrolment, Verdict};
+use crate::enrollment::{Decision, Enrollment, Verdict};
 use redirect_protocol::pod::PodIdentity;
 use redirect_protocol::wire::{Error, ErrorKind};
 
@@ -30,7 +30,7 @@ pub(crate) struct Admission {
     pub(super) timing: Timing,
 }
 
-impl Enrolment for Admission {
+impl Enrollment for Admission {
     fn decide<'a>(&'a self, pod: &'a PodIdentity) -> Decision<'a> {
         Box::pin(self.judge(pod))
     }
@@ -53,7 +53,7 @@ impl Admission {
         let Known { pod: view, mut namespace } = self.await_pod(pod, deadline).await?;
         loop {
             return match decide(&view, namespace.as_ref(), &self.rules) {
-                Rule::Enrol(settings) => Ok(Verdict::Enrol { identity: view.identity(), settings }),
+                Rule::Enroll(settings) => Ok(Verdict::Enroll { identity: view.identity(), settings }),
                 Rule::No(Reason::NamespaceUnknown) => {
                     namespace = Some(self.await_namespace(pod, deadline).await?);
                     continue;
@@ -147,7 +147,7 @@ enum Answer {
 
 fn unknown(what: std::fmt::Arguments<'_>, failure: &str) -> Error {
     let message = format!(
-        "{what} is not known to the agent, which can't tell whether to enrol it: {failure}; is the API server reachable \
+        "{what} is not known to the agent, which can't tell whether to enroll it: {failure}; is the API server reachable \
          from this node?"
     );
     Error::new(ErrorKind::TryAgain, message)

@@ -98,7 +98,7 @@ pub(super) struct PodView {
     /// It is being deleted.
     pub(super) terminating: bool,
     pub(super) addresses: Vec<IpAddr>,
-    /// The value of the label that enrols.
+    /// The value of the label that enrolls.
     pub(super) mode: Option<String>,
     pub(super) sidecar: bool,
     pub(super) bypass_inbound: Option<String>,
@@ -115,7 +115,7 @@ pub(super) struct PodView {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct NamespaceView {
     pub(super) name: String,
-    /// The value of the label that enrols.
+    /// The value of the label that enrolls.
     pub(super) mode: Option<String>,
 }
 

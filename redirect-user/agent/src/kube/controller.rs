@@ -170,7 +170,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
                 return;
             }
         }
-        // Whoever fills the queue may not have been told yet. And pods that the agent before this one steered may be wanted
+        // Whoever fills the queue may not have been told yet. And pods that the agent before this one captured may be wanted
         // no more.
         for uid in self.store.uids().into_iter().chain(self.pods.uids().await) {
             self.queue.add(&uid);
@@ -178,7 +178,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         self.queue.idle().await;
     }
 
-    /// Takes the annotations off the pods again, after the end of [`Self::run`], when nothing is steered any more. The
+    /// Takes the annotations off the pods again, after the end of [`Self::run`], when nothing is captured any more. The
     /// rights to do so may have been taken away by then.
     pub(crate) async fn retract(&self) {
         let annotated = |uid: String| {
@@ -328,12 +328,12 @@ impl<D: Datapath + Send + 'static> Controller<D> {
                 Err(again) => Some(again),
             },
             Decision::Refuse(bad) => {
-                // It stays as it is, steered or not.
+                // It stays as it is, captured or not.
                 let told = self.complain(&pod, "BadAnnotation", &bad.to_string(), &mut memory, stop).await;
                 let shown = self.show(&pod, None, &mut memory, stop).await;
                 [told, shown].into_iter().flatten().min()
             }
-            Decision::Enrol(settings) => self.enrol(&pod, settings, &mut memory, stop).await,
+            Decision::Enroll(settings) => self.enroll(&pod, settings, &mut memory, stop).await,
         };
         self.memory().insert(uid.into(), memory);
         again
@@ -350,14 +350,14 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         })
     }
 
-    async fn enrol(
+    async fn enroll(
         &self,
         pod: &PodView,
         settings: PodSettings,
         memory: &mut Memory,
         stop: &watch::Receiver<bool>,
     ) -> Option<Duration> {
-        match self.steer(pod, settings).await {
+        match self.capture(pod, settings).await {
             Ok(false) => None,
             Ok(true) => {
                 memory.failures = 0;
@@ -384,8 +384,8 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         }
     }
 
-    /// Has a pod steered, unless it is. Returns whether it is now; if not, it is too early.
-    async fn steer(&self, pod: &PodView, settings: PodSettings) -> Result<bool, Error> {
+    /// Has a pod captured, unless it is. Returns whether it is now; if not, it is too early.
+    async fn capture(&self, pod: &PodView, settings: PodSettings) -> Result<bool, Error> {
         let wanted = Wanted { identity: pod.identity(), addresses: pod.addresses.clone(), settings };
         if self.pods.update(&wanted).await? {
             return Ok(true);
@@ -410,7 +410,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         self.pods.adopt(wanted, found).await.map(|()| true)
     }
 
-    /// Has the annotation say how far the pod is; `otherwise`, if it is not steered.
+    /// Has the annotation say how far the pod is; `otherwise`, if it is not captured.
     async fn show(
         &self,
         pod: &PodView,
@@ -420,7 +420,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
     ) -> Option<Duration> {
         let standing = self.pods.standing(&pod.uid).await;
         let unacknowledged = standing.as_ref().is_some_and(|standing| {
-            standing.steered && !matches!(standing.proxy, PodProxyState::Acknowledged | PodProxyState::Kept)
+            standing.captured && !matches!(standing.proxy, PodProxyState::Acknowledged | PodProxyState::Kept)
         });
         let awaiting = standing.as_ref().is_some_and(|standing| standing.awaiting);
         // The informer shows a little later what was written.
@@ -431,7 +431,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         let state = match standing {
             None => otherwise,
             Some(
-                Standing { steered: false, .. }
+                Standing { captured: false, .. }
                 | Standing { awaiting: true, .. }
                 | Standing { proxy: PodProxyState::Refused(_), .. },
             ) => Some(Redirection::Pending),

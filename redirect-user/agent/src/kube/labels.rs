@@ -20,7 +20,7 @@ pub(super) const OPT_OUT: &str = "none";
 /// What the decision depends on, apart from the pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rules {
-    /// The label that enrols.
+    /// The label that enrolls.
     pub enable_label: EnableLabel,
     /// Namespaces that are left alone.
     pub excluded: BTreeSet<String>,
@@ -28,7 +28,7 @@ pub struct Rules {
     pub istio_exclusions: bool,
 }
 
-/// A label and the value that enrols.
+/// A label and the value that enrolls.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EnableLabel {
     /// Its key.

@@ -13,8 +13,8 @@ const INTERFACE_NAME: usize = 15;
 /// What is to be done about a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Decision {
-    /// It is to be steered.
-    Enrol(PodSettings),
+    /// It is to be captured.
+    Enroll(PodSettings),
     /// It is not.
     No(Reason),
     /// It would be, but what it asks for makes no sense.
@@ -45,19 +45,19 @@ pub(super) fn decide(pod: &PodView, namespace: Option<&NamespaceView>, rules: &R
     if let Some(reason) = left_alone(pod, rules) {
         return Decision::No(reason);
     }
-    let enrols = |mode: &Option<String>| mode.as_deref() == Some(rules.enable_label.value.as_str());
+    let enrolls = |mode: &Option<String>| mode.as_deref() == Some(rules.enable_label.value.as_str());
     if pod.mode.as_deref() == Some(OPT_OUT) {
         return Decision::No(Reason::OptedOut);
     }
-    if !enrols(&pod.mode) {
+    if !enrolls(&pod.mode) {
         match namespace {
             None => return Decision::No(Reason::NamespaceUnknown),
-            Some(namespace) if !enrols(&namespace.mode) => return Decision::No(Reason::NotLabelled),
+            Some(namespace) if !enrolls(&namespace.mode) => return Decision::No(Reason::NotLabelled),
             Some(_) => {}
         }
     }
     match settings(pod, rules) {
-        Ok(settings) => Decision::Enrol(settings),
+        Ok(settings) => Decision::Enroll(settings),
         Err(bad) => Decision::Refuse(bad),
     }
 }
@@ -119,7 +119,7 @@ fn interfaces(value: &str) -> Result<Vec<String>, BadAnnotation> {
     Ok(names)
 }
 
-/// What the kernel takes as an interface's name. `lo` is steered already.
+/// What the kernel takes as an interface's name. `lo` is captured already.
 fn is_interface(name: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_graphic() && byte != b'/' && byte != b':';
     !matches!(name, "" | "." | ".." | "lo") && name.len() <= INTERFACE_NAME && name.bytes().all(allowed)

@@ -31,7 +31,7 @@ const COUNT: Duration = Duration::from_secs(10);
 /// What a pod's annotation says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Redirection {
-    /// The kernel steers the pod, and the proxy serves it.
+    /// The kernel captures the pod, and the proxy serves it.
     Enabled,
     /// It is to be so and is not yet.
     Pending,
@@ -128,7 +128,7 @@ impl StatusWriter {
             type_: Some("Warning".into()),
             reason: Some(reason.into()),
             note: Some(note),
-            action: Some("Enrol".into()),
+            action: Some("Enroll".into()),
             event_time: Some(MicroTime(Timestamp::now())),
             regarding: Some(pod.reference()),
             reporting_controller: Some(REPORTER.into()),

@@ -22,9 +22,9 @@ use tokio::task::JoinHandle;
 
 use super::informer::Patience;
 use super::{Controller, Rate, Rules, Timing, client, client_at};
+use crate::checkpoints::Checkpoints;
 use crate::pods::Defaults;
 use crate::pods::Pods;
-use crate::records::Records;
 use proxy::Proxy;
 use redirect_datapath::datapath::fake::Fake;
 use redirect_datapath::facts::Fact;
@@ -101,7 +101,7 @@ impl Node {
             Defaults { proxy_deadline: LONG, dns: false, any_source: false },
             host.inode().unwrap(),
             None,
-            Records::open(&directory.path().join("state")).unwrap(),
+            Checkpoints::open(&directory.path().join("state")).unwrap(),
         ));
         let rules = Rules { excluded: ["kube-system".to_owned()].into(), ..Rules::default() };
         let proc = directory.path().join("proc");
@@ -147,15 +147,15 @@ impl Node {
         (netns, cookie)
     }
 
-    /// Whether the kernel steers exactly these addresses in the namespace; none: nothing is left there.
-    fn steers(&self, cookie: u64, addresses: &[&str]) -> bool {
+    /// Whether the kernel captures exactly these addresses in the namespace; none: nothing is left there.
+    fn captures(&self, cookie: u64, addresses: &[&str]) -> bool {
         let facts = self.kernel.facts(cookie);
-        let steered: BTreeSet<IpAddr> = facts
+        let captured: BTreeSet<IpAddr> = facts
             .iter()
             .filter_map(|fact| if let Fact::Address(address) = fact { Some(*address) } else { None })
             .collect();
         let complete = facts.iter().any(|fact| matches!(fact, Fact::Pod(_)));
-        steered == parse(addresses).into_iter().collect()
+        captured == parse(addresses).into_iter().collect()
             && complete != facts.is_empty()
             && (complete || addresses.is_empty())
     }

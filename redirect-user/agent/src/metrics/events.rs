@@ -19,7 +19,7 @@ pub fn events() -> &'static Events {
 /// Counters of what happens in the agent.
 #[derive(Debug)]
 pub struct Events {
-    enrolment: Family<Phase, Histogram>,
+    enrollment: Family<Phase, Histogram>,
     cni: Family<Cni, Counter>,
     zds_connections: Counter,
     zds_answers: Family<Answer, Counter>,
@@ -71,7 +71,9 @@ impl Events {
     fn new() -> Self {
         Self {
             // A quarter of a millisecond to 8 seconds.
-            enrolment: Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.00025, 2.0, 16))),
+            enrollment: Family::new_with_constructor(|| {
+                Histogram::new(exponential_buckets(0.00025, 2.0, 16))
+            }),
             cni: Family::default(),
             zds_connections: Counter::default(),
             zds_answers: Family::default(),
@@ -84,9 +86,9 @@ impl Events {
         }
     }
 
-    /// A part of an enrolment, that of the kernel or that of the node proxy, took so long.
+    /// A part of an enrollment, that of the kernel or that of the node proxy, took so long.
     pub(crate) fn enrolled(&self, phase: &'static str, took: Duration) {
-        self.enrolment.get_or_create(&Phase { phase }).observe(took.as_secs_f64());
+        self.enrollment.get_or_create(&Phase { phase }).observe(took.as_secs_f64());
     }
 
     /// A request of the CNI plugin was answered.
@@ -140,7 +142,7 @@ impl Events {
     /// Under their names.
     pub(super) fn register(&self, registry: &mut Registry) {
         let seconds = "Time to enroll a pod, by phase: the kernel, the node proxy's acknowledgment";
-        registry.register_with_unit("enrolment_duration", seconds, Unit::Seconds, self.enrolment.clone());
+        registry.register_with_unit("enrollment_duration", seconds, Unit::Seconds, self.enrollment.clone());
         registry.register(
             "cni_requests",
             "Requests of the CNI plugin, by command and result",

@@ -100,11 +100,11 @@ impl Collector for Snapshot {
             ("proxy_refused_pods", "Pods that the newest node proxy rejected", None),
             [([], ConstGauge::new(refused))],
         )?;
-        let steered = Family::ALL.map(|family| {
-            let steered = pods.iter().filter(|pod| pod.steered.iter().any(|name| name == family.name()));
-            ([("ip_family", family.name().to_owned())], ConstGauge::new(steered.count() as u64))
+        let captured = Family::ALL.map(|family| {
+            let captured = pods.iter().filter(|pod| pod.captured.iter().any(|name| name == family.name()));
+            ([("ip_family", family.name().to_owned())], ConstGauge::new(captured.count() as u64))
         });
-        encode(to, ("pods_enrolled", "Enrolled pods with addresses of a family", None), steered)?;
+        encode(to, ("pods_enrolled", "Enrolled pods with addresses of a family", None), captured)?;
         let unserved = pods.iter().filter(|pod| pod.proxy.is_err()).count() as u64;
         encode(
             to,

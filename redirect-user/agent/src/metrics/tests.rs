@@ -22,7 +22,7 @@ fn text() -> String {
     let counter = CounterReport {
         family: "IPv6".into(),
         direction: "outbound".into(),
-        verdict: "steered".into(),
+        verdict: "captured".into(),
         reason: "enrolled".into(),
         connections: 12,
     };
@@ -52,7 +52,7 @@ fn exported(text: &str) -> BTreeSet<&str> {
 
 #[test]
 fn the_kernel_s_counters_keep_their_labels() {
-    let expected = r#"redirect_connections_total{ip_family="IPv6",direction="outbound",verdict="steered",reason="enrolled"} 12"#;
+    let expected = r#"redirect_connections_total{ip_family="IPv6",direction="outbound",verdict="captured",reason="enrolled"} 12"#;
     assert!(text().lines().any(|line| line == expected), "{}", text());
     let lost = r#"redirect_flow_events_lost_total{reason="slow_listener"} 5"#;
     assert!(text().lines().any(|line| line == lost), "{}", text());

@@ -106,7 +106,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     /// Un-enrolls a pod, if nobody works on it and it is still in this namespace.
     async fn leave(&self, uid: &str, netns_cookie: u64) {
         // The runtime may have put another namespace in its place.
-        self.look_after(uid).await;
+        self.check_drift(uid).await;
         let Some(mut slot) = self.slots.find_idle(uid).await else { return };
         let gone = slot
             .as_ref()

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::super::records::Failed;
+use super::super::checkpoints::Failed;
 use redirect_datapath::datapath;
 use redirect_datapath::handle::Gone;
 use redirect_protocol::pod::{PodIdentity, family};

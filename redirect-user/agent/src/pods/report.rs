@@ -13,7 +13,7 @@ use redirect_zds::server::{Handle, PodProxyState};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Standing {
     /// Whether the kernel was as it should be when it was last looked at.
-    pub(crate) steered: bool,
+    pub(crate) captured: bool,
     /// Whether nothing of it is captured until a proxy serves it.
     pub(crate) awaiting: bool,
     /// Where the pod stands with the newest proxy.
@@ -67,7 +67,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let slot = self.slots.find(uid).await?;
         let enrolled = slot.as_ref()?;
         let awaiting = enrolled.target.adoption == Adoption::Awaited;
-        Some(Standing { steered: enrolled.steered, awaiting, proxy: self.proxies.pod(uid) })
+        Some(Standing { captured: enrolled.captured, awaiting, proxy: self.proxies.pod(uid) })
     }
 }
 
@@ -84,7 +84,7 @@ fn report(enrolled: &Enrolled, ownership: &Ownership, proxies: &Handle) -> PodRe
         attachments: attachments.keys().cloned().collect(),
         addresses: addresses.iter().collect(),
         netns_cookie: target.netns_cookie,
-        steered: if target.adoption == Adoption::Awaited {
+        captured: if target.adoption == Adoption::Awaited {
             Vec::new()
         } else {
             addresses.families().map(|family| family.to_string()).collect()
@@ -98,13 +98,13 @@ fn report(enrolled: &Enrolled, ownership: &Ownership, proxies: &Handle) -> PodRe
         interfaces,
         state: match &proxy {
             _ if target.adoption.awaits() => PodState::Waiting,
-            _ if !enrolled.steered
+            _ if !enrolled.captured
                 || target.addresses.is_empty()
                 || !observation.namespace.devices.strayed.is_empty() =>
             {
                 PodState::Broken
             }
-            Ok(()) => PodState::Steered,
+            Ok(()) => PodState::Captured,
             Err(_) => PodState::Waiting,
         },
         proxy,

@@ -19,15 +19,15 @@ struct Node {
 }
 
 impl Node {
-    /// Without a proxy: enrolment ends with the proxy's deadline.
+    /// Without a proxy: enrollment ends with the proxy's deadline.
     fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let kernel = Fake::default();
         let copy = kernel.clone();
         let (thread, _) = DatapathHandle::start(move || Ok::<_, Infallible>(copy)).unwrap();
         let (_, handle) = Server::bind(&directory.path().join("zds.sock"), Options::default()).unwrap();
-        let records = Records::open(&directory.path().join("state")).unwrap();
-        let pods = Pods::new(thread, handle, defaults(Duration::from_millis(20)), 1, None, records);
+        let checkpoints = Checkpoints::open(&directory.path().join("state")).unwrap();
+        let pods = Pods::new(thread, handle, defaults(Duration::from_millis(20)), 1, None, checkpoints);
         Self { directory, kernel, pods }
     }
 
@@ -40,7 +40,7 @@ impl Node {
         (netns, cookie)
     }
 
-    fn steers(&self, cookie: u64) -> bool {
+    fn captures(&self, cookie: u64) -> bool {
         self.kernel.facts(cookie).iter().any(|fact| matches!(fact, Fact::Pod(_)))
     }
 }
@@ -100,14 +100,14 @@ async fn a_running_pod_is_captured_when_a_proxy_serves_it() {
         pods.adopt(pod.clone(), vec![Sandbox { netns, containers: BTreeSet::new() }]).await.unwrap();
         // Whatever happens before, nothing of it is.
         pods.reconcile("u").await;
-        pods.look_after("u").await;
+        pods.check_drift("u").await;
         let mut changed = pod.clone();
         changed.settings.bypass_inbound = true;
         assert!(pods.update(&changed).await.unwrap() && pods.served().is_empty());
-        assert!(node.kernel.facts(cookie).is_empty() && pods.records.read().unwrap().is_empty());
+        assert!(node.kernel.facts(cookie).is_empty() && pods.checkpoints.read().unwrap().is_empty());
         let report = pods.report().await;
-        assert!(report[0].steered.is_empty() && report[0].proxy.is_err(), "{report:?}");
-        assert!(pods.standing("u").await.is_some_and(|standing| standing.awaiting && !standing.steered));
+        assert!(report[0].captured.is_empty() && report[0].proxy.is_err(), "{report:?}");
+        assert!(pods.standing("u").await.is_some_and(|standing| standing.awaiting && !standing.captured));
 
         let task = tokio::spawn(server.run(std::future::pending()));
         let proxy = tokio::spawn(acknowledge(path));
@@ -116,19 +116,23 @@ async fn a_running_pod_is_captured_when_a_proxy_serves_it() {
         node.kernel.state().fail_at = Some(now + 1);
         pods.update(&changed).await.unwrap_err();
         assert!(node.kernel.facts(cookie).is_empty() && pods.served() == ["u"], "it is tried again");
-        assert!(pods.records.read().unwrap().is_empty());
+        assert!(pods.checkpoints.read().unwrap().is_empty());
         assert!(pods.update(&changed).await.unwrap() && captured() && pods.served().is_empty());
-        assert!(pods.standing("u").await.is_some_and(|standing| standing.steered && !standing.awaiting));
-        let records = pods.records.read().unwrap();
-        assert!(records[0].phase == Phase::Done && records[0].recent && records[0].earlier_connections);
+        assert!(pods.standing("u").await.is_some_and(|standing| standing.captured && !standing.awaiting));
+        let checkpoints = pods.checkpoints.read().unwrap();
+        assert!(
+            checkpoints[0].phase == Phase::Done
+                && checkpoints[0].recent
+                && checkpoints[0].earlier_connections
+        );
         // What is left of connections that were half open is not let through for ever.
         let is_let_through =
             |fact: &Fact| matches!(fact, Fact::Pod(pod) if pod.flags & PodFlags::HALF_OPEN.0 != 0);
         assert!(node.kernel.facts(cookie).iter().any(is_let_through));
         pods.slots.find("u").await.unwrap().as_mut().unwrap().since -= HALF_OPEN;
-        pods.look_after("u").await;
+        pods.check_drift("u").await;
         assert!(captured() && !node.kernel.facts(cookie).iter().any(is_let_through));
-        assert!(!pods.records.read().unwrap()[0].recent);
+        assert!(!pods.checkpoints.read().unwrap()[0].recent);
         assert!(pods.repairs().report().is_empty(), "that repairs nothing");
         task.abort();
         proxy.abort();
@@ -143,8 +147,8 @@ async fn a_pod_that_was_captured_without_a_checkpoint_stays_so() {
     let pod = redirect_ebpf::maps::Pod::default();
     node.kernel.state().namespaces.get_mut(&cookie).unwrap().facts.insert(Fact::Pod(pod));
     node.pods.adopt(wanted("u", "a", &["10.0.0.2"]), vec![sandbox]).await.unwrap();
-    assert!(node.steers(cookie) && node.pods.standing("u").await.unwrap().steered);
-    assert!(!node.pods.records.read().unwrap()[0].recent);
+    assert!(node.captures(cookie) && node.pods.standing("u").await.unwrap().captured);
+    assert!(!node.pods.checkpoints.read().unwrap()[0].recent);
 }
 
 #[tokio::test]
@@ -153,7 +157,7 @@ async fn a_running_pod_is_one_pods() {
     let (netns, cookie) = node.netns("pod", &["10.0.0.2"]);
     let sandbox = Sandbox { netns, containers: ["c".to_owned()].into() };
     adopt(&node.pods, wanted("u", "a", &["10.0.0.2"]), sandbox.clone()).await;
-    assert!(node.steers(cookie));
+    assert!(node.captures(cookie));
 
     // Another pod can't take its place, and a second time is a change of nothing.
     let error = node.pods.adopt(wanted("u", "b", &["10.0.0.2"]), vec![sandbox.clone()]).await.unwrap_err();
@@ -179,7 +183,7 @@ async fn a_pod_without_addresses_is_refused_and_disturbs_nobody() {
     assert!(matches!(error, Error::NoAddresses(_)), "{error}");
     assert!(error.to_string().contains("shop/a"), "{error}");
     assert!(node.kernel.facts(cookie).is_empty());
-    assert!(node.steers(neighbour));
+    assert!(node.captures(neighbour));
     assert_eq!(node.pods.uids().await, ["v"]);
 }
 
@@ -315,7 +319,7 @@ async fn pods_that_wait_for_a_proxy_delay_nobody() {
         })
         .collect();
     until("all wait", async || pods.report().await.len() == PODS + 1).await;
-    let states = || pods.records.read().unwrap().into_iter().map(|record| record.phase);
+    let states = || pods.checkpoints.read().unwrap().into_iter().map(|checkpoint| checkpoint.phase);
     assert_eq!(states().filter(|phase| *phase == Phase::Begun).count(), PODS, "they would be undone");
 
     let others = async {
@@ -328,14 +332,14 @@ async fn pods_that_wait_for_a_proxy_delay_nobody() {
                 if at_once {
                     pods.reconcile(uid).await;
                 } else {
-                    pods.look_after(uid).await;
+                    pods.check_drift(uid).await;
                 }
                 assert_eq!(kernel.facts(cookie), facts, "{uid}");
             }
         }
         // Reports, changes, GC.
         assert_eq!(pods.called("shop/7").await.len(), 1);
-        assert!(pods.standing("7").await.unwrap().steered);
+        assert!(pods.standing("7").await.unwrap().captured);
         let mut changed = wanted("7", "7", &[]);
         changed.settings.bypass_inbound = true;
         assert!(pods.update(&changed).await.unwrap());
@@ -359,7 +363,13 @@ async fn pods_that_wait_for_a_proxy_delay_nobody() {
         }
     }
     assert_eq!(states().filter(|phase| *phase == Phase::Done).count(), PODS - 1);
-    let seven = pods.records.read().unwrap().into_iter().find(|record| record.identity.uid == "7").unwrap();
+    let seven = pods
+        .checkpoints
+        .read()
+        .unwrap()
+        .into_iter()
+        .find(|checkpoint| checkpoint.identity.uid == "7")
+        .unwrap();
     assert!(seven.settings.bypass_inbound, "what was changed meanwhile stays");
     task.abort();
     proxy.abort();
@@ -389,9 +399,12 @@ async fn an_add_that_fails_undoes_what_it_did_and_nothing_else() {
         assert!(matches!(error, Error::Proxy(AddError::NotConnected { .. })), "{error}");
         assert!(!has_second(), "{second}");
         assert!(!pods.ownership.containers().contains("2"), "{second}");
-        let records = pods.records.read().unwrap();
-        assert!(records[0].settings.bypass_inbound && records[0].attachments.is_empty(), "{records:?}");
-        assert_eq!(records[0].phase, Phase::Done);
+        let checkpoints = pods.checkpoints.read().unwrap();
+        assert!(
+            checkpoints[0].settings.bypass_inbound && checkpoints[0].attachments.is_empty(),
+            "{checkpoints:?}"
+        );
+        assert_eq!(checkpoints[0].phase, Phase::Done);
     }
 }
 
@@ -404,17 +417,17 @@ async fn a_late_removal_of_the_sandbox_before_does_not_touch_the_one_after_it() 
     let pods = Pods { proxies: server.1, defaults: defaults(Duration::from_secs(5)), ..node.pods };
     let task = tokio::spawn(server.0.run(std::future::pending()));
     let proxy = tokio::spawn(acknowledge(node.directory.path().join("acks.sock")));
-    let steers = |cookie: u64| node.kernel.facts(cookie).iter().any(|fact| matches!(fact, Fact::Pod(_)));
+    let captures = |cookie: u64| node.kernel.facts(cookie).iter().any(|fact| matches!(fact, Fact::Pod(_)));
     pods.add(attachment("1"), wanted("u", "a", &["10.0.0.2"]), first).await.unwrap();
-    assert!(steers(first_cookie));
+    assert!(captures(first_cookie));
     pods.add(attachment("2"), wanted("u", "a", &["10.0.0.2"]), second).await.unwrap();
-    assert!(steers(second_cookie) && node.kernel.facts(first_cookie).is_empty());
+    assert!(captures(second_cookie) && node.kernel.facts(first_cookie).is_empty());
     pods.del(&attachment("1")).await.unwrap();
-    assert!(steers(second_cookie));
+    assert!(captures(second_cookie));
     pods.check(&attachment("2"), &parse(&["10.0.0.2"])).await.unwrap();
     assert!(matches!(pods.check(&attachment("1"), &[]).await, Err(Error::Unknown(_))));
     pods.collect(&[attachment("2")]).await;
-    assert!(steers(second_cookie));
+    assert!(captures(second_cookie));
     pods.collect(&[]).await;
     assert!(node.kernel.facts(second_cookie).is_empty());
     assert!(pods.report().await.is_empty());
@@ -431,16 +444,16 @@ async fn a_namespace_is_the_pods_that_was_brought_with_it_last() {
     let pods = Pods { proxies: server.1, defaults: defaults(Duration::from_secs(5)), ..node.pods };
     let task = tokio::spawn(server.0.run(std::future::pending()));
     let proxy = tokio::spawn(acknowledge(node.directory.path().join("acks.sock")));
-    let steers = |cookie: u64| node.kernel.facts(cookie).iter().any(|fact| matches!(fact, Fact::Pod(_)));
+    let captures = |cookie: u64| node.kernel.facts(cookie).iter().any(|fact| matches!(fact, Fact::Pod(_)));
     pods.add(attachment("1"), wanted("u", "a", &["10.0.0.2"]), old).await.unwrap();
     // Where the old pod's namespace was is the new pod's, and it is looked there before the new pod is brought.
     std::fs::rename(node.directory.path().join("new"), node.directory.path().join("old")).unwrap();
-    pods.look_after("u").await;
-    assert!(steers(new_cookie) && !steers(old_cookie));
+    pods.check_drift("u").await;
+    assert!(captures(new_cookie) && !captures(old_cookie));
     pods.add(attachment("2"), wanted("v", "b", &["10.0.0.2"]), new).await.unwrap();
-    pods.look_after("u").await;
+    pods.check_drift("u").await;
     pods.del(&attachment("1")).await.unwrap();
-    assert!(steers(new_cookie));
+    assert!(captures(new_cookie));
     pods.check(&attachment("2"), &parse(&["10.0.0.2"])).await.unwrap();
     pods.del(&attachment("2")).await.unwrap();
     assert!(node.kernel.facts(new_cookie).is_empty());
@@ -465,10 +478,10 @@ async fn an_address_is_the_pods_that_was_brought_with_it_last() {
             node.kernel.facts(cookie).contains(&Fact::Address(address))
         };
         // The first look finds that the address is gone.
-        node.pods.look_after("old").await;
+        node.pods.check_drift("old").await;
         node.kernel.state().applied.clear();
-        node.pods.look_after("old").await;
-        node.pods.look_after("new").await;
+        node.pods.check_drift("old").await;
+        node.pods.check_drift("new").await;
         assert_eq!(node.kernel.state().applied, [], "{contested}");
         assert!(has(new, contested) && !has(old, contested) && has(old, "10.0.0.3"), "{contested}");
         let report = node.pods.report().await;
@@ -476,7 +489,7 @@ async fn an_address_is_the_pods_that_was_brought_with_it_last() {
         assert_eq!(of_old.addresses, parse(&["10.0.0.3"]));
 
         assert!(node.pods.forget("new").await.unwrap());
-        node.pods.look_after("old").await;
+        node.pods.check_drift("old").await;
         assert!(has(old, contested), "{contested}: nobody has it now");
     }
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use redirect_ebpf::maps::PodFlags;
 
 use super::super::repairs::Repairs;
-use super::{Enrolled, Error, HALF_OPEN, Pods, tell};
+use super::{Enrolled, Error, HALF_OPEN, Pods, log};
 use redirect_datapath::datapath::{Adoption, Datapath, Introduction};
 use redirect_datapath::facts::Fact;
 use redirect_linux::netns::NetNs;
@@ -31,7 +31,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     }
 
     /// Looks for changes that nobody tells of, and puts them right, unless somebody works on the pod.
-    pub(crate) async fn look_after(&self, uid: &str) {
+    pub(crate) async fn check_drift(&self, uid: &str) {
         let Some(mut slot) = self.slots.find_idle(uid).await else { return };
         let Some(known) = slot.as_mut().filter(|known| known.target.adoption != Adoption::Awaited) else {
             return;
@@ -49,7 +49,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             self.keep(known).await;
         }
         if !self.ownership.is_of(&known.target) {
-            known.steered = false;
+            known.captured = false;
             return;
         }
         let settled = known.target.adoption == Adoption::Recent && known.since.elapsed() > HALF_OPEN;
@@ -62,16 +62,16 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         // Another pod may have had them until now.
         let complete = target.addresses.iter().all(|address| facts.contains(&Fact::Address(address)));
         let mut quiet = facts.iter().filter(|fact| fact.is_quiet());
-        let intact = match self.kernel.run(move |datapath| datapath.glance(&target)).await {
+        let intact = match self.kernel.run(move |datapath| datapath.observe_facts(&target)).await {
             Ok(Ok(facts)) => quiet.all(|fact| facts.contains(fact)),
             Ok(Err(_)) | Err(_) => false,
         };
-        if !intact || !complete || !known.steered || settled {
+        if !intact || !complete || !known.captured || settled {
             self.repair(known).await;
         }
     }
 
-    /// The pod's namespace was made anew without a word from the runtime: the pod is steered in the new one, if that holds
+    /// The pod's namespace was made anew without a word from the runtime: the pod is captured in the new one, if that holds
     /// its addresses.
     async fn change_over(&self, known: &mut Enrolled, netns: NetNs) -> Result<(), Error> {
         let identity = known.target.identity.clone();
@@ -91,12 +91,12 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let addresses = self.ownership.held(&old).addresses;
         self.claim(&known.target, addresses.iter());
         self.follow(&known.target);
-        let steered = match self.steer(&known.target).await {
+        let captured = match self.apply(&known.target).await {
             // Its own pod may have been brought meanwhile.
             Ok(outcome) => self.hand_over(&known.target).map(|()| outcome.observation),
             Err(error) => Err(error),
         };
-        match steered {
+        match captured {
             Ok(observation) => known.observation = observation,
             Err(error) => {
                 self.ownership.give_back(&known.target, old.netns_cookie, &addresses);
@@ -105,7 +105,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 return Err(error);
             }
         }
-        known.steered = true;
+        known.captured = true;
         self.keep(known).await;
         self.clear(&old).await;
         Ok(())
@@ -118,32 +118,32 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         // Another pod that took the namespace may be gone, and its checkpoint with it.
         let is_free = self.ownership.owner(known.target.netns_cookie).is_none();
         if !self.ownership.take_if_free(&known.target) {
-            known.steered = false;
+            known.captured = false;
             return;
         }
         let began = Instant::now();
-        let steered = self.steer(&known.target).await;
+        let captured = self.apply(&known.target).await;
         if is_free {
             self.keep(known).await;
         }
-        match steered {
+        match captured {
             Ok(outcome) => {
                 let before = &known.observation.facts;
                 let lost: Vec<Fact> = outcome.made.into_iter().filter(|fact| before.contains(fact)).collect();
                 self.repairs.of_facts(&known.target.identity, &lost);
                 known.observation = outcome.observation;
-                if !known.steered {
-                    tell::mended(&known.target, began);
+                if !known.captured {
+                    log::repaired(&known.target, began);
                 }
-                known.steered = true;
+                known.captured = true;
             }
             Err(error) => {
-                if known.steered {
-                    tell::broken(&known.target, began, &error);
+                if known.captured {
+                    log::broken(&known.target, began, &error);
                 } else {
                     tracing::debug!(pod = %known.target.identity, %error, "pod is still broken");
                 }
-                known.steered = false;
+                known.captured = false;
             }
         }
     }

@@ -150,7 +150,7 @@ mod tests {
         let counter = |family: &str, connections| PodCounter {
             family: family.into(),
             direction: "outbound".into(),
-            verdict: "steered".into(),
+            verdict: "captured".into(),
             connections,
         };
         let detail = PodDetail {
@@ -159,11 +159,11 @@ mod tests {
                 attachments: Vec::new(),
                 addresses: vec!["10.0.0.2".parse().unwrap(), "fd00::2".parse().unwrap()],
                 netns_cookie: 1,
-                steered: vec!["IPv4".into(), "IPv6".into()],
+                captured: vec!["IPv4".into(), "IPv6".into()],
                 interfaces: vec!["eth0".into(), "net1".into()],
                 strayed: vec!["veth7".into()],
                 unguarded: vec!["net1".into()],
-                state: PodState::Steered,
+                state: PodState::Captured,
                 proxy: Ok(()),
                 since: 7,
                 counters: vec![counter("IPv4", 12), counter("IPv6", 3)],
@@ -191,7 +191,7 @@ mod tests {
                 Step { question: "the pod is in the kernel's map of pods".into(), answer: true },
                 Step { question: "the destination is 127.0.0.1 or ::1".into(), answer: false },
             ],
-            steered: true,
+            captured: true,
             verdict: "captured: goes to the node proxy".into(),
             wrong: vec![
                 "IPv6 rule for captured connections is missing".into(),

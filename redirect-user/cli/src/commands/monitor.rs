@@ -103,7 +103,7 @@ mod tests {
             direction: "outbound".into(),
             source: Some("[fd00::2]:40000".parse().unwrap()),
             destination: Some("[2001:db8::1]:80".parse().unwrap()),
-            verdict: "steered".into(),
+            verdict: "captured".into(),
             reason: "enrolled".into(),
             socket_cookie: Some(4711),
         };

@@ -127,7 +127,7 @@ pub(super) fn pods_table(pods: &[PodReport]) -> Table {
         table.add_row([
             report.pod.to_string(),
             report.state.label().into(),
-            report.steered.join(", "),
+            report.captured.join(", "),
             report.addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"),
             interfaces(report),
             match &report.proxy {
@@ -202,7 +202,7 @@ mod tests {
             counters: vec![CounterReport {
                 family: "IPv6".into(),
                 direction: "outbound".into(),
-                verdict: "steered".into(),
+                verdict: "captured".into(),
                 reason: "enrolled".into(),
                 connections: 12,
             }],
@@ -234,9 +234,9 @@ mod tests {
                 connections,
             };
             let of_both = vec![
-                one("IPv4", Direction::Outbound, Verdict::Steered, 12),
+                one("IPv4", Direction::Outbound, Verdict::Captured, 12),
                 one("IPv4", Direction::Outbound, Verdict::Dropped, 1),
-                one("IPv6", Direction::Outbound, Verdict::Steered, 3),
+                one("IPv6", Direction::Outbound, Verdict::Captured, 3),
                 one("IPv6", Direction::Inbound, Verdict::Passed, 7),
             ];
             if name == "tcp-echo" { of_both } else { Vec::new() }
@@ -246,11 +246,11 @@ mod tests {
             attachments: Vec::new(),
             addresses: addresses.iter().map(|text| text.parse::<IpAddr>().unwrap()).collect(),
             netns_cookie: 1,
-            steered: families.iter().map(ToString::to_string).collect(),
+            captured: families.iter().map(ToString::to_string).collect(),
             interfaces: vec!["eth0".into()],
             strayed: Vec::new(),
             unguarded: if name == "v6-only" { vec!["eth0".into()] } else { Vec::new() },
-            state: if proxy == Ok(()) { PodState::Steered } else { PodState::Waiting },
+            state: if proxy == Ok(()) { PodState::Captured } else { PodState::Waiting },
             proxy,
             since: 90_061,
             counters: counters(name),

@@ -59,10 +59,10 @@ fn show(report: &Report, output: Output) -> anyhow::Result<()> {
                     removed.filters, removed.rules, removed.routes, removed.sysctls
                 );
             }
-            let HostReport { filters, rules, entrance, untracked } = report.host;
+            let HostReport { filters, rules, ingress_device, notrack } = report.host;
             if report.host != HostReport::default() {
-                let device = if entrance { "the device redirect0" } else { "no device" };
-                let table = if untracked { ", the nftables table ambient-redirect" } else { "" };
+                let device = if ingress_device { "the device redirect0" } else { "no device" };
+                let table = if notrack { ", the nftables table ambient-redirect" } else { "" };
                 println!(
                     "the host's network namespace: removed {filters} TC filters, {rules} rules, {device}{table}"
                 );
@@ -73,7 +73,7 @@ fn show(report: &Report, output: Output) -> anyhow::Result<()> {
             for path in &report.chain {
                 println!("CNI chain: changed {}", path.display());
             }
-            let found = report.namespaces.len() + report.pins.len() + report.records + report.chain.len();
+            let found = report.namespaces.len() + report.pins.len() + report.checkpoints + report.chain.len();
             if found + report.errors.len() == 0 && report.host == HostReport::default() {
                 println!("nothing to remove");
             }

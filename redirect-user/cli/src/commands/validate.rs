@@ -21,27 +21,27 @@ pub(super) struct Options {
     output: Output,
 }
 
-/// Fails if a family that the pod has an address of is not steered, or if it has none at all.
+/// Fails if a family that the pod has an address of is not captured, or if it has none at all.
 pub(super) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let findings = validate(options.port, Duration::from_secs(options.timeout))?;
     match options.output {
         Output::Json => json(&findings)?,
         Output::Table => println!("{}", text(&findings)),
     }
-    let families: Vec<bool> = findings.iter().filter_map(|finding| finding.steered).collect();
-    let good = !families.is_empty() && families.iter().all(|steered| *steered);
+    let families: Vec<bool> = findings.iter().filter_map(|finding| finding.captured).collect();
+    let good = !families.is_empty() && families.iter().all(|captured| *captured);
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn text(findings: &[Finding]) -> String {
-    let mut shown = table(&["family", "steered", "detail"]);
+    let mut shown = table(&["family", "captured", "detail"]);
     for finding in findings {
-        let steered = match finding.steered {
+        let captured = match finding.captured {
             Some(true) => "yes",
             Some(false) => "NO",
             None => "-",
         };
-        shown.add_row([&finding.family, steered, &finding.detail]);
+        shown.add_row([&finding.family, captured, &finding.detail]);
     }
     shown.to_string()
 }
@@ -51,10 +51,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_family_that_is_not_steered_stands_out() {
-        let finding = |family: &str, steered, detail: &str| Finding {
+    fn the_family_that_is_not_captured_stands_out() {
+        let finding = |family: &str, captured, detail: &str| Finding {
             family: family.into(),
-            steered,
+            captured,
             detail: detail.into(),
         };
         let findings = [

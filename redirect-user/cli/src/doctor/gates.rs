@@ -16,7 +16,7 @@ pub(super) fn check(requirements: &Requirements) -> Vec<Check> {
     };
     let mut checks = Vec::new();
     for found in pods {
-        let (pod, Some(netns)) = (&found.record.identity, found.netns) else { continue };
+        let (pod, Some(netns)) = (&found.checkpoint.identity, found.netns) else { continue };
         match linux::unguarded(&netns) {
             Ok(interfaces) if interfaces.is_empty() => {}
             Ok(interfaces) => checks.push(Check::warn(

@@ -23,7 +23,7 @@ pub(super) fn checks(requirements: &Requirements) -> Vec<Check> {
     let mut fine = 0;
     for found in pods {
         let Some(netns) = found.netns else { continue };
-        let pod = &found.record.identity;
+        let pod = &found.checkpoint.identity;
         match netns.run(chains).and_then(|chains| chains) {
             Ok(chains) if chains.is_empty() => fine += 1,
             Ok(chains) => {

@@ -43,7 +43,7 @@ pub(super) fn on_devices(requirements: &Requirements) -> Vec<Check> {
     };
     let (mut checks, mut devices) = (Vec::new(), Vec::new());
     for found in pods {
-        let (pod, Some(netns)) = (&found.record.identity, found.netns) else { continue };
+        let (pod, Some(netns)) = (&found.checkpoint.identity, found.netns) else { continue };
         let attached = match linux::on_devices(&netns) {
             Ok(attached) => attached,
             Err(error) => {

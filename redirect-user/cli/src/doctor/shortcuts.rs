@@ -2,7 +2,7 @@
 
 use nix::net::if_::if_nametoindex;
 use redirect_datapath::linux;
-use redirect_ebpf::constants::ENTRANCE;
+use redirect_ebpf::constants::INGRESS_DEVICE;
 
 use super::{Check, Requirements};
 
@@ -10,7 +10,7 @@ const NAME: &str = "shortcuts to pods";
 
 /// Only where an agent in that placement has its ingress device: in placement `pod` the programs are in the pod.
 pub(super) fn check(_: &Requirements) -> Vec<Check> {
-    if if_nametoindex(ENTRANCE).is_err() {
+    if if_nametoindex(INGRESS_DEVICE).is_err() {
         return Vec::new();
     }
     let programs = match linux::shortcuts() {

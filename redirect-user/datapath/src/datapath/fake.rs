@@ -71,7 +71,7 @@ impl Datapath for Fake {
         Ok(Introduction { cookie, enrolled, ..Introduction::default() })
     }
 
-    fn glance(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>> {
+    fn observe_facts(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>> {
         Ok(self.facts(target.netns_cookie))
     }
 

@@ -12,8 +12,8 @@ pub(super) const HOOKS: [Hook; 6] = [
     Hook::FromPod(Family::Ipv6),
     Hook::ToPod(Family::Ipv4),
     Hook::ToPod(Family::Ipv6),
-    Hook::Entrance(Family::Ipv4),
-    Hook::Entrance(Family::Ipv6),
+    Hook::IngressDevice(Family::Ipv4),
+    Hook::IngressDevice(Family::Ipv6),
 ];
 
 pub(super) fn desired(wanted: &Wanted<'_>, devices: &Devices) -> BTreeSet<Fact> {

@@ -13,7 +13,7 @@ enum Linked {
     Host(u32),
     /// To nothing outside the pod.
     Inside,
-    /// To something outside the pod that is not ours to steer at.
+    /// To something outside the pod that is not ours to capture at.
     Elsewhere,
 }
 

@@ -61,7 +61,7 @@ impl Placed for InPod {
         Ok(())
     }
 
-    fn mend(&self, _: &mut Linux, _: &mut Vec<&'static str>) -> anyhow::Result<()> {
+    fn repair(&self, _: &mut Linux, _: &mut Vec<&'static str>) -> anyhow::Result<()> {
         Ok(())
     }
 
@@ -118,7 +118,7 @@ impl Placed for InPod {
         Ok(observation)
     }
 
-    fn glance(&self, linux: &mut Linux, target: &Target) -> io::Result<BTreeSet<Fact>> {
+    fn observe_facts(&self, linux: &mut Linux, target: &Target) -> io::Result<BTreeSet<Fact>> {
         let mut facts = sysctls_and_entries(linux, target)?;
         for lookup in Lookup::ALL {
             if linux.lookup_state(lookup, target)? == Some(State::Current) {

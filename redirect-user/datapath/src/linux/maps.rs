@@ -64,7 +64,7 @@ pub(super) struct Maps {
     capacities: Capacities,
     host_cookie: u64,
     /// Placement `node`: index of the device through which packets reach the proxy; else zero.
-    entrance: u32,
+    ingress_device: u32,
     flags: ConfigFlags,
     /// The exclusions in the maps, by namespace cookie; zero: for every pod.
     exclusions: HashMap<u64, BTreeSet<Exclusion>>,
@@ -202,8 +202,8 @@ impl Maps {
     /// Keeps what an agent of the other placement has said of its proxies and of the ingress device. Takes effect with
     /// [`Self::configure`].
     pub(super) fn inherit(&mut self, part: impl Fn(ProxyPart) -> ProxyPart) -> anyhow::Result<()> {
-        let Config { flags, entrance, .. } = self.config.get(&0, 0).context("map CONFIG")?;
-        self.entrance = entrance as u32;
+        let Config { flags, ingress_device, .. } = self.config.get(&0, 0).context("map CONFIG")?;
+        self.ingress_device = ingress_device as u32;
         let recognized = ConfigFlags::PROXY_BY_MARK.0 | ConfigFlags::UNMARKED_PROXY.0;
         let proxies = self.proxy_cgroups.entries()?.into_iter();
         self.inherited = Inherited {
@@ -302,8 +302,11 @@ impl Maps {
 
     fn set_flags(&mut self, flags: ConfigFlags) -> anyhow::Result<()> {
         self.flags = flags;
-        let config =
-            Config { host_cookie: self.host_cookie, flags: flags.0.into(), entrance: self.entrance.into() };
+        let config = Config {
+            host_cookie: self.host_cookie,
+            flags: flags.0.into(),
+            ingress_device: self.ingress_device.into(),
+        };
         self.config.set(0, config, 0).context("map CONFIG")
     }
 
@@ -334,7 +337,7 @@ impl Maps {
             excluded_ipv6: LpmTrie::try_from(take(programs, "EXCLUDED_IPV6")?)?,
             capacities,
             host_cookie: 0,
-            entrance: 0,
+            ingress_device: 0,
             flags: ConfigFlags::default(),
             exclusions: HashMap::new(),
             addresses: HashMap::new(),
@@ -368,16 +371,16 @@ impl Maps {
     }
 
     /// Takes effect with [`Self::configure`].
-    pub(super) fn set_entrance(&mut self, index: u32) {
-        self.entrance = index;
+    pub(super) fn set_ingress_device(&mut self, index: u32) {
+        self.ingress_device = index;
     }
 
     /// Takes effect at once.
-    pub(super) fn change_entrance(&mut self, index: u32) -> anyhow::Result<()> {
-        if self.entrance == index {
+    pub(super) fn change_ingress_device(&mut self, index: u32) -> anyhow::Result<()> {
+        if self.ingress_device == index {
             return Ok(());
         }
-        self.entrance = index;
+        self.ingress_device = index;
         self.set_flags(self.flags)
     }
 

@@ -8,11 +8,11 @@ use std::io;
 use std::path::Path;
 use std::sync::Once;
 
-use redirect_ebpf::constants::ENTRANCE;
+use redirect_ebpf::constants::INGRESS_DEVICE;
 use redirect_linux::netlink::nftables::{APPEND, CREATE, Kind, Nftables, bytes, nested, number, text};
 
 const TABLE: &str = "ambient-redirect";
-const CHAIN: &str = "entrance";
+const CHAIN: &str = "ingress_device";
 
 /// There, if the kernel tracks connections.
 const TRACKING: &str = "/proc/sys/net/netfilter/nf_conntrack_max";
@@ -32,7 +32,7 @@ pub(super) fn ensure() -> bool {
         TOLD.call_once(|| {
             tracing::warn!(
                 %error,
-                "cannot exempt device {ENTRANCE} from connection tracking by nftables (CONFIG_NF_TABLES, \
+                "cannot exempt device {INGRESS_DEVICE} from connection tracking by nftables (CONFIG_NF_TABLES, \
                  CONFIG_NFT_CT): enrolled pods cannot reach Services whose addresses the host translates"
             );
         });
@@ -74,7 +74,7 @@ fn expressions() -> Vec<u8> {
     const INTERFACE_NAME: u32 = 6;
     const EQUAL: u32 = 0;
     let mut name = [0; 16];
-    name[..ENTRANCE.len()].copy_from_slice(ENTRANCE.as_bytes());
+    name[..INGRESS_DEVICE.len()].copy_from_slice(INGRESS_DEVICE.as_bytes());
     let load = [number(1, REGISTER), number(2, INTERFACE_NAME)].concat();
     let compare = [number(1, REGISTER), number(2, EQUAL), nested(3, &bytes(1, &name))].concat();
     let expression = |word: &str, data: &[u8]| nested(1, &[text(1, word), nested(2, data)].concat());

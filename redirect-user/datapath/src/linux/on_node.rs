@@ -5,11 +5,11 @@ use std::io;
 use std::path::Path;
 
 use redirect_ebpf::Family;
-use redirect_ebpf::constants::ENTRANCE;
+use redirect_ebpf::constants::INGRESS_DEVICE;
 use redirect_ebpf::maps::{PodFlags, ProxyPart};
 
 use super::placed::{OnHost, Placed};
-use super::{BIND, EarlyDemuxNote, Linux, OnCgroup, devices, entrance, lookup_place, sysctl, tc};
+use super::{BIND, EarlyDemuxNote, Linux, OnCgroup, devices, ingress_device, lookup_place, sysctl, tc};
 use crate::datapath::{Observation, Target};
 use crate::facts::{Fact, Hook, Lookup, Namespace};
 use redirect_linux::link::State;
@@ -30,7 +30,7 @@ impl Placed for OnNode {
     }
 
     fn vital(&self) -> [&'static str; 2] {
-        Family::ALL.map(|family| Hook::Entrance(family).program())
+        Family::ALL.map(|family| Hook::IngressDevice(family).program())
     }
 
     fn looks_up_in_pods(&self) -> bool {
@@ -44,7 +44,7 @@ impl Placed for OnNode {
         note: &EarlyDemuxNote,
         pods: &[Target],
     ) -> anyhow::Result<()> {
-        maps.set_entrance(entrance::ensure(netlink, rule_priority, note)?.interface.index);
+        maps.set_ingress_device(ingress_device::ensure(netlink, rule_priority, note)?.interface.index);
         for pod in pods {
             for end in devices::of(&pod.netns, host, netlink)?.ends {
                 maps.insert_device(pod.netns_cookie, end.index)?;
@@ -53,23 +53,23 @@ impl Placed for OnNode {
         Ok(())
     }
 
-    /// The entrance, what is attached to it, and the socket lookups in the host's namespace.
-    fn mend(&self, linux: &mut Linux, mended: &mut Vec<&'static str>) -> anyhow::Result<()> {
+    /// The ingress_device, what is attached to it, and the socket lookups in the host's namespace.
+    fn repair(&self, linux: &mut Linux, repaired: &mut Vec<&'static str>) -> anyhow::Result<()> {
         let Linux { tc, links, programs, host_netlink, host_cookie, .. } = linux;
-        let entrance = entrance::ensure(host_netlink, linux.rule_priority, &linux.note)?;
-        if entrance.mended {
-            mended.push(ENTRANCE);
+        let ingress_device = ingress_device::ensure(host_netlink, linux.rule_priority, &linux.note)?;
+        if ingress_device.repaired {
+            repaired.push(INGRESS_DEVICE);
         }
-        let interface = entrance.interface;
-        linux.maps.change_entrance(interface.index)?;
+        let interface = ingress_device.interface;
+        linux.maps.change_ingress_device(interface.index)?;
         let place = tc::Where { interfaces: std::slice::from_ref(&interface), on_host: true };
         let attached = tc.look(host_netlink, links, programs, *host_cookie, place)?.current;
-        for hook in Family::ALL.map(Hook::Entrance) {
+        for hook in Family::ALL.map(Hook::IngressDevice) {
             if !attached.contains(&hook.fact(&interface)) {
                 let spot =
                     tc::Spot { netns_cookie: *host_cookie, interface: &interface, carries_traffic: false };
                 tc.attach(host_netlink, links, programs, &spot, hook)?;
-                mended.push(hook.program());
+                repaired.push(hook.program());
             }
         }
         for lookup in Lookup::ALL {
@@ -77,7 +77,7 @@ impl Placed for OnNode {
             let (program, place) = (programs.get(lookup.program())?, lookup_place(&linux.host)?);
             if links.state(&name, program, place)? != Some(State::Current) {
                 links.ensure(&name, program, place)?;
-                mended.push(lookup.program());
+                repaired.push(lookup.program());
             }
         }
         links.remove(&format!("{}-host", Lookup::FORMER))?;
@@ -104,7 +104,7 @@ impl Placed for OnNode {
         Ok(observation)
     }
 
-    fn glance(&self, linux: &mut Linux, target: &Target) -> io::Result<BTreeSet<Fact>> {
+    fn observe_facts(&self, linux: &mut Linux, target: &Target) -> io::Result<BTreeSet<Fact>> {
         Ok(self.observe(linux, target)?.facts)
     }
 
@@ -117,7 +117,7 @@ impl Placed for OnNode {
     }
 
     fn is_there(&self, _: &Path, netlink: &mut Netlink) -> io::Result<bool> {
-        Ok(netlink.find(ENTRANCE)?.is_some())
+        Ok(netlink.find(INGRESS_DEVICE)?.is_some())
     }
 
     fn inherits(&self, part: ProxyPart) -> ProxyPart {
@@ -131,9 +131,9 @@ impl Placed for OnNode {
         for lookup in Lookup::ALL {
             linux.links.remove(&format!("{}-host", lookup.program()))?;
         }
-        entrance::remove(&mut linux.host_netlink, &linux.note)?;
+        ingress_device::remove(&mut linux.host_netlink, &linux.note)?;
         linux.note.remove()?;
-        linux.maps.change_entrance(0)
+        linux.maps.change_ingress_device(0)
     }
 
     fn listens_in<'a>(&self, host: &'a NetNs, _: &'a NetNs) -> &'a NetNs {

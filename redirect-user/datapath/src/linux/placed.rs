@@ -45,13 +45,13 @@ pub(super) trait Placed: Send + Sync {
     ) -> anyhow::Result<()>;
 
     /// Repairs what is for the whole node, beside the programs on cgroups.
-    fn mend(&self, linux: &mut Linux, mended: &mut Vec<&'static str>) -> anyhow::Result<()>;
+    fn repair(&self, linux: &mut Linux, repaired: &mut Vec<&'static str>) -> anyhow::Result<()>;
 
     /// See [`Datapath::observe`](crate::datapath::Datapath::observe).
     fn observe(&self, linux: &mut Linux, target: &Target) -> io::Result<Observation>;
 
-    /// See [`Datapath::glance`](crate::datapath::Datapath::glance).
-    fn glance(&self, linux: &mut Linux, target: &Target) -> io::Result<BTreeSet<Fact>>;
+    /// See [`Datapath::observe_facts`](crate::datapath::Datapath::observe_facts).
+    fn observe_facts(&self, linux: &mut Linux, target: &Target) -> io::Result<BTreeSet<Fact>>;
 
     /// See [`Datapath::tidy`](crate::datapath::Datapath::tidy).
     fn tidy(&self, linux: &mut Linux, target: &Target) -> io::Result<()>;

@@ -6,7 +6,7 @@ use std::io;
 use redirect_ebpf::Family;
 
 use super::devices;
-use super::entrance::{self, EarlyDemuxNote};
+use super::ingress_device::{self, EarlyDemuxNote};
 use super::sysctl::Sysctls;
 use crate::facts::Sysctl;
 use redirect_linux::netlink::{Netlink, Side};
@@ -32,10 +32,10 @@ pub struct HostReport {
     pub filters: usize,
     /// Routing rules.
     pub rules: usize,
-    /// Whether the entrance was there.
-    pub entrance: bool,
-    /// Whether the rule was there that keeps connection tracking off the entrance.
-    pub untracked: bool,
+    /// Whether the ingress device was there.
+    pub ingress_device: bool,
+    /// Whether the rule was there that keeps connection tracking off the ingress device.
+    pub notrack: bool,
 }
 
 /// Takes everything of ours out of the calling thread's namespace, which is the host's; of the filters on devices only those on
@@ -55,7 +55,7 @@ pub fn strip_host(note: &EarlyDemuxNote, known: Option<&BTreeSet<u32>>) -> io::R
             report.filters += 1;
         }
     }
-    (report.rules, report.entrance, report.untracked) = entrance::remove(&mut netlink, note)?;
+    (report.rules, report.ingress_device, report.notrack) = ingress_device::remove(&mut netlink, note)?;
     Ok(report)
 }
 

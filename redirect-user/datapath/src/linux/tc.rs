@@ -56,7 +56,7 @@ impl Hook {
             | Self::Virtual(_)
             | Self::HostGate
             | Self::FromPod(_)
-            | Self::Entrance(_) => Side::Ingress,
+            | Self::IngressDevice(_) => Side::Ingress,
             Self::Egress(_) | Self::ToPod(_) => Side::Egress,
         }
     }
@@ -70,7 +70,7 @@ impl Hook {
             Self::Egress(family) => (3, family),
             Self::FromPod(family) => (4, family),
             Self::ToPod(family) => (5, family),
-            Self::Entrance(family) => (6, family),
+            Self::IngressDevice(family) => (6, family),
             Self::HostGate => (7, Family::Ipv4),
         };
         let handle = HANDLES.start() + 2 * kind + u32::from(family == Family::Ipv6);

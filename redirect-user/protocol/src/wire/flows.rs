@@ -46,7 +46,7 @@ pub struct FlowFilter {
     #[arg(long, value_parser = ["outbound", "inbound", "delivery", "bind"])]
     pub direction: Option<String>,
     /// Only connections with this verdict
-    #[arg(long, value_parser = ["steered", "passed", "dropped"])]
+    #[arg(long, value_parser = ["captured", "passed", "dropped"])]
     pub verdict: Option<String>,
     /// Only connections from or to this address or network, such as 192.0.2.0/24 or 2001:db8::1
     #[arg(long, value_name = "CIDR", value_parser = crate::pod::network)]
@@ -91,7 +91,7 @@ mod tests {
             direction: "outbound".into(),
             source: Some("[fd00::2]:40000".parse().unwrap()),
             destination: Some("[2001:db8::1]:80".parse().unwrap()),
-            verdict: "steered".into(),
+            verdict: "captured".into(),
             reason: "enrolled".into(),
             socket_cookie: Some(7),
         }
@@ -104,7 +104,7 @@ mod tests {
             namespace: Some("shop".into()),
             family: Some("IPv6".into()),
             direction: Some("outbound".into()),
-            verdict: Some("steered".into()),
+            verdict: Some("captured".into()),
             address: Some("2001:db8::/32".parse().unwrap()),
         };
         assert!(FlowFilter::default().wants(&flow()) && all.wants(&flow()));

@@ -45,7 +45,7 @@ mod tests {
             attachments: Vec::new(),
             addresses: vec!["10.0.0.5".parse().unwrap(), "fd00::5".parse().unwrap()],
             netns_cookie: u64::MAX,
-            steered: vec!["IPv4".into(), "IPv6".into()],
+            captured: vec!["IPv4".into(), "IPv6".into()],
             interfaces: vec!["eth0".into()],
             strayed: Vec::new(),
             unguarded: Vec::new(),

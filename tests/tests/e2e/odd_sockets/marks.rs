@@ -1,4 +1,4 @@
-//! Processes that meddle with what steers their connections. Docker's and Kubernetes' default capabilities are enough for
+//! Processes that meddle with what captures their connections. Docker's and Kubernetes' default capabilities are enough for
 //! some of it: CAP_NET_RAW allows SO_MARK and raw sockets.
 
 use std::io::{self, Write as _};

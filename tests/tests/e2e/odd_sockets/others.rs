@@ -25,7 +25,7 @@ use crate::context::{Context, for_every_stack};
 pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     type Test = fn(&Context, Stack) -> Result<()>;
     let tests: [(&str, Test); 7] = [
-        ("made_before_enrolment", made_before_enrolment),
+        ("made_before_enrollment", made_before_enrollment),
         ("used_by_a_process_of_the_node", used_by_a_process_of_the_node),
         ("of_a_pod_that_is_not_enrolled", of_a_pod_that_is_not_enrolled),
         ("nested_cgroups", nested_cgroups),
@@ -42,12 +42,12 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 }
 
 /// What counts is the moment of `connect()`. Istio: the same, by the moment of the SYN.
-fn made_before_enrolment(context: &Context, stack: Stack) -> Result<()> {
+fn made_before_enrollment(context: &Context, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let client = node.plain("client", Families::Dual)?;
     let scene = Scene::with(client, &node, stack)?;
     let socket = scene.socket()?;
-    scene.client.enrol()?;
+    scene.client.enroll()?;
     scene.is_captured(connect(socket, scene.destination())?)
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::Family;
-use redirect_ebpf::constants::{ENTRANCE, ROUTE_TABLE};
+use redirect_ebpf::constants::{INGRESS_DEVICE, ROUTE_TABLE};
 use redirect_tests::kernel::Footprint;
 use redirect_tests::{Families, Netns, Node, NodeOptions, Pod, Stack, wait};
 
@@ -24,7 +24,7 @@ enum Damage {
     Route(Family),
     Filter(Family),
     Qdisc,
-    Entrance,
+    IngressDevice,
     EntranceQdisc,
     Sysctl,
     Untracked,
@@ -44,7 +44,7 @@ impl Damage {
         Self::Filter(Family::Ipv6),
         Self::Qdisc,
         Self::EntranceQdisc,
-        Self::Entrance,
+        Self::IngressDevice,
         Self::Sysctl,
         Self::Untracked,
         Self::Pin,
@@ -60,7 +60,7 @@ impl Damage {
             Self::Pod | Self::Device => "map",
             Self::Rule(_)
             | Self::Route(_)
-            | Self::Entrance
+            | Self::IngressDevice
             | Self::EntranceQdisc
             | Self::Sysctl
             | Self::Untracked
@@ -89,8 +89,8 @@ impl Damage {
                     .try_for_each(|side| host.delete_filters(&device, side, family))
             }
             Self::Qdisc => host.json(&format!("tc qdisc del dev {} clsact", host_device(pod)?)).map(drop),
-            Self::EntranceQdisc => host.json(&format!("tc qdisc del dev {ENTRANCE} clsact")).map(drop),
-            Self::Entrance => host.ip(&format!("link del {ENTRANCE}")).map(drop),
+            Self::EntranceQdisc => host.json(&format!("tc qdisc del dev {INGRESS_DEVICE} clsact")).map(drop),
+            Self::IngressDevice => host.ip(&format!("link del {INGRESS_DEVICE}")).map(drop),
             Self::Sysctl => host.set_sysctl("net.ipv4.tcp_early_demux", "1"),
             Self::Untracked => nft(host, "flush ruleset").map(drop),
             Self::Pin => Ok(fs::remove_file(lookup)?),
@@ -134,7 +134,7 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         })
         .collect();
     trials.push(trial(context, "repairs::at_start", at_start));
-    for (name, note) in [("entrance", Note::Alias), ("records", Note::Record)] {
+    for (name, note) in [("ingress_device", Note::Alias), ("checkpoints", Note::Checkpoint)] {
         let name = format!("repairs::sysctl_is_restored_without_the_{name}");
         trials.push(trial(context, name, move |context| restored(context, note)));
     }
@@ -172,8 +172,8 @@ fn while_running(context: &Context, damage: Damage) -> Result<()> {
     ensure!(repairs(&node, damage.kind())? == 0);
     damage.inflict(&node, &pod)?;
     let is_mended = || -> Result<bool> {
-        let untracked = nft(node.netns(), "list ruleset")?.contains(r#"iifname "redirect0" notrack"#);
-        Ok(repairs(&node, damage.kind())? > 0 && Footprint::of(node.netns())? == before && untracked)
+        let notrack = nft(node.netns(), "list ruleset")?.contains(r#"iifname "redirect0" notrack"#);
+        Ok(repairs(&node, damage.kind())? > 0 && Footprint::of(node.netns())? == before && notrack)
     };
     wait::until_true("repair", LIMIT, is_mended)
         .with_context(|| format!("{:?}, {before:#?}, {:#?}", node.status(), Footprint::of(node.netns())))?;
@@ -212,17 +212,17 @@ fn at_start(context: &Context) -> Result<()> {
 #[derive(Clone, Copy, Debug)]
 enum Note {
     Alias,
-    Record,
+    Checkpoint,
 }
 
 /// One of the two notes goes while no agent runs: the other one is enough, for `uninstall` as well as for the next agent, which
 /// makes both again.
 fn restored(context: &Context, note: Note) -> Result<()> {
     let lose = |node: &Node, note: Note| match note {
-        Note::Alias => node.netns().ip(&format!("link del {ENTRANCE}")).map(drop),
-        Note::Record => Ok(fs::remove_dir_all(node.state_dir())?),
+        Note::Alias => node.netns().ip(&format!("link del {INGRESS_DEVICE}")).map(drop),
+        Note::Checkpoint => Ok(fs::remove_dir_all(node.state_dir())?),
     };
-    let other = if matches!(note, Note::Alias) { Note::Record } else { Note::Alias };
+    let other = if matches!(note, Note::Alias) { Note::Checkpoint } else { Note::Alias };
     for losses in [&[note][..], &[note, other]] {
         let node = node(context)?;
         node.kill_agent()?;

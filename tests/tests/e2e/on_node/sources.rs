@@ -53,19 +53,19 @@ fn send(pod: &Pod, source: IpAddr, port: u16, to: SocketAddr) -> Result<()> {
     })?
 }
 
-/// What became of the pods' outbound connections: so many were steered, so many dropped as spoofed.
-fn becomes(node: &Node, family: Family, steered: u64, dropped: u64) -> Result<()> {
+/// What became of the pods' outbound connections: so many were captured, so many dropped as spoofed.
+fn becomes(node: &Node, family: Family, captured: u64, dropped: u64) -> Result<()> {
     let count = |family, verdict, reason| -> Result<u64> {
         Ok(counted(&node.status()?, family, Direction::Outbound, verdict, reason))
     };
     let both = |family| -> Result<(u64, u64)> {
         Ok((
-            count(family, Verdict::Steered, Reason::Enrolled)?,
+            count(family, Verdict::Captured, Reason::Enrolled)?,
             count(family, Verdict::Dropped, Reason::Spoofed)?,
         ))
     };
-    wait::until_true("count of the packets", SOON, || Ok(both(family)? == (steered, dropped)))
-        .with_context(|| format!("not {steered} steered and {dropped} dropped: {:?}", both(family)))?;
+    wait::until_true("count of the packets", SOON, || Ok(both(family)? == (captured, dropped)))
+        .with_context(|| format!("not {captured} captured and {dropped} dropped: {:?}", both(family)))?;
     for other in Family::ALL.into_iter().filter(|other| *other != family) {
         ensure!(both(other)? == (0, 0), "{other}: {:#?}", node.status()?.counters);
     }
@@ -81,8 +81,8 @@ fn by_setting(context: &Context, family: Family, verified: bool) -> Result<()> {
     let to = other.endpoint(family, 7)?;
     send(&pod, elsewhere(family), 1024, to)?;
     send(&pod, neighbour.address(family)?, 1025, to)?;
-    let (steered, dropped) = if verified { (0, 2) } else { (1, 1) };
-    becomes(&node, family, steered, dropped)?;
+    let (captured, dropped) = if verified { (0, 2) } else { (1, 1) };
+    becomes(&node, family, captured, dropped)?;
     for stack in Stack::ALL {
         outbound::passes_the_proxy_once(&pod, &other, stack)?;
     }
@@ -95,7 +95,7 @@ fn annotated(cluster: &Cluster, value: &str) -> Result<[Pod; 3]> {
     let pods = [one?, two?, other?];
     for (pod, annotations) in pods.iter().zip([&[(ANNOTATION, value)][..], &[]]) {
         cluster.announce(pod, annotations);
-        pod.enrol()?;
+        pod.enroll()?;
     }
     Ok(pods)
 }

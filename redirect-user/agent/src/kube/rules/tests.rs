@@ -20,7 +20,7 @@ fn namespace(mode: Option<&str>) -> NamespaceView {
 }
 
 fn plain() -> Decision {
-    Decision::Enrol(PodSettings::default())
+    Decision::Enroll(PodSettings::default())
 }
 
 #[test]
@@ -51,7 +51,7 @@ fn labels_of_pod_and_namespace_decide() {
 }
 
 #[test]
-fn what_no_label_can_enrol() {
+fn what_no_label_can_enroll() {
     type Change = fn(&mut PodView);
     let table: [(Change, Reason); 4] = [
         (|pod| pod.host_network = true, Reason::HostNetwork),
@@ -94,7 +94,7 @@ fn another_label_can_be_chosen() {
 fn switches_are_all_understood_or_the_pod_is_refused() {
     for (value, on) in [("true", true), ("1", true), (" True ", true), ("false", false), ("0", false)] {
         let pod = PodView { bypass_inbound: Some(value.into()), ..pod(Some("ambient")) };
-        let Decision::Enrol(settings) = decide(&pod, None, &rules()) else { panic!("{value:?} is refused") };
+        let Decision::Enroll(settings) = decide(&pod, None, &rules()) else { panic!("{value:?} is refused") };
         assert_eq!(settings.bypass_inbound, on, "{value:?}");
     }
     for value in ["", "yes", "truee", "tr ue"] {
@@ -117,7 +117,7 @@ fn a_pod_can_say_whether_its_sources_are_verified() {
     };
     for (value, any_source) in [(None, None), (Some("true"), Some(false)), (Some("false"), Some(true))] {
         let expected = PodSettings { any_source, ..PodSettings::default() };
-        assert_eq!(decided(value), Decision::Enrol(expected), "{value:?}");
+        assert_eq!(decided(value), Decision::Enroll(expected), "{value:?}");
     }
     let Decision::Refuse(bad) = decided(Some("off")) else { panic!("it is taken") };
     assert_eq!((bad.annotation, bad.value.as_str()), (SOURCE_IP_VERIFICATION, "off"));
@@ -142,7 +142,7 @@ fn virtual_interfaces_are_a_list_of_names() {
     for (value, expected) in table {
         let pod = PodView { virtual_interfaces: Some(value.into()), ..pod(Some("ambient")) };
         match (decide(&pod, None, &rules()), expected) {
-            (Decision::Enrol(settings), Some(expected)) => {
+            (Decision::Enroll(settings), Some(expected)) => {
                 assert_eq!(settings.virtual_interfaces, expected, "{value:?}");
             }
             (Decision::Refuse(bad), None) => assert_eq!(bad.value, value),

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::*;
-use crate::enrolment::{Enrolment, Verdict};
+use crate::enrollment::{Enrollment, Verdict};
 use crate::kube::admission::Admission;
 use crate::kube::labels::BYPASS_INBOUND;
 use crate::pods::Wanted;
@@ -27,7 +27,7 @@ async fn decide(admission: &Admission, pod: &PodIdentity) -> Result<Verdict, Err
 
 fn is_enrolled(verdict: &Verdict, pod: &PodIdentity) -> bool {
     let known = PodIdentity { service_account: "cart".into(), ..pod.clone() };
-    matches!(verdict, Verdict::Enrol { identity, .. } if *identity == known)
+    matches!(verdict, Verdict::Enroll { identity, .. } if *identity == known)
 }
 
 #[tokio::test]
@@ -140,7 +140,7 @@ async fn the_plugins_pod_is_kept_in_step_from_then_on() {
     let proxy = node.proxy().await;
     node.api.put_pod(pod(1, Some("ambient"), &[]));
     let admission = node.controller.admission();
-    let Verdict::Enrol { identity, settings } = decide(&admission, &identity(1)).await.unwrap() else {
+    let Verdict::Enroll { identity, settings } = decide(&admission, &identity(1)).await.unwrap() else {
         panic!("not enrolled")
     };
     let (netns, cookie) = node.new_netns(&["10.0.0.2", "fd00::2"]);
@@ -148,14 +148,14 @@ async fn the_plugins_pod_is_kept_in_step_from_then_on() {
     let wanted = Wanted { identity, settings, addresses: parse(&["10.0.0.2", "fd00::2"]) };
     node.pods.add(attachment.clone(), wanted, netns).await.unwrap();
     admission.enrolled(&uid(1));
-    assert!(node.steers(cookie, KINDS[0]) && proxy.serves(&uid(1)));
+    assert!(node.captures(cookie, KINDS[0]) && proxy.serves(&uid(1)));
     eventually("enabled", || node.api.redirection("shop", "pod-1").as_deref() == Some("enabled")).await;
     // Kubernetes names one of the two, as single-stack clusters do; the other is the pod's all the same.
     node.api.patch_pod("shop", "pod-1", &json!({"status": {"podIPs": [{"ip": "10.0.0.2"}]}}));
     tokio::time::sleep(Duration::from_millis(50)).await;
-    assert!(node.steers(cookie, KINDS[0]));
+    assert!(node.captures(cookie, KINDS[0]));
     node.api.patch_pod("shop", "pod-1", &label(None));
-    eventually("un-enrolled", || node.steers(cookie, &[])).await;
+    eventually("un-enrolled", || node.captures(cookie, &[])).await;
     node.pods.del(&attachment).await.unwrap();
     node.stop().await;
 }

@@ -7,7 +7,7 @@ use redirect_ebpf::maps::PodFlags;
 use redirect_protocol::wire::Attachment;
 
 #[tokio::test]
-async fn labels_enrol_and_un_enrol_running_pods_of_all_kinds() {
+async fn labels_enroll_and_un_enroll_running_pods_of_all_kinds() {
     let node = Node::start().await;
     let proxy = node.proxy().await;
     for (number, kind) in (0..).zip(KINDS) {
@@ -15,12 +15,12 @@ async fn labels_enrol_and_un_enrol_running_pods_of_all_kinds() {
         node.api.put_pod(pod(number, None, kind));
         let name = format!("pod-{number}");
         tokio::time::sleep(Duration::from_millis(30)).await;
-        assert!(node.steers(cookie, &[]));
+        assert!(node.captures(cookie, &[]));
 
         for flip in 0..2 {
             node.api.patch_pod("shop", &name, &label(Some("ambient")));
-            eventually("the pod's label enrols it", || {
-                node.steers(cookie, kind) && proxy.serves(&uid(number))
+            eventually("the pod's label enrolls it", || {
+                node.captures(cookie, kind) && proxy.serves(&uid(number))
             })
             .await;
             eventually("the annotation says so", || {
@@ -28,8 +28,8 @@ async fn labels_enrol_and_un_enrol_running_pods_of_all_kinds() {
             })
             .await;
             node.api.patch_pod("shop", &name, &label(if flip == 0 { None } else { Some("none") }));
-            eventually("the pod's label un-enrols it", || {
-                node.steers(cookie, &[]) && !proxy.serves(&uid(number))
+            eventually("the pod's label un-enrolls it", || {
+                node.captures(cookie, &[]) && !proxy.serves(&uid(number))
             })
             .await;
             eventually("the annotation is removed", || node.api.redirection("shop", &name).is_none()).await;
@@ -41,7 +41,7 @@ async fn labels_enrol_and_un_enrol_running_pods_of_all_kinds() {
 }
 
 #[tokio::test]
-async fn a_namespaces_label_enrols_its_pods_but_those_that_opt_out() {
+async fn a_namespaces_label_enrolls_its_pods_but_those_that_opt_out() {
     let node = Node::start().await;
     let _proxy = node.proxy().await;
     let plain = node.run_sandbox(&uid(1), KINDS[0]);
@@ -49,10 +49,10 @@ async fn a_namespaces_label_enrols_its_pods_but_those_that_opt_out() {
     node.api.put_pod(pod(1, None, KINDS[0]));
     node.api.put_pod(pod(2, Some("none"), &["10.0.0.3"]));
     node.api.put_namespace("shop", json!({"istio.io/dataplane-mode": "ambient"}));
-    eventually("the namespace's label enrols", || node.steers(plain, KINDS[0])).await;
-    assert!(node.steers(out, &[]));
+    eventually("the namespace's label enrolls", || node.captures(plain, KINDS[0])).await;
+    assert!(node.captures(out, &[]));
     node.api.put_namespace("shop", json!({}));
-    eventually("the namespace's label un-enrols", || node.steers(plain, &[])).await;
+    eventually("the namespace's label un-enrolls", || node.captures(plain, &[])).await;
     node.stop().await;
 }
 
@@ -63,20 +63,20 @@ async fn addresses_are_followed_in_both_families() {
     let cookie = node.run_sandbox(&uid(1), &["10.0.0.2", "10.0.0.3", "fd00::2", "fd00::3"]);
     node.api.put_pod(pod(1, Some("ambient"), &[]));
     tokio::time::sleep(Duration::from_millis(30)).await;
-    assert!(node.steers(cookie, &[]), "a pod without addresses is not there yet");
+    assert!(node.captures(cookie, &[]), "a pod without addresses is not there yet");
     for addresses in
         [&["10.0.0.2"][..], &["10.0.0.2", "fd00::2"], &["fd00::3", "10.0.0.3"], &["fd00::3"], &["10.0.0.2"]]
     {
         let ips: Vec<Value> = addresses.iter().map(|ip| json!({"ip": ip})).collect();
         node.api.patch_pod("shop", "pod-1", &json!({"status": {"podIPs": ips}}));
-        eventually("the addresses are followed", || node.steers(cookie, addresses)).await;
+        eventually("the addresses are followed", || node.captures(cookie, addresses)).await;
     }
     // As a pod that has ended, before its phase says so.
     node.api.patch_pod("shop", "pod-1", &json!({"status": {"podIPs": []}}));
     tokio::time::sleep(Duration::from_millis(30)).await;
-    assert!(node.steers(cookie, &["10.0.0.2"]));
+    assert!(node.captures(cookie, &["10.0.0.2"]));
     node.api.patch_pod("shop", "pod-1", &json!({"status": {"phase": "Succeeded"}}));
-    eventually("a pod that has ended leaves", || node.steers(cookie, &[])).await;
+    eventually("a pod that has ended leaves", || node.captures(cookie, &[])).await;
     node.stop().await;
 }
 
@@ -122,11 +122,11 @@ async fn a_bad_annotation_is_told_and_changes_nothing() {
         note.contains(VIRTUAL_INTERFACES) && note.contains("a/b") && note.contains("separated by commas"),
         "{note}"
     );
-    assert!(node.steers(fresh, &[]));
+    assert!(node.captures(fresh, &[]));
 
     // Corrected, it is enrolled; and broken again, it stays as it was.
     node.api.patch_pod("shop", "pod-1", &annotation(VIRTUAL_INTERFACES, Some("tap0")));
-    eventually("enrolled", || node.steers(fresh, KINDS[0])).await;
+    eventually("enrolled", || node.captures(fresh, KINDS[0])).await;
     let before = node.kernel.facts(fresh);
     node.api.patch_pod("shop", "pod-1", &annotation(BYPASS_INBOUND, Some("maybe")));
     eventually("another event", || node.api.world().events.len() == 2).await;
@@ -142,19 +142,19 @@ async fn an_address_that_the_namespace_lacks_is_refused_and_told() {
     let honest = node.run_sandbox(&uid(2), &["10.0.0.9", "fd00::9"]);
     node.api.put_pod(pod(1, Some("ambient"), &["10.0.0.2", "fd00::9"]));
     node.api.put_pod(pod(2, Some("ambient"), &["10.0.0.9", "fd00::9"]));
-    eventually("the other goes on", || node.steers(honest, &["10.0.0.9", "fd00::9"])).await;
+    eventually("the other goes on", || node.captures(honest, &["10.0.0.9", "fd00::9"])).await;
     eventually("an event", || !node.api.world().events.is_empty()).await;
     let note = node.api.world().events[0]["note"].as_str().unwrap().to_owned();
     for part in ["shop/pod-1", "IPv6", "fd00::9", "status.podIPs"] {
         assert!(note.contains(part), "{part} is not in: {note}");
     }
-    assert!(node.steers(liar, &[]));
+    assert!(node.captures(liar, &[]));
     node.api.patch_pod("shop", "pod-1", &json!({"status": {"podIPs": [{"ip": "10.0.0.2"}]}}));
-    eventually("the right addresses", || node.steers(liar, &["10.0.0.2"])).await;
+    eventually("the right addresses", || node.captures(liar, &["10.0.0.2"])).await;
     // The same lie about a pod that is enrolled changes nothing.
     node.api.patch_pod("shop", "pod-1", &json!({"status": {"podIPs": [{"ip": "10.0.0.9"}]}}));
     eventually("another event", || node.api.world().events.len() == 2).await;
-    assert!(node.steers(liar, &["10.0.0.2"]) && node.steers(honest, &["10.0.0.9", "fd00::9"]));
+    assert!(node.captures(liar, &["10.0.0.2"]) && node.captures(honest, &["10.0.0.9", "fd00::9"]));
     node.stop().await;
 }
 
@@ -173,10 +173,10 @@ async fn annotations_are_corrected_to_what_is() {
     eventually("no sandbox, no kernel state", || is("pod-1", Some("pending"))).await;
     let cookie = node.run_sandbox(&uid(1), KINDS[0]);
     tokio::time::sleep(SHORT).await;
-    assert!(node.steers(cookie, &[]) && is("pod-1", Some("pending")), "no proxy serves it");
+    assert!(node.captures(cookie, &[]) && is("pod-1", Some("pending")), "no proxy serves it");
     let proxy = node.proxy().await;
     eventually("a proxy serves it", || is("pod-1", Some("enabled"))).await;
-    assert!(node.steers(cookie, KINDS[0]));
+    assert!(node.captures(cookie, KINDS[0]));
     assert_eq!(proxy.seen.lock().unwrap().snapshot.clone().unwrap(), [uid(1)].into());
 
     // Somebody takes a rule away, and writes nonsense into the annotation.
@@ -190,7 +190,7 @@ async fn annotations_are_corrected_to_what_is() {
 
     // The kernel's state is gone for good.
     node.kernel.state().namespaces.remove(&cookie);
-    eventually("the pod is no longer steered", || is("pod-1", Some("pending"))).await;
+    eventually("the pod is no longer captured", || is("pod-1", Some("pending"))).await;
     node.stop().await;
 }
 
@@ -205,7 +205,7 @@ async fn a_captured_pod_stays_enabled_without_its_proxy_and_one_that_a_proxy_ref
     drop(proxy);
     tokio::time::sleep(SHORT).await;
     assert!(is("enabled"), "peers would send it plaintext");
-    assert!(node.steers(cookie, KINDS[0]), "never past the proxy");
+    assert!(node.captures(cookie, KINDS[0]), "never past the proxy");
 
     let cookie = node.run_sandbox(&uid(2), &["10.0.0.7"]);
     let proxy = node.proxy().await;
@@ -213,11 +213,11 @@ async fn a_captured_pod_stays_enabled_without_its_proxy_and_one_that_a_proxy_ref
     node.api.put_pod(pod(2, Some("ambient"), &["10.0.0.7"]));
     eventually("refused", || node.api.redirection("shop", "pod-2").as_deref() == Some("pending")).await;
     tokio::time::sleep(SHORT).await;
-    assert!(node.steers(cookie, &[]), "nobody serves it");
+    assert!(node.captures(cookie, &[]), "nobody serves it");
     proxy.seen.lock().unwrap().refuse.clear();
     // The agent announces the pod to that proxy again after a while, and to a new one at once.
     let _proxy = node.proxy().await;
-    eventually("captured", || node.steers(cookie, &["10.0.0.7"])).await;
+    eventually("captured", || node.captures(cookie, &["10.0.0.7"])).await;
     node.stop().await;
 }
 
@@ -245,9 +245,9 @@ async fn what_is_never_enrolled_is_not() {
     node.api.put_pod(pod(5, Some("ambient"), &["10.0.0.5"]));
     let good = node.run_sandbox(&uid(9), &["10.0.0.9"]);
     node.api.put_pod(pod(9, Some("ambient"), &["10.0.0.9"]));
-    eventually("a pod that is", || node.steers(good, &["10.0.0.9"])).await;
+    eventually("a pod that is", || node.captures(good, &["10.0.0.9"])).await;
     tokio::time::sleep(Duration::from_millis(50)).await;
-    assert!(cookies.iter().all(|cookie| node.steers(*cookie, &[])));
+    assert!(cookies.iter().all(|cookie| node.captures(*cookie, &[])));
     assert_eq!(node.pods.uids().await, [uid(9)]);
     node.stop().await;
 }
@@ -258,20 +258,21 @@ async fn the_same_uid_twice_a_deleted_pod_and_one_of_its_name() {
     let _proxy = node.proxy().await;
     let first = node.run_sandbox(&uid(1), &["10.0.0.2"]);
     node.api.put_pod(pod(1, Some("ambient"), &["10.0.0.2"]));
-    eventually("enrolled", || node.steers(first, &["10.0.0.2"])).await;
+    eventually("enrolled", || node.captures(first, &["10.0.0.2"])).await;
     let mut twin = pod(2, Some("ambient"), &["10.0.0.2"]);
     twin["metadata"]["uid"] = json!(uid(1));
     node.api.put_pod(twin);
     node.api.delete_pod("shop", "pod-2");
     tokio::time::sleep(Duration::from_millis(50)).await;
-    assert!(node.steers(first, &["10.0.0.2"]), "the twin's end is not the pod's");
+    assert!(node.captures(first, &["10.0.0.2"]), "the twin's end is not the pod's");
 
     let second = node.run_sandbox(&uid(3), &["10.0.0.2"]);
     node.api.delete_pod("shop", "pod-1");
     let mut heir = pod(1, Some("ambient"), &["10.0.0.2"]);
     heir["metadata"]["uid"] = json!(uid(3));
     node.api.put_pod(heir);
-    eventually("the heir is steered", || node.steers(first, &[]) && node.steers(second, &["10.0.0.2"])).await;
+    eventually("the heir is captured", || node.captures(first, &[]) && node.captures(second, &["10.0.0.2"]))
+        .await;
     node.stop().await;
 }
 
@@ -281,16 +282,16 @@ async fn a_sandbox_that_was_found_is_taken_down_by_its_containers_name() {
     let _proxy = node.proxy().await;
     let (_, cookie) = node.run_process(&uid(1), &"a".repeat(64), &["10.0.0.2"]);
     node.api.put_pod(pod(1, Some("ambient"), &["10.0.0.2"]));
-    eventually("enrolled", || node.steers(cookie, &["10.0.0.2"])).await;
+    eventually("enrolled", || node.captures(cookie, &["10.0.0.2"])).await;
     let attachment = |letter: &str| Attachment { container_id: letter.repeat(64), interface: "eth0".into() };
     node.pods.del(&attachment("b")).await.unwrap();
-    assert!(node.steers(cookie, &["10.0.0.2"]));
+    assert!(node.captures(cookie, &["10.0.0.2"]));
     node.pods.del(&attachment("a")).await.unwrap();
-    assert!(node.steers(cookie, &[]));
+    assert!(node.captures(cookie, &[]));
     // The process is still there, and the API server still says that the pod runs.
     node.api.patch_pod("shop", "pod-1", &annotation("news", Some("none")));
     tokio::time::sleep(Duration::from_millis(50)).await;
-    assert!(node.steers(cookie, &[]));
+    assert!(node.captures(cookie, &[]));
     node.stop().await;
 }
 
@@ -305,7 +306,7 @@ async fn a_flood_of_pods_is_worked_off() {
         cookies.push((node.run_sandbox(&uid(number), &[&ip]), ip.clone()));
         node.api.put_pod(pod(number, Some("ambient"), &[&ip]));
     }
-    eventually("all are steered", || cookies.iter().all(|(cookie, ip)| node.steers(*cookie, &[ip]))).await;
+    eventually("all are captured", || cookies.iter().all(|(cookie, ip)| node.captures(*cookie, &[ip]))).await;
     eventually("all are served", || (0..PODS).all(|number| proxy.serves(&uid(number)))).await;
     eventually("all are annotated", || {
         (0..PODS).all(|number| {

@@ -10,7 +10,7 @@ async fn with_pod() -> (Node, Proxy, u64) {
     let cookie = node.run_sandbox(&uid(1), KINDS[0]);
     node.api.put_pod(pod(1, Some("ambient"), KINDS[0]));
     eventually("enrolled", || {
-        node.steers(cookie, KINDS[0]) && node.api.redirection("shop", "pod-1").as_deref() == Some("enabled")
+        node.captures(cookie, KINDS[0]) && node.api.redirection("shop", "pod-1").as_deref() == Some("enabled")
     })
     .await;
     (node, proxy, cookie)
@@ -19,7 +19,7 @@ async fn with_pod() -> (Node, Proxy, u64) {
 /// Whether the node still follows the API server.
 async fn follows(node: &Node, cookie: u64) {
     node.api.patch_pod("shop", "pod-1", &label(None));
-    eventually("it follows", || node.steers(cookie, &[])).await;
+    eventually("it follows", || node.captures(cookie, &[])).await;
 }
 
 #[tokio::test]
@@ -46,9 +46,9 @@ async fn a_watch_that_is_too_old_starts_over_and_finds_out_who_is_gone() {
     node.api.put_namespace("unrelated", json!({}));
     node.api.compact();
     tokio::time::sleep(Duration::from_millis(50)).await;
-    assert!(node.steers(cookie, KINDS[0]), "away, it can't have said so");
+    assert!(node.captures(cookie, KINDS[0]), "away, it can't have said so");
     node.api.set_away(false);
-    eventually("gone and new", || node.steers(cookie, &[]) && node.steers(other, &["10.0.0.3"])).await;
+    eventually("gone and new", || node.captures(cookie, &[]) && node.captures(other, &["10.0.0.3"])).await;
     assert!(node.api.lists_of_pods() > 1, "there was a second list");
     node.stop().await;
 }
@@ -58,10 +58,10 @@ async fn an_api_server_that_is_away_changes_nothing_until_it_is_back() {
     let (node, proxy, cookie) = with_pod().await;
     node.api.set_away(true);
     tokio::time::sleep(SHORT).await;
-    assert!(node.steers(cookie, KINDS[0]) && proxy.serves(&uid(1)));
+    assert!(node.captures(cookie, KINDS[0]) && proxy.serves(&uid(1)));
     node.api.patch_pod("shop", "pod-1", &label(Some("none")));
     node.api.set_away(false);
-    eventually("it follows again", || node.steers(cookie, &[])).await;
+    eventually("it follows again", || node.captures(cookie, &[])).await;
     eventually("so does the annotation", || node.api.redirection("shop", "pod-1").is_none()).await;
     node.stop().await;
 }
@@ -89,7 +89,7 @@ async fn an_agent_starts_although_the_api_server_fails_in_every_way() {
         let cookie = node.run_sandbox(&uid(1), KINDS[0]);
         let _proxy = node.proxy().await;
         let what = format!("enrolled after {fault:?}");
-        eventually(&what, || node.steers(cookie, KINDS[0])).await;
+        eventually(&what, || node.captures(cookie, KINDS[0])).await;
         tokio::time::timeout(LONG, node.controller.caught_up()).await.unwrap();
         node.stop().await;
     }
@@ -133,13 +133,13 @@ async fn a_pod_that_can_not_be_read_does_not_hide_the_others_and_stays_as_it_was
         node.api.cut_watches();
         let other = node.run_sandbox(&uid(number), &["10.0.0.3"]);
         node.api.put_pod(pod(number, Some("ambient"), &["10.0.0.3"]));
-        eventually("the other", || node.steers(other, &["10.0.0.3"])).await;
-        assert!(node.steers(cookie, KINDS[0]));
+        eventually("the other", || node.captures(other, &["10.0.0.3"])).await;
+        assert!(node.captures(cookie, KINDS[0]));
         node.api.delete_pod("shop", &format!("pod-{number}"));
-        eventually("the other is gone", || node.steers(other, &[])).await;
+        eventually("the other is gone", || node.captures(other, &[])).await;
     }
     node.api.delete_pod("shop", "pod-1");
-    eventually("its end is understood", || node.steers(cookie, &[])).await;
+    eventually("its end is understood", || node.captures(cookie, &[])).await;
     node.stop().await;
 }
 
@@ -216,7 +216,7 @@ async fn a_namespace_that_is_gone_is_told_and_looked_for_again() {
     // Another of the pod's namespaces, made by one of its containers, is not the one.
     let nested = node.run_sandbox(&uid(1), &["172.17.0.1"]);
     let right = node.run_sandbox(&uid(1), &["10.0.0.2"]);
-    eventually("the right one", || node.steers(right, &["10.0.0.2"])).await;
-    assert!(node.steers(nested, &[]));
+    eventually("the right one", || node.captures(right, &["10.0.0.2"])).await;
+    assert!(node.captures(nested, &[]));
     node.stop().await;
 }

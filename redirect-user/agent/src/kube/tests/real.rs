@@ -153,7 +153,7 @@ async fn a_real_api_server_is_followed_and_annotated() {
     {
         namespaces.patch("shop", &merge, &Patch::Merge(&label(mode))).await.unwrap();
         let kind: &[&str] = if mode.is_some() { KINDS[0] } else { &[] };
-        eventually("the namespace's label is followed", || node.steers(cookie, kind)).await;
+        eventually("the namespace's label is followed", || node.captures(cookie, kind)).await;
         let shown = tokio::time::timeout(LONG, async {
             while redirection().await.as_deref() != expected {
                 tokio::time::sleep(Duration::from_millis(10)).await;
@@ -173,6 +173,6 @@ async fn a_real_api_server_is_followed_and_annotated() {
     });
     assert!(told.await.is_ok(), "there is no event");
     pods.delete("pod-1", &DeleteParams::default().grace_period(0)).await.unwrap();
-    eventually("a deleted pod leaves", || node.steers(cookie, &[])).await;
+    eventually("a deleted pod leaves", || node.captures(cookie, &[])).await;
     node.stop().await;
 }

@@ -77,7 +77,7 @@ async fn servers_without_streams_are_asked_for_lists_in_one_piece() {
     .await;
     let _proxy = node.proxy().await;
     let cookie = node.run_sandbox(&uid(1), KINDS[0]);
-    eventually("enrolled", || node.steers(cookie, KINDS[0])).await;
+    eventually("enrolled", || node.captures(cookie, KINDS[0])).await;
     // Asked for a stream, a list, and a watch each.
     for (what, count) in [("GET", 6), ("sendInitialEvents=true", 2), ("watch=true", 4), ("limit=", 0)] {
         let asked = asked_besides(&node);
@@ -130,7 +130,7 @@ async fn what_happens_again_is_counted_in_one_event() {
     let _proxy = node.proxy().await;
     let cookie = node.run_sandbox(&uid(1), KINDS[0]);
     node.api.put_pod(pod(1, Some("ambient"), KINDS[0]));
-    eventually("enrolled", || node.steers(cookie, KINDS[0])).await;
+    eventually("enrolled", || node.captures(cookie, KINDS[0])).await;
     let lost = node.kernel.facts(cookie).into_iter().find(|fact| matches!(fact, Fact::Rule { .. })).unwrap();
     for _ in 0..TIMES {
         node.kernel.state().namespaces.get_mut(&cookie).unwrap().facts.remove(&lost);
@@ -159,7 +159,7 @@ async fn the_agents_roles_allow_what_it_asks() {
     bad["metadata"]["annotations"] = json!({"ambient.istio.io/bypass-inbound-capture": "maybe"});
     node.api.put_pod(bad);
     node.api.put_pod(pod(1, Some("ambient"), KINDS[0]));
-    eventually("enrolled", || node.steers(cookie, KINDS[0])).await;
+    eventually("enrolled", || node.captures(cookie, KINDS[0])).await;
     let lost = node.kernel.facts(cookie).into_iter().find(|fact| matches!(fact, Fact::Rule { .. })).unwrap();
     for _ in 0..2 {
         node.kernel.state().namespaces.get_mut(&cookie).unwrap().facts.remove(&lost);

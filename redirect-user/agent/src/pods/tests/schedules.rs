@@ -225,9 +225,11 @@ impl World {
         let owners: BTreeSet<String> = pods.ownership.pods().into_iter().map(|owner| owner.uid).collect();
         let enrolled: BTreeSet<String> = cookies.values().map(|(uid, _)| uid.clone()).collect();
         assert_eq!(owners, enrolled, "owners of namespaces, and pods");
-        let records = pods.records.read().unwrap();
-        let recorded: BTreeMap<u64, String> =
-            records.into_iter().map(|record| (record.netns_cookie, record.identity.uid)).collect();
+        let checkpoints = pods.checkpoints.read().unwrap();
+        let checkpointed: BTreeMap<u64, String> = checkpoints
+            .into_iter()
+            .map(|checkpoint| (checkpoint.netns_cookie, checkpoint.identity.uid))
+            .collect();
         for (_, cookie) in &self.namespaces {
             let is_captured = self.kernel.facts(*cookie).iter().any(|fact| matches!(fact, Fact::Pod(_)));
             match cookies.get(cookie) {
@@ -235,12 +237,12 @@ impl World {
                 Some((uid, true)) => assert!(!is_captured, "{uid} is captured too early"),
                 Some((uid, false)) => {
                     assert!(is_captured, "{uid} is not captured");
-                    assert_eq!(recorded.get(cookie), Some(uid), "the checkpoint of {uid}");
+                    assert_eq!(checkpointed.get(cookie), Some(uid), "the checkpoint of {uid}");
                 }
             }
         }
         let known: BTreeSet<u64> = self.namespaces.iter().map(|(_, cookie)| *cookie).collect();
-        assert!(recorded.keys().all(|cookie| known.contains(cookie)), "{recorded:?}");
+        assert!(checkpointed.keys().all(|cookie| known.contains(cookie)), "{checkpointed:?}");
         for (container, _) in self.deleted() {
             for uid in pods.uids().await {
                 let slot = pods.slots.find(&uid).await.unwrap();
@@ -310,8 +312,8 @@ async fn perform(pods: &Pods<Fake>, namespaces: &[(NetNs, u64)], act: Act) -> bo
             true
         }
         Act::LookAfter { uid } => {
-            pods.look_after(uid).await;
-            pods.look_after("stays").await;
+            pods.check_drift(uid).await;
+            pods.check_drift("stays").await;
             true
         }
         Act::Check { container } => pods.check(&attachment(CONTAINERS[container].0), &[]).await.is_ok(),

@@ -14,19 +14,19 @@ use crate::context::{Context, for_every_kind, for_every_stack, for_every_stack_i
 use crate::{inbound, outbound};
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
-    let mut trials = for_every_stack(context, "enrolment::spares_open_connections", spares_open_connections);
+    let mut trials = for_every_stack(context, "enrollment::spares_open_connections", spares_open_connections);
     trials.extend(for_every_stack_in_pods(
         context,
-        "enrolment::end_cuts_proxied_connections",
+        "enrollment::end_cuts_proxied_connections",
         "the proxy is not told: the next packet that the client sends has its connection reset",
         end_cuts,
     ));
-    trials.extend(for_every_kind(context, "enrolment::end_leaves_no_trace", end_leaves_no_trace));
-    trials.push(trial(context, "enrolment::del_is_idempotent", del_is_idempotent));
-    trials.push(trial(context, "enrolment::late_del_spares_the_new_owner", late_del_spares_the_new_owner));
-    trials.push(trial(context, "enrolment::address_comes_back", address_comes_back));
-    trials.push(trial(context, "enrolment::pod_leaves_and_returns", pod_leaves_and_returns));
-    trials.push(trial(context, "enrolment::check_tells_the_truth", check_tells_the_truth));
+    trials.extend(for_every_kind(context, "enrollment::end_leaves_no_trace", end_leaves_no_trace));
+    trials.push(trial(context, "enrollment::del_is_idempotent", del_is_idempotent));
+    trials.push(trial(context, "enrollment::late_del_spares_the_new_owner", late_del_spares_the_new_owner));
+    trials.push(trial(context, "enrollment::address_comes_back", address_comes_back));
+    trials.push(trial(context, "enrollment::pod_leaves_and_returns", pod_leaves_and_returns));
+    trials.push(trial(context, "enrollment::check_tells_the_truth", check_tells_the_truth));
     trials
 }
 
@@ -38,7 +38,7 @@ fn spares_open_connections(context: &Context, stack: Stack) -> Result<()> {
     let outward = other.endpoint(stack.family(), other_listening.port())?;
     let mut connections = [pod.connect(stack, outward)?, other.connect(stack, inward)?];
 
-    pod.enrol()?;
+    pod.enroll()?;
     for connection in &mut connections {
         ensure!(connection.is_direct(), "{:?}", connection.heard);
         connection.exchange("still here")?;
@@ -64,7 +64,7 @@ fn end_cuts(context: &Context, stack: Stack) -> Result<()> {
     ensure!(pod.proxied(Direction::Outbound, outward)?.len() == 1);
     ensure!(pod.proxied(Direction::Inbound, inward)?.len() == 1);
 
-    pod.unenrol()?;
+    pod.unenroll()?;
     for mut connection in connections {
         ensure!(connection.is_cut_within(Duration::from_secs(3))?, "{:?} lives on", connection.heard);
     }
@@ -79,11 +79,11 @@ fn end_leaves_no_trace(context: &Context, families: Families, _: Stack) -> Resul
     let node = context.node()?;
     let pod = node.plain("pod", families)?;
     let before = Footprint::of(pod.netns())?;
-    pod.enrol()?;
+    pod.enroll()?;
     let changed = Footprint::of(pod.netns())? != before;
-    ensure!(changed == (context.placement() == Placement::Pod), "changed by enrolment: {changed}");
+    ensure!(changed == (context.placement() == Placement::Pod), "changed by enrollment: {changed}");
     ensure!(node.report(&pod)?.is_some());
-    pod.unenrol()?;
+    pod.unenroll()?;
     let after = Footprint::of(pod.netns())?;
     ensure!(after == before, "before: {before:#?}\nafter: {after:#?}");
     ensure!(node.report(&pod)?.is_none());
@@ -93,9 +93,9 @@ fn end_leaves_no_trace(context: &Context, families: Families, _: Stack) -> Resul
 fn del_is_idempotent(context: &Context) -> Result<()> {
     let node = context.node()?;
     let (never, once) = (node.plain("never", Families::Dual)?, node.enrolled("once", Families::Dual)?);
-    never.unenrol().context("DEL of a pod that never was enrolled")?;
+    never.unenroll().context("DEL of a pod that never was enrolled")?;
     for _ in 0..3 {
-        once.unenrol()?;
+        once.unenroll()?;
     }
     let gone = node.enrolled("gone", Families::Dual)?;
     let remains = gone.end_without_del()?;
@@ -112,7 +112,7 @@ fn late_del_spares_the_new_owner(context: &Context) -> Result<()> {
     let old = Pod::start(&node, node.numbered("old", Families::Dual).with_addresses(&addresses))?;
     let remains = old.end_without_del()?;
     let new = Pod::start(&node, node.numbered("new", Families::Dual).with_addresses(&addresses))?;
-    // What keeps the old owner steered until somebody takes it down must not take the addresses back.
+    // What keeps the old owner captured until somebody takes it down must not take the addresses back.
     for round in 0..3 {
         works(&new, &server).with_context(|| format!("before the old owner's DEL, round {round}"))?;
     }
@@ -137,8 +137,8 @@ fn pod_leaves_and_returns(context: &Context) -> Result<()> {
     let (pod, server) = (node.enrolled("pod", Families::Dual)?, node.plain("server", Families::Dual)?);
     for round in 0..3 {
         works(&pod, &server).with_context(|| format!("round {round}"))?;
-        pod.unenrol()?;
-        pod.enrol()?;
+        pod.unenroll()?;
+        pod.enroll()?;
     }
     works(&pod, &server)
 }

@@ -66,7 +66,7 @@ impl Subject {
 
     /// What becomes of a packet that opens a connection, with and without a proxy.
     fn is_new(self, bench: &Bench, packet: &Packet) -> Result<()> {
-        self.expect(bench, Proxy::Listens, packet, Fate::Steered)?;
+        self.expect(bench, Proxy::Listens, packet, Fate::Captured)?;
         self.expect(bench, Proxy::Absent, packet, Fate::Dropped(Reason::NoListener))
     }
 
@@ -151,7 +151,7 @@ fn truncated(bench: &Bench, subject: Subject) -> Result<()> {
         let header = if subject.family == Family::Ipv4 { 20 } else { 40 };
         let first = ETHERNET + if packet.tags.is_empty() { header } else { 1 };
         for length in first..whole.len() {
-            let fate = if length < needed { Fate::Dropped(Reason::Malformed) } else { Fate::Steered };
+            let fate = if length < needed { Fate::Dropped(Reason::Malformed) } else { Fate::Captured };
             let actual = bench.run(subject.program, Proxy::Listens, &whole[..length], subject.mark)?;
             ensure!(
                 actual == fate,

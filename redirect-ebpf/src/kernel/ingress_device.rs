@@ -19,22 +19,22 @@ use redirect_ebpf::diagnostics::Hook;
 use redirect_ebpf::family::{Ip, Ipv4, Ipv6};
 use redirect_ebpf::packet::{Packet, Parse, Parsed, Segment, complained_of, parse};
 
+use super::capture::{Action, Route, capture};
 use super::config;
 use super::counters::count;
 use super::flows::About;
 use super::pods::PodIp;
 use super::skb::Skb;
 use super::socket::{self, Socket};
-use super::steer::{Action, Route, steer};
 
 #[classifier]
 pub(crate) fn entrance_ipv4(ctx: TcContext) -> i32 {
-    entrance::<Ipv4>(&ctx)
+    ingress_device::<Ipv4>(&ctx)
 }
 
 #[classifier]
 pub(crate) fn entrance_ipv6(ctx: TcContext) -> i32 {
-    entrance::<Ipv6>(&ctx)
+    ingress_device::<Ipv6>(&ctx)
 }
 
 /// Sends a packet to the ingress device. The mark says which socket it is for.
@@ -47,7 +47,7 @@ pub(super) fn enter<I: Ip>(ctx: &TcContext, mark: u32) -> Action {
     }
     set_mark(ctx, mark);
     // SAFETY: the helper has no preconditions: a device that does not exist drops the packet.
-    Action::Redirect(unsafe { bpf_redirect(config::entrance(), BPF_F_INGRESS.into()) } as i32)
+    Action::Redirect(unsafe { bpf_redirect(config::ingress_device(), BPF_F_INGRESS.into()) } as i32)
 }
 
 /// Whether one end is valid on its link only: the proxy's sockets would take such an address for one on the ingress device,
@@ -68,7 +68,7 @@ pub(super) fn enter_complaint<I: Parse>(ctx: &TcContext) -> Action {
 }
 
 #[inline(always)]
-fn entrance<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
+fn ingress_device<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
     const PACKET_HOST: u32 = 0;
     if Skb(ctx).ether_type() != I::ETHER_TYPE {
         return TC_ACT_UNSPEC;
@@ -81,9 +81,9 @@ fn entrance<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
         return TC_ACT_SHOT;
     }
     let code = match mark {
-        MARK_CAPTURE => steered::<I, Captured>(ctx.skb.skb),
-        MARK_INBOUND => steered::<I, Inwards>(ctx.skb.skb),
-        MARK_TUNNEL => steered::<I, Tunnelled>(ctx.skb.skb),
+        MARK_CAPTURE => captured::<I, Captured>(ctx.skb.skb),
+        MARK_INBOUND => captured::<I, Inwards>(ctx.skb.skb),
+        MARK_TUNNEL => captured::<I, Tunnelled>(ctx.skb.skb),
         MARK_RESOLVE => resolved::<I>(ctx.skb.skb),
         // Nothing else belongs here.
         _ => TC_ACT_SHOT,
@@ -94,8 +94,8 @@ fn entrance<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
 
 /// A function of its own for each route: one after the other in one function, their variables don't fit on its stack.
 #[inline(never)]
-fn steered<I: Parse + PodIp, R: Route<I>>(skb: *mut __sk_buff) -> i32 {
-    steer::<I, R>(&TcContext::new(skb)).into()
+fn captured<I: Parse + PodIp, R: Route<I>>(skb: *mut __sk_buff) -> i32 {
+    capture::<I, R>(&TcContext::new(skb)).into()
 }
 
 #[inline(never)]
@@ -120,7 +120,7 @@ const fn direction(mark: u32) -> Direction {
 /// Gives a DNS query to the proxy's resolver.
 #[inline(always)]
 fn resolve<I: Parse + PodIp>(ctx: &TcContext) -> Action {
-    let Parsed::Datagram(segment) = parse::<I>(&Skb(ctx)) else { return steer::<I, Question>(ctx) };
+    let Parsed::Datagram(segment) = parse::<I>(&Skb(ctx)) else { return capture::<I, Question>(ctx) };
     let pod = I::owner(&segment.source);
     let about = || About::segment::<I>(&segment, 0);
     let Some(socket) = Socket::datagrams(ctx, &segment, PORT_DNS) else {
@@ -131,7 +131,7 @@ fn resolve<I: Parse + PodIp>(ctx: &TcContext) -> Action {
         count(I::FAMILY, Direction::Outbound, Verdict::Dropped, Reason::AssignFailed, pod, about);
         return Action::Drop;
     }
-    count(I::FAMILY, Direction::Outbound, Verdict::Steered, Reason::Dns, pod, about);
+    count(I::FAMILY, Direction::Outbound, Verdict::Captured, Reason::Dns, pod, about);
     Action::Continue
 }
 

@@ -1,4 +1,4 @@
-//! What it takes to steer a pod, and to let go of it; against writing the rules of netfilter for it.
+//! What it takes to capture a pod, and to let go of it; against writing the rules of netfilter for it.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,14 +16,14 @@ use crate::{Session, signals};
 
 /// Times of one pod, in microseconds, in the order of the attempts.
 #[derive(Clone, Debug, Default, Serialize)]
-pub struct Enrolment {
+pub struct Enrollment {
     /// From the request to the answer.
     pub request: Vec<f64>,
     /// Of it the proxy's share, as the agent saw it.
     pub proxy: Vec<f64>,
     /// Of it the reading of what is in the kernel.
     pub read: Vec<f64>,
-    /// Of it the steps that steer the pod.
+    /// Of it the steps that capture the pod.
     pub write: Vec<f64>,
     /// From the request to let go to the answer.
     pub release: Vec<f64>,
@@ -47,7 +47,7 @@ pub struct Enrolment {
     pub crowds: Vec<Crowd>,
 }
 
-/// Time until the last of some pods is steered, in microseconds.
+/// Time until the last of some pods is captured, in microseconds.
 #[derive(Clone, Debug, Serialize)]
 pub struct Crowd {
     /// How many at once.
@@ -71,7 +71,7 @@ pub struct Plan {
     pub rounds: usize,
 }
 
-impl Enrolment {
+impl Enrollment {
     /// The part of [`Self::request`] that is ours.
     #[must_use]
     pub fn ours(&self) -> Vec<f64> {
@@ -101,7 +101,7 @@ const SETTLE: Duration = Duration::from_millis(300);
 ///
 /// The process has to be in the host's namespace, as kubelets and runtimes are: the agent looks closer at whoever asks from
 /// another one.
-pub fn measure(session: &Arc<Session>, against: Option<&Arc<Session>>, plan: &Plan) -> Result<Enrolment> {
+pub fn measure(session: &Arc<Session>, against: Option<&Arc<Session>>, plan: &Plan) -> Result<Enrollment> {
     let nursery = Nursery::start(session, "nursery")?;
     let other = against.map(|session| Nursery::start(session, "other-nursery")).transpose()?;
     let agent = nursery.agent_socket();
@@ -110,16 +110,16 @@ pub fn measure(session: &Arc<Session>, against: Option<&Arc<Session>>, plan: &Pl
     let most = plan.crowds.iter().copied().max().unwrap_or(1).max(plan.attempts);
     let pods = gather(1, most + 1)?;
     let (resident, pods) = pods.split_first().context("a pod")?;
-    let mut times = Enrolment::default();
+    let mut times = Enrollment::default();
     let resident_of_the_other = gather(most + 2, usize::from(other.is_some()))?;
     let other = other.as_ref().map(Nursery::agent_socket);
     let settle = |resident: &BarePod, agent: &Path| -> Result<()> {
         // The first ones fill caches on both sides.
         for _ in 0..3 {
-            resident.enrol(agent)?;
-            resident.unenrol(agent)?;
+            resident.enroll(agent)?;
+            resident.unenroll(agent)?;
         }
-        resident.enrol(agent).map(drop)
+        resident.enroll(agent).map(drop)
     };
     settle(resident, &agent)?;
     for (resident, agent) in resident_of_the_other.iter().zip(&other) {
@@ -133,8 +133,8 @@ pub fn measure(session: &Arc<Session>, against: Option<&Arc<Session>>, plan: &Pl
         for one in some {
             signals::check()?;
             let ask = |agent: &Path, enrolled: &mut Vec<f64>, released: &mut Vec<f64>| -> Result<()> {
-                enrolled.push(microseconds(one.enrol(agent)?));
-                released.push(microseconds(one.unenrol(agent)?));
+                enrolled.push(microseconds(one.enroll(agent)?));
+                released.push(microseconds(one.unenroll(agent)?));
                 Ok(())
             };
             let mut others = other.as_ref().zip(times.against.as_mut());
@@ -182,9 +182,9 @@ pub fn measure(session: &Arc<Session>, against: Option<&Arc<Session>>, plan: &Pl
         }
         times.crowds.push(crowd);
     }
-    resident.unenrol(&agent)?;
+    resident.unenroll(&agent)?;
     for (resident, agent) in resident_of_the_other.iter().zip(&other) {
-        resident.unenrol(agent)?;
+        resident.unenroll(agent)?;
     }
     Ok(times)
 }
@@ -199,7 +199,7 @@ fn rules(pod: &BarePod, netfilter: Netfilter) -> Result<[f64; 2]> {
 }
 
 /// The agent's own account of each attempt: by request and by plugin in turn.
-fn read_log(log: &str, resident: &BarePod, times: &mut Enrolment) -> Result<()> {
+fn read_log(log: &str, resident: &BarePod, times: &mut Enrollment) -> Result<()> {
     let uid = resident.uid();
     let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     // A look at a pod that is as it should be takes no steps.
@@ -210,7 +210,7 @@ fn read_log(log: &str, resident: &BarePod, times: &mut Enrolment) -> Result<()> 
         of.filter_map(|line| number(&line[field])).collect()
     };
     let attempts = times.request.len();
-    // Each attempt enrols twice.
+    // Each attempt enrolls twice.
     let share = |values: Vec<f64>, offset: usize| -> Result<Vec<f64>> {
         ensure!(
             values.len() == 2 * attempts,

@@ -42,7 +42,7 @@ impl From<Action> for i32 {
     }
 }
 
-/// Which connections are steered where.
+/// Which connections are captured where.
 pub(super) trait Route<I: Parse> {
     const DIRECTION: Direction;
 
@@ -81,16 +81,16 @@ pub(super) trait Route<I: Parse> {
     }
 }
 
-/// Steers a packet.
+/// Captures a packet.
 #[inline(always)]
-pub(super) fn steer<I: Parse + PodIp, R: Route<I>>(ctx: &TcContext) -> Action {
-    steer_parsed::<I, R>(ctx, parse::<I>(&Skb(ctx)))
+pub(super) fn capture<I: Parse + PodIp, R: Route<I>>(ctx: &TcContext) -> Action {
+    capture_parsed::<I, R>(ctx, parse::<I>(&Skb(ctx)))
 }
 
-/// Steers a packet: what belongs to a connection that exists is left alone; what opens one goes to the proxy's
+/// Captures a packet: what belongs to a connection that exists is left alone; what opens one goes to the proxy's
 /// listener.
 #[inline(always)]
-pub(super) fn steer_parsed<I: Parse + PodIp, R: Route<I>>(
+pub(super) fn capture_parsed<I: Parse + PodIp, R: Route<I>>(
     ctx: &TcContext,
     parsed: Parsed<I::Address>,
 ) -> Action {
@@ -164,7 +164,7 @@ fn open<I: Parse + PodIp, R: Route<I>>(
             {
                 return refused::<I, R>(ctx, segment, error);
             }
-            if !known && reason != Reason::NotSteered {
+            if !known && reason != Reason::OtherTraffic {
                 counted::<I, R>(ctx, segment, Verdict::Passed, reason);
             }
             return Action::Continue;
@@ -181,7 +181,7 @@ fn open<I: Parse + PodIp, R: Route<I>>(
     };
     match give::<I, R>(ctx, segment, &listener, state, capture) {
         Ok(Given::Assigned) => {
-            counted::<I, R>(ctx, segment, Verdict::Steered, capture.reason.unwrap_or(R::REASON));
+            counted::<I, R>(ctx, segment, Verdict::Captured, capture.reason.unwrap_or(R::REASON));
             Action::Continue
         }
         // Counted where the proxy gets it.

@@ -20,19 +20,19 @@ use redirect_protocol::input::read_file;
 use redirect_protocol::pod::{PodIdentity, PodSettings};
 use redirect_protocol::wire::Attachment;
 
-/// Where records are by default.
+/// Where checkpoints are by default.
 pub const DEFAULT_DIRECTORY: &str = "/run/ambient-redirect/state";
 
-/// The directory of records.
+/// The directory of checkpoints.
 #[derive(Clone, Debug)]
-pub struct Records {
+pub struct Checkpoints {
     directory: PathBuf,
 }
 
 /// What is written down about a pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Record {
-    /// How far its enrolment was.
+pub struct Checkpoint {
+    /// How far its enrollment was.
     pub phase: Phase,
     /// Who it is.
     pub identity: PodIdentity,
@@ -52,7 +52,7 @@ pub struct Record {
     pub settings: PodSettings,
     /// Sysctls that were on before it was enrolled.
     pub foreign: BTreeSet<Sysctl>,
-    /// Whether it may have connections from before it was enrolled. Records of earlier builds do not say.
+    /// Whether it may have connections from before it was enrolled. Checkpoints of earlier builds do not say.
     #[serde(default = "unknown")]
     pub earlier_connections: bool,
     /// Whether it ran before, and was captured only a moment ago.
@@ -64,7 +64,7 @@ const fn unknown() -> bool {
     true
 }
 
-/// How far an enrolment was.
+/// How far an enrollment was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
@@ -85,12 +85,12 @@ const MOST: usize = redirect_protocol::wire::MAX_ATTACHMENTS;
 /// There, if placement `node` has turned the sysctl off.
 const EARLY_DEMUX: &str = "early-demux-was-on";
 
-impl Records {
+impl Checkpoints {
     /// Makes the directory if need be.
     pub fn open(directory: &Path) -> io::Result<Self> {
-        let records = Self { directory: directory.into() };
-        DirBuilder::new().recursive(true).mode(0o700).create(records.pods())?;
-        Ok(records)
+        let checkpoints = Self { directory: directory.into() };
+        DirBuilder::new().recursive(true).mode(0o700).create(checkpoints.pods())?;
+        Ok(checkpoints)
     }
 
     /// Those of a directory that may not exist.
@@ -107,9 +107,9 @@ impl Records {
         self.pods().join(format!("{netns_cookie}.json"))
     }
 
-    /// Every pod's record; none if the directory does not exist. A record that can't be parsed is logged and left out. One that can't
+    /// Every pod's checkpoint; none if the directory does not exist. A checkpoint that can't be parsed is logged and left out. One that can't
     /// be read is an error: nobody would look after its pod.
-    pub fn read(&self) -> io::Result<Vec<Record>> {
+    pub fn read(&self) -> io::Result<Vec<Checkpoint>> {
         let entries = match fs::read_dir(self.pods()) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             entries => entries?.collect::<io::Result<Vec<_>>>()?,
@@ -119,12 +119,12 @@ impl Records {
         files.take(MOST).filter_map(|path| read(&path).transpose()).collect()
     }
 
-    /// Writes a pod's record: the whole of it or nothing.
-    pub fn write(&self, record: &Record) -> Result<(), Failed> {
-        write(&self.file(record.netns_cookie), record)
+    /// Writes a pod's checkpoint: the whole of it or nothing.
+    pub fn write(&self, checkpoint: &Checkpoint) -> Result<(), Failed> {
+        write(&self.file(checkpoint.netns_cookie), checkpoint)
     }
 
-    /// Removes a pod's record.
+    /// Removes a pod's checkpoint.
     pub fn remove(&self, netns_cookie: u64) -> Result<(), Failed> {
         let path = self.file(netns_cookie);
         gone(fs::remove_file(&path)).map_err(|source| Failed::Remove { path, source })
@@ -150,7 +150,7 @@ impl Records {
         EarlyDemuxNote::at(self.directory.join(EARLY_DEMUX))
     }
 
-    /// Removes all records, also under an agent that writes there meanwhile. What others have in the directory stays, and the
+    /// Removes all checkpoints, also under an agent that writes there meanwhile. What others have in the directory stays, and the
     /// directory with it.
     pub fn remove_all(&self) -> io::Result<()> {
         const ATTEMPTS: usize = 20;
@@ -253,41 +253,42 @@ fn write<T: Serialize + ?Sized>(path: &Path, content: &T) -> Result<(), Failed> 
     })
 }
 
-/// A record, and its namespace if that still exists.
+/// A checkpoint, and its namespace if that still exists.
 #[derive(Clone, Debug)]
 pub struct Found {
-    /// The record.
-    pub record: Record,
+    /// The checkpoint.
+    pub checkpoint: Checkpoint,
     /// The namespace.
     pub netns: Option<NetNs>,
 }
 
-/// Looks for the namespaces of records: where they were, then among those of all processes and mounts. An error if one that may be a
+/// Looks for the namespaces of checkpoints: where they were, then among those of all processes and mounts. An error if one that may be a
 /// pod's can't be told from others: to take it for none would leave in it what is ours.
-pub fn find(records: Vec<Record>) -> io::Result<Vec<Found>> {
+pub fn find(checkpoints: Vec<Checkpoint>) -> io::Result<Vec<Found>> {
     let mut everywhere = None;
-    let find = |record: Record| {
+    let find = |checkpoint: Checkpoint| {
         let its_own = |path: &Path| -> io::Result<Option<NetNs>> {
             let Ok(netns) = NetNs::open(path) else { return Ok(None) };
-            let is_it = netns.inode()? == record.netns_inode && netns.cookie()? == record.netns_cookie;
+            let is_it =
+                netns.inode()? == checkpoint.netns_inode && netns.cookie()? == checkpoint.netns_cookie;
             Ok(is_it.then_some(netns))
         };
         let search = || -> io::Result<Option<NetNs>> {
-            for path in record.netns_path.iter().flat_map(|path| places(path)) {
+            for path in checkpoint.netns_path.iter().flat_map(|path| places(path)) {
                 if let Some(netns) = its_own(&path)? {
                     return Ok(Some(netns));
                 }
             }
             let everywhere = everywhere.get_or_insert_with(namespaces);
-            everywhere.get(&record.netns_inode).map_or(Ok(None), |path| its_own(path))
+            everywhere.get(&checkpoint.netns_inode).map_or(Ok(None), |path| its_own(path))
         };
         let netns = { search }().map_err(|error| {
-            let pod = &record.identity;
+            let pod = &checkpoint.identity;
             io::Error::new(error.kind(), format!("pod {pod}: cannot identify its network namespace: {error}"))
         })?;
-        Ok(Found { netns, record })
+        Ok(Found { netns, checkpoint })
     };
-    records.into_iter().map(find).collect()
+    checkpoints.into_iter().map(find).collect()
 }
 
 /// A path as the agent sees it, and as the host does.
@@ -342,9 +343,9 @@ mod tests {
     use super::*;
     use redirect_protocol::pod::Exclusion;
 
-    fn record() -> Record {
+    fn checkpoint() -> Checkpoint {
         let network: IpNet = "fd00:1::/64".parse().unwrap();
-        Record {
+        Checkpoint {
             earlier_connections: false,
             recent: false,
             phase: Phase::Done,
@@ -378,19 +379,19 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let state = directory.path().join("state");
         for _ in 0..50 {
-            let records = Records::open(&state).unwrap();
+            let checkpoints = Checkpoints::open(&state).unwrap();
             let over = AtomicBool::new(false);
             let write = |number: u64| {
-                let mut record = record();
-                record.identity.uid = number.to_string();
+                let mut checkpoint = checkpoint();
+                checkpoint.identity.uid = number.to_string();
                 while !over.load(Ordering::Relaxed) {
-                    _ = records.write(&record);
+                    _ = checkpoints.write(&checkpoint);
                 }
             };
             let removed = std::thread::scope(|scope| {
                 let write = &write;
                 (0..4).for_each(|number| drop(scope.spawn(move || write(number))));
-                let removed = records.remove_all();
+                let removed = checkpoints.remove_all();
                 over.store(true, Ordering::Relaxed);
                 removed
             });
@@ -402,33 +403,33 @@ mod tests {
     #[test]
     fn what_is_written_is_read() {
         let directory = tempfile::tempdir().unwrap();
-        let records = Records::open(&directory.path().join("state")).unwrap();
-        records.write(&record()).unwrap();
-        records.set_proxies(&[5, 6]);
-        assert!(!records.early_demux().is_there());
-        records.early_demux().write();
-        assert_eq!(records.read().unwrap(), [record()]);
-        assert_eq!(records.proxies(), [5, 6]);
-        assert!(records.early_demux().is_there());
-        records.remove(7).unwrap();
-        records.remove(7).unwrap();
-        assert!(records.read().unwrap().is_empty());
-        records.remove_all().unwrap();
-        records.remove_all().unwrap();
-        assert!(records.proxies().is_empty());
+        let checkpoints = Checkpoints::open(&directory.path().join("state")).unwrap();
+        checkpoints.write(&checkpoint()).unwrap();
+        checkpoints.set_proxies(&[5, 6]);
+        assert!(!checkpoints.early_demux().is_there());
+        checkpoints.early_demux().write();
+        assert_eq!(checkpoints.read().unwrap(), [checkpoint()]);
+        assert_eq!(checkpoints.proxies(), [5, 6]);
+        assert!(checkpoints.early_demux().is_there());
+        checkpoints.remove(7).unwrap();
+        checkpoints.remove(7).unwrap();
+        assert!(checkpoints.read().unwrap().is_empty());
+        checkpoints.remove_all().unwrap();
+        checkpoints.remove_all().unwrap();
+        assert!(checkpoints.proxies().is_empty());
     }
 
     #[test]
     fn only_records_are_removed() {
         let directory = tempfile::tempdir().unwrap();
-        let records = Records::open(directory.path()).unwrap();
-        records.write(&record()).unwrap();
-        records.set_proxies(&[5]);
+        let checkpoints = Checkpoints::open(directory.path()).unwrap();
+        checkpoints.write(&checkpoint()).unwrap();
+        checkpoints.set_proxies(&[5]);
         fs::write(directory.path().join("pods/notes.txt"), "").unwrap();
         fs::create_dir(directory.path().join("others")).unwrap();
         fs::write(directory.path().join("others/8.json"), "").unwrap();
-        records.remove_all().unwrap();
-        assert!(records.read().unwrap().is_empty() && records.proxies().is_empty());
+        checkpoints.remove_all().unwrap();
+        assert!(checkpoints.read().unwrap().is_empty() && checkpoints.proxies().is_empty());
         assert!(directory.path().join("pods/notes.txt").exists());
         assert!(directory.path().join("others/8.json").exists());
     }
@@ -438,36 +439,36 @@ mod tests {
         let (directory, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         fs::write(elsewhere.path().join("8.json"), "").unwrap();
         std::os::unix::fs::symlink(elsewhere.path(), directory.path().join("pods")).unwrap();
-        Records::at(directory.path()).remove_all().unwrap();
+        Checkpoints::at(directory.path()).remove_all().unwrap();
         assert!(elsewhere.path().join("8.json").exists());
     }
 
     #[test]
     fn half_written_and_foreign_files_are_left_out() {
         let directory = tempfile::tempdir().unwrap();
-        let records = Records::open(directory.path()).unwrap();
-        records.write(&record()).unwrap();
+        let checkpoints = Checkpoints::open(directory.path()).unwrap();
+        checkpoints.write(&checkpoint()).unwrap();
         fs::write(directory.path().join("pods/8.json"), "{").unwrap();
         fs::write(directory.path().join("pods/9.new"), "{}").unwrap();
         // One that never ends.
         std::os::unix::fs::symlink("/dev/zero", directory.path().join("pods/10.json")).unwrap();
         std::os::unix::fs::symlink("/dev/zero", directory.path().join(PROXIES)).unwrap();
-        assert_eq!(records.read().unwrap().len(), 1);
-        assert!(records.proxies().is_empty());
+        assert_eq!(checkpoints.read().unwrap().len(), 1);
+        assert!(checkpoints.proxies().is_empty());
     }
 
     #[test]
     fn a_namespace_is_found_by_its_inode_and_cookie_not_by_its_path() {
         let own = NetNs::current().unwrap();
         let Ok(netns_cookie) = own.cookie() else { return };
-        let living = Record {
+        let living = Checkpoint {
             netns_cookie,
             netns_inode: own.inode().unwrap(),
             netns_path: Some("/nowhere".into()),
-            ..record()
+            ..checkpoint()
         };
-        let another = Record { netns_path: Some("/proc/self/ns/net".into()), ..record() };
-        let reused = Record { netns_cookie: 1 << 60, ..living.clone() };
+        let another = Checkpoint { netns_path: Some("/proc/self/ns/net".into()), ..checkpoint() };
+        let reused = Checkpoint { netns_cookie: 1 << 60, ..living.clone() };
         let found = find(vec![living, another, reused]).unwrap();
         let found: Vec<bool> = found.iter().map(|found| found.netns.is_some()).collect();
         assert_eq!(found, [true, false, false]);

@@ -12,8 +12,8 @@ use redirect_protocol::wire::{Attachment, Error, Reply};
 /// What is to be done about a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// Steer it.
-    Enrol {
+    /// Capture it.
+    Enroll {
         /// Who it is, with everything that the plugin cannot know.
         identity: PodIdentity,
         settings: PodSettings,
@@ -25,8 +25,8 @@ pub(crate) enum Verdict {
 /// A [`Verdict`] that may take a while.
 pub(crate) type Decision<'a> = Pin<Box<dyn Future<Output = Result<Verdict, Error>> + Send + 'a>>;
 
-/// Decides which pods are steered.
-pub(crate) trait Enrolment: Send + Sync {
+/// Decides which pods are captured.
+pub(crate) trait Enrollment: Send + Sync {
     /// Answers well before the plugin's patience ends.
     fn decide<'a>(&'a self, pod: &'a PodIdentity) -> Decision<'a>;
 
@@ -39,13 +39,13 @@ pub(crate) trait Enrolment: Send + Sync {
     }
 }
 
-/// Enrols every pod that the plugin brings: where there is no Kubernetes, the plugin's configuration is the choice.
+/// Enrolls every pod that the plugin brings: where there is no Kubernetes, the plugin's configuration is the choice.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Everybody;
 
-impl Enrolment for Everybody {
+impl Enrollment for Everybody {
     fn decide<'a>(&'a self, pod: &'a PodIdentity) -> Decision<'a> {
-        let verdict = Verdict::Enrol { identity: pod.clone(), settings: PodSettings::default() };
+        let verdict = Verdict::Enroll { identity: pod.clone(), settings: PodSettings::default() };
         Box::pin(std::future::ready(Ok(verdict)))
     }
 
@@ -54,24 +54,24 @@ impl Enrolment for Everybody {
     }
 }
 
-/// Enrols a pod that the plugin brings, if it is to be.
+/// Enrolls a pod that the plugin brings, if it is to be.
 pub(super) async fn add<D: Datapath + Send + 'static>(
     pods: &Pods<D>,
-    enrolment: &dyn Enrolment,
+    enrollment: &dyn Enrollment,
     attachment: Attachment,
     wanted: Wanted,
     netns: NetNs,
 ) -> Reply {
-    match enrolment.decide(&wanted.identity).await {
+    match enrollment.decide(&wanted.identity).await {
         Ok(Verdict::Leave(reason)) => {
             tracing::debug!(pod = %wanted.identity, reason, "pod is not enrolled");
             Reply::Added { enrolled: false }
         }
-        Ok(Verdict::Enrol { identity, settings }) => {
+        Ok(Verdict::Enroll { identity, settings }) => {
             let uid = identity.uid.clone();
             match pods.add(attachment, Wanted { identity, settings, ..wanted }, netns).await {
                 Ok(()) => {
-                    enrolment.enrolled(&uid);
+                    enrollment.enrolled(&uid);
                     Reply::Added { enrolled: true }
                 }
                 Err(error) => Reply::Error(error.into()),
@@ -84,16 +84,16 @@ pub(super) async fn add<D: Datapath + Send + 'static>(
     }
 }
 
-/// Compares the kernel with what enrolment promised.
+/// Compares the kernel with what enrollment promised.
 pub(super) async fn check<D: Datapath + Send + 'static>(
     pods: &Pods<D>,
-    enrolment: &dyn Enrolment,
+    enrollment: &dyn Enrollment,
     attachment: &Attachment,
     addresses: &[std::net::IpAddr],
 ) -> Reply {
     match pods.check(attachment, addresses).await {
         Ok(()) => Reply::Done,
-        Err(pods::Error::Unknown(_)) if !enrolment.is_for_all() => Reply::Done,
+        Err(pods::Error::Unknown(_)) if !enrollment.is_for_all() => Reply::Done,
         Err(error) => Reply::Error(error.into()),
     }
 }

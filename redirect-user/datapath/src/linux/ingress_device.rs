@@ -11,13 +11,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use redirect_ebpf::Family;
-use redirect_ebpf::constants::{ENTRANCE, ENTRANCE_PEER};
+use redirect_ebpf::constants::{INGRESS_DEVICE, INGRESS_DEVICE_PEER};
 
 use super::{notrack, sysctl};
 use crate::facts::Interface;
 use redirect_linux::netlink::Netlink;
 
-/// What the entrance needs: that packets with any source are taken there, whatever the reverse path filter of the host;
+/// What the ingress device needs: that packets with any source are taken there, whatever the reverse path filter of the host;
 /// and that nothing else happens on it. The filter has to be loose for what the host itself sends to pods: the way to its own
 /// addresses is never this device. The kernel takes the larger of this value and the host's.
 const IPV4: [(&str, &str); 3] = [("accept_local", "1"), ("src_valid_mark", "1"), ("rp_filter", "2")];
@@ -31,7 +31,7 @@ const ADDRESS: Ipv4Addr = Ipv4Addr::new(127, 15, 0, 1);
 /// be forwarded: the answers to the proxy, which come to the pods' addresses. It holds for both families.
 const EARLY_DEMUX: &str = "/proc/sys/net/ipv4/tcp_early_demux";
 
-/// The alias of the entrance that says that the sysctl was on before. A file says so as well ([`EarlyDemuxNote`]): either may
+/// The alias of the ingress device that says that the sysctl was on before. A file says so as well ([`EarlyDemuxNote`]): either may
 /// be removed by somebody else.
 const WAS_ON: &str = "ambient-redirect: net.ipv4.tcp_early_demux was 1";
 
@@ -69,18 +69,18 @@ impl EarlyDemuxNote {
     }
 }
 
-/// The entrance as it is, and whether anything of it was missing.
-pub(super) struct Entrance {
+/// The ingress_device as it is, and whether anything of it was missing.
+pub(super) struct IngressDevice {
     pub(super) interface: Interface,
-    pub(super) mended: bool,
+    pub(super) repaired: bool,
 }
 
-/// Brings the entrance about, in the host's namespace.
+/// Brings the ingress device about, in the host's namespace.
 pub(super) fn ensure(
     netlink: &mut Netlink,
     priority: u32,
     note: &EarlyDemuxNote,
-) -> anyhow::Result<Entrance> {
+) -> anyhow::Result<IngressDevice> {
     let families = families()?;
     // Before anything is made: a rule of somebody else's in our place is an error of the configuration.
     for &family in families {
@@ -90,29 +90,29 @@ pub(super) fn ensure(
             );
         }
     }
-    let mut mended = false;
-    let context = || format!("device {ENTRANCE}");
-    let found = netlink.find(ENTRANCE)?;
+    let mut repaired = false;
+    let context = || format!("device {INGRESS_DEVICE}");
+    let found = netlink.find(INGRESS_DEVICE)?;
     if found.is_none() {
-        netlink.add_pair(ENTRANCE, ENTRANCE_PEER).with_context(context)?;
-        mended = true;
+        netlink.add_pair(INGRESS_DEVICE, INGRESS_DEVICE_PEER).with_context(context)?;
+        repaired = true;
     }
     match (is_noted(netlink, found.as_ref())?, note.is_there()) {
         (true, false) => note.write(),
-        (false, true) => netlink.set_alias(ENTRANCE, WAS_ON)?,
+        (false, true) => netlink.set_alias(INGRESS_DEVICE, WAS_ON)?,
         (true, true) | (false, false) => {}
     }
-    mended |= turn_early_demux_off(netlink, note)?;
-    let (ours, peer) = (netlink.find(ENTRANCE)?, netlink.find(ENTRANCE_PEER)?);
+    repaired |= turn_early_demux_off(netlink, note)?;
+    let (ours, peer) = (netlink.find(INGRESS_DEVICE)?, netlink.find(INGRESS_DEVICE_PEER)?);
     let (Some(ours), Some(peer)) = (ours, peer) else {
         bail!(
-            "device {ENTRANCE} or its peer {ENTRANCE_PEER} is gone: something else removes devices of the host"
+            "device {INGRESS_DEVICE} or its peer {INGRESS_DEVICE_PEER} is gone: something else removes devices of the host"
         );
     };
-    mended |= set(4, ENTRANCE, &IPV4)?;
-    mended |= netlink.ensure_address(ours.index, ADDRESS).with_context(context)?;
+    repaired |= set(4, INGRESS_DEVICE, &IPV4)?;
+    repaired |= netlink.ensure_address(ours.index, ADDRESS).with_context(context)?;
     if families.contains(&Family::Ipv6) {
-        mended |= set(6, ENTRANCE, &IPV6)? | set(6, ENTRANCE_PEER, &IPV6_OF_PEER)?;
+        repaired |= set(6, INGRESS_DEVICE, &IPV6)? | set(6, INGRESS_DEVICE_PEER, &IPV6_OF_PEER)?;
     }
     // Both, for the sake of hosts that leave devices without a carrier out of routing.
     for end in [&ours, &peer] {
@@ -120,13 +120,16 @@ pub(super) fn ensure(
     }
     for &family in families {
         if netlink.routes(family, std::slice::from_ref(&ours))?.ours.is_empty() {
-            netlink.add_entrance_route(family, ours.index).with_context(|| format!("{family} route"))?;
-            mended = true;
+            netlink
+                .add_ingress_device_route(family, ours.index)
+                .with_context(|| format!("{family} route"))?;
+            repaired = true;
         }
-        mended |= netlink.ensure_entrance_rule(family, priority).with_context(|| format!("{family} rule"))?;
+        repaired |=
+            netlink.ensure_ingress_device_rule(family, priority).with_context(|| format!("{family} rule"))?;
     }
-    mended |= notrack::ensure();
-    Ok(Entrance { interface: ours, mended })
+    repaired |= notrack::ensure();
+    Ok(IngressDevice { interface: ours, repaired })
 }
 
 /// Removes it from the calling thread's namespace, with the routes through it. Returns how many rules went, and whether
@@ -134,9 +137,9 @@ pub(super) fn ensure(
 pub(super) fn remove(netlink: &mut Netlink, note: &EarlyDemuxNote) -> io::Result<(usize, bool, bool)> {
     let mut rules = 0;
     for &family in families()? {
-        rules += netlink.delete_entrance_rules(family)?;
+        rules += netlink.delete_ingress_device_rules(family)?;
     }
-    let found = netlink.find(ENTRANCE)?;
+    let found = netlink.find(INGRESS_DEVICE)?;
     if note.is_there() || is_noted(netlink, found.as_ref())? {
         fs::write(EARLY_DEMUX, "1")?;
     }
@@ -146,9 +149,9 @@ pub(super) fn remove(netlink: &mut Netlink, note: &EarlyDemuxNote) -> io::Result
     Ok((rules, found.is_some(), notrack::remove()?))
 }
 
-/// Whether the entrance says that the sysctl was on.
-fn is_noted(netlink: &mut Netlink, entrance: Option<&Interface>) -> io::Result<bool> {
-    let alias = entrance.map(|found| netlink.alias(found.index)).transpose()?.flatten();
+/// Whether the ingress device says that the sysctl was on.
+fn is_noted(netlink: &mut Netlink, ingress_device: Option<&Interface>) -> io::Result<bool> {
+    let alias = ingress_device.map(|found| netlink.alias(found.index)).transpose()?.flatten();
     Ok(alias.as_deref() == Some(WAS_ON))
 }
 
@@ -157,7 +160,7 @@ fn turn_early_demux_off(netlink: &mut Netlink, note: &EarlyDemuxNote) -> anyhow:
         return Ok(false);
     }
     // First the notes, lest it is never known again.
-    netlink.set_alias(ENTRANCE, WAS_ON)?;
+    netlink.set_alias(INGRESS_DEVICE, WAS_ON)?;
     note.write();
     fs::write(EARLY_DEMUX, "0")
         .with_context(|| format!("cannot write {EARLY_DEMUX}: is /proc/sys read-only?"))?;

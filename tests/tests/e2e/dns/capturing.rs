@@ -231,7 +231,7 @@ fn works_again(scene: &Scene, sockets: &[UdpSocket]) -> Result<()> {
 fn not_enrolled(context: &Context, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let scene = Scene::new(&node, Families::Dual, stack)?;
-    scene.pod.unenrol()?;
+    scene.pod.unenroll()?;
     let socket = scene.socket()?;
     let (name, question) = fresh_question("plain")?;
     socket.send_to(&question, scene.spell(scene.server()?))?;
@@ -241,7 +241,7 @@ fn not_enrolled(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// A pod whose `lo` lacks the address on which the resolver would listen is steered all the same, and asks in the other
+/// A pod whose `lo` lacks the address on which the resolver would listen is captured all the same, and asks in the other
 /// family.
 fn without_the_resolvers_address(context: &Context, stack: Stack) -> Result<()> {
     context.needs(ProxyKind::Embedded, "a ztunnel refuses a pod in which its resolver cannot listen")?;
@@ -249,7 +249,7 @@ fn without_the_resolvers_address(context: &Context, stack: Stack) -> Result<()> 
     let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
     let prefix = if stack.loopback().is_ipv4() { 8 } else { 128 };
     pod.netns().ip(&format!("address delete {}/{prefix} dev lo", stack.loopback()))?;
-    pod.enrol()?;
+    pod.enroll()?;
     outbound::passes_the_proxy_once(&pod, &other, stack)?;
     inbound::passes_the_proxy_once(other.netns(), &pod, stack)?;
     let upstream = node.dns()?;

@@ -7,7 +7,7 @@ use redirect_datapath::datapath::{Observation, Target};
 use redirect_protocol::pod::{PodAddresses, PodIdentity};
 
 /// A pod is enrolled. Nothing is said of a proxy that was not waited for.
-pub(super) fn steered(target: &Target, observation: &Observation, began: Instant, proxy: Duration) {
+pub(super) fn captured(target: &Target, observation: &Observation, began: Instant, proxy: Duration) {
     tracing::info!(
         pod = %target.identity,
         uid = target.identity.uid,
@@ -63,7 +63,7 @@ pub(super) fn broken(target: &Target, began: Instant, error: &Error) {
 }
 
 /// A broken pod is as it should be again.
-pub(super) fn mended(target: &Target, began: Instant) {
+pub(super) fn repaired(target: &Target, began: Instant) {
     tracing::info!(
         pod = %target.identity,
         uid = target.identity.uid,
@@ -74,7 +74,7 @@ pub(super) fn mended(target: &Target, began: Instant) {
 }
 
 /// A pod was un-enrolled.
-pub(super) fn no_longer_steered(target: &Target, began: Instant, proxy: Duration) {
+pub(super) fn no_longer_captured(target: &Target, began: Instant, proxy: Duration) {
     tracing::info!(
         pod = %target.identity,
         uid = target.identity.uid,

@@ -11,15 +11,15 @@ use super::cluster::{self, Cluster};
 
 /// Whether pods are to be enrolled.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Steered {
+pub(super) enum Captured {
     Yes,
     No,
 }
 
 /// Every sleep pod hears the right greeting at every address of every Service and every server.
-pub(super) fn greetings(cluster: &Cluster<'_>, steered: Steered) -> Result<String> {
+pub(super) fn greetings(cluster: &Cluster<'_>, captured: Captured) -> Result<String> {
     let mut script = cluster.script("deploy/samples/validate.sh");
-    if steered == Steered::No {
+    if captured == Captured::No {
         script.arg("--plain");
     }
     let said = cluster::output(&mut script)?;
