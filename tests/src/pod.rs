@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use redirect_ebpf::Family;
 use redirect_ebpf::constants::MARK_PROXY;
 use redirect_protocol::placement::Placement;
@@ -25,6 +25,9 @@ use crate::process::Process;
 use crate::server::Server;
 use crate::stack::{Families, Stack, canonical};
 use crate::wait;
+
+/// How often a listener's port may be one that the pod has had already.
+const ATTEMPTS: usize = 1_000;
 
 /// What kind of pod to start.
 #[derive(Clone, Debug)]
@@ -309,12 +312,13 @@ impl Pod {
     /// Listens in the pod on a free port; the server's greeting is the pod's name. The pod has not listened there before:
     /// the port tells the server's connections from those of earlier ones.
     pub fn listen(&self, stack: Stack) -> Result<Server> {
-        loop {
+        for _ in 0..ATTEMPTS {
             let server = Server::start(&self.netns, stack, 0, &self.identity.name)?;
             if self.ports.lock().unwrap_or_else(PoisonError::into_inner).insert(server.port()) {
                 return Ok(server);
             }
         }
+        bail!("{}: no port is left that had no listener yet", self.identity)
     }
 
     /// The proxy's connections of this pod to a destination, at least one.

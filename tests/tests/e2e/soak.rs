@@ -18,7 +18,7 @@ use libtest_mimic::Trial;
 use redirect_protocol::placement::Placement;
 use redirect_tests::bench::scale::{descriptors, resident};
 use redirect_tests::load::{self, Failure, Tally, Target};
-use redirect_tests::{Families, Node, NodeOptions, Pod, ProxyOptions, Stack, signals, wait};
+use redirect_tests::{Families, Node, NodeOptions, Pod, ProxyOptions, Server, Stack, signals, wait};
 
 use crate::context::{Context, trial};
 
@@ -338,8 +338,7 @@ impl Soak {
 
     /// Connections from and to a pod by every kind of socket, and one that is open all the time.
     fn life(&self, pod: &Pod, random: &mut Rng, over: &AtomicBool, sum: &mut Sum) -> Result<()> {
-        let servers =
-            Stack::ALL.map(|stack| anyhow::Ok((stack, pod.listen(stack)?, self.other.listen(stack)?)));
+        let servers = Stack::ALL.map(|stack| anyhow::Ok((stack, pod.listen(stack)?, self.outside(stack)?)));
         let servers = servers.into_iter().collect::<Result<Vec<_>>>()?;
         let mut targets = Vec::new();
         for (stack, inside, outside) in &servers {
@@ -373,6 +372,11 @@ impl Soak {
         sum.load += tally;
         sum.lines += lines;
         Ok(())
+    }
+
+    /// A server of the other pod. Ports may come again: a pod's listeners never have a port twice, and there are not enough for an hour.
+    fn outside(&self, stack: Stack) -> Result<Server> {
+        Server::start(self.other.netns(), stack, 0, &self.other.identity().name)
     }
 
     /// Waits until kernel and agent know of no pod.
