@@ -390,6 +390,18 @@ flags! {
     }
 }
 
+impl PodFlags {
+    /// Nothing new of the pod is captured anywhere, in either direction: each place takes the other for the one that captures. The
+    /// pod leaves the mesh; what the proxy has goes on.
+    pub const RELEASED: Self = Self(Self::ON_HOST.0 | Self::IN_POD.0);
+
+    /// The flags of a pod that is captured no longer.
+    #[must_use]
+    pub const fn released(self) -> Self {
+        self.with(Self::RELEASED, true).with(Self::HALF_OPEN, false)
+    }
+}
+
 flags! {
     /// Flags of the node.
     ConfigFlags {

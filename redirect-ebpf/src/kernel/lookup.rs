@@ -20,7 +20,7 @@ use aya_ebpf::programs::SkLookupContext;
 use redirect_ebpf::count::{Direction, Reason, Verdict};
 use redirect_ebpf::decide::{self, Protocol, is_for_captured, is_guarded};
 use redirect_ebpf::family::{Family, Ip, Ipv4, Ipv6, v4_mapped};
-use redirect_ebpf::maps::{ListenerKey, Note, NoteVerdict, Tuple};
+use redirect_ebpf::maps::{ListenerKey, Note, NoteVerdict, PodFlags, Tuple};
 use redirect_ebpf::packet::{Segment, address_family};
 
 use super::context::{End, addresses, word};
@@ -136,7 +136,9 @@ pub(crate) fn listener_guard(ctx: SkLookupContext) -> u32 {
         // The other program gives it to the proxy's listener, or refuses it.
         return sk_action::SK_PASS;
     }
-    if !is_for_captured(port) && (verdict == NoteVerdict::AUTHORIZED || is_within_pod(&tuple, lookup)) {
+    if !is_for_captured(port)
+        && (verdict == NoteVerdict::AUTHORIZED || is_within_pod(&tuple, lookup) || is_released(&tuple))
+    {
         return sk_action::SK_PASS;
     }
     // A note that counts no longer is of a connection that was let in: what comes after it has ended opens none.
@@ -144,6 +146,13 @@ pub(crate) fn listener_guard(ctx: SkLookupContext) -> u32 {
         refused(&tuple);
     }
     sk_action::SK_DROP
+}
+
+/// Whether the pod is captured no longer: its programs may be gone, and note nothing.
+#[inline(always)]
+fn is_released(tuple: &Tuple) -> bool {
+    let flags = pods::owner(&tuple.destination).and_then(pods::flags);
+    flags.is_some_and(|flags| flags.contains(PodFlags::RELEASED))
 }
 
 /// Counts what reached the gate without having been seen at an interface. What is captured on its way out of the pod and has

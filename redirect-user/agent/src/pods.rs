@@ -22,6 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use futures::future::join_all;
 use parking_lot::Mutex;
 use redirect_ebpf::Family;
 use redirect_ebpf::maps::PodFlags;
@@ -34,10 +35,7 @@ use crate::metrics::events::events;
 pub(crate) use abandoned::Users;
 pub(crate) use error::Error;
 use ownership::Ownership;
-use redirect_datapath::datapath::{
-    self, Adoption, Datapath, Introduction, Observation, Outcome, Removal, Removed, Target,
-};
-use redirect_datapath::facts::Fact;
+use redirect_datapath::datapath::{self, Adoption, Datapath, Introduction, Observation, Outcome, Target};
 use redirect_datapath::handle::DatapathHandle;
 use redirect_linux::netns::NetNs;
 use redirect_protocol::pod::{PodAddresses, PodIdentity, PodSettings};
@@ -56,6 +54,9 @@ const HALF_OPEN: Duration = Duration::from_secs(150);
 
 /// How long un-enrolling waits for the proxy to let go of a pod before it goes on without.
 const PROXY_RELEASE: Duration = Duration::from_secs(2);
+
+/// The same for all pods together. Nothing is captured meanwhile, and Kubernetes kills the agent after 30 s.
+const ALL_RELEASE: Duration = Duration::from_secs(5);
 
 /// The pods of this node.
 pub(crate) struct Pods<D> {
@@ -727,32 +728,49 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         Ok(())
     }
 
-    /// Takes the pod from the kernel and from the proxy, so that the proxy's connections work until it cuts them. Returns
+    /// Takes the pod from the proxy and from the kernel, so that the proxy's connections work until it cuts them. Returns
     /// how long the proxy took.
     async fn remove(&self, target: &Target) -> Result<Duration, Error> {
         let owned = self.ownership.is_of(target);
-        // What it can't remove is tried again below.
-        let captured = self.unenroll(target, Removal::Capture, None).await;
-        let tidy = captured.is_err();
-        let left = captured.ok().flatten();
+        self.stop_capturing([target]).await;
         let asked = Instant::now();
-        if let RemoveOutcome::Pending(peers) = self.proxies.remove(&target.identity.uid, PROXY_RELEASE).await
-        {
-            let peers = list(peers.iter());
-            tracing::warn!(pod = %target.identity, peers, "node proxy did not release the pod in time; \
-                 un-enrolling anyway");
-        }
+        self.take_from_proxies(target, PROXY_RELEASE).await;
         let proxy = asked.elapsed();
-        self.unenroll(target, Removal::Everything, left).await?;
+        // Once more: what an error has left is removed then.
+        let failed = self.unenroll(target).await.is_err();
+        if failed {
+            self.unenroll(target).await?;
+        }
         // Another pod may have taken the namespace meanwhile.
         if owned && self.ownership.is_of(target) {
-            if tidy {
+            if failed {
                 self.tidy(target).await?;
             }
             self.discard(target).await?;
             self.ownership.release(target);
         }
         Ok(proxy)
+    }
+
+    /// Has the kernel capture nothing new of these pods, at once. What could not be released is captured until it is un-enrolled.
+    async fn stop_capturing(&self, targets: impl IntoIterator<Item = &Target>) {
+        let owned = targets.into_iter().filter(|target| self.ownership.is_of(target));
+        let owned: Vec<Target> = owned.cloned().collect();
+        let released = self.kernel.run(move |datapath| {
+            owned.iter().filter_map(|target| datapath::release(datapath, target).err()).collect::<Vec<_>>()
+        });
+        for error in released.await.into_iter().flatten() {
+            tracing::warn!(%error, "pod is captured until it is un-enrolled");
+        }
+    }
+
+    /// Has the proxies let go of the pod: they close its connections and their listeners in it.
+    async fn take_from_proxies(&self, target: &Target, within: Duration) {
+        if let RemoveOutcome::Pending(peers) = self.proxies.remove(&target.identity.uid, within).await {
+            let peers = list(peers.iter());
+            tracing::warn!(pod = %target.identity, peers, "node proxy did not release the pod in time; \
+                 un-enrolling anyway");
+        }
     }
 
     /// Removes what a step that failed has left.
@@ -778,29 +796,22 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         if !self.ownership.is_of(target) {
             return;
         }
-        if let Err(error) = self.unenroll(target, Removal::Everything, None).await {
+        if let Err(error) = self.unenroll(target).await {
             tracing::error!(%error, "pod was not removed completely");
         }
         self.ownership.release(target);
         self.discard_or_log(target.netns_cookie).await;
     }
 
-    /// Leaves a namespace alone that is another pod's by now. `known` is what an earlier call has left, which this returns.
-    async fn unenroll(
-        &self,
-        target: &Target,
-        removal: Removal,
-        known: Option<BTreeSet<Fact>>,
-    ) -> Result<Option<BTreeSet<Fact>>, Error> {
+    /// Takes the pod from the kernel. Leaves a namespace alone that is another pod's by now.
+    async fn unenroll(&self, target: &Target) -> Result<(), Error> {
         if !self.ownership.is_of(target) {
-            return Ok(None);
+            return Ok(());
         }
         let copy = target.clone();
-        let removed =
-            self.kernel.run(move |datapath| datapath::unenroll(datapath, &copy, removal, known)).await?;
-        let Removed { left, errors } = removed;
+        let errors = self.kernel.run(move |datapath| datapath::unenroll(datapath, &copy)).await?;
         if errors.is_empty() {
-            return Ok(Some(left));
+            return Ok(());
         }
         let causes = errors.iter().map(ToString::to_string).collect();
         Err(Error::NotRemoved { pod: target.identity.clone(), causes })
@@ -866,12 +877,25 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// Removes everything of every pod from the kernel. The proxies keep their pods: an agent that stops is no reason to
-    /// cut connections that were not captured.
+    /// Un-enrolls every pod: nothing is captured any more from the first moment on, the proxies let go of all pods at once, and only
+    /// then everything is removed.
     pub(crate) async fn shut_down(&self) {
-        for known in self.slots.drain().await {
+        let pods = self.slots.drain().await;
+        let began = Instant::now();
+        self.stop_capturing(pods.iter().map(|known| &known.target)).await;
+        let released = began.elapsed();
+        join_all(pods.iter().map(|known| self.take_from_proxies(&known.target, ALL_RELEASE))).await;
+        let closed = began.elapsed();
+        for known in &pods {
             self.clear(&known.target).await;
         }
+        tracing::info!(
+            pods = pods.len(),
+            capture_milliseconds = released.as_millis() as u64,
+            proxy_milliseconds = (closed - released).as_millis() as u64,
+            kernel_milliseconds = (began.elapsed() - closed).as_millis() as u64,
+            "un-enrolled all pods"
+        );
     }
 
     /// Writes a pod's checkpoint, off the runtime's threads: its file system may be slow.

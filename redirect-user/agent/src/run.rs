@@ -43,6 +43,9 @@ const LAST_CALLS: Duration = Duration::from_secs(2);
 /// How long nothing is captured because the kubelet's cgroup is looked for.
 const PROBERS: Duration = Duration::from_secs(2);
 
+/// The service for node proxies, which ends after the others.
+const NODE_PROXIES: &str = "service for node proxies";
+
 /// The service that keeps the plugin in the CNI chain, which ends before the others.
 const CNI_CHAIN: &str = "CNI chain";
 
@@ -243,10 +246,11 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
             _ = interrupt.recv() => terminated = true,
         }
     }
-    // Its handle is what pods are told through: another socket would need another one.
-    let zds_stopped = supervisor.until_stopped();
-    supervisor.once("service for node proxies", Stop::Finishes, async {
-        zds_server.run(zds_stopped).await;
+    // Its handle is what pods are told through: another socket would need another one. It stops when the proxies have let go of the
+    // pods that the agent leaves without capture.
+    let (zds_stop, zds_stopped) = signal_watch::channel(false);
+    supervisor.once(NODE_PROXIES, Stop::Finishes, async {
+        zds_server.run(until_stopped(zds_stopped)).await;
         Ok(())
     });
     // Not before the plugin is answered.
@@ -309,7 +313,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
             unchain(chain).await;
         }
     }
-    supervisor.join_all().await;
+    supervisor.join_others(NODE_PROXIES).await;
     let remove = match options.on_exit {
         OnExit::Auto => last,
         OnExit::Keep => false,
@@ -317,6 +321,10 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     };
     if remove {
         pods.shut_down().await;
+    }
+    zds_stop.send_replace(true);
+    supervisor.join_all().await;
+    if remove {
         let (pin_dir, state_dir) = (options.pin_dir, options.state_dir);
         let everything = uninstall::Options { pin_dir, state_dir, force: true, known_only: true };
         tokio::task::spawn_blocking(move || uninstall::uninstall(&everything)).await??;

@@ -85,11 +85,6 @@ impl Supervisor {
         self.stop.subscribe()
     }
 
-    /// Completes when the agent stops.
-    pub(super) fn until_stopped(&self) -> impl Future<Output = ()> + Send + use<> {
-        until_stopped(self.stopped())
-    }
-
     pub(super) fn services(&self) -> Services {
         Services(self.ended.subscribe())
     }
@@ -139,9 +134,18 @@ impl Supervisor {
         }
     }
 
+    /// Waits for the end of all services but one, after [`Self::stop`].
+    pub(super) async fn join_others(&mut self, kept: &'static str) {
+        let (kept, others) =
+            std::mem::take(&mut self.services).into_iter().partition(|(name, _)| *name == kept);
+        self.services = others;
+        self.join_all().await;
+        self.services = kept;
+    }
+
     /// Waits for the end of all services, after [`Self::stop`].
-    pub(super) async fn join_all(self) {
-        let services = self.services.into_iter().map(|(name, task)| join(name, task));
+    pub(super) async fn join_all(&mut self) {
+        let services = self.services.drain(..).map(|(name, task)| join(name, task));
         futures::future::join_all(services).await;
     }
 }
@@ -291,7 +295,7 @@ mod tests {
     async fn services_finish_or_are_cut_off_when_the_agent_stops() {
         let mut supervisor = Supervisor::new();
         let services = supervisor.services();
-        let (began, stopped) = (Instant::now(), supervisor.until_stopped());
+        let (began, stopped) = (Instant::now(), until_stopped(supervisor.stopped()));
         supervisor.once("finishes", Stop::Finishes, async {
             stopped.await;
             sleep(Duration::from_secs(3)).await;
@@ -306,6 +310,24 @@ mod tests {
         supervisor.join_all().await;
         assert_eq!(began.elapsed().as_secs(), 3);
         assert_eq!(services.health(), Ok(()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_service_ends_after_the_others() {
+        let mut supervisor = Supervisor::new();
+        let (end, ended) = watch::channel(false);
+        supervisor.once("last", Stop::Finishes, async {
+            until_stopped(ended).await;
+            Ok(())
+        });
+        supervisor.once("first", Stop::Cut, std::future::pending());
+        supervisor.stop();
+        let began = Instant::now();
+        supervisor.join_others("last").await;
+        assert_eq!(began.elapsed().as_secs(), 0);
+        end.send_replace(true);
+        supervisor.join_all().await;
+        assert_eq!(began.elapsed().as_secs(), 0);
     }
 
     #[tokio::test(start_paused = true)]

@@ -72,6 +72,13 @@ pub fn uninstall(options: &Options) -> anyhow::Result<Report> {
     {
         return Err(InUse(other).into());
     }
+    // While some of a pod's programs and rules are gone and some are not, nothing may be given to the proxy.
+    if let Some(Err(error)) = pins.as_ref().map(Pins::release) {
+        tracing::warn!(
+            error = format!("{error:#}"),
+            "connections of pods may fail until they are un-enrolled"
+        );
+    }
     let checkpoints = Checkpoints::at(&options.state_dir);
     let mut report = Report::default();
     let known = checkpoints.read().unwrap_or_else(|error| {

@@ -331,56 +331,26 @@ fn replaced_by(new: &Fact, before: &BTreeSet<Fact>) -> Option<Fact> {
     before.iter().find(|old| old.place() == Some(place)).cloned()
 }
 
-/// How much of a pod's enrollment is to be removed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Removal {
-    /// What catches new connections. Those that the proxy has go on.
-    Capture,
-    /// Everything.
-    Everything,
+/// Has the kernel side capture nothing new of an enrolled pod, in both directions and families at once. Everything stays in place for
+/// the connections that the proxy has, and guards its listeners.
+pub fn release(datapath: &mut impl Datapath, target: &Target) -> Result<(), Error> {
+    if target.adoption == Adoption::Awaited {
+        return Ok(());
+    }
+    let released = Target { flags: target.flags.released(), ..target.clone() };
+    datapath.apply(target, &Op::Ensure(Fact::Pod(released.kernel_pod())))
 }
 
-/// What a removal has come to.
-#[derive(Debug, Default)]
-pub struct Removed {
-    /// What was to stay, for now.
-    pub left: BTreeSet<Fact>,
-    /// What could not be removed.
-    pub errors: Vec<Error>,
-}
-
-/// Removes what is ours for the pod, and goes on after errors. `known` is what an earlier removal has left; else the kernel
-/// is asked what there is.
-pub fn unenroll(
-    datapath: &mut impl Datapath,
-    target: &Target,
-    removal: Removal,
-    known: Option<BTreeSet<Fact>>,
-) -> Removed {
-    let facts = match known.map_or_else(|| Ok(datapath.observe(target)?.present()), Ok) {
-        Ok(facts) => facts,
-        Err(error) => return Removed { errors: vec![error], ..Removed::default() },
+/// Removes what is ours for the pod, and goes on after errors, which it returns.
+pub fn unenroll(datapath: &mut impl Datapath, target: &Target) -> Vec<Error> {
+    let facts = match datapath.observe(target) {
+        Ok(observation) => observation.present(),
+        Err(error) => return vec![error],
     };
-    let goes = |fact: &Fact| match removal {
-        Removal::Capture => {
-            matches!(
-                fact,
-                Fact::Program { .. }
-                    | Fact::Entry { .. }
-                    | Fact::Address(_)
-                    | Fact::Counters
-                    | Fact::Pod(_)
-                    | Fact::Guard { .. }
-                    | Fact::ListenerGuard
-                    | Fact::Device(_)
-            )
-        }
-        // What was on before us stays on.
-        Removal::Everything => !matches!(fact, Fact::Sysctl(sysctl) if target.foreign.contains(sysctl)),
-    };
-    let left = facts.iter().filter(|fact| !goes(fact)).cloned().collect();
-    let errors = diff(&left, &facts).iter().filter_map(|op| datapath.apply(target, op).err()).collect();
-    Removed { left, errors }
+    // What was on before us stays on.
+    let stays = |fact: &&Fact| matches!(fact, Fact::Sysctl(sysctl) if target.foreign.contains(sysctl));
+    let left = facts.iter().filter(stays).cloned().collect();
+    diff(&left, &facts).iter().filter_map(|op| datapath.apply(target, op).err()).collect()
 }
 
 /// A fact that is expected of a pod, or that nobody expects.

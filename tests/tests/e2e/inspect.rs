@@ -100,7 +100,7 @@ fn pod(context: &Context) -> Result<()> {
 }
 
 /// The ports that `ss` shows where the proxy's sockets are.
-fn listeners(pod: &Pod) -> Result<Vec<(String, u16)>> {
+pub(crate) fn listeners(pod: &Pod) -> Result<Vec<(String, u16)>> {
     let mut ss = Command::new("ss");
     ss.args(["--no-header", "--listening", "--numeric", "--tcp", "--udp"]);
     let output = pod.proxy_netns().output(ss, b"")?;

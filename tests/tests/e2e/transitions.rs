@@ -3,16 +3,18 @@
 use std::process::Command;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use libtest_mimic::Trial;
+use redirect_ebpf::constants::PROXY_PORTS;
 use redirect_protocol::placement::Placement;
 use redirect_tests::load::{self, Tally, Target};
 use redirect_tests::{Caller, Cluster, Connection, Families, Netns, Pod, Server, Stack, wait};
 use socket2::{Protocol, Socket, Type};
 
 use crate::context::{Context, for_every_stack};
+use crate::inspect::listeners;
 use crate::load::is_full;
 use crate::running_pods::{AMBIENT, Running, becomes};
 use crate::{inbound, outbound};
@@ -31,6 +33,14 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         trials.extend(for_every_stack(context, &group, move |context, stack| {
             under_load(context, stack, flipped)
         }));
+    }
+    for (name, end) in [
+        ("agent", End { adopted: false, by: By::Agent }),
+        ("agent_of_running_pods", End { adopted: true, by: By::Agent }),
+        ("command", End { adopted: false, by: By::Command }),
+    ] {
+        let group = format!("transitions::uninstalled_by_{name}");
+        trials.extend(for_every_stack(context, &group, move |context, stack| uninstall(context, stack, end)));
     }
     trials.extend(for_every_stack(context, "transitions::half_open_outbound", half_open_outbound));
     trials.extend(for_every_stack(context, "transitions::half_open_inbound", half_open_inbound));
@@ -205,6 +215,113 @@ fn under_load(context: &Context, stack: Stack, flipped: Flipped) -> Result<()> {
     let waited = tally.slowest >= undisturbed.slowest + RETRANSMISSION / 2;
     ensure!(again == 0 || !waited, "{again} SYNs sent again: {tally}; undisturbed {undisturbed}");
     ensure!(tally.tried > 50 * flips, "hardly any load: {tally}");
+    Ok(())
+}
+
+/// How a node's pods leave the mesh together.
+#[derive(Clone, Copy, Debug)]
+struct End {
+    /// Whether they ran before they were enrolled.
+    adopted: bool,
+    by: By,
+}
+
+/// Who un-enrolls them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    /// An agent that is told to leave nothing.
+    Agent,
+    /// `redirect uninstall`, where no agent runs.
+    Command,
+}
+
+/// A node full of pods that leave the mesh together: only those connections notice that the proxy had then.
+fn uninstall(context: &Context, stack: Stack, end: End) -> Result<()> {
+    let count = if is_full() { 100 } else { 12 };
+    let cluster = Cluster::start(&context.session()?, &[])?;
+    let node = cluster.node();
+    let other = node.plain("other", Families::Dual)?;
+    let outside = other.listen(stack)?;
+    let outward = other.endpoint(stack.family(), outside.port())?;
+    let mut running = Vec::new();
+    let mut added = Vec::new();
+    for _ in 0..count {
+        if end.adopted {
+            let pod = Running::new(&cluster, Families::Dual)?;
+            cluster.announce_running(&pod.pod, &AMBIENT);
+            running.push(pod);
+        } else {
+            let pod = node.plain("pod", Families::Dual)?;
+            cluster.announce(&pod, &[]);
+            pod.enroll()?;
+            added.push(pod);
+        }
+    }
+    running.iter().try_for_each(|running| becomes(&cluster, &running.pod, Some("enabled")))?;
+    let pods: Vec<&Pod> = running.iter().map(|running| &running.pod).chain(&added).collect();
+    let servers = pods.iter().map(|pod| pod.listen(stack)).collect::<Result<Vec<_>>>()?;
+    let mut targets = Vec::new();
+    for (pod, server) in pods.iter().zip(&servers) {
+        let inward = pod.endpoint(stack.family(), server.port())?;
+        targets.push(Target { from: pod.netns(), stack, to: outward });
+        targets.push(Target { from: other.netns(), stack, to: inward });
+    }
+    let mut held = pods.iter().map(|pod| pod.connect(stack, outward)).collect::<Result<Vec<_>>>()?;
+    ensure!(held.iter().all(|held| !held.is_direct()), "past the proxy");
+    if end.by == By::Command {
+        node.kill_agent()?;
+    }
+    let places = || targets.iter().map(|target| target.from);
+    let before = retransmitted(places())?;
+    let pause = Duration::from_millis(100);
+    let mut span = None;
+    let tally = load::paced(&targets, LIMIT, pause, || {
+        thread::sleep(2 * A_WHILE);
+        let began = Instant::now();
+        match end.by {
+            By::Agent => node.stop_agent()?,
+            By::Command => {
+                let output = node.uninstall(&[])?;
+                ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            }
+        }
+        span = Some((began, Instant::now()));
+        thread::sleep(2 * A_WHILE);
+        Ok(())
+    })?;
+    let (began, ended) = span.context("uninstall")?;
+    let again = retransmitted(places())? - before;
+    println!(
+        "{count} pods, {end:?}, {stack}: {tally}; uninstalled in {:?}; {again} SYNs sent again",
+        ended - began
+    );
+    // A client has one connection at a time, and the proxy has it for a moment after it began.
+    let late: Vec<_> = tally.failed.iter().filter(|failure| failure.start > ended).collect();
+    ensure!(late.is_empty() && tally.failed.len() <= 2 * targets.len(), "{tally}: {:#?}", tally.failed);
+    // What a pod sends at the moment in which its device loses the filters' qdisc is dropped by the kernel.
+    let limit = if end.adopted { RETRANSMISSION } else { 2 * RETRANSMISSION };
+    ensure!(again == 0 || tally.slowest < limit, "{again} SYNs sent again: {tally}");
+    ensure!(tally.succeeded() > 4 * targets.len(), "hardly any load: {tally}");
+    for (from, to) in targets.iter().map(|target| (target.from, target.to)) {
+        ensure!(Connection::open(from, stack, to)?.is_direct(), "still captured");
+    }
+    if end.by == By::Agent && context.placement() == Placement::Pod {
+        let hangs = |failure: &load::Failure| {
+            ["timed out", "temporarily unavailable"].iter().any(|error| failure.error.contains(error))
+        };
+        ensure!(!tally.failed.iter().any(hangs), "they hang: {:#?}", tally.failed);
+        for held in &mut held {
+            ensure!(held.is_cut_within(RETRANSMISSION)?, "a connection of the proxy's hangs");
+        }
+        node.proxy_pid()?;
+        for pod in &pods {
+            let left = listeners(pod)?;
+            ensure!(
+                !left.iter().any(|(_, port)| PROXY_PORTS.contains(port)),
+                "the proxy still listens: {left:?}"
+            );
+        }
+    }
     Ok(())
 }
 

@@ -69,34 +69,51 @@ fn un_enrolling_goes_on_after_an_error() {
     enroll(&mut fake, &target).unwrap();
     let next = fake.state().applied.len();
     fake.state().fail_at = Some(next + 3);
-    let removed = unenroll(&mut fake, &target, Removal::Everything, None);
-    assert_eq!(removed.errors.len(), 1);
+    assert_eq!(unenroll(&mut fake, &target).len(), 1);
     assert_eq!(fake.facts(COOKIE).len(), 1);
-    assert!(unenroll(&mut fake, &target, Removal::Everything, None).errors.is_empty());
+    assert!(unenroll(&mut fake, &target).is_empty());
     assert!(fake.facts(COOKIE).is_empty());
 }
 
 #[test]
-fn un_enrolling_in_two_steps_keeps_the_proxys_connections_in_between() {
-    for kind in KINDS {
-        let target = target(kind);
+fn a_pod_is_released_in_one_step_that_leaves_everything_in_place() {
+    for (kind, adoption) in
+        KINDS.into_iter().flat_map(|kind| [(kind, Adoption::None), (kind, Adoption::Recent)])
+    {
+        let target = target(kind).adopted(adoption);
         let mut fake = fake();
         enroll(&mut fake, &target).unwrap();
-        let removed = unenroll(&mut fake, &target, Removal::Capture, None);
-        assert!(removed.errors.is_empty());
-        assert_eq!(fake.facts(COOKIE), removed.left);
-        assert!(fake.facts(COOKIE).iter().any(|fact| matches!(fact, Fact::Rule { .. })));
-        assert!(
-            !fake
-                .facts(COOKIE)
-                .iter()
-                .any(|fact| matches!(fact, Fact::Program { .. } | Fact::Entry { .. } | Fact::Pod(_)))
-        );
-        let observed = fake.state().observed;
-        assert!(unenroll(&mut fake, &target, Removal::Everything, Some(removed.left)).errors.is_empty());
-        assert!(fake.facts(COOKIE).is_empty());
-        assert_eq!(fake.state().observed, observed, "the kernel was asked again");
+        let is_pod = |fact: &Fact| matches!(fact, Fact::Pod(_));
+        let others = |fake: &Fake| -> Vec<Fact> {
+            fake.facts(COOKIE).into_iter().filter(|fact| !is_pod(fact)).collect()
+        };
+        let before = others(&fake);
+        let asked = |fake: &Fake| {
+            let state = fake.state();
+            (state.applied.len(), state.observed)
+        };
+        let (applied, observed) = asked(&fake);
+        release(&mut fake, &target).unwrap();
+        assert_eq!(asked(&fake), (applied + 1, observed));
+        assert_eq!(others(&fake), before);
+        let released = |fact: &Fact| match fact {
+            Fact::Pod(Pod { flags, .. }) => {
+                let flags = PodFlags(*flags);
+                flags.contains(PodFlags::RELEASED) && !flags.contains(PodFlags::HALF_OPEN)
+            }
+            _ => false,
+        };
+        assert!(fake.facts(COOKIE).iter().any(released));
+        assert!(unenroll(&mut fake, &target).is_empty() && fake.facts(COOKIE).is_empty());
     }
+}
+
+#[test]
+fn a_pod_that_waits_to_be_captured_is_not_released() {
+    let target = target(KINDS[0]).adopted(Adoption::Awaited);
+    let mut fake = fake();
+    release(&mut fake, &target).unwrap();
+    assert!(fake.facts(COOKIE).is_empty());
 }
 
 #[test]

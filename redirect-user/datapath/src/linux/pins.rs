@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use aya::maps::{HashMap as BpfHashMap, Map, MapData};
-use redirect_ebpf::maps::{LAYOUT, PodAddress};
+use redirect_ebpf::maps::{LAYOUT, Pod, PodAddress, PodFlags};
 
 use crate::facts::Lookup;
 use redirect_linux::bpffs::{Bpffs, NO_BPFFS_REMEDY, bpffs, mount_bpffs};
@@ -123,6 +123,23 @@ impl Pins {
             Some(map.keys().flatten().collect::<Vec<_>>())
         });
         indices.flatten().collect()
+    }
+
+    /// Has the kernel side capture nothing new of any pod, whatever is removed first.
+    pub fn release(&self) -> anyhow::Result<()> {
+        for entry in fs::read_dir(self.maps()).into_iter().flatten().flatten() {
+            if !entry.file_name().to_string_lossy().starts_with("PODS-") {
+                continue;
+            }
+            let map = Map::HashMap(MapData::from_pin(entry.path())?);
+            let mut pods = BpfHashMap::<_, u64, Pod>::try_from(map)?;
+            for cookie in pods.keys().collect::<Result<Vec<_>, _>>()? {
+                let pod = pods.get(&cookie, 0)?;
+                let flags = PodFlags(pod.flags).released().0;
+                pods.insert(cookie, Pod { flags, ..pod }, 0)?;
+            }
+        }
+        Ok(())
     }
 
     /// Removes the maps that no program uses any more: every one but these.
