@@ -13,7 +13,8 @@ use tokio::time::timeout;
 
 use super::access_log::{ConnectionLine, End, Event, Line};
 use super::context::Context;
-use super::relay::{Connection, Counters, RelayError, relay};
+use super::quotas::Asker;
+use super::relay::{Connection, Counters, RelayError, failure_of, relay};
 use super::{Direction, OriginalDestination, sockets};
 use redirect_protocol::placement::Placement;
 
@@ -33,6 +34,9 @@ enum ConnectionError {
     Connect(io::Error),
     #[error("connect: no answer within {CONNECT_TIMEOUT:?}")]
     ConnectTimeout,
+    /// Others of the pod wait for their destinations.
+    #[error("connect: too many connections of the pod wait for an answer")]
+    TooMany,
     #[error(transparent)]
     Relay(#[from] RelayError),
 }
@@ -54,6 +58,14 @@ impl Route {
         };
         let destination = remembered.map_or_else(|| stream.local_addr(), Ok)?;
         Ok(Self { direction, source: canonical(peer), destination: canonical(destination) })
+    }
+
+    /// The pod's end, as far as the proxy of a node knows whose connection it is.
+    fn pod(&self) -> SocketAddr {
+        match self.direction {
+            Direction::Outbound => self.source,
+            Direction::Inbound => self.destination,
+        }
     }
 
     fn family(&self) -> &'static str {
@@ -139,9 +151,17 @@ async fn converse(
     }
     let borrows = route.borrowed(context.shared.placement).is_some();
     let _present = borrows.then(|| context.clients.enter(route.source, route.destination));
-    let connecting = timeout(CONNECT_TIMEOUT, connect(context, route));
-    let upstream = connecting.await.map_err(|_| ConnectionError::ConnectTimeout)?;
-    let upstream = Connection::new(upstream.map_err(ConnectionError::Connect)?);
+    let asker = Asker::of(context.shared.placement, route.pod());
+    let waits = context.unanswered.take(asker).ok_or(ConnectionError::TooMany)?;
+    let upstream = tokio::select! {
+        connected = timeout(CONNECT_TIMEOUT, connect(context, route)) => {
+            connected.map_err(|_| ConnectionError::ConnectTimeout)?.map_err(ConnectionError::Connect)?
+        }
+        // It does not wait for the answer any more.
+        error = failure_of(client.stream()) => return Err(RelayError::Client(error).into()),
+    };
+    drop(waits);
+    let upstream = Connection::new(upstream);
     journal.upstream_local = upstream.stream().local_addr().ok();
     for stream in [client.stream(), upstream.stream()] {
         if let Err(error) = sockets::tune(SockRef::from(stream)) {
@@ -212,10 +232,7 @@ impl<'a> Journal<'a> {
         let Some(log) = &self.context.shared.access_log else { return };
         log.write(Line::Connection(ConnectionLine {
             event,
-            pod: self.context.pod(match self.route.direction {
-                Direction::Outbound => self.route.source,
-                Direction::Inbound => self.route.destination,
-            }),
+            pod: self.context.pod(self.route.pod()),
             uid: Arc::clone(&self.context.identity.uid),
             direction: self.route.direction,
             family: self.route.family(),

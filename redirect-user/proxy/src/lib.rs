@@ -13,6 +13,7 @@
 //! | `connection` | one connection: where to, from which address, what came of it |
 //! | `clients` | the pod's open inbound connections, whose ports deliveries must avoid |
 //! | `relay` | bytes both ways |
+//! | `quotas` | what each pod may have of what all share |
 //! | `resolver` | DNS questions of the pod |
 //! | `access_log` | lines about connections and questions, written by a thread of their own |
 //! | `run` | options, signals, the end |
@@ -23,6 +24,7 @@ mod connection;
 mod context;
 mod listener;
 mod pods;
+mod quotas;
 mod relay;
 mod resolver;
 mod run;

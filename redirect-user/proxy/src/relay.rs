@@ -180,13 +180,17 @@ fn try_write(to: &TcpStream, bytes: &[u8]) -> Result<usize, Failure> {
     }
 }
 
-/// Waits until a connection whose incoming data has ended fails.
-async fn failure_of(stream: &TcpStream) -> io::Error {
-    match stream.ready(Interest::ERROR).await {
-        Ok(_) => {
-            let pending = stream.take_error().ok().flatten();
-            pending.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into())
+/// Waits until a connection fails that nobody reads from.
+pub(super) async fn failure_of(stream: &TcpStream) -> io::Error {
+    loop {
+        match stream.ready(Interest::ERROR).await {
+            Ok(ready) if ready.is_error() => {
+                let pending = stream.take_error().ok().flatten();
+                return pending.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into());
+            }
+            // It may be woken for nothing.
+            Ok(_) => {}
+            Err(error) => return error,
         }
-        Err(error) => error,
     }
 }

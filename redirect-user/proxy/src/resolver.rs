@@ -11,12 +11,10 @@
 //! | `message` | what has to be known of a message. Pure |
 //! | `upstreams` | which servers are asked |
 //! | `exchange` | one question to one upstream server |
-//! | `quotas` | what each pod may have |
 
 mod datagrams;
 mod exchange;
 mod message;
-mod quotas;
 mod upstreams;
 
 use std::io;
@@ -36,10 +34,10 @@ use tokio::time::{sleep, timeout};
 use super::Transport;
 use super::access_log::{DnsLine, Line};
 use super::context::Context;
+use super::quotas::{Asker, Quotas};
 use super::sockets::{self, OpenError};
 use datagrams::Datagrams;
 use message::{Answer, Question, Received};
-use quotas::{Asker, Quotas};
 use redirect_protocol::placement::Placement;
 
 pub(super) use upstreams::{Upstreams, parse_upstream};

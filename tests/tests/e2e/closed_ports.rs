@@ -11,10 +11,12 @@ use libtest_mimic::Trial;
 use redirect_ebpf::Family;
 use redirect_tests::connection::{dial, io_kind};
 use redirect_tests::wait;
-use redirect_tests::{Connection, Direction, Families, Netns, Node, Pod, Server, Stack};
+use redirect_tests::{Connection, Direction, Families, Netns, Node, Pod, ProxyKind, Server, Stack};
+use socket2::SockRef;
 
 use crate::context::{Context, for_every_kind, for_every_stack, trial};
 use crate::outbound;
+use crate::transitions::Deaf;
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     let mut trials = for_every_kind(context, "closed_ports::loopback", |context, families, stack| {
@@ -36,6 +38,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     ));
     trials.extend(for_every_stack(context, "closed_ports::unreachable", unreachable));
     trials.push(trial(context, "closed_ports::no_answer", no_answer));
+    trials.extend(for_every_stack(context, "closed_ports::no_answer_any_more", no_answer_any_more));
     trials.extend(for_every_stack(context, "closed_ports::narrow_link_1280", |context, stack| {
         narrow_link(context, stack, 1280)
     }));
@@ -67,6 +70,36 @@ fn nowhere(kind: &str, family: Family) -> (String, IpAddr) {
             (format!("2001:db8:ffff:{number}::/64"), address.into())
         }
     }
+}
+
+/// Clients that give up while their destination has not answered: the proxy gives up with them.
+fn no_answer_any_more(context: &Context, stack: Stack) -> Result<()> {
+    const CLIENTS: usize = 300;
+    context.needs(ProxyKind::Embedded, "what another proxy does is its own affair")?;
+    let node = Node::start(&context.session()?)?;
+    let (client, other) = (node.enrolled("client", Families::Dual)?, node.plain("other", Families::Dual)?);
+    let _deaf = Deaf::new(other.netns(), "syn")?;
+    let to = other.endpoint(stack.family(), 80)?;
+    let sockets =
+        || -> Result<usize> { Ok(std::fs::read_dir(format!("/proc/{}/fd", node.proxy_pid()?))?.count()) };
+    let before = sockets()?;
+    let dialled = client
+        .netns()
+        .run(|| (0..CLIENTS).map(|_| dial(stack, to, wait::SOON)).collect::<std::io::Result<Vec<_>>>())??;
+    let both = before + 2 * CLIENTS;
+    wait::until_true("sockets for all of them", wait::SOON, || Ok(sockets()? >= both))?;
+    for stream in dialled {
+        SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
+    }
+    wait::until_true("end of the proxy's sockets", wait::SOON, || Ok(sockets()? < before + CLIENTS / 10))?;
+    let ends = || -> Result<Vec<String>> {
+        Ok(node.access_log().entries()?.into_iter().filter_map(|entry| entry.result).collect())
+    };
+    wait::until_true("end of all of them in the log", wait::SOON, || Ok(ends()?.len() == CLIENTS))?;
+    // Not because it got no answer itself, which takes it ten seconds.
+    let ends = ends()?;
+    ensure!(ends.iter().all(|end| end.starts_with("client: ")), "{ends:?}");
+    Ok(())
 }
 
 /// The node answers by ICMP, which belongs to the proxy's connection; the client learns of it by a reset.

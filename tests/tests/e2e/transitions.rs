@@ -326,10 +326,10 @@ fn uninstall(context: &Context, stack: Stack, end: End) -> Result<()> {
 }
 
 /// A namespace that drops what comes in: answers to its connections, or what opens one to it.
-struct Deaf<'a>(&'a Netns);
+pub(crate) struct Deaf<'a>(&'a Netns);
 
 impl<'a> Deaf<'a> {
-    fn new(netns: &'a Netns, flags: &str) -> Result<Self> {
+    pub(crate) fn new(netns: &'a Netns, flags: &str) -> Result<Self> {
         let deaf = Self(netns);
         deaf.nft(&format!(
             "table inet deaf {{ chain input {{ type filter hook input priority 0; tcp flags & (syn|ack) == {flags} counter drop\n }}\n }}\n"

@@ -1,20 +1,23 @@
 //! Connections through the proxy, as the application in the pod sees them.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::Value;
-use socket2::{Domain, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::super::Direction::{self, Inbound, Outbound};
+use super::super::context::Context;
 use super::super::listener::{Listeners, Phase};
+use super::super::quotas::{Asker, Quotas};
 use super::super::{Shared, sockets};
 use super::namespace::{
-    CLIENT_V4, CLIENT_V6, Logged, SERVER_V4, SERVER_V6, application, context, dial, fresh,
+    CLIENT_V4, CLIENT_V6, Logged, SERVER_V4, SERVER_V6, application, context, dial, fresh, occupy,
 };
 use super::{expect_reset, read_all, send_and_end, soon};
 use redirect_linux::netns::NetNs;
@@ -47,13 +50,18 @@ struct Stage {
 
 impl Stage {
     async fn set(test: &str) -> Option<Self> {
+        Self::with(test, |_| {}).await
+    }
+
+    async fn with(test: &str, prepare: impl FnOnce(&mut Context)) -> Option<Self> {
         let (network, pod) = (fresh(test, true)?, fresh(test, true)?);
         let (log, shared) = Logged::start(true);
         let outbound = listener(&shared, &network, OUTBOUND).await;
         let inbound = listener(&shared, &network, INBOUND).await;
         let (phase, told) = watch::channel(Phase::Serve);
-        let context = Arc::new(context(&shared, &pod));
-        let task = tokio::spawn(Listeners::new(outbound, inbound).serve(context, told));
+        let mut context = context(&shared, &pod);
+        prepare(&mut context);
+        let task = tokio::spawn(Listeners::new(outbound, inbound).serve(Arc::new(context), told));
         Some(Self { network, pod, shared, log, phase, task })
     }
 
@@ -64,6 +72,16 @@ impl Stage {
 
     async fn application(&self, port: u16) -> TcpListener {
         application(&self.shared.namespaces, &self.pod, port).await
+    }
+
+    /// An application that answers no more SYNs, and the connection that it has not accepted.
+    async fn deaf(&self, port: u16) -> (Socket, TcpStream) {
+        let address = (Ipv6Addr::UNSPECIFIED, port).into();
+        let application = occupy(&self.shared.namespaces, &self.pod, address).await;
+        application.listen(0).unwrap();
+        let to = SocketAddr::new(SERVER_V6.into(), port);
+        let first = dial(&self.shared.namespaces, &self.pod, None, to).await.unwrap();
+        (application, first)
     }
 
     /// Ends the pod and returns what the access log says of connections' ends.
@@ -161,6 +179,68 @@ async fn a_closed_port_is_a_reset() {
     for line in stage.end(Phase::Drain).await {
         assert!(line["result"].as_str().unwrap().starts_with("connect: Connection refused"), "{line}");
     }
+}
+
+fn is_empty(quotas: &Arc<Quotas>, most: usize) -> bool {
+    (0..most).map(|_| quotas.take(Asker::Pod)).collect::<Option<Vec<_>>>().is_some()
+}
+
+fn reset(streams: impl IntoIterator<Item = TcpStream>) {
+    for stream in streams {
+        SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_gives_up_has_the_proxy_give_up() {
+    const CLIENTS: usize = 20;
+    let unanswered = Quotas::new(CLIENTS);
+    let test = "a_client_that_gives_up_has_the_proxy_give_up";
+    let bounded = Stage::with(test, |context| context.unanswered = Arc::clone(&unanswered)).await;
+    let Some(stage) = bounded else { return };
+    for direction in [Outbound, Inbound] {
+        let port = port_of(direction);
+        let _deaf = stage.deaf(port).await;
+        for (_, client, server) in families() {
+            let mut waiting = Vec::new();
+            for _ in 0..CLIENTS {
+                waiting.push(stage.dial(client, server, port).await);
+            }
+            // One that has ended its own way goes on waiting for the answer.
+            send_and_end(&mut waiting[0], b"question").await;
+            super::eventually("all wait", async || unanswered.take(Asker::Pod).is_none()).await;
+            reset(waiting);
+            super::eventually("none waits", async || is_empty(&unanswered, CLIENTS)).await;
+        }
+    }
+    let lines = stage.end(Phase::Drain).await;
+    assert_eq!(lines.len(), 2 * 3 * CLIENTS);
+    for line in lines {
+        assert!(line["result"].as_str().unwrap().starts_with("client: "), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn a_pod_has_so_many_connections_that_wait_for_an_answer() {
+    const MOST: usize = 3;
+    let unanswered = Quotas::new(MOST);
+    let test = "a_pod_has_so_many_connections_that_wait_for_an_answer";
+    let bounded = Stage::with(test, |context| context.unanswered = Arc::clone(&unanswered)).await;
+    let Some(stage) = bounded else { return };
+    let _deaf = stage.deaf(OUTBOUND).await;
+    for (_, client, server) in families() {
+        let mut waiting = Vec::new();
+        for _ in 0..MOST {
+            waiting.push(stage.dial(client, server, OUTBOUND).await);
+        }
+        super::eventually("all wait", async || unanswered.take(Asker::Pod).is_none()).await;
+        expect_reset(&mut stage.dial(client, server, OUTBOUND).await).await;
+        reset(waiting);
+        super::eventually("none waits", async || is_empty(&unanswered, MOST)).await;
+    }
+    let lines = stage.end(Phase::Drain).await;
+    let refused = |line: &&Value| line["result"].as_str().unwrap().contains("too many connections");
+    assert_eq!((lines.len(), lines.iter().filter(refused).count()), (3 * (MOST + 1), 3), "{lines:?}");
 }
 
 #[tokio::test]

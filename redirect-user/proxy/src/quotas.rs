@@ -7,10 +7,10 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use redirect_protocol::placement::Placement;
 
-/// A pod, as far as a resolver tells them apart.
+/// A pod, as far as a proxy tells them apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Asker {
-    /// The only one of this resolver.
+    /// The only one of these listeners.
     Pod,
     /// The one with this address; a pod has one or two.
     Address(IpAddr),
