@@ -36,6 +36,8 @@ pub struct PodSpec {
     pub namespace: String,
     /// Kubernetes name.
     pub name: String,
+    /// The service account that the runtime names; empty for none.
+    pub service_account: String,
     /// The families that it has addresses of.
     pub families: Families,
     /// Addresses that it is to have; empty for free ones.
@@ -55,6 +57,7 @@ impl PodSpec {
         Self {
             namespace: "default".to_owned(),
             name: name.to_owned(),
+            service_account: String::new(),
             families,
             addresses: Vec::new(),
             enrolled: true,
@@ -67,6 +70,12 @@ impl PodSpec {
     #[must_use]
     pub fn in_namespace(self, namespace: &str) -> Self {
         Self { namespace: namespace.to_owned(), ..self }
+    }
+
+    /// With a service account that the runtime names.
+    #[must_use]
+    pub fn with_service_account(self, account: &str) -> Self {
+        Self { service_account: account.to_owned(), ..self }
     }
 
     /// Without our plugin.
@@ -131,7 +140,7 @@ impl Pod {
             uid: format!("{:08x}-{:04x}-4000-8000-{number:012x}", std::process::id(), node.number()),
             namespace: spec.namespace,
             name: spec.name,
-            service_account: String::new(),
+            service_account: spec.service_account,
         };
         let sandbox = sandbox(&identity, &format!("sandbox-{number}"), netns.path());
         let wanted = if spec.enrolled { chain.clone() } else { chain.without(REDIRECT) };
@@ -389,8 +398,8 @@ fn sandbox(identity: &PodIdentity, container_id: &str, netns: PathBuf) -> Sandbo
         netns: Some(netns),
         interface: "eth0".to_owned(),
         arguments: format!(
-            "IgnoreUnknown=1;K8S_POD_NAMESPACE={};K8S_POD_NAME={};K8S_POD_INFRA_CONTAINER_ID={container_id};K8S_POD_UID={}",
-            identity.namespace, identity.name, identity.uid
+            "IgnoreUnknown=1;K8S_POD_NAMESPACE={};K8S_POD_NAME={};K8S_POD_INFRA_CONTAINER_ID={container_id};K8S_POD_UID={};K8S_POD_SERVICE_ACCOUNT={}",
+            identity.namespace, identity.name, identity.uid, identity.service_account
         ),
     }
 }

@@ -29,7 +29,8 @@ const HEAD: &str = "# The CLI at work\n\n\
 /// The document, as this run has it.
 pub fn record(session: &Arc<Session>) -> Result<String> {
     // Nothing is repaired before it was looked at.
-    let node = Node::with_arguments(session, &["--check-interval", "3600"])?;
+    let node =
+        Node::with_arguments(session, &["--check-interval", "3600", "--service-account", "shop/*=shop"])?;
     let pod = |name: &str| Pod::start(&node, PodSpec::new(name, Families::Dual).in_namespace("shop"));
     let (sleep, echo) = (pod("sleep")?, pod("tcp-echo")?);
     let _servers = [Stack::V4, Stack::V6].map(|stack| Server::start(echo.netns(), stack, PORT, "hello"));

@@ -4,6 +4,7 @@ use std::future::Future;
 use std::pin::Pin;
 
 use super::pods::{self, Pods, Wanted};
+use super::service_accounts::{self, ServiceAccount};
 use redirect_datapath::datapath::Datapath;
 use redirect_linux::netns::NetNs;
 use redirect_protocol::pod::{PodIdentity, PodSettings};
@@ -40,12 +41,17 @@ pub(crate) trait Enrollment: Send + Sync {
 }
 
 /// Enrolls every pod that the plugin brings: where there is no Kubernetes, the plugin's configuration is the choice.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Everybody;
+#[derive(Clone, Debug)]
+pub(crate) struct Everybody {
+    pub(crate) accounts: Vec<ServiceAccount>,
+}
 
 impl Enrollment for Everybody {
     fn decide<'a>(&'a self, pod: &'a PodIdentity) -> Decision<'a> {
-        let verdict = Verdict::Enroll { identity: pod.clone(), settings: PodSettings::default() };
+        let verdict = Verdict::Enroll {
+            identity: service_accounts::complete(pod, &self.accounts),
+            settings: PodSettings::default(),
+        };
         Box::pin(std::future::ready(Ok(verdict)))
     }
 

@@ -22,6 +22,10 @@ pub(super) struct Question {
     pub(super) transport: Transport,
 }
 
+/// Nothing that the kernel shows, and a proxy says so in its own log alone.
+const NO_ACCOUNT: &str = "the node proxy was told of the pod without a service account; a ztunnel whose workload has \
+     one resets the connection after 5 s (--service-account)";
+
 /// What is known about all pods.
 pub(super) async fn pods(
     pods: &Pods<Linux>,
@@ -154,7 +158,10 @@ pub(super) async fn explain(
         Some(Outbound::Refuse(reason)) => format!("refused ({})", reason.label()),
         Some(Outbound::Pass(reason)) => format!("left alone ({})", reason.label()),
     };
+    let unnamed =
+        captured && wrong.is_empty() && placement == Placement::Pod && report.pod.service_account.is_empty();
     Ok(Explanation {
+        notes: unnamed.then(|| NO_ACCOUNT.to_owned()).into_iter().collect(),
         pod: report.pod,
         to,
         transport,

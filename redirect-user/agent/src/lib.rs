@@ -31,6 +31,7 @@ mod ready;
 pub mod repairs;
 mod run;
 mod service;
+mod service_accounts;
 mod supervisor;
 pub mod uninstall;
 mod upkeep;

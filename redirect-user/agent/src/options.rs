@@ -9,6 +9,7 @@ use redirect_ebpf::Direction;
 
 use super::checkpoints;
 use super::probes::Probers;
+use super::service_accounts::ServiceAccount;
 use crate::{install, kube, metrics};
 use redirect_datapath::linux::{self, NotedBy, ProxyIdentity, TcMethod};
 use redirect_protocol::placement::Placement;
@@ -102,6 +103,10 @@ pub struct Options {
     /// Redirect DNS queries of pods to the node proxy's resolver
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set, value_name = "BOOL")]
     pub dns: bool,
+    /// Without Kubernetes: service accounts of pods, each NAMESPACE/NAME=ACCOUNT. A * at the end of the name stands for anything,
+    /// and the first that matches counts. One that the runtime names in CNI_ARGS (K8S_POD_SERVICE_ACCOUNT) comes before
+    #[arg(long, value_delimiter = ',', value_name = "POD=ACCOUNT", conflicts_with = "kubernetes")]
+    pub service_account: Vec<ServiceAccount>,
     /// How to attach TC programs
     #[arg(long, value_enum, default_value_t)]
     pub tc: TcMethod,

@@ -173,7 +173,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     let daemonset = own_daemonset(&options.kubernetes).await;
     let enrollment: Arc<dyn Enrollment> = match &controller {
         Some(controller) => Arc::new(controller.admission()),
-        None => Arc::new(Everybody),
+        None => Arc::new(Everybody { accounts: options.service_account.clone() }),
     };
     let (flows, reading) = Flows::start(kernel.clone(), Arc::clone(&pods), supervisor.stopped()).await?;
     let (reconciled_by, reconciled) = signal_watch::channel(controller.is_none());

@@ -166,7 +166,7 @@ fn interface_problem(name: &str) -> Option<&'static str> {
     }
 }
 
-/// The pod of `CNI_ARGS` (`KEY=value;…`). Whatever else stands there is meant for others and ignored, whether
+/// The pod of `CNI_ARGS` (`KEY=value;…`). Runtimes of Kubernetes name no service account, which the agent knows from the API server. Whatever else stands there is meant for others and ignored, whether
 /// `IgnoreUnknown` is set or not; where a key is missing, the sandbox's container ID stands in.
 fn identity(args: &str, container_id: &str) -> PodIdentity {
     let argument = |key| {
@@ -180,7 +180,7 @@ fn identity(args: &str, container_id: &str) -> PodIdentity {
         uid: argument("K8S_POD_UID").unwrap_or_else(|| container_id.to_owned()),
         namespace: argument("K8S_POD_NAMESPACE").unwrap_or_default(),
         name: argument("K8S_POD_NAME").unwrap_or_else(|| container_id.to_owned()),
-        service_account: String::new(),
+        service_account: argument("K8S_POD_SERVICE_ACCOUNT").unwrap_or_default(),
     }
 }
 
@@ -238,6 +238,8 @@ mod tests {
         let args = "IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=cart;K8S_POD_INFRA_CONTAINER_ID=c1;K8S_POD_UID=u-1";
         let pod = identity(args, "c1");
         assert_eq!((pod.uid.as_str(), pod.to_string().as_str()), ("u-1", "shop/cart"));
+        assert_eq!(pod.service_account, "");
+        assert_eq!(identity(&format!("{args};K8S_POD_SERVICE_ACCOUNT=till"), "c1").service_account, "till");
 
         for args in ["", ";;=;nonsense", "K8S_POD_UID=;OTHER=1"] {
             let pod = identity(args, "c1");

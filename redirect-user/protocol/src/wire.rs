@@ -419,6 +419,9 @@ pub struct Explanation {
     pub verdict: String,
     /// What is wrong on its way, the first thing first.
     pub wrong: Vec<String>,
+    /// What may be wrong where the agent can't see it.
+    #[serde(default)]
+    pub notes: Vec<String>,
 }
 
 /// A question that the kernel side asks about a connection.

@@ -1,10 +1,10 @@
 //! `redirect pod` and `redirect explain` say what `ip` and the sockets show.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
 use std::process::{Command, Output};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
@@ -14,12 +14,13 @@ use redirect_linux::netns::NetNs;
 use redirect_protocol::placement::Placement;
 use redirect_protocol::wire::{Expectation, Explanation, FactState, PodDetail, PodState};
 use redirect_tests::kernel::Footprint;
-use redirect_tests::{Families, Node, Pod, ProxyKind, Stack, agent, wait};
+use redirect_tests::{Families, Node, Pod, PodSpec, ProxyKind, Stack, agent, wait};
 use redirect_zds::client::{Backoff, Workloads, follow};
 use redirect_zds::messages::WorkloadInfo;
 use tokio::runtime::Runtime;
 
 use crate::context::{Context, for_every_stack, trial};
+use crate::exclusions;
 use crate::flows::pinned;
 
 /// A network that no test routes.
@@ -36,6 +37,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     ];
     trials.extend(for_every_stack(context, "inspect::a_decision_is_the_kernel_s", decisions));
     trials.extend(for_every_stack(context, "inspect::what_is_broken_is_named", broken));
+    trials.extend(for_every_stack(context, "inspect::service_account", service_account));
     trials
 }
 
@@ -236,7 +238,7 @@ fn silent(context: &Context) -> Result<()> {
         ensure!(explanation.wrong == ["no node proxy is connected"], "{explanation:#?}");
     }
     if context.placement() == Placement::Pod {
-        let _idle = idle_proxy(&node)?;
+        let _idle = idle_proxy(&node, Told::default())?;
         return lacks_listeners(&node, &pod, &Family::ALL);
     }
     for family in Family::ALL {
@@ -263,12 +265,47 @@ fn lacks_listeners(node: &Node, pod: &Pod, families: &[Family]) -> Result<()> {
     Ok(())
 }
 
+/// A pod's service account is the one that the runtime names, or one of the agent's option, or none: so the node proxy is told, and
+/// `explain` says what it can't know.
+fn service_account(context: &Context, stack: Stack) -> Result<()> {
+    context.needs_placement_pod("a proxy on the host is told of no pods")?;
+    let mapping = "default/named*=option,default/mapped-*=option,default/mapped-*=second";
+    let node = Node::with_arguments(&context.session()?, &["--service-account", mapping])?;
+    let cases = [("named", "runtime", "runtime"), ("mapped-1", "", "option"), ("unnamed", "", "")];
+    let start = |(name, runtime, account): (&str, &str, &'static str)| {
+        let spec = PodSpec::new(name, Families::Dual).with_service_account(runtime);
+        Pod::start(&node, spec).map(|pod| (pod, account))
+    };
+    let pods = cases.into_iter().map(start).collect::<Result<Vec<_>>>()?;
+    let told = Told::default();
+    let _idle = idle_proxy(&node, told.clone())?;
+    for (pod, account) in &pods {
+        let uid = &pod.identity().uid;
+        let of = || told.lock().ok().and_then(|told| told.get(uid).map(|info| info.service_account.clone()));
+        wait::until_true("pod that the proxy is told of", wait::SOON, || Ok(of().is_some()))?;
+        ensure!(of().as_deref() == Some(account), "{}: {:?}", pod.identity(), of());
+        let acknowledged = || Ok(node.report(pod)?.is_some_and(|report| report.proxy == Ok(())));
+        wait::until_true("pod that is acknowledged", wait::SOON, acknowledged)?;
+        let (explanation, code) = explain(&node, pod, destination(stack))?;
+        ensure!(code == Some(0) && explanation.captured, "{explanation:#?}");
+        let noted = explanation.notes.iter().any(|note| note.contains("--service-account"));
+        ensure!(noted == account.is_empty(), "{explanation:#?}");
+    }
+    let (status, text) = exclusions::refused(context, &["--service-account", "default/sh*p=a"])?;
+    ensure!(status.code() == Some(2) && text.contains("last character"), "{status}: {text}");
+    Ok(())
+}
+
+/// What a node proxy was told, by UID.
+type Told = Arc<Mutex<BTreeMap<String, WorkloadInfo>>>;
+
 /// Acknowledges pods as the node proxy does, and listens nowhere, until it is dropped.
-fn idle_proxy(node: &Node) -> Result<Runtime> {
-    struct Idle;
+fn idle_proxy(node: &Node, told: Told) -> Result<Runtime> {
+    struct Idle(Told);
 
     impl Workloads for Idle {
-        async fn add(&mut self, _: String, _: WorkloadInfo, _: NetNs) -> Result<(), String> {
+        async fn add(&mut self, uid: String, info: WorkloadInfo, _: NetNs) -> Result<(), String> {
+            self.0.lock().map_err(|error| error.to_string())?.insert(uid, info);
             Ok(())
         }
 
@@ -279,7 +316,7 @@ fn idle_proxy(node: &Node) -> Result<Runtime> {
 
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let socket = agent::zds_socket(node.dir());
-    runtime.spawn(async move { follow(&socket, &mut Idle, Backoff::default()).await });
+    runtime.spawn(async move { follow(&socket, &mut Idle(told), Backoff::default()).await });
     Ok(runtime)
 }
 

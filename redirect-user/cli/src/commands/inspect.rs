@@ -114,7 +114,7 @@ fn pod_text(detail: &PodDetail) -> String {
 }
 
 fn explanation_text(explanation: &Explanation) -> String {
-    let Explanation { pod, to, transport, family, steps, verdict, wrong, .. } = explanation;
+    let Explanation { pod, to, transport, family, steps, verdict, wrong, notes, .. } = explanation;
     let transport = match transport {
         Transport::Tcp => "TCP",
         Transport::Udp => "UDP",
@@ -131,6 +131,7 @@ fn explanation_text(explanation: &Explanation) -> String {
             others.iter().for_each(|other| text += &format!("also:  {other}\n"));
         }
     }
+    notes.iter().for_each(|note| text += &format!("note:  {note}\n"));
     text
 }
 
@@ -197,6 +198,7 @@ mod tests {
                 "IPv6 rule for captured connections is missing".into(),
                 "no node proxy is connected".into(),
             ],
+            notes: vec!["there is something to know".into()],
         };
         insta::assert_snapshot!("explanation", explanation_text(&explanation));
     }
