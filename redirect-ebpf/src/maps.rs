@@ -395,10 +395,10 @@ impl PodFlags {
     /// pod leaves the mesh; what the proxy has goes on.
     pub const RELEASED: Self = Self(Self::ON_HOST.0 | Self::IN_POD.0);
 
-    /// The flags of a pod that is captured no longer.
+    /// The flags of a pod that is captured no longer. If it is captured again, what it opens meanwhile goes on.
     #[must_use]
     pub const fn released(self) -> Self {
-        self.with(Self::RELEASED, true).with(Self::HALF_OPEN, false)
+        self.with(Self::RELEASED, true).with(Self::EARLIER_CONNECTIONS, true).with(Self::HALF_OPEN, false)
     }
 }
 

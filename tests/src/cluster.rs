@@ -85,14 +85,22 @@ impl Cluster {
 
     /// Tells the API server of a pod that runs, with these labels.
     pub fn announce_running(&self, pod: &Pod, labels: &[(&str, &str)]) {
-        let labels: Value =
-            labels.iter().map(|(key, value)| ((*key).to_owned(), Value::from(*value))).collect();
+        self.announce_annotated(pod, labels, &[]);
+    }
+
+    /// As [`Self::announce_running`], with annotations as well.
+    pub fn announce_annotated(&self, pod: &Pod, labels: &[(&str, &str)], annotations: &[(&str, &str)]) {
+        let map = |pairs: &[(&str, &str)]| -> Value {
+            pairs.iter().map(|(key, value)| ((*key).to_owned(), Value::from(*value))).collect()
+        };
+        let (labels, annotations) = (map(labels), map(annotations));
         let ips: Vec<Value> = pod.addresses().iter().map(|ip| json!({"ip": ip})).collect();
         let identity = pod.identity();
         self.api.put_pod(json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {
                 "name": identity.name, "namespace": identity.namespace, "uid": identity.uid, "labels": labels,
+                "annotations": annotations,
             },
             "spec": {"nodeName": NODE, "containers": []},
             "status": {"phase": "Running", "podIPs": ips},

@@ -58,6 +58,9 @@ pub struct Checkpoint {
     /// Whether it ran before, and was captured only a moment ago.
     #[serde(default)]
     pub recent: bool,
+    /// Whether nothing new of it is captured, because it is to be un-enrolled.
+    #[serde(default)]
+    pub leaving: bool,
 }
 
 const fn unknown() -> bool {
@@ -348,6 +351,7 @@ mod tests {
         Checkpoint {
             earlier_connections: false,
             recent: false,
+            leaving: false,
             phase: Phase::Done,
             identity: PodIdentity { uid: "../odd uid".into(), name: "pod".into(), ..PodIdentity::default() },
             netns_cookie: 7,

@@ -141,6 +141,8 @@ struct Enrolled {
     removing: bool,
     /// Whether its namespace was at its path when the agent got to know it.
     found: bool,
+    /// Since when nothing new of it is captured, because it is no longer wanted. The proxy has what it has for a while.
+    leaving: Option<Instant>,
     since: Instant,
 }
 
@@ -159,6 +161,7 @@ impl Enrolled {
             captured: false,
             unsaved: false,
             removing: false,
+            leaving: None,
             since: Instant::now(),
         }
     }
@@ -181,7 +184,18 @@ impl Enrolled {
             foreign: target.foreign.clone(),
             earlier_connections: target.flags.contains(PodFlags::EARLIER_CONNECTIONS),
             recent: target.adoption == Adoption::Recent,
+            leaving: target.flags.contains(PodFlags::RELEASED),
         }
+    }
+
+    /// What its target begins with when it changes.
+    fn introduction(&self) -> Introduction {
+        let mut namespace = self.target.introduction();
+        // It has run outside the mesh meanwhile.
+        if self.leaving.is_some() && namespace.adoption == Adoption::None {
+            namespace.adoption = Adoption::Recent;
+        }
+        namespace
     }
 
     /// Those of its attachments, and those that were found in its namespace.
@@ -285,7 +299,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         if all.is_empty() {
             return Err(Error::NoAddresses(identity));
         }
-        let mut namespace = enrolled.target.introduction();
+        let mut namespace = enrolled.introduction();
+        enrolled.leaving = None;
         if namespace.adoption == Adoption::Awaited {
             // It is the plugin's now, and captured at once.
             namespace.adoption = Adoption::Recent;
@@ -640,7 +655,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
         // A pod that has ended has no addresses any more in Kubernetes, before it goes.
         let declared = if readdressed { &wanted.addresses } else { &known.declared }.clone();
-        let namespace = known.target.introduction();
+        let namespace = known.introduction();
         let wanted_target = self.defaults.target(
             wanted.identity.clone(),
             &wanted.settings,
@@ -662,9 +677,30 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         known.declared = declared;
         known.settings = wanted.settings.clone();
         known.target = wanted_target;
+        if known.leaving.take().is_some() {
+            known.since = Instant::now();
+        }
         known.captured = known.target.adoption != Adoption::Awaited;
         self.keep(known).await;
         Ok(())
+    }
+
+    /// Begins to un-enroll a pod that is no longer wanted: new connections go directly at once, and those that the proxy has may go on for
+    /// as long as this. Returns how much of that time is left; `None`: it can be forgotten.
+    pub(crate) async fn leave(&self, uid: &str, grace: Duration) -> Option<Duration> {
+        let mut slot = self.slots.find(uid).await?;
+        // Nothing of it is captured, or only where the proxy is to end.
+        let known = slot.as_mut().filter(|known| !known.target.adoption.awaits())?;
+        let since = known.leaving.unwrap_or_else(Instant::now);
+        let left = grace.checked_sub(since.elapsed()).filter(|left| !left.is_zero())?;
+        if known.leaving.is_none() {
+            known.leaving = Some(since);
+            known.target = known.target.released();
+            self.stop_capturing([&known.target]).await;
+            self.keep(known).await;
+            log::leaving(&known.target, grace);
+        }
+        Some(left)
     }
 
     /// Captures a pod no longer. Returns whether it was. On an error the pod is known still, so that the caller can try again.
@@ -1109,7 +1145,9 @@ impl Defaults {
             enrolled: true,
             adoption: if checkpoint.recent { Adoption::Recent } else { Adoption::None },
         };
-        self.target(checkpoint.identity.clone(), &checkpoint.settings, addresses, netns, namespace)
+        let target =
+            self.target(checkpoint.identity.clone(), &checkpoint.settings, addresses, netns, namespace);
+        if checkpoint.leaving { target.released() } else { target }
     }
 }
 

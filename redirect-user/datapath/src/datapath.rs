@@ -110,10 +110,19 @@ impl Target {
     #[must_use]
     pub fn adopted(&self, adoption: Adoption) -> Self {
         let mut flags = self.flags.with(PodFlags::HALF_OPEN, adoption.is_live());
+        if adoption.is_live() {
+            flags = flags.with(PodFlags::RELEASED, false);
+        }
         if adoption.is_divided() {
             flags = flags.with(PodFlags::EARLIER_CONNECTIONS, true);
         }
         Self { adoption, flags, ..self.clone() }
+    }
+
+    /// The same pod, with nothing new of it captured.
+    #[must_use]
+    pub fn released(&self) -> Self {
+        Self { flags: self.flags.released(), ..self.clone() }
     }
 
     fn desired(&self, namespace: &Namespace) -> BTreeSet<Fact> {
@@ -337,8 +346,7 @@ pub fn release(datapath: &mut impl Datapath, target: &Target) -> Result<(), Erro
     if target.adoption == Adoption::Awaited {
         return Ok(());
     }
-    let released = Target { flags: target.flags.released(), ..target.clone() };
-    datapath.apply(target, &Op::Ensure(Fact::Pod(released.kernel_pod())))
+    datapath.apply(target, &Op::Ensure(Fact::Pod(target.released().kernel_pod())))
 }
 
 /// Removes what is ours for the pod, and goes on after errors, which it returns.

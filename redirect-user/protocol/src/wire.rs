@@ -489,6 +489,8 @@ pub enum PodState {
     Waiting,
     /// The kernel was not as it should be when it was last looked at; the agent tries again.
     Broken,
+    /// Its new connections go directly; those that the node proxy has may end, and then the pod is un-enrolled.
+    Leaving,
 }
 
 impl PodState {
@@ -499,6 +501,7 @@ impl PodState {
             Self::Captured => "captured",
             Self::Waiting => "waiting",
             Self::Broken => "broken",
+            Self::Leaving => "leaving",
         }
     }
 }

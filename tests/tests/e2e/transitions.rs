@@ -9,12 +9,13 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::constants::PROXY_PORTS;
 use redirect_protocol::placement::Placement;
+use redirect_protocol::wire::PodState;
 use redirect_tests::load::{self, Tally, Target};
 use redirect_tests::{Caller, Cluster, Connection, Families, Netns, Pod, Server, Stack, wait};
 use socket2::{Protocol, Socket, Type};
 
 use crate::context::{Context, for_every_stack};
-use crate::inspect::listeners;
+use crate::inspect::{explain, listeners};
 use crate::load::is_full;
 use crate::running_pods::{AMBIENT, Running, becomes};
 use crate::{inbound, outbound};
@@ -41,6 +42,10 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     ] {
         let group = format!("transitions::uninstalled_by_{name}");
         trials.extend(for_every_stack(context, &group, move |context, stack| uninstall(context, stack, end)));
+    }
+    for (name, said) in [("by_option", SaidBy::Option), ("by_annotation", SaidBy::Annotation)] {
+        let group = format!("transitions::un_enrolled_with_grace_{name}");
+        trials.extend(for_every_stack(context, &group, move |context, stack| grace(context, stack, said)));
     }
     trials.extend(for_every_stack(context, "transitions::half_open_outbound", half_open_outbound));
     trials.extend(for_every_stack(context, "transitions::half_open_inbound", half_open_inbound));
@@ -320,6 +325,92 @@ fn uninstall(context: &Context, stack: Stack, end: End) -> Result<()> {
                 !left.iter().any(|(_, port)| PROXY_PORTS.contains(port)),
                 "the proxy still listens: {left:?}"
             );
+        }
+    }
+    Ok(())
+}
+
+/// Who says how long the proxy's connections may go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum SaidBy {
+    Option,
+    Annotation,
+}
+
+/// A pod that leaves: new connections go directly at once, those that the proxy has go on for a while, also if the agent is replaced. The
+/// pod may come back meanwhile. One was brought by the plugin, the other ran before.
+fn grace(context: &Context, stack: Stack, said: SaidBy) -> Result<()> {
+    const GRACE: Duration = Duration::from_secs(4);
+    const ANNOTATION: &str = "ambient-redirect.io/unenroll-grace";
+    // As long as the machine is slow.
+    let seconds = wait::patient(GRACE).as_secs().to_string();
+    let (option, annotations) = match said {
+        SaidBy::Option => (&*seconds, &[][..]),
+        SaidBy::Annotation => ("0", &[(ANNOTATION, &*seconds)][..]),
+    };
+    let arguments = ["--unenroll-grace", option];
+    let cluster = Cluster::start(&context.session()?, &arguments)?;
+    let node = cluster.node();
+    let other = node.plain("other", Families::Dual)?;
+    let (running, added);
+    let pod = match said {
+        SaidBy::Option => {
+            added = node.plain("pod", Families::Dual)?;
+            cluster.announce(&added, &[]);
+            added.enroll()?;
+            &added
+        }
+        SaidBy::Annotation => {
+            running = Running::new(&cluster, Families::Dual)?;
+            &running.pod
+        }
+    };
+    let (inside, outside) = (pod.listen(stack)?, other.listen(stack)?);
+    let inward = pod.endpoint(stack.family(), inside.port())?;
+    let outward = other.endpoint(stack.family(), outside.port())?;
+    let connect = || -> Result<[Connection; 2]> {
+        Ok([pod.connect(stack, outward)?, Connection::open(other.netns(), stack, inward)?])
+    };
+    let enroll = || cluster.announce_annotated(pod, &AMBIENT, annotations);
+    let leave = || cluster.announce_annotated(pod, &NONE, annotations);
+    let state = || Ok::<_, anyhow::Error>(node.report(pod)?.map(|report| report.state));
+    let reaches = |wanted: Option<PodState>| {
+        wait::until_true(&format!("pod that is {wanted:?}"), wait::SOON, || Ok(state()? == wanted))
+    };
+    enroll();
+    becomes(&cluster, pod, Some("enabled"))?;
+    let mut held = connect()?;
+    ensure!(held.iter().all(|held| !held.is_direct()), "past the proxy");
+
+    leave();
+    reaches(Some(PodState::Leaving))?;
+    let mut direct = connect()?;
+    ensure!(direct.iter().all(Connection::is_direct), "still captured");
+    held.iter_mut().chain(&mut direct).try_for_each(|held| held.exchange("in between"))?;
+    becomes(&cluster, pod, None)?;
+    let (explanation, _) = explain(node, pod, &stack.spell(outward).to_string())?;
+    ensure!(!explanation.captured && explanation.wrong.is_empty(), "{explanation:#?}");
+
+    enroll();
+    becomes(&cluster, pod, Some("enabled"))?;
+    reaches(Some(PodState::Captured))?;
+    ensure!(connect()?.iter().all(|captured| !captured.is_direct()), "past the proxy");
+
+    leave();
+    reaches(Some(PodState::Leaving))?;
+    node.kill_agent()?;
+    let began = Instant::now();
+    cluster.start_agent(&arguments)?;
+    ensure!(connect()?.iter().all(Connection::is_direct), "captured again by the next agent");
+    reaches(Some(PodState::Leaving))?;
+    held.iter_mut().chain(&mut direct).try_for_each(|held| held.exchange("before the end"))?;
+    wait::until_true("end of the enrollment", GRACE + wait::SOON, || Ok(state()?.is_none()))?;
+    ensure!(began.elapsed() >= wait::patient(GRACE), "only {:?}", began.elapsed());
+    direct.iter_mut().try_for_each(|direct| direct.exchange("afterwards"))?;
+    ensure!(connect()?.iter().all(Connection::is_direct), "still captured");
+    if context.placement() == Placement::Pod {
+        for held in &mut held {
+            ensure!(held.is_cut_within(RETRANSMISSION)?, "a connection of the proxy's hangs");
         }
     }
     Ok(())

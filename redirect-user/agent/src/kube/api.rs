@@ -14,7 +14,7 @@ use serde::Deserialize;
 
 use super::exclusions;
 use super::labels::{
-    BYPASS_INBOUND, DNS_CAPTURE, Rules, SIDECAR, SOURCE_IP_VERIFICATION, VIRTUAL_INTERFACES,
+    BYPASS_INBOUND, DNS_CAPTURE, Rules, SIDECAR, SOURCE_IP_VERIFICATION, UNENROLL_GRACE, VIRTUAL_INTERFACES,
 };
 use redirect_protocol::pod::PodIdentity;
 
@@ -105,6 +105,7 @@ pub(super) struct PodView {
     pub(super) virtual_interfaces: Option<String>,
     pub(super) dns_capture: Option<String>,
     pub(super) source_ip_verification: Option<String>,
+    pub(super) unenroll_grace: Option<String>,
     /// See [`exclusions`].
     pub(super) exclusions: BTreeMap<&'static str, String>,
     /// The value of [`REDIRECTION`].
@@ -148,6 +149,7 @@ impl PodView {
             virtual_interfaces: annotations.remove(VIRTUAL_INTERFACES),
             dns_capture: annotations.remove(DNS_CAPTURE),
             source_ip_verification: annotations.remove(SOURCE_IP_VERIFICATION),
+            unenroll_grace: annotations.remove(UNENROLL_GRACE),
             exclusions: exclusions::take(&mut annotations),
             redirection: annotations.remove(REDIRECTION),
         })

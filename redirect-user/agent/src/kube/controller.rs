@@ -311,22 +311,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         let decision = decide(&pod, namespace.as_ref(), &self.rules);
         let again = match decision {
             Decision::No(Reason::NamespaceUnknown) => None,
-            Decision::No(reason) => match self.forget(uid, &mut memory).await {
-                Ok(was_enrolled) => {
-                    if was_enrolled {
-                        tracing::info!(pod = %pod.identity(), uid, %reason, "pod was un-enrolled");
-                    }
-                    let Memory { told, annotations, .. } = memory;
-                    memory = Memory { told, annotations, ..Memory::default() };
-                    // Nothing in an excluded namespace is touched.
-                    if reason == Reason::Excluded {
-                        None
-                    } else {
-                        self.annotate(&pod, None, &mut memory, stop).await
-                    }
-                }
-                Err(again) => Some(again),
-            },
+            Decision::No(reason) => self.unenroll(&pod, reason, &mut memory, stop).await,
             Decision::Refuse(bad) => {
                 // It stays as it is, captured or not.
                 let told = self.complain(&pod, "BadAnnotation", &bad.to_string(), &mut memory, stop).await;
@@ -337,6 +322,33 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         };
         self.memory().insert(uid.into(), memory);
         again
+    }
+
+    /// Un-enrolls a pod that Kubernetes knows, once the time is over that the proxy's connections may have. Returns when to look again.
+    async fn unenroll(
+        &self,
+        pod: &PodView,
+        reason: Reason,
+        memory: &mut Memory,
+        stop: &watch::Receiver<bool>,
+    ) -> Option<Duration> {
+        if let Some(left) = self.pods.leave(&pod.uid, reason.grace(pod, &self.rules)).await {
+            // Its peers have to know before it has left.
+            let again = self.annotate(pod, None, memory, stop).await;
+            return [again, Some(left)].into_iter().flatten().min();
+        }
+        match self.forget(&pod.uid, memory).await {
+            Ok(was_enrolled) => {
+                if was_enrolled {
+                    tracing::info!(pod = %pod.identity(), uid = pod.uid, %reason, "pod was un-enrolled");
+                }
+                let Memory { told, annotations, .. } = std::mem::take(memory);
+                *memory = Memory { told, annotations, ..Memory::default() };
+                // Nothing in an excluded namespace is touched.
+                if reason == Reason::Excluded { None } else { self.annotate(pod, None, memory, stop).await }
+            }
+            Err(again) => Some(again),
+        }
     }
 
     /// Un-enrolls a pod. Returns whether it was enrolled, or when to try again.

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 /// The annotation that keeps inbound connections from the proxy.
 pub(super) const BYPASS_INBOUND: &str = "ambient.istio.io/bypass-inbound-capture";
@@ -12,6 +13,8 @@ pub(super) const VIRTUAL_INTERFACES: &str = "istio.io/reroute-virtual-interfaces
 pub(super) const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
 /// The annotation that says whether what the pod sends from addresses that are not its own is dropped. Placement `node`.
 pub(super) const SOURCE_IP_VERIFICATION: &str = "ambient-redirect.io/source-ip-verification";
+/// The annotation that says for how many seconds connections that the proxy has may go on when the pod is un-enrolled.
+pub(super) const UNENROLL_GRACE: &str = "ambient-redirect.io/unenroll-grace";
 /// The annotation of a pod whose sidecar is its proxy.
 pub(super) const SIDECAR: &str = "sidecar.istio.io/status";
 /// The value of the label that keeps a pod out.
@@ -26,6 +29,8 @@ pub struct Rules {
     pub excluded: BTreeSet<String>,
     /// Whether the annotations of Istio's sidecars that exclude networks and ports are honoured.
     pub istio_exclusions: bool,
+    /// How long connections that the proxy has may go on when a pod is un-enrolled, unless the pod says so itself.
+    pub unenroll_grace: Duration,
 }
 
 /// A label and the value that enrolls.

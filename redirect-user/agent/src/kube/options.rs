@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::labels::{EnableLabel, Rules};
 
@@ -34,6 +35,10 @@ pub struct Options {
     /// Honor the annotations of Istio's sidecars that exclude networks and ports (traffic.sidecar.istio.io/exclude…)
     #[arg(long)]
     pub istio_exclusions: bool,
+    /// How long connections that the node proxy has may go on when a running pod is un-enrolled, in seconds; new ones go directly at
+    /// once. A pod overrides it by the annotation ambient-redirect.io/unenroll-grace
+    #[arg(long, default_value_t = 0, value_name = "SECONDS")]
+    pub unenroll_grace: u32,
     /// Path of the host's /proc
     #[arg(long, default_value = "/proc", value_name = "DIRECTORY")]
     pub host_proc: PathBuf,
@@ -54,6 +59,11 @@ impl Options {
                 std::iter::once("kube-system".to_owned()).chain(own).collect::<BTreeSet<_>>()
             }
         };
-        Rules { enable_label: self.enable_label.clone(), excluded, istio_exclusions: self.istio_exclusions }
+        Rules {
+            enable_label: self.enable_label.clone(),
+            excluded,
+            istio_exclusions: self.istio_exclusions,
+            unenroll_grace: Duration::from_secs(self.unenroll_grace.into()),
+        }
     }
 }

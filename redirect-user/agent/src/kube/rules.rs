@@ -1,9 +1,12 @@
 //! Who is enrolled: Istio ambient's conventions, as a pure function.
 
+use std::time::Duration;
+
 use super::api::{NamespaceView, PodView};
 use super::exclusions;
 use super::labels::{
-    BYPASS_INBOUND, BadAnnotation, DNS_CAPTURE, OPT_OUT, Rules, SOURCE_IP_VERIFICATION, VIRTUAL_INTERFACES,
+    BYPASS_INBOUND, BadAnnotation, DNS_CAPTURE, OPT_OUT, Rules, SOURCE_IP_VERIFICATION, UNENROLL_GRACE,
+    VIRTUAL_INTERFACES,
 };
 use redirect_protocol::pod::PodSettings;
 
@@ -56,10 +59,33 @@ pub(super) fn decide(pod: &PodView, namespace: Option<&NamespaceView>, rules: &R
             Some(_) => {}
         }
     }
-    match settings(pod, rules) {
+    // Whether it makes sense shows now, not when the pod leaves.
+    match grace(pod, rules).and_then(|_| settings(pod, rules)) {
         Ok(settings) => Decision::Enroll(settings),
         Err(bad) => Decision::Refuse(bad),
     }
+}
+
+impl Reason {
+    /// How long the proxy's connections may go on when a pod is un-enrolled for this reason. Only one that runs on as before can have any.
+    pub(super) fn grace(self, pod: &PodView, rules: &Rules) -> Duration {
+        match self {
+            Self::OptedOut | Self::NotLabelled => grace(pod, rules).unwrap_or(rules.unenroll_grace),
+            Self::Excluded | Self::HostNetwork | Self::Ended | Self::Sidecar | Self::NamespaceUnknown => {
+                Duration::ZERO
+            }
+        }
+    }
+}
+
+fn grace(pod: &PodView, rules: &Rules) -> Result<Duration, BadAnnotation> {
+    let Some(value) = &pod.unenroll_grace else { return Ok(rules.unenroll_grace) };
+    let seconds = value.trim().parse::<u32>().map_err(|_| BadAnnotation {
+        annotation: UNENROLL_GRACE,
+        value: value.clone(),
+        remedy: "write a number of seconds",
+    })?;
+    Ok(Duration::from_secs(seconds.into()))
 }
 
 /// Why a pod is not enrolled, whatever its labels are.

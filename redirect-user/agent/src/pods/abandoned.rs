@@ -92,7 +92,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                 (Use::Nobody, Some(user)) => {
                     user.missed += 1;
                     if user.missed >= LOOKS {
-                        self.leave(&uid, netns_cookie).await;
+                        self.unenroll_abandoned(&uid, netns_cookie).await;
                     }
                 }
                 (Use::Named, _) => _ = users.known.insert(netns_cookie, User::default()),
@@ -104,7 +104,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     }
 
     /// Un-enrolls a pod, if nobody works on it and it is still in this namespace.
-    async fn leave(&self, uid: &str, netns_cookie: u64) {
+    async fn unenroll_abandoned(&self, uid: &str, netns_cookie: u64) {
         // The runtime may have put another namespace in its place.
         self.check_drift(uid).await;
         let Some(mut slot) = self.slots.find_idle(uid).await else { return };

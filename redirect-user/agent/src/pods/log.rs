@@ -38,6 +38,16 @@ pub(super) fn not_enrolled(pod: &PodIdentity, addresses: &PodAddresses, began: I
     );
 }
 
+/// A pod is to be un-enrolled after a while.
+pub(super) fn leaving(target: &Target, grace: Duration) {
+    tracing::info!(
+        pod = %target.identity,
+        uid = target.identity.uid,
+        seconds = grace.as_secs(),
+        "pod leaves the mesh: new connections go directly, those of the node proxy may end"
+    );
+}
+
 /// An enrolled pod has other addresses or settings.
 pub(super) fn changed(target: &Target, began: Instant) {
     tracing::info!(

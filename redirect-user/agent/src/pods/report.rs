@@ -67,7 +67,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let slot = self.slots.find(uid).await?;
         let enrolled = slot.as_ref()?;
         let awaiting = enrolled.target.adoption == Adoption::Awaited;
-        Some(Standing { captured: enrolled.captured, awaiting, proxy: self.proxies.pod(uid) })
+        let captured = enrolled.captured && enrolled.leaving.is_none();
+        Some(Standing { captured, awaiting, proxy: self.proxies.pod(uid) })
     }
 }
 
@@ -84,7 +85,7 @@ fn report(enrolled: &Enrolled, ownership: &Ownership, proxies: &Handle) -> PodRe
         attachments: attachments.keys().cloned().collect(),
         addresses: addresses.iter().collect(),
         netns_cookie: target.netns_cookie,
-        captured: if target.adoption == Adoption::Awaited {
+        captured: if target.adoption == Adoption::Awaited || enrolled.leaving.is_some() {
             Vec::new()
         } else {
             addresses.families().map(|family| family.to_string()).collect()
@@ -104,6 +105,7 @@ fn report(enrolled: &Enrolled, ownership: &Ownership, proxies: &Handle) -> PodRe
             {
                 PodState::Broken
             }
+            _ if enrolled.leaving.is_some() => PodState::Leaving,
             Ok(()) => PodState::Captured,
             Err(_) => PodState::Waiting,
         },

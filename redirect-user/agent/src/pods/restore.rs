@@ -2,6 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::time::Instant;
+
+use redirect_ebpf::maps::PodFlags;
 
 use super::super::checkpoints::{Checkpoint, Found, Phase};
 use super::{Enrolled, Pods, workload};
@@ -65,8 +68,9 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             let Checkpoint { identity, attachments, declared, containers, settings, .. } = checkpoint;
             let mut slot = self.slots.lock(&identity.uid).await;
             let attachments = attachments.into_iter().collect();
+            let leaving = target.flags.contains(PodFlags::RELEASED).then(Instant::now);
             let mut enrolled =
-                Enrolled { attachments, declared, containers, settings, ..Enrolled::new(target) };
+                Enrolled { attachments, declared, containers, settings, leaving, ..Enrolled::new(target) };
             let held = self.ownership.held(&enrolled.target).addresses;
             self.claim(&enrolled.target, held.iter());
             self.follow(&enrolled.target);

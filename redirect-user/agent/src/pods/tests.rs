@@ -6,6 +6,7 @@ use std::convert::Infallible;
 
 use tempfile::TempDir;
 
+use super::super::checkpoints::Found;
 use super::*;
 use redirect_datapath::datapath::fake::Fake;
 use redirect_datapath::facts::Fact;
@@ -286,6 +287,54 @@ async fn a_pod_that_can_not_be_removed_is_known_still() {
                 break;
             }
         }
+    }
+}
+
+/// A pod that leaves is captured no longer, and its proxy has time, also under the next agent. What it opens meanwhile goes on if it comes
+/// back.
+#[tokio::test]
+async fn a_pod_that_leaves_has_time() {
+    for address in ["10.0.0.2", "fd00::2", "::ffff:10.0.0.2"] {
+        let node = Node::start();
+        let (netns, cookie) = node.netns("pod", &["10.0.0.2", "fd00::2"]);
+        let sandbox = Sandbox { netns: netns.clone(), containers: BTreeSet::new() };
+        assert_eq!(node.pods.leave("u", LONG).await, None, "a pod that is not known");
+        let pod = wanted("u", "a", &[address]);
+        adopt(&node.pods, pod.clone(), sandbox).await;
+        let has = |flags: PodFlags| {
+            let has = |fact: &Fact| matches!(fact, Fact::Pod(pod) if PodFlags(pod.flags).contains(flags));
+            node.kernel.facts(cookie).iter().any(has)
+        };
+        assert_eq!(node.pods.leave("u", Duration::ZERO).await, None);
+        assert!(node.captures(cookie) && !has(PodFlags::RELEASED), "{address}");
+        for _ in 0..2 {
+            let left = node.pods.leave("u", LONG).await.unwrap();
+            assert!(left <= LONG && left > LONG / 2, "{address}: {left:?}");
+            // Nobody captures it again.
+            node.pods.reconcile("u").await;
+            node.pods.check_drift("u").await;
+            assert!(has(PodFlags::RELEASED) && node.pods.repairs().report().is_empty(), "{address}");
+        }
+        assert!(!node.pods.standing("u").await.unwrap().captured);
+        let checkpoints = node.pods.checkpoints.read().unwrap();
+        assert!(checkpoints[0].leaving, "{checkpoints:?}");
+        let (found, state) = (Found { checkpoint: checkpoints[0].clone(), netns: Some(netns) }, "state");
+        let restored = Pods {
+            slots: Slots::default(),
+            ownership: Ownership::default(),
+            checkpoints: Checkpoints::open(&node.directory.path().join(state)).unwrap(),
+            ..node.pods
+        };
+        assert_eq!(restored.restore(vec![found]).await.adopted, 1);
+        assert!(has(PodFlags::RELEASED), "{address}");
+        assert!(restored.leave("u", LONG).await.is_some());
+        assert!(restored.update(&pod).await.unwrap() && !has(PodFlags::RELEASED), "{address}");
+        assert!(has(PodFlags::EARLIER_CONNECTIONS) && has(PodFlags::HALF_OPEN), "{address}");
+        assert!(restored.standing("u").await.unwrap().captured);
+        assert!(!restored.checkpoints.read().unwrap()[0].leaving);
+        // The time is over.
+        assert!(restored.leave("u", Duration::from_nanos(1)).await.is_none());
+        assert!(restored.forget("u").await.unwrap() && node.kernel.facts(cookie).is_empty());
     }
 }
 

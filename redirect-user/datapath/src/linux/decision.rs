@@ -66,6 +66,13 @@ impl Asked<'_> {
             answer
         };
         ask("the pod is in the kernel's map of pods".into(), true);
+        if flags.contains(PodFlags::RELEASED) {
+            ask("the pod leaves the mesh".into(), true);
+            return Ok(Decision {
+                outbound: Outbound::Pass(Reason::OtherTraffic),
+                steps: steps.into_inner(),
+            });
+        }
         if self.port == redirect_ebpf::constants::PORT_DOMAIN {
             ask("the pod's DNS queries go to the proxy".into(), flags.contains(PodFlags::DNS));
         }

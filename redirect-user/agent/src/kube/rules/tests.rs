@@ -124,6 +124,27 @@ fn a_pod_can_say_whether_its_sources_are_verified() {
 }
 
 #[test]
+fn a_pod_that_leaves_says_how_long_the_proxys_connections_may_go_on() {
+    let rules = Rules { unenroll_grace: Duration::from_secs(7), ..rules() };
+    let with = |mode, value: Option<&str>| PodView { unenroll_grace: value.map(str::to_owned), ..pod(mode) };
+    for (value, seconds) in
+        [(None, 7), (Some("0"), 0), (Some(" 30 "), 30), (Some("soon"), 7), (Some("-1"), 7)]
+    {
+        for (mode, reason) in [(Some("none"), Reason::OptedOut), (None, Reason::NotLabelled)] {
+            let leaving = with(mode, value);
+            assert_eq!(decide(&leaving, Some(&NamespaceView::default()), &rules), Decision::No(reason));
+            assert_eq!(reason.grace(&leaving, &rules), Duration::from_secs(seconds), "{value:?}");
+        }
+        for reason in [Reason::Ended, Reason::Excluded, Reason::Sidecar] {
+            assert_eq!(reason.grace(&with(None, value), &rules), Duration::ZERO);
+        }
+    }
+    // It is refused while there is time to put it right.
+    let Decision::Refuse(bad) = decide(&with(Some("ambient"), Some("soon")), None, &rules) else { panic!() };
+    assert_eq!((bad.annotation, bad.value.as_str()), (UNENROLL_GRACE, "soon"));
+}
+
+#[test]
 fn virtual_interfaces_are_a_list_of_names() {
     let table: [(&str, Option<&[&str]>); 12] = [
         ("", Some(&[])),
