@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use crate::packages::{self, Package, Packages};
 use crate::progress;
@@ -61,7 +61,7 @@ fn find_kernel_side(workspace: &Workspace, packages: &Packages<'_>) -> Result<Ke
     let rustc = match Rustc::find(workspace) {
         Ok(rustc) => rustc,
         Err(complaint) if packages.has_apt() => install_rustc(workspace, packages).context(complaint)?,
-        Err(complaint) => bail!("{complaint:#}\nremedy: {}", toolchain::BY_HAND),
+        Err(complaint) => return Err(complaint),
     };
     progress::say(&format!("kernel side's compiler: {}", rustc.describe()));
     let linker = linker::ensure(workspace, packages, &rustc)?;

@@ -45,7 +45,7 @@ impl Rustc {
                 Err(complaint) => complaints.push(format!("  {}: {complaint:#}", path.display())),
             }
         }
-        bail!("no rustc here can build for the BPF target:\n{}", complaints.join("\n"))
+        bail!("no rustc here can build for the BPF target:\n{}\nremedy: {REMEDY}", complaints.join("\n"))
     }
 
     fn examine(workspace: &Workspace, path: &Path) -> Result<Self> {
@@ -114,8 +114,8 @@ pub(crate) fn packages() -> [Package; 2] {
     ]
 }
 
-/// What to do where there is no apt.
-pub(crate) const BY_HAND: &str = "rustup component add rust-src, for the toolchain in use";
+/// What to do where apt has no compiler that is new enough.
+const REMEDY: &str = "rustup component add rust-src, for the toolchain in use";
 
 fn ask(workspace: &Workspace, rustc: &Path, arguments: &[&str]) -> Result<String> {
     if rustc.is_absolute() && !rustc.exists()
