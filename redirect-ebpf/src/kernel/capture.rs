@@ -118,20 +118,32 @@ pub(super) fn capture_parsed<I: Parse + PodIp, R: Route<I>>(
     if segment.opens() {
         return open::<I, R>(ctx, &segment, state);
     }
-    if state != State::Open {
-        return Action::Continue;
-    }
-    let port = if R::GATED && is_for_tunnel(&segment) { PORT_TUNNEL } else { R::PORT };
-    if let Some(listener) = acknowledged::<I>(ctx, &segment, port) {
-        return match give::<I, R>(ctx, &segment, &listener, state, Capture { port, reason: None }) {
+    if state == State::Open { no_connection::<I, R>(ctx, &segment) } else { Action::Continue }
+}
+
+/// Decides on a segment that opens no connection and belongs to none. It may be the last step of a handshake that the kernel keeps
+/// no state of (SYN cookies): the decision on its SYN holds for it too. A note would not do, because a flood displaces it. Nor
+/// does a cookie tell whose connection it is: every listener that gave cookies itself accepts those of all others.
+#[inline(always)]
+fn no_connection<I: Parse + PodIp, R: Route<I>>(ctx: &TcContext, segment: &Segment<I::Address>) -> Action {
+    let exempt = match R::decide(ctx, segment) {
+        // Captured on the host by now. Without a note the proxy in the pod may have answered its SYN before.
+        Inbound::Pass(Reason::OtherTraffic) => notes::authorizes(&segment.tuple::<I>()),
+        Inbound::Pass(_) => true,
+        Inbound::Capture | Inbound::Tunnel | Inbound::Drop(_) => false,
+    };
+    let port = if R::GATED && is_for_tunnel(segment) { PORT_TUNNEL } else { R::PORT };
+    if !exempt && let Some(listener) = acknowledged::<I>(ctx, segment, port) {
+        return match give::<I, R>(ctx, segment, &listener, State::Open, Capture { port, reason: None }) {
             Ok(Given::Assigned | Given::Noted) => Action::Continue,
-            Ok(Given::Stranger) => dropped::<I, R>(ctx, &segment, Reason::NoListener),
-            Err(error) => refused::<I, R>(ctx, &segment, error),
+            Ok(Given::Stranger) => dropped::<I, R>(ctx, segment, Reason::NoListener),
+            Err(error) => refused::<I, R>(ctx, segment, error),
         };
     }
     if R::GATED {
-        // The gate refuses it, as the kernel would, and shall not take it for something that got round us.
-        let _ = notes::note(&segment.tuple::<I>(), NoteVerdict::STRAY, notes::A_MOMENT);
+        // The gate refuses a stray, as the kernel would, and shall not take it for something that got round us.
+        let verdict = if exempt { NoteVerdict::AUTHORIZED } else { NoteVerdict::STRAY };
+        let _ = notes::note(&segment.tuple::<I>(), verdict, notes::A_MOMENT);
     }
     Action::Continue
 }

@@ -103,6 +103,13 @@ pub(super) fn of(tuple: &Tuple) -> Option<*mut Note> {
     NOTES.get_ptr_mut(tuple)
 }
 
+/// Whether a note lets the connection in.
+#[inline(always)]
+pub(super) fn authorizes(tuple: &Tuple) -> bool {
+    // SAFETY: the pointer is to an entry.
+    of(tuple).is_some_and(|note| unsafe { verdict(note) } == NoteVerdict::AUTHORIZED)
+}
+
 /// What a note says, as long as it counts. Not an option: the compiler would merge what is not there with what is, which the
 /// verifier rejects.
 ///

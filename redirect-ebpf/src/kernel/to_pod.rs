@@ -98,14 +98,17 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
     }
     let tunnel = u16::from_be_bytes(segment.destination_port) == PORT_TUNNEL;
     let (port, mark) = if tunnel { (PORT_TUNNEL, MARK_TUNNEL) } else { (PORT_INBOUND, MARK_INBOUND) };
+    let decision = decision::<I>(ctx, segment, cookie, flags);
     if !segment.opens() {
-        return if acknowledged::<I>(ctx, segment, port).is_some() {
+        // The last step of a handshake with SYN cookies is decided as its SYN was: a listener accepts the cookies of others too.
+        let captured = matches!(decision, Inbound::Capture | Inbound::Tunnel);
+        return if captured && acknowledged::<I>(ctx, segment, port).is_some() {
             enter::<I>(ctx, mark)
         } else {
             Action::Continue
         };
     }
-    match decision::<I>(ctx, segment, cookie, flags) {
+    match decision {
         Inbound::Capture | Inbound::Tunnel => {}
         Inbound::Drop(reason) => return drop::<I>(reason, cookie, Some(segment)),
         Inbound::Pass(reason) => {

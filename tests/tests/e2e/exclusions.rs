@@ -28,22 +28,22 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 }
 
 /// A node without an agent yet, so that its addresses can be among the agent's arguments.
-fn empty_node(context: &Context) -> Result<Arc<Node>> {
+pub(crate) fn empty_node(context: &Context) -> Result<Arc<Node>> {
     Node::with(&context.session()?, NodeOptions { agent: false, proxy: false, ..NodeOptions::default() })
 }
 
-fn run(node: &Node, arguments: &[String]) -> Result<()> {
+pub(crate) fn run(node: &Node, arguments: &[String]) -> Result<()> {
     node.start_agent(arguments)?;
     node.start_proxy()
 }
 
 /// Networks of single addresses: /32 and /128.
-fn single(addresses: &[IpAddr]) -> String {
+pub(crate) fn single(addresses: &[IpAddr]) -> String {
     let networks = addresses.iter().map(|ip| format!("{ip}/{}", if ip.is_ipv4() { 32 } else { 128 }));
     networks.collect::<Vec<_>>().join(",")
 }
 
-fn chosen(node: &Arc<Node>, name: &str, number: u16) -> Result<Pod> {
+pub(crate) fn chosen(node: &Arc<Node>, name: &str, number: u16) -> Result<Pod> {
     let spec = node.numbered(name, Families::Dual).with_addresses(&node.to_choose(number));
     Pod::start(node, spec.not_enrolled())
 }

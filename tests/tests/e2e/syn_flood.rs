@@ -1,4 +1,4 @@
-//! Spoofed SYNs fill the queues of the proxy's listener; clients get in all the same, by SYN cookies.
+//! Spoofed SYNs fill the queues of a listener, the proxy's or the application's; clients get in all the same, by SYN cookies.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -10,13 +10,18 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use libtest_mimic::Trial;
 use redirect_ebpf::Family;
 use redirect_tests::node::NodeOptions;
-use redirect_tests::{Connection, Direction, Families, Netns, Node, Stack};
+use redirect_tests::{Connection, Direction, Families, Netns, Node, Pod, Stack};
 
 use crate::context::{Context, for_every_stack};
-use crate::raw;
+use crate::exclusions::{chosen, empty_node, passes_by, run, single};
+use crate::probes::{Probing, is_exempt, probing};
+use crate::{inbound, raw};
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
-    for_every_stack(context, "syn_flood::clients_get_in", clients_get_in)
+    let mut trials = for_every_stack(context, "syn_flood::clients_get_in", clients_get_in);
+    trials.extend(for_every_stack(context, "syn_flood::excluded_client", excluded_client));
+    trials.extend(for_every_stack(context, "syn_flood::probe", probe));
+    trials
 }
 
 /// No more than these are sent, however long the clients take.
@@ -90,6 +95,49 @@ fn clients_get_in(context: &Context, stack: Stack) -> Result<()> {
     ensure!(proxied.len() == 1 + CLIENTS, "{} connections came to the proxy", proxied.len());
     ensure!(listening.accepted().len() == 1 + CLIENTS, "{} came on", listening.accepted().len());
     Ok(())
+}
+
+/// From here on every listener answers with cookies, as under a flood.
+fn force_cookies(netns: &Netns) -> Result<()> {
+    netns.set_sysctl("net.ipv4.tcp_syncookies", "2")
+}
+
+/// Exempt connections reach the application although its listener keeps nothing of their handshakes. In the second round the
+/// proxy's listener has given cookies as well, and would take theirs.
+fn exempt_with_cookies(
+    pod: &Pod,
+    stack: Stack,
+    other: &Pod,
+    mut exempt: impl FnMut() -> Result<()>,
+) -> Result<()> {
+    force_cookies(pod.netns())?;
+    force_cookies(pod.node().netns())?;
+    let used = || pod.netns().statistic("netstat", "TcpExt", "SyncookiesRecv");
+    for round in 1..=2 {
+        let before = used()?;
+        exempt().with_context(|| format!("round {round}"))?;
+        ensure!(used()? > before, "round {round}: no cookie was used");
+        inbound::passes_the_proxy_once(other.netns(), pod, stack)?;
+    }
+    Ok(())
+}
+
+fn excluded_client(context: &Context, stack: Stack) -> Result<()> {
+    let node = empty_node(context)?;
+    run(&node, &["--exclude-inbound-networks".into(), single(&node.to_choose(1))])?;
+    let pod = node.enrolled("pod", Families::Dual)?;
+    let (excluded, other) = (chosen(&node, "excluded", 1)?, chosen(&node, "other", 2)?);
+    let listening = pod.listen(stack)?;
+    let to = (pod.address(stack.family())?, listening.port());
+    exempt_with_cookies(&pod, stack, &other, || {
+        passes_by(excluded.netns(), &listening, to, stack, &pod, redirect_ebpf::Direction::Inbound)
+    })
+}
+
+fn probe(context: &Context, stack: Stack) -> Result<()> {
+    let Probing { node, kubelet } = probing(context)?;
+    let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
+    exempt_with_cookies(&pod, stack, &other, || is_exempt(&kubelet, node.netns(), &pod, stack).map(drop))
 }
 
 fn one_client(outside: &Netns, stack: Stack, to: SocketAddr) -> Result<Duration> {
