@@ -34,10 +34,24 @@ impl fmt::Display for Family {
     }
 }
 
+/// An address in network byte order.
+pub trait Address: Copy + Eq + Hash + fmt::Debug {
+    /// A group. The kernel drops packets with such a source before it looks for their socket, so lookups of ours have it.
+    const NOBODY: Self;
+}
+
+impl Address for [u8; 4] {
+    const NOBODY: Self = [224, 0, 0, 0];
+}
+
+impl Address for [u8; 16] {
+    const NOBODY: Self = [0xff, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+}
+
 /// An address family as a type, with everything that differs between the two.
 pub trait Ip: Copy + 'static {
     /// An address in network byte order.
-    type Address: Copy + Eq + Hash + fmt::Debug;
+    type Address: Address;
 
     /// The family as a value.
     const FAMILY: Family;

@@ -12,9 +12,9 @@
 //! | `PROBE_SOCKETS` | socket storage | – | `u64`, 1: the kubelet's socket, connected to an enrolled pod |
 //! | `ASKED` | socket storage | – | [`Asked`] |
 //! | `NOTES` | LRU hash | [`Tuple`] | [`Note`], of a connection that TC programs decided on |
-//! | `ASKING` | per-CPU array of one | – | `u32`, not zero while a TC program looks a socket up itself |
+//! | `ASKING` | per-CPU array of one | – | `u64`, not zero while a TC program looks a socket up itself; for counting only |
 //! | `LISTENERS` | socket hash | [`ListenerKey`] | a listener of a node proxy, stored by the kernel side itself |
-//! | `NAMESPACES` | socket storage of listeners | – | `u64`, the network namespace's cookie; on kernels where TC programs may not store sockets in maps |
+//! | `OWNERS` | socket storage of listeners | – | `u64`, [`ListenerKey::owner`] |
 //! | `COOKIES` | socket storage | – | `u64`, the socket's cookie; while a monitor is attached |
 //! | `CONNECTED` | socket storage | – | `u64`, 1: the socket called `connect()` after its pod was captured; while the pod has [`PodFlags::HALF_OPEN`] |
 //! | `SYN_COOKIES` | array of one | – | `u64`, when a proxy last answered with a SYN cookie, in nanoseconds of `bpf_ktime_get_coarse_ns`; zero for never |
@@ -152,8 +152,8 @@ impl NoteVerdict {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct ListenerKey {
-    /// Cookie of its network namespace, host order, or [`ListenerKey::of_processor`].
-    pub netns_cookie: u64,
+    /// Cookie of its network namespace, host order, or [`ListenerKey::number`].
+    pub owner: u64,
     /// Its port, host order.
     pub port: u16,
     /// One of [`ListenerKey::SLOTS`]: listeners may share a port.
@@ -166,21 +166,12 @@ impl ListenerKey {
     /// What tells listeners of the same port apart.
     pub const SLOTS: core::ops::Range<u16> = 0..4;
 
-    /// No cookie has this bit: they are counted from 1 on.
-    const PROCESSORS: u64 = 1 << 63;
-
-    /// In the place of a cookie: for the one packet that the processor is about to pass on.
+    /// In the place of a cookie, a number that no other listener gets: the time in nanoseconds and the processor where somebody
+    /// needed it first. Cookies are counted from 1 on and do not reach the highest bit.
     #[must_use]
     #[inline(always)]
-    pub const fn of_processor(number: u32) -> u64 {
-        Self::PROCESSORS | number as u64
-    }
-
-    /// Whether it has [`ListenerKey::of_processor`].
-    #[must_use]
-    #[inline(always)]
-    pub const fn is_of_processor(&self) -> bool {
-        self.netns_cookie & Self::PROCESSORS != 0
+    pub const fn number(time: u64, processor: u32) -> u64 {
+        1 << 63 | time << 12 | processor as u64
     }
 }
 

@@ -64,16 +64,6 @@ pub(super) trait Route<I: Parse> {
     /// The pod's end of the connection.
     fn pod(segment: &Segment<I::Address>) -> I::Address;
 
-    /// The cookie of the network namespace where the proxy listens: the pod's. None if nobody told us the address, as of an
-    /// interface that came later.
-    #[inline(always)]
-    fn namespace(segment: &Segment<I::Address>) -> Option<u64>
-    where
-        I: PodIp,
-    {
-        I::owner(&Self::pod(segment))
-    }
-
     /// The cookie of the pod's socket; zero if it has none yet, or it is not known.
     #[inline(always)]
     fn socket(_: &TcContext, _: &Segment<I::Address>) -> u64 {
@@ -290,6 +280,6 @@ fn give<I: Parse + PodIp, R: Route<I>>(
         reason: capture.reason.unwrap_or(R::REASON),
         already: capture.reason.is_none(),
     };
-    lookup::hand_over::<I>(segment, R::namespace(segment), capture.port, listener, counted)?;
+    lookup::hand_over::<I>(segment, capture.port, listener, counted)?;
     Ok(Given::Noted)
 }

@@ -156,15 +156,6 @@ macro_rules! route {
             fn pod(segment: &Segment<I::Address>) -> I::Address {
                 segment.$pod
             }
-
-            #[inline(always)]
-            fn namespace(_: &Segment<I::Address>) -> Option<u64>
-            where
-                I: PodIp,
-            {
-                // Always known: handling an unknown namespace would take more stack than is left.
-                Some(config::host_cookie().unwrap_or_default())
-            }
         }
     };
 }

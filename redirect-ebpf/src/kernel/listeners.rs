@@ -9,12 +9,12 @@ use core::mem::offset_of;
 
 use aya_ebpf::Global;
 use aya_ebpf::bindings::{
-    BPF_ANY, BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_TCP_LISTEN_CB, bpf_sock_ops,
+    BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_TCP_LISTEN_CB, bpf_sock_ops,
 };
 use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::helpers::{
-    bpf_get_netns_cookie, bpf_get_smp_processor_id, bpf_map_update_elem, bpf_sk_storage_get,
-    bpf_sock_hash_update,
+    bpf_get_netns_cookie, bpf_get_smp_processor_id, bpf_ktime_get_ns, bpf_map_update_elem,
+    bpf_sk_storage_get, bpf_sock_hash_update,
 };
 use aya_ebpf::macros::{btf_map, map, sock_ops};
 use aya_ebpf::maps::SockHash;
@@ -32,9 +32,10 @@ use super::{config, pods};
 #[map]
 static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(1, 0);
 
-/// The cookie of a noted listener's namespace: TC programs can't ask for it.
+/// What stands for a listener's owner in its key, kept with the listener because TC programs can't ask for its namespace: the
+/// namespace's cookie if sock_ops noted it, else a number of the listener's own.
 #[btf_map]
-static NAMESPACES: SkStorage<u64> = SkStorage::new();
+static OWNERS: SkStorage<u64> = SkStorage::new();
 
 /// Whether TC programs may put sockets into maps, as the agent found out.
 #[unsafe(no_mangle)]
@@ -42,25 +43,24 @@ static TC_KNOWS_LISTENERS: Global<bool> = Global::new(true);
 
 const EEXIST: i32 = -17;
 
-/// What stands for the cookie of a listener's namespace in its key, where no address tells it. Where TC notes the listener of
-/// each such packet, a place for each processor will do.
+/// What stands for the owner in a listener's key.
 #[inline(always)]
-pub(super) fn namespace(listener: &Socket) -> Option<u64> {
-    if TC_KNOWS_LISTENERS.load() {
-        // SAFETY: the helper has no preconditions.
-        return Some(ListenerKey::of_processor(unsafe { bpf_get_smp_processor_id() }));
+pub(super) fn owner(listener: &Socket) -> Option<u64> {
+    if !TC_KNOWS_LISTENERS.load() {
+        // With the number of nobody the lookup finds no listener: see above.
+        return listener.stored(&OWNERS).or(Some(0));
     }
-    listener.stored(&NAMESPACES)
+    // SAFETY: the helpers have no preconditions.
+    let (time, processor) = unsafe { (bpf_ktime_get_ns(), bpf_get_smp_processor_id()) };
+    listener.stored_or(&OWNERS, ListenerKey::number(time, processor))
 }
 
-/// Puts a listener into the map that TC has found: if there is none already, or always where packets of several namespaces
-/// share a place. Where TC may not, it was noted before.
+/// Puts a listener into the map that TC has found, if it is not there already. Where TC may not, it was noted before.
 #[inline(always)]
 pub(super) fn remember(key: &ListenerKey, listener: &Socket) -> Result<(), i64> {
     if !TC_KNOWS_LISTENERS.load() {
         return Ok(());
     }
-    let flags = if key.is_of_processor() { BPF_ANY } else { BPF_NOEXIST };
     // aya has no call for this: the value of a socket map is a socket.
     // SAFETY: map, key and socket are valid for the length of the call.
     let result = unsafe {
@@ -68,7 +68,7 @@ pub(super) fn remember(key: &ListenerKey, listener: &Socket) -> Result<(), i64> 
             (&raw const LISTENERS).cast_mut().cast(),
             (&raw const *key).cast(),
             listener.as_ptr().cast_const(),
-            flags.into(),
+            BPF_NOEXIST.into(),
         )
     };
     // Before Linux 6.4 maps return an `int`, and the verifier calls them directly: the upper half is not set then.
@@ -108,7 +108,7 @@ pub(crate) fn listening(ctx: SockOpsContext) -> u32 {
     for family in families(family, address).into_iter().flatten() {
         // Of listeners that share a port each has a slot, as long as there are some: one at least is there at any time.
         for slot in ListenerKey::SLOTS {
-            let mut key = ListenerKey { netns_cookie, port, slot, family };
+            let mut key = ListenerKey { owner: netns_cookie, port, slot, family };
             // SAFETY: context, map and key are valid for the length of the call.
             let result = unsafe {
                 bpf_sock_hash_update(
@@ -137,7 +137,7 @@ fn keep(ctx: &SockOpsContext, mut netns_cookie: u64) {
     // SAFETY: map, socket and value are valid for the length of the call.
     let _kept = unsafe {
         bpf_sk_storage_get(
-            (&raw const NAMESPACES).cast_mut().cast(),
+            (&raw const OWNERS).cast_mut().cast(),
             socket.cast(),
             (&raw mut netns_cookie).cast(),
             BPF_SK_STORAGE_GET_F_CREATE.into(),

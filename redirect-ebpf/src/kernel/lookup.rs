@@ -19,7 +19,7 @@ use aya_ebpf::macros::sk_lookup;
 use aya_ebpf::programs::SkLookupContext;
 use redirect_ebpf::count::{Direction, Reason, Verdict};
 use redirect_ebpf::decide::{self, Protocol, is_for_captured, is_guarded};
-use redirect_ebpf::family::{Family, Ip, Ipv4, Ipv6, v4_mapped};
+use redirect_ebpf::family::{Address, Family, Ip, Ipv4, Ipv6, v4_mapped};
 use redirect_ebpf::maps::{ListenerKey, Note, NoteVerdict, PodFlags, Tuple};
 use redirect_ebpf::packet::{Segment, address_family};
 
@@ -44,21 +44,16 @@ pub(super) fn is_in_pods() -> bool {
 
 const ENOENT: i64 = -2;
 
-/// Sends the connection to the proxy's listener by way of the socket lookup. `namespace` is the cookie of the one where it
-/// listens, as far as the hook knows it.
+/// Sends the connection to the proxy's listener by way of the socket lookup.
 #[inline(always)]
 pub(super) fn hand_over<I: Ip>(
     segment: &Segment<I::Address>,
-    namespace: Option<u64>,
     port: u16,
     listener: &Socket,
     counted: CountedAs,
 ) -> Result<(), i64> {
-    let netns_cookie = match namespace {
-        Some(netns_cookie) => netns_cookie,
-        None => listeners::namespace(listener).ok_or(ENOENT)?,
-    };
-    let key = ListenerKey { netns_cookie, port, slot: 0, family: address_family(I::FAMILY).into() };
+    let owner = listeners::owner(listener).ok_or(ENOENT)?;
+    let key = ListenerKey { owner, port, slot: 0, family: address_family(I::FAMILY).into() };
     listeners::remember(&key, listener)?;
     notes::captured(&segment.tuple::<I>(), key, counted)
 }
@@ -121,8 +116,8 @@ pub(crate) fn listener_guard(ctx: SkLookupContext) -> u32 {
         return sk_action::SK_PASS;
     }
     let port = local_port(lookup);
-    // The programs that capture ask for the proxy's listeners themselves, and without a source port. A packet may have none either.
-    if is_guarded(Protocol::Tcp, port) && remote_port(lookup) == NO_PORT && notes::is_asked() {
+    // The programs that capture ask for the proxy's listeners themselves.
+    if is_guarded(Protocol::Tcp, port) && remote_port(lookup) == NO_PORT && is_nobody(&tuple(lookup).source) {
         return sk_action::SK_PASS;
     }
     if !is_in_pods() {
@@ -178,6 +173,12 @@ fn is_within_pod(tuple: &Tuple, lookup: *const bpf_sk_lookup) -> bool {
         }
         _ => decide::is_within_pod::<Ipv6>(*source, *destination, from_lo, |address| Ipv6::owner(&address)),
     }
+}
+
+/// Whether it is the source of our own questions. A packet has it at most on `lo`, from a raw socket of the pod.
+#[inline(always)]
+fn is_nobody(source: &[u8; 16]) -> bool {
+    *source == Ipv4::widen(Address::NOBODY) || *source == Ipv6::widen(Address::NOBODY)
 }
 
 #[inline(always)]

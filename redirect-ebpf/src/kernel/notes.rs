@@ -22,7 +22,7 @@ static NOTES: LruHashMap<Tuple, Note> = LruHashMap::with_max_entries(16_384, 0);
 /// A note that says nothing. Read only, and not on the stack.
 static NOTHING: Note = Note {
     expires: 0,
-    listener: ListenerKey { netns_cookie: 0, port: 0, slot: 0, family: 0 },
+    listener: ListenerKey { owner: 0, port: 0, slot: 0, family: 0 },
     socket_cookie: 0,
     verdict: NoteVerdict::NONE,
     direction: 0,
@@ -32,7 +32,7 @@ static NOTHING: Note = Note {
 };
 
 /// How many lookups of our own programs run on this processor: the programs of the socket lookup count nothing then. More than
-/// one: an interrupt, or with `PREEMPT_RT` a task, takes the place of another in the middle.
+/// one with `PREEMPT_RT`, where a task takes the place of another in the middle. No verdict depends on it.
 #[map]
 static ASKING: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 

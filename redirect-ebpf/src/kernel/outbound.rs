@@ -114,9 +114,9 @@ fn capture<I: PodIp + ExcludedIp + BoundIp>(
 }
 
 /// Whether a captured connection is to be refused because no proxy listens. It has to be here: a reset from the
-/// destination's address, at the SYN, is what the kernel has no route for in IPv4. Which client it is does not matter.
+/// destination's address, at the SYN, is what the kernel has no route for in IPv4.
 #[inline(always)]
 fn is_refused<I: Ip>(ctx: &SockAddrContext, destination: I::Address) -> bool {
     config::flags().contains(ConfigFlags::REFUSE)
-        && Socket::listener_for(ctx, destination, destination, PORT_OUTBOUND).is_none()
+        && Socket::listener_for(ctx, destination, PORT_OUTBOUND).is_none()
 }

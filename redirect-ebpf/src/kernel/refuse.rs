@@ -6,6 +6,7 @@ use aya_ebpf::bindings::BPF_F_INGRESS;
 use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::programs::TcContext;
 use redirect_ebpf::diagnostics::{Fault, Hook};
+use redirect_ebpf::family::Address;
 use redirect_ebpf::maps::ConfigFlags;
 use redirect_ebpf::packet::{ACK, Packet as _, Parse, RST, Segment};
 
@@ -33,7 +34,7 @@ const CHECKSUM: u32 = 16;
 
 /// Whether to refuse a connection because the proxy does not listen.
 #[inline(always)]
-pub(super) fn is_refused<A: Copy>(ctx: &TcContext, segment: &Segment<A>, port: u16) -> bool {
+pub(super) fn is_refused<A: Address>(ctx: &TcContext, segment: &Segment<A>, port: u16) -> bool {
     config::flags().contains(ConfigFlags::REFUSE) && Socket::listener(ctx, segment, port).is_none()
 }
 

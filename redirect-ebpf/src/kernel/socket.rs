@@ -5,7 +5,7 @@ use core::mem::size_of;
 use core::ptr::{self, NonNull, addr_of};
 
 use aya_ebpf::EbpfContext;
-use aya_ebpf::bindings::{BPF_F_CURRENT_NETNS, bpf_sock, bpf_sock_tuple};
+use aya_ebpf::bindings::{BPF_F_CURRENT_NETNS, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_tuple};
 use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::helpers::{
     bpf_sk_assign, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_sk_storage_get,
@@ -13,6 +13,7 @@ use aya_ebpf::helpers::{
 };
 use aya_ebpf::programs::TcContext;
 use redirect_ebpf::decide;
+use redirect_ebpf::family::Address;
 use redirect_ebpf::maps::ConfigFlags;
 use redirect_ebpf::packet::Segment;
 
@@ -43,7 +44,7 @@ pub(super) enum State {
     Open,
 }
 
-/// The source port of our own lookups of a listener, which no connection has: [`super::lookup`] sees them as well.
+/// The source port of our own lookups of a listener, from [`Address::NOBODY`]: [`super::lookup`] sees them as well.
 pub(super) const NO_PORT: [u8; 2] = [0; 2];
 
 const TCP_SYN_SENT: u32 = 2;
@@ -77,11 +78,16 @@ pub(super) fn is_known<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> bool {
 /// One of the kernel's helpers that look TCP sockets up.
 type Helper = unsafe fn(*mut c_void, *mut bpf_sock_tuple, u32, u64, u64) -> *mut bpf_sock;
 
-/// Looks a TCP socket up. Where no connection has the tuple, the kernel looks for a listener next, and runs the programs of the
-/// socket lookup, which have to know whose lookup it is.
+/// Looks a TCP socket up by the tuple of a packet. Where no connection has it, the kernel looks for a listener next, and runs the
+/// programs of the socket lookup, which must not count it.
+#[inline(always)]
+fn find_of_packet<A>(ctx: &TcContext, tuple: &mut Tuple<A>, helper: Helper) -> Option<Socket> {
+    let _asking = notes::Asking::new();
+    find(ctx, tuple, helper)
+}
+
 #[inline(always)]
 fn find<A>(ctx: &impl EbpfContext, tuple: &mut Tuple<A>, helper: Helper) -> Option<Socket> {
-    let _asking = notes::Asking::new();
     // SAFETY: the tuple lives for the length of the call, and its size is right.
     let socket = unsafe {
         helper(
@@ -105,7 +111,7 @@ impl Socket {
             source_port: segment.source_port,
             destination_port: segment.destination_port,
         };
-        find(ctx, &mut tuple, bpf_skc_lookup_tcp)
+        find_of_packet(ctx, &mut tuple, bpf_skc_lookup_tcp)
     }
 
     /// The full socket that sent a segment that opens a connection, if it is in this namespace.
@@ -119,41 +125,40 @@ impl Socket {
     pub(super) fn full<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> Option<Self> {
         let &Segment { source, destination, source_port, destination_port, .. } = segment;
         let mut tuple = Tuple { source, destination, source_port, destination_port };
-        find(ctx, &mut tuple, bpf_sk_lookup_tcp)
+        find_of_packet(ctx, &mut tuple, bpf_sk_lookup_tcp)
     }
 
     /// The listener on `port`, for the segment's connection, if it looks like the proxy's. [`super::capture`] verifies that it is.
     #[inline(always)]
-    pub(super) fn listener<A: Copy>(ctx: &TcContext, segment: &Segment<A>, port: u16) -> Option<Self> {
-        let socket = Self::listening(ctx, segment.source, segment.destination, port)?;
+    pub(super) fn listener<A: Address>(ctx: &TcContext, segment: &Segment<A>, port: u16) -> Option<Self> {
+        let socket = Self::listening(ctx, segment.destination, port)?;
         (socket.is_marked() || config::flags().contains(ConfigFlags::UNMARKED_PROXY)).then_some(socket)
     }
 
-    /// The proxy's listener on `port`, for connections from a client to an address. If several proxies listen, the kernel
-    /// picks one when it accepts the connection.
+    /// The proxy's listener on `port`, for connections to an address. If several proxies listen, the kernel picks one when it
+    /// accepts the connection.
     #[inline(always)]
-    pub(super) fn listener_for<A: Copy>(
+    pub(super) fn listener_for<A: Address>(
         ctx: &impl EbpfContext,
-        source: A,
         destination: A,
         port: u16,
     ) -> Option<Self> {
-        let socket = Self::listening(ctx, source, destination, port)?;
+        let socket = Self::listening(ctx, destination, port)?;
         socket.is_marked().then_some(socket)
     }
 
     #[inline(always)]
-    fn listening<A: Copy>(ctx: &impl EbpfContext, source: A, destination: A, port: u16) -> Option<Self> {
-        let mut tuple =
-            Tuple { source, destination, source_port: NO_PORT, destination_port: port.to_be_bytes() };
+    fn listening<A: Address>(ctx: &impl EbpfContext, destination: A, port: u16) -> Option<Self> {
+        let destination_port = port.to_be_bytes();
+        let mut tuple = Tuple { source: A::NOBODY, destination, source_port: NO_PORT, destination_port };
         let socket = find(ctx, &mut tuple, bpf_sk_lookup_tcp)?;
         (socket.state() == TCP_LISTEN).then_some(socket)
     }
 
     /// Whether anybody listens on `port` for the segment's connection.
     #[inline(always)]
-    pub(super) fn is_listening<A: Copy>(ctx: &TcContext, segment: &Segment<A>, port: u16) -> bool {
-        Self::listening(ctx, segment.source, segment.destination, port).is_some()
+    pub(super) fn is_listening<A: Address>(ctx: &TcContext, segment: &Segment<A>, port: u16) -> bool {
+        Self::listening(ctx, segment.destination, port).is_some()
     }
 
     /// The proxy's socket for datagrams on `port`.
@@ -206,9 +211,20 @@ impl Socket {
     /// The value in the storage of a full socket, if any.
     #[inline(always)]
     pub(super) fn stored(&self, storage: &'static SkStorage<u64>) -> Option<u64> {
-        // SAFETY: the map and the socket are valid for the length of the call.
+        self.storage(storage, ptr::null_mut(), 0)
+    }
+
+    /// The same; it has this value from now on if it has none.
+    #[inline(always)]
+    pub(super) fn stored_or(&self, storage: &'static SkStorage<u64>, mut value: u64) -> Option<u64> {
+        self.storage(storage, &raw mut value, BPF_SK_STORAGE_GET_F_CREATE.into())
+    }
+
+    #[inline(always)]
+    fn storage(&self, storage: &'static SkStorage<u64>, value: *mut u64, flags: u64) -> Option<u64> {
+        // SAFETY: the map, the socket and the initial value are valid for the length of the call.
         let value = unsafe {
-            bpf_sk_storage_get((&raw const *storage).cast_mut().cast(), self.as_ptr(), ptr::null_mut(), 0)
+            bpf_sk_storage_get((&raw const *storage).cast_mut().cast(), self.as_ptr(), value.cast(), flags)
         };
         // SAFETY: the kernel returns the value of the socket, or null.
         unsafe { value.cast::<u64>().as_ref() }.copied()

@@ -113,7 +113,8 @@ impl Bench {
             <&mut SkLookup>::try_from(program)?.load().context(name)?;
         }
         let (served, deserted) = (Netns::new("served")?, Netns::new("deserted")?);
-        let listeners = [PORT_OUTBOUND, PORT_INBOUND, PORT_TUNNEL].map(|port| served.run(|| listener(port)));
+        let listeners =
+            [PORT_OUTBOUND, PORT_INBOUND, PORT_TUNNEL].map(|port| served.run(|| listener(port, true)));
         let listeners = listeners.into_iter().map(|listener| Ok(listener??)).collect::<Result<_>>()?;
 
         // Which namespace the addresses are of makes no difference here, but that they are a pod's.
@@ -238,6 +239,16 @@ impl Bench {
     /// What becomes of a connection at the socket lookup.
     pub(crate) fn ask(&self, query: &lookup::Query) -> Result<lookup::Outcome> {
         ask(&self.lock(), query)
+    }
+
+    /// Runs a program on a packet in the namespace of the caller.
+    pub(crate) fn run_here(&self, name: &str, packet: &[u8]) -> Result<u32> {
+        run(&self.lock(), name, packet, 0)
+    }
+
+    /// The cookie of the listener that a connection gets at the socket lookup; zero if none was noted.
+    pub(crate) fn chosen(&self, query: &lookup::Query) -> Result<u64> {
+        lookup::run_and_read(&self.lock(), LOOKUPS[0], query).map(|(_, cookie)| cookie)
     }
 
     /// Has the maps of the programs changed.
@@ -420,11 +431,11 @@ fn test_run(programs: &Ebpf, name: &str, packet: &[u8], mark: u32, repeat: u32) 
     Ok(Run { code: result.return_value, mark, changed, time: result.duration })
 }
 
-/// A listener as a node proxy opens it.
-fn listener(port: u16) -> std::io::Result<Socket> {
+/// A listener as a node proxy opens it, whether it shares its port or not.
+pub(crate) fn listener(port: u16, shares: bool) -> std::io::Result<Socket> {
     let socket = Socket::new(Domain::IPV6, Type::STREAM, None)?;
     socket.set_mark(MARK_PROXY)?;
-    socket.set_reuse_port(true)?;
+    socket.set_reuse_port(shares)?;
     socket.set_ip_transparent_v6(true)?;
     socket.set_only_v6(false)?;
     socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into())?;

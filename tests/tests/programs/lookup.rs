@@ -49,6 +49,11 @@ struct Context {
 }
 
 pub(crate) fn run(programs: &Ebpf, name: &str, query: &Query) -> Result<Outcome> {
+    run_and_read(programs, name, query).map(|(outcome, _)| outcome)
+}
+
+/// The same, and the cookie of the listener that it chose.
+pub(crate) fn run_and_read(programs: &Ebpf, name: &str, query: &Query) -> Result<(Outcome, u64)> {
     let program: &SkLookup = programs.program(name).context("a program")?.try_into()?;
     let mut context = Context::default();
     let Tuple { source, destination, source_port, destination_port } = query.tuple;
@@ -71,16 +76,19 @@ pub(crate) fn run(programs: &Ebpf, name: &str, query: &Query) -> Result<Outcome>
     attributes.test.prog_fd = program.fd()?.as_fd().as_raw_fd() as u32;
     attributes.test.ctx_in = (&raw const context) as u64;
     attributes.test.ctx_size_in = size_of::<Context>() as u32;
+    attributes.test.ctx_out = (&raw mut context) as u64;
+    attributes.test.ctx_size_out = size_of::<Context>() as u32;
     match bpf::call(bpf_cmd::BPF_PROG_TEST_RUN, &mut attributes) {
         Ok(_) => {}
         // It chose a listener with SO_REUSEPORT: which one of them the kernel does not try out here.
-        Err(Errno::EOPNOTSUPP) => return Ok(Outcome::Chosen),
+        Err(Errno::EOPNOTSUPP) => return Ok((Outcome::Chosen, 0)),
         Err(error) => return Err(error).with_context(|| format!("{name} on {query:?}")),
     }
     // SAFETY: the kernel has written this part of the union.
     match unsafe { attributes.test.retval } {
-        0 => Ok(Outcome::Refused),
-        1 => Ok(Outcome::Passed),
+        0 => Ok((Outcome::Refused, 0)),
+        1 if context.cookie != 0 => Ok((Outcome::Chosen, context.cookie)),
+        1 => Ok((Outcome::Passed, 0)),
         other => bail!("{name} returned {other} on {query:?}"),
     }
 }

@@ -12,6 +12,7 @@ mod gate;
 mod guard;
 mod lookup;
 mod packets;
+mod processors;
 mod random;
 mod specification;
 
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         capturing::trials(&shared),
         guard::trials(&shared),
         gate::trials(&shared),
+        processors::trials(&shared),
         cost::trials(&shared),
         diagnostics::trials(&shared),
         random::trials(&shared),

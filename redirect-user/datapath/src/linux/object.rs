@@ -130,16 +130,10 @@ fn capacities(settings: &Settings) -> [(&'static str, u32); 10] {
         ("EXCLUDED_IPV4", capacities.exclusions),
         ("EXCLUDED_IPV6", capacities.exclusions),
         ("EXCLUDED_PORTS", capacities.exclusions),
-        // A pod has two listeners of the proxy, each for both families; twice that while one proxy takes over from another. So
-        // has each processor, for packets whose pod is not known by their address.
-        ("LISTENERS", capacities.pods.saturating_add(processors()).saturating_mul(8)),
+        // A pod has three listeners of the proxy, each for both families; twice that while one proxy takes over from another.
+        ("LISTENERS", capacities.pods.saturating_mul(12)),
         ("PROXY_CGROUPS", MAX_PROXY_CGROUPS),
     ]
-}
-
-/// As many as there may ever be.
-fn processors() -> u32 {
-    aya::util::nr_cpus().ok().and_then(|number| number.try_into().ok()).unwrap_or(1024)
 }
 
 fn loader<'a>(settings: &Settings) -> EbpfLoader<'a> {
