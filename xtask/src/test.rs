@@ -42,7 +42,8 @@ pub(crate) struct Selection {
     #[arg(long, value_name = "PATH")]
     proxy: Option<PathBuf>,
     /// Runs the end-to-end tests on this kernel in a virtual machine, and none on this host: a series of Debian's
-    /// archive, such as 6.1, or `newest`, or an image `vmlinuz-<release>` beside lib/modules. Can be repeated. `smoke`
+    /// archive, such as 6.1, or `newest`, each with `-rt` behind it for `PREEMPT_RT`, or an image `vmlinuz-<release>` beside
+    /// lib/modules. Can be repeated. `smoke`
     /// runs a few tests on several kernels.
     #[arg(long, value_name = "KERNEL", conflicts_with = "proxy")]
     vm: Vec<String>,

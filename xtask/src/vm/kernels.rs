@@ -12,6 +12,9 @@ use crate::workspace::Workspace;
 /// The flavour for virtual machines: small, and with all that containers need.
 const FLAVOUR: &str = "-cloud-amd64";
 
+/// What follows the name of a kernel with `PREEMPT_RT`, and its flavour.
+const RT: (&str, &str) = ("-rt", "-rt-amd64");
+
 /// The archive's newest kernel.
 pub(super) const NEWEST: &str = "newest";
 
@@ -38,7 +41,7 @@ impl Kernel {
         Ok(Self { release: release.to_owned(), image: image.to_owned(), modules: modules.to_owned() })
     }
 
-    /// The newest kernel of a series, such as `6.1`, or of all.
+    /// The newest kernel of a series, such as `6.1` or `6.1-rt`, or of all.
     pub(super) fn from_archive(workspace: &Workspace, archive: &Archive<'_>, alias: &str) -> Result<Self> {
         let candidates = archive.candidates("linux-image-")?;
         let package = choose(candidates, alias).with_context(|| match &archive.complaint {
@@ -79,12 +82,13 @@ fn fetch(archive: &Archive<'_>, package: &Candidate, folder: &Path) -> Result<()
 }
 
 fn choose(candidates: Vec<Candidate>, alias: &str) -> Option<Candidate> {
+    let (series, flavour) = alias.strip_suffix(RT.0).map_or((alias, FLAVOUR), |series| (series, RT.1));
     let of_the_series = |candidate: &Candidate| {
-        candidate.name.ends_with(FLAVOUR)
+        candidate.name.ends_with(flavour)
             && candidate.name.trim_start_matches("linux-image-").starts_with(|first: char| first.is_ascii_digit())
             // Metapackages have no version of their own in their names.
-            && candidate.name.trim_end_matches(FLAVOUR).matches('.').count() > 1
-            && (alias == NEWEST || candidate.version.starts_with(&format!("{alias}.")))
+            && candidate.name.trim_end_matches(flavour).matches('.').count() > 1
+            && (series == NEWEST || candidate.version.starts_with(&format!("{series}.")))
     };
     candidates.into_iter().filter(of_the_series).max_by(|one, other| compare(&one.version, &other.version))
 }
@@ -99,13 +103,14 @@ fn compare(one: &str, other: &str) -> Ordering {
 
 /// What a user may call a kernel.
 pub(super) fn is_file(kernel: &str) -> Result<bool> {
-    if kernel == NEWEST || kernel.split('.').all(|part| !part.is_empty() && part.parse::<u32>().is_ok()) {
+    let series = kernel.strip_suffix(RT.0).unwrap_or(kernel);
+    if series == NEWEST || series.split('.').all(|part| !part.is_empty() && part.parse::<u32>().is_ok()) {
         return Ok(false);
     }
     if Path::new(kernel).is_file() {
         return Ok(true);
     }
-    bail!("{kernel} is neither a series, such as 6.1, nor {NEWEST}, nor a kernel image");
+    bail!("{kernel} is neither a series, such as 6.1 or 6.1-rt, nor {NEWEST}, nor a kernel image");
 }
 
 #[cfg(test)]
@@ -123,6 +128,9 @@ mod tests {
                 candidate("6.1.0-9-cloud-amd64", "6.1.99-1"),
                 candidate("6.1.0-56-cloud-amd64", "6.1.192-2"),
                 candidate("6.1.0-56-amd64", "6.1.192-2"),
+                candidate("6.1.0-56-rt-amd64", "6.1.192-2"),
+                candidate("6.1.0-56-rt-amd64-unsigned", "6.1.192-2"),
+                candidate("6.12-rt-amd64", "6.12.117-1"),
                 candidate("6.1-cloud-amd64", "6.1.192-2"),
                 candidate("6.12.117+deb12-cloud-amd64", "6.12.117-1~deb12u1"),
                 candidate("7.2.12+deb13-cloud-amd64", "7.2.12-1~bpo13+1"),
@@ -134,6 +142,8 @@ mod tests {
         assert_eq!(chosen("6.1").as_deref(), Some("linux-image-6.1.0-56-cloud-amd64"));
         assert_eq!(chosen("6.12").as_deref(), Some("linux-image-6.12.117+deb12-cloud-amd64"));
         assert_eq!(chosen(NEWEST).as_deref(), Some("linux-image-7.2.12+deb13-cloud-amd64"));
+        assert_eq!(chosen("6.1-rt").as_deref(), Some("linux-image-6.1.0-56-rt-amd64"));
+        assert_eq!(chosen("newest-rt").as_deref(), Some("linux-image-6.1.0-56-rt-amd64"));
         assert_eq!(chosen("5.15"), None);
     }
 
@@ -141,6 +151,7 @@ mod tests {
     fn series_and_files_are_told_apart() {
         assert!(!is_file("6.1").unwrap_or(true));
         assert!(!is_file(NEWEST).unwrap_or(true));
+        assert!(!is_file("6.12-rt").unwrap_or(true));
         assert!(is_file("/proc/self/exe").unwrap_or(false));
         assert!(is_file("6.x").is_err());
     }
