@@ -24,7 +24,7 @@ use crate::context::{Context, for_every_stack};
 
 pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     type Test = fn(&Context, Stack) -> Result<()>;
-    let tests: [(&str, Test); 7] = [
+    let tests: [(&str, Test); 8] = [
         ("made_before_enrollment", made_before_enrollment),
         ("used_by_a_process_of_the_node", used_by_a_process_of_the_node),
         ("of_a_pod_that_is_not_enrolled", of_a_pod_that_is_not_enrolled),
@@ -32,6 +32,7 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         ("free_binding", free_binding),
         ("transparent", transparent),
         ("excluded_port", excluded_port),
+        ("reserved_address", reserved_address),
     ];
     let mut trials: Vec<_> = tests
         .into_iter()
@@ -202,6 +203,23 @@ fn excluded_port(context: &Context, stack: Stack) -> Result<()> {
     connection.transfer(&[1; 100_000])?;
     ensure!(client.proxied_at_all()?.is_empty());
     Ok(())
+}
+
+/// What is reserved for the future is unicast all the same, to Linux and in some clouds. Istio: the same.
+fn reserved_address(context: &Context, stack: Stack) -> Result<()> {
+    let (address, length, more) = match stack.family() {
+        Family::Ipv4 => ("240.0.0.1", 32, ""),
+        Family::Ipv6 => ("4000::1", 128, " nodad"),
+    };
+    let scene = Scene::alone(context, stack)?;
+    scene.server.netns().ip(&format!("address add {address}/{length} dev lo{more}"))?;
+    let via = scene.server.address(stack.family())?;
+    scene.client.node().netns().ip(&format!("route add {address}/{length} via {via}"))?;
+    let to = SocketAddr::new(address.parse()?, scene.to.port());
+    let mut connection = scene.client.connect(stack, to)?;
+    connection.exchange("hello")?;
+    ensure!(!connection.is_direct(), "past the proxy: {:?}", connection.heard);
+    scene.client.proxied_times(redirect_tests::Direction::Outbound, to, 1).map(drop)
 }
 
 /// The node proxy can't connect to link-local addresses. Connections to them are refused, or leave the pod past the proxy where
