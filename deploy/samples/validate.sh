@@ -16,7 +16,7 @@ fail() {
     failed=1
 }
 
-# Splits into words on purpose: the variable may hold arguments.
+# Word splitting is intended: the variable may contain arguments.
 # shellcheck disable=SC2086
 k() { $kubectl -n "$namespace" "$@"; }
 

@@ -1,4 +1,4 @@
-//! What reads bytes that others write, as functions that panic if a promise is broken.
+//! Fuzz targets for the parsers of untrusted bytes: functions that panic if an invariant is violated.
 //!
 //! `cargo test` replays the corpora and mutates them for a bounded time, on stable Rust (`tests/bounded.rs`).
 //! `cargo +nightly fuzz run --features libfuzzer TARGET` searches for longer, guided by coverage.
@@ -28,7 +28,7 @@ pub const TARGETS: [(&str, Target); 6] = [
     ("packet", packet),
 ];
 
-/// Requests of plugin and command line, and the agent's replies: what is understood survives another journey.
+/// Requests of plugin and command line, and the agent's replies: parsed messages survive another round trip.
 pub fn wire(data: &[u8]) {
     fn journey<T: Serialize + DeserializeOwned + PartialEq + Debug>(data: &[u8]) {
         if let Ok(message) = wire::decode::<T>(data) {
@@ -43,7 +43,7 @@ pub fn wire(data: &[u8]) {
     journey::<wire::Reply>(data);
 }
 
-/// ZDS, both directions: what is understood survives another journey.
+/// ZDS, both directions: parsed messages survive another round trip.
 pub fn zds(data: &[u8]) {
     macro_rules! journey {
         ($message:ty) => {
@@ -60,7 +60,8 @@ pub fn zds(data: &[u8]) {
     journey!(WorkloadResponse);
 }
 
-/// CNI configurations of the node: the plugin comes last and once, whatever is done before, and goes without a trace.
+/// CNI configurations of the node: the plugin is added once and last, whatever the input, and removed without a
+/// trace.
 pub fn conflist(data: &[u8]) {
     for name in ["10-primary.conflist", "10-primary.conf"] {
         let Ok(chained) = install::chained(name, data, &entry()) else { continue };
@@ -90,7 +91,7 @@ fn ours(list: &Value) -> Vec<usize> {
     (0..types.len()).filter(|place| types[*place] == install::PLUGIN).collect()
 }
 
-/// The plugin's standard input: what is accepted is within the bounds that are documented.
+/// The plugin's standard input: accepted values are within their documented bounds.
 pub fn cni_config(data: &[u8]) {
     if let Ok(config) = redirect_cni::Config::parse(data) {
         assert!(config.agent_socket.is_absolute());
@@ -101,7 +102,7 @@ pub fn cni_config(data: &[u8]) {
     }
 }
 
-/// Results of the plugins before ours: a pod has an address, or there is an error.
+/// Results of earlier plugins: a pod has an address, or there is an error.
 pub fn cni_result(data: &[u8]) {
     if let Ok(result) = serde_json::from_slice::<Value>(data) {
         addresses(&result);
@@ -148,7 +149,7 @@ impl Packet for Bytes<'_> {
 }
 
 fn parsed<I: Parse<Address: PartialEq>>(packet: &Bytes<'_>) {
-    /// As far as its flags.
+    /// The length of a TCP header up to its flags.
     const TCP: usize = 14;
     const PORTS: usize = 4;
     let found = packet::parse::<I>(packet);
@@ -162,7 +163,7 @@ fn parsed<I: Parse<Address: PartialEq>>(packet: &Bytes<'_>) {
         assert!(!packet::is_of_another_family::<I>(packet));
         assert_eq!(packet::source::<I>(packet), Some(segment.source));
     }
-    // The short way for most packets finds what the long one does.
+    // The fast path finds the same as the full parser.
     if packet.ether_type() == I::ETHER_TYPE {
         if let Some(plain) = I::plain(packet, Protocol::Tcp) {
             assert_eq!(found, Parsed::Tcp(plain));
@@ -176,7 +177,7 @@ fn parsed<I: Parse<Address: PartialEq>>(packet: &Bytes<'_>) {
     }
 }
 
-/// A segment is what the bytes at its place say.
+/// A segment matches the bytes at its offset.
 fn within<I: Parse>(packet: &Bytes<'_>, segment: &Segment<I::Address>, length: usize) {
     let transport = segment.transport_offset as usize;
     assert!(segment.network_offset < segment.transport_offset);

@@ -1,4 +1,4 @@
-//! Replays every target's corpus, and mutates it for a bounded time. `REDIRECT_FUZZ_CASES` is the number of mutations of each
+//! Replays every target's corpus, and mutates it for a bounded time. `REDIRECT_FUZZ_CASES` is the number of mutations per
 //! target.
 
 use std::fs;
@@ -13,10 +13,10 @@ use redirect_fuzz::TARGETS;
 use redirect_protocol::wire;
 use redirect_zds::WorkloadRequest;
 
-/// Numbers at which parsers change their minds.
+/// Bytes at which parsers branch.
 const BYTES: [u8; 12] = [0, 1, 4, 0x11, 0x2c, 0x3a, 0x45, 0x60, 0x7f, 0x80, 0xfe, 0xff];
 
-/// What JSON and its readers change their minds at.
+/// Words at which parsers of JSON branch.
 const WORDS: [&str; 14] = [
     "null",
     "true",
@@ -42,7 +42,7 @@ enum Mutation {
     Insert(Index, Vec<u8>),
     /// Repeats a part of itself.
     Copy(Index, Index, usize),
-    /// Goes on as another of the corpus.
+    /// Continue as another input of the corpus.
     Splice(Index, Index),
 }
 
@@ -63,7 +63,7 @@ fn mutation() -> impl Strategy<Value = Mutation> {
 
 impl Mutation {
     fn apply(&self, data: &mut Vec<u8>, corpus: &[Vec<u8>]) {
-        // One more than there are, so that its end is a place as well.
+        // One more than its length, so that the end is a position as well.
         let places = data.len() + 1;
         let place = |index: &Index| index.index(places);
         match self {
@@ -132,7 +132,7 @@ fn so_do_mutations_of_them() {
     }
 }
 
-/// A corpus that no reader understands any more finds nothing.
+/// A corpus that no parser accepts any more would find nothing.
 #[test]
 fn the_corpora_get_past_the_readers() {
     let data = |target: &str, name: &str| {

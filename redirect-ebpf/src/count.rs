@@ -62,7 +62,7 @@ counted! {
         OwnAddress = "own_address",
         /// To an IPv6 link-local address (a choice of the agent's whether it passes) or to a multicast group.
         LinkScoped = "link_scoped",
-        /// To the proxy's tunnel port 15008: to its listener there, and to nobody else's.
+        /// To port 15008, for the proxy's tunnel listener only.
         TunnelPort = "tunnel_port",
         /// The pod accepts inbound connections without the proxy.
         BypassInbound = "bypass_inbound",
@@ -76,9 +76,10 @@ counted! {
         Probe = "probe",
         /// An application tried to bind one of the proxy's ports.
         ProxyPort = "proxy_port",
-        /// From or to an undeclared network behind the pod (containers in the pod).
+        /// From or to an undeclared network behind the pod (containers inside the pod).
         Forwarded = "forwarded",
-        /// It would leave the pod past the proxy: the connect hook did not see it, or it has lost its mark.
+        /// The packet would bypass the proxy: the connect hook did not see the connection, or its mark was
+        /// changed.
         Unmarked = "unmarked",
         /// No node proxy listens in the pod: the SYN is dropped until one does.
         NoListener = "no_listener",
@@ -86,24 +87,24 @@ counted! {
         AssignFailed = "assign_failed",
         /// A source address that is not the pod's.
         Spoofed = "spoofed",
-        /// A TCP header split across fragments, outside an established connection.
+        /// A TCP header that is split across fragments, outside an established connection.
         Fragmented = "fragmented",
-        /// Headers that are truncated or too long a chain.
+        /// Headers that are truncated, or chained too deeply.
         Malformed = "malformed",
         /// The socket refused its mark.
         MarkFailed = "mark_failed",
-        /// TCP that neither the proxy sent nor an exemption lets pass: it got past the programs in the pod (raw frames, filters of
-        /// the pod's own, a device that was moved away) and is dropped at the host's end of the pod's device. In placement `node`:
-        /// of a connection that the proxy does not have.
+        /// Dropped at the host end of the pod's device: TCP that neither the proxy sent nor an exemption covers. It bypassed the
+        /// programs in the pod (raw frames, filters that the pod added, a device that was moved out). In placement `node`: a
+        /// packet of a connection that the proxy does not have.
         PastPod = "past_pod",
-        /// It would reach a listener past the proxy: no program at an interface had captured or exempted it.
+        /// It would reach a listener past the proxy: no TC program captured or exempted it.
         Uncaptured = "uncaptured",
-        /// From outside to a socket that is connecting itself: a connection that both ends open.
+        /// From outside, to a socket that is connecting: a simultaneous open.
         SimultaneousOpen = "simultaneous_open",
     }
 }
 
-/// What the gates drop: connections past the node proxy, of which there should be none.
+/// Counters of the gates' drops, i.e. of attempts to bypass the node proxy. Expected to stay zero.
 pub const OF_GATES: [(Direction, Reason); 4] = [
     (Direction::Outbound, Reason::PastPod),
     (Direction::Inbound, Reason::PastPod),
@@ -128,7 +129,7 @@ pub const fn index(family: Family, direction: Direction, verdict: Verdict, reaso
 /// The number of counters in an entry of the map `POD_COUNTERS`.
 pub const OF_POD: usize = Family::ALL.len() * 2 * Verdict::ALL.len();
 
-/// The index of a counter in a pod's entry. `None` for the node proxy's own connections and for calls of `bind()`, which are
+/// The index of a counter in a pod's entry. `None` for the node proxy's own connections and for `bind()` calls, which are
 /// not connections of the pod.
 #[must_use]
 #[inline(always)]

@@ -1,5 +1,5 @@
-//! What is to become of a new connection. Pure: the programs supply the facts, the more expensive ones lazily, and
-//! carry the decision out.
+//! Decides on new connections. Pure functions: the programs supply the facts (the expensive ones lazily) and
+//! execute the decision.
 
 use crate::constants::{
     MARK_CAPTURE, MARK_DELIVERY, MARK_MASK, MARK_PROXY, PORT_DNS, PORT_DOMAIN, PORT_INBOUND, PORT_OUTBOUND,
@@ -9,7 +9,7 @@ use crate::count::Reason;
 use crate::family::Ip;
 use crate::maps::PodFlags;
 
-/// What becomes of a connection that a process of an enrolled pod makes.
+/// The decision on a connection that a process of an enrolled pod opens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outbound {
     /// Mark it for capture: the proxy's outbound listener gets it.
@@ -24,7 +24,7 @@ pub enum Outbound {
     Refuse(Reason),
 }
 
-/// Protocols that concern us.
+/// The protocols that this project handles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {
     /// TCP.
@@ -33,12 +33,12 @@ pub enum Protocol {
     Udp,
 }
 
-/// An outbound connection, or a datagram, as far as it is cheap to know.
+/// An outbound connection or datagram: the facts that are cheap to read.
 #[derive(Clone, Copy, Debug)]
 pub struct Connect<A> {
     /// Its protocol.
     pub protocol: Protocol,
-    /// Where to.
+    /// Destination address.
     pub destination: A,
     /// Destination port, host order.
     pub port: u16,
@@ -52,11 +52,11 @@ pub struct Connect<A> {
     pub link_local: bool,
 }
 
-/// Decides on an outbound connection. `own` tells whether an address is one of the pod itself, `excluded` whether an
-/// exclusion holds.
+/// Decides on an outbound connection. `own` returns whether an address belongs to the pod, `excluded` whether an
+/// exclusion covers the connection.
 ///
-/// The proxy delivers to the application where it dials an address of the pod, or (the pod may have addresses that nobody
-/// told us) where it borrows the address of somebody else as its source.
+/// The proxy's connection counts as a delivery to the application if it dials an address of the pod, or if its source is
+/// an address that is not the pod's own: the pod may have addresses that the agent does not know.
 #[inline(always)]
 pub fn outbound<I: Ip>(
     connect: &Connect<I::Address>,
@@ -82,7 +82,8 @@ pub fn outbound<I: Ip>(
     } else if dns {
         Outbound::Resolve
     } else if I::is_link_local(connect.destination) && !connect.link_local {
-        // The proxy can't connect there: who answers depends on the link. Past the proxy it would be plaintext to any neighbour.
+        // Refused, because the proxy can't connect there: the peer depends on the link. Past the proxy, the connection would be
+        // plaintext to any neighbor.
         Outbound::Refuse(Reason::LinkScoped)
     } else if I::is_link_scoped(connect.destination) {
         Outbound::Pass(Reason::LinkScoped)
@@ -91,16 +92,18 @@ pub fn outbound<I: Ip>(
     }
 }
 
-/// Whether a connection of an enrolled pod that is not the proxy's may leave the pod: those to which [`outbound`] says
-/// [`Outbound::Pass`], of which loopback and own addresses never leave. `link_local` as in [`Connect`].
+/// Whether a connection of an application may leave the pod past the proxy: it mirrors the cases in which [`outbound`]
+/// returns [`Outbound::Pass`], except loopback and own addresses, which never leave the pod. `link_local` as in
+/// [`Connect`].
 #[inline(always)]
 pub fn is_exempt<I: Ip>(destination: I::Address, link_local: bool, excluded: impl FnOnce() -> bool) -> bool {
     I::is_group(destination) || (link_local && I::is_link_local(destination)) || excluded()
 }
 
-/// Whether a connection that the socket lookup of a pod sees can only be between sockets of this pod: with such a source, whoever
-/// else sends it never gets an answer. `owner` tells the pod of an address, `from_lo` whether the packet came in by `lo`: what is
-/// for loopback may come from elsewhere too (`route_localnet`), and does not say whose namespace this is.
+/// Whether a connection at the pod's socket lookup can only be between sockets of this pod: any other sender with such a source
+/// would never get an answer. `owner` maps an address to its pod; `from_lo` is whether the packet arrived on `lo`. A loopback
+/// destination proves nothing by itself, because other interfaces can deliver to it (`route_localnet`), and it does not identify
+/// the namespace.
 #[inline(always)]
 pub fn is_within_pod<I: Ip>(
     source: I::Address,
@@ -108,7 +111,7 @@ pub fn is_within_pod<I: Ip>(
     from_lo: impl FnOnce() -> bool,
     owner: impl Fn(I::Address) -> Option<u64>,
 ) -> bool {
-    // An address that nobody told us is its own.
+    // The pod's own address, but unknown to the agent.
     if source == destination || I::is_of_this_host(source) {
         return true;
     }
@@ -116,10 +119,10 @@ pub fn is_within_pod<I: Ip>(
     if I::is_of_this_host(destination) { from_lo() } else { owner(destination) == Some(pod) }
 }
 
-/// The mark that a decision asks for, given the mark that the socket has. Bits outside [`MARK_MASK`] stay.
+/// Returns the socket's new mark for a decision, given its current one. Bits outside [`MARK_MASK`] stay.
 ///
-/// A socket that was captured and is connected anew (after `connect(AF_UNSPEC)`) must not keep a mark of ours that no
-/// longer applies, and no application may keep one that it set itself.
+/// A socket that was captured and reconnects (after `connect(AF_UNSPEC)`) must not keep a stale mark, and no
+/// application may keep a mesh mark that it set itself.
 #[must_use]
 #[inline(always)]
 pub const fn mark(decision: Outbound, current: u32) -> u32 {
@@ -145,7 +148,7 @@ pub const fn is_proxy_mark(mark: u32) -> bool {
     mark & MARK_MASK == MARK_PROXY
 }
 
-/// What becomes of a connection from outside to an enrolled pod.
+/// The decision on a connection from outside to an enrolled pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Inbound {
     /// The proxy's inbound listener gets it.
@@ -158,9 +161,9 @@ pub enum Inbound {
     Drop(Reason),
 }
 
-/// Decides on an inbound connection. `flags` are those of the pod at the destination, if one is known there; `probe`,
-/// `excluded` and `forwarded` tell whether the connection is a probe of the kubelet, whether an exclusion holds, and
-/// whether the pod would route the packet on to somewhere else.
+/// Decides on an inbound connection. `flags` are those of the pod that owns the destination, if any. `probe`,
+/// `excluded` and `forwarded` return whether the connection is a kubelet probe, whether an exclusion covers it, and
+/// whether the pod would forward the packet.
 #[inline(always)]
 pub fn inbound(
     destination_port: u16,
@@ -173,7 +176,7 @@ pub fn inbound(
         return Inbound::Tunnel;
     }
     let Some(flags) = flags else {
-        // A known address of the pod is local; only for others is the routing table asked.
+        // A known pod address is local; only other addresses need a routing lookup.
         return if forwarded() { Inbound::Drop(Reason::Forwarded) } else { Inbound::Capture };
     };
     if flags.contains(PodFlags::BYPASS_INBOUND) {
@@ -187,7 +190,7 @@ pub fn inbound(
     }
 }
 
-/// Whether an application of an enrolled pod must not bind the port: it is one of the proxy's.
+/// Whether applications of enrolled pods must not bind the port, because it is one of the proxy's.
 #[must_use]
 #[inline(always)]
 pub const fn is_guarded(protocol: Protocol, port: u16) -> bool {
@@ -197,7 +200,7 @@ pub const fn is_guarded(protocol: Protocol, port: u16) -> bool {
     }
 }
 
-/// Whether the port is of a listener that takes captured connections only.
+/// Whether the port belongs to a listener that accepts captured connections only.
 #[must_use]
 #[inline(always)]
 pub const fn is_for_captured(port: u16) -> bool {

@@ -1,4 +1,5 @@
-//! The drop log: single outcomes that should not occur, for developers, if the agent's log enables it.
+//! The drop log: individual outcomes that should not occur. For developers; off unless the agent's log level
+//! enables it.
 //!
 //! | map | type | value |
 //! |---|---|---|
@@ -9,21 +10,21 @@
 use crate::count::counted;
 use crate::flow::FlowLimits;
 
-/// The log target whose level turns it on.
+/// The log target that enables it.
 pub const TARGET: &str = "redirect_ebpf";
 
-/// The limit per CPU: a sender of malformed packets must not fill the node's log.
+/// The limit per CPU, so that malformed packets can't flood the node's log.
 pub const LIMITS: FlowLimits = FlowLimits { one_of: 1, rate: 10 };
 
-/// How many numbers an entry has: [`Fault`], [`Hook`], [`Family`](crate::Family), and four that depend on the hook, in the
-/// order of the arguments of `kernel::diagnostics::tell`.
+/// The number of values in an entry: [`Fault`], [`Hook`], [`Family`](crate::Family), and four that depend on the hook, in
+/// the order of the arguments of `kernel::diagnostics::tell`.
 pub const NUMBERS: usize = 7;
 
 counted! {
     /// What went wrong.
     Fault {
-        /// A packet's headers are truncated or too long a chain. The error is that of loading the last byte of the shortest
-        /// possible headers.
+        /// A packet's headers are truncated, or chained too deeply. The error is the result of loading the last byte of the
+        /// shortest possible headers.
         Malformed = "malformed packet",
         /// A socket refused its mark.
         Mark = "a socket refuses its mark",
@@ -59,7 +60,7 @@ counted! {
         ToPod = "to_pod",
         /// The kubelet's sockets.
         Probe = "probe",
-        /// What a pod sends, at the gate on the host's end of its device.
+        /// Packets from a pod, at the gate on the host end of its device.
         HostGate = "host_gate",
     }
 }

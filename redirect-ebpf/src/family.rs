@@ -18,7 +18,7 @@ impl Family {
     /// Both families, IPv4 first.
     pub const ALL: [Self; 2] = [Self::Ipv4, Self::Ipv6];
 
-    /// The name that people read: `IPv4` or `IPv6`.
+    /// The display name: `IPv4` or `IPv6`.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -59,7 +59,7 @@ pub trait Ip: Copy + 'static {
     /// The Ethernet protocol number of the family's packets.
     const ETHER_TYPE: u16;
 
-    /// The address in sixteen bytes: IPv4 in its v4-mapped form.
+    /// The address in 16 bytes; IPv4 in v4-mapped form.
     fn widen(address: Self::Address) -> [u8; 16];
 
     /// Whether Istio's rules treat the address as loopback: 127.0.0.1 and ::1, not the rest of 127.0.0.0/8, and the
@@ -70,22 +70,23 @@ pub trait Ip: Copy + 'static {
     /// Istio exempts whatever leaves through `lo`.
     fn is_local_resolver(address: Self::Address) -> bool;
 
-    /// Whether it is the source of an interface without an address yet, or a link-local address, which no IPAM assigns.
+    /// Whether it is the source of an interface that has no address yet, or a link-local address, which no IPAM
+    /// assigns.
     fn is_unassigned(address: Self::Address) -> bool;
 
-    /// Whether a packet from the address was sent by its own receiver, whatever interface it seems to come from: the kernel
-    /// takes such a source from `lo` alone.
+    /// Whether a packet with this source can only come from the receiving host itself: the kernel accepts such a source on
+    /// `lo` only.
     fn is_of_this_host(address: Self::Address) -> bool;
 
-    /// Whether the address is a group (multicast, broadcast), to which nobody can connect. 240.0.0.0/4 is not: Linux, and
-    /// some clouds, use it as unicast.
+    /// Whether the address is a multicast or broadcast group, to which TCP can't connect. 240.0.0.0/4 is none: Linux and
+    /// some clouds use it as unicast.
     fn is_group(address: Self::Address) -> bool;
 
     /// Whether the address is an IPv6 link-local one. IPv4 link-local unicast does not count: cloud metadata servers live
     /// there, and Istio captures connections to them.
     fn is_link_local(address: Self::Address) -> bool;
 
-    /// Whether the address means something only on its link.
+    /// Whether the address is valid on its link only.
     #[inline(always)]
     fn is_link_scoped(address: Self::Address) -> bool {
         Self::is_group(address) || Self::is_link_local(address)

@@ -37,7 +37,7 @@ pub struct Flow {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct FlowLimits {
-    /// Report 1 in so many connections. Zero counts as one.
+    /// Report 1 in N connections. Zero counts as one.
     pub one_of: u32,
     /// Events per second and CPU.
     pub rate: u32,

@@ -1,11 +1,11 @@
-//! Shared by the kernel side and user space of ambient-redirect: map layouts, constants of the data path, and the pure
-//! decisions, without `std` and tested on the host.
+//! Shared by the kernel side and user space of ambient-redirect: map layouts, data path constants and the pure
+//! decisions. No `std`; tested on the host.
 //!
-//! The programs themselves are in `main.rs` and its `kernel` module. They are thin: read the context, call a decision from
-//! here, execute it, count it.
+//! The programs themselves are in `main.rs` and its `kernel` module. They are thin: read the context, call a decision,
+//! execute it, count it.
 //!
-//! Everything that crosses the border between kernel and user space is in network byte order, has no padding, and has a size
-//! that is asserted at compile time.
+//! Everything that crosses the kernel boundary is in network byte order, has no padding, and has a size that is asserted at
+//! compile time.
 #![cfg_attr(not(test), no_std)]
 #![cfg_attr(not(feature = "user"), forbid(unsafe_code))]
 

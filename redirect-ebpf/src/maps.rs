@@ -72,13 +72,13 @@ pub struct ProxyCgroup {
 pub struct ProxyPart(pub u32);
 
 impl ProxyPart {
-    /// All of it.
+    /// The whole proxy.
     pub const ALL: Self = Self(1);
-    /// The one for connections that were captured on their way out of a pod. Placement `node`.
+    /// The part for captured outbound connections. Placement `node`.
     pub const OUTBOUND: Self = Self(2);
-    /// The one that delivers to applications. Placement `node`.
+    /// The part that delivers to applications. Placement `node`.
     pub const INBOUND: Self = Self(3);
-    /// One that listens in the pods. What it sends to another pod is captured there like anybody's.
+    /// A proxy that listens in the pods. Its connections to other pods are captured there like any other.
     pub const IN_PODS: Self = Self(4);
 }
 
@@ -108,17 +108,17 @@ pub struct Tuple {
     pub destination_port: [u8; 2],
 }
 
-/// What a TC program decided on a connection that the socket lookup will see.
+/// A TC program's decision on a connection, for the socket lookup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Note {
-    /// Until when it counts, in nanoseconds of `bpf_ktime_get_coarse_ns`.
+    /// When it expires, in nanoseconds of `bpf_ktime_get_coarse_ns`.
     pub expires: u64,
-    /// Where the connection is to go, if it was captured.
+    /// The listener, if the connection was captured.
     pub listener: ListenerKey,
     /// Cookie of the pod's socket, for events; zero if it is not known.
     pub socket_cookie: u64,
-    /// What was decided.
+    /// The decision.
     pub verdict: NoteVerdict,
     /// [`Direction`] as a number.
     pub direction: u8,
@@ -130,21 +130,21 @@ pub struct Note {
     pub padding: [u8; 4],
 }
 
-/// What becomes of a connection that a [`Note`] is about.
+/// The decision in a [`Note`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(transparent)]
 pub struct NoteVerdict(pub u8);
 
 impl NoteVerdict {
-    /// There is no note, or it counts no longer.
+    /// No note, or an expired one.
     pub const NONE: Self = Self(0);
     /// The proxy's listener gets it.
     pub const CAPTURED: Self = Self(1);
-    /// Nobody gets it, because the proxy does not listen.
+    /// Refused, because the proxy does not listen.
     pub const REFUSED: Self = Self(2);
     /// It may reach the pod's own listeners: it is exempt, or the proxy's delivery.
     pub const AUTHORIZED: Self = Self(3);
-    /// A segment of no connection, which opens none either.
+    /// A segment that neither belongs to a connection nor opens one.
     pub const STRAY: Self = Self(4);
 }
 
@@ -163,7 +163,7 @@ pub struct ListenerKey {
 }
 
 impl ListenerKey {
-    /// What tells listeners of the same port apart.
+    /// Slots for listeners that share a port.
     pub const SLOTS: core::ops::Range<u16> = 0..4;
 
     /// In the place of a cookie, a number that no other listener gets: the time in nanoseconds and the processor where somebody
@@ -286,8 +286,8 @@ impl Asked {
         self.sent = self.sent.wrapping_add(1);
     }
 
-    /// The server of an answer: that of the oldest open query. Answers carry nothing visible to the kernel side that tells
-    /// them apart.
+    /// The server of an answer: that of the oldest open query. The kernel side sees nothing in an answer that identifies
+    /// its query.
     #[inline(always)]
     pub fn answer(&mut self) -> Option<Server> {
         let open = self.sent.wrapping_sub(self.answered);
@@ -298,7 +298,7 @@ impl Asked {
                 .or_else(|| self.servers.get(self.sent.wrapping_sub(1) as usize % Self::RING).copied());
         }
         if open as usize > Self::RING {
-            // The oldest are no longer known.
+            // The oldest were overwritten.
             self.answered = self.sent.wrapping_sub(Self::RING as u32);
         }
         let place = self.answered as usize % Self::RING;
@@ -369,14 +369,15 @@ flags! {
         EXCLUSIONS = 2,
         /// The pod may send from addresses that are neither its own nor another enrolled pod's. Placement `node`.
         ANY_SOURCE = 3,
-        /// There may be connections from before the pod was enrolled, which are left alone.
+        /// Connections from before the enrollment may exist; they are left alone.
         EARLIER_CONNECTIONS = 4,
-        /// The pod ran when it was captured, a few minutes ago: connections that were half open then may complete as they began.
+        /// The pod already ran when it was captured, at most a few minutes ago: connections that were half open then may
+        /// complete as they began.
         HALF_OPEN = 5,
-        /// The host's ends of its devices capture its new connections. What is in the pod serves those that it captured before the
-        /// placement changed.
+        /// The programs on the host ends of its devices capture new connections. Those in the pod serve the connections that they
+        /// captured before the placement changed.
         ON_HOST = 6,
-        /// The other way round: what is in the pod captures new connections.
+        /// The reverse: the programs in the pod capture new connections.
         IN_POD = 7,
     }
 }
@@ -396,12 +397,12 @@ impl PodFlags {
 flags! {
     /// Flags of the node.
     ConfigFlags {
-        /// Always on, for the programs of earlier builds, which run until they are replaced: without it they take any socket
-        /// with the proxy's mark for the proxy's.
+        /// Always on, for programs of earlier builds until they are replaced: without it they accept the proxy's mark as
+        /// proof.
         PROXY_BY_CGROUP = 0,
         /// Connections without a listening proxy are refused at once; otherwise their SYNs are dropped.
         REFUSE = 1,
-        /// There are exclusions for every pod.
+        /// Node-wide exclusions exist.
         EXCLUSIONS = 2,
         /// Placement `node`: sockets of processes in one of `PROXY_CGROUPS` are the proxy's even without its mark.
         UNMARKED_PROXY = 3,
@@ -474,7 +475,7 @@ mod tests {
         asked.ask(server(1), SECOND);
         asked.ask(server(2), 2 * SECOND);
         assert_eq!(answers(&mut asked, 1), [Some(2)]);
-        // Without a pause it cannot be told which was lost.
+        // Without a pause it is unknown which one was lost.
         asked.ask(server(1), 2 * SECOND + 2);
         asked.ask(server(2), 2 * SECOND + 3);
         assert_eq!(answers(&mut asked, 1), [Some(1)]);

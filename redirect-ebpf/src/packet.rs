@@ -14,34 +14,34 @@ pub const ACK: u8 = 0x10;
 /// The bytes of a packet, counted from behind its Ethernet header (and behind the VLAN tags that the kernel has already
 /// taken off).
 pub trait Packet {
-    /// `N` bytes at `offset`, or nothing where the packet is shorter.
+    /// `N` bytes at `offset`; `None` if the packet is shorter.
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
 
-    /// The Ethernet protocol number of what is at offset 0.
+    /// The Ethernet protocol number of the data at offset 0.
     fn ether_type(&self) -> u16;
 
-    /// The same number, of which the verifier knows nothing: what comes next is then the same to it, whichever way led here.
-    /// Linux 6.1 else follows every way through a chain of headers to its end, more than a million instructions.
+    /// Returns the number unchanged, but hides its value from the verifier. All paths through a chain of headers then look
+    /// the same to it. Without that, Linux 6.1 follows every path to its end: more than a million instructions.
     #[inline(always)]
     fn forget(&self, number: u32) -> u32 {
         number
     }
 }
 
-/// What a packet is to us.
+/// The result of parsing a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Parsed<A> {
-    /// The whole TCP header is in it.
+    /// A packet with a whole TCP header.
     Tcp(Segment<A>),
-    /// The first fragment of a TCP segment. Its flags may be in a later fragment, so that nobody can tell here
-    /// whether it opens a connection.
+    /// The first fragment of a TCP segment. Its flags may be in a later fragment, so it may open a connection.
     Fragment(Segment<A>),
     /// A UDP datagram, or the first fragment of one.
     Datagram(Segment<A>),
-    /// Surely nothing of ours: another family, another protocol, or a later fragment, which is harmless without the first.
+    /// Not subject to capture: another family, another protocol, or a later fragment, which is harmless without the first
+    /// one.
     NotOurs,
-    /// Nobody can tell: its headers end too early, contradict themselves or go on for longer than anyone reads them here. The
-    /// kernel may find a connection in it all the same, so the gates drop it.
+    /// Undecidable: the headers end too early, contradict themselves, or exceed the parser's limits. The kernel may still
+    /// find a connection in it, so the gates drop it.
     Unknown,
 }
 
@@ -69,61 +69,61 @@ const IPPROTO_TCP: u8 = 6;
 const IPPROTO_UDP: u8 = 17;
 const IPPROTO_ICMPV6: u8 = 58;
 
-/// How long the header of an ICMP error is; what it quotes comes next.
+/// The length of an ICMP error's header; the quoted packet follows.
 const ICMP_HEADER: u32 = 8;
 
 /// 802.1Q and 802.1ad.
 const VLAN_TYPES: [u16; 2] = [0x8100, 0x88a8];
 
-/// Two tags (QinQ) are as deep as it gets in practice. The kernel takes off any number of priority tags (VLAN 0) and finds IP
-/// behind them, so a packet with more is not somebody else's: it is [`Parsed::Unknown`].
+/// Two tags (QinQ) are the practical maximum. The kernel strips any number of priority tags (VLAN 0) and finds IP behind
+/// them, so a packet with more tags is [`Parsed::Unknown`], not [`Parsed::NotOurs`].
 const MAX_VLAN_TAGS: u32 = 2;
 
 /// Longer chains of extension headers are legal and useless; the packet is treated as malformed.
 const MAX_EXTENSION_HEADERS: u32 = 8;
 
-/// Whether a packet is surely not of family `I`, without a look at its bytes.
+/// Whether a packet is certainly not of family `I`, by its type alone.
 #[inline(always)]
 pub fn is_of_another_family<I: Ip>(packet: &impl Packet) -> bool {
     let ether_type = packet.ether_type();
     ether_type != I::ETHER_TYPE && !VLAN_TYPES.contains(&ether_type)
 }
 
-/// How much of a packet there is.
+/// How much of a packet is present.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extent {
     /// All of it.
     Whole,
-    /// Its beginning, in an ICMP error: of a TCP header the ports are sure to be there, as in a first fragment.
+    /// Its beginning, in an ICMP error: of a TCP header only the ports are guaranteed, as in a first fragment.
     Quoted,
 }
 
 /// A family whose headers can be walked.
 pub trait Parse: Ip {
-    /// How long the IP header is at least.
+    /// The minimum length of the IP header.
     const HEADER: u32;
 
-    /// Where the IP header has its source address.
+    /// The offset of the source address in the IP header.
     const SOURCE: u32;
 
-    /// Where the IP header has its destination address.
+    /// The offset of the destination address in the IP header.
     const DESTINATION: u32;
 
-    /// The TCP segment or UDP datagram of a packet without tags, options, extension headers and fragments, as nearly all are. Nothing
-    /// for others, which [`parse`] is for.
+    /// The fast path: the TCP segment or UDP datagram of a packet without tags, options, extension headers and fragments, as
+    /// nearly all are. `None` for others: use [`parse`].
     fn plain(packet: &impl Packet, protocol: Protocol) -> Option<Segment<Self::Address>>;
 
     /// Finds the TCP or UDP header behind the IP header at `offset`.
     fn parse_at(packet: &impl Packet, offset: u32, extent: Extent) -> Parsed<Self::Address>;
 
-    /// Where the packet begins that an ICMP error quotes, if the packet with its IP header at `offset` is such an error.
+    /// The offset of the quoted packet, if the packet with its IP header at `offset` is an ICMP error.
     fn quoted_at(packet: &impl Packet, offset: u32) -> Option<u32>;
 
     /// The address at `offset`.
     fn load(packet: &impl Packet, offset: u32) -> Option<Self::Address>;
 }
 
-/// Looks at a packet as one of family `I`.
+/// Parses a packet as one of family `I`.
 #[inline(always)]
 pub fn parse<I: Parse>(packet: &impl Packet) -> Parsed<I::Address> {
     match network_header::<I>(packet) {
@@ -132,8 +132,8 @@ pub fn parse<I: Parse>(packet: &impl Packet) -> Parsed<I::Address> {
     }
 }
 
-/// The TCP segment that an ICMP error is about, turned round: as its receiver would send it. So it leads to the socket that
-/// is to hear of the error.
+/// The TCP segment that an ICMP error quotes, with its ends swapped, as its receiver would send it: so it leads to the
+/// socket that has to receive the error.
 #[inline(always)]
 pub fn complained_of<I: Parse>(packet: &impl Packet) -> Option<Segment<I::Address>> {
     let quoted = I::quoted_at(packet, network_header::<I>(packet).ok()?)?;
@@ -149,7 +149,7 @@ pub fn source<I: Parse>(packet: &impl Packet) -> Option<I::Address> {
     I::load(packet, network_header::<I>(packet).ok()? + I::SOURCE)
 }
 
-/// Where the IP header begins, or what the packet is instead of one of family `I`.
+/// The offset of the IP header, or the result for a packet that is not of family `I`.
 #[inline(always)]
 fn network_header<I: Parse>(packet: &impl Packet) -> Result<u32, Parsed<I::Address>> {
     let mut ether_type = packet.ether_type();
@@ -227,7 +227,7 @@ impl Parse for Ipv4 {
         if header[9] != IPPROTO_ICMP || fragment & 0x1fff != 0 {
             return None;
         }
-        // Unreachable, which "too big" is a kind of; out of time; a header that is wrong.
+        // Destination unreachable (which includes "fragmentation needed"), time exceeded, parameter problem.
         let [kind] = packet.load(message)?;
         matches!(kind, 3 | 11 | 12).then_some(message + ICMP_HEADER)
     }
@@ -299,7 +299,7 @@ impl Parse for Ipv6 {
     fn quoted_at(packet: &impl Packet, offset: u32) -> Option<u32> {
         let header: [u8; 8] = packet.load(offset)?;
         let message = offset + Self::HEADER;
-        // Unreachable, too big, out of time, a header that is wrong.
+        // Destination unreachable, packet too big, time exceeded, parameter problem.
         let [kind] = packet.load(message)?;
         (header[6] == IPPROTO_ICMPV6 && matches!(kind, 1..=4)).then_some(message + ICMP_HEADER)
     }
@@ -317,7 +317,7 @@ enum Extension {
     Options,
     /// Authentication header: length in units of four bytes.
     Authentication,
-    /// Fragment header: of a fixed length.
+    /// Fragment header: fixed length.
     Fragment,
 }
 
@@ -333,7 +333,7 @@ impl Extension {
     }
 }
 
-/// Where the headers of a packet begin, and whether it is the first of several fragments.
+/// The offsets of a packet's headers, and whether it is the first of several fragments.
 #[derive(Clone, Copy)]
 struct Place {
     network: u32,
@@ -380,7 +380,7 @@ fn transport<A>(
     (source, destination): (A, A),
     place: Place,
 ) -> Parsed<A> {
-    // The first fragment may be cut right behind the ports and the sequence number: eight bytes are its minimum.
+    // A first fragment may end right behind the ports and the sequence number: eight bytes are the minimum.
     let Some(ports) = packet.load::<4>(place.transport) else { return Parsed::Unknown };
     let segment = Segment {
         source,
@@ -402,7 +402,7 @@ fn transport<A>(
 }
 
 impl<A: Copy> Segment<A> {
-    /// The segment's addresses and ports, as maps have them.
+    /// The segment's addresses and ports, as in map keys.
     #[inline(always)]
     pub fn tuple<I: Ip<Address = A>>(&self) -> Tuple {
         Tuple {
@@ -413,7 +413,7 @@ impl<A: Copy> Segment<A> {
         }
     }
 
-    /// The other end's segment: source and destination changed over.
+    /// The segment with source and destination swapped.
     #[inline(always)]
     #[must_use]
     pub const fn reversed(&self) -> Self {
@@ -432,19 +432,19 @@ impl<A: Copy> Segment<A> {
         self.flags & (SYN | ACK | RST) == SYN
     }
 
-    /// Whether the segment is the answer to one that opens a connection.
+    /// Whether the segment is a SYN-ACK.
     #[inline(always)]
     pub const fn accepts(&self) -> bool {
         self.flags & (SYN | ACK | RST) == SYN | ACK
     }
 
-    /// Whether the segment ends a connection at once.
+    /// Whether the segment resets a connection.
     #[inline(always)]
     pub const fn resets(&self) -> bool {
         self.flags & RST != 0
     }
 
-    /// Whether the segment could be the last step of a handshake whose first step is remembered in a SYN cookie only.
+    /// Whether the segment could be the last ACK of a handshake with a SYN cookie.
     #[inline(always)]
     pub const fn may_hold_cookie(&self) -> bool {
         self.flags & (SYN | ACK | RST) == ACK

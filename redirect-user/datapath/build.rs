@@ -1,7 +1,7 @@
 //! Embeds the kernel side's object, built by `cargo xtask build-ebpf`, into the `redirect` binary.
 //!
 //! Without the object (plain `cargo check` on a machine without the BPF toolchain) an empty file is embedded,
-//! and the agent says at start how to build it.
+//! and the agent explains at start how to build it.
 
 use std::path::PathBuf;
 use std::{env, fs};

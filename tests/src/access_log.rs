@@ -1,4 +1,4 @@
-//! The proxy's access log: who got the connections.
+//! The proxy's access log.
 
 mod embedded;
 mod ztunnel;
@@ -18,7 +18,7 @@ use crate::wait;
 
 pub(crate) use embedded::FILE as EMBEDDED;
 
-/// Which listener of the proxy a connection came to.
+/// The proxy's listener that a connection arrived at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Direction {
@@ -28,7 +28,7 @@ pub enum Direction {
     Inbound,
 }
 
-/// What an entry tells.
+/// The event of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Event {
@@ -43,7 +43,7 @@ pub enum Event {
 pub struct Entry {
     /// What happened.
     pub event: Event,
-    /// `namespace/name` of the pod whose connection it is.
+    /// `namespace/name` of the connection's pod.
     pub pod: String,
     /// The pod's UID.
     pub uid: String,
@@ -83,10 +83,10 @@ impl Entry {
     }
 }
 
-/// A line about a DNS question. What is optional is not in every proxy's log.
+/// A line about a DNS query. Optional fields are not in every proxy's log.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct DnsEntry {
-    /// `namespace/name` of the pod whose question it is.
+    /// `namespace/name` of the pod that sent the query.
     pub pod: String,
     /// The pod's UID.
     pub uid: String,
@@ -99,7 +99,7 @@ pub struct DnsEntry {
     /// Who asked.
     #[serde(default)]
     pub source: Option<SocketAddr>,
-    /// The name; none if the question was not understood.
+    /// The name; `None` if the query could not be parsed.
     #[serde(default)]
     pub name: Option<String>,
     /// The type.
@@ -113,7 +113,7 @@ pub struct DnsEntry {
     pub rcode: Option<String>,
 }
 
-/// The access log of a node's proxies, which is being written.
+/// The access log of a node's running proxies.
 #[derive(Clone, Debug)]
 pub struct AccessLog {
     kind: ProxyKind,
@@ -126,7 +126,7 @@ impl AccessLog {
         Self { kind, dir, pods }
     }
 
-    /// The files, as a shell names them.
+    /// The files, as a shell pattern.
     #[must_use]
     pub fn files(&self) -> PathBuf {
         match self.kind {
@@ -172,7 +172,7 @@ fn last(entries: Vec<Entry>) -> Vec<Entry> {
     entries.into_iter().skip(surplus).collect()
 }
 
-/// The pods of a node, for logs that say of a pod less than an [`Entry`] does.
+/// The pods of a node, for logs with less information about a pod than an [`Entry`].
 #[derive(Debug, Default)]
 pub(crate) struct Register {
     pods: Mutex<Vec<(PodIdentity, Vec<IpAddr>)>>,
@@ -183,14 +183,14 @@ impl Register {
         self.pods.lock().unwrap_or_else(PoisonError::into_inner).push((pod.clone(), addresses.to_vec()));
     }
 
-    /// The newest pod that is so.
+    /// The newest pod that matches.
     fn find(&self, is_so: impl Fn(&PodIdentity, &[IpAddr]) -> bool) -> Option<PodIdentity> {
         let pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
         pods.iter().rev().find(|(pod, addresses)| is_so(pod, addresses)).map(|(pod, _)| pod.clone())
     }
 }
 
-/// The lines of a log that are complete: the last may be half written.
+/// The complete lines of a log: the last one may be half written.
 fn complete(text: &str) -> impl Iterator<Item = &str> {
     text.rsplit_once('\n').map_or("", |(complete, _)| complete).lines()
 }

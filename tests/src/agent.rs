@@ -1,4 +1,4 @@
-//! An agent process, and what its command line says.
+//! An agent process, and the output of its command line.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -76,7 +76,7 @@ impl Agent {
             command.args(["--check-interval", "1"]);
         }
         if !arguments.iter().any(|argument| argument == "--proxy-deadline") {
-            // Below the plugin's own deadline in tests, so that it hears why.
+            // Shorter than the plugin's own deadline in tests, so that the plugin reports the agent's error.
             let deadline = wait::patient(wait::SOON).as_secs().to_string();
             command.args(["--proxy-deadline", &deadline]);
         }
@@ -100,7 +100,7 @@ impl Agent {
         &self.process
     }
 
-    /// Waits until it is ready, or has ended: an error with the end of its log.
+    /// Waits until it is ready. If it ends, returns an error with the end of its log.
     pub fn wait_until_ready(&mut self) -> Result<()> {
         let (binary, socket) = (self.binary.clone(), self.socket.clone());
         self.process.wait_until("ready agent", || Ok(query::<Status>(&binary, &socket, "status").is_ok()))
@@ -119,7 +119,7 @@ impl Agent {
     /// Waits until a proxy is connected and knows every pod.
     pub fn wait_for_proxy(&mut self, pid: u32) -> Result<()> {
         let (binary, socket) = (self.binary.clone(), self.socket.clone());
-        // There the agent stands in for the proxy.
+        // There the agent acknowledges on the proxy's behalf.
         let pid = if self.placement == Placement::Node { self.process.pid() } else { pid };
         self.process.wait_until("proxy in step with the agent", || {
             let status: Status = query(&binary, &socket, "status")?;
@@ -132,20 +132,20 @@ impl Agent {
         wait::until_true("agent without a proxy", wait::SOON, || Ok(self.status()?.proxies.is_empty()))
     }
 
-    /// The BPF objects that it made.
+    /// The BPF objects that it created.
     pub fn objects(&self) -> Result<Objects> {
         let programs = self.status()?.programs.iter().map(|program| program.id).collect();
         Objects::of(self.process.pid(), programs)
     }
 
-    /// Stops it as Kubernetes does. An error if it does not say that all went well, or if it left something.
+    /// Stops it as Kubernetes does. Fails if it does not exit successfully, or if it left anything.
     pub fn stop(self) -> Result<()> {
         let objects = self.objects()?;
         self.end()?;
         objects.wait_until_gone()
     }
 
-    /// As [`Agent::stop`], whatever it leaves.
+    /// As [`Agent::stop`], without the check for leftovers.
     pub fn end(mut self) -> Result<()> {
         let status = self.process.terminate()?;
         if !status.success() {
@@ -154,13 +154,13 @@ impl Agent {
         Ok(())
     }
 
-    /// Kills it, as a crash does.
+    /// Kills it, like a crash.
     pub fn kill(mut self) -> Result<()> {
         self.process.kill().map(drop)
     }
 }
 
-/// Where the agent of a node pins what outlives it.
+/// The agent's pin directory for a node.
 #[must_use]
 pub fn pin_dir(session: &Session, dir: &Path) -> PathBuf {
     session.pins().join(dir.file_name().unwrap_or_default())
@@ -172,8 +172,8 @@ pub fn state_dir(dir: &Path) -> PathBuf {
     dir.join("state")
 }
 
-/// `redirect uninstall` on what belongs to the agent of a node, whether it runs or not. The CNI chain is the one in the
-/// node's directory, if there is one.
+/// `redirect uninstall` for the agent of a node, running or not. The CNI chain is the one in the node's directory, if
+/// there is one.
 pub fn uninstall(
     session: &Session,
     netns: &NetNs,
@@ -184,7 +184,7 @@ pub fn uninstall(
     let mut command = Command::new(&session.binaries().redirect);
     command.args(["uninstall", "--known-only", "-o", "json"]);
     command
-        // Not this host's.
+        // Not this host's chain.
         .arg("--cni-conf-dir")
         .arg(dir.join("net.d"))
         .arg("--cni-bin-dir")
@@ -200,7 +200,7 @@ pub fn uninstall(
     netns.run(|| command.output())?.context("redirect uninstall")
 }
 
-/// As the command line spells it.
+/// The value of the command line option.
 #[must_use]
 pub fn spelled(placement: Placement) -> &'static str {
     match placement {
@@ -215,7 +215,7 @@ pub fn socket(dir: &Path) -> PathBuf {
     dir.join("agent.sock")
 }
 
-/// Where it notifies systemd of its state, if the test stands in for systemd and listens there.
+/// Where it notifies systemd of its state, if the test listens there in place of systemd.
 #[must_use]
 pub fn notify_socket(dir: &Path) -> PathBuf {
     dir.join("notify.sock")

@@ -1,4 +1,4 @@
-//! Processes in a cgroup of their own that make connections: the kubelet, other processes of a node, impostors.
+//! Processes in cgroups of their own that open connections: the kubelet, other processes of a node, impostors.
 
 use std::io::Write;
 use std::net::SocketAddr;
@@ -49,7 +49,7 @@ impl Caller {
         self.run(netns, stack, to, &["--mark", &mark.to_string(), "--limit", "1"])
     }
 
-    /// Connects to test servers in turn, as a kubelet probes them, until the value is dropped or asked.
+    /// Connects to test servers in turn, as a kubelet probes them, until the value is dropped or ended.
     pub fn probe(&self, netns: &Netns, stack: Stack, to: &[SocketAddr], log: &Path) -> Result<Probes> {
         let mut command = Command::new(&self.testbed);
         command.args(["client", "--family", SocketKind::of(stack), "--count", &usize::MAX.to_string()]);
@@ -74,7 +74,7 @@ impl Caller {
 pub struct Probes(Process);
 
 impl Probes {
-    /// Ends them. What became of each.
+    /// Ends them. Returns the result of each.
     pub fn end(mut self) -> Result<Vec<Answer>> {
         self.0.must_run()?;
         self.0.kill()?;

@@ -23,7 +23,7 @@ impl Cgroup {
         Self::create(mount_point()?.join(format!("{PREFIX}{}", std::process::id())))
     }
 
-    /// One beside that, for processes that no agent of this session is to have to do with.
+    /// A cgroup beside that one, for processes that no agent of this session handles.
     pub fn beside_this_process(name: &str) -> Result<Self> {
         Self::create(mount_point()?.join(format!("{PREFIX}{}-{name}", std::process::id())))
     }
@@ -49,7 +49,7 @@ impl Cgroup {
         entrance(&self.path)
     }
 
-    /// The CPU time of its processes so far, also of those that have ended.
+    /// The CPU time of its processes so far, including ended ones.
     pub fn cpu_time(&self) -> Result<Duration> {
         let path = self.path.join("cpu.stat");
         let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
@@ -75,7 +75,7 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        // A process that was just reaped can still be counted for a moment.
+        // A process that was just reaped may still be listed for a moment.
         let mut last = None;
         let removed = wait::for_cleanup(Duration::from_secs(1), || {
             last = fs::remove_dir(&self.path).err();
@@ -112,7 +112,7 @@ pub fn enter(path: &Path) -> Result<()> {
     fs::write(path.join("cgroup.procs"), "0").with_context(|| format!("enter cgroup {}", path.display()))
 }
 
-/// Removes what killed tests left behind: empty cgroups named after processes that are gone.
+/// Removes the leftovers of killed tests: empty cgroups named after processes that have ended.
 pub fn sweep() -> Result<()> {
     for entry in fs::read_dir(mount_point()?)?.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -123,7 +123,7 @@ pub fn sweep() -> Result<()> {
             continue;
         }
         for child in fs::read_dir(entry.path())?.flatten().filter(|child| child.path().is_dir()) {
-            // One that still has processes cannot be removed, which is as it should be.
+            // Fails if the cgroup still has processes, which is intended.
             let _ = fs::remove_dir(child.path());
         }
         let _ = fs::remove_dir(entry.path());

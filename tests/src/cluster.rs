@@ -65,8 +65,8 @@ impl Cluster {
         &self.node
     }
 
-    /// Tells the API server of a pod, with these annotations, as it is before its sandbox has been set up. Enrolling it is
-    /// the CNI plugin's.
+    /// Adds a pod with these annotations to the API server, in its state before its sandbox is set up. Enrolling it is the
+    /// CNI plugin's task.
     pub fn announce(&self, pod: &Pod, annotations: &[(&str, &str)]) {
         let annotations: Value =
             annotations.iter().map(|(key, value)| ((*key).to_owned(), Value::from(*value))).collect();
@@ -77,13 +77,13 @@ impl Cluster {
                 "name": identity.name, "namespace": identity.namespace, "uid": identity.uid,
                 "annotations": annotations,
             },
-            // Without a service account: those pods a ztunnel without a control plane knows.
+            // Without a service account: a ztunnel without a control plane only knows such pods.
             "spec": {"nodeName": NODE, "containers": []},
             "status": {"phase": "Pending"},
         }));
     }
 
-    /// Tells the API server of a pod that runs, with these labels.
+    /// Adds a running pod with these labels to the API server.
     pub fn announce_running(&self, pod: &Pod, labels: &[(&str, &str)]) {
         self.announce_annotated(pod, labels, &[]);
     }
@@ -107,7 +107,7 @@ impl Cluster {
         }));
     }
 
-    /// What the pod's annotation says of it.
+    /// The value of the pod's annotation.
     #[must_use]
     pub fn redirection(&self, pod: &Pod) -> Option<String> {
         self.api.redirection(&pod.identity().namespace, &pod.identity().name)

@@ -1,4 +1,4 @@
-//! A CNI chain, run plugin by plugin as a container runtime runs it.
+//! A CNI chain, executed plugin by plugin as a container runtime does.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,13 +11,13 @@ use serde_json::{Value, json};
 use crate::faults::{Faults, Program};
 use crate::netns::Netns;
 
-/// The version of the CNI specification that the chain is written in.
+/// The CNI specification's version of the chain.
 pub const VERSION: &str = "1.0.0";
 
 /// Our plugin's type.
 pub const REDIRECT: &str = "redirect-cni";
 
-/// What a plugin is told to do.
+/// The command for a plugin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verb {
     /// `ADD`.
@@ -41,7 +41,7 @@ impl fmt::Display for Verb {
     }
 }
 
-/// What a plugin says when it fails.
+/// A plugin's error.
 #[derive(Clone, Debug, Deserialize)]
 pub struct PluginError {
     /// The code, see the specification.
@@ -51,7 +51,7 @@ pub struct PluginError {
     /// More about it.
     #[serde(default)]
     pub details: String,
-    /// Which plugin, doing what.
+    /// The plugin and its command.
     #[serde(skip)]
     pub step: String,
 }
@@ -64,12 +64,12 @@ impl fmt::Display for PluginError {
 
 impl std::error::Error for PluginError {}
 
-/// What the runtime tells every plugin of a chain in its environment.
+/// The environment that the runtime passes to every plugin of a chain.
 #[derive(Clone, Debug)]
 pub struct Sandbox {
     /// `CNI_CONTAINERID`.
     pub container_id: String,
-    /// `CNI_NETNS`; left out where the namespace is gone.
+    /// `CNI_NETNS`; `None` if the namespace is gone.
     pub netns: Option<PathBuf>,
     /// `CNI_IFNAME`.
     pub interface: String,
@@ -93,7 +93,8 @@ impl Chain {
         Self { name: name.to_owned(), plugins, search, faults: None }
     }
 
-    /// What a runtime makes of a configuration directory: the chain of the first file, in lexical order.
+    /// The chain that a runtime reads from a configuration directory: that of the first file in lexical
+    /// order.
     pub fn of_directory(directory: &Path, search: Vec<PathBuf>) -> Result<Self> {
         #[derive(Deserialize)]
         #[serde(rename_all = "camelCase")]
@@ -155,8 +156,8 @@ impl Chain {
         Self { plugins, ..self.clone() }
     }
 
-    /// `ADD`, each plugin with the result of the one before, the first one with `previous`. If one fails, the chain is
-    /// deleted again, as the specification asks of a runtime.
+    /// `ADD`: each plugin gets the result of the one before, the first one gets `previous`. If one fails, the chain is
+    /// deleted, as the specification requires.
     pub fn add(&self, node: &Netns, sandbox: &Sandbox, previous: Option<&Value>) -> Result<Value> {
         self.add_alone(node, sandbox, previous).inspect_err(|_| {
             if let Err(second) = self.del(node, sandbox, previous) {
@@ -165,7 +166,7 @@ impl Chain {
         })
     }
 
-    /// As [`Chain::add`]; what a plugin leaves that fails is left.
+    /// As [`Chain::add`], without the deletion after a failure.
     pub fn add_alone(&self, node: &Netns, sandbox: &Sandbox, previous: Option<&Value>) -> Result<Value> {
         let mut result = previous.cloned();
         for plugin in &self.plugins {
@@ -182,7 +183,7 @@ impl Chain {
         Ok(())
     }
 
-    /// `DEL`, in reverse order. Every plugin has its turn; the first error is the answer.
+    /// `DEL`, in reverse order. Every plugin is called; the first error is returned.
     pub fn del(&self, node: &Netns, sandbox: &Sandbox, result: Option<&Value>) -> Result<()> {
         let mut outcome = Ok(());
         for plugin in self.plugins.iter().rev() {
@@ -193,7 +194,7 @@ impl Chain {
 
     /// `GC` of the plugins of this type: these attachments, containers with interfaces, are valid.
     pub fn gc(&self, kind: &str, node: &Netns, valid: &[(&str, &str)]) -> Result<()> {
-        /// The first that has `GC`.
+        /// The first version that has `GC`.
         const SINCE: &str = "1.1.0";
         for plugin in self.only(kind).plugins {
             let mut config = plugin.clone();

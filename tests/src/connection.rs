@@ -21,7 +21,7 @@ pub struct Connection {
     pub peer_name: SocketAddr,
     /// What `getsockname` says, likewise.
     pub local_name: SocketAddr,
-    /// What the server said first.
+    /// The server's first message.
     pub heard: Hello,
 }
 
@@ -42,7 +42,7 @@ impl Connection {
 
     /// Wraps a connected stream and waits for the server's greeting.
     pub fn greeted(stream: TcpStream) -> Result<Self> {
-        // A connection that was reset in the meantime has no peer; the reset is the better error.
+        // If the connection was reset in the meantime, getpeername fails; the reset is the better error.
         let reset = |error| stream.take_error().ok().flatten().unwrap_or(error);
         let peer_name = stream.peer_addr().map_err(reset)?;
         let local_name = stream.local_addr()?;
@@ -51,7 +51,7 @@ impl Connection {
         Ok(Self { peer_name, local_name, heard: serde_json::from_slice(&heard)?, stream })
     }
 
-    /// Whether the client itself came to the server: a proxy in between would have come from a port of its own.
+    /// Whether the client itself connected to the server: a proxy in between would have another port.
     #[must_use]
     pub fn is_direct(&self) -> bool {
         self.heard.peer == canonical(self.local_name)
@@ -67,7 +67,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Checks that a line comes that was sent before the connection was greeted.
+    /// Checks that a line arrives that was sent before the connection was greeted.
     pub fn hears(&mut self, line: &str) -> Result<()> {
         let heard = read_line(&mut self.stream)?;
         if heard.trim_ascii_end() != line.as_bytes() {
@@ -88,7 +88,8 @@ impl Connection {
         Ok(echoed)
     }
 
-    /// Ends the client's direction and waits for the server's last line and end: how many bytes the server got.
+    /// Ends the client's direction and waits for the server's last line and end. Returns how many bytes the
+    /// server received.
     pub fn finish(mut self) -> Result<u64> {
         self.stream.get_ref().shutdown(Shutdown::Write)?;
         let farewell: Farewell = serde_json::from_slice(&read_line(&mut self.stream)?)?;

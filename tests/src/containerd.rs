@@ -1,4 +1,4 @@
-//! Containers by containerd and `ctr run --cni`, whose network is the chain in a configuration directory.
+//! Containers by containerd and `ctr run --cni`, whose network is the chain of a configuration directory.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,8 +13,8 @@ use crate::node::Node;
 use crate::process::Process;
 use crate::wait::{self, SOON};
 
-/// `ctr` knows no other places of configurations and plugins than these, and containerd keeps sockets in `/run/containerd`:
-/// both see directories of their own there.
+/// `ctr` has fixed paths for configurations and plugins, and containerd keeps sockets in `/run/containerd`: a mount
+/// namespace gives both their own directories there.
 const PLACES: &str = "set -e; mount -t tmpfs tmpfs /run; mount -t tmpfs tmpfs /etc; mount -t tmpfs tmpfs /opt; \
                       mkdir -p /etc/cni/net.d /opt/cni/bin; mount --bind \"$1\" /etc/cni/net.d; \
                       mount --bind \"$2\" /opt/cni/bin; exec containerd --config \"$3\"";
@@ -74,8 +74,8 @@ impl Containerd {
         Ok(String::from_utf8(self.node.netns().output(self.command(arguments), b"")?)?)
     }
 
-    /// Starts a container with nothing but busybox in it. What is returned is `ctr run`, which tells the chain when the
-    /// container has ended; it does not when it leaves the container alone (`--detach`).
+    /// Starts a container that contains only busybox. Returns the process of `ctr run`, which calls the chain's DEL
+    /// when the container has ended; it would not if it ran detached (`--detach`).
     pub fn run(&self, name: &str, arguments: &[&str]) -> Result<Process> {
         let root = self.path("busybox");
         let root = root.to_str().context("a path in UTF-8")?;
@@ -89,16 +89,17 @@ impl Containerd {
         Ok(run)
     }
 
-    /// Runs busybox in a container. `ctr` may lose what it prints when it ends at once, but not how it ends.
+    /// Runs busybox in a container. `ctr` may lose the output of a process that ends at once, but not its
+    /// exit status.
     pub fn busybox(&self, name: &str, arguments: &[&str]) -> Result<()> {
-        // `ctr` does not pass on that its own input has ended.
+        // `ctr` does not forward the end of its own input.
         let shell = ["/bin/busybox", "sh", "-c", "exec /bin/busybox \"$@\" </dev/null", "sh"];
         let id = id(name);
         let exec = [&["task", "exec", "--exec-id", "client", &id][..], &shell].concat();
         self.ctr(&[&exec, arguments].concat()).map(drop)
     }
 
-    /// Kills a container, and waits until `ctr run` has done what is to be done then.
+    /// Kills a container, and waits until `ctr run` has cleaned up.
     pub fn end(&self, name: &str, mut run: Process) -> Result<()> {
         self.ctr(&["task", "kill", "--signal", "SIGKILL", &id(name)])?;
         wait::until_true("end of ctr run", SOON, || Ok(run.must_run().is_err()))
@@ -135,7 +136,7 @@ impl Drop for Containerd {
                 eprintln!("left behind: container {id}: {error:#}");
             }
         }
-        // Whatever happened, no shim stays.
+        // No shim may stay, whatever happened.
         if let Err(error) = self.cgroup.kill() {
             eprintln!("shims may be left behind: {error:#}");
         }

@@ -1,4 +1,4 @@
-//! A DNS server that has an answer to everything and remembers who asked.
+//! A DNS server that answers every query and records the clients.
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -25,18 +25,18 @@ pub const V4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 53);
 /// The address of every name.
 pub const V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x53);
 
-/// The length of the text of names that begin so.
+/// The prefix of names with a long text, and its length.
 pub const LONG: (&str, usize) = ("long", 3000);
 
 /// Names that begin so do not exist.
 pub const ABSENT: &str = "absent";
 
-/// A question that a server heard.
+/// A recorded query.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Heard {
     /// Whether it came by TCP.
     pub tcp: bool,
-    /// Who asked, without the v4-mapped disguise.
+    /// The client, with v4-mapped addresses as IPv4.
     pub from: SocketAddr,
     /// The name, as it was written, with the last dot.
     pub name: String,
@@ -81,13 +81,13 @@ impl DnsServer {
         Self::start(netns, (Ipv6Addr::UNSPECIFIED, PORT).into())
     }
 
-    /// Everything that it was asked so far.
+    /// All queries so far.
     #[must_use]
     pub fn heard(&self) -> Vec<Heard> {
         lock(&self.heard).clone()
     }
 
-    /// What it was asked about a name so far.
+    /// The queries for a name so far.
     #[must_use]
     pub fn heard_of(&self, name: &str) -> Vec<Heard> {
         self.heard().into_iter().filter(|heard| heard.name.eq_ignore_ascii_case(name)).collect()
@@ -96,7 +96,7 @@ impl DnsServer {
 
 impl Drop for DnsServer {
     fn drop(&mut self) {
-        // Wakes both threads. On a UDP socket that is not connected it says that it failed, and wakes nevertheless.
+        // Wakes both threads. On an unconnected UDP socket it returns an error, but wakes the thread anyway.
         let _ = SockRef::from(&self.socket.as_fd()).shutdown(Shutdown::Both);
         let _ = SockRef::from(&self.listener.as_fd()).shutdown(Shutdown::Both);
         for thread in self.threads.drain(..) {
@@ -119,7 +119,7 @@ fn bind(address: SocketAddr, kind: Type) -> io::Result<Socket> {
 
 fn serve_udp(socket: &UdpSocket, heard: &Mutex<Vec<Heard>>) {
     let mut buffer = [0; 4096];
-    // After a shutdown the length is zero and so is the sender.
+    // After a shutdown, both length and sender are zero.
     while let Ok((length, from)) = socket.recv_from(&mut buffer) {
         if length == 0 {
             break;

@@ -1,6 +1,6 @@
-//! The protocol of the test servers: on connection one line of JSON ([`Hello`]), then everything is sent back, and
-//! after the client's end of transmission one more line of JSON ([`Farewell`]), which only arrives if a half-closed
-//! connection survives.
+//! The protocol of the test servers: one line of JSON when a client connects ([`Hello`]), then an echo of
+//! everything, and after the end of the client's direction one more line of JSON ([`Farewell`]), which only arrives
+//! if a half-closed connection survives.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -10,18 +10,18 @@ use serde::{Deserialize, Serialize};
 
 use crate::stack::canonical;
 
-/// What a server says first.
+/// The server's first message.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
     /// Which server it is.
     pub greeting: String,
-    /// The client as the server sees it (`getpeername`), without the v4-mapped disguise.
+    /// The client as the server sees it (`getpeername`), with v4-mapped addresses as IPv4.
     pub peer: SocketAddr,
     /// Its own address (`getsockname`), likewise.
     pub local: SocketAddr,
 }
 
-/// What a server says last.
+/// The server's last message.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Farewell {
     /// How many bytes the client sent.
@@ -44,7 +44,7 @@ pub fn serve(mut stream: &TcpStream, hello: &Hello) -> io::Result<()> {
     stream.shutdown(Shutdown::Write)
 }
 
-/// What a server that greets so says on this connection.
+/// The first message of a server with this greeting on this connection.
 pub fn hello(stream: &TcpStream, greeting: &str) -> io::Result<Hello> {
     Ok(Hello {
         greeting: greeting.to_owned(),

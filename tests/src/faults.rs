@@ -1,5 +1,5 @@
-//! Makes system calls of a program fail or hang, from outside: a seccomp filter has the kernel ask this process about each of them
-//! first (`SECCOMP_RET_USER_NOTIF`). The program is the one that is shipped, and the kernel is real; nothing is built for it.
+//! Makes system calls of a program fail or hang from outside: with a seccomp filter, the kernel asks this process about each of
+//! them first (`SECCOMP_RET_USER_NOTIF`). The program is the shipped one and the kernel is real; no special build is needed.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -24,11 +24,10 @@ use nix::sys::socket::{AddressFamily, SockaddrLike as _, UnixAddr, getsockname};
 use crate::process::descriptor_of;
 use crate::wait;
 
-/// Where a fault can be injected, by name: a command of bpf(2), a kind of netlink message, what is done to a kind of file, a call of
-/// the plugin.
+/// A fault point by name: a command of bpf(2), a kind of netlink message, an operation on a kind of file, a call of the plugin.
 pub type Point = String;
 
-/// What happens there.
+/// What happens at a point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// The call fails with [`ERROR`].
@@ -39,10 +38,10 @@ pub enum Fault {
     Hangs,
 }
 
-/// An error that the kernel never returns from these calls: a program that reports it has met an injected fault.
+/// An error that the kernel never returns from these calls: a program that reports it has hit an injected fault.
 pub const ERROR: i32 = libc::EREMOTEIO;
 
-/// In which program.
+/// The program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Program {
     /// `redirect`.
@@ -51,7 +50,7 @@ pub enum Program {
     Plugin,
 }
 
-/// The system calls in which a fault can be injected.
+/// The system calls into which faults can be injected.
 const CALLS: [c_long; 20] = [
     libc::SYS_bpf,
     libc::SYS_openat,
@@ -75,7 +74,7 @@ const CALLS: [c_long; 20] = [
     libc::SYS_mount,
 ];
 
-/// Those that only the plugin is asked about.
+/// Those that are intercepted in the plugin only.
 const PLUGIN_CALLS: [c_long; 4] = [libc::SYS_read, libc::SYS_fstatfs, libc::SYS_ioctl, libc::SYS_setsockopt];
 
 /// Faults for the programs that are started with [`Faults::inject_into`].
@@ -86,7 +85,7 @@ pub struct Faults {
 
 #[derive(Debug)]
 struct Shared {
-    /// Where the program keeps its checkpoints, and its pins.
+    /// The program's directories for checkpoints and pins.
     directories: [(&'static str, PathBuf); 2],
     state: Mutex<State>,
 }
@@ -96,7 +95,7 @@ struct State {
     /// How often each point was reached since [`Faults::arm`].
     reached: BTreeMap<Point, usize>,
     armed: Option<Armed>,
-    /// Whether the fault has happened.
+    /// Whether the fault has occurred.
     happened: bool,
     /// Whether a call hangs.
     hanging: bool,
@@ -112,32 +111,31 @@ struct Armed {
 }
 
 impl Faults {
-    /// None so far. The directories are those of the program's checkpoints and pins.
+    /// No faults so far. The directories are those of the program's checkpoints and pins.
     #[must_use]
     pub fn new(checkpoints: PathBuf, pins: PathBuf) -> Self {
         let directories = [("checkpoint", checkpoints), ("pin", pins)];
         Self { shared: Arc::new(Shared { directories, state: Mutex::default() }) }
     }
 
-    /// Has the kernel ask about the calls of the program that the command will start.
+    /// Intercepts the calls of the program that the command will start.
     pub fn inject_into(&self, command: &mut Command, program: Program) -> Result<()> {
         let filter = filter(program);
         let page = Page::new()?;
         let shared = Arc::clone(&self.shared);
         thread::spawn(move || {
             if let Err(error) = page.listener().and_then(|listener| shared.answer(&listener, program)) {
-                // Nobody answers the program, which fails; it must not wait in vain.
+                // No process answers for this program, which fails; it must not wait in vain.
                 page.0.taken.store(1, Ordering::Release);
                 eprintln!("faults: {error:#}");
             }
         });
-        // SAFETY: the closure runs between fork and exec; it makes system calls and uses memory that is there already.
+        // SAFETY: the closure runs between fork and exec; it makes system calls and uses existing memory only.
         unsafe { command.pre_exec(move || page.install(&filter)) };
         Ok(())
     }
 
-    /// Counts from zero which points are reached, and has a fault happen when this one is reached for so many times, if any is
-    /// named.
+    /// Restarts the count of reached points, and makes the fault occur when its point is reached the given number of times.
     pub fn arm(&self, fault: Option<(&Point, usize, Fault)>) {
         let mut state = self.shared.state();
         let armed = fault.map(|(point, occurrence, fault)| Armed { point: point.clone(), occurrence, fault });
@@ -150,7 +148,7 @@ impl Faults {
         self.shared.state().reached.clone()
     }
 
-    /// Whether the fault has happened.
+    /// Whether the fault has occurred.
     #[must_use]
     pub fn happened(&self) -> bool {
         self.shared.state().happened
@@ -162,7 +160,7 @@ impl Faults {
         self.shared.state().hanging
     }
 
-    /// Lets the call that hangs go on.
+    /// Continues the call that hangs.
     pub fn release(&self) {
         let mut state = self.shared.state();
         state.released += 1;
@@ -175,7 +173,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Answers the kernel's questions until the program and its children have ended.
+    /// Answers the kernel's notifications until the program and its children have ended.
     fn answer(&self, listener: &OwnedFd, program: Program) -> Result<()> {
         let mut hanging: Option<(u64, u64)> = None;
         loop {
@@ -227,7 +225,7 @@ impl Shared {
     }
 }
 
-/// What the program is about to do.
+/// An intercepted call.
 struct Call(seccomp_notif);
 
 impl Call {
@@ -245,7 +243,7 @@ impl Call {
         }
     }
 
-    /// `None`: a call in which no fault is injected.
+    /// `None`: a call without a fault point.
     fn point(&self, directories: &[(&str, PathBuf)]) -> Option<Point> {
         let arguments = self.0.data.args;
         let file = |path: &Path| {
@@ -307,7 +305,7 @@ impl Call {
                 [(1, "write stdout"), (2, "write stderr")].into_iter().find_map(name).map(str::to_owned)
             }
             libc::SYS_openat => {
-                // That is where the harness keeps namespaces.
+                // The harness keeps namespaces there.
                 let path = self.path(arguments[1])?;
                 let is_namespace = path.starts_with("/proc") && path.iter().any(|name| name == "fd");
                 is_namespace.then(|| "open namespace".into())
@@ -337,7 +335,7 @@ impl Call {
         }
     }
 
-    /// What kind of socket it is, if it is one that matters.
+    /// The kind of a socket, if it is a relevant one.
     fn socket(&self, number: u64) -> Option<&'static str> {
         let process = nix::unistd::Pid::from_raw(i32::try_from(self.0.pid).ok()?);
         let group = thread_group(process.as_raw())?;
@@ -368,7 +366,7 @@ impl Call {
         Some(u64::from_ne_bytes(self.memory(address, 8)?.try_into().ok()?))
     }
 
-    /// At most so many bytes, fewer at the end of what is mapped.
+    /// At most this many bytes, fewer at the end of the mapping.
     fn memory(&self, address: u64, most: usize) -> Option<Vec<u8>> {
         let memory = fs::File::open(format!("/proc/{}/mem", self.0.pid)).ok()?;
         let mut bytes = vec![0; most];
@@ -383,7 +381,7 @@ fn thread_group(thread: i32) -> Option<i32> {
     status.lines().find_map(|line| line.strip_prefix("Tgid:")?.trim().parse().ok())
 }
 
-/// Lets a call be made, or fail.
+/// Lets a call proceed, or fail.
 fn respond(listener: &OwnedFd, id: u64, error: Option<i32>) -> Result<()> {
     let flags = if error.is_none() { libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32 } else { 0 };
     let response = seccomp_notif_resp { id, val: 0, error: -error.unwrap_or(0), flags };
@@ -391,7 +389,7 @@ fn respond(listener: &OwnedFd, id: u64, error: Option<i32>) -> Result<()> {
     match unsafe { libc::ioctl(listener.as_raw_fd(), NOTIF_SEND, &response) } {
         0 => Ok(()),
         _ => match io::Error::last_os_error() {
-            // Whoever made the call has ended.
+            // The calling thread has ended.
             error if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
             error => Err(error).context("SECCOMP_IOCTL_NOTIF_SEND"),
         },
@@ -401,7 +399,7 @@ fn respond(listener: &OwnedFd, id: u64, error: Option<i32>) -> Result<()> {
 const NOTIF_RECV: libc::c_ulong = nix::request_code_readwrite!(b'!', 0, size_of::<seccomp_notif>()) as _;
 const NOTIF_SEND: libc::c_ulong = nix::request_code_readwrite!(b'!', 1, size_of::<seccomp_notif_resp>()) as _;
 
-/// Asks about [`CALLS`], and allows all others.
+/// Intercepts [`CALLS`], and allows all others.
 fn filter(program: Program) -> Vec<sock_filter> {
     let more: &[c_long] = if program == Program::Plugin { &PLUGIN_CALLS } else { &[] };
     let calls: Vec<c_long> = CALLS.iter().chain(more).copied().collect();
@@ -411,7 +409,7 @@ fn filter(program: Program) -> Vec<sock_filter> {
     let step = |code, k, jt| sock_filter { code, jt, jf: 0, k };
     let mut filter = vec![step(LOAD, offset_of!(libc::seccomp_data, nr) as u32, 0)];
     for (i, call) in calls.iter().enumerate() {
-        // To the last instruction, over the other comparisons and the one that allows.
+        // Jumps to the last instruction, over the other comparisons and the one that allows.
         filter.push(step(IS, *call as u32, (calls.len() - i) as u8));
     }
     filter.push(step(RETURN, libc::SECCOMP_RET_ALLOW, 0));
@@ -419,8 +417,8 @@ fn filter(program: Program) -> Vec<sock_filter> {
     filter
 }
 
-/// Memory that the child shares until it executes its program. It reports its listener there, because it can't make any of [`CALLS`]
-/// by then.
+/// Memory that the child shares until it executes its program. The child passes its listener there, because it can't make any of
+/// [`CALLS`] by then.
 #[derive(Clone, Copy)]
 struct Page(&'static Shown);
 
@@ -442,11 +440,11 @@ impl Page {
         Ok(Self(unsafe { page.cast::<Shown>().as_ref() }))
     }
 
-    /// In the child.
+    /// Called in the child.
     fn install(self, filter: &[sock_filter]) -> io::Result<()> {
         let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
         let flags = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER
-            // A signal does not make the call start anew.
+            // A signal does not restart the call.
             | libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV;
         // SAFETY: the program lives through the call, which copies it.
         let listener =
@@ -462,7 +460,7 @@ impl Page {
         Ok(())
     }
 
-    /// In the parent: waits for the child.
+    /// Called in the parent: waits for the child.
     fn listener(self) -> Result<OwnedFd> {
         wait::until_true("program with faults", 6 * wait::SOON, || {
             Ok(self.0.process.load(Ordering::Acquire) != 0)

@@ -1,4 +1,4 @@
-//! BPF programs of others: small ones, assembled here, that do what other projects' programs do beside ours.
+//! BPF programs of other projects: small ones, assembled here, that do the same as theirs next to ours.
 
 use std::fs::File;
 use std::io;
@@ -17,7 +17,7 @@ const LINK_CREATE: libc::c_long = 28;
 const BEFORE: u32 = 1 << 3;
 const LAST: u32 = 0;
 
-/// Where a program is attached; the numbers are the kernel's `enum bpf_attach_type`.
+/// The hook of a program; the numbers are the kernel's `enum bpf_attach_type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Hook {
@@ -35,29 +35,29 @@ pub enum Hook {
     TcxEgress = 47,
 }
 
-/// What a load balancer on sockets is about.
+/// The traffic of a socket-level load balancer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// What is connected.
+    /// Connections, and connected datagrams.
     Connections,
-    /// What is sent without being connected.
+    /// Unconnected datagrams.
     Datagrams,
 }
 
-/// An attached program. It goes with this value.
+/// An attached program; dropping it detaches it.
 #[derive(Debug)]
 pub struct Program {
     _link: OwnedFd,
 }
 
 impl Program {
-    /// As [`Program::rewriting`], before all others that are there (Linux 6.17).
+    /// As [`Program::rewriting`], ahead of all existing ones (Linux 6.17).
     pub fn rewriting_first(cgroup: &Path, kind: Kind, from: SocketAddr, to: SocketAddr) -> Result<Self> {
         Self::rewriting_at(BEFORE, cgroup, kind, from, to)
     }
 
-    /// What a load balancer on sockets does: connections, or datagrams, to one address go to another one. A v4-mapped
-    /// address is IPv6's.
+    /// A socket-level load balancer: redirects connections, or datagrams, from one address to another. A v4-mapped
+    /// address uses the IPv6 hooks.
     pub fn rewriting(cgroup: &Path, kind: Kind, from: SocketAddr, to: SocketAddr) -> Result<Self> {
         Self::rewriting_at(LAST, cgroup, kind, from, to)
     }
@@ -94,7 +94,7 @@ impl Program {
             .flat_map(|(at, value)| write(at, value))
             .collect();
         for (index, (at, value)) in from.iter().enumerate() {
-            // Past what is left of the comparisons, two each, and of the writes.
+            // Past the remaining comparisons, two instructions each, and the writes.
             let rest = 2 * (from.len() - index - 1) + writes.len();
             code.push(instruction(0x61, 2, 1, *at, 0));
             code.push(instruction(0x56, 2, 0, rest as i16, *value));
@@ -107,8 +107,8 @@ impl Program {
         Ok(Self { _link: link(&program, directory.as_raw_fd() as u32, hook, order)? })
     }
 
-    /// What a CNI plugin's program on the way to pods does: it hands the TCP segments of a family that come in by an interface of the
-    /// calling thread's namespace to the other end of a pair of devices, whose one end is `device`.
+    /// A CNI plugin's program on the way to pods: hands the TCP segments of a family that arrive on an interface of the calling
+    /// thread's namespace to the peer of `device`, the other end of that pair.
     pub fn redirecting_to_peer(interface: u32, family: Family, device: u32) -> Result<Self> {
         const SCHED_CLS: u32 = 3;
         const REDIRECT_PEER: i32 = 155;
@@ -136,7 +136,7 @@ impl Program {
         Ok(Self { _link: link(&program, interface, Hook::TcxIngress, LAST)? })
     }
 
-    /// A program on an interface of the calling thread's namespace that ends with this verdict for every packet.
+    /// A program on an interface of the calling thread's namespace that returns this verdict for every packet.
     pub fn with_verdict(interface: u32, hook: Hook, verdict: i32) -> Result<Self> {
         const SCHED_CLS: u32 = 3;
         let program = load(SCHED_CLS, hook, &give(verdict))?;
@@ -147,7 +147,7 @@ impl Program {
 /// Whether the kernel has tcx (Linux 6.6), found by trying.
 pub fn has_tcx() -> Result<bool> {
     const NO_INTERFACE: u32 = i32::MAX as u32;
-    // The interface is looked for once the way to attach is known.
+    // The kernel looks for the interface only if it knows the attach type.
     is_known(Program::with_verdict(NO_INTERFACE, Hook::TcxIngress, 0), Some(libc::ENODEV))
 }
 
@@ -157,7 +157,7 @@ pub fn has_order(cgroup: &Path) -> Result<bool> {
     is_known(Program::rewriting_first(cgroup, Kind::Connections, nowhere, nowhere), None)
 }
 
-/// Whether the kernel knows a way to attach programs: it does so, or finds fault with something else.
+/// Whether the kernel knows an attach type: the attachment succeeds, or fails for another reason.
 fn is_known(attached: Result<Program>, fault: Option<i32>) -> Result<bool> {
     let Err(error) = attached else { return Ok(true) };
     match error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {

@@ -1,4 +1,4 @@
-//! What the kernel holds: BPF objects, and the rules, routes, filters and sysctls of a namespace.
+//! The kernel's state: BPF objects, and the rules, routes, filters and sysctls of a namespace.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::netns::Netns;
 use crate::wait;
 
-/// BPF objects by their IDs, which the kernel does not give out again soon.
+/// BPF objects by their IDs, which the kernel does not soon reuse.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Objects {
     /// Programs.
@@ -23,8 +23,8 @@ pub struct Objects {
 }
 
 impl Objects {
-    /// What a process made: what it holds open, these programs, the maps that the programs use and the links that
-    /// attach them.
+    /// The objects of a process: those that it holds open, these programs, the maps that the programs use and the
+    /// links that attach them.
     pub fn of(process: u32, programs: BTreeSet<u32>) -> Result<Self> {
         let mut objects = Self::held_by(process)?;
         objects.programs.extend(programs);
@@ -91,9 +91,9 @@ impl Objects {
     }
 }
 
-/// What `bpftool KIND show` lists.
+/// The output of `bpftool KIND show`.
 pub fn bpftool(kind: &str) -> Result<Vec<Value>> {
-    // A link that somebody is just making fails the whole list, for as long as an RCU grace period takes.
+    // A link that is being created makes the whole list fail, for as long as an RCU grace period takes.
     let mut output = show(kind)?;
     wait::for_cleanup(2 * wait::SOON, || {
         if !output.status.success()
@@ -120,7 +120,7 @@ fn id(object: &Value, field: &str) -> Option<u32> {
     u32::try_from(object[field].as_u64()?).ok()
 }
 
-/// What capturing changes in a namespace, a pod's or the host's, in a form that can be compared.
+/// The state of a namespace, a pod's or the host's, that capture changes, in a comparable form.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Footprint {
     /// Routing rules, both families.
@@ -134,7 +134,7 @@ pub struct Footprint {
 }
 
 impl Footprint {
-    /// What is different from another, each with a sign for more or less.
+    /// The differences from another one, each with a sign.
     #[must_use]
     pub fn difference(&self, other: &Self) -> Vec<String> {
         let lines = |footprint: &Self| -> Vec<String> {
@@ -181,7 +181,7 @@ impl Footprint {
             for hook in ["ingress", "egress"] {
                 let filters = netns.json(&format!("tc -j filter show dev {name} {hook}"));
                 let mut filters = filters.map(list).unwrap_or_default();
-                // The next agent's programs are others.
+                // The next agent's programs have other IDs.
                 for filter in &mut filters {
                     if let Some(program) = filter["options"]["prog"].as_object_mut() {
                         program.remove("id");
@@ -190,7 +190,7 @@ impl Footprint {
                 footprint.traffic_control.extend(filters);
             }
         }
-        // Devices may have been made anew, in another order.
+        // Devices may have been recreated in another order.
         footprint.traffic_control.sort_by_key(Value::to_string);
         for name in SYSCTLS {
             if netns.has_sysctl(name)? {

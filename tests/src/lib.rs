@@ -9,8 +9,8 @@
 //!          └─ Connection   dialled from the pod by a Stack: AF_INET, AF_INET6 or v4-mapped
 //! ```
 //!
-//! Nothing touches the devices and addresses of the host. Namespaces are held by file descriptors only and child
-//! processes die with the thread that spawns them, so that even a killed test leaves no more than an empty cgroup,
+//! Nothing touches the devices and addresses of the host. Only file descriptors hold namespaces, and child
+//! processes die with the thread that spawns them. So even a killed test leaves no more than an empty cgroup,
 //! which the next [`session::Session`] removes.
 
 pub mod access_log;

@@ -1,4 +1,4 @@
-//! Clients that connect again and again while something happens, and what became of every attempt.
+//! Clients that connect repeatedly while something happens, and the result of every attempt.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -18,7 +18,7 @@ const CLIENTS: usize = 2;
 /// Between the end of a client's connection and its next.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// Whom clients in a namespace connect to.
+/// The clients' namespace, sockets and destination.
 #[derive(Clone, Copy, Debug)]
 pub struct Target<'a> {
     /// Where the clients are.
@@ -29,14 +29,14 @@ pub struct Target<'a> {
     pub to: SocketAddr,
 }
 
-/// What became of the attempts.
+/// The results of the attempts.
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
     /// How many there were.
     pub tried: usize,
     /// Those that failed.
     pub failed: Vec<Failure>,
-    /// Those in which the client itself came to the server.
+    /// Attempts in which the client itself reached the server.
     pub bypassed: usize,
     /// The slowest that succeeded.
     pub slowest: Duration,
@@ -81,7 +81,7 @@ impl fmt::Display for Tally {
     }
 }
 
-/// Does something while clients connect to the targets. An attempt that takes longer than `limit` has failed.
+/// Runs `act` while clients connect to the targets. An attempt that takes longer than `limit` has failed.
 pub fn during(targets: &[Target<'_>], limit: Duration, act: impl FnOnce() -> Result<()>) -> Result<Tally> {
     paced(targets, limit, PAUSE, act)
 }
@@ -131,7 +131,7 @@ fn client(target: &Target<'_>, limit: Duration, pause: Duration, over: &AtomicBo
     tally
 }
 
-/// Connects, speaks, and ends. Whether nobody was in between.
+/// Connects, exchanges a line, and closes. Returns whether there was no proxy in between.
 fn attempt(target: &Target<'_>, limit: Duration) -> Result<bool> {
     let stream = dial(target.stack, target.to, limit).context("connect")?;
     let mut connection = Connection::greeted(stream).context("greeting")?;
@@ -141,7 +141,7 @@ fn attempt(target: &Target<'_>, limit: Duration) -> Result<bool> {
     Ok(direct)
 }
 
-/// Connects, and exchanges lines until it is over. They are counted, also if there is an error in the end.
+/// Connects, and exchanges lines until it is over. Counts them, even if there is an error in the end.
 pub fn talk(target: &Target<'_>, limit: Duration, over: impl Fn() -> bool, lines: &mut usize) -> Result<()> {
     /// Between two lines.
     const PAUSE: Duration = Duration::from_millis(20);

@@ -1,4 +1,4 @@
-//! `redirect monitor`, running.
+//! A running `redirect monitor`.
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -11,7 +11,7 @@ use redirect_protocol::wire::FlowReport;
 use crate::node::Node;
 use crate::wait::{self, SOON};
 
-/// A listener; killed with this value.
+/// A monitor; killed when dropped.
 #[derive(Debug)]
 pub struct Monitor {
     child: Child,
@@ -20,7 +20,7 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Starts it, and waits until it misses nothing.
+    /// Starts it, and waits until it misses no events.
     pub fn start(node: &Node, arguments: &[&str]) -> Result<Self> {
         let mut command = Command::new(&node.session().binaries().redirect);
         command.arg("monitor").args(arguments).arg("--socket").arg(node.agent_socket()).args(["-o", "json"]);
@@ -49,13 +49,13 @@ impl Monitor {
         Ok(monitor)
     }
 
-    /// What it printed so far.
+    /// The events so far.
     #[must_use]
     pub fn heard(&self) -> Vec<FlowReport> {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Waits for a connection.
+    /// Waits for an event.
     pub fn hears(&self, what: &str, is: impl Fn(&FlowReport) -> bool) -> Result<FlowReport> {
         wait::until(what, SOON, || Ok(self.heard().into_iter().find(&is)))
             .with_context(|| format!("{:#?}", self.heard()))

@@ -19,7 +19,8 @@ pub struct Netns {
 }
 
 impl Netns {
-    /// Makes a namespace with `lo` up and duplicate address detection off, so that IPv6 addresses serve at once.
+    /// Creates a namespace with `lo` up and duplicate address detection off, so that IPv6 addresses are usable
+    /// at once.
     pub fn new(name: &str) -> Result<Self> {
         let descriptor = thread::scope(|scope| {
             let made = scope.spawn(|| -> Result<OwnedFd> {
@@ -57,7 +58,7 @@ impl Netns {
         PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.descriptor.as_raw_fd()))
     }
 
-    /// Runs code on a thread of its own inside the namespace. Sockets made there stay in the namespace.
+    /// Runs code on a thread inside the namespace. Sockets created there stay in the namespace.
     pub fn run<T: Send>(&self, code: impl FnOnce() -> T + Send) -> Result<T> {
         thread::scope(|scope| {
             let entered = scope.spawn(|| -> nix::Result<T> {
@@ -83,7 +84,7 @@ impl Netns {
             let mut child =
                 command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
             if let Some(mut stdin) = child.stdin.take() {
-                // A command that ends without reading says why by its status.
+                // A command that ends without reading reports the reason by its status.
                 let _ = stdin.write_all(input);
             }
             child.wait_with_output()
@@ -152,12 +153,12 @@ impl Netns {
         self.run(|| fs::write(&path, value))?.with_context(|| format!("{}: {name}={value}", self.name))
     }
 
-    /// As [`Netns::set_sysctl`], where the kernel has it: IPv6 may be off, and modules may not be loaded.
+    /// As [`Netns::set_sysctl`], if the kernel has it: IPv6 may be off, and modules may not be loaded.
     pub fn set_sysctl_if_any(&self, name: &str, value: &str) -> Result<()> {
         if self.has_sysctl(name)? { self.set_sysctl(name, value) } else { Ok(()) }
     }
 
-    /// Reads a sysctl. Of a list the kernel tells as much as there is room for in the first read.
+    /// Reads a sysctl. The kernel returns a list in the first read only, up to the buffer's size.
     pub fn sysctl(&self, name: &str) -> Result<String> {
         let path = sysctl_path(name);
         let mut value = vec![0; 1 << 18];
@@ -198,7 +199,7 @@ impl Netns {
     }
 }
 
-/// The calling thread is in another namespace than its own for as long as this lives.
+/// The calling thread is in another namespace while this value lives.
 #[derive(Debug)]
 pub struct Visit {
     home: OwnedFd,
@@ -207,7 +208,7 @@ pub struct Visit {
 impl Drop for Visit {
     fn drop(&mut self) {
         if let Err(error) = setns(&self.home, CloneFlags::CLONE_NEWNET) {
-            // Whatever runs on this thread from here on would run in the wrong place.
+            // Any code that runs on this thread from here on would run in the wrong namespace.
             panic!("the thread can't return to its network namespace: {error}");
         }
     }

@@ -27,10 +27,11 @@ use crate::session::{NodeNumber, Session};
 use crate::stack::Families;
 use crate::wait;
 
-/// The part of the subnet from which addresses can be chosen; the others are numbered as [`Families`] are.
+/// The part of the subnet from which addresses can be chosen; the other parts have the numbers of
+/// [`Families`].
 const CHOSEN: u8 = 3;
 
-/// What runs on a node.
+/// The programs on a node.
 #[derive(Clone, Debug)]
 pub struct NodeOptions {
     /// Whether there is an agent.
@@ -49,18 +50,18 @@ impl Default for NodeOptions {
     }
 }
 
-/// How a proxy is started.
+/// The options of a proxy.
 #[derive(Debug, Default)]
 pub struct ProxyOptions<'a> {
     /// Its cgroup, which has to outlive it; by default the one of all proxies of the node.
     pub cgroup: Option<&'a Cgroup>,
-    /// Pods that are to be reached through the mesh's tunnel.
+    /// Pods that are reached through the mesh's tunnel.
     pub tunnelled: Vec<Tunnelled>,
     /// Variables of its environment.
     pub environment: Vec<(String, String)>,
-    /// How long its connections may go on when it is told to stop, in seconds.
+    /// How long its connections may continue when it is told to stop, in seconds.
     pub drain: u64,
-    /// Where it listens; by default where the session's proxies do.
+    /// Its placement; by default the session's.
     pub placement: Option<Placement>,
 }
 
@@ -72,7 +73,8 @@ pub struct Node {
     proxies: AtomicU32,
     register: Arc<Register>,
     dns: Mutex<Option<Arc<DnsServer>>>,
-    // Dropped in this order: proxy, agent, what it left, their cgroups, the directory, the namespace.
+    // Dropped in this order: proxy, agent, the agent's leftovers, their cgroups, the directory, the
+    // namespace.
     proxy: Mutex<Option<Proxy>>,
     agent: Mutex<Option<Agent>>,
     faults: Option<Faults>,
@@ -91,7 +93,7 @@ impl Node {
         Self::with(session, NodeOptions::default())
     }
 
-    /// A node with what the options say.
+    /// A node with these options.
     pub fn with(session: &Arc<Session>, options: NodeOptions) -> Result<Arc<Self>> {
         let node_number = session.next_node()?;
         let number = node_number.get();
@@ -140,7 +142,7 @@ impl Node {
         &self.netns
     }
 
-    /// Tells the nodes of a session apart.
+    /// Distinguishes the nodes of a session.
     pub(crate) fn number(&self) -> u8 {
         self.number.get()
     }
@@ -215,17 +217,17 @@ impl Node {
         Ok(())
     }
 
-    /// Stops the agent as Kubernetes does; an error if it left something or ended badly.
+    /// Stops the agent as Kubernetes does; fails if it left anything or ended with an error.
     pub fn stop_agent(&self) -> Result<()> {
         lock(&self.agent).take().context("no agent is running")?.stop()
     }
 
-    /// Has the agent end, and leave what it was told to leave.
+    /// Stops the agent, which may leave state as configured.
     pub fn end_agent(&self) -> Result<()> {
         lock(&self.agent).take().context("no agent is running")?.end()
     }
 
-    /// Kills the agent, as a crash does.
+    /// Kills the agent, like a crash.
     pub fn kill_agent(&self) -> Result<()> {
         lock(&self.agent).take().context("no agent is running")?.kill()
     }
@@ -253,13 +255,14 @@ impl Node {
         self.faults.as_ref().context("the node was made without faults")
     }
 
-    /// Waits until the proxy that runs is in step with the agent.
+    /// Waits until the running proxy is in sync with the agent.
     pub fn wait_for_proxy(&self) -> Result<()> {
         let pid = self.proxy_pid()?;
         self.with_agent(|agent| agent.wait_for_proxy(pid))
     }
 
-    /// Starts a proxy and waits until it knows every pod. One that runs already ends then, as in a rolling upgrade.
+    /// Starts a proxy and waits until it knows every pod. Then ends a proxy that was already running, as in a
+    /// rolling upgrade.
     pub fn start_proxy(&self) -> Result<()> {
         self.start_proxy_with(&ProxyOptions::default())
     }
@@ -281,7 +284,7 @@ impl Node {
         Ok(())
     }
 
-    /// As [`Node::start_proxy_with`]; one that runs already goes on, and is returned.
+    /// As [`Node::start_proxy_with`]; a proxy that is already running continues, and is returned.
     pub fn start_another_proxy(&self, options: &ProxyOptions<'_>) -> Result<Option<Proxy>> {
         let mut proxy = self.spawn_proxy(options)?;
         let pid = proxy.process().pid();
@@ -311,7 +314,7 @@ impl Node {
         Proxy::start(&self.session, &setup)
     }
 
-    /// Kills the proxy, as a crash does, and waits until the agent noticed.
+    /// Kills the proxy, like a crash, and waits until the agent has noticed.
     pub fn kill_proxy(&self) -> Result<()> {
         let mut proxy = lock(&self.proxy).take().context("no proxy is running")?;
         proxy.process().kill()?;
@@ -328,7 +331,7 @@ impl Node {
         Ok(lock(&self.proxy).as_mut().context("no proxy is running")?.process().pid())
     }
 
-    /// The DNS server on the node, which the proxy asks; started when it is first wanted.
+    /// The DNS server on the node, which is the proxy's upstream; started on first use.
     pub fn dns(&self) -> Result<Arc<DnsServer>> {
         let mut dns = lock(&self.dns);
         let server = match &*dns {
@@ -338,17 +341,17 @@ impl Node {
         Ok(dns.insert(server).clone())
     }
 
-    /// Does something with the running agent.
+    /// Runs `act` with the running agent.
     pub fn with_agent<T>(&self, act: impl FnOnce(&mut Agent) -> Result<T>) -> Result<T> {
         act(lock(&self.agent).as_mut().context("no agent is running")?)
     }
 
-    /// What the agent is doing.
+    /// The agent's status.
     pub fn status(&self) -> Result<Status> {
         self.with_agent(|agent| agent.status())
     }
 
-    /// What the agent knows of a pod.
+    /// The agent's report on a pod.
     pub fn report(&self, pod: &Pod) -> Result<Option<PodReport>> {
         Ok(self.reports()?.into_iter().find(|report| report.pod.uid == pod.identity().uid))
     }
@@ -364,7 +367,7 @@ impl Node {
         AccessLog::new(self.session.binaries().kind, self.dir().to_owned(), self.register.clone())
     }
 
-    /// The pods that the access log may be about.
+    /// The pods that may appear in the access log.
     pub(crate) fn register(&self) -> &Register {
         &self.register
     }
@@ -374,12 +377,12 @@ impl Node {
         Pod::start(self, self.numbered(name, families))
     }
 
-    /// A pod that never was enrolled. A number makes its name unique on the node.
+    /// A pod that has never been enrolled. A number makes its name unique on the node.
     pub fn plain(self: &Arc<Self>, name: &str, families: Families) -> Result<Pod> {
         Pod::start(self, self.numbered(name, families).not_enrolled())
     }
 
-    /// What a pod with a name that is unique on the node is made from.
+    /// The specification of a pod with a name that is unique on the node.
     #[must_use]
     pub fn numbered(&self, name: &str, families: Families) -> PodSpec {
         let number = self.names.fetch_add(1, Ordering::Relaxed);
@@ -394,7 +397,8 @@ impl Node {
     /// The chain for pods of this kind, with these addresses or with free ones.
     #[must_use]
     pub fn chain(&self, families: Families, addresses: &[IpAddr]) -> Chain {
-        // A network of its own for chosen addresses: host-local goes on from the last address that it reserved.
+        // Chosen addresses have a network of their own, because host-local continues after the last address
+        // that it reserved.
         let (part, suffix) = if addresses.is_empty() { (families as u8, "") } else { (CHOSEN, "-chosen") };
         let mut bridge = json!({
             "type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": false, "hairpinMode": true,
@@ -433,7 +437,8 @@ impl Node {
         })
     }
 
-    /// One of four parts of the subnet. Each kind of pod has its own, because host-local keeps book per network.
+    /// One of four parts of the subnet. Each kind of pod has its own, because host-local tracks addresses per
+    /// network.
     fn range(&self, family: Family, part: u8) -> Value {
         let first = u16::from(part) * 0x4000;
         json!({
@@ -497,7 +502,7 @@ impl Drop for Node {
     }
 }
 
-/// Removes what an agent left that was killed, or told to leave it.
+/// Removes the leftovers of an agent that was killed, or configured to leave them.
 #[derive(Debug)]
 struct Leftovers {
     session: Arc<Session>,

@@ -26,10 +26,10 @@ use crate::server::Server;
 use crate::stack::{Families, Stack, canonical};
 use crate::wait;
 
-/// How often a listener's port may be one that the pod has had already.
+/// How often to retry when a free port is one that the pod has used before.
 const ATTEMPTS: usize = 1_000;
 
-/// What kind of pod to start.
+/// The specification of a pod.
 #[derive(Clone, Debug)]
 pub struct PodSpec {
     /// Kubernetes namespace.
@@ -40,11 +40,11 @@ pub struct PodSpec {
     pub service_account: String,
     /// The families that it has addresses of.
     pub families: Families,
-    /// Addresses that it is to have; empty for free ones.
+    /// Its addresses; empty for free ones.
     pub addresses: Vec<IpAddr>,
     /// Whether our plugin is in its chain.
     pub enrolled: bool,
-    /// Whether IPv6 is switched off in its namespace altogether.
+    /// Whether IPv6 is disabled in its namespace altogether.
     pub ipv6_disabled: bool,
     /// Whether the node reaches it by a route of its own (`ptp`) instead of a bridge.
     pub routed: bool,
@@ -106,11 +106,11 @@ pub struct Pod {
     chain: Chain,
     sandbox: Sandbox,
     result: Value,
-    /// Whether the chain is still to be deleted when the pod ends.
+    /// Whether the chain has to be deleted when the pod ends.
     attached: bool,
-    /// Whether our plugin ever had to do with the pod.
+    /// Whether our plugin was ever called for the pod.
     enrolled: AtomicBool,
-    /// Where it has listened.
+    /// The ports on which it has listened.
     ports: Mutex<BTreeSet<u16>>,
     netns: Netns,
     node: Arc<Node>,
@@ -163,7 +163,7 @@ impl Pod {
         })
     }
 
-    /// Who it is.
+    /// Its identity.
     #[must_use]
     pub fn identity(&self) -> &PodIdentity {
         &self.identity
@@ -175,8 +175,8 @@ impl Pod {
         self.families
     }
 
-    /// A listener as the node proxy has them, in its cgroup, that the pod's connections reach on this port. It greets whoever
-    /// connects, and ends with this value.
+    /// A listener like the node proxy's, in its cgroup, which the pod's connections reach on this port. It greets every
+    /// client, and ends with this value.
     pub fn listener_of_proxy(&self, port: u16) -> Result<Process> {
         let name = format!("listener-{port}");
         let mut command = Command::new(&self.node.session().binaries().testbed);
@@ -194,7 +194,7 @@ impl Pod {
         Ok(process)
     }
 
-    /// Where the proxy's sockets of its connections are.
+    /// The namespace of the proxy's sockets for this pod.
     #[must_use]
     pub fn proxy_netns(&self) -> &Netns {
         match self.node.session().placement() {
@@ -209,7 +209,7 @@ impl Pod {
         &self.netns
     }
 
-    /// What the runtime tells the plugins about it.
+    /// The environment that the runtime passes to the plugins.
     #[must_use]
     pub fn sandbox(&self) -> &Sandbox {
         &self.sandbox
@@ -233,18 +233,18 @@ impl Pod {
         found.with_context(|| format!("pod {} has no {family} address", self.identity))
     }
 
-    /// Where others reach a port of it.
+    /// The address at which others reach one of its ports.
     pub fn endpoint(&self, family: Family, port: u16) -> Result<SocketAddr> {
         Ok(SocketAddr::new(self.address(family)?, port))
     }
 
-    /// Runs our plugin's ADD alone, on the namespace as it is.
+    /// Runs our plugin's ADD only, on the namespace as it is.
     pub fn enroll(&self) -> Result<()> {
         self.enrolled.store(true, Ordering::Relaxed);
         self.chain.only(REDIRECT).add(self.node.netns(), &self.sandbox, Some(&self.result)).map(drop)
     }
 
-    /// As [`Pod::enroll`], after a plugin that made one more interface, and named none of its addresses.
+    /// As [`Pod::enroll`], after a plugin that created another interface without naming its addresses.
     pub fn enroll_with_interface(&self, name: &str) -> Result<()> {
         self.enrolled.store(true, Ordering::Relaxed);
         let mut result = self.result.clone();
@@ -266,7 +266,7 @@ impl Pod {
         self.chain.only(REDIRECT).add(self.node.netns(), &sandbox, Some(&self.result)).map(drop)
     }
 
-    /// Runs our plugin's DEL alone; the pod lives on.
+    /// Runs our plugin's DEL only; the pod continues.
     pub fn unenroll(&self) -> Result<()> {
         self.chain.only(REDIRECT).del(self.node.netns(), &self.sandbox, Some(&self.result))
     }
@@ -276,15 +276,15 @@ impl Pod {
         self.chain.check(self.node.netns(), &self.sandbox, &self.result)
     }
 
-    /// Ends the pod and gives its addresses back, but leaves our plugin's DEL for later.
+    /// Ends the pod and releases its addresses, but leaves our plugin's DEL for later.
     pub fn end_without_del(mut self) -> Result<Remains> {
         self.attached = false;
         self.chain.without(REDIRECT).del(self.node.netns(), &self.sandbox, Some(&self.result))?;
         Ok(self.remains())
     }
 
-    /// Ends the pod without any DEL: its namespace has no path and no process any more. Its addresses are free, as after a
-    /// runtime has lost what it knew of the pod.
+    /// Ends the pod without any DEL: its namespace has neither path nor process. Its addresses are free, as after a
+    /// runtime has lost its state.
     pub fn vanish(mut self) -> Result<Remains> {
         self.attached = false;
         for network in fs::read_dir(self.node.dir().join("host-local"))?.flatten() {
@@ -318,8 +318,8 @@ impl Pod {
         Connection::open(&self.netns, stack, to)
     }
 
-    /// Listens in the pod on a free port; the server's greeting is the pod's name. The pod has not listened there before:
-    /// the port tells the server's connections from those of earlier ones.
+    /// Listens in the pod on a free port; the server's greeting is the pod's name. The pod has not used that port before,
+    /// so the port distinguishes the server's connections from earlier ones.
     pub fn listen(&self, stack: Stack) -> Result<Server> {
         for _ in 0..ATTEMPTS {
             let server = Server::start(&self.netns, stack, 0, &self.identity.name)?;
@@ -354,7 +354,7 @@ impl Pod {
         self.node.access_log().connections_so_far(|entry| self.is_mine(entry, direction, to))
     }
 
-    /// Every connection of this pod that a proxy had so far, whichever way.
+    /// Every connection of this pod through a proxy so far, in both directions.
     pub fn proxied_at_all(&self) -> Result<Vec<Entry>> {
         self.node.access_log().connections_so_far(|entry| entry.pod == self.identity.to_string())
     }
@@ -376,7 +376,7 @@ impl Drop for Pod {
     }
 }
 
-/// What the runtime still knows of a pod that is gone.
+/// What the runtime still knows of a pod that has ended.
 #[derive(Debug)]
 pub struct Remains {
     chain: Chain,

@@ -1,4 +1,4 @@
-//! Containers by podman, whose network is the chain in a configuration directory.
+//! Containers by podman, whose network is the chain of a configuration directory.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,11 +12,11 @@ use tempfile::TempDir;
 use crate::cgroup::PREFIX;
 use crate::node::Node;
 
-/// The image of applications: nothing but busybox.
+/// The image of applications: only busybox.
 pub const BUSYBOX: &str = "localhost/busybox:test";
 
-/// What every container gets: a limit of its life, should the test that started it be killed, and limits of resources,
-/// because what podman would ask for may be more than this machine allows.
+/// Options for every container: a limit on its lifetime, in case its test is killed, and resource limits, because
+/// podman's defaults may exceed those of this machine.
 pub const FIXED: [&str; 4] =
     ["--pull=never", "--timeout=600", "--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096"];
 
@@ -30,7 +30,7 @@ pub struct Podman {
 impl Podman {
     /// On this node, with these directories of CNI configurations and plugins.
     pub fn new(node: &Arc<Node>, configurations: &Path, plugins: &Path) -> Result<Self> {
-        // Podman wants short paths, so that it is not below the session's directory.
+        // Podman needs short paths, so it is not below the session's directory.
         let prefix = format!("{PREFIX}{}-", std::process::id());
         let directory = tempfile::Builder::new().prefix(&prefix).tempdir()?;
         let configuration = format!(
@@ -56,14 +56,14 @@ impl Podman {
         Ok(String::from_utf8(output)?.trim().to_owned())
     }
 
-    /// Loads an image archive; its name.
+    /// Loads an image archive; returns its name.
     pub fn load(&self, archive: &Path) -> Result<String> {
         let archive = archive.to_str().context("a path in UTF-8")?;
         let said = self.run(&["load", "--quiet", "--input", archive])?;
         said.split_whitespace().last().map(str::to_owned).with_context(|| format!("podman load: {said}"))
     }
 
-    /// Makes the image of applications.
+    /// Creates the image of applications.
     pub fn make_busybox(&self) -> Result<()> {
         let root = self.directory.path().join("root");
         fs::create_dir_all(root.join("bin"))?;
@@ -87,7 +87,7 @@ impl Podman {
         self.run(&[&["exec", name, "/bin/busybox"], arguments].concat())
     }
 
-    /// What a container printed.
+    /// The output of a container.
     pub fn logs(&self, name: &str) -> String {
         let output = self.node.netns().execute(self.command(&["logs", name]), b"");
         output.map_or_else(
@@ -121,9 +121,9 @@ impl Drop for Podman {
     }
 }
 
-/// What podman is told to run a DaemonSet's container as the kubelet would: its security context, namespaces, mounts,
-/// environment and arguments. An error if there is something in the security context that can't be translated. `profiles` is
-/// where the kubelet would have seccomp profiles.
+/// The podman options that run a DaemonSet's container as the kubelet would: its security context, namespaces, mounts,
+/// environment and arguments. Fails if a part of the security context has no translation. `profiles` is the kubelet's
+/// directory of seccomp profiles.
 pub fn options_of(daemonset: &Value, profiles: &Path) -> Result<(Vec<String>, Vec<String>)> {
     let pod = &daemonset["spec"]["template"]["spec"];
     let container = &pod["containers"][0];
@@ -176,7 +176,7 @@ fn security(context: &Value, profiles: &Path, options: &mut Vec<String>) -> Resu
                     options.extend(names.map(|name| format!("{flag}={name}")));
                 }
             }
-            // Podman's own default, which is that of other runtimes too: what a capability allows is allowed.
+            // Podman's default, as in other runtimes: it allows what the capabilities allow.
             ("seccompProfile", profile) if profile["type"] == "RuntimeDefault" => {}
             ("seccompProfile", profile) if profile["type"] == "Localhost" => {
                 let name = profile["localhostProfile"].as_str().context("the profile's name")?;
@@ -191,7 +191,7 @@ fn security(context: &Value, profiles: &Path, options: &mut Vec<String>) -> Resu
     Ok(())
 }
 
-/// The option that has a container run with this seccomp profile.
+/// The option that applies this seccomp profile.
 #[must_use]
 pub fn seccomp(profile: &Path) -> String {
     format!("--security-opt=seccomp={}", profile.display())

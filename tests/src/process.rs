@@ -21,7 +21,7 @@ use crate::{signals, wait};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A child process; ended by SIGTERM with this value, by SIGKILL if it does not heed that.
+/// A child process; dropping it sends SIGTERM, and SIGKILL if it does not end.
 #[derive(Debug)]
 pub struct Process {
     name: String,
@@ -30,7 +30,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts a command. What it prints goes to the file `log`.
+    /// Starts a command, with its output in the file `log`.
     pub fn spawn(
         name: &str,
         mut command: Command,
@@ -40,7 +40,7 @@ impl Process {
     ) -> Result<Self> {
         let file = File::create(log).with_context(|| format!("create {}", log.display()))?;
         let entrance = cgroup.entrance()?;
-        // A group of its own, so that Ctrl-C on the terminal does not reach it: its guard ends it when its turn comes.
+        // A group of its own, so that Ctrl-C on the terminal does not reach it: its guard ends it in order.
         command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file).process_group(0);
         // SAFETY: the closure runs between fork and exec and makes system calls only.
         unsafe {
@@ -55,7 +55,7 @@ impl Process {
             let home = File::open("/proc/thread-self/ns/net")?;
             setns(&namespace, CloneFlags::CLONE_NEWNET)?;
             let child = command.spawn();
-            // The thread must not hold the namespace: it would outlive its last process.
+            // The thread must not hold the namespace, which would then outlive its last process.
             setns(&home, CloneFlags::CLONE_NEWNET)?;
             child
         })?;
@@ -69,13 +69,13 @@ impl Process {
         self.child.id()
     }
 
-    /// What it printed so far.
+    /// Its output so far.
     #[must_use]
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// An error with the end of its log if it is no longer running.
+    /// Fails with the end of its log if it is no longer running.
     pub fn must_run(&mut self) -> Result<()> {
         match self.child.try_wait()? {
             None => Ok(()),
@@ -119,7 +119,7 @@ impl Process {
         bail!("{} did not end within {PATIENCE:?}\n{}", self.name, self.last_lines())
     }
 
-    /// Waits until something is true of it, or until it ends.
+    /// Waits until a condition holds, or until the process ends.
     pub fn wait_until(&mut self, what: &str, mut ready: impl FnMut() -> Result<bool>) -> Result<()> {
         let waited = wait::until_true(what, PATIENCE, || {
             self.must_run()?;
@@ -145,15 +145,15 @@ impl Drop for Process {
 
 /// The same file as a process's descriptor.
 pub fn descriptor_of(process: i32, number: i32) -> io::Result<OwnedFd> {
-    // SAFETY: the call takes numbers alone.
+    // SAFETY: the call takes integers only.
     let process = descriptor(unsafe { libc::syscall(libc::SYS_pidfd_open, process, 0) })?;
-    // SAFETY: the call takes numbers alone.
+    // SAFETY: the call takes integers only.
     descriptor(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) })
 }
 
 fn descriptor(result: libc::c_long) -> io::Result<OwnedFd> {
     match i32::try_from(result) {
-        // SAFETY: the kernel has just made it, for us alone.
+        // SAFETY: the kernel has just created the descriptor, and we alone own it.
         Ok(number) if number >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(number) }),
         _ => Err(io::Error::last_os_error()),
     }
@@ -161,8 +161,8 @@ fn descriptor(result: libc::c_long) -> io::Result<OwnedFd> {
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Runs code on the one thread that starts children. "Parent death signal" means the death of the parent's thread, and
-/// threads of tests come and go.
+/// Runs code on the one thread that starts children: the "parent death signal" refers to the parent's thread, and test
+/// threads are short-lived.
 fn on_spawner<T: Send + 'static>(code: impl FnOnce() -> T + Send + 'static) -> Result<T> {
     static SPAWNER: OnceLock<Mutex<mpsc::Sender<Job>>> = OnceLock::new();
     let spawner = SPAWNER.get_or_init(|| {

@@ -22,7 +22,7 @@ pub use kind::ProxyKind;
 #[derive(Debug)]
 pub struct Proxy {
     process: Process,
-    /// A ztunnel has its own, as it has in Kubernetes: two of them would get in each other's way on the node.
+    /// A ztunnel has its own, as in Kubernetes: two of them would conflict on the node.
     _netns: Option<Netns>,
 }
 
@@ -37,19 +37,19 @@ pub struct Setup<'a> {
     pub cgroup: &'a Cgroup,
     /// The node's directory of sockets and logs.
     pub dir: &'a Path,
-    /// Where DNS questions go.
+    /// The upstream DNS servers.
     pub dns_servers: [SocketAddr; 2],
-    /// Pods that are to be reached through the mesh's tunnel.
+    /// Pods that are reached through the mesh's tunnel.
     pub tunnelled: &'a [Tunnelled],
     /// Variables of its environment.
     pub environment: &'a [(String, String)],
-    /// How long connections may go on when the proxy is told to stop, in seconds.
+    /// How long connections may continue when the proxy is told to stop, in seconds.
     pub drain: u64,
-    /// Where it listens.
+    /// Its placement.
     pub placement: Placement,
 }
 
-/// A pod that a ztunnel is told about before it is made. The embedded proxy has no tunnel and ignores it.
+/// A pod that a ztunnel knows before it is created. The embedded proxy has no tunnel and ignores it.
 #[derive(Clone, Debug)]
 pub struct Tunnelled {
     /// Its Kubernetes name, in the namespace `default`.
@@ -59,7 +59,7 @@ pub struct Tunnelled {
 }
 
 impl Proxy {
-    /// Starts a proxy of the session's kind. It keeps to the access log of the node across restarts.
+    /// Starts a proxy of the session's kind. The node's access log continues across restarts.
     pub fn start(session: &Session, setup: &Setup<'_>) -> Result<Self> {
         let name = format!("proxy {} of {}", setup.number, setup.netns.name());
         let binary = &session.binaries().proxy;

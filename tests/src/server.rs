@@ -1,4 +1,4 @@
-//! A server inside a namespace that remembers who connected.
+//! A server inside a namespace that records its clients.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
@@ -13,7 +13,7 @@ use crate::echo::{self, Hello};
 use crate::netns::Netns;
 use crate::stack::Stack;
 
-/// A listening server, see [`echo`]. It ends, and cuts its connections, with this value.
+/// A listening server, see [`echo`]. Dropping it ends it and its connections.
 #[derive(Debug)]
 pub struct Server {
     listener: Arc<TcpListener>,
@@ -35,7 +35,7 @@ impl Server {
         Self::prepared(netns, stack, port, greeting, |_| Ok(()))
     }
 
-    /// As [`Server::start`], with something done to the socket before it listens.
+    /// As [`Server::start`], with `prepare` applied to the socket before it listens.
     pub fn prepared(
         netns: &Netns,
         stack: Stack,
@@ -66,7 +66,7 @@ impl Server {
         self.port
     }
 
-    /// Who connected so far: what the server said to each.
+    /// The clients so far: the server's greeting for each.
     #[must_use]
     pub fn accepted(&self) -> Vec<Hello> {
         lock(&self.shared.accepted).clone()
@@ -95,7 +95,7 @@ impl Shared {
             lock(&self.streams).push(stream.clone());
             let shared = self.clone();
             thread::spawn(move || {
-                // Clients that go away in the middle are part of the tests.
+                // Clients that disconnect midway are part of the tests.
                 let _ = echo::serve(&stream, &hello);
                 lock(&shared.streams).retain(|other| !Arc::ptr_eq(other, &stream));
             });
@@ -103,7 +103,7 @@ impl Shared {
     }
 }
 
-/// A listener as an ordinary application opens it.
+/// A listener like an ordinary application's.
 pub fn listen(stack: Stack, address: SocketAddr) -> io::Result<TcpListener> {
     listen_prepared(stack, address, |_| Ok(()))
 }

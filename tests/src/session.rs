@@ -1,4 +1,4 @@
-//! What one test process has in common: its cgroup, the binaries under test, and the check at the end.
+//! The shared state of a test process: its cgroup, the binaries under test, and the final check.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -31,7 +31,7 @@ pub struct Binaries {
 }
 
 impl Binaries {
-    /// Those that `REDIRECT_BIN`, `REDIRECT_CNI_BIN` and `REDIRECT_PROXY_BIN` name, by default the release build of
+    /// The binaries in `REDIRECT_BIN`, `REDIRECT_CNI_BIN` and `REDIRECT_PROXY_BIN`, by default the release build of
     /// this workspace.
     pub fn from_env() -> Result<Self> {
         let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
@@ -49,7 +49,7 @@ impl Binaries {
         })
     }
 
-    /// What is missing of them.
+    /// Checks that all of them exist.
     pub fn check(&self) -> Result<()> {
         for path in [&self.redirect, &self.plugin, &self.proxy] {
             if !path.is_file() {
@@ -60,7 +60,7 @@ impl Binaries {
     }
 }
 
-/// Cargo puts it beside the programs, whose own is one directory further down for tests.
+/// Cargo puts it beside the programs; tests are one directory further down.
 fn testbed() -> PathBuf {
     let own = std::env::current_exe().unwrap_or_default();
     let directories = own.ancestors().skip(1).take(2).map(|directory| directory.join("testbed"));
@@ -76,7 +76,7 @@ pub struct Session {
     run: Arc<Run>,
 }
 
-/// Puts the plugin where a chain finds it.
+/// Puts the plugin where the chain finds it.
 fn offer(plugin: &Path, directory: &Path) -> Result<()> {
     if let Ok(plugin) = plugin.canonicalize() {
         symlink(plugin, directory.join(crate::cni::REDIRECT))?;
@@ -84,7 +84,7 @@ fn offer(plugin: &Path, directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What is there once.
+/// State that exists once per run.
 #[derive(Debug)]
 struct Run {
     directory: TempDir,
@@ -120,13 +120,13 @@ impl Session {
         }))
     }
 
-    /// The same run, whose nodes from here on have their proxies in this placement.
+    /// The same run; its further nodes have proxies with this placement.
     #[must_use]
     pub fn placed(&self, placement: Placement) -> Arc<Self> {
         Arc::new(Self { placement, ..self.clone() })
     }
 
-    /// The same run, whose nodes from here on have another build of agent and plugin.
+    /// The same run; its further nodes have another build of agent and plugin.
     pub fn with_build(&self, redirect: PathBuf, plugin: PathBuf) -> Result<Arc<Self>> {
         let plugins = self.directory().join("other-build");
         fs::create_dir(&plugins).with_context(|| plugins.display().to_string())?;
@@ -180,10 +180,10 @@ impl Session {
         pins()
     }
 
-    /// A number for a node, which its address ranges are made of; it comes back when it is dropped.
+    /// A number for a node, from which its address ranges are derived; released when dropped.
     pub(crate) fn next_node(&self) -> Result<NodeNumber> {
         let mut numbers = self.run.nodes.lock().unwrap_or_else(PoisonError::into_inner);
-        // Not at once one that has just become free: somebody may still know the addresses.
+        // Not immediately a released number: others may still know its addresses.
         let next = numbers.next;
         let free = (next..=u8::MAX).chain(0..next).find(|number| !numbers.taken.contains(number));
         let number = free.context("too many nodes at once")?;
@@ -192,19 +192,20 @@ impl Session {
         Ok(NodeNumber { number, run: self.run.clone() })
     }
 
-    /// Remembers what an agent made, for [`Session::leftovers`].
+    /// Records an agent's objects, for [`Session::leftovers`].
     pub(crate) fn remember(&self, objects: Objects) {
         self.run.made.lock().unwrap_or_else(PoisonError::into_inner).push(objects);
     }
 
-    /// Whatever should be gone once every node is, and does not go: BPF objects, cgroups, pins, processes.
+    /// Everything that should be gone once every node is, but is not: BPF objects, cgroups, pins, processes.
     pub fn leftovers(&self) -> Result<Vec<String>> {
         let mut left = Vec::new();
         for objects in self.run.made.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             left.extend(objects.wait_until_gone().err().map(|error| format!("{error:#}")));
         }
         let mut others = Ok(Vec::new());
-        // What was just told to end, such as the helpers of a container runtime, may take a moment.
+        // Processes that were just told to end, such as the helpers of a container runtime, may take a
+        // moment.
         wait::for_cleanup(wait::SOON, || {
             others = self.outside_the_kernel();
             others.as_ref().is_ok_and(Vec::is_empty)
@@ -258,7 +259,7 @@ impl Drop for NodeNumber {
     }
 }
 
-/// Where a bpffs is. Agents mount one if there is none.
+/// The usual bpffs. Agents mount one if there is none.
 const BPFFS: &str = "/sys/fs/bpf";
 
 /// Removes the pins of tests that were killed.
@@ -268,7 +269,7 @@ fn sweep_pins() -> Result<()> {
         if let Some(process) = name.strip_prefix(PREFIX)
             && !Path::new("/proc").join(process).exists()
         {
-            // Another test may be sweeping as well.
+            // Another test may be cleaning up as well.
             let _ = fs::remove_dir_all(entry.path());
         }
     }
@@ -283,21 +284,21 @@ fn sweep_directories() -> Result<()> {
             continue;
         };
         if !Path::new("/proc").join(process).exists() {
-            // Another test may be sweeping as well.
+            // Another test may be cleaning up as well.
             let _ = fs::remove_dir_all(entry.path());
         }
     }
     Ok(())
 }
 
-/// Where the agents of this process pin.
+/// The pin directory of this process's agents.
 fn pins() -> PathBuf {
     Path::new(BPFFS).join(format!("{PREFIX}{}", std::process::id()))
 }
 
 impl Drop for Run {
     fn drop(&mut self) {
-        // It is there if any agent ran; nodes leave nothing in it.
+        // It exists if any agent ran; nodes leave it empty.
         let _ = fs::remove_dir(pins());
         if let Err(error) = cgroup::enter(&self.home).context("leave the session's cgroup") {
             eprintln!("{error:#}");

@@ -1,4 +1,4 @@
-//! Ctrl-C and SIGTERM end the run in an orderly way: every wait fails, every guard restores what it changed.
+//! Ctrl-C and SIGTERM end the run in order: every wait fails, and every guard restores what it changed.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -26,13 +26,13 @@ pub fn install() -> Result<()> {
     Ok(())
 }
 
-/// Whether a signal asked for the end.
+/// Whether a signal requested the end.
 #[must_use]
 pub fn interrupted() -> bool {
     INTERRUPTED.load(Ordering::Relaxed)
 }
 
-/// An error if a signal asked for the end.
+/// Fails if a signal requested the end.
 pub fn check() -> Result<()> {
     if interrupted() {
         bail!("interrupted");

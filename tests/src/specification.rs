@@ -1,8 +1,8 @@
 //! What may pass an enrolled pod's gates, for whom, and in which placement: the tables of SECURITY.md, "What passes", as data.
 //!
-//! It is written from that document and shares nothing with the code that property tests hold against it: the pure decisions
-//! (below), the programs on crafted packets (`tests/programs/specification.rs`), `redirect explain`
-//! (`tests/e2e/specification.rs`). Each row quotes the words that it stands for, and a test finds them in the document.
+//! It is written from that document and shares nothing with the code that property tests compare with it: the pure decisions
+//! (below), the programs on crafted packets (`tests/programs/specification.rs`), and `redirect explain`
+//! (`tests/e2e/specification.rs`). Each row quotes its words, and a test finds them in the document.
 
 pub mod cases;
 #[cfg(test)]
@@ -19,15 +19,15 @@ pub struct Case {
     pub placement: Placement,
     /// Out of the pod, or into it.
     pub way: Way,
-    /// Who sends.
+    /// The sender.
     pub sender: Sender,
-    /// What is sent.
+    /// The kind of packet.
     pub what: What,
     /// Whether it is behind VLAN tags.
     pub tagged: bool,
-    /// Address and port that it comes from.
+    /// Source address and port.
     pub source: (IpAddr, u16),
-    /// Address and port that it is for.
+    /// Destination address and port.
     pub destination: (IpAddr, u16),
     /// The pod.
     pub pod: Facts,
@@ -42,10 +42,10 @@ pub enum Way {
     In,
 }
 
-/// Who sends.
+/// The sender of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sender {
-    /// Anybody: an application, a neighbor, a process of the node, whatever marks it sets.
+    /// Any other sender: an application, a neighbor, a process of the node, whatever marks it sets.
     Anybody,
     /// The kubelet, from the node.
     Kubelet,
@@ -55,7 +55,7 @@ pub enum Sender {
     Delivery,
 }
 
-/// What is sent.
+/// The kind of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum What {
     /// A TCP segment that opens a connection.
@@ -64,7 +64,7 @@ pub enum What {
     Accepts,
     /// Data of a TCP connection that does not exist.
     Data,
-    /// Nothing, in the name of a TCP connection that does not exist.
+    /// A TCP segment without data, of a connection that does not exist.
     Empty,
     /// A TCP reset.
     Resets,
@@ -74,11 +74,11 @@ pub enum What {
     Datagram,
     /// Another protocol, or a later fragment.
     Other,
-    /// Headers that end too early, contradict themselves or go on for too long.
+    /// Headers that end too early, contradict themselves or exceed the limits.
     Damaged,
 }
 
-/// The pod, and what of the node's settings concerns it.
+/// The pod, and the relevant settings of the node.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
     /// The pod's addresses.
@@ -110,24 +110,24 @@ pub struct Excluded {
     pub ports: Vec<u16>,
 }
 
-/// What becomes of it.
+/// The outcome.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It goes on as it is. If it is not the proxy's, it goes past the proxy.
+    /// It passes unchanged. If it is not the proxy's, it bypasses the proxy.
     Passes,
-    /// The proxy's listener gets it, and nobody else.
+    /// The proxy's listener gets it, and no other.
     Captured,
-    /// The proxy's listener for tunnels gets it, and nobody else.
+    /// The proxy's listener for tunnels gets it, and no other.
     Tunnelled,
-    /// The proxy's resolver gets it, and nobody else.
+    /// The proxy's resolver gets it, and no other.
     Resolved,
     /// The proxy's, to the pod's application.
     Delivered,
-    /// It ends here.
+    /// It is dropped or refused.
     Stopped,
 }
 
-/// A row: of those that hold for a case, the first one decides.
+/// A row: the first one that matches a case decides.
 pub struct Row {
     /// The words of SECURITY.md.
     pub quote: &'static str,
@@ -139,7 +139,7 @@ const fn row(quote: &'static str, holds: fn(&Case) -> bool, verdict: Verdict) ->
     Row { quote, holds, verdict }
 }
 
-/// What becomes of a connection, or of a query.
+/// The outcome of connections and queries.
 pub const CONNECTIONS: &[Row] = &[
     row("UDP other than DNS", |case| case.what == What::Datagram && !case.is_query(), Verdict::Passes),
     row("to an address of the pod, or in a client's name", Case::is_delivery, Verdict::Delivered),
@@ -182,7 +182,7 @@ pub const CONNECTIONS: &[Row] = &[
     row("anything else", |_| true, Verdict::Captured),
 ];
 
-/// What may leave the pod, or the host end of its device, although it is not the proxy's.
+/// Packets that may leave the pod, or the host end of its device, although they are not the proxy's.
 pub const LEAVES: &[Row] = &[
     row("to an excluded network or port", Case::is_excluded_out, Verdict::Passes),
     row("to a multicast or broadcast group", |case| is_group(case.destination.0), Verdict::Passes),
@@ -190,7 +190,7 @@ pub const LEAVES: &[Row] = &[
     row("anything else", |_| true, Verdict::Stopped),
 ];
 
-/// Whose connection a listener of the pod may get although no program at an interface has seen it.
+/// Connections that a listener of the pod may get although no TC program has seen them.
 pub const LISTENERS: &[Row] = &[
     row("to ports 15001 and 15006", |case| CAPTURED_PORTS.contains(&case.destination.1), Verdict::Stopped),
     row("between sockets of the pod", Case::is_inside, Verdict::Passes),
@@ -205,36 +205,36 @@ const PORT_TUNNEL: u16 = 15008;
 const CAPTURED_PORTS: [u16; 2] = [15001, 15006];
 const DNS: u16 = 53;
 
-/// What becomes of a call of `connect()` or of a datagram that a process of the pod sends.
+/// The outcome of a `connect()` call, or of a datagram that a process of the pod sends.
 #[must_use]
 pub fn call(case: &Case) -> Verdict {
     first(CONNECTIONS, case)
 }
 
-/// What becomes of a packet that comes to the pod: at its interface and, in the pod, at the listener.
+/// The outcome of a packet to the pod: at its interface and, in placement `pod`, at the listener.
 #[must_use]
 pub fn arrival(case: &Case) -> Verdict {
     match (case.what, case.placement) {
         (What::Damaged, _) => Verdict::Stopped,
         (What::Other | What::Datagram, _) => Verdict::Passes,
-        // What is exempt is seen, but is not captured.
+        // Exempt packets are seen, but not captured.
         (What::Opens, Placement::Pod) if CAPTURED_PORTS.contains(&case.destination.1) => {
             captured_or_stopped(first(CONNECTIONS, case))
         }
         (What::Opens, Placement::Pod) => first(CONNECTIONS, case),
-        // There is no connection that it could belong to.
+        // It can belong to no connection.
         (What::Fragment | What::Accepts | What::Data | What::Empty | What::Resets, Placement::Pod) => {
             Verdict::Stopped
         }
         (_, Placement::Node) if case.sender == Sender::Delivery => Verdict::Passes,
         (What::Opens, Placement::Node) => case.for_the_host(first(CONNECTIONS, case)),
         (What::Fragment, Placement::Node) => passes_or_stops(first(CONNECTIONS, case)),
-        // The application's kernel knows of no connection either.
+        // The application's kernel has no such connection either.
         (What::Accepts | What::Data | What::Empty | What::Resets, Placement::Node) => Verdict::Passes,
     }
 }
 
-/// What becomes of a packet that leaves the pod: in placement `pod` at its own interface, in placement `node` at the host end.
+/// The outcome of a packet that leaves the pod: in placement `pod` at its own interface, in placement `node` at the host end.
 #[must_use]
 pub fn departure(case: &Case) -> Verdict {
     match (case.what, case.placement) {
@@ -248,7 +248,7 @@ pub fn departure(case: &Case) -> Verdict {
         (What::Empty | What::Resets, _) | (What::Accepts | What::Data, Placement::Pod) => Verdict::Passes,
         (What::Data, Placement::Node) if case.pod.earlier_connections => Verdict::Passes,
         (What::Accepts | What::Data, Placement::Node) if case.answers_an_exempt_client() => Verdict::Passes,
-        // It is no connection of the proxy's. What would not be captured goes on.
+        // It is no connection of the proxy's. Whatever would not be captured passes.
         (What::Accepts | What::Data, Placement::Node) => match first(CONNECTIONS, case) {
             Verdict::Captured | Verdict::Resolved => Verdict::Stopped,
             _ => Verdict::Passes,
@@ -256,7 +256,7 @@ pub fn departure(case: &Case) -> Verdict {
     }
 }
 
-/// What becomes of a packet at the host end of the pod's device, after it has left the pod. Placement `pod`.
+/// The outcome of a packet at the host end of the pod's device, after it has left the pod. Placement `pod`.
 #[must_use]
 pub fn host_end(case: &Case) -> Verdict {
     let passes = match case.what {
@@ -274,8 +274,7 @@ pub fn host_end(case: &Case) -> Verdict {
     if passes { Verdict::Passes } else { Verdict::Stopped }
 }
 
-/// What becomes of a connection at the kernel's search for its listener, if no program at an interface has seen it. Placement
-/// `pod`.
+/// The outcome of a connection at the listener lookup, if no TC program has seen it. Placement `pod`.
 #[must_use]
 pub fn unseen(case: &Case) -> Verdict {
     first(LISTENERS, case)
@@ -298,7 +297,7 @@ impl Case {
         self.way == Way::In
     }
 
-    /// A DNS query that the proxy's resolver is to have.
+    /// A DNS query for the proxy's resolver.
     fn is_query(&self) -> bool {
         self.pod.dns && self.destination.1 == DNS
     }
@@ -322,7 +321,7 @@ impl Case {
         self.pod.own.contains(&self.destination.0)
     }
 
-    /// In placement `node` the device says whose the packet is, in the pod its destination.
+    /// In placement `node` the device identifies the pod, in placement `pod` the destination does.
     fn is_to_the_pod(&self) -> bool {
         self.placement == Placement::Node || self.is_to_itself()
     }
@@ -343,14 +342,14 @@ impl Case {
         self.pod.link_local_passes && is_link_local(self.destination.0)
     }
 
-    /// The proxy on the host can't answer from an address that is valid on the pod's link only, nor behind tags.
+    /// The proxy on the host can't answer from a link-local address, nor with VLAN tags.
     fn for_the_host(&self, verdict: Verdict) -> Verdict {
         let of_the_link = |address| is_group(address) || is_link_local(address);
         let is_of_the_link = of_the_link(self.source.0) || of_the_link(self.destination.0);
         if verdict != Verdict::Passes && (is_of_the_link || self.tagged) { Verdict::Stopped } else { verdict }
     }
 
-    /// Placement `node`: its own, and those that an interface has before it has one.
+    /// Placement `node`: its own addresses, and those of an interface that has no address yet.
     fn may_have_its_source(&self) -> bool {
         let source = self.source.0;
         let unassigned = source.is_unspecified() || is_link_local(source);
@@ -360,7 +359,7 @@ impl Case {
 
     fn is_inside(&self) -> bool {
         let (from, to) = (self.source.0, self.destination.0);
-        // Nobody else can send from such an address and get an answer.
+        // No other sender can use such an address and get an answer.
         let own = |address: IpAddr| self.pod.own.contains(&address);
         from.is_loopback() || from == to || (own(from) && (own(to) || to.is_loopback()))
     }
@@ -386,7 +385,8 @@ fn contains((network, length): (IpAddr, u8), address: IpAddr) -> bool {
     }
 }
 
-/// What Istio's rules leave alone as loopback, and the unspecified address, which the kernel replaces with it.
+/// The addresses that Istio's rules exempt as loopback, and the unspecified address, which the kernel replaces
+/// with loopback.
 fn is_loopback(address: IpAddr) -> bool {
     address.is_unspecified()
         || match address {
@@ -399,7 +399,7 @@ fn is_group(address: IpAddr) -> bool {
     address.is_multicast() || matches!(address, IpAddr::V4(address) if address.is_broadcast())
 }
 
-/// IPv6 alone: clouds serve metadata at IPv4 link-local addresses, and connections to them are captured.
+/// IPv6 only: clouds serve metadata at IPv4 link-local addresses, and connections to them are captured.
 fn is_link_local(address: IpAddr) -> bool {
     matches!(address, IpAddr::V6(address) if address.is_unicast_link_local())
 }

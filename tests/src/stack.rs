@@ -80,7 +80,7 @@ impl fmt::Display for Stack {
     }
 }
 
-/// The families that a pod has addresses of.
+/// The families of a pod's addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Families {
     /// Both.
@@ -110,12 +110,12 @@ impl Families {
         Family::ALL.into_iter().filter(move |&family| self.has(family))
     }
 
-    /// The stacks that can reach others from such a pod.
+    /// The stacks with which such a pod can reach others.
     pub fn stacks(self) -> impl Iterator<Item = Stack> {
         Stack::ALL.into_iter().filter(move |stack| self.has(stack.family()))
     }
 
-    /// A word for names of tests.
+    /// A word for the names of tests.
     #[must_use]
     pub fn label(self) -> &'static str {
         match self {
@@ -126,7 +126,7 @@ impl Families {
     }
 }
 
-/// An address without the v4-mapped disguise, for comparisons.
+/// The address with a v4-mapped one as IPv4, for comparisons.
 #[must_use]
 pub fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::from((address.ip().to_canonical(), address.port()))

@@ -1,4 +1,4 @@
-//! A program on a terminal of its own, and what its screen shows.
+//! A program on a terminal of its own, and the contents of its screen.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -31,14 +31,15 @@ impl Pty {
         command.stdin(ends.slave.try_clone()?).stdout(ends.slave.try_clone()?).stderr(ends.slave);
         let take = || {
             nix::unistd::setsid()?;
-            // SAFETY: the call takes numbers alone. The terminal is the standard input.
+            // SAFETY: the call takes integers only. The terminal is the standard input.
             let taken = unsafe { libc::ioctl(0, libc::TIOCSCTTY, 0) };
             if taken == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
         };
         // SAFETY: the closure runs between fork and exec and makes system calls only.
         unsafe { command.pre_exec(take) };
         let child = command.spawn().context("a program on a terminal")?;
-        // The ends that this process would hold go with the command: without them the terminal ends with the program.
+        // The command holds this process's copies of the terminal's end: without them the terminal ends with the
+        // program.
         drop(command);
         let mut output = File::from(ends.master);
         let keyboard = output.try_clone()?;
@@ -46,7 +47,7 @@ impl Pty {
         let into = Arc::clone(&screen);
         let reader = thread::spawn(move || {
             let mut buffer = [0; 4096];
-            // An error is how a terminal tells its end.
+            // A terminal reports its end as an error.
             while let Ok(length @ 1..) = output.read(&mut buffer) {
                 into.lock().unwrap_or_else(PoisonError::into_inner).process(&buffer[..length]);
             }
@@ -60,7 +61,7 @@ impl Pty {
         self.screen.lock().unwrap_or_else(PoisonError::into_inner).screen().contents()
     }
 
-    /// Whether the program has the screen for itself.
+    /// Whether the program uses the alternate screen.
     #[must_use]
     pub fn is_full_screen(&self) -> bool {
         self.screen.lock().unwrap_or_else(PoisonError::into_inner).screen().alternate_screen()

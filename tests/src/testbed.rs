@@ -1,4 +1,5 @@
-//! Applications for pods, as processes: a server that greets and echoes, and a client that tells what it heard.
+//! Applications for pods, as processes: a server that greets and echoes, and a client that prints what it
+//! received.
 
 use std::net::SocketAddr;
 use std::thread;
@@ -106,7 +107,7 @@ fn serve(addresses: &[SocketAddr], greeting: &str, proxy_mark: Option<u32>) -> R
         Some(mark) => {
             socket.set_mark(mark)?;
             socket.set_reuse_port(true)?;
-            // What the kernel looks at in both families.
+            // The kernel checks this option in both families.
             socket.set_ip_transparent_v4(true)
         }
         None => Ok(()),

@@ -1,4 +1,4 @@
-//! Connections and DNS questions of a pod, one after the other, while something happens; and what became of them.
+//! Successive connections and DNS queries of a pod while something happens, and their results.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -16,13 +16,13 @@ use crate::pod::Pod;
 use crate::stack::Stack;
 use crate::wait::SOON;
 
-/// Connections that took longer were held and came through by a retransmission.
+/// A connection that takes longer was held and needed a retransmission.
 const SLOW: Duration = Duration::from_millis(900);
 
 /// The pause between two connections of the slower threads.
 const PACE: Duration = Duration::from_millis(50);
 
-/// What became of the connections and questions.
+/// The results of connections and queries.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
     /// Connections that were tried.
@@ -31,11 +31,11 @@ pub struct Tally {
     pub questions: u64,
     /// Those that needed a retransmission.
     pub slow: u64,
-    /// Lines that went to and fro on connections that were open all the time.
+    /// Lines exchanged on long-lived connections.
     pub lines: u64,
     /// Those that failed, and why.
     pub failed: Vec<String>,
-    /// Those that did not pass the proxy.
+    /// Connections that bypassed the proxy.
     pub bypassed: Vec<String>,
 }
 
@@ -64,7 +64,7 @@ impl fmt::Display for Tally {
 }
 
 impl Tally {
-    /// An error if anything failed or came past the proxy.
+    /// Fails if anything failed or bypassed the proxy.
     pub fn check(&self) -> Result<()> {
         ensure!(self.failed.is_empty() && self.bypassed.is_empty(), "{self}: {self:?}");
         ensure!(self.connections > 0 && self.questions > 0 && self.lines > 0, "no load: {self}");
@@ -72,8 +72,8 @@ impl Tally {
     }
 }
 
-/// Does something while the enrolled `pod` connects to `other`, which is not enrolled, and the other way round: at intervals,
-/// at full rate, and over connections that are open all the time; and asks its DNS server.
+/// Runs `act` while the enrolled `pod` and `other`, which is not enrolled, connect to each other: at intervals, at full rate,
+/// and over long-lived connections; and while the pod sends DNS queries.
 pub fn during<T>(
     pod: &Pod,
     other: &Pod,
@@ -106,7 +106,7 @@ pub fn during<T>(
         }
         outcome
     });
-    // Whatever the server heard, the proxy asked; its log is written with a delay.
+    // Every query at the server must be the proxy's; its log is written with a delay.
     let uid = &pod.identity().uid;
     let unlogged = || -> Result<Vec<String>> {
         let logged = pod.node().access_log().questions()?;

@@ -1,5 +1,5 @@
-//! What an operator sees of a node, from a real run: commands, and what they print. What differs from run to run (times,
-//! addresses, ports, cookies, directories) is replaced.
+//! Records commands and their output from a real run for the documentation. Values that differ from run to run (times,
+//! addresses, ports, cookies, directories) are replaced.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -26,7 +26,7 @@ const HEAD: &str = "# The CLI at work\n\n\
     `cargo xtask transcript` writes this file from a real run. It replaces times, addresses, ports and cookies, and leaves out \
     options that\nname the run's own sockets and directories. `shop/sleep` and `shop/tcp-echo` are enrolled dual-stack pods.\n";
 
-/// The document, as this run has it.
+/// The document of this run.
 pub fn record(session: &Arc<Session>) -> Result<String> {
     // Nothing is repaired before it was looked at.
     let node =
@@ -66,7 +66,8 @@ const BROKEN: &str = "Something turns the sysctl `net.ipv6.fwmark_reflect` off i
 const DOCTOR: &str = "This node has no CNI configuration, which is a warning. Exit code 2 would mean that the node cannot run the \
     data path.";
 
-/// What of the document has to be the same in every run: all but what the doctor finds of the kernel.
+/// The part of the document that must be the same in every run: everything except the doctor's findings about
+/// the kernel.
 #[must_use]
 pub fn shape(document: &str) -> Vec<String> {
     let mut doctor = false;
@@ -78,7 +79,7 @@ pub fn shape(document: &str) -> Vec<String> {
             let (name, _) = line.trim_start_matches(' ').split_once("  ")?;
             return (!line.starts_with("  ")).then(|| name.to_owned());
         }
-        // Columns are as wide as addresses are.
+        // The width of columns depends on the addresses.
         Some(line.split_whitespace().collect::<Vec<_>>().join(" "))
     });
     lines.collect()
@@ -90,7 +91,7 @@ struct Transcript {
     socket: String,
     /// The node's.
     netns: NetNs,
-    /// What is replaced by what.
+    /// The replacements.
     names: Vec<(String, String)>,
     ports: BTreeMap<u16, u16>,
     cookies: BTreeMap<String, usize>,
@@ -136,14 +137,14 @@ impl Transcript {
         self.text += "```\n";
     }
 
-    /// Runs a command of ours, and writes down what it prints.
+    /// Runs one of our commands, and records its output.
     fn run(&mut self, shown: &[&str], more: &[String]) -> Result<()> {
         let mut command = Command::new(&self.program);
         command.args(shown).args(more);
         if shown != ["doctor"] {
             command.args(["--socket", &self.socket]);
         }
-        // As on a node: `doctor` looks for what is in the host's network namespace.
+        // As on a node: `doctor` checks the host's network namespace.
         let Output { status, stdout, stderr } = self.netns.run(|| command.output())??;
         ensure!(stderr.is_empty(), "{shown:?}: {}", String::from_utf8_lossy(&stderr));
         let output = self.normal(&String::from_utf8(stdout)?);
@@ -152,7 +153,7 @@ impl Transcript {
         Ok(())
     }
 
-    /// Three connections, of which the proxy's own are told as well, and one that is refused.
+    /// Three connections, including the proxy's own, and a refused one.
     fn monitor(&mut self, from: &Pod, to: &Pod) -> Result<()> {
         let shown = ["monitor", "--pod", "shop/sleep", "--count", "7"];
         let mut child = Command::new(&self.program)
@@ -222,7 +223,7 @@ impl Transcript {
             for (name, other) in &self.names {
                 line = line.replace(name, other);
             }
-            // The CNI plugin invents the name of the device on the node.
+            // The CNI plugin chooses a random name for the device on the node.
             let words = line.split_inclusive(' ');
             line = words.map(|word| if word.starts_with("veth") { "veth1" } else { word }).collect();
             normal += line.trim_end();

@@ -8,13 +8,13 @@ use anyhow::{Result, bail};
 
 use crate::signals;
 
-/// How long to wait for something that should happen at once on a busy machine.
+/// How long to wait for something that should happen at once, on a busy machine.
 pub const SOON: Duration = Duration::from_secs(5);
 
 /// How long a child needs from fork to exec on a busy machine.
 const MOMENT: Duration = Duration::from_secs(1);
 
-/// The variable that says how much longer than usual everything may take, as in a virtual machine.
+/// The variable with the factor for all deadlines, e.g. in a virtual machine.
 const PATIENCE: &str = "REDIRECT_TEST_PATIENCE";
 
 /// A deadline, on this machine.
@@ -27,7 +27,7 @@ pub fn patient(limit: Duration) -> Duration {
 
 const INTERVAL: Duration = Duration::from_millis(5);
 
-/// Asks `ready` again and again until it has an answer. `what` completes the sentence "no … within 5 s".
+/// Polls `ready` until it has an answer. `what` completes the sentence "no … within 5 s".
 pub fn until<T>(what: &str, limit: Duration, mut ready: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let (start, limit) = (Instant::now(), patient(limit));
     loop {
@@ -42,7 +42,7 @@ pub fn until<T>(what: &str, limit: Duration, mut ready: impl FnMut() -> Result<O
     }
 }
 
-/// Waits for something that must be over before the next guard may act: signals do not cut it short.
+/// Waits for something that must be over before the next guard may act. Signals do not interrupt it.
 pub fn for_cleanup(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
     let (start, limit) = (Instant::now(), patient(limit));
     while !done() {
@@ -54,8 +54,8 @@ pub fn for_cleanup(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
     true
 }
 
-/// Binds again while the address is in use, for a moment: a child that another test just forked holds copies of this
-/// process's sockets until it executes its program, also of those that were closed meanwhile.
+/// Retries a bind while the address is in use, for a moment: until a child that another test just forked executes
+/// its program, it holds copies of this process's sockets, even closed ones.
 pub fn until_bound<T>(mut bind: impl FnMut() -> Result<io::Result<T>>) -> Result<io::Result<T>> {
     let start = Instant::now();
     loop {

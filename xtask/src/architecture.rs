@@ -19,12 +19,12 @@ pub(crate) enum Architecture {
 }
 
 impl Architecture {
-    /// This machine's.
+    /// The architecture of this machine.
     pub(crate) const HOST: Self = if cfg!(target_arch = "aarch64") { Self::Aarch64 } else { Self::X86_64 };
 
     pub(crate) const ALL: [Self; 2] = [Self::X86_64, Self::Aarch64];
 
-    /// As Rust and the kernel call it.
+    /// Its name in Rust and the kernel.
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::X86_64 => "x86_64",
@@ -32,7 +32,7 @@ impl Architecture {
         }
     }
 
-    /// As Debian and OCI images call it.
+    /// Its name in Debian and OCI images.
     pub(crate) const fn in_packages(self) -> &'static str {
         match self {
             Self::X86_64 => "amd64",
@@ -48,7 +48,7 @@ impl Architecture {
         }
     }
 
-    /// The cross compiler of C, which is the linker as well.
+    /// The C cross compiler, which is also the linker.
     pub(crate) const fn compiler(self) -> &'static str {
         match self {
             Self::X86_64 => "x86_64-linux-gnu-gcc",
@@ -56,7 +56,7 @@ impl Architecture {
         }
     }
 
-    /// Where the cross compiler looks for the static C library.
+    /// The directories of the static C library for cross compilation.
     const fn c_library(self) -> &'static [&'static str] {
         match self {
             Self::X86_64 => &["/usr/x86_64-linux-gnu/lib/libc.a"],
@@ -64,7 +64,7 @@ impl Architecture {
         }
     }
 
-    /// What runs its programs on another machine.
+    /// The emulator for its programs on another machine.
     const fn emulator(self) -> &'static str {
         match self {
             Self::X86_64 => "qemu-x86_64-static",
@@ -80,7 +80,7 @@ impl Architecture {
         }
     }
 
-    /// Sees to it that programs for it can be built here.
+    /// Ensures that programs for it can be built here.
     pub(crate) fn ensure(self, workspace: &Workspace) -> Result<()> {
         if self == Self::HOST {
             return Ok(());
@@ -106,7 +106,7 @@ impl Architecture {
         self.ensure_library(workspace)
     }
 
-    /// Rust's own library, which comes from where the compiler came from.
+    /// Rust's standard library, from the same source as the compiler.
     fn ensure_library(self, workspace: &Workspace) -> Result<()> {
         let mut rustc = workspace.command("rustc");
         rustc.args(["--print", "target-libdir", "--target", self.target()]);
@@ -125,7 +125,7 @@ impl Architecture {
         progress::run(workspace, &format!("installing {}", self.target()), "rustup", &mut rustup)
     }
 
-    /// Whether a program can run in an image of its own: static, and of this architecture.
+    /// Checks that a program can run in an otherwise empty image: static, and for this architecture.
     pub(crate) fn check(self, program: &[u8]) -> Result<()> {
         let (machine, interpreter) = examine(program).context("no ELF program")?;
         ensure!(machine == self.elf(), "it is for another machine ({machine})");
@@ -133,7 +133,7 @@ impl Architecture {
         Ok(())
     }
 
-    /// Has a program of another architecture say who it is.
+    /// Runs a program of another architecture with `--version`.
     pub(crate) fn try_out(self, workspace: &Workspace, programs: &Programs) -> Result<()> {
         if self == Self::HOST {
             return Ok(());
@@ -149,7 +149,7 @@ impl Architecture {
     }
 }
 
-/// The machine that an ELF program of 64 bits is for, and whether it asks for a dynamic loader.
+/// The machine type of a 64-bit ELF program, and whether it needs a dynamic loader.
 fn examine(program: &[u8]) -> Option<(u16, bool)> {
     /// `PT_INTERP`.
     const INTERPRETER: u32 = 3;

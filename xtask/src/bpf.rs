@@ -15,7 +15,7 @@ use crate::progress::{self, Watch};
 use crate::setup::{self, KernelSide};
 use crate::workspace::Workspace;
 
-/// BPF programs have the byte order of the machine that they run on.
+/// BPF programs have the byte order of their machine.
 const TARGET: &str = "bpfel-unknown-none";
 
 /// The kernel side's object. `.cargo/config.toml` names the one for this machine.
@@ -26,8 +26,8 @@ pub(crate) fn object(workspace: &Workspace, architecture: Architecture) -> PathB
     })
 }
 
-/// Builds the object. The file is left alone when nothing changed, so that user space, which embeds it, is not built
-/// again.
+/// Builds the object. The file stays untouched if nothing changed, so that user space, which embeds it, is not
+/// rebuilt.
 pub(crate) fn build(
     workspace: &Workspace,
     kernel_side: &KernelSide,
@@ -59,10 +59,10 @@ pub(crate) fn clippy(workspace: &Workspace) -> Result<()> {
 
 fn for_bpf(workspace: &Workspace, kernel_side: &KernelSide, architecture: Architecture, cargo: &mut Command) {
     let flags = [
-        // aya-ebpf's register layouts are those of the machine that traces, not of the BPF machine.
+        // aya-ebpf's register layouts are those of the traced machine, not of BPF.
         format!("--cfg=bpf_target_arch=\"{}\"", architecture.name()),
         format!("-Clinker={}", kernel_side.linker.display()),
-        // The kernel wants BTF, which is made from debug information.
+        // The kernel requires BTF, which is generated from debug information.
         "-Clink-arg=--btf".into(),
         "-Cdebuginfo=2".into(),
         "-Cpanic=abort".into(),
@@ -73,9 +73,8 @@ fn for_bpf(workspace: &Workspace, kernel_side: &KernelSide, architecture: Archit
     cargo.arg(workspace.target("bpf-build"));
 }
 
-/// Refuses an object with variables of its own. The loader makes a map of each such section, which would be pinned as the others
-/// are: an agent that restarts finds its pin and fills it again. What is only read (settings, the texts of the log) is not
-/// pinned.
+/// Rejects an object with global variables. The loader creates a map for each such section and would pin it like the others: a
+/// restarted agent would find the pin and fill it again. Read-only data (settings, the log's texts) is not pinned.
 fn check(object: &Path) -> Result<()> {
     let sections = data(object)?;
     if !sections.is_empty() {
@@ -88,7 +87,7 @@ fn check(object: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The sections of variables, of which the loader makes maps.
+/// The sections of variables, for which the loader creates maps.
 fn data(object: &Path) -> Result<Vec<String>> {
     let bytes = fs::read(object).with_context(|| format!("cannot read {}", object.display()))?;
     let file = File::parse(&*bytes).with_context(|| format!("cannot read {}", object.display()))?;
@@ -101,14 +100,15 @@ fn data(object: &Path) -> Result<Vec<String>> {
         .collect())
 }
 
-/// The object without what BTF was made from: three quarters of it, which the agent would carry in its memory.
+/// The object without the debug information from which BTF was generated: three quarters of it, which the
+/// agent would keep in memory.
 fn without_debug(object: &[u8]) -> Result<Vec<u8>> {
     let mut builder = Builder::read(object)?;
     for section in &mut builder.sections {
         let name = section.name.to_string();
         section.delete = [".debug", ".rel.debug"].iter().any(|start| name.starts_with(start));
     }
-    // The linker keeps the sections' names with those of the symbols.
+    // The linker stores the names of sections with those of symbols.
     let names = builder.sections.add();
     names.name = ".shstrtab".into();
     names.sh_type = SHT_STRTAB;

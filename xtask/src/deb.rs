@@ -1,7 +1,7 @@
 //! `cargo xtask deb`: a Debian package, for nodes without Kubernetes.
 //!
-//! By `dpkg-deb`, which is on every Debian, rather than by cargo-deb, whose own build takes minutes on a fresh machine and
-//! which would need the list of files a second time, beside that of the image.
+//! Uses `dpkg-deb`, which every Debian has, instead of cargo-deb, whose own build takes minutes on a fresh machine and
+//! which would need a second copy of the image's file list.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -33,7 +33,7 @@ pub(crate) fn deb(workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
-/// Writes the package; where it is.
+/// Writes the package; returns its path.
 pub(crate) fn write(workspace: &Workspace, programs: &Programs) -> Result<PathBuf> {
     Packages::new(workspace).ensure(&[Package::new(
         "dpkg",
@@ -129,7 +129,7 @@ fn copyright() -> String {
         .into()
 }
 
-/// What goes into the package.
+/// The contents of the package.
 struct Tree<'a> {
     workspace: &'a Workspace,
     root: PathBuf,
@@ -148,7 +148,7 @@ impl Tree<'_> {
             if !path.exists() {
                 fs::create_dir(&path)?;
             }
-            // Whatever the umask is.
+            // Regardless of the umask.
             fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
         }
         Ok(())

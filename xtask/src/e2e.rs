@@ -1,4 +1,4 @@
-//! `cargo xtask e2e`: image and chart on a real cluster, from the installation to the last trace of it.
+//! `cargo xtask e2e`: image and chart on a real cluster, from installation to removal.
 
 mod capturing;
 mod cluster;
@@ -175,7 +175,8 @@ fn uninstall(cluster: &Cluster<'_>, namespace: &str) -> Result<String> {
     Ok("no pod of ours runs".into())
 }
 
-/// What the tools that remove everything still find, with the agent's own rights, on every node where it ran.
+/// Runs the removal tools with the agent's permissions on every node where it ran, and returns what they
+/// still find.
 fn left_on_nodes(cluster: &Cluster<'_>, daemonset: &Value) -> Result<String> {
     let template = &daemonset["spec"]["template"]["spec"];
     let agent = &template["containers"][0];

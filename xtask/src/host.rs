@@ -1,5 +1,5 @@
-//! What a host must have before programs are loaded into its kernel. All that is missing is told at once, each with
-//! its remedy.
+//! Requirements of a host before programs are loaded into its kernel. Everything that is missing is reported at
+//! once, with its remedy.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,7 +1,7 @@
 //! `cargo xtask image`: the container image, written without a container engine.
 //!
-//! One layer with the two programs, their licences and their bill of materials. The same sources give the same bytes:
-//! times are the commit's, owners and order are fixed, paths of this machine are not in the programs.
+//! One layer with the two programs, their licenses and their bill of materials. The same sources give the same bytes:
+//! times are the commit's, owners and order are fixed, and the programs contain no paths of this machine.
 
 mod layout;
 mod sbom;
@@ -116,7 +116,7 @@ fn assemble(
     Ok(Image { name: name.to_owned(), architecture, created: commit_time(workspace)?, entries })
 }
 
-/// What the programs are built from.
+/// The sources of the programs.
 pub(crate) fn bill_of_materials(workspace: &Workspace, architecture: Architecture) -> Result<Vec<u8>> {
     sbom::spdx(workspace, architecture, commit_time(workspace)?)
 }
@@ -125,7 +125,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// Seconds since 1970 of the commit, or what `SOURCE_DATE_EPOCH` says.
+/// The commit's time in seconds since 1970, or `SOURCE_DATE_EPOCH`.
 pub(crate) fn commit_time(workspace: &Workspace) -> Result<u64> {
     if let Some(epoch) = std::env::var_os("SOURCE_DATE_EPOCH") {
         return epoch.to_string_lossy().parse().context("SOURCE_DATE_EPOCH");

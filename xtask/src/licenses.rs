@@ -1,7 +1,7 @@
 //! `cargo xtask licenses`: every package has a license that deny.toml permits, and comes from crates.io.
 //!
-//! cargo-deny checks the same file more thoroughly, and advisories as well, in a workflow. This check needs no network, and
-//! nothing that takes minutes to compile.
+//! In a workflow, cargo-deny checks the same file more thoroughly, and advisories as well. This check needs neither network
+//! nor minutes of compilation.
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
@@ -11,7 +11,7 @@ use crate::architecture::Architecture;
 use crate::progress;
 use crate::workspace::Workspace;
 
-/// cargo-deny's configuration, as far as it matters here.
+/// The relevant part of cargo-deny's configuration.
 #[derive(Deserialize)]
 struct Deny {
     licenses: Licenses,
@@ -33,13 +33,13 @@ struct Metadata {
 struct Package {
     name: String,
     version: String,
-    /// None for what is in this repository.
+    /// `None` for packages of this repository.
     source: Option<String>,
     license: Option<String>,
     manifest_path: String,
 }
 
-/// Fails with every package that is not as it has to be.
+/// Fails with a list of every violation.
 pub(crate) fn check(workspace: &Workspace) -> Result<()> {
     let mut cargo = workspace.cargo();
     cargo.args(["metadata", "--format-version", "1", "--locked"]);
@@ -68,7 +68,7 @@ fn permitted(deny: &str) -> Result<Vec<Licensee>> {
     deny.licenses.allow.iter().map(parse).collect()
 }
 
-/// What is wrong, package by package.
+/// The violations, package by package.
 fn complaints(packages: &[Package], root: &str, permitted: &[Licensee]) -> Result<Vec<String>> {
     let mut complaints = Vec::new();
     for package in packages {

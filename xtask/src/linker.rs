@@ -1,4 +1,4 @@
-//! `bpf-linker`, which must be built on the LLVM of the rustc whose bitcode it links.
+//! `bpf-linker`, which must use the same LLVM as the rustc whose bitcode it links.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ const VERSION: &str = "0.13.0";
 
 /// Finds a `bpf-linker` that matches `rustc`, or builds one below `target/tools`.
 pub(crate) fn ensure(workspace: &Workspace, packages: &Packages<'_>, rustc: &Rustc) -> Result<PathBuf> {
-    // Whoever names one answers for it.
+    // A linker that the user names is not checked.
     if let Some(named) = env::var_os("BPF_LINKER") {
         return Ok(named.into());
     }
@@ -38,7 +38,7 @@ pub(crate) fn ensure(workspace: &Workspace, packages: &Packages<'_>, rustc: &Rus
 
 fn install(workspace: &Workspace, packages: &Packages<'_>, llvm: u32, root: &Path) -> Result<()> {
     let mut cargo = workspace.cargo();
-    // The linker is an ordinary program of this machine, and none of ours.
+    // The linker is an ordinary program of this machine, not one of the project's.
     for variable in ["CARGO_TARGET_DIR", "RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "CARGO_BUILD_TARGET"] {
         cargo.env_remove(variable);
     }
@@ -73,13 +73,13 @@ fn install(workspace: &Workspace, packages: &Packages<'_>, llvm: u32, root: &Pat
     }
     cargo.args(["install", "bpf-linker", "--locked", "--version", VERSION, "--no-default-features"]);
     cargo.args(["--features", &format!("llvm-{llvm}"), "--root"]).arg(root);
-    // What takes time when it links is LLVM, which comes compiled.
+    // Linking time is spent in LLVM, which is precompiled.
     cargo.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0").env("CARGO_PROFILE_RELEASE_DEBUG", "false");
     let what = format!("building bpf-linker {VERSION} on LLVM {llvm}");
     progress::watch(workspace, &what, "bpf-linker", &mut cargo, Watch::Cargo).context("no bpf-linker")
 }
 
-/// What building it takes, in Debian.
+/// The Debian packages for building it.
 fn llvm_packages(llvm: u32) -> Vec<Package> {
     vec![
         Package::new(format!("llvm-{llvm}-dev"), Evidence::Installed, "bpf-linker is built on rustc's LLVM"),

@@ -1,4 +1,4 @@
-//! `cargo xtask load`: the agent of this working tree, on this host.
+//! `cargo xtask load`: runs the agent of this working tree on this host.
 
 use std::convert::Infallible;
 use std::ffi::OsString;
@@ -18,7 +18,7 @@ pub(crate) fn load(workspace: &Workspace, agent: &[OsString]) -> Result<()> {
     match become_it(&mut command)? {}
 }
 
-/// Replaces this process, so that signals reach the program and its exit code is ours.
+/// Replaces this process, so that signals reach the program and its exit code is returned.
 pub(crate) fn become_it(command: &mut Command) -> Result<Infallible> {
     progress::say(&format!("running {command:?}"));
     let error = command.exec();

@@ -1,4 +1,4 @@
-//! `cargo xtask man` and `cargo xtask reference`: manual pages and the option reference, as `redirect` knows its commands.
+//! `cargo xtask man` and `cargo xtask reference`: manual pages and the option reference, from `redirect` itself.
 
 use std::fs;
 use std::process::Command;
@@ -18,7 +18,7 @@ pub(crate) fn man(workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
-/// A test of the command line compares the file with what the program prints.
+/// A test of the command line compares the file with the program's output.
 pub(crate) fn reference(workspace: &Workspace) -> Result<()> {
     let programs = userspace::build(workspace, &setup::kernel_side(workspace)?, &[])?;
     let output = Command::new(&programs.redirect).arg("reference").output().context("cannot run redirect")?;

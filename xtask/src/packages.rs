@@ -1,7 +1,7 @@
-//! What comes from the distribution: looked for first, installed where it is missing, named where there is no apt.
+//! Packages of the distribution: found first, installed if missing, and named if there is no apt.
 //!
-//! Nothing of the user's is removed or replaced for it. What apt can't install beside what is there is unpacked below
-//! `target/tools`, with all that it depends on.
+//! No package of the user is removed or replaced. Packages that apt can't install beside the existing ones are
+//! unpacked below `target/tools`, with all their dependencies.
 
 mod apt;
 mod lists;
@@ -19,12 +19,12 @@ use apt::Apt;
 pub(crate) use lists::{for_bench, for_machines, for_pods, for_scripts, for_tests};
 pub(crate) use private::Private;
 
-/// Something that a distribution provides.
+/// A package of the distribution.
 #[derive(Clone, Debug)]
 pub(crate) struct Package {
     /// Its package in Debian.
     pub(crate) name: String,
-    /// What shows that it is there, wherever it came from.
+    /// The evidence that it exists, wherever it came from.
     pub(crate) evidence: Evidence,
     /// Why it is needed.
     pub(crate) reason: &'static str,
@@ -33,9 +33,9 @@ pub(crate) struct Package {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
-    /// Installed, or unpacked if that can't be.
+    /// Installed, or unpacked if that is impossible.
     Either,
-    /// Its files name each other by absolute paths, or scripts of the package make what is needed.
+    /// Its files refer to each other by absolute paths, or its scripts create required files.
     Installed,
     /// It belongs to another package that was unpacked.
     Unpacked,
@@ -61,13 +61,13 @@ impl Package {
         Self { place: Place::Installed, ..self }
     }
 
-    /// A package that has to be where another one was unpacked.
+    /// A package that must be where another one was unpacked.
     pub(crate) fn unpacked(self) -> Self {
         Self { place: Place::Unpacked, ..self }
     }
 }
 
-/// What installs packages.
+/// Installs packages.
 pub(crate) struct Packages<'a> {
     workspace: &'a Workspace,
     apt: Apt<'a>,
@@ -88,19 +88,19 @@ impl<'a> Packages<'a> {
         }
     }
 
-    /// Sees to it that all of `wanted` is there.
+    /// Ensures that all of `wanted` exists.
     pub(crate) fn ensure(&self, wanted: &[Package]) -> Result<()> {
         let missing = self.missing(wanted)?;
         self.bring(&missing, |missing| Plan::one_by_one(missing, |names| self.apt.simulate(names)))
     }
 
-    /// The same for packages that must be in one place: all of them are installed, or all unpacked.
+    /// The same for packages that must be in one place: all of them are installed, or all are unpacked.
     pub(crate) fn ensure_together(&self, wanted: &[Package]) -> Result<()> {
         let missing = self.missing(wanted)?;
         self.bring(&missing, |missing| Plan::together(wanted, missing, |names| self.apt.simulate(names)))
     }
 
-    /// Installs all of these, or unpacks all; newer versions if they are there.
+    /// Installs or unpacks all of these; newer versions if available.
     pub(crate) fn install_together(&self, wanted: &[Package]) -> Result<()> {
         let all: Vec<&Package> = wanted.iter().collect();
         self.bring(&all, |all| Plan::together(wanted, all, |names| self.apt.simulate(names)))
@@ -110,12 +110,12 @@ impl<'a> Packages<'a> {
         ["apt-get", "dpkg-query", "dpkg-deb"].iter().all(|program| self.workspace.which(program).is_some())
     }
 
-    /// Fetches the lists of packages unless that was done before, and says whether it did.
+    /// Fetches the package lists unless that was done before. Returns whether it did.
     pub(crate) fn refresh(&self) -> bool {
         nix::unistd::geteuid().is_root() && self.apt.refresh()
     }
 
-    /// What was unpacked instead of being installed.
+    /// The packages that were unpacked instead of installed.
     pub(crate) fn private(&self) -> &Private<'a> {
         &self.private
     }
@@ -178,7 +178,7 @@ impl<'a> Packages<'a> {
         self.unpack(&plan.unpack, "can't be installed beside what is there")
     }
 
-    /// Does it again with fresh lists of packages, if it fails.
+    /// Retries with fresh package lists if it fails.
     fn again_if_stale(&self, work: impl Fn() -> Result<()>) -> Result<()> {
         let first = work();
         if first.is_err() && self.refresh() {
@@ -205,16 +205,16 @@ impl<'a> Packages<'a> {
     }
 }
 
-/// Which packages apt can install without taking another away, and which it can't.
+/// The packages that apt can install without removing another one, and those that it can't.
 struct Plan<'p> {
     install: Vec<&'p Package>,
     unpack: Vec<&'p Package>,
-    /// What stands in the way, as apt says it.
+    /// The obstacles, as reported by apt.
     obstacles: Vec<(&'p Package, String)>,
 }
 
 impl<'p> Plan<'p> {
-    /// `simulate` says what is wrong with installing these packages together.
+    /// `simulate` returns what prevents the installation of these packages together.
     fn one_by_one(
         packages: &[&'p Package],
         simulate: impl Fn(&[&str]) -> Result<Option<String>>,
@@ -238,7 +238,7 @@ impl<'p> Plan<'p> {
         Ok(plan)
     }
 
-    /// Those of `all` that are missing can be installed, or all have to be unpacked.
+    /// All missing packages can be installed, or all have to be unpacked.
     fn together(
         all: &'p [Package],
         missing: &[&'p Package],
@@ -289,7 +289,7 @@ mod tests {
         let all: Vec<&Package> = all.iter().collect();
         let cases: [(&[&str], &[&str], &[&str]); 4] = [
             (&[], &ALL, &[]),
-            // One that never fits, and one that does not fit beside another.
+            // One that never fits, and one that conflicts with another.
             (&["b"], &["a", "c", "d"], &["b"]),
             (&["a c"], &["a", "b", "d"], &["c"]),
             (&ALL, &[], &ALL),
@@ -314,8 +314,8 @@ mod tests {
         assert_eq!(plan.obstacles.len(), 1);
     }
 
-    /// A repository with a program that says who it is by a library, both of version 2, on a machine that has another program
-    /// of the same source in version 3, and so version 3 of the library.
+    /// A repository with a program that needs a library to print its name, both of version 2, and a machine that has another
+    /// program of the same source in version 3, and so version 3 of the library.
     struct Repository {
         folder: tempfile::TempDir,
     }
@@ -376,7 +376,7 @@ mod tests {
             assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
         }
 
-        /// Makes a package; its entry in the index.
+        /// Creates a package; returns its index entry.
         fn package(&self, folder: &str, name: &str, depends: &str) -> String {
             let folder = self.folder.path().join(folder);
             let architecture = crate::architecture::Architecture::HOST.in_packages();
@@ -422,7 +422,7 @@ mod tests {
         let complaint = packages.apt.simulate(&["greeting-tool"]).unwrap().unwrap_or_default();
         assert!(complaint.contains("greeting"), "{complaint}");
 
-        // What works only when it is installed is refused, with the cause.
+        // A package that only works when installed is refused, with the cause.
         let fixed = wanted.clone().in_place();
         let error = packages.ensure(std::slice::from_ref(&fixed)).unwrap_err();
         assert!(format!("{error:#}").contains("greeting-tool: "), "{error:#}");
@@ -438,7 +438,7 @@ mod tests {
             assert_eq!(String::from_utf8_lossy(&output.stdout), "version 2\ntwo words\n");
             assert_eq!(output.status.code(), Some(3));
         }
-        // The user's own is as it was, and nothing is done a second time.
+        // The user's packages are unchanged, and nothing is done twice.
         let status = fs::read_to_string(repository.folder.path().join("status")).unwrap();
         assert!(status.contains("Package: greeting-utils") && !status.contains("Version: 2"), "{status}");
         assert!(packages.missing(&[wanted]).unwrap().is_empty());

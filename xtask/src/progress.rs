@@ -1,5 +1,5 @@
-//! What tasks print: one line per step, how far it is, and its duration. Long output of commands goes to a log, whose end is
-//! shown when the command fails.
+//! The output of tasks: one line per step, with its progress and duration. Long output of commands goes to a log, whose end
+//! is shown if the command fails.
 
 mod cost;
 mod line;
@@ -23,11 +23,11 @@ const TAIL_LINES: usize = 60;
 
 /// Prints a line. Progress goes to stderr: a task's result is the only thing on stdout.
 pub(crate) fn say(line: &str) {
-    // Nobody is left to tell if stderr is closed.
+    // If stderr is closed, there is no reader anyway.
     let _ = writeln!(io::stderr(), "{line}");
 }
 
-/// Does a step: prints what it is, then how many seconds it took.
+/// Runs a step: prints its name, then its duration in seconds.
 pub(crate) fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let line = Line::start(what);
     let result = work();
@@ -40,7 +40,7 @@ pub(crate) fn run(workspace: &Workspace, what: &str, log: &str, command: &mut Co
     watch(workspace, what, log, command, Watch::Clock)
 }
 
-/// The same for a command that says how far it is.
+/// The same for a command that reports its progress.
 pub(crate) fn watch(
     workspace: &Workspace,
     what: &str,
@@ -78,7 +78,7 @@ fn tail(text: &str) -> String {
     shown.iter().map(|line| format!("  | {line}\n")).collect::<String>().trim_end().to_owned()
 }
 
-/// What to do about a failure whose cause can be read from a command's output.
+/// The remedy for a failure that a command's output identifies.
 fn remedy(output: &str) -> Option<&'static str> {
     const KNOWN: [(&[&str], &str); 4] = [
         (

@@ -17,7 +17,7 @@ use crate::{deb, helm, image, progress, setup, userspace};
 
 const NAME: &str = concat!("ambient-redirect-", env!("CARGO_PKG_VERSION"));
 
-/// Builds all of it anew.
+/// Builds everything from scratch.
 pub(crate) fn release(workspace: &Workspace) -> Result<()> {
     let kernel_side = setup::kernel_side(workspace)?;
     let directory = workspace.target("dist");
@@ -60,7 +60,7 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Of each file, as `sha256sum --check` reads them.
+/// One line per file, in the format of `sha256sum --check`.
 fn checksums(directory: &Path) -> Result<String> {
     let files = fs::read_dir(directory)?.map(|entry| Ok(entry?.path()));
     let mut files = files.collect::<Result<Vec<PathBuf>>>()?;

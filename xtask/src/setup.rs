@@ -1,4 +1,4 @@
-//! Finds what is needed; installs what is missing. Quick when nothing is.
+//! Finds requirements, and installs missing ones. Quick if nothing is missing.
 
 use std::path::PathBuf;
 
@@ -10,13 +10,13 @@ use crate::toolchain::{self, Rustc};
 use crate::workspace::Workspace;
 use crate::{helm, linker};
 
-/// What builds the kernel side.
+/// The tools that build the kernel side.
 pub(crate) struct KernelSide {
     pub(crate) rustc: Rustc,
     pub(crate) linker: PathBuf,
 }
 
-/// All that any task needs.
+/// The requirements of all tasks.
 pub(crate) fn everything(workspace: &Workspace) -> Result<()> {
     let packages = Packages::new(workspace);
     let lists = [packages::for_pods(), packages::for_bench(), packages::for_tests(), packages::for_scripts()];
@@ -26,19 +26,19 @@ pub(crate) fn everything(workspace: &Workspace) -> Result<()> {
     kernel_side_lints(workspace).map(drop)
 }
 
-/// What builds need.
+/// The requirements of builds.
 pub(crate) fn kernel_side(workspace: &Workspace) -> Result<KernelSide> {
     kernel_side_and(workspace, &[])
 }
 
-/// What builds need, and these packages.
+/// The requirements of builds, and these packages.
 pub(crate) fn kernel_side_and(workspace: &Workspace, others: &[Package]) -> Result<KernelSide> {
     let packages = Packages::new(workspace);
     packages.ensure(others)?;
     find_kernel_side(workspace, &packages)
 }
 
-/// What tests need, on this host and in machines.
+/// The requirements of tests, on this host and in virtual machines.
 pub(crate) fn tests(workspace: &Workspace, machines: bool) -> Result<KernelSide> {
     let packages = Packages::new(workspace);
     packages.ensure(&[packages::for_pods(), packages::for_tests()].concat())?;
@@ -49,7 +49,7 @@ pub(crate) fn tests(workspace: &Workspace, machines: bool) -> Result<KernelSide>
     find_kernel_side(workspace, &packages)
 }
 
-/// What linting the kernel side needs.
+/// The requirements of linting the kernel side.
 pub(crate) fn kernel_side_lints(workspace: &Workspace) -> Result<KernelSide> {
     let packages = Packages::new(workspace);
     let kernel_side = find_kernel_side(workspace, &packages)?;
@@ -73,7 +73,7 @@ fn install_rustc(workspace: &Workspace, packages: &Packages<'_>) -> Result<Rustc
     let wanted = toolchain::packages();
     packages.install_together(&wanted)?;
     let found = Rustc::find(workspace);
-    // What stale lists offer may be too old.
+    // Stale lists may offer outdated packages.
     if found.is_err() && packages.refresh() {
         packages.install_together(&wanted)?;
         return Rustc::find(workspace);

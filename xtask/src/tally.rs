@@ -1,4 +1,4 @@
-//! Adds up what the test binaries of one `cargo test` report: libtest's output and libtest-mimic's, which looks the
+//! Adds up the reports of one `cargo test`'s binaries: the output of libtest and of libtest-mimic, which looks the
 //! same.
 
 use std::collections::BTreeMap;
@@ -6,7 +6,7 @@ use std::fmt;
 
 use crate::vm::table::{Boot, Outcome};
 
-/// How cargo names their binary.
+/// cargo's name of their binary.
 const END_TO_END: &str = "tests/e2e/";
 
 /// The sum over all test binaries.
@@ -19,9 +19,9 @@ pub(crate) struct Tally {
     pub(crate) failures: Vec<String>,
     /// Those of them that are end-to-end tests.
     pub(crate) end_to_end: Vec<String>,
-    /// Tests that failed among the others, and passed alone.
+    /// Tests that failed among others, and passed alone.
     pub(crate) unstable: Vec<String>,
-    /// What they said.
+    /// Their output.
     pub(crate) details: Vec<String>,
     /// Name and reason of each skipped test.
     pub(crate) skips: Vec<(String, String)>,
@@ -33,19 +33,19 @@ pub(crate) struct Tally {
 struct Binary {
     name: String,
     reported: bool,
-    /// Whether it is telling why tests failed.
+    /// Whether it is printing why tests failed.
     explaining: bool,
     passed: usize,
     failed: usize,
     ignored: usize,
     /// Reasons of the tests that the binary calls ignored.
     ignored_reasons: BTreeMap<String, String>,
-    /// Reasons of the tests that said `skipped: <name>: <reason>`.
+    /// Reasons of the tests that printed `skipped: <name>: <reason>`.
     said: BTreeMap<String, String>,
 }
 
 impl Tally {
-    /// Takes in one line of output.
+    /// Processes one line of output.
     pub(crate) fn line(&mut self, line: &str) {
         let line = without_colours(line);
         if let Some(name) = header(&line) {
@@ -78,7 +78,7 @@ impl Tally {
         }
     }
 
-    /// All output was taken in, and cargo was happy with it or not.
+    /// Processes the end of the output, and whether cargo succeeded.
     pub(crate) fn finish(&mut self, succeeded: bool) {
         self.close();
         if !succeeded && self.failed == 0 {
@@ -87,7 +87,7 @@ impl Tally {
         }
     }
 
-    /// What a boot of another kernel gave.
+    /// Adds the results of a boot of another kernel.
     pub(crate) fn boot(&mut self, boot: &Boot) {
         let counts = boot.counts();
         self.passed += counts.passed;
@@ -105,7 +105,7 @@ impl Tally {
         self.details.extend(boot.details.iter().map(|line| format!("{} | {line}", boot.name)));
     }
 
-    /// A test that had failed has passed alone.
+    /// Records that a failed test has passed alone.
     pub(crate) fn passed_alone(&mut self, name: &str) {
         self.failures.retain(|failure| failure != name);
         self.failed -= 1;
@@ -119,7 +119,7 @@ impl Tally {
 
     fn close(&mut self) {
         let Some(mut binary) = self.current.take() else { return };
-        // A test that returns early because it cannot run counts as passed for libtest, not for us.
+        // A test that returns early because it can't run counts as passed for libtest, but not here.
         let returned_early =
             binary.said.keys().filter(|name| !binary.ignored_reasons.contains_key(*name)).count();
         let returned_early = returned_early.min(binary.passed);

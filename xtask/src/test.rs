@@ -1,7 +1,7 @@
-//! `cargo xtask test`: unit tests and end-to-end tests, summed up in the last line.
+//! `cargo xtask test`: unit tests and end-to-end tests, summarized in the last line.
 //!
-//! The programs under test are the ones that are shipped, and the tests are built from the same artifacts, unless `--dev`
-//! is given.
+//! The programs under test are the shipped ones, and the tests are built from the same artifacts, unless `--dev` is
+//! given.
 
 use std::env;
 use std::ffi::OsString;
@@ -27,10 +27,11 @@ use crate::{deb, host, image, setup, userspace};
 /// The kernels and tests that show most in a short time.
 const SMOKE: &str = "smoke";
 
-/// How many end-to-end tests are run again when they failed.
+/// How many failed end-to-end tests are repeated.
 pub(crate) const AGAIN: usize = 3;
 
-/// How long output is awaited after cargo ended: a process that a test left behind may hold the pipe for ever.
+/// How long to wait for output after cargo has ended: a process that a test left behind may hold the pipe
+/// forever.
 const GRACE: Duration = Duration::from_secs(1);
 
 /// Which tests, and against which proxy.
@@ -89,7 +90,7 @@ pub(crate) fn test(workspace: &Workspace, selection: &Selection) -> Result<ExitC
     } else {
         userspace::build(workspace, &kernel_side, &[])?
     };
-    // Tests on this host run it; those in machines do not.
+    // Tests on this host run it; those in virtual machines do not.
     if selection.is_on_host() {
         image::write(workspace, &programs, &image::default_name())?;
         deb::write(workspace, &programs)?;
@@ -131,7 +132,8 @@ impl Selection {
         self.host || self.vm.is_empty()
     }
 
-    /// Arguments of the test binaries. One load after the other: figures are of one, and so are limits.
+    /// Arguments of the test binaries. Load tests run one after the other, because they share the machine and
+    /// its limits.
     fn test_arguments(&self) -> impl Iterator<Item = OsString> {
         self.arguments.iter().cloned().chain(self.load.then(|| "--test-threads=1".into()))
     }
@@ -142,7 +144,7 @@ impl Selection {
         load.into_iter().chain(self.soak.map(|minutes| ("REDIRECT_SOAK", minutes.to_string())))
     }
 
-    /// The kernels that are to be booted.
+    /// The kernels to boot.
     fn boots(&self) -> Vec<Plan> {
         let text = |argument: OsString| argument.to_string_lossy().into_owned();
         let plan = |kernel: &String| Plan {
@@ -166,7 +168,7 @@ impl Selection {
     }
 }
 
-/// What machines get to run.
+/// The tests and programs for virtual machines.
 fn suite(workspace: &Workspace, artifacts: Artifacts, programs: &Programs) -> Result<Suite> {
     let binary = |name| test_binary(artifacts.cargo(workspace, "test"), name);
     Ok(Suite {
@@ -180,7 +182,7 @@ fn suite(workspace: &Workspace, artifacts: Artifacts, programs: &Programs) -> Re
     })
 }
 
-/// A test binary, which was built before.
+/// A test binary that has already been built.
 fn test_binary(mut cargo: Command, name: &str) -> Result<PathBuf> {
     cargo.args(["--workspace", "--no-run", "--message-format", "json", "--quiet"]).stderr(Stdio::null());
     let output = cargo.output().context("cannot run cargo")?;
@@ -193,7 +195,7 @@ fn test_binary(mut cargo: Command, name: &str) -> Result<PathBuf> {
         .with_context(|| format!("cargo built no test {name}"))
 }
 
-/// Finds a program from the folder of the caller, before cargo changes it.
+/// Resolves a program's path relative to the caller's directory, before cargo changes it.
 fn absolute(program: &PathBuf) -> Result<PathBuf> {
     let absolute = path::absolute(program)?;
     if !absolute.is_file() {
@@ -214,8 +216,8 @@ fn test_command(workspace: &Workspace, programs: &Programs, selection: &Selectio
     cargo
 }
 
-/// Runs end-to-end tests that failed among the others once more, each alone. They work against the clock, and so many at a time
-/// that a slow machine can fail them; when more than a few fail, it is not the machine.
+/// Repeats failed end-to-end tests once, each alone. They have deadlines, and so many run at a time that a slow machine can
+/// fail them; if more than a few fail, the machine is not the reason.
 fn run_again(workspace: &Workspace, artifacts: Artifacts, run: &Command, tally: &mut Tally) -> Result<()> {
     if tally.end_to_end.len() > AGAIN {
         return Ok(());
@@ -226,7 +228,7 @@ fn run_again(workspace: &Workspace, artifacts: Artifacts, run: &Command, tally: 
         alone.args(["--workspace", "--test", "e2e", "--", "--exact", &name]);
         alone.envs(run.get_envs().filter_map(|(key, value)| Some((key, value?))));
         let result = stream(&mut alone)?;
-        // The test, and the one that looks for what was left behind.
+        // The test, and the one that checks for leftovers.
         if result.is_success() && result.passed == 2 {
             tally.passed_alone(&name);
         }
@@ -234,13 +236,13 @@ fn run_again(workspace: &Workspace, artifacts: Artifacts, run: &Command, tally: 
     Ok(())
 }
 
-/// Runs cargo, passes on what it and the tests print, and adds it up. Both streams share a pipe, so that cargo's
-/// headings (stderr) stay before the results (stdout) that they belong to.
+/// Runs cargo, forwards its output and that of the tests, and adds it up. Both streams share a pipe, so that
+/// cargo's headings (stderr) stay ahead of the results (stdout) that they belong to.
 fn stream(cargo: &mut Command) -> Result<Tally> {
     let (reader, writer) = io::pipe()?;
     cargo.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
     let mut child = cargo.spawn().context("cannot run cargo")?;
-    // The command holds the writing ends; while they are open here the pipe has no end.
+    // The command holds the write ends; the pipe would never end while they are open here.
     cargo.stdout(Stdio::null()).stderr(Stdio::null());
 
     let mut tally = Tally::default();
@@ -269,7 +271,7 @@ fn stream(cargo: &mut Command) -> Result<Tally> {
 fn read_lines(reader: PipeReader) -> Receiver<String> {
     let (sender, lines) = channel();
     thread::spawn(move || {
-        // Tests may print what is no UTF-8.
+        // Tests may print invalid UTF-8.
         for line in BufReader::new(reader).split(b'\n').map_while(Result::ok) {
             if sender.send(String::from_utf8_lossy(&line).into_owned()).is_err() {
                 break;

@@ -1,8 +1,8 @@
-//! The compiler of the kernel side: a rustc that has core's source beside it, because there is no prebuilt core for
-//! the BPF target.
+//! The compiler of the kernel side: a rustc with the source of core, because there is no prebuilt core for the BPF
+//! target.
 //!
-//! rustup's rustc qualifies where its component `rust-src` is installed. Otherwise Debian's packages `rustc-web` and
-//! `rust-web-src` do; cargo stays the one that runs this task.
+//! rustup's rustc qualifies if its component `rust-src` is installed. Otherwise Debian's packages `rustc-web` and
+//! `rust-web-src` do; cargo remains the one that runs this task.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -33,11 +33,11 @@ struct Version {
 }
 
 impl Rustc {
-    /// The first rustc that can build the kernel side. The error says what is wrong with each.
+    /// The first rustc that can build the kernel side. The error contains the problem of each.
     pub(crate) fn find(workspace: &Workspace) -> Result<Self> {
         let in_use = env::var_os("RUSTC").map_or_else(|| "rustc".into(), PathBuf::from);
         let mut complaints = Vec::new();
-        // Not by PATH: the first rustc there is the one in use.
+        // Not through PATH: the first rustc there is the current one.
         let private = workspace.private_programs().join("rustc");
         for path in [in_use.as_path(), Path::new(DISTRIBUTION_RUSTC), private.as_path()] {
             match Self::examine(workspace, path) {
@@ -76,7 +76,7 @@ impl Rustc {
         command
     }
 
-    /// A clippy command with the lints of this very rustc. The clippy of another version could not read its core.
+    /// A clippy command with the lints of this rustc. The clippy of another version could not read its core.
     pub(crate) fn clippy(&self, workspace: &Workspace) -> Command {
         let own = self.path.with_file_name("cargo-clippy");
         if self.path.components().count() == 1 || !own.exists() {
@@ -88,9 +88,9 @@ impl Rustc {
         command
     }
 
-    /// What `clippy` needs beyond this rustc.
+    /// The packages that `clippy` needs in addition to this rustc.
     pub(crate) fn clippy_packages(&self) -> Vec<Package> {
-        // Rustup's brings its own.
+        // Rustup's includes it.
         if !self.path.is_absolute() {
             return Vec::new();
         }
@@ -131,7 +131,7 @@ fn ask(workspace: &Workspace, rustc: &Path, arguments: &[&str]) -> Result<String
 }
 
 impl Version {
-    /// Reads the answer to `rustc -vV`.
+    /// Parses the output of `rustc -vV`.
     fn parse(text: &str) -> Option<Self> {
         let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
         let llvm = field("LLVM version")?.split('.').next()?.trim().parse().ok()?;

@@ -1,4 +1,4 @@
-//! User space, built with the profile that is shipped.
+//! User space, built with the release profile.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,16 +11,16 @@ use crate::setup::KernelSide;
 use crate::workspace::{Workspace, cargo_home};
 use crate::{bpf, setup};
 
-/// What is shipped, for cargo's command line. All of the workspace is selected, always: features of what its packages share
-/// are those that any of them asks for, so that programs, demo, benchmark and tests are built from the same artifacts.
+/// The shipped programs, for cargo's command line. Always selects the whole workspace: Cargo unifies the features of shared
+/// packages, so programs, demo, benchmark and tests are built from the same artifacts.
 const PROGRAMS: [&str; 5] = ["--workspace", "--bin", "redirect", "--bin", "redirect-cni"];
 
 /// How the workspace is built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Artifacts {
-    /// As it is shipped.
+    /// As shipped.
     Shipped,
-    /// With cargo's profile for development: ready sooner after a change, and slower.
+    /// With cargo's development profile: compiles faster after a change, and runs slower.
     Development,
 }
 
@@ -37,7 +37,7 @@ impl Artifacts {
         }
     }
 
-    /// Where programs are that were built for this machine.
+    /// The directory of programs built for this machine.
     pub(crate) fn folder(self, workspace: &Workspace) -> PathBuf {
         match self {
             Self::Shipped => workspace.target(Architecture::HOST.target()).join("release"),
@@ -46,13 +46,13 @@ impl Artifacts {
     }
 }
 
-/// The programs that are shipped.
+/// The shipped programs.
 pub(crate) struct Programs {
     pub(crate) redirect: PathBuf,
     pub(crate) plugin: PathBuf,
 }
 
-/// Builds the kernel side, then user space around it, and with it other programs of the workspace.
+/// Builds the kernel side, then user space, which embeds it, and other programs of the workspace.
 pub(crate) fn build(workspace: &Workspace, kernel_side: &KernelSide, others: &[&str]) -> Result<Programs> {
     bpf::build(workspace, kernel_side, Architecture::HOST)?;
     cargo_build(workspace, Architecture::HOST, &workspace.target(""), others)
@@ -68,7 +68,7 @@ pub(crate) fn build_for(
     cargo_build(workspace, architecture, &workspace.target(""), &[])
 }
 
-/// Builds the kernel side, then user space for development, which is ready sooner.
+/// Builds the kernel side, then user space with the development profile, which compiles faster.
 pub(crate) fn build_for_development(workspace: &Workspace, kernel_side: &KernelSide) -> Result<Programs> {
     bpf::build(workspace, kernel_side, Architecture::HOST)?;
     let mut cargo = Artifacts::Development.cargo(workspace, "build");
@@ -78,7 +78,7 @@ pub(crate) fn build_for_development(workspace: &Workspace, kernel_side: &KernelS
     Ok(Programs { redirect: folder.join("redirect"), plugin: folder.join("redirect-cni") })
 }
 
-/// Builds user space alone, below a directory of its own.
+/// Builds only user space, in a separate directory.
 pub(crate) fn build_in(workspace: &Workspace, architecture: Architecture, folder: &Path) -> Result<Programs> {
     cargo_build(workspace, architecture, folder, &[])
 }
@@ -106,25 +106,25 @@ fn cargo_build(
     Ok(Programs { redirect: release.join("redirect"), plugin: release.join("redirect-cni") })
 }
 
-/// A cargo command with the profile, the target and the flags that artifacts are shared under.
+/// A cargo command with the shared artifacts' profile, target and flags.
 fn cargo(workspace: &Workspace, subcommand: &str, architecture: Architecture) -> Command {
     let mut cargo = workspace.cargo();
-    // The target is named, even if it is this machine's, so that flags do not reach build scripts and procedural macros,
-    // which can't be static.
+    // The target is always named, even this machine's, so that the flags do not apply to build scripts and procedural
+    // macros, which can't be static.
     cargo.args([subcommand, "--release", "--target", architecture.target()]);
     cargo.env("CARGO_ENCODED_RUSTFLAGS", flags().join("\x1f"));
     cargo
 }
 
-/// Static programs run in an image of their own and on any distribution; no path of this machine is in them. That of the
-/// clone isn't either: cargo names its own packages' sources by relative paths.
+/// Static programs run in an otherwise empty image and on any distribution. They contain no paths of this machine, not
+/// even that of the clone: cargo uses relative paths for the workspace's own sources.
 fn flags() -> Vec<String> {
     let mut flags = vec!["-Ctarget-feature=+crt-static".into()];
     flags.extend(cargo_home().map(|home| format!("--remap-path-prefix={}=/cargo", home.display())));
     flags
 }
 
-/// Paths that would make programs differ from those that are built elsewhere.
+/// Paths that would make programs differ between machines.
 pub(crate) fn places(workspace: &Workspace) -> Vec<String> {
     let clone = Some(workspace.root(""));
     clone.into_iter().chain(cargo_home()).map(|path| path.display().to_string()).collect()

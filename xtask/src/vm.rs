@@ -26,24 +26,24 @@ use crate::progress;
 use crate::test::AGAIN;
 use crate::workspace::Workspace;
 
-/// What is run in machines.
+/// The tests to run in virtual machines.
 pub(crate) struct Suite {
     /// The end-to-end tests.
     pub(crate) e2e: PathBuf,
-    /// What they run besides, unless only some of them are wanted.
+    /// The other tests, unless only some are wanted.
     pub(crate) others: Vec<PathBuf>,
-    /// What they find through environment variables, by the variables' names.
+    /// The programs that they find through environment variables, by variable.
     pub(crate) programs: Vec<(&'static str, PathBuf)>,
 }
 
-/// What is booted, and what runs in it.
+/// A kernel to boot, and the tests to run in it.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
     /// A series, `newest`, or an image.
     pub(crate) kernel: String,
     /// More arguments of the kernel.
     pub(crate) arguments: String,
-    /// Groups of tests, or the beginnings of names; all tests if there is none.
+    /// Groups of tests, or name prefixes; all tests if empty.
     pub(crate) only: Vec<String>,
     /// More environment of the tests.
     pub(crate) environment: Vec<(&'static str, String)>,
@@ -51,26 +51,26 @@ pub(crate) struct Plan {
     pub(crate) memory: u32,
     /// Arguments of the test binaries.
     pub(crate) test_arguments: Vec<String>,
-    /// How long it may take.
+    /// The maximum duration.
     pub(crate) limit: Duration,
 }
 
-/// Machines that run at once.
+/// The number of machines that run at the same time.
 const AT_ONCE: usize = 2;
 
-/// How much longer than on this machine things may take.
+/// The factor for deadlines, compared with this machine.
 const PATIENCE: &str = "30";
 
-/// A machine that hangs is ended after this. All tests take hours in an emulated one.
+/// The deadline of a machine. All tests take hours in an emulated one.
 pub(crate) const LIMIT: Duration = Duration::from_secs(12 * 3600);
 
 /// A machine's memory, in MiB.
 pub(crate) const MEMORY: u32 = 2048;
 
-/// That of one whose sockets alone take gigabytes.
+/// The memory of one whose sockets alone take gigabytes.
 pub(crate) const MUCH_MEMORY: u32 = 8192;
 
-/// Runs what is planned. What can't be booted, for want of the kernel, is told as a skipped test, and never counts as passed.
+/// Runs the plans. If a kernel can't be booted because it is not available, that counts as a skipped test, never as passed.
 pub(crate) fn run(workspace: &Workspace, suite: &Suite, plans: Vec<Plan>) -> Result<Vec<Boot>> {
     let asks = plans.iter().any(|plan| matches!(kernels::is_file(&plan.kernel), Ok(false)));
     let archive = asks.then(|| Archive::open(workspace));
@@ -127,7 +127,7 @@ fn boot(
     };
     boot.release = kernel.release.clone();
     run_plan(workspace, suite, plan, number, &kernel, &mut boot);
-    // An emulated machine is slower still when others work beside it: see `run_again` of the tests on this host.
+    // An emulated machine is even slower when others run: see `run_again` for the tests on this host.
     if (1..=AGAIN).contains(&boot.counts().failed) {
         let mut again = Boot { name: boot.name.clone(), ..Boot::default() };
         let failed = boot.failures();
@@ -182,7 +182,7 @@ fn in_machine(
     for (variable, value) in &plan.environment {
         writeln!(script, "export {variable}='{value}'")?;
     }
-    // Where tests find it that load another one.
+    // The path where tests expect it that load another one.
     let object = workspace.target("bpf/redirect.o");
     root.put(&object, &object)?;
     for (variable, path) in &suite.programs {

@@ -1,11 +1,11 @@
-//! Where things are in the repository, and how cargo is called there.
+//! Paths in the repository, and the commands that run there.
 
 use std::env;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The repository. Everything that is built goes below its `target`, whatever `CARGO_TARGET_DIR` says, because
+/// The repository. All build output goes below its `target`, regardless of `CARGO_TARGET_DIR`, because
 /// `.cargo/config.toml` names the kernel side's object there.
 pub(crate) struct Workspace {
     root: PathBuf,
@@ -33,19 +33,19 @@ impl Workspace {
         self.root.join("target").join(path)
     }
 
-    /// A path as people read it: below the repository if it is.
+    /// A path for messages: relative to the repository if it is inside.
     pub(crate) fn show<'a>(&self, path: &'a Path) -> std::path::Display<'a> {
         path.strip_prefix(&self.root).unwrap_or(path).display()
     }
 
-    /// A command that runs in the repository's root.
+    /// A command that runs in the repository's root directory.
     pub(crate) fn command(&self, program: impl AsRef<Path>) -> Command {
         let mut command = self.command_here(program);
         command.current_dir(&self.root);
         command
     }
 
-    /// A command that runs in the caller's folder.
+    /// A command that runs in the caller's directory.
     pub(crate) fn command_here(&self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new(program.as_ref());
         if let Some(path) = self.path() {
@@ -54,13 +54,13 @@ impl Workspace {
         command
     }
 
-    /// Scripts that start programs which were unpacked below `target/tools`.
+    /// Scripts that start programs unpacked below `target/tools`.
     pub(crate) fn private_programs(&self) -> PathBuf {
         self.target("tools/debian/bin")
     }
 
-    /// Finds a program as a shell does, in the administrator's folders, which are not in every user's `PATH`, and among those
-    /// that were unpacked below `target/tools`.
+    /// Finds a program like a shell, but also in the administrator's directories, which are not in every user's `PATH`, and
+    /// among those unpacked below `target/tools`.
     pub(crate) fn which(&self, program: &str) -> Option<PathBuf> {
         let path = env::var_os("PATH").unwrap_or_default();
         env::split_paths(&path)
@@ -69,7 +69,8 @@ impl Workspace {
             .find(|file| is_executable(file))
     }
 
-    /// `PATH` of commands, if it isn't ours: with what was unpacked below `target/tools` last.
+    /// The `PATH` for commands, if it differs from ours: the programs unpacked below `target/tools` come
+    /// last.
     fn path(&self) -> Option<OsString> {
         let ours = self.private_programs();
         let path = env::var_os("PATH").unwrap_or_default();
@@ -84,8 +85,8 @@ impl Workspace {
     pub(crate) fn cargo(&self) -> Command {
         let mut command = self.command(cargo());
         command.env("CARGO_TARGET_DIR", self.target(""));
-        // What the cargo that runs this task says of it. Build scripts that look at such variables would run again, and all
-        // that depends on them would be built anew.
+        // Variables that the cargo of this task sets. Build scripts that check them would run again, and everything that
+        // depends on them would be rebuilt.
         for (name, _) in env::vars_os() {
             let text = name.to_string_lossy();
             if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
@@ -96,7 +97,7 @@ impl Workspace {
     }
 }
 
-/// Where cargo keeps what it downloads.
+/// The directory of cargo's downloads.
 pub(crate) fn cargo_home() -> Option<PathBuf> {
     let named = env::var_os("CARGO_HOME").map(PathBuf::from);
     named.or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".cargo")))

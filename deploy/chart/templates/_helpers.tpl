@@ -34,7 +34,7 @@ capabilities:
     - PERFMON
     # Attaching them; rules and routes in pods.
     - NET_ADMIN
-    # Hearing of changes in the network namespaces of pods.
+    # Notifications from the network namespaces of pods.
     - NET_BROADCAST
     # Entering those; the node's cgroup namespace, bpffs, sysctls.
     - SYS_ADMIN

@@ -145,7 +145,7 @@ fn stub_resolvers_on_loopback_are_left_alone() {
         let decision = outbound::<Ipv4>(&Connect { protocol, ..stub }, never_own, never);
         assert_eq!(decision, Outbound::Pass(Reason::Loopback));
     }
-    // As with Istio's rules, no more of 127.0.0.0/8 than 127.0.0.1 is left alone otherwise.
+    // As with Istio's rules, 127.0.0.1 is the only address of 127.0.0.0/8 that is left alone otherwise.
     assert_eq!(outbound::<Ipv4>(&Connect { port: 80, ..stub }, not_own, no), Outbound::Capture);
 }
 

@@ -2,7 +2,7 @@
 
 use core::arch::asm;
 
-/// Adds atomically, and wraps around. `core` has nothing for it on this target.
+/// Adds atomically, with wrap-around. `core` has no such operation for this target.
 ///
 /// # Safety
 ///

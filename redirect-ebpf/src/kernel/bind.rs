@@ -34,14 +34,14 @@ fn bind(ctx: &SockAddrContext, family: impl FnOnce() -> Family) -> i32 {
         return refuse(ctx, family, Some(caller.netns_cookie));
     }
     if caller.protocol == Protocol::Tcp {
-        // The proxy's connections stand for the application's and have its address and port. Nothing is lost where the
-        // option can't be set (Linux before 6.1) but this cure.
+        // The proxy's connections impersonate the application's address and port. If the option can't be set (Linux
+        // before 6.1), the bind may fail with EADDRINUSE, as it would without this program.
         let _ = set_reuse_address(ctx);
     }
     ALLOW
 }
 
-/// In the host's namespace, if the proxy is there. Where only its mark tells who it is, it may set the mark after `bind()`.
+/// Guards the ports in the host's namespace. A proxy that is identified by its mark alone may set that mark after `bind()`.
 #[inline(always)]
 fn bind_on_host(ctx: &SockAddrContext, family: impl FnOnce() -> Family) -> i32 {
     if lookup::is_in_pods() || proxies::is_known_by_mark() || config::host_cookie() != Some(netns_cookie(ctx))
@@ -54,7 +54,7 @@ fn bind_on_host(ctx: &SockAddrContext, family: impl FnOnce() -> Family) -> i32 {
     }
 }
 
-/// Whether somebody else is about to take one of the proxy's ports.
+/// Whether a process other than the proxy binds one of the proxy's ports.
 #[inline(always)]
 fn is_proxys_port(ctx: &SockAddrContext, protocol: Protocol) -> bool {
     decide::is_guarded(protocol, port(ctx)) && !proxies::is_proxy(mark(ctx))

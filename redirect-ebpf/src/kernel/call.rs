@@ -1,4 +1,4 @@
-//! What is decided about a socket's call, whether it connects or sends a datagram.
+//! The decision on a socket call that connects or sends a datagram.
 
 use aya_ebpf::programs::SockAddrContext;
 use redirect_ebpf::count::{Direction, Reason};
@@ -13,7 +13,7 @@ use super::pods::PodIp;
 use super::proxies;
 use super::sock_addr::{Caller, port};
 
-/// The part of an event that a socket's call provides. A datagram may leave with another source than the one that its socket has.
+/// The part of an event that a socket call provides. A datagram may have another source than its socket.
 #[inline(always)]
 pub(super) fn about<I: Ip>(
     ctx: &SockAddrContext,
@@ -29,7 +29,7 @@ pub(super) fn about<I: Ip>(
     about
 }
 
-/// What becomes of a connection, or of a datagram, to `destination`. `mark` is the socket's, `source` the address that it is
+/// Decides on a connection, or a datagram, to `destination`. `mark` is the socket's mark, `source` the address that it is
 /// bound to.
 #[inline(always)]
 pub(super) fn decision<I: PodIp + ExcludedIp>(

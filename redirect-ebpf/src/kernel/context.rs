@@ -32,8 +32,8 @@ fn words<C>(context: *const C, offset: usize) -> [u8; 16] {
 
 /// The addresses of two ends, IPv4 in its v4-mapped form. `family` is the offset of the context's family.
 ///
-/// Read without a branch, because the compiler would merge the reads of the branches into one at a variable offset, which
-/// the verifier rejects. The fields of the other family read as zero.
+/// Reads without a branch: the compiler would merge the branches' reads into one at a variable offset, which the verifier
+/// rejects. The fields of the other family read as zero.
 #[inline(always)]
 pub(super) fn addresses<C>(context: *const C, family: usize, ends: [End; 2]) -> [[u8; 16]; 2] {
     let ipv4 = ends.map(|end| Ipv4::widen(word(context, end.ipv4).to_ne_bytes()));

@@ -1,4 +1,4 @@
-//! SYN cookies: under a SYN flood the kernel keeps no state of a handshake, and its last ACK has to find the listener again.
+//! SYN cookies: under a SYN flood the kernel keeps no handshake state, so the last ACK has to find the listener again.
 
 use aya_ebpf::bindings::tcphdr;
 use aya_ebpf::helpers::{bpf_ktime_get_coarse_ns, bpf_tcp_check_syncookie};
@@ -17,10 +17,10 @@ static SYN_COOKIES: Array<u64> = Array::with_max_entries(1, 0);
 /// How long the kernel accepts a cookie (`TCP_SYNCOOKIE_VALID`).
 const VALID: u64 = 120_000_000_000;
 
-/// How often the time is updated at most: all CPUs share it.
+/// The minimum interval between updates of the time, because all CPUs share it.
 const REFRESH: u64 = 1_000_000_000;
 
-/// Detects that a listener answers a SYN with a cookie: the kernel then has no socket for its tuple.
+/// Detects that a listener answered a SYN with a cookie: the kernel then has no socket for the tuple.
 #[inline(always)]
 pub(super) fn watch<A: Copy>(ctx: &TcContext, segment: &Segment<A>) {
     if segment.accepts()
@@ -32,7 +32,8 @@ pub(super) fn watch<A: Copy>(ctx: &TcContext, segment: &Segment<A>) {
     }
 }
 
-/// Whether a segment without a connection may carry a cookie. [`watch`] sees a cookie before the client does.
+/// Whether a segment without a connection may carry a cookie. [`watch`] records a cookie before the client
+/// receives it.
 #[inline(always)]
 pub(super) fn are_about() -> bool {
     age().is_some_and(|age| age <= VALID)
@@ -63,7 +64,7 @@ pub(super) fn acknowledged<I: Parse>(
 fn holds_cookie<I: Parse>(ctx: &TcContext, segment: &Segment<I::Address>, listener: &Socket) -> bool {
     const IP_HEADER: usize = 40;
     const TCP_HEADER: usize = 20;
-    // An IPv4 header is shorter, but the TCP header of twenty bytes behind it makes up for that.
+    // An IPv4 header can be shorter than this; the 20 bytes of TCP header behind it make up the difference.
     let Some(mut ip) = Skb(ctx).load::<IP_HEADER>(segment.network_offset) else { return false };
     let Some(mut tcp) = Skb(ctx).load::<TCP_HEADER>(segment.transport_offset) else { return false };
     // SAFETY: both headers live for the length of the call, and their sizes are right.

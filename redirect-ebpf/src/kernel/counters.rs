@@ -30,8 +30,8 @@ pub(super) fn count(
     about: impl FnOnce() -> About,
 ) {
     if let Some(counter) = COUNTERS.get_ptr_mut(count::index(family, direction, verdict, reason)) {
-        // SAFETY: the map returns a valid pointer into this CPU's array. A program may interrupt another one on the same CPU
-        // between load and store: losing a count is tolerable, a bus lock per connection is not.
+        // SAFETY: the map returns a valid pointer into this CPU's array. Another program on the same CPU may interrupt
+        // between load and store: losing a count is acceptable, an atomic operation per connection is too expensive.
         unsafe { *counter += 1 };
     }
     if let (Some(pod), Some(place)) = (pod, count::of_pod(family, direction, verdict, reason)) {
@@ -48,6 +48,6 @@ fn count_for(pod: u64, place: usize) {
     if place >= count::OF_POD {
         return;
     }
-    // SAFETY: the place is in the entry. Other CPUs add to it as well, also atomically, and the agent only reads it.
+    // SAFETY: the counter is inside the entry. Other CPUs also add atomically, and the agent only reads.
     unsafe { add((&raw mut (*counters).connections).cast::<u64>().add(place), 1) };
 }

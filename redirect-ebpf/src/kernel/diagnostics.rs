@@ -1,5 +1,5 @@
-//! The drop log: reports single outcomes that should not occur. While it is off, the level is a constant zero, and the verifier
-//! removes all of this from the programs.
+//! The drop log: reports individual outcomes that should not occur. While it is off, the level is a constant zero, and the
+//! verifier removes this code from the programs.
 
 use core::mem::size_of;
 
@@ -41,7 +41,7 @@ pub(super) fn of_packet<I: Ip>(ctx: &TcContext, fault: Fault, hook: Hook, error:
 /// Reports a packet that could not be parsed.
 #[inline(always)]
 pub(super) fn malformed<I: Parse>(ctx: &TcContext, hook: Hook) {
-    /// The part of a TCP header that has to be there: its flags come last.
+    /// The part of a TCP header that must be present: it ends with the flags.
     const TCP: u32 = 14;
     if level_enabled(Level::Debug) {
         let last = I::DESTINATION + size_of::<I::Address>() as u32 + TCP - 1;
@@ -64,7 +64,7 @@ const fn pack(fault: Fault, hook: Hook, family: Family) -> u32 {
     fault as u32 | (hook as u32) << 8 | (family as u32) << 16
 }
 
-/// The one place that writes to the log, because its code is long. It is not inlined, so that the programs don't share its stack.
+/// The only writer to the log, because its code is long. Not inlined, so that it has a stack frame of its own.
 #[cold]
 #[inline(never)]
 fn tell(what: u32, error: i64, netns_cookie: u64, interface: u32, length: u32) {
@@ -72,7 +72,7 @@ fn tell(what: u32, error: i64, netns_cookie: u64, interface: u32, length: u32) {
     // SAFETY: the helper has no preconditions.
     let now = unsafe { bpf_ktime_get_ns() };
     // SAFETY: the map returns a valid pointer into this CPU's array. A program that interrupts another one may make its count
-    // wrong by one.
+    // off by one.
     if !unsafe { &mut *state }.admit(LIMITS, now) {
         return;
     }

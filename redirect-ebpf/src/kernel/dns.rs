@@ -1,8 +1,8 @@
-//! DNS queries: the one place where addresses are rewritten, because the proxy's resolver listens on loopback.
+//! DNS queries. The only hook that rewrites addresses, because the proxy's resolver listens on loopback.
 //!
 //! The connect and sendmsg hooks send a query to the resolver on the loopback address of its family instead of to the server.
-//! The recvmsg and getpeername hooks show the application the server that it asked. Socket storage holds the servers, see
-//! [`Asked`].
+//! The recvmsg and getpeername hooks show the application the server that it queried. Socket storage holds the servers,
+//! see [`Asked`].
 
 use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_set_retval};
@@ -32,8 +32,8 @@ const RESOLVER_IPV6: [u8; 16] = 1u128.to_be_bytes();
 /// 127.0.0.1 in its v4-mapped form.
 const RESOLVER_IPV4: [u8; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 127, 0, 0, 1];
 
-/// Connects the socket to the resolver, from the pod's address. The kernel would choose the resolver's address: the
-/// application would see it, and it would keep an IPv4 socket from connecting to anything else.
+/// Connects the socket to the resolver, with the pod's address as its source. Otherwise the kernel would choose the
+/// resolver's address: the application would see it, and an IPv4 socket could connect to nothing else later.
 #[inline(always)]
 pub(super) fn connect_ipv4(ctx: &SockAddrContext, caller: &Caller) -> i32 {
     if connect(ctx, caller, Ipv4::widen(user_ip4(ctx))).is_none() {
@@ -148,7 +148,7 @@ fn is_question<I: PodIp + ExcludedIp>(
     caller: &Caller,
     destination: I::Address,
 ) -> bool {
-    // The source matters only for deliveries of the proxy.
+    // The source matters only for the proxy's deliveries.
     let decision = call::decision::<I>(ctx, caller, destination, mark(ctx), destination);
     let about = || call::about::<I>(ctx, None, destination);
     let pod = Some(caller.netns_cookie);

@@ -1,8 +1,9 @@
-//! TC egress of every interface of an enrolled pod but `lo`: the last gate. The connect hooks and the policy rule capture
-//! connections; whatever finds a way round them (a mark set after `connect()`, a raw socket, a routing rule of the pod's
-//! own) ends here instead of leaving the pod past the proxy.
+//! TC egress of every interface of an enrolled pod but `lo`: the egress guard. The connect hooks and the policy rule
+//! capture connections. The guard drops traffic that gets around them (a mark set after `connect()`, a raw socket, a
+//! routing rule that the pod added) before it leaves the pod past the proxy.
 //!
-//! It believes no mark of an application's: it decides anew, by the packet and by the cgroup of the socket's creator.
+//! The guard trusts no mark that an application sets. It decides again, from the packet and from the cgroup of the
+//! process that created the socket.
 
 use aya_ebpf::bindings::BPF_F_INGRESS;
 use aya_ebpf::helpers::bpf_redirect;
@@ -40,11 +41,11 @@ pub(crate) fn egress_ipv6(ctx: TcContext) -> i32 {
 
 #[inline(always)]
 fn egress<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
-    // Nearly every packet is the proxy's: it is let go before its headers are looked at.
+    // Nearly every packet is the proxy's, so this check comes before the headers are parsed.
     if proxies::sent(ctx) {
         return Action::Continue;
     }
-    // Not `skb->protocol`: the frame says what the other end will take it for.
+    // Not by `skb->protocol`: the receiver goes by the frame's contents.
     let frame = Frame::leaving(ctx);
     if is_of_another_family::<I>(&frame) {
         return Action::Continue;
@@ -59,13 +60,13 @@ fn egress<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
             (leaves, Reason::Unmarked)
         }
         Parsed::Tcp(segment) if segment.resets() => (true, Reason::Unmarked),
-        // What goes on must not change over from the proxy to the network in the middle.
+        // An open connection must not switch from the proxy to the network midway.
         Parsed::Tcp(segment) => match other_end(ctx, &segment) {
             OtherEnd::Outside => (true, Reason::Unmarked),
             OtherEnd::Delivery if frame.is_ethernet() => return to_loopback(ctx),
             OtherEnd::Delivery | OtherEnd::Inside => (false, Reason::Unmarked),
         },
-        // It may open a connection, and nobody can tell; but TCP itself never sends such.
+        // It may open a connection; the flags are in another fragment. TCP itself never sends such packets.
         Parsed::Fragment(segment) => (is_exempt::<I>(&segment) || is_left::<I>(&segment), Reason::Fragmented),
     };
     if leaves {
@@ -104,14 +105,14 @@ fn opened_before<I: Parse + PodIp>(ctx: &TcContext, segment: &Segment<I::Address
     flags.is_some_and(|flags| half_open::opened_before(ctx, flags))
 }
 
-/// Whether the pod's connections are captured on the host.
+/// Whether the host end captures this pod's connections.
 #[inline(always)]
 fn is_left<I: PodIp>(segment: &Segment<I::Address>) -> bool {
     let flags = I::owner(&segment.source).and_then(pods::flags);
     flags.is_some_and(|flags| flags.contains(PodFlags::ON_HOST))
 }
 
-/// Where a segment's receiver is.
+/// The location of a segment's receiver.
 enum OtherEnd {
     /// In the pod: the proxy has the connection, or had it.
     Inside,
@@ -133,12 +134,12 @@ fn other_end<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> OtherEnd {
     }
 }
 
-/// An application's listener can have a mark of its own. The kernel then gives it to what it accepts, instead of the one that
-/// leads the answers back to the proxy by the pod's rule, so that they come here on their way to the client.
+/// A listener can have a mark of its own. The kernel then gives that mark to accepted sockets, instead of the mark by which
+/// the pod's rule routes replies back to the proxy, so the replies show up here on their way to the client.
 #[inline(always)]
 fn to_loopback(ctx: &TcContext) -> Action {
     const LOOPBACK: u32 = 1;
-    // The frame is addressed to the gateway; `lo` has no address but this one.
+    // The frame's destination is the gateway's MAC address; `lo` accepts only zeros.
     if ctx.store(0, &[0u8; 6], 0).is_err() {
         return Action::Drop;
     }

@@ -1,4 +1,4 @@
-//! Peers and ports that are not captured, for every pod of the node or for one.
+//! Peers and ports that are excluded from capture, for every pod of the node or for one.
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;

@@ -25,7 +25,8 @@ static FLOW_LIMITS: Array<FlowLimits> = Array::with_max_entries(1, 0);
 #[map]
 static FLOW_STATE: PerCpuArray<FlowState> = PerCpuArray::with_max_entries(1, 0);
 
-/// A packet on `lo` has lost its socket, so the connect hook keeps the socket's cookie here. Only while a monitor is attached.
+/// The socket's cookie, kept by the connect hook because a packet on `lo` has lost its socket. Only while a monitor is
+/// attached.
 #[btf_map]
 static COOKIES: SkStorage<u64> = SkStorage::new();
 
@@ -70,7 +71,7 @@ impl About {
         about
     }
 
-    /// A segment that this socket sent, as far as it is known.
+    /// A segment that this socket sent; the cookie is zero if the socket is unknown.
     #[inline(always)]
     pub(super) fn segment<I: Parse>(segment: &Segment<I::Address>, socket_cookie: u64) -> Self {
         Self { socket_cookie, tuple: segment.tuple::<I>() }

@@ -1,5 +1,5 @@
-//! TC ingress of the host end of an enrolled pod's device, placement `node`: what the pod sends. New connections, DNS queries and
-//! packets of the proxy's connections go to the proxy through the ingress device ([`super::ingress_device`]).
+//! TC ingress of the host end of an enrolled pod's device, placement `node`: packets that the pod sends. New connections, DNS
+//! queries and packets of the proxy's connections go to the proxy through the ingress device ([`super::ingress_device`]).
 
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
@@ -44,7 +44,7 @@ fn from_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
     // SAFETY: every TC context has `ifindex`.
     let interface = unsafe { (*ctx.skb.skb).ifindex };
     let Some((cookie, flags)) = pods::behind(interface) else { return Action::Continue };
-    // What is in the pod captures its connections: the proxy on the host has those that it had before.
+    // The programs in the pod capture its connections; the proxy on the host keeps those that it had before.
     let left = flags.contains(PodFlags::IN_POD);
     // No pod may impersonate another pod.
     let spoofs = |source| match I::owner(&source) {
@@ -79,7 +79,7 @@ fn from_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
         return Action::Continue;
     }
     let protocol = if kind == Kind::Datagram { Protocol::Udp } else { Protocol::Tcp };
-    // In one place: each would need room on the stack, of which Linux 6.1 counts more.
+    // A single call site: each one takes stack space, and Linux 6.1 accounts for more of it.
     let decision = decision::<I>(&segment, protocol, cookie, flags);
     match (kind, decision) {
         (Kind::Segment, _) => tcp::<I>(ctx, &segment, decision, Pod { cookie, flags }),
@@ -88,7 +88,7 @@ fn from_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
         }
         (Kind::Datagram, Outbound::Resolve) => enter::<I>(ctx, MARK_RESOLVE),
         (Kind::Datagram, _) | (Kind::Fragment, Outbound::Pass(_)) => Action::Continue,
-        // It may open a connection: its flags are in another fragment. TCP itself never sends such packets.
+        // It may open a connection; the flags are in another fragment. TCP itself never sends such packets.
         (Kind::Fragment, _) => drop::<I>(Reason::Fragmented, cookie, Some(&segment)),
     }
 }
@@ -138,7 +138,7 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
         if pod.lets_go(ctx, segment) || pod.exempts_client::<I>(segment) {
             return Action::Continue;
         }
-        // Of a connection that the proxy had and that is gone, or never had.
+        // It belongs to a connection that the proxy no longer has, or never had.
         Reason::PastPod
     };
     count(I::FAMILY, Direction::Outbound, Verdict::Dropped, reason, Some(cookie), about);

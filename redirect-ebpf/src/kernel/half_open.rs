@@ -1,11 +1,11 @@
-//! Connections that were half open when a running pod was captured: a SYN had been sent, by the pod or to it, and not been answered
-//! for good. They complete past the proxy, as they began. For a few minutes the pod has [`PodFlags::HALF_OPEN`], and the gates
-//! let through what is sent again: a SYN of a socket that called `connect()` before, and the answer of a listener that had the
-//! SYN before.
+//! Connections that were half open when a running pod was captured: the pod had sent or received a SYN, and the handshake was not
+//! complete. They complete past the proxy, as they began. For a few minutes the pod has [`PodFlags::HALF_OPEN`], and the gates
+//! let retransmissions through: a SYN of a socket that called `connect()` before the capture, and the SYN-ACK of a listener that
+//! received the SYN before it.
 //!
-//! No mark tells such a socket from one whose mark somebody changed after `connect()`. So while the pod has the flag, the connect
-//! hook notes every socket that it sees. A socket that is connecting and has no note called `connect()` before: the hook
-//! runs before the socket can send anything.
+//! Such a socket has no distinguishing mark: an application can change the mark after `connect()`. So while the pod has the flag,
+//! the connect hook notes every socket that it sees. A connecting socket without a note called `connect()` before: the hook runs
+//! before the socket can send anything.
 
 use core::ptr::null_mut;
 
@@ -26,7 +26,8 @@ static CONNECTED: SkStorage<u64> = SkStorage::new();
 const TCP_SYN_SENT: u32 = 2;
 const TCP_NEW_SYN_RECV: u32 = 12;
 
-/// Notes a socket that connects. False if there is no memory for it: then it must not connect.
+/// Notes a connecting socket. Returns false if there is no memory for the note: the socket must not connect
+/// then.
 #[inline(always)]
 pub(super) fn note(ctx: &SockAddrContext, caller: &Caller) -> bool {
     let captured = caller.flags.contains(PodFlags::HALF_OPEN) && !caller.flags.contains(PodFlags::ON_HOST);
@@ -66,8 +67,8 @@ pub(super) fn opened_before(ctx: &TcContext, flags: PodFlags) -> bool {
     noted.is_null()
 }
 
-/// Whether a SYN-ACK is the kernel's own answer to a SYN that a listener of the pod got. Since the pod was captured none gets one
-/// that is not exempt; an application's frames come from sockets of another kind.
+/// Whether a SYN-ACK is the kernel's own answer to a SYN that a listener of the pod received. Since the pod was captured,
+/// listeners receive only exempt SYNs; frames of an application come from sockets of another state.
 #[inline(always)]
 pub(super) fn answers_before(ctx: &TcContext, flags: PodFlags) -> bool {
     if !flags.contains(PodFlags::HALF_OPEN) {

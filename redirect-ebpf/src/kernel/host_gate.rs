@@ -1,8 +1,8 @@
-//! TC ingress of the host's end of an enrolled pod's device, placement `pod`: the gate that nothing in the pod can reach.
+//! TC ingress of the host end of an enrolled pod's device, placement `pod`: the gate that is out of the pod's reach.
 //!
-//! Inside the pod's namespace a process with `CAP_NET_RAW` sends frames that no TC program of the pod sees, and one with
-//! `CAP_NET_ADMIN` attaches filters before ours or moves the device away. A packet's socket survives the veth pair, so here it still
-//! tells the cgroup that sent it. TCP of the proxy passes, and so does what an exemption lets pass. The rest is dropped.
+//! Inside the pod's namespace a process with `CAP_NET_RAW` can send frames that skip the pod's TC programs, and one with
+//! `CAP_NET_ADMIN` can attach filters before them or move the device away. A packet keeps its socket across the veth pair, so
+//! this program still sees the sender's cgroup. It passes the proxy's TCP and exempt TCP, and drops other TCP.
 
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
@@ -25,7 +25,7 @@ use super::probe::is_for_probe;
 use super::proxies;
 use super::skb::Skb;
 
-/// One program for both families: it costs every packet that a pod sends.
+/// One program for both families, because it runs for every packet that a pod sends.
 #[classifier]
 pub(crate) fn host_gate(ctx: TcContext) -> i32 {
     // Nearly every packet is the proxy's.
@@ -33,7 +33,7 @@ pub(crate) fn host_gate(ctx: TcContext) -> i32 {
         return Action::Continue.into();
     }
     match gate::<Ipv4>(&ctx) {
-        // The tags of a VLAN hide the family.
+        // VLAN tags hide the family.
         Action::Continue => gate::<Ipv6>(&ctx).into(),
         action => action.into(),
     }
@@ -46,7 +46,7 @@ fn gate<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
     }
     // SAFETY: every TC context has `ifindex`.
     let interface = unsafe { (*ctx.skb.skb).ifindex };
-    // Nobody's while the pod is being enrolled.
+    // The device has no entry while the pod is being enrolled.
     let Some((cookie, flags)) = pods::behind(interface) else { return Action::Continue };
     if flags.contains(PodFlags::ON_HOST) {
         return Action::Continue;
@@ -66,8 +66,8 @@ fn gate<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
             let passes = if segment.opens() {
                 pod.exempts_outbound::<I>(&segment) || half_open::opened_before(ctx, pod.flags)
             } else if segment.accepts() {
-                // Under a SYN flood the kernel attaches no socket to its answers (SYN cookies). An application's answer has one,
-                // and so has a frame of its own.
+                // Under a SYN flood the kernel attaches no socket to its SYN-ACKs (SYN cookies). An application's SYN-ACK has a
+                // socket, and so has a frame from a packet socket.
                 proxies::has_no_sender(ctx)
                     || pod.exempts_inbound::<I>(ctx, &segment)
                     || half_open::answers_before(ctx, pod.flags)
@@ -78,7 +78,7 @@ fn gate<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
             };
             pod.conclude::<I>(ctx, &segment, passes, direction, Reason::PastPod)
         }
-        // It may open a connection, and nobody can tell; but TCP itself never sends such.
+        // It may open a connection; the flags are in another fragment. TCP itself never sends such packets.
         Parsed::Fragment(segment) => {
             let pod = Pod { cookie, flags };
             let passes = pod.exempts_outbound::<I>(&segment);
@@ -94,8 +94,8 @@ pub(super) struct Pod {
 }
 
 impl Pod {
-    /// Whether a segment that opens no connection may leave, whoever sends it. A connection that was open when the pod was enrolled
-    /// goes on. What carries nothing may be the kernel's own answer in the name of a socket that is gone, also of the proxy's.
+    /// Whether a segment that opens no connection may leave, whatever its sender. Connections that were open when the pod was
+    /// enrolled continue. A segment without data may be the kernel's own answer for a socket that is gone, possibly the proxy's.
     #[inline(always)]
     pub(super) fn lets_go<A: Copy>(&self, ctx: &TcContext, segment: &Segment<A>) -> bool {
         !segment.accepts()
@@ -104,7 +104,7 @@ impl Pod {
                 || !carries_data(ctx, segment))
     }
 
-    /// Whether the client that a segment answers may have a connection to the pod, past the proxy.
+    /// Whether the client of this reply may connect to the pod past the proxy.
     #[inline(always)]
     pub(super) fn exempts_client<I: ExcludedIp>(&self, segment: &Segment<I::Address>) -> bool {
         let (peer, port) = (segment.destination, segment.source_port);
@@ -121,7 +121,8 @@ impl Pod {
         })
     }
 
-    /// The same, and the kubelet, whose socket is the host's.
+    /// Whether an exemption covers the client, or the client is the kubelet, whose socket is in the host's
+    /// namespace.
     #[inline(always)]
     fn exempts_inbound<I: Parse + ExcludedIp>(&self, ctx: &TcContext, segment: &Segment<I::Address>) -> bool {
         self.exempts_client::<I>(segment) || is_for_probe(ctx, segment)

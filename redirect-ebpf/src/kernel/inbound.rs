@@ -95,11 +95,11 @@ fn words(address: [u8; 16]) -> [u32; 4] {
     ]
 }
 
-/// Whether the pod would route the packet on, to a container network of its own, say: such a packet must not be bound
-/// to a socket, for the kernel drops bound packets where it forwards.
+/// Whether the pod would forward the packet, e.g. to containers inside the pod. Such a packet must not be assigned to
+/// a socket: the kernel drops assigned packets when it forwards.
 #[inline(always)]
 fn forwarded<I: Fib>(ctx: &TcContext, segment: &Segment<I::Address>) -> bool {
-    /// Routed on; routed on without a neighbour entry yet; routed on, but too long.
+    /// `BPF_FIB_LKUP_RET_*`: forwarded; forwarded, without a neighbor entry yet; forwarded, but too long.
     const FORWARDED: [i64; 3] = [0, 7, 8];
     // SAFETY: integers only: zero is a valid value.
     let mut params: Params = unsafe { core::mem::zeroed() };

@@ -1,8 +1,7 @@
-//! TC ingress of the ingress device, placement `node`: [`super::from_pod`] and [`super::to_pod`] send packets for the proxy in
-//! the host's namespace through this device of the host. A policy rule delivers what arrives here locally, whatever its
-//! destination.
+//! TC ingress of the ingress device, placement `node`: [`super::from_pod`] and [`super::to_pod`] send packets for the proxy
+//! through this device into the host's stack. A policy rule delivers packets from it locally, whatever their destination.
 //!
-//! It is a device of its own, because packets to a pod come from anywhere: if they seemed to arrive from the pod's device, they
+//! It is a separate device because packets to a pod come from anywhere. If they seemed to arrive from the pod's device, they
 //! would fail the reverse path filter and mislead the bridge about where addresses are.
 
 use aya_ebpf::bindings::{__sk_buff, BPF_F_INGRESS, TC_ACT_OK, TC_ACT_SHOT, TC_ACT_UNSPEC};
@@ -37,11 +36,11 @@ pub(crate) fn entrance_ipv6(ctx: TcContext) -> i32 {
     ingress_device::<Ipv6>(&ctx)
 }
 
-/// Sends a packet to the ingress device. The mark says which socket it is for.
+/// Sends a packet to the ingress device. The mark selects the socket.
 #[inline(always)]
 pub(super) fn enter<I: Ip>(ctx: &TcContext, mark: u32) -> Action {
     if Skb(ctx).ether_type() != I::ETHER_TYPE {
-        // The host's stack would look for a VLAN on the ingress device.
+        // The host's stack would look for a VLAN device on top of the ingress device.
         count(I::FAMILY, direction(mark), Verdict::Dropped, Reason::Malformed, None, || About::unread(ctx));
         return Action::Drop;
     }
@@ -50,15 +49,15 @@ pub(super) fn enter<I: Ip>(ctx: &TcContext, mark: u32) -> Action {
     Action::Redirect(unsafe { bpf_redirect(config::ingress_device(), BPF_F_INGRESS.into()) } as i32)
 }
 
-/// Whether one end is valid on its link only: the proxy's sockets would take such an address for one on the ingress device,
-/// and their answers would reach nobody.
+/// Whether one end is link-local: the proxy's sockets would scope such an address to the ingress device, and their answers
+/// would reach no host.
 #[inline(always)]
 pub(super) fn is_of_the_link<I: Ip>(segment: &Segment<I::Address>) -> bool {
     I::is_link_scoped(segment.source) || I::is_link_scoped(segment.destination)
 }
 
-/// Sends an ICMP error about a connection of the proxy to the ingress device: it is addressed to the end that the proxy
-/// impersonates. Other packets that are neither TCP nor UDP are left alone.
+/// Sends an ICMP error about one of the proxy's connections to the ingress device: it is addressed to the end that the
+/// proxy impersonates. Other packets that are neither TCP nor UDP pass.
 #[inline(always)]
 pub(super) fn enter_complaint<I: Parse>(ctx: &TcContext) -> Action {
     match complained_of::<I>(&Skb(ctx)) {
@@ -76,7 +75,7 @@ fn ingress_device<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
     // SAFETY: every TC context has `mark`.
     let mark = unsafe { (*ctx.skb.skb).mark } & MARK_MASK;
     set_mark(ctx, MARK_CAPTURE);
-    // Its link address is not that of the ingress device.
+    // The frame's MAC address is not the ingress device's.
     if ctx.change_type(PACKET_HOST).is_err() {
         return TC_ACT_SHOT;
     }
@@ -85,14 +84,14 @@ fn ingress_device<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
         MARK_INBOUND => captured::<I, Inwards>(ctx.skb.skb),
         MARK_TUNNEL => captured::<I, Tunnelled>(ctx.skb.skb),
         MARK_RESOLVE => resolved::<I>(ctx.skb.skb),
-        // Nothing else belongs here.
+        // No other traffic belongs on this device.
         _ => TC_ACT_SHOT,
     };
     // Later filters don't run: while tcx links replace filters the program is attached twice, and the first run changes the mark.
     if code == TC_ACT_UNSPEC { TC_ACT_OK } else { code }
 }
 
-/// A function of its own for each route: one after the other in one function, their variables don't fit on its stack.
+/// A separate function for each route: together, their variables don't fit on one stack.
 #[inline(never)]
 fn captured<I: Parse + PodIp, R: Route<I>>(skb: *mut __sk_buff) -> i32 {
     capture::<I, R>(&TcContext::new(skb)).into()
@@ -135,7 +134,7 @@ fn resolve<I: Parse + PodIp>(ctx: &TcContext) -> Action {
     Action::Continue
 }
 
-/// A route of the ingress device: the packet is for the proxy, that is already decided.
+/// A route of the ingress device: the earlier program has already decided that the packet is the proxy's.
 macro_rules! route {
     ($(#[$doc:meta])* $name:ident, $direction:ident, $port:expr, $reason:ident, $pod:ident) => {
         $(#[$doc])*
@@ -161,7 +160,7 @@ macro_rules! route {
 }
 
 route!(
-    /// Connections from pods, and packets of connections that exist.
+    /// Connections from pods, and packets of existing connections.
     Captured, Outbound, PORT_OUTBOUND, Enrolled, source
 );
 route!(

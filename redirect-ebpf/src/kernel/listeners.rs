@@ -1,9 +1,9 @@
-//! The proxies' listeners, for the connections that only the socket lookup can give to them ([`super::lookup`]).
+//! The proxies' listeners, for connections that only the socket lookup can assign ([`super::lookup`]).
 //!
-//! Up to Linux 7.2 the TC program that has such a connection has found its listener as well, and puts it into the map. Linux
-//! 7.3 lets TC programs put no sockets into maps. There sock_ops of the root cgroup notes each listener when it begins to
-//! listen. One that listened before that program was there is not known: then the kernel answers a SYN whose tuple is in
-//! TIME_WAIT as without us, its sender resets what is left there, and sends it again at once.
+//! Up to Linux 7.2 the TC program that handles such a connection has found its listener and stores it in the map. Linux 7.3
+//! forbids TC programs to store sockets in maps. There, sock_ops of the root cgroup stores each listener when it starts to
+//! listen. A listener that is older than this program is unknown: the kernel then answers a SYN whose tuple is in TIME_WAIT
+//! as it would without this project, the sender resets the old connection, and sends the SYN again at once.
 
 use core::mem::offset_of;
 
@@ -28,7 +28,7 @@ use super::context::word;
 use super::socket::Socket;
 use super::{config, pods};
 
-/// Sockets leave it by themselves when they are closed. The agent sets its capacity.
+/// The kernel removes closed sockets. The agent sets the capacity.
 #[map]
 static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(1, 0);
 
@@ -37,7 +37,7 @@ static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(1, 0);
 #[btf_map]
 static OWNERS: SkStorage<u64> = SkStorage::new();
 
-/// Whether TC programs may put sockets into maps, as the agent found out.
+/// Whether TC programs may store sockets in maps; the agent probes it.
 #[unsafe(no_mangle)]
 static TC_KNOWS_LISTENERS: Global<bool> = Global::new(true);
 
@@ -106,7 +106,7 @@ pub(crate) fn listening(ctx: SockOpsContext) -> u32 {
     let family = word(ctx.ops, offset_of!(bpf_sock_ops, family));
     let address = word(ctx.ops, offset_of!(bpf_sock_ops, local_ip4));
     for family in families(family, address).into_iter().flatten() {
-        // Of listeners that share a port each has a slot, as long as there are some: one at least is there at any time.
+        // Listeners that share a port have a slot each, up to a limit. At any time at least one of them is stored.
         for slot in ListenerKey::SLOTS {
             let mut key = ListenerKey { owner: netns_cookie, port, slot, family };
             // SAFETY: context, map and key are valid for the length of the call.
@@ -126,7 +126,7 @@ pub(crate) fn listening(ctx: SockOpsContext) -> u32 {
     UNUSED
 }
 
-/// Keeps the cookie with the listener.
+/// Keeps the cookie in the listener's socket storage.
 #[inline(always)]
 fn keep(ctx: &SockOpsContext, mut netns_cookie: u64) {
     // SAFETY: every sock_ops context has `sk`.
@@ -145,7 +145,7 @@ fn keep(ctx: &SockOpsContext, mut netns_cookie: u64) {
     };
 }
 
-/// Whether connections may be handed over to who listens there.
+/// Whether the listener on this port may receive connections from the socket lookup.
 #[inline(always)]
 fn is_proxys(netns_cookie: u64, port: u16) -> bool {
     if config::host_cookie() == Some(netns_cookie) {
@@ -154,8 +154,8 @@ fn is_proxys(netns_cookie: u64, port: u16) -> bool {
     is_for_captured(port) && pods::flags(netns_cookie).is_some()
 }
 
-/// The families whose connections a listener takes that is bound to this address: an IPv6 one without an address both. That
-/// it takes IPv6 alone shows when it is to get others.
+/// The families that a listener bound to this address accepts: an IPv6 listener on the unspecified address accepts both.
+/// Whether it is IPv6-only shows when it is to get an IPv4 connection.
 #[inline(always)]
 fn families(family: u32, address: u32) -> [Option<u32>; 2] {
     const IPV4: u32 = address_family(Family::Ipv4) as u32;

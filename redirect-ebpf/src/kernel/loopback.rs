@@ -1,5 +1,5 @@
-//! TC ingress of the pod's `lo`: connections that [`super::outbound`] marked arrive here by way of the pod's policy
-//! rule and go to the proxy's outbound listener. DNS queries that nobody would answer end here.
+//! TC ingress of the pod's `lo`: connections that [`super::outbound`] marked arrive here by the pod's policy rule
+//! and go to the proxy's outbound listener. DNS queries are dropped here while the resolver does not listen.
 
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
@@ -29,7 +29,7 @@ pub(crate) fn loopback_ipv6(ctx: TcContext) -> i32 {
     loopback::<Ipv6>(&ctx)
 }
 
-/// Connections that count as the pod's own.
+/// Connections that count as outbound connections of the pod.
 pub(super) struct Captured;
 
 impl<I: Parse> Route<I> for Captured {
@@ -66,8 +66,8 @@ fn loopback<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
     Action::Continue.into()
 }
 
-/// A DNS query on its way to the proxy's resolver. If that is not there, the kernel refuses the query at once, and the application
-/// fails; without an answer it asks again.
+/// A DNS query on its way to the proxy's resolver. If the resolver does not listen, the kernel would refuse the query at once,
+/// and the application would fail; without an answer it retries.
 #[inline(always)]
 fn question<I: Parse + PodIp>(ctx: &TcContext) -> Action {
     let (segment, heard) = if let Some(segment) = plain_on_loopback::<I>(ctx, Protocol::Udp) {
@@ -94,15 +94,15 @@ fn question<I: Parse + PodIp>(ctx: &TcContext) -> Action {
 fn proxied<I: Parse + PodIp>(ctx: &TcContext, mark: u32) {
     let Parsed::Tcp(segment) = parse_on_loopback::<I>(ctx) else { return };
     match (mark & MARK_MASK, segment.opens()) {
-        // The proxy's answer to a captured connection. Where its client is gone the kernel answers with a reset that has
-        // the mark of what it answers (`fwmark_reflect`): with the proxy's it would leave the pod, and the proxy would
-        // never hear of it. What opens a connection has the mark from somebody else.
+        // The proxy's answer to a captured connection. If the client is gone, the kernel answers with a reset that
+        // inherits the mark of the packet (`fwmark_reflect`): with the proxy's mark it would leave the pod, and the
+        // proxy would never receive it. On a segment that opens a connection, the mark was set by another process.
         (MARK_PROXY, false) => {
             cookies::watch(ctx, &segment);
             ctx.skb.set_mark(mark & !MARK_MASK | MARK_CAPTURE);
         }
-        // The proxy connects to the application: here alone does its mark show. Without the note the gate refuses it. While the
-        // pod is being enrolled the mark may still be the proxy's own.
+        // The proxy connects to the application. The mark is visible only here, and without the note the inbound gate refuses
+        // the connection. While the pod is being enrolled, the mark may still be the proxy's own.
         (_, true) => {
             let _ = notes::note(&segment.tuple::<I>(), NoteVerdict::AUTHORIZED, notes::A_MOMENT);
         }
@@ -110,15 +110,15 @@ fn proxied<I: Parse + PodIp>(ctx: &TcContext, mark: u32) {
     }
 }
 
-/// A packet of a captured connection has its route from its sender, so that the stack finds its socket by itself. Only who
-/// is to get a connection that does not exist yet it can't know.
+/// A captured connection. The sender's routing already delivers its packets locally, so the stack finds existing sockets
+/// by itself; only new connections have to be assigned to a listener.
 #[inline(always)]
 fn captured<I: Parse + PodIp>(ctx: &TcContext) -> Action {
     let parsed = parse_on_loopback::<I>(ctx);
     if let Parsed::Tcp(segment) = parsed
         && !segment.opens()
     {
-        // The proxy's answers have this mark where listeners take it from the SYN (`tcp_fwmark_accept`).
+        // The proxy's answers have this mark if listeners inherit it from the SYN (`tcp_fwmark_accept`).
         cookies::watch(ctx, &segment);
         if !cookies::are_about() {
             return Action::Continue;

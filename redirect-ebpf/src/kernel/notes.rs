@@ -1,9 +1,9 @@
-//! What TC programs decided on connections, for the socket lookup, which alone sees what the kernel makes of them
+//! Notes of the TC programs' decisions on connections, for the socket lookup: it alone sees how the kernel interprets a packet
 //! ([`super::lookup`]).
 //!
-//! Found by the connection's addresses and ports. A place for each processor would not do: the kernel runs TC for all packets of
-//! a batch before the stack has the first of them. A note is not consumed by the lookup that finds it either: with SYN cookies
-//! there are two for one connection. It counts for a time instead.
+//! The key is the connection's addresses and ports. A slot per CPU would not do: the kernel runs TC for all packets of a batch
+//! before the stack has the first of them. A lookup does not consume its note either, because SYN cookies cause two lookups for
+//! one connection. Notes expire instead.
 
 use aya_ebpf::bindings::BPF_ANY;
 use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
@@ -14,12 +14,12 @@ use redirect_ebpf::maps::{ListenerKey, Note, NoteVerdict, Tuple};
 
 use super::atomic::add;
 
-/// Each is needed for the moment between the TC hook and the lookup; those of earlier connections tell what is left of them
-/// from what opens new ones.
+/// A note is needed for the moment between TC and the lookup. Notes of earlier connections distinguish their remaining
+/// packets from new ones.
 #[map]
 static NOTES: LruHashMap<Tuple, Note> = LruHashMap::with_max_entries(16_384, 0);
 
-/// A note that says nothing. Read only, and not on the stack.
+/// An empty note. Read only, and not on the stack.
 static NOTHING: Note = Note {
     expires: 0,
     listener: ListenerKey { owner: 0, port: 0, slot: 0, family: 0 },
@@ -36,20 +36,20 @@ static NOTHING: Note = Note {
 #[map]
 static ASKING: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
-/// A note is followed by its lookup at once; with SYN cookies by the one for the last step of the handshake, which on `lo` is
-/// as near.
+/// The lookup follows the note at once. With SYN cookies there is a second one for the last ACK, which on `lo` follows just
+/// as closely.
 pub(super) const A_MOMENT: u64 = 1_000_000_000;
 
-/// The same from outside, over the network.
+/// The same for connections over the network.
 pub(super) const A_HANDSHAKE: u64 = 10_000_000_000;
 
-/// What a connection counts as, once it is where it should be.
+/// How to count a connection when it arrives at its listener.
 #[derive(Clone, Copy)]
 pub(super) struct CountedAs {
     pub(super) socket_cookie: u64,
     pub(super) direction: Direction,
     pub(super) reason: Reason,
-    /// It has been counted already.
+    /// Whether it was already counted.
     pub(super) already: bool,
 }
 
@@ -59,7 +59,7 @@ fn now() -> u64 {
     unsafe { bpf_ktime_get_coarse_ns() }
 }
 
-/// The connection goes to the proxy's listener.
+/// Notes that the connection goes to the proxy's listener.
 #[inline(always)]
 pub(super) fn captured(tuple: &Tuple, listener: ListenerKey, counted: CountedAs) -> Result<(), i64> {
     let note = blank(tuple)?;
@@ -76,7 +76,7 @@ pub(super) fn captured(tuple: &Tuple, listener: ListenerKey, counted: CountedAs)
     Ok(())
 }
 
-/// A note of another kind, which counts for `lifetime` nanoseconds.
+/// Writes another kind of note, valid for `lifetime` nanoseconds.
 #[inline(always)]
 pub(super) fn note(tuple: &Tuple, verdict: NoteVerdict, lifetime: u64) -> Result<(), i64> {
     let note = blank(tuple)?;
@@ -88,7 +88,7 @@ pub(super) fn note(tuple: &Tuple, verdict: NoteVerdict, lifetime: u64) -> Result
     Ok(())
 }
 
-/// A note that says nothing yet, in the place of the one that there is. Written where it is: the programs' stacks have no room for it.
+/// Replaces the note with an empty one. Written in place, because the programs' stacks have no room for it.
 #[inline(always)]
 fn blank(tuple: &Tuple) -> Result<*mut Note, i64> {
     const ENOENT: i64 = -2;
@@ -97,7 +97,7 @@ fn blank(tuple: &Tuple) -> Result<*mut Note, i64> {
     NOTES.get_ptr_mut(tuple).ok_or(ENOENT)
 }
 
-/// The note on a connection, whether it still counts or not.
+/// The note on a connection, expired or not.
 #[inline(always)]
 pub(super) fn of(tuple: &Tuple) -> Option<*mut Note> {
     NOTES.get_ptr_mut(tuple)
@@ -118,12 +118,12 @@ pub(super) fn authorizes(tuple: &Tuple) -> bool {
 /// `note` is an entry of the map.
 #[inline(always)]
 pub(super) unsafe fn verdict(note: *const Note) -> NoteVerdict {
-    // SAFETY: the caller passes an entry. What is seen of one that is written meanwhile is of this connection as well.
+    // SAFETY: the caller passes an entry. A concurrent write to it concerns the same connection.
     let note = unsafe { &*note };
     if now() < note.expires { note.verdict } else { NoteVerdict::NONE }
 }
 
-/// A lookup of ours, as long as it lives.
+/// Marks a lookup of our own while it lives.
 pub(super) struct Asking(Option<*mut u64>);
 
 impl Asking {
@@ -148,8 +148,8 @@ impl Drop for Asking {
     }
 }
 
-/// Whether the lookup is one of our own programs. Where a task may take another's place on the processor in between
-/// (`PREEMPT_RT`), a connection may be missing in the counters.
+/// Whether one of our own programs makes this lookup. With `PREEMPT_RT` a task may preempt another one in between,
+/// and a connection may then be missing from the counters.
 #[inline(always)]
 pub(super) fn is_asked() -> bool {
     // SAFETY: the pointer is valid.

@@ -1,6 +1,6 @@
-//! cgroup/connect4 and cgroup/connect6: marks the connections that processes of enrolled pods make, so that the pod's
-//! policy rule routes them to `lo`, where [`super::loopback`] gives them to the proxy; and sends DNS questions to the
-//! proxy's resolver.
+//! cgroup/connect4 and cgroup/connect6: marks the connections of enrolled pods' processes, so that the pod's policy
+//! rule routes them to `lo`, where [`super::loopback`] gives them to the proxy; and sends DNS queries to the proxy's
+//! resolver.
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
@@ -58,7 +58,7 @@ pub(crate) fn outbound_ipv6(ctx: SockAddrContext) -> i32 {
     }
 }
 
-/// What becomes of the call.
+/// The outcome of the call.
 enum Call {
     Allow,
     Resolve,
@@ -79,7 +79,7 @@ fn capture<I: PodIp + ExcludedIp + BoundIp>(
     let about = || call::about::<I>(ctx, Some(source), destination);
     let pod = Some(caller.netns_cookie);
     let (direction, counted) = match decision {
-        // Captured connections are counted where the proxy gets them.
+        // Captured connections are counted when they reach the proxy.
         Outbound::Capture | Outbound::Pass(Reason::OtherTraffic) => (Direction::Outbound, None),
         Outbound::Resolve => (Direction::Outbound, Some((Verdict::Captured, Reason::Dns))),
         Outbound::Deliver => (Direction::Delivery, Some((Verdict::Passed, Reason::Proxy))),

@@ -69,7 +69,7 @@ impl PodIp for Ipv6 {
     }
 }
 
-/// Cookie of the network namespace of the pod that owns the address, which is IPv4 in its v4-mapped form.
+/// Cookie of the network namespace of the pod that owns the address; IPv4 in v4-mapped form.
 #[inline(always)]
 pub(super) fn owner(address: &[u8; 16]) -> Option<u64> {
     match v4_mapped(*address) {

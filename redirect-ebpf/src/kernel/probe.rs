@@ -1,5 +1,6 @@
-//! sock_ops of the kubelet's cgroup: notes the sockets by which it connects from the host to enrolled pods, so that
-//! [`super::inbound`] lets these, and no others from the node, reach the application without the proxy.
+//! sock_ops of the kubelet's cgroup: notes the sockets by which the kubelet connects from the host to enrolled
+//! pods. [`super::inbound`] lets these, and no other connections from the node, reach the application without the
+//! proxy.
 
 use core::mem::offset_of;
 
@@ -19,14 +20,14 @@ use super::diagnostics;
 use super::pods::PodIp as _;
 use super::socket::Socket;
 
-/// The kubelet's sockets that are connected to enrolled pods. An entry goes with its socket, so that nobody inherits the exemption
-/// with a port.
+/// The kubelet's sockets that are connected to enrolled pods. An entry ends with its socket, so no other process inherits the
+/// exemption by reusing the port.
 #[btf_map]
 static PROBE_SOCKETS: SkStorage<u64> = SkStorage::new();
 
 const UNUSED: u32 = 1;
 
-/// Whether the kubelet sent the packet: its socket is still the packet's when it arrives at the pod.
+/// Whether the kubelet sent the packet: the packet still has the kubelet's socket when it arrives at the pod.
 #[inline(always)]
 pub(super) fn is_probe(ctx: &TcContext) -> bool {
     // SAFETY: every TC context has `sk`; the verifier checks that it is not null.
@@ -51,7 +52,7 @@ pub(super) fn is_probe(ctx: &TcContext) -> bool {
     !noted.is_null()
 }
 
-/// Whether a segment is for the kubelet: an answer to one of its probes. In the host's namespace.
+/// Whether a segment answers a kubelet probe. For use in the host's namespace.
 #[inline(always)]
 pub(super) fn is_for_probe<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> bool {
     Socket::full(ctx, segment).is_some_and(|socket| socket.stored(&PROBE_SOCKETS).is_some())
@@ -62,7 +63,8 @@ pub(crate) fn probe(ctx: SockOpsContext) -> u32 {
     if word(ctx.ops, offset_of!(bpf_sock_ops, op)) != BPF_SOCK_OPS_TCP_CONNECT_CB {
         return UNUSED;
     }
-    // Processes of the cgroup that moved to a pod's namespace, or say that they are a kubelet, are not the node's.
+    // A process of the cgroup that moved into a pod's namespace, or that pretends to be a kubelet, must get no
+    // exemption.
     // SAFETY: the helper takes the context.
     if config::host_cookie() != Some(unsafe { bpf_get_netns_cookie(ctx.ops.cast()) }) {
         return UNUSED;
@@ -72,7 +74,7 @@ pub(crate) fn probe(ctx: SockOpsContext) -> u32 {
         Some(address) => (Family::Ipv4, Ipv4::owner(&address)),
         None => (Family::Ipv6, Ipv6::owner(&tuple.destination)),
     };
-    // A probe that is not noted goes through the proxy: it is the safe side.
+    // A probe without a note goes through the proxy, which is the safe side.
     if let Some(pod) = pod
         && let Err(error) = note(&ctx)
     {

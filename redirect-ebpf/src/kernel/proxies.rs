@@ -1,7 +1,8 @@
-//! Which sockets are the node proxy's own: those of processes in a cgroup of a node proxy.
+//! Identifies the node proxy's sockets: those of processes in a node proxy's cgroup.
 //!
-//! A mark proves nothing. Any process with `CAP_NET_RAW` can set it (`SO_MARK`, since Linux 5.17), and container runtimes grant
-//! that by default. Where no proxy is known, nobody is the proxy. Only `--proxy-identity mark` lets the mark suffice.
+//! A mark proves nothing: any process with `CAP_NET_RAW` can set it (`SO_MARK`, since Linux 5.17), and container runtimes grant
+//! that capability by default. If no proxy is known, no socket counts as the proxy's. Only with `--proxy-identity mark` is the
+//! mark sufficient.
 
 use aya_ebpf::helpers::{bpf_get_current_cgroup_id, bpf_skb_cgroup_id};
 use aya_ebpf::macros::map;
@@ -39,7 +40,7 @@ pub(super) fn has_no_sender(ctx: &TcContext) -> bool {
     unsafe { bpf_skb_cgroup_id(ctx.skb.skb) == 0 }
 }
 
-/// The one place that decides who is the proxy.
+/// The only function that decides whether a socket is the proxy's.
 #[inline(always)]
 fn owns(mark: u32, cgroup: u64) -> bool {
     PROXY_CGROUPS.get_ptr(cgroup).is_some() || (is_known_by_mark() && decide::is_proxy_mark(mark))
@@ -51,7 +52,7 @@ pub(super) fn is_known_by_mark() -> bool {
     config::flags().contains(ConfigFlags::PROXY_BY_MARK)
 }
 
-/// Whose a packet is that leaves the host towards a pod, in placement `node`.
+/// The sender of a packet that leaves the host towards a pod, in placement `node`.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Sender {
     /// The proxy, to the pod's application.
@@ -60,13 +61,13 @@ pub(super) enum Sender {
     Inbound,
     /// The proxy, to a client in the pod, or for a client in another one.
     Proxy,
-    /// Anybody.
+    /// Any other sender.
     Other,
 }
 
-/// Whose packet it is. The mark tells the proxy's connections apart. It is believed of the proxy's own sockets, and of what
-/// opens no connection: the kernel sends resets and last acknowledgements in a socket's name, with its mark and without it. A
-/// proxy that sets no marks delivers, unless its parts have cgroups of their own.
+/// The sender of a packet. The mark distinguishes the proxy's connections. It is trusted on the proxy's own sockets, and on
+/// segments that open no connection: the kernel sends resets and last ACKs for a socket, with its mark but without the
+/// socket. The connections of a proxy that sets no marks count as deliveries, unless its parts have cgroups of their own.
 #[inline(always)]
 pub(super) fn sender(ctx: &TcContext, opens: bool) -> Sender {
     let part = part(ctx);

@@ -1,6 +1,6 @@
-//! Refuses connections in placement `node`: new ones while no proxy listens, if `--without-proxy refuse` is set, and those that the
-//! proxy does not have. Turns the segment into the reset that answers it. The kernel can't send the reset: it has no route from an
-//! address that is not its own.
+//! Refuses connections in placement `node`: new ones while no proxy listens, if `--without-proxy refuse` is set, and those that
+//! the proxy does not have. The program turns the segment into the reset that answers it. The kernel can't send that reset: it
+//! has no route from an address that is not its own.
 
 use aya_ebpf::bindings::BPF_F_INGRESS;
 use aya_ebpf::helpers::bpf_redirect;
@@ -66,7 +66,7 @@ fn turn<I: Parse>(ctx: &TcContext, segment: &Segment<I::Address>) -> Result<(), 
     let acknowledgement: [u8; 4] = skb.load(transport + ACKNOWLEDGEMENT).ok_or(EINVAL)?;
     let [length, flags] = skb.load(transport + FLAGS).ok_or(EINVAL)?;
 
-    // Exchanging fields leaves the checksums as they are.
+    // Swapping fields does not change the checksums.
     store(ctx, 0, &links[1])?;
     store(ctx, 6, &links[0])?;
     store(ctx, place(segment.network_offset + I::SOURCE), &segment.destination)?;
@@ -74,7 +74,7 @@ fn turn<I: Parse>(ctx: &TcContext, segment: &Segment<I::Address>) -> Result<(), 
     store(ctx, place(transport), &segment.destination_port)?;
     store(ctx, place(transport + 2), &segment.source_port)?;
 
-    // RFC 9293, 3.5.2: a reset is of the sequence number that the other end expects, or acknowledges its SYN.
+    // RFC 9293, 3.5.2: a reset has the sequence number that the other end expects, or acknowledges its SYN.
     let (next, acknowledged, answer) = if flags & ACK == 0 {
         ([0; 4], u32::from_be_bytes(sequence).wrapping_add(1).to_be_bytes(), RST | ACK)
     } else {

@@ -1,4 +1,4 @@
-//! A packet at a TC hook, as [`redirect_ebpf::packet`] wants to read it: [`Skb`] where it came in, [`Frame`] where it leaves.
+//! A packet at a TC hook, for [`redirect_ebpf::packet`]: [`Skb`] at ingress, [`Frame`] at egress.
 
 use core::mem::MaybeUninit;
 
@@ -10,8 +10,8 @@ use redirect_ebpf::decide::Protocol;
 use redirect_ebpf::family::{Ip as _, Ipv4, Ipv6};
 use redirect_ebpf::packet::{Packet, Parse, Parsed, Segment, parse};
 
-/// A packet that came in by an interface. The kernel itself has just read its type from the frame, and set the network header
-/// behind it. Offsets count from there, because devices without Ethernet headers (tun, WireGuard) exist in pods too.
+/// A packet at ingress. The kernel has just read its type from the frame and set the network header behind it. Offsets count
+/// from the network header, because pods may have devices without Ethernet headers (tun, WireGuard).
 pub(super) struct Skb<'a>(pub(super) &'a TcContext);
 
 impl Packet for Skb<'_> {
@@ -47,21 +47,21 @@ impl Packet for Skb<'_> {
 
 #[inline(always)]
 fn forget(ctx: &TcContext, number: u32) -> u32 {
-    // SAFETY: every TC context has `len`. It stays the same, which the verifier does not know.
+    // SAFETY: every TC context has `len`. The length is constant; the verifier does not know that.
     let length = || unsafe { (&raw const (*ctx.skb.skb).len).read_volatile() };
     number ^ length() ^ length()
 }
 
-/// A packet that leaves by an interface, read from its first byte on, as whoever receives it will. Its sender may have chosen
-/// both `skb->protocol` and, by tags, where the network header is (`AF_PACKET`): neither is believed.
+/// A packet at egress, read from its first byte as its receiver will read it. Neither `skb->protocol` nor the network header
+/// is trusted: an `AF_PACKET` sender chooses both, the latter by VLAN tags.
 pub(super) struct Frame<'a> {
     ctx: &'a TcContext,
-    /// How long the Ethernet header is: zero where the interface has none.
+    /// The length of the Ethernet header; zero if the interface has none.
     link: u32,
 }
 
 impl<'a> Frame<'a> {
-    /// On an interface that has Ethernet headers for sure.
+    /// On an interface that always has Ethernet headers.
     #[inline(always)]
     pub(super) fn ethernet(ctx: &'a TcContext) -> Self {
         Self { ctx, link: ETHERNET_HEADER as u32 }
@@ -116,22 +116,22 @@ impl Packet for Frame<'_> {
     }
 }
 
-/// Whether packets of the interface begin with an Ethernet header. No field of the context says so; the limit that
-/// `bpf_check_mtu` compares a packet's length with is the interface's MTU and the length of its link header.
+/// Whether packets of the interface begin with an Ethernet header. The context has no field for that; the limit
+/// that `bpf_check_mtu` applies is the interface's MTU plus the length of its link header.
 #[inline(always)]
 fn has_link_headers(ctx: &TcContext) -> bool {
     let check = |mtu: &mut u32, difference: i32| {
         // SAFETY: the number lives for the length of the call. Zero stands for the packet's own interface.
         unsafe { bpf_check_mtu(ctx.as_ptr(), 0, &raw mut *mtu, difference, 0) }
     };
-    // Its first answer tells the MTU, whatever else it says.
+    // The first call returns the MTU, whatever its result.
     let mut mtu = 0;
     check(&mut mtu, 0);
     let longest = mtu as i32 + ETHERNET_HEADER as i32;
     check(&mut 0, longest.wrapping_sub(ctx.len() as i32)) == 0
 }
 
-/// Reads a packet on `lo`, which has an Ethernet header: where it is, without a call of the kernel, if it is plain.
+/// Parses a packet on `lo`, which has an Ethernet header. Plain packets are read directly, without a helper call.
 #[inline(always)]
 pub(super) fn parse_on_loopback<I: Parse>(ctx: &TcContext) -> Parsed<I::Address> {
     match plain_on_loopback::<I>(ctx, Protocol::Tcp) {
@@ -140,7 +140,7 @@ pub(super) fn parse_on_loopback<I: Parse>(ctx: &TcContext) -> Parsed<I::Address>
     }
 }
 
-/// The destination port of a packet on `lo`, if it has one and is plain. So cheap that every packet can be asked.
+/// The destination port of a plain packet on `lo`. Cheap enough to call for every packet.
 #[inline(always)]
 pub(super) fn port_on_loopback<I: Parse>(ctx: &TcContext) -> Option<u16> {
     let packet = LoopbackSkb(ctx);
@@ -157,7 +157,7 @@ pub(super) fn plain_on_loopback<I: Parse>(
     I::plain(&LoopbackSkb(ctx), protocol)
 }
 
-/// The first piece of a packet on `lo`.
+/// The linear part of a packet on `lo`.
 struct LoopbackSkb<'a>(&'a TcContext);
 
 const ETHERNET_HEADER: usize = 14;

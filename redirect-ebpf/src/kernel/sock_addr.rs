@@ -204,7 +204,8 @@ pub(super) fn bind_ip6(ctx: &SockAddrContext, address: [u8; 16]) {
     bind(ctx, Sockaddr6 { family: AF_INET6, port: 0, flow_information: 0, address, scope: 0 });
 }
 
-/// Fails if the socket has an address, or if the address is not the pod's: the socket then stays as it is.
+/// Fails if the socket already has an address, or if the address is not the pod's. The socket stays unchanged
+/// then.
 #[inline(always)]
 fn bind<A>(ctx: &SockAddrContext, mut address: A) {
     // SAFETY: the address lives on the stack for the length of the call, and its size is right.

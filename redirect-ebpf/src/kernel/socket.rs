@@ -22,7 +22,7 @@ use super::{config, notes};
 /// A socket with a reference that is dropped with the value.
 pub(super) struct Socket(NonNull<bpf_sock>);
 
-/// `struct bpf_sock_tuple` of one family: the kernel tells the families apart by its size.
+/// `struct bpf_sock_tuple` of one family: the kernel distinguishes the families by its size.
 #[repr(C, packed)]
 struct Tuple<A> {
     source: A,
@@ -34,9 +34,10 @@ struct Tuple<A> {
 /// The kernel's state of a 4-tuple.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum State {
-    /// A connection, or a handshake in progress. A hint: it may have ended when the stack has the packet.
+    /// A connection, or a handshake in progress. A hint: it may have ended by the time the stack has the
+    /// packet.
     Connected,
-    /// A connection that this end opens and that the other has not answered yet.
+    /// A connection that this end opens and the other end has not answered yet.
     Opening,
     /// A closed connection whose tuple is not free yet.
     TimeWait,
@@ -62,7 +63,7 @@ pub(super) fn state<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> State {
     }
 }
 
-/// The state of the reversed tuple, whose other end answers with this segment.
+/// The state of the reversed tuple, of which this segment is the answer.
 #[inline(always)]
 pub(super) fn answered<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> State {
     state(ctx, &segment.reversed())
@@ -102,7 +103,7 @@ fn find<A>(ctx: &impl EbpfContext, tuple: &mut Tuple<A>, helper: Helper) -> Opti
 }
 
 impl Socket {
-    /// The socket that the kernel has for a segment's 4-tuple: a connection's, whatever its state, or a listener.
+    /// The kernel's socket for a segment's 4-tuple: a connection in any state, or a listener.
     #[inline(always)]
     pub(super) fn existing<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> Option<Self> {
         let mut tuple = Tuple {
@@ -128,7 +129,7 @@ impl Socket {
         find_of_packet(ctx, &mut tuple, bpf_sk_lookup_tcp)
     }
 
-    /// The listener on `port`, for the segment's connection, if it looks like the proxy's. [`super::capture`] verifies that it is.
+    /// The listener on `port` for the segment's connection, if it seems to be the proxy's. [`super::capture`] verifies that.
     #[inline(always)]
     pub(super) fn listener<A: Address>(ctx: &TcContext, segment: &Segment<A>, port: u16) -> Option<Self> {
         let socket = Self::listening(ctx, segment.destination, port)?;
@@ -155,7 +156,7 @@ impl Socket {
         (socket.state() == TCP_LISTEN).then_some(socket)
     }
 
-    /// Whether anybody listens on `port` for the segment's connection.
+    /// Whether any process listens on `port` for the segment's connection.
     #[inline(always)]
     pub(super) fn is_listening<A: Address>(ctx: &TcContext, segment: &Segment<A>, port: u16) -> bool {
         Self::listening(ctx, segment.destination, port).is_some()
@@ -167,7 +168,7 @@ impl Socket {
         Self::receiving(ctx, segment, port).filter(Self::is_marked)
     }
 
-    /// Anybody's socket for datagrams on `port`.
+    /// Any process's datagram socket on `port`.
     #[inline(always)]
     pub(super) fn receiving<A: Copy>(ctx: &TcContext, segment: &Segment<A>, port: u16) -> Option<Self> {
         let mut tuple = Tuple {
@@ -195,7 +196,7 @@ impl Socket {
         unsafe { addr_of!((*self.0.as_ptr()).state).read_volatile() }
     }
 
-    /// Whether it has the proxy's mark. For full sockets only, such as listeners.
+    /// Whether it has the proxy's mark. For full sockets only, e.g. listeners.
     #[inline(always)]
     pub(super) fn is_marked(&self) -> bool {
         decide::is_proxy_mark(self.mark())

@@ -1,6 +1,6 @@
-//! TC egress of the host end of an enrolled pod's device, placement `node`: what is sent to the pod. New connections and packets of
-//! the proxy's connections go to the proxy through the ingress device ([`super::ingress_device`]). That includes connections that the
-//! proxy made from the pod's address, because their answers are addressed to the pod.
+//! TC egress of the host end of an enrolled pod's device, placement `node`: packets to the pod. New connections and packets of
+//! the proxy's connections go to the proxy through the ingress device ([`super::ingress_device`]). That includes connections that
+//! the proxy opened from the pod's address, because their answers are addressed to the pod.
 
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
@@ -60,7 +60,7 @@ fn to_pod<I: Parse + PodIp + ExcludedIp>(ctx: &TcContext) -> Action {
             Action::Continue
         }
         Parsed::Tcp(segment) => tcp::<I>(ctx, &segment, cookie, flags),
-        // It may open a connection: its flags are in another fragment. TCP itself never sends such packets.
+        // It may open a connection; the flags are in another fragment. TCP itself never sends such packets.
         Parsed::Fragment(_)
             if flags.contains(PodFlags::IN_POD)
                 || matches!(sender(ctx, true), Sender::Delivery | Sender::Inbound) =>
@@ -84,7 +84,7 @@ fn tcp<I: Parse + PodIp + ExcludedIp>(
     let about = || About::packet::<I>(Some(segment));
     let known = || is_of_a_connection(ctx, segment);
     if flags.contains(PodFlags::IN_POD) {
-        // The proxy on the host has the connections that it had.
+        // The proxy on the host keeps the connections that it had.
         let delivered = sender(ctx, segment.opens()) == Sender::Delivery;
         return if !delivered && known() { enter::<I>(ctx, MARK_CAPTURE) } else { Action::Continue };
     }
@@ -148,7 +148,7 @@ fn decision<I: PodIp + ExcludedIp>(
     )
 }
 
-/// The resolver answers from its own port; the application has to see the server's.
+/// The resolver answers from its own port; the application expects the server's.
 #[inline(always)]
 fn answer<I: Parse>(ctx: &TcContext, segment: &Segment<I::Address>) -> Action {
     match set_source_port(ctx, segment, PORT_DOMAIN) {

@@ -1,5 +1,5 @@
 //! TC ingress of interfaces to virtual machines or containers behind the pod, which the pod declares with
-//! `istio.io/reroute-virtual-interfaces`: TCP from there counts as the pod's own and goes to the proxy's outbound listener.
+//! `istio.io/reroute-virtual-interfaces`: TCP from there counts as outbound and goes to the proxy's outbound listener.
 
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
@@ -27,7 +27,7 @@ fn from_behind<I: Parse + PodIp>(ctx: &TcContext) -> i32 {
     if !matches!(parse::<I>(&Skb(ctx)), Parsed::Tcp(_) | Parsed::Fragment(_)) {
         return Action::Continue.into();
     }
-    // The mark makes the pod's policy rule deliver every packet of the connection locally instead of forwarding it.
+    // By this mark the pod's policy rule delivers every packet of the connection locally instead of forwarding it.
     ctx.set_mark(MARK_CAPTURE);
     capture::<I, Captured>(ctx).into()
 }

@@ -1,4 +1,4 @@
-//! Packets are put together byte by byte here, so that the parser is checked against the RFCs and not against itself.
+//! Builds packets byte by byte, so that the parser is checked against the RFCs and not against itself.
 
 use proptest::prelude::*;
 
@@ -115,7 +115,7 @@ fn datagrams_have_ports_and_no_flags() {
         assert_eq!(segment.source_port, 12345u16.to_be_bytes());
         assert_eq!(segment.destination_port, 80u16.to_be_bytes());
     }
-    // The ports are where those of TCP are. A first fragment has them as well, a later one has not.
+    // The ports are at the same offset as in TCP. A first fragment has them, a later one does not.
     check::<Ipv4>(&ipv4(&[], 0, 17, &tcp(SYN)));
     check::<Ipv4>(&ipv4(&[], 0x2000, 17, &tcp(SYN)));
     check::<Ipv6>(&ipv6(17, &tcp(SYN)));
@@ -129,7 +129,8 @@ fn vlan_tags() {
         let segment = expect_tcp::<Ipv6>(&tagged(ipv6(6, &tcp(SYN)), tags), SYN);
         assert_eq!(segment.network_offset, 4 * tags.len() as u32);
     }
-    // The kernel finds IP behind any number of priority tags: more than we read is not "nothing of ours".
+    // The kernel finds IP behind any number of priority tags, so more tags than the parser reads must not
+    // give `NotOurs`.
     for tags in 3..6 {
         for kind in [0x8100, 0x88a8] {
             let packet = tagged(ipv4(&[], 0, 6, &tcp(SYN)), &vec![kind; tags]);
@@ -257,7 +258,7 @@ proptest! {
     }
 }
 
-/// A packet that is read the short way is read the long way with the same result.
+/// The fast path and the full parser return the same result.
 fn agrees<I: Parse<Address: PartialEq + core::fmt::Debug>>(packet: &Bytes) {
     let whole = parse::<I>(packet);
     if let Some(segment) = I::plain(packet, Protocol::Tcp) {
@@ -268,7 +269,7 @@ fn agrees<I: Parse<Address: PartialEq + core::fmt::Debug>>(packet: &Bytes) {
     }
 }
 
-/// An ICMP error that quotes a packet of TCP from 12345 to 80, as much of it as this.
+/// An ICMP error that quotes the first `length` bytes of a TCP packet from 12345 to 80.
 fn complaint<I: Parse>(kind: u8, quoted: &Bytes, length: usize) -> Bytes {
     let mut message = vec![kind, 0, 0, 0, 0, 0, 0, 0];
     message.extend(&quoted.bytes[..length]);
@@ -287,7 +288,7 @@ fn icmp_errors_lead_to_whom_they_concern() {
         (source, destination): (I::Address, I::Address),
     ) {
         for kind in 0..=255 {
-            // The ports and the sequence number are sure to be quoted.
+            // The ports and the sequence number are always quoted.
             for length in [header + 8, quoted.bytes.len()] {
                 let found = complained_of::<I>(&complaint::<I>(kind, quoted, length));
                 assert_eq!(found.is_some(), errors.contains(&kind), "{kind}");

@@ -1,4 +1,5 @@
-//! Tells when cgroups come and go: service managers make a new one, with the same name, for each start of a service.
+//! Reports when cgroups appear and vanish: service managers create a new one with the same name for each start of a
+//! service.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -7,19 +8,19 @@ use std::path::PathBuf;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::io::unix::AsyncFd;
 
-/// Watches places for cgroups, from its making on.
+/// Watches paths for cgroups, from its creation on.
 pub(super) struct CgroupWatch(nix::Result<OwnedFd>);
 
 impl CgroupWatch {
-    /// At these places, or on the way there.
+    /// Watches these paths, or their nearest existing parents.
     pub(super) fn new(places: &BTreeSet<PathBuf>) -> Self {
         Self(watch(places))
     }
 
-    /// Returns when something has appeared or vanished; never, if the kernel has no watch left.
+    /// Returns when a cgroup has appeared or vanished; never, if the kernel has no watch left.
     pub(super) async fn changed(self) {
         let Ok(descriptor) = self.0 else { return std::future::pending().await };
-        // SAFETY: an owned descriptor stays the same one until it is dropped.
+        // SAFETY: an owned descriptor does not change until it is dropped.
         match unsafe { AsyncFd::register(descriptor) } {
             Ok(descriptor) => {
                 let _ = descriptor.readable().await;
@@ -48,7 +49,7 @@ mod tests {
     #[tokio::test]
     async fn a_cgroup_that_comes_back_is_noticed() {
         let root = tempfile::tempdir().unwrap();
-        // At its place, and on the way there.
+        // At the path itself, and at a parent.
         for created in ["kubelet.service", "kubelet.slice"] {
             let places =
                 ["kubelet.service", "kubelet.slice/kubelet.service"].map(|place| root.path().join(place));

@@ -1,7 +1,7 @@
 //! Checkpoints of pods and proxies, from which the next agent identifies the pods that it finds enrolled.
 //!
-//! A checkpoint is only a hint: the agent observes in the kernel whether its namespace still exists and what is in it. The files
-//! are on a tmpfs, because everything that they describe ends with a reboot.
+//! A checkpoint is only a hint: the agent observes whether its namespace still exists and what it contains. The files are on a
+//! tmpfs, because everything that they describe ends with a reboot.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, DirBuilder};
@@ -20,7 +20,7 @@ use redirect_protocol::input::read_file;
 use redirect_protocol::pod::{PodIdentity, PodSettings};
 use redirect_protocol::wire::Attachment;
 
-/// Where checkpoints are by default.
+/// The default directory of checkpoints.
 pub const DEFAULT_DIRECTORY: &str = "/run/ambient-redirect/state";
 
 /// The directory of checkpoints.
@@ -29,33 +29,33 @@ pub struct Checkpoints {
     directory: PathBuf,
 }
 
-/// What is written down about a pod.
+/// The checkpoint of a pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Checkpoint {
-    /// How far its enrollment was.
+    /// The progress of its enrollment.
     pub phase: Phase,
-    /// Who it is.
+    /// Its identity.
     pub identity: PodIdentity,
-    /// The cookie of its network namespace, which no other namespace has until the node starts anew.
+    /// The cookie of its network namespace, unique until the node reboots.
     pub netns_cookie: u64,
     /// The namespace's inode.
     pub netns_inode: u64,
-    /// Where the namespace was found.
+    /// The path of the namespace.
     pub netns_path: Option<PathBuf>,
-    /// What the CNI plugin brought, with the addresses that it named.
+    /// Its attachments from the CNI plugin, with their addresses.
     pub attachments: Vec<(Attachment, Vec<IpAddr>)>,
-    /// The addresses that Kubernetes names.
+    /// Its addresses in Kubernetes.
     pub declared: Vec<IpAddr>,
-    /// The containers that were found in its namespace.
+    /// The containers found in its namespace.
     pub containers: BTreeSet<String>,
-    /// What is special about it.
+    /// Its settings.
     pub settings: PodSettings,
     /// Sysctls that were on before it was enrolled.
     pub foreign: BTreeSet<Sysctl>,
-    /// Whether it may have connections from before it was enrolled. Checkpoints of earlier builds do not say.
+    /// Whether it may have connections from before its enrollment. Checkpoints of earlier builds lack this.
     #[serde(default = "unknown")]
     pub earlier_connections: bool,
-    /// Whether it ran before, and was captured only a moment ago.
+    /// Whether it ran before, and has been captured only recently.
     #[serde(default)]
     pub recent: bool,
     /// Whether nothing new of it is captured, because it is to be un-enrolled.
@@ -67,11 +67,11 @@ const fn unknown() -> bool {
     true
 }
 
-/// How far an enrollment was.
+/// The progress of an enrollment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
-    /// Nobody was told that the pod is enrolled.
+    /// The enrollment has not been acknowledged to anyone.
     Begun,
     /// The pod was enrolled.
     Done,
@@ -79,24 +79,25 @@ pub enum Phase {
 
 const PROXIES: &str = "proxies.json";
 
-/// The longest checkpoint. Kubernetes limits a pod's annotations, where exclusions come from, to 256 KiB.
+/// The maximum size of a checkpoint. Kubernetes limits a pod's annotations, which contain exclusions, to 256
+/// KiB.
 const LONGEST: usize = 4 << 20;
 
-/// How many checkpoints are read: of as many pods as an agent may enroll.
+/// The maximum number of checkpoints: as many pods as an agent may enroll.
 const MOST: usize = redirect_protocol::wire::MAX_ATTACHMENTS;
 
-/// There, if placement `node` has turned the sysctl off.
+/// Exists if placement `node` has turned the sysctl off.
 const EARLY_DEMUX: &str = "early-demux-was-on";
 
 impl Checkpoints {
-    /// Makes the directory if need be.
+    /// Creates the directory if necessary.
     pub fn open(directory: &Path) -> io::Result<Self> {
         let checkpoints = Self { directory: directory.into() };
         DirBuilder::new().recursive(true).mode(0o700).create(checkpoints.pods())?;
         Ok(checkpoints)
     }
 
-    /// Those of a directory that may not exist.
+    /// The checkpoints of a directory that may not exist.
     #[must_use]
     pub fn at(directory: &Path) -> Self {
         Self { directory: directory.into() }
@@ -110,8 +111,8 @@ impl Checkpoints {
         self.pods().join(format!("{netns_cookie}.json"))
     }
 
-    /// Every pod's checkpoint; none if the directory does not exist. A checkpoint that can't be parsed is logged and left out. One that can't
-    /// be read is an error: nobody would look after its pod.
+    /// Every pod's checkpoint; none if the directory does not exist. A checkpoint that can't be parsed is logged and skipped. One
+    /// that can't be read is an error, because its pod would not be managed.
     pub fn read(&self) -> io::Result<Vec<Checkpoint>> {
         let entries = match fs::read_dir(self.pods()) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -122,7 +123,7 @@ impl Checkpoints {
         files.take(MOST).filter_map(|path| read(&path).transpose()).collect()
     }
 
-    /// Writes a pod's checkpoint: the whole of it or nothing.
+    /// Writes a pod's checkpoint atomically.
     pub fn write(&self, checkpoint: &Checkpoint) -> Result<(), Failed> {
         write(&self.file(checkpoint.netns_cookie), checkpoint)
     }
@@ -140,24 +141,24 @@ impl Checkpoints {
         if path.exists() { read(&path).ok().flatten().unwrap_or_default() } else { Vec::new() }
     }
 
-    /// Notes the cgroups of node proxies.
+    /// Records the cgroups of node proxies.
     pub fn set_proxies(&self, cgroups: &[u64]) {
         if let Err(error) = write(&self.directory.join(PROXIES), cgroups) {
             tracing::warn!(%error, "the next agent will not know the node proxies' cgroups");
         }
     }
 
-    /// Where it is noted that the sysctl was on that placement `node` turns off.
+    /// The note that the sysctl was on that placement `node` turns off.
     #[must_use]
     pub fn early_demux(&self) -> EarlyDemuxNote {
         EarlyDemuxNote::at(self.directory.join(EARLY_DEMUX))
     }
 
-    /// Removes all checkpoints, also under an agent that writes there meanwhile. What others have in the directory stays, and the
-    /// directory with it.
+    /// Removes all checkpoints, even while an agent writes there. If other files are in the directory, they and the directory
+    /// stay.
     pub fn remove_all(&self) -> io::Result<()> {
         const ATTEMPTS: usize = 20;
-        // Under another name first: whoever writes on finds no directory.
+        // Renamed first, so that a concurrent writer finds no directory.
         let (pods, moved) = (self.pods(), self.directory.join("pods.removed"));
         if pods.is_symlink() || moved.is_symlink() {
             return Ok(());
@@ -171,11 +172,11 @@ impl Checkpoints {
                 return Ok(());
             }
         }
-        // Others' files are in it.
+        // It contains other files.
         gone(fs::rename(&moved, &pods))
     }
 
-    /// Whether nothing is left.
+    /// Returns whether nothing is left.
     fn remove_ours(&self, pods: &Path) -> io::Result<bool> {
         let is_record = |path: &PathBuf| path.extension().is_some_and(|kind| kind == "json" || kind == "new");
         let written = fs::read_dir(pods).into_iter().flatten().flatten().map(|entry| entry.path());
@@ -195,7 +196,7 @@ impl Checkpoints {
     }
 }
 
-/// What is gone already need not be removed.
+/// A missing file is no error.
 fn gone(removed: io::Result<()>) -> io::Result<()> {
     match removed {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -203,7 +204,7 @@ fn gone(removed: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// `None`: it makes no sense.
+/// `None`: it can't be parsed.
 fn read<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
     let parsed = match read_file(path, LONGEST) {
         Ok(text) => serde_json::from_slice(&text).map_err(io::Error::from),
@@ -219,7 +220,7 @@ fn read<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
     Ok(parsed.inspect_err(|error| tracing::warn!(path = %shown, %error, "cannot read checkpoint")).ok())
 }
 
-/// Why a checkpoint is not what it should be.
+/// The error of a checkpoint's change.
 #[derive(Debug, thiserror::Error)]
 pub enum Failed {
     /// It could not be written.
@@ -238,7 +239,7 @@ pub enum Failed {
         /// The cause.
         source: io::Error,
     },
-    /// The agent ends.
+    /// The agent is shutting down.
     #[error("checkpoint is not written any more: the agent ends")]
     Ending,
 }
@@ -250,7 +251,7 @@ fn write<T: Serialize + ?Sized>(path: &Path, content: &T) -> Result<(), Failed> 
         .and_then(|text| fs::write(&unfinished, text))
         .and_then(|()| fs::rename(&unfinished, path));
     written.map_err(|source| {
-        // It makes room; the next attempt overwrites it.
+        // Frees its space; the next attempt overwrites it.
         _ = fs::remove_file(&unfinished);
         Failed::Write { path: path.into(), source }
     })
@@ -265,8 +266,8 @@ pub struct Found {
     pub netns: Option<NetNs>,
 }
 
-/// Looks for the namespaces of checkpoints: where they were, then among those of all processes and mounts. An error if one that may be a
-/// pod's can't be told from others: to take it for none would leave in it what is ours.
+/// Finds the namespaces of checkpoints: by their paths, then among those of all processes and mounts. Fails if it can't identify
+/// a namespace that may be a pod's: to treat it as ended would leave our changes in it.
 pub fn find(checkpoints: Vec<Checkpoint>) -> io::Result<Vec<Found>> {
     let mut everywhere = None;
     let find = |checkpoint: Checkpoint| {
@@ -303,7 +304,7 @@ fn host_path(path: &Path) -> PathBuf {
     Path::new("/proc/1/root").join(path.strip_prefix("/").unwrap_or(path))
 }
 
-/// Every network namespace of the node that a process is in or that is mounted, by its inode, with a path to it.
+/// Every network namespace of the node that has a process or a mount, by inode, with a path to it.
 #[must_use]
 pub fn namespaces() -> BTreeMap<u64, PathBuf> {
     let mut found = HashMap::new();
@@ -454,7 +455,7 @@ mod tests {
         checkpoints.write(&checkpoint()).unwrap();
         fs::write(directory.path().join("pods/8.json"), "{").unwrap();
         fs::write(directory.path().join("pods/9.new"), "{}").unwrap();
-        // One that never ends.
+        // A file without an end.
         std::os::unix::fs::symlink("/dev/zero", directory.path().join("pods/10.json")).unwrap();
         std::os::unix::fs::symlink("/dev/zero", directory.path().join(PROXIES)).unwrap();
         assert_eq!(checkpoints.read().unwrap().len(), 1);

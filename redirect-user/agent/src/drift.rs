@@ -1,4 +1,4 @@
-//! Reconciles pods at once when the watch notices that something in their namespaces has changed.
+//! Reconciles pods as soon as the watch reports a change in their namespaces.
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
@@ -16,10 +16,10 @@ use redirect_datapath::datapath::Datapath;
 use redirect_datapath::handle::DatapathHandle;
 use redirect_datapath::linux::Linux;
 
-/// How long interfaces that come and go are left alone until the pod is looked at.
+/// How long to wait for further changes of interfaces before a pod is reconciled.
 const SETTLE: Duration = Duration::from_millis(20);
 
-/// Keeps pods in step with their namespaces. Without events that somebody listens to already, any pod may have changed.
+/// Reconciles pods when their namespaces change. If no subscriber was listening before, any pod may have changed.
 pub(super) async fn follow(
     listening: Option<mpsc::Receiver<io::Result<Event>>>,
     watch: Arc<Watch>,
@@ -42,7 +42,7 @@ pub(super) async fn follow(
                 () = reconciling.settle(&pods) => continue,
             });
         }
-        // Interfaces come with several messages each.
+        // An interface causes several messages.
         tokio::time::sleep(SETTLE).await;
         while let Ok(more) = events.try_recv() {
             batch.push(more?);
@@ -70,7 +70,7 @@ pub(super) async fn follow(
     }
 }
 
-/// The pods whose devices of the host these are. Others' filters come and go as well.
+/// The pods behind these devices of the host. Filters of other software come and go as well.
 async fn behind(
     devices: &BTreeSet<u32>,
     kernel: &DatapathHandle<Linux>,
@@ -86,11 +86,11 @@ async fn behind(
     found.await.unwrap_or_default().into_iter().filter_map(|cookie| pods.uid_of(cookie)).collect()
 }
 
-/// The pods that are being reconciled, side by side: one that somebody else works on holds up no other.
+/// The pods that are being reconciled, in parallel: one that is locked delays no other.
 #[derive(Default)]
 struct Reconciling {
     tasks: JoinSet<String>,
-    /// Whether a pod has changed again since.
+    /// Whether a pod has changed again meanwhile.
     again: HashMap<String, bool>,
 }
 
@@ -108,7 +108,7 @@ impl Reconciling {
         });
     }
 
-    /// Waits until one is done, and begins anew with one that has changed since.
+    /// Waits until one is done, and starts again if it has changed meanwhile.
     async fn settle<D: Datapath + Send + 'static>(&mut self, pods: &Arc<Pods<D>>) {
         match self.tasks.join_next().await {
             Some(Ok(uid)) => {

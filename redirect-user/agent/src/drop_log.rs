@@ -7,14 +7,14 @@ use redirect_datapath::handle::DatapathHandle;
 use redirect_datapath::linux::{Linux, Report};
 use redirect_protocol::wire::CounterReport;
 
-/// What was counted when it was last looked at.
+/// The counts at the last report.
 #[derive(Debug, Default)]
 pub(super) struct DropLog {
     before: Option<Report>,
 }
 
 impl DropLog {
-    /// Tells what has come since the last time, where anybody wants to know.
+    /// Logs the changes since the last report, if the level is enabled.
     pub(super) async fn tell(&mut self, kernel: &DatapathHandle<Linux>) {
         if !tracing::enabled!(Level::DEBUG) {
             return;
@@ -34,7 +34,7 @@ impl DropLog {
     }
 }
 
-/// The counters of what was dropped, by how much they have grown.
+/// The growth of the counters of drops.
 fn dropped(before: &Report, now: &Report) -> Vec<CounterReport> {
     let key =
         |counter: &CounterReport| (counter.family.clone(), counter.direction.clone(), counter.reason.clone());

@@ -10,16 +10,16 @@ use redirect_linux::netns::NetNs;
 use redirect_protocol::pod::{PodIdentity, PodSettings};
 use redirect_protocol::wire::{Attachment, Error, Reply};
 
-/// What is to be done about a pod.
+/// The decision about a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     /// Capture it.
     Enroll {
-        /// Who it is, with everything that the plugin cannot know.
+        /// Its identity, completed with what the plugin does not know.
         identity: PodIdentity,
         settings: PodSettings,
     },
-    /// Leave it alone, for this reason.
+    /// Do not enroll it, for this reason.
     Leave(String),
 }
 
@@ -28,13 +28,13 @@ pub(crate) type Decision<'a> = Pin<Box<dyn Future<Output = Result<Verdict, Error
 
 /// Decides which pods are captured.
 pub(crate) trait Enrollment: Send + Sync {
-    /// Answers well before the plugin's patience ends.
+    /// Decides well before the plugin's deadline.
     fn decide<'a>(&'a self, pod: &'a PodIdentity) -> Decision<'a>;
 
-    /// Hears that a pod has been enrolled.
+    /// Called after a pod has been enrolled.
     fn enrolled(&self, _uid: &str) {}
 
-    /// Whether every pod is enrolled, so that one that is not known has been lost.
+    /// Whether every pod is enrolled, so that an unknown one has been lost.
     fn is_for_all(&self) -> bool {
         false
     }
@@ -60,7 +60,7 @@ impl Enrollment for Everybody {
     }
 }
 
-/// Enrolls a pod that the plugin brings, if it is to be.
+/// Enrolls a pod that the plugin adds, if the decision says so.
 pub(super) async fn add<D: Datapath + Send + 'static>(
     pods: &Pods<D>,
     enrollment: &dyn Enrollment,
@@ -90,7 +90,7 @@ pub(super) async fn add<D: Datapath + Send + 'static>(
     }
 }
 
-/// Compares the kernel with what enrollment promised.
+/// Compares the kernel with the state that enrollment established.
 pub(super) async fn check<D: Datapath + Send + 'static>(
     pods: &Pods<D>,
     enrollment: &dyn Enrollment,

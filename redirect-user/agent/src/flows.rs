@@ -21,28 +21,28 @@ use redirect_datapath::linux::Linux;
 use redirect_protocol::pod::PodIdentity;
 use redirect_protocol::wire::{Error, ErrorKind, FlowFilter, FlowReport, Reply};
 
-/// Events that a listener may be behind before it loses some.
+/// How many events a monitor may be behind before it loses some.
 const BACKLOG: usize = 8192;
 
-/// Events in a packet: each takes some 1100 bytes at most.
+/// Events per packet: each takes up to about 1,100 bytes.
 const PACKET: usize = 50;
 
 const MAX_LISTENERS: usize = 32;
 
-/// The events' way from the kernel to those who listen.
+/// The path of events from the kernel to monitors.
 pub(super) struct Flows {
     events: broadcast::Sender<Arc<FlowReport>>,
-    /// How many listen.
+    /// The number of monitors.
     listeners: watch::Sender<usize>,
-    /// Whether the kernel tells.
+    /// Whether the kernel side reports events.
     on: watch::Receiver<bool>,
     stopped: watch::Receiver<bool>,
-    /// Events that listeners lost because they were too slow.
+    /// Events lost because a monitor was too slow.
     slow: Arc<AtomicU64>,
 }
 
 impl Flows {
-    /// Reads events from now on, as long as there are listeners, until `stopped`. What reads ends when they are turned off.
+    /// Reads events while there are monitors, until `stopped`. The reader ends when events are turned off.
     pub(super) async fn start(
         kernel: DatapathHandle<Linux>,
         pods: Arc<Pods<Linux>>,
@@ -52,7 +52,7 @@ impl Flows {
         let (events, _) = broadcast::channel(BACKLOG);
         let (listeners, wanted) = watch::channel(0);
         let (switch, on) = watch::channel(false);
-        // SAFETY: the ring buffer's descriptor is always the same, and open as long as the buffer is there.
+        // SAFETY: the ring buffer's descriptor never changes, and stays open as long as the buffer exists.
         let ring = unsafe { AsyncFd::register(ring) }?;
         let mut reader = Reader {
             ring,
@@ -82,7 +82,8 @@ impl Flows {
         self.slow.load(Ordering::Relaxed)
     }
 
-    /// The events that a filter lets through, in packets: an empty one as soon as the kernel tells.
+    /// The events that match a filter, in packets; an empty one first, as soon as the kernel side reports
+    /// events.
     pub(super) async fn listen(&self, filter: FlowFilter) -> Result<BoxStream<'static, Reply>, Error> {
         let mut place = None;
         self.listeners.send_if_modified(|listeners| {
@@ -115,7 +116,7 @@ impl Flows {
     }
 }
 
-/// Counts a listener as long as it is there.
+/// Counts a monitor while it is attached.
 struct Place(watch::Sender<usize>);
 
 impl Drop for Place {
@@ -133,7 +134,7 @@ struct Listener {
 }
 
 impl Listener {
-    /// Waits for an event, and takes those as well that are there already. Nothing at the agent's end.
+    /// Waits for an event, and returns it with those that are already queued. `None` when the agent ends.
     async fn next(mut self) -> Option<(Reply, Self)> {
         let (mut flows, mut lost) = (Vec::new(), 0);
         while flows.is_empty() && lost == 0 {
@@ -175,11 +176,11 @@ struct Reader {
 }
 
 impl Reader {
-    /// Works until something fails.
+    /// Runs until an error occurs.
     async fn run(&mut self) -> anyhow::Result<()> {
         loop {
             self.wanted.wait_for(|listeners| *listeners > 0).await?;
-            // What an agent before us did not read.
+            // Events that a previous agent did not read.
             while self.ring.get_mut().next().is_some() {}
             self.kernel.run(|linux| linux.tell_flows(true)).await??;
             self.switch.send_replace(true);
@@ -192,7 +193,7 @@ impl Reader {
                     }
                 };
                 if deserted {
-                    // Whoever comes from now on waits until they are on again.
+                    // New monitors wait until events are on again.
                     self.switch.send_replace(false);
                     if *self.wanted.borrow() == 0 {
                         break;
@@ -217,7 +218,7 @@ impl Reader {
         }
     }
 
-    /// Passes on what there is.
+    /// Forwards all available events.
     fn read(&mut self) {
         let began = since_boot();
         let now = jiff::Timestamp::now();
@@ -225,7 +226,7 @@ impl Reader {
             let pod = self.names.of(flow.netns_cookie);
             let ago = jiff::SignedDuration::from_nanos(began.cast_signed() - flow.time.cast_signed());
             let time = now.checked_sub(ago).unwrap_or(now);
-            // An error means that nobody listens any more.
+            // An error means that no monitor is attached any more.
             let _ = self.events.send(Arc::new(report(&flow, pod, time)));
         }
     }
@@ -234,7 +235,7 @@ impl Reader {
 /// The pods by the cookies of their namespaces.
 struct Names {
     pods: Arc<Pods<Linux>>,
-    /// Those that events were about, for the last ones of pods that are gone.
+    /// Pods of earlier events, for the last events of pods that are gone.
     known: HashMap<u64, PodIdentity>,
 }
 
@@ -247,7 +248,7 @@ impl Names {
     }
 }
 
-/// Nanoseconds of the clock that the kernel side reads.
+/// Nanoseconds of the kernel side's clock.
 fn since_boot() -> u64 {
     clock_gettime(ClockId::CLOCK_MONOTONIC)
         .map_or(0, |time| Duration::from(time).as_nanos().try_into().unwrap_or(u64::MAX))
@@ -279,7 +280,7 @@ fn label<T: Copy>(all: &[T], label: impl Fn(T) -> &'static str, number: u8) -> S
     all.get(usize::from(number)).map_or("unknown", |value| label(*value)).into()
 }
 
-/// `None`: neither an address nor a port is known.
+/// `None`: neither address nor port is known.
 fn end(family: Family, address: [u8; 16], port: [u8; 2]) -> Option<SocketAddr> {
     let [.., a, b, c, d] = address;
     let address = match family {
@@ -343,7 +344,7 @@ mod tests {
         }
         let (reply, listener) = listener.next().await.unwrap();
         let Reply::Flows { flows, lost } = reply else { panic!("{reply:?}") };
-        // Of the last four, two are of the family.
+        // Of the last four, two match the family.
         assert_eq!((flows.len(), lost, slow.load(Ordering::Relaxed)), (2, 6, 6));
         stop.send_replace(true);
         assert!(listener.next().await.is_none(), "the agent ends, and so do its listeners");

@@ -1,7 +1,7 @@
 //! Health and readiness of the agent.
 //!
-//! A background task examines what takes time: the kernel, and the files of the CNI chain. Answers are its latest findings, so
-//! they come at once however many clients ask, and they report when the task stops finding anything.
+//! A background task makes the slow checks: the kernel, and the files of the CNI chain. Answers come from its latest findings,
+//! so they are immediate however many clients ask, and they report when the task stops delivering findings.
 
 use std::time::{Duration, Instant};
 
@@ -12,22 +12,23 @@ use crate::install;
 use redirect_datapath::handle::DatapathHandle;
 use redirect_datapath::linux::Linux;
 
-/// How often the kernel is examined.
+/// How often the kernel is checked.
 const PERIOD: Duration = Duration::from_secs(2);
 
-/// How often the kernel and the chain are examined while something is wrong. Readiness follows at most this much later.
+/// How often the kernel and the chain are checked while a check fails. Readiness follows within this time.
 const PERIOD_OF_FAULTS: Duration = Duration::from_millis(200);
 
-/// The chain is examined in every so many of these periods: it means reading files, the plugin's among them.
+/// The chain is checked in every N-th of these periods, because that means reading files, including the
+/// plugin's.
 const CHAIN_EVERY: u32 = 5;
 
-/// How long the datapath's thread may take to answer. Enrollments take milliseconds; many may wait.
+/// The deadline for the datapath thread's answer. An enrollment takes milliseconds, but many may be queued.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Findings that are older are none.
+/// Older findings count as missing.
 const STALE: Duration = Duration::from_secs(30);
 
-/// What the last examination found.
+/// The findings of the last check.
 #[derive(Clone, Debug)]
 pub(super) struct Findings {
     /// When it ended.
@@ -40,18 +41,19 @@ pub(super) struct Findings {
 #[derive(Clone, Debug)]
 struct Unchained {
     why: String,
-    /// There is no configuration at all, so no container has a network. One that can't be read may be about to work.
+    /// There is no configuration at all, so no container has a network. One that can't be read may become usable at
+    /// any moment.
     no_chain: bool,
 }
 
 impl Findings {
-    /// What there is before the first examination: pods can't be enrolled yet, and there is no reason for a restart.
+    /// The findings before the first check: pods can't be enrolled yet, and there is no reason for a restart.
     fn none() -> Self {
         let pending = Err(Unchained { why: "not examined yet".to_owned(), no_chain: false });
         Self { at: Instant::now(), datapath: Ok(()), chain: pending }
     }
 
-    /// Why a container that starts now may get past the plugin.
+    /// Why a container that starts now may bypass the plugin.
     pub(super) fn blocked(&self) -> Option<String> {
         match (&self.datapath, &self.chain) {
             (Err(why), _) => Some(why.clone()),
@@ -77,20 +79,20 @@ impl Findings {
     }
 }
 
-/// What has to be examined.
+/// The subjects of the checks.
 #[derive(Clone)]
 pub(super) struct Examined {
     pub(super) kernel: DatapathHandle<Linux>,
-    /// The CNI chain, if this agent keeps it.
+    /// The CNI chain, if this agent manages it.
     pub(super) chain: Option<install::Options>,
 }
 
-/// Where findings are put, and where they are read.
+/// The channel for findings.
 pub(super) fn channel() -> (watch::Sender<Findings>, watch::Receiver<Findings>) {
     watch::channel(Findings::none())
 }
 
-/// Examines again and again.
+/// Checks periodically.
 pub(super) async fn examine(what: Examined, findings: watch::Sender<Findings>) -> anyhow::Result<()> {
     let mut chain = Ok(());
     for round in 0_u32.. {
@@ -121,7 +123,7 @@ async fn examine_chain(options: Option<install::Options>) -> Result<(), Unchaine
     }
 }
 
-/// Whether the programs are attached and can be worked with.
+/// Whether the programs are attached and the datapath thread answers.
 async fn examine_datapath(kernel: &DatapathHandle<Linux>) -> Result<(), String> {
     match timeout(PATIENCE, kernel.run(|linux| linux.detached())).await {
         Ok(Ok(None)) => Ok(()),

@@ -1,4 +1,4 @@
-//! Answers `redirect pods`, `redirect pod` and `redirect explain` from the state of the kernel.
+//! Answers `redirect pods`, `redirect pod` and `redirect explain` from the kernel's state.
 
 use std::net::SocketAddr;
 
@@ -15,7 +15,7 @@ use redirect_protocol::wire::{
     Error, ErrorKind, Expectation, Explanation, FactState, PodDetail, PodReport, Transport,
 };
 
-/// A connection that is asked about.
+/// The connection to explain.
 pub(super) struct Question {
     pub(super) from: String,
     pub(super) to: SocketAddr,
@@ -36,7 +36,7 @@ pub(super) async fn pods(
     Ok(reports)
 }
 
-/// Adds what the kernel side counted.
+/// Adds the kernel side's counters.
 async fn count(kernel: &DatapathHandle<Linux>, reports: &mut [PodReport]) -> Result<(), Error> {
     let cookies: Vec<u64> = reports.iter().map(|report| report.netns_cookie).collect();
     let counted = kernel.run(move |linux| {
@@ -47,14 +47,14 @@ async fn count(kernel: &DatapathHandle<Linux>, reports: &mut [PodReport]) -> Res
     Ok(())
 }
 
-/// What was read from the kernel.
+/// Unwraps a read from the kernel.
 pub(super) fn read<T, E: std::fmt::Display>(outcome: Result<anyhow::Result<T>, E>) -> Result<T, Error> {
     outcome.map_err(|error| Error::new(ErrorKind::Internal, error.to_string()))?.map_err(|error| {
         Error::new(ErrorKind::Datapath, format!("cannot read the kernel's state: {error:#}"))
     })
 }
 
-/// Everything about the pod.
+/// A detailed report on the pod.
 pub(super) async fn pod(
     pods: &Pods<Linux>,
     kernel: &DatapathHandle<Linux>,
@@ -70,7 +70,7 @@ pub(super) async fn pod(
     Ok(PodDetail { expectations: facts.chain(listeners).collect(), report })
 }
 
-/// What was found out about a pod.
+/// The observed state of a pod.
 struct Examined {
     report: PodReport,
     findings: Vec<Finding>,
@@ -107,7 +107,7 @@ async fn examine(pods: &Pods<Linux>, placement: Placement, name: &str) -> Result
     Ok(Examined { report, findings, listeners })
 }
 
-/// The decision on a connection of the pod, and the first thing that is wrong on its way.
+/// The decision on a connection of the pod, and the first fault on its way.
 pub(super) async fn explain(
     pods: &Pods<Linux>,
     kernel: &DatapathHandle<Linux>,

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Invariant: after every single step the directory holds a working chain, with or without our plugin. So the binary is in
-//! place before a configuration names it, and no configuration names it when it is removed.
+//! place before any configuration names it, and is removed only when none does.
 
 mod chain;
 mod directory;
@@ -37,20 +37,20 @@ use files::{Disk, Files};
 use plan::Op;
 use redirect_linux::lock;
 
-/// The plugin's file name, which is its type in configurations.
+/// The plugin's file name, which is also its type in configurations.
 pub const PLUGIN: &str = "redirect-cni";
 
-/// The configuration of our own, for `--cni-own-conf`. It comes before what primary CNIs write.
+/// Our own configuration, for `--cni-own-conf`. Its name sorts before those that primary CNIs write.
 pub const OWN_CONF: &str = "00-ambient-redirect.conflist";
 
-/// What an installation did.
+/// The result of an installation.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
-    /// The configuration that has the plugin now.
+    /// The configuration that now has the plugin.
     pub configuration: PathBuf,
-    /// What was written or removed; empty if all was in place.
+    /// The files that were written or removed; empty if everything was in place.
     pub changed: Vec<PathBuf>,
-    /// What people should know.
+    /// Warnings for the operator.
     pub warnings: Vec<String>,
 }
 
@@ -82,29 +82,29 @@ pub fn run(install: Install) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Installs plugin and entry, or repairs them. Changes nothing where all is in place.
+/// Installs plugin and entry, or repairs them. Changes nothing if everything is in place.
 pub fn install_once(options: &Options) -> Result<Outcome, Error> {
     install(options, &mut Disk)
 }
 
-/// Takes the entry out of every configuration, then removes the plugin. Needs neither agent nor cluster. What was
-/// changed.
+/// Removes the entry from every configuration, then the plugin. Needs neither agent nor cluster. Returns the
+/// changed files.
 pub fn remove(directories: &Directories) -> Result<Vec<PathBuf>, Error> {
     take_out(directories, &mut Disk)
 }
 
-/// What container runtimes find on this node.
+/// The node's chain as container runtimes see it.
 #[derive(Debug)]
 pub struct Found {
     /// The configuration that they use.
     pub configuration: PathBuf,
-    /// Whether our plugin is in it.
+    /// Whether it contains our plugin.
     pub chained: bool,
-    /// The plugin, or what is wrong with it.
+    /// The plugin, or its problem.
     pub plugin: Result<PathBuf, String>,
 }
 
-/// Looks at a node's chain. The plugin is asked for its versions.
+/// Reads a node's chain. Asks the plugin for its versions.
 pub fn find(directories: &Directories) -> Result<Found, Error> {
     let directory = Directory::read(&directories.cni_conf_dir)?;
     let Some((conf, chain)) = directory.files.iter().find_map(|conf| Some((conf, conf.chain.as_ref().ok()?)))
@@ -120,7 +120,8 @@ pub fn find(directories: &Directories) -> Result<Found, Error> {
     })
 }
 
-/// A configuration with the plugin's entry, as `redirect install` writes it, or why container runtimes reject it.
+/// A configuration with the plugin's entry, as `redirect install` writes it, or the reason why container runtimes
+/// reject it.
 pub fn chained(name: &str, configuration: &[u8], entry: &Map<String, Value>) -> Result<Value, String> {
     Ok(Chain::parse(name, configuration)?.with(entry).document())
 }
@@ -130,7 +131,7 @@ pub fn unchained(name: &str, configuration: &[u8]) -> Result<Value, String> {
     Ok(Chain::parse(name, configuration)?.without().document())
 }
 
-/// What an installation would change.
+/// The changes that an installation would make.
 pub(crate) fn missing(options: &Options) -> Result<Vec<String>, Error> {
     let mut missing = Vec::new();
     if !plugin::is_current(options)? {
@@ -145,7 +146,7 @@ pub(crate) fn missing(options: &Options) -> Result<Vec<String>, Error> {
 
 fn install(options: &Options, files: &mut impl Files) -> Result<Outcome, Error> {
     let _lock = lock(&options.directories.cni_conf_dir)?;
-    // Known to be possible before anything is touched.
+    // Checked before anything is changed.
     plan::install(&Directory::read(&options.directories.cni_conf_dir)?, options)?;
     for directory in [&options.directories.cni_conf_dir, &options.directories.cni_bin_dir] {
         files::sweep(directory, files)?;
@@ -154,7 +155,7 @@ fn install(options: &Options, files: &mut impl Files) -> Result<Outcome, Error> 
     if plugin::install(options, files)? {
         outcome.changed.push(options.directories.installed_plugin());
     }
-    // Read again: a primary CNI may have written meanwhile.
+    // Read again, because a primary CNI may have written meanwhile.
     let plan = plan::install(&Directory::read(&options.directories.cni_conf_dir)?, options)?;
     outcome.configuration = options.directories.cni_conf_dir.join(&plan.target);
     if !plan.ops.is_empty() {
@@ -168,7 +169,7 @@ fn install(options: &Options, files: &mut impl Files) -> Result<Outcome, Error> 
 
 fn take_out(directories: &Directories, files: &mut impl Files) -> Result<Vec<PathBuf>, Error> {
     let mut changed = Vec::new();
-    // No directory, no entries.
+    // Without a directory there are no entries.
     if directories.cni_conf_dir.is_dir() {
         let _lock = lock(&directories.cni_conf_dir)?;
         let ops = plan::remove(&Directory::read(&directories.cni_conf_dir)?);
@@ -202,7 +203,8 @@ fn execute(directory: &Path, ops: Vec<Op>, files: &mut impl Files) -> Result<Vec
     Ok(changed)
 }
 
-/// Two installers should not work at once: a DaemonSet's old and new pod overlap. If they do, each writes whole files.
+/// Installers should not run concurrently, although a DaemonSet's old and new pod overlap. If they do, each still
+/// writes whole files.
 fn lock(directory: &Path) -> Result<File, Error> {
     lock::of_directory(directory).map_err(|source| Error::read(directory, source))
 }

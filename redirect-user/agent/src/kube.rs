@@ -6,8 +6,8 @@
 //!        redirect-cni ──▶ admission ───┘ └─ rules             └──▶ status: annotation, events ──▶ API server
 //! ```
 //!
-//! The API server holds the desired state, never the actual one: the kernel decides whether a pod is enrolled, and the
-//! annotation follows.
+//! The API server holds the desired state only: the kernel decides whether a pod is enrolled, and the annotation
+//! follows.
 
 mod admission;
 mod api;

@@ -12,13 +12,13 @@ pub(crate) use snapshot::Snapshot;
 
 use prometheus_client::registry::Registry;
 
-/// Where metrics are served by default: every address, of both families. No port of Istio's, of ztunnel's or of ours.
+/// The default address for metrics: every address, of both families. The port is none of Istio's, ztunnel's or ours.
 pub const DEFAULT_ADDRESS: &str = "[::]:15091";
 
-/// Where health and readiness are served by default: where only the node's own processes, such as the kubelet, reach it.
+/// The default address for health and readiness: reachable only by the node's own processes, such as the kubelet.
 pub const DEFAULT_HEALTH_ADDRESS: &str = "127.0.0.1:15092";
 
-/// Everything that is told, under the names that it is told by.
+/// Registers all metrics under their names.
 fn registry(snapshot: Snapshot) -> Registry {
     let mut registry = Registry::with_prefix("redirect");
     events::events().register(&mut registry);

@@ -1,4 +1,4 @@
-//! The node proxies of placement `node`, known by the cgroups that options name.
+//! The node proxies of placement `node`, identified by the cgroups in the agent's options.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -12,18 +12,18 @@ use redirect_linux::cgroup;
 
 use super::cgroup_watch::CgroupWatch;
 
-/// Cgroups that are named, and which part of the proxy each is.
+/// The configured cgroups, and the part of the proxy in each.
 #[derive(Clone, Debug)]
 pub(super) struct NamedProxies(BTreeMap<PathBuf, ProxyPart>);
 
-/// The cgroups by the numbers by which the kernel side knows them.
+/// The cgroups by their IDs, as the kernel side knows them.
 pub(super) type Numbers = BTreeMap<u64, ProxyPart>;
 
-/// How long until the cgroups are looked for again where the file system says nothing.
+/// How often to search for the cgroups if inotify reports nothing.
 const LOOK_AGAIN: Duration = Duration::from_secs(10);
 
 impl NamedProxies {
-    /// By the arguments of `--proxy-cgroup` and `--outbound-proxy-cgroup`.
+    /// From the arguments of `--proxy-cgroup` and `--outbound-proxy-cgroup`.
     pub(super) fn new(all: &[PathBuf], outbound: &[PathBuf]) -> anyhow::Result<Self> {
         let rest = if outbound.is_empty() { ProxyPart::ALL } else { ProxyPart::INBOUND };
         let mut named: BTreeMap<_, _> = all.iter().map(|directory| (directory.clone(), rest)).collect();
@@ -42,7 +42,7 @@ impl NamedProxies {
         self.0.is_empty()
     }
 
-    /// Those that exist, all of which have to.
+    /// The existing cgroups; all of them have to exist.
     pub(super) fn all(&self) -> anyhow::Result<Numbers> {
         let number = |directory: &Path| {
             cgroup::id(directory).with_context(|| format!("cgroup {} of the node proxy", directory.display()))
@@ -50,13 +50,13 @@ impl NamedProxies {
         self.0.iter().map(|(directory, part)| Ok((number(directory)?, *part))).collect()
     }
 
-    /// Keeps the kernel side's numbers in step with the cgroups, for ever. A cgroup's number stays known while there is no other one in its
-    /// place: sockets may outlive it.
+    /// Keeps the kernel side's IDs up to date, forever. A cgroup's ID stays known until another cgroup takes its place: sockets
+    /// may outlive it.
     pub(super) async fn follow(self, kernel: DatapathHandle<Linux>) -> anyhow::Result<()> {
         let places: BTreeSet<PathBuf> = self.0.keys().cloned().collect();
         let mut known: BTreeMap<PathBuf, u64> = BTreeMap::new();
         loop {
-            // Before the cgroups are looked for, so that what changes meanwhile is noticed.
+            // Starts before the search, so that no change is missed.
             let watch = CgroupWatch::new(&places);
             let mut found = known.clone();
             found.extend(places.iter().filter_map(|place| Some((place.clone(), cgroup::id(place).ok()?))));

@@ -1,5 +1,5 @@
-//! Placement `node`: the node proxy is not connected to the agent and need not know about it. While the proxy's listeners are
-//! open, the agent acknowledges every pod on the proxy's behalf.
+//! Placement `node`: the node proxy does not connect to the agent. While the proxy's listeners are open, the agent
+//! acknowledges every pod on the proxy's behalf.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -17,10 +17,10 @@ use redirect_zds::client::{Backoff, Workloads, follow};
 use redirect_zds::messages::WorkloadInfo;
 use redirect_zds::server::Peer;
 
-/// How often it is looked for the listeners.
+/// How often to check the listeners.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// Works for ever.
+/// Runs forever.
 pub(super) async fn acknowledge(zds_socket: PathBuf) -> anyhow::Result<()> {
     loop {
         until(true).await;
@@ -37,7 +37,7 @@ pub(super) async fn acknowledge(zds_socket: PathBuf) -> anyhow::Result<()> {
     }
 }
 
-/// Admits nobody but the agent itself.
+/// Admits only the agent itself.
 pub(super) fn admit(peer: &Peer) -> anyhow::Result<()> {
     anyhow::ensure!(
         peer.process.pid().cast_unsigned() == std::process::id(),
@@ -47,7 +47,7 @@ pub(super) fn admit(peer: &Peer) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Nothing is to be done for a pod.
+/// Serving a pod needs no action.
 struct Served;
 
 impl Workloads for Served {

@@ -1,4 +1,4 @@
-//! The node proxies, by where they listen: those in pods connect to the agent; the one on the host need not know about it.
+//! The node proxies, by placement: those in pods connect to the agent, the one on the host does not.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -35,7 +35,7 @@ impl NodeProxies {
         })
     }
 
-    /// How their sockets are recognized, if it is to be like this.
+    /// How to recognize their sockets, given the option.
     pub(super) fn identity(&self, wanted: ProxyIdentity) -> ProxyIdentity {
         match self {
             Self::OnNode(named) if named.is_empty() => {
@@ -49,7 +49,7 @@ impl NodeProxies {
         }
     }
 
-    /// The cgroups of those that are known so far.
+    /// The cgroups of the known proxies.
     pub(super) async fn known(&self) -> anyhow::Result<BTreeMap<u64, ProxyPart>> {
         match self {
             Self::InPods(cgroups) => Ok(cgroups.known().await),
@@ -57,7 +57,7 @@ impl NodeProxies {
         }
     }
 
-    /// Admits who connects as a proxy, before it is told any pod.
+    /// Admits a process that connects as a proxy, before any pod is sent to it.
     pub(super) async fn admit(&self, kernel: &DatapathHandle<Linux>, peer: Peer) -> anyhow::Result<()> {
         match self {
             Self::InPods(cgroups) => cgroups.admit(kernel, peer).await,
@@ -65,7 +65,7 @@ impl NodeProxies {
         }
     }
 
-    /// Starts what the agent does in place of a proxy that does not connect.
+    /// Starts the acknowledgements on behalf of a proxy that does not connect.
     pub(super) fn serve_node_ack(
         self,
         supervisor: &mut Supervisor,

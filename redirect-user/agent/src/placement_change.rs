@@ -1,4 +1,4 @@
-//! Brings pods over that an agent of the other placement has captured, one by one, each when a proxy serves it in this placement.
+//! Takes over pods that an agent of the other placement captured, one by one, each when a proxy serves it in this placement.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,10 +9,10 @@ use super::pods::Pods;
 use redirect_datapath::handle::DatapathHandle;
 use redirect_datapath::linux::Linux;
 
-/// How often pods are tried again, and how often it is looked whether the other placement's proxies have let go of them.
+/// How often to retry pods, and to check whether the other placement's proxies have released them.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// Works until nothing of the other placement is left.
+/// Runs until nothing of the other placement is left.
 pub(super) async fn follow(kernel: DatapathHandle<Linux>, pods: Arc<Pods<Linux>>) -> anyhow::Result<()> {
     let mut changes = pods.proxy_changes();
     while kernel.run(|linux| linux.is_divided()).await? {

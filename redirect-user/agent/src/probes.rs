@@ -30,18 +30,17 @@ pub struct Probers {
     pub probe_cgroups: Vec<PathBuf>,
 }
 
-/// How long until processes are looked for again: soon after something changed, because a cgroup is there before its
-/// process, then ever more seldom. Only their first start has to be found this way: when their cgroups come and go, the
-/// file system says so.
+/// When to search processes again: soon after a change, because a cgroup exists before its process, then at growing
+/// intervals. Only the first start has to be found this way; inotify reports later changes of its cgroup.
 const LOOK_AGAIN: RangeInclusive<Duration> = Duration::from_millis(200)..=Duration::from_secs(30);
 
-/// How long what changed is left alone until it is looked at.
+/// How long to wait after a change.
 const SETTLE: Duration = Duration::from_millis(20);
 
-/// How many places of earlier probers are watched.
+/// How many paths of earlier probers are watched.
 const MOST_PLACES: usize = 64;
 
-/// Keeps the probe program attached to the probers' cgroups, for ever. Says when it has looked for them for the first time.
+/// Keeps the probe program attached to the probers' cgroups, forever. Reports when the first search is complete.
 pub(super) async fn follow(
     probers: Probers,
     root: PathBuf,
@@ -49,11 +48,11 @@ pub(super) async fn follow(
     looked: watch::Sender<bool>,
 ) -> anyhow::Result<()> {
     let mut known = BTreeSet::new();
-    // Where probers are, were or will be: they come back to the same places.
+    // The paths of current, former and future probers: services return to the same paths.
     let mut places = probers.cgroups(&root);
     let mut pause = *LOOK_AGAIN.start();
     loop {
-        // Before anything is looked for, so that what changes meanwhile is noticed.
+        // Starts before the search, so that no change is missed.
         let watch = CgroupWatch::new(&places);
         let (wanted, root_directory) = (probers.clone(), root.clone());
         let found =
@@ -91,19 +90,19 @@ pub(super) async fn follow(
 }
 
 impl Probers {
-    /// The cgroups that are named, whether they exist or not.
+    /// The configured cgroups, whether they exist or not.
     fn cgroups(&self, root: &Path) -> BTreeSet<PathBuf> {
         self.probe_cgroups.iter().map(|path| root.join(path.strip_prefix("/").unwrap_or(path))).collect()
     }
 }
 
-/// The probers' cgroups that exist.
+/// The existing cgroups of probers.
 fn find(probers: &Probers, root: &Path) -> BTreeSet<PathBuf> {
     let mut found = probers.cgroups(root);
     found.retain(|directory| directory.is_dir());
     for pid in processes(&probers.probe_processes) {
         match cgroup::of_process(pid) {
-            // Every process is below the root: it would exempt the whole node.
+            // Every process is below the root, which would exempt the whole node.
             Ok(cgroup) if cgroup.is_root() => tracing::warn!(
                 pid,
                 "the kubelet runs in the root of the cgroup2 hierarchy, where its probes are \
@@ -119,7 +118,8 @@ fn find(probers: &Probers, root: &Path) -> BTreeSet<PathBuf> {
     found
 }
 
-/// The host's processes of these names. Anything in a pod can call itself a kubelet, but has namespaces of its own.
+/// The host's processes with these names. A process in a pod can call itself a kubelet, but it has namespaces of
+/// its own.
 fn processes(names: &[String]) -> Vec<i32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries
@@ -131,7 +131,7 @@ fn processes(names: &[String]) -> Vec<i32> {
         .collect()
 }
 
-/// The kernel cuts names after fifteen bytes.
+/// The kernel truncates names to fifteen bytes.
 fn is_called(comm: &str, name: &str) -> bool {
     const LONGEST: usize = 15;
     !comm.is_empty() && comm.as_bytes() == name.as_bytes().get(..LONGEST).unwrap_or(name.as_bytes())
@@ -142,7 +142,7 @@ fn is_of_host(pid: i32) -> bool {
     let network = |process: &str| fs::read_link(format!("/proc/{process}/ns/net")).ok();
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let own = network("self");
-    // A process of an inner PID namespace has one more number there.
+    // A process in an inner PID namespace has an additional ID there.
     let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
     own.is_some()
         && own == network(&pid.to_string())

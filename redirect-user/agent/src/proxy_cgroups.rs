@@ -1,4 +1,4 @@
-//! Keeps the kernel side's map of proxy cgroups.
+//! Maintains the kernel side's map of proxy cgroups.
 
 use std::collections::BTreeMap;
 
@@ -15,13 +15,13 @@ use redirect_zds::server::Peer;
 /// The cgroups of the proxies that have connected so far.
 pub(super) struct Cgroups {
     identity: ProxyIdentity,
-    /// Newest first. Locked until file and map have the same list, lest two proxies that connect at once leave an older one.
+    /// Newest first. Locked until file and map are written: two proxies that connect at once must not leave different lists.
     known: Mutex<Vec<u64>>,
     checkpoints: Checkpoints,
 }
 
 impl Cgroups {
-    /// Those that the agent before knew are known: their proxies are still at work.
+    /// Begins with the previous agent's proxies, which may still be running.
     pub(super) fn new(identity: ProxyIdentity, checkpoints: Checkpoints) -> Self {
         let known = if identity == ProxyIdentity::Mark { Vec::new() } else { checkpoints.proxies() };
         Self { identity, known: known.into(), checkpoints }
@@ -31,7 +31,7 @@ impl Cgroups {
         whole(&self.known.lock().await)
     }
 
-    /// Admits a proxy, before it is told any pod.
+    /// Admits a proxy, before any pod is sent to it.
     pub(super) async fn admit(&self, kernel: &DatapathHandle<Linux>, peer: Peer) -> anyhow::Result<()> {
         peer_auth::check(kernel, &peer.process).await?;
         if self.identity == ProxyIdentity::Mark {
@@ -47,7 +47,7 @@ impl Cgroups {
         let mut known = self.known.lock().await;
         let wanted = with(&known, cgroup);
         let cgroups = whole(&wanted);
-        // In the map before it is written down: what the next agent finds noted has been in force.
+        // The map comes before the file, so that every cgroup in the file has been in force.
         kernel.run(move |linux| linux.set_proxy_cgroups(&cgroups)).await??;
         let (checkpoints, written) = (self.checkpoints.clone(), wanted.clone());
         tokio::task::spawn_blocking(move || checkpoints.set_proxies(&written)).await?;
@@ -56,14 +56,14 @@ impl Cgroups {
     }
 }
 
-/// The newest first. Those of earlier proxies stay: they may still be draining, or come back.
+/// Newest first. Those of earlier proxies stay: they may still be draining, or come back.
 fn with(known: &[u64], cgroup: u64) -> Vec<u64> {
     const MOST: usize = redirect_ebpf::constants::MAX_PROXY_CGROUPS as usize / 2;
     let earlier = known.iter().copied().filter(|earlier| *earlier != cgroup);
     [cgroup].into_iter().chain(earlier).take(MOST).collect()
 }
 
-/// Those of whole proxies.
+/// The cgroups of whole proxies.
 fn whole(cgroups: &[u64]) -> BTreeMap<u64, ProxyPart> {
     cgroups.iter().map(|cgroup| (*cgroup, ProxyPart::IN_PODS)).collect()
 }

@@ -1,14 +1,14 @@
-//! Tells systemd when containers may start: from then on, each of them passes the plugin.
+//! Notifies systemd when containers may start: from then on, each of them passes the plugin.
 //!
-//! The unit is ordered before container runtimes. If it was ready any earlier, containers that start with the node would get
-//! past the plugin.
+//! The unit is ordered before container runtimes. If it were ready any earlier, containers that start with the node would
+//! bypass the plugin.
 
 use tokio::sync::watch;
 
 use super::health::Findings;
 use redirect_linux::systemd;
 
-/// Ends when systemd knows that the agent is ready.
+/// Returns after systemd has been notified that the agent is ready.
 pub(super) async fn announce(mut findings: watch::Receiver<Findings>) {
     let mut told = None;
     loop {
@@ -18,7 +18,7 @@ pub(super) async fn announce(mut findings: watch::Receiver<Findings>) {
             systemd::starting(&why);
         }
         told = Some(why);
-        // An error means that the agent ends.
+        // An error means that the agent is shutting down.
         if findings.changed().await.is_err() {
             return;
         }

@@ -8,23 +8,23 @@ use redirect_datapath::facts::Fact;
 use redirect_protocol::pod::PodIdentity;
 use redirect_protocol::wire::RepairReport;
 
-/// Counts repairs by kind, and tells whoever wants to hear.
+/// Counts repairs by kind, and publishes them.
 #[derive(Debug)]
 pub struct Repairs {
     counts: [AtomicU64; Kind::ALL.len()],
     told: broadcast::Sender<Repair>,
 }
 
-/// A pod that was repaired.
+/// A repair of a pod.
 #[derive(Clone, Debug)]
 pub struct Repair {
-    /// Who it is.
+    /// The pod's identity.
     pub pod: PodIdentity,
-    /// What had been changed, in words.
+    /// A description of the change that was undone.
     pub what: String,
 }
 
-/// What was changed.
+/// The kinds of repairs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// `lo` was down.
@@ -39,7 +39,7 @@ pub enum Kind {
     Program,
     /// A link or its pin was gone.
     Link,
-    /// A map's entry was gone or another.
+    /// A map entry was missing or different.
     Map,
     /// The pod's network namespace was replaced.
     Namespace,
@@ -58,7 +58,7 @@ impl Kind {
         Self::Namespace,
     ];
 
-    /// The label that metrics and tables show.
+    /// The label in metrics and tables.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
@@ -102,25 +102,25 @@ impl Repairs {
         }
     }
 
-    /// How many of each kind there were.
+    /// The counts of all kinds.
     pub fn counts(&self) -> impl Iterator<Item = (Kind, u64)> {
         Kind::ALL.into_iter().zip(&self.counts).map(|(kind, count)| (kind, count.load(Ordering::Relaxed)))
     }
 
-    /// Those that were, for `redirect status`.
+    /// The counts that are not zero, for `redirect status`.
     #[must_use]
     pub fn report(&self) -> Vec<RepairReport> {
         let counts = self.counts().filter(|(_, repairs)| *repairs > 0);
         counts.map(|(kind, repairs)| RepairReport { kind: kind.label().into(), repairs }).collect()
     }
 
-    /// The repairs from now on.
+    /// Subscribes to repairs from now on.
     #[must_use]
     pub fn subscribe(&self) -> broadcast::Receiver<Repair> {
         self.told.subscribe()
     }
 
-    /// Counts and tells what a pod had lost.
+    /// Counts and publishes a pod's lost facts.
     pub(super) fn of_facts(&self, pod: &PodIdentity, lost: &[Fact]) {
         lost.iter().for_each(|fact| self.count(Kind::of(fact)));
         if !lost.is_empty() {
@@ -128,7 +128,7 @@ impl Repairs {
         }
     }
 
-    /// Counts and tells that a pod has another namespace.
+    /// Counts and publishes a replaced namespace.
     pub(super) fn of_namespace(&self, pod: &PodIdentity) {
         self.count(Kind::Namespace);
         self.tell(pod, "the network namespace was another one".into());
@@ -136,7 +136,7 @@ impl Repairs {
 
     fn tell(&self, pod: &PodIdentity, what: String) {
         tracing::warn!(%pod, uid = pod.uid, repaired = what, "repaired pod datapath drift");
-        // An error means that nobody wants to hear.
+        // An error means that there is no subscriber.
         let _ = self.told.send(Repair { pod: pod.clone(), what });
     }
 }

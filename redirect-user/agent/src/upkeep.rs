@@ -13,7 +13,7 @@ use super::repairs::Kind;
 use redirect_datapath::handle::{DatapathHandle, Gone};
 use redirect_datapath::linux::Linux;
 
-/// Works until the datapath's thread is gone.
+/// Runs until the datapath thread has ended.
 pub(super) async fn reconcile_all(
     every: Duration,
     kernel: DatapathHandle<Linux>,
@@ -36,10 +36,10 @@ pub(super) async fn reconcile_all(
     }
 }
 
-/// How often it is looked whether somebody uses the pods' namespaces: one that nobody does lives no longer than a second.
+/// How often to check whether the pods' namespaces are in use: an unused one is released within a second.
 const USERS: Duration = Duration::from_millis(250);
 
-/// Lets go of pods whose sandbox is gone. Needs the host's `/proc`.
+/// Un-enrolls pods whose sandbox is gone. Needs the host's `/proc`.
 pub(super) async fn leave_abandoned(proc: PathBuf, pods: Arc<Pods<Linux>>) -> anyhow::Result<()> {
     let mut ticks = interval(USERS);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -50,7 +50,7 @@ pub(super) async fn leave_abandoned(proc: PathBuf, pods: Arc<Pods<Linux>>) -> an
     }
 }
 
-/// Looks after what is for the whole node. An error: nobody does any more.
+/// Repairs the node-wide parts. An error means that the datapath thread has ended.
 pub(super) async fn repair(kernel: &DatapathHandle<Linux>, pods: &Pods<Linux>) -> Result<(), Gone> {
     match kernel.run(Linux::repair).await? {
         Ok(repaired) => {

@@ -1,5 +1,5 @@
-//! Watches for interfaces, addresses and routes that appear in enrolled pods, and for rules, routes and TC filters that other software
-//! removes there; in placement `node`, on the host.
+//! Watches for interfaces, addresses and routes that appear in enrolled pods, and for rules, routes and TC filters that other
+//! software removes there; in placement `node`, on the host.
 //!
 //! One netlink socket in the agent's namespace receives the notifications of every namespace that has an ID there
 //! (`NETLINK_LISTEN_ALL_NSID`), so the agent need not poll pods.
@@ -18,36 +18,36 @@ use redirect_linux::netlink::notifications::{Marker, Notification, Notifications
 use redirect_linux::netlink::{self, LOOPBACK_INDEX, Netlink, Raw};
 use redirect_linux::netns::NetNs;
 
-/// The namespaces that are watched.
+/// The watched namespaces.
 pub(crate) struct Watch {
     netlink: Mutex<Netlink>,
-    /// Whether what is removed on the host is of interest.
+    /// Whether to report removals on the host.
     host: bool,
     /// Pods by namespace ID.
     followed: Mutex<HashMap<i32, Followed>>,
-    /// Of who listens now.
+    /// The current listener's marker.
     marker: Mutex<Option<Marker>>,
     /// The number of the latest mark.
     marks: AtomicU32,
-    /// The number of the latest mark that was made.
+    /// The number of the latest mark that was inserted.
     marked: AtomicU32,
 }
 
 struct Followed {
     uid: String,
-    /// The mark that is between what was said before the pod was followed and what was said after. What was said before is of
-    /// no interest: whoever follows the pod looks at its namespace afterwards.
+    /// The mark between the notifications from before the pod was followed and those from after. Earlier ones do not matter:
+    /// the caller observes the namespace after it follows the pod.
     since: u32,
 }
 
-/// What was noticed.
+/// The reported events.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Event {
-    /// Something in the namespace of the pod of this UID has changed.
+    /// The namespace of the pod with this UID has changed.
     Changed(String),
-    /// Something was removed on the host.
+    /// An object was removed on the host.
     Host,
-    /// A filter was removed from the device of the host with this index.
+    /// A filter was removed from the host's device with this index.
     Device(u32),
     /// Events were lost: any pod may have changed.
     Lost,
@@ -62,20 +62,20 @@ const GROUPS: [u32; 6] = [
     libc::RTNLGRP_IPV6_ROUTE,
 ];
 
-/// Room for what comes while the thread is not running, in bytes.
+/// The socket's buffer, for notifications while the thread is not running, in bytes.
 const BUFFER: i32 = 1 << 20;
 
-/// How long messages are left to gather.
+/// How long to let messages accumulate.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// How many of them are read before what they say is passed on.
+/// How many messages to read before reporting their changes.
 const BATCH: usize = 1024;
 
-/// How many events may wait; when they are more, they are treated as lost.
+/// The capacity of the event queue; an overflow counts as lost events.
 const QUEUE: usize = 256;
 
 impl Watch {
-    /// Watches pods, and the host or not, once somebody listens.
+    /// Watches pods, and optionally the host, from the first listener on.
     pub(super) fn new(host: bool) -> io::Result<Arc<Self>> {
         let netlink = Mutex::new(Netlink::open()?);
         Ok(Arc::new(Self {
@@ -100,18 +100,18 @@ impl Watch {
         Ok(receiver)
     }
 
-    /// Watches a pod's namespace: whatever changes there from now on. To be called before it is looked at.
+    /// Watches a pod's namespace for changes from now on. To be called before the pod is observed.
     pub(super) fn follow(&self, uid: &str, netns: &NetNs) -> io::Result<()> {
         let id = self.netlink.lock().namespace_id(netns)?;
         let since = self.mark();
         let mut followed = self.followed();
-        // An older sandbox of the pod may have had another.
+        // An older sandbox of the pod may have had another ID.
         followed.retain(|_, known| known.uid != uid);
         followed.insert(id, Followed { uid: uid.to_owned(), since });
         Ok(())
     }
 
-    /// Marks this moment among the notifications.
+    /// Inserts a mark into the notifications at this moment.
     fn mark(&self) -> u32 {
         let marker = self.marker.lock();
         let number = self.marks.fetch_add(1, Ordering::Relaxed) + 1;
@@ -120,12 +120,12 @@ impl Watch {
                 self.marked.fetch_max(number, Ordering::Release);
                 number
             }
-            // Everything is after it.
+            // All notifications are after it.
             Some(Err(_)) | None => 0,
         }
     }
 
-    /// Watches it no more.
+    /// Stops watching it.
     pub(super) fn unfollow(&self, uid: &str) {
         self.followed().retain(|_, followed| followed.uid != uid);
     }
@@ -135,7 +135,7 @@ impl Watch {
     }
 
     fn read(&self, notifications: &mut Notifications, events: &mpsc::Sender<io::Result<Event>>) {
-        // Those that were made before this thread listened are not among its notifications.
+        // Marks from before this thread listened are not among its notifications.
         let mut reached = self.marks.load(Ordering::Relaxed);
         loop {
             let batch = match self.next_batch(notifications, &mut reached) {
@@ -155,7 +155,7 @@ impl Watch {
                 Err(error) if is_lost(&error) => vec![Event::Lost],
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
-                    // Whoever listens is gone or ends by it.
+                    // The receiver is gone, or ends by this error.
                     let _ = events.blocking_send(Err(error));
                     return;
                 }
@@ -174,11 +174,11 @@ impl Watch {
         }
     }
 
-    /// Waits for a message, and returns what has changed by it and by those that come soon after it. `reached` is the latest mark
+    /// Waits for a message, and returns the changes of this one and of those that follow shortly. `reached` is the latest mark
     /// before them.
     ///
-    /// Enrollments send dozens of messages. Whoever sends one pays for waking a thread that waits for it, so that this one does not
-    /// wait for each.
+    /// Enrollments send dozens of messages, and each sender pays for waking a waiting thread. So this thread does not wait for
+    /// each message.
     fn next_batch(
         &self,
         notifications: &mut Notifications,
@@ -196,7 +196,7 @@ impl Watch {
             match notifications.poll() {
                 Ok(notification) => add(&notification, reached),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    // What was lost with notifications does not come any more.
+                    // Marks that were lost with other notifications never arrive.
                     *reached = marked.max(*reached);
                     break;
                 }
@@ -207,28 +207,28 @@ impl Watch {
     }
 }
 
-/// Whether notifications are missing, because there was no room for them or because they can't be understood.
+/// Whether notifications were lost, because the buffer was full or because they can't be parsed.
 fn is_lost(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::ENOBUFS) || error.kind() == io::ErrorKind::InvalidData
 }
 
-/// What a message says.
+/// The change that a message reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Change {
-    /// Something in the namespace with this ID has changed, after this mark.
+    /// The namespace with this ID has changed, after this mark.
     InNamespace {
         /// The ID.
         id: i32,
         /// The mark.
         mark: u32,
     },
-    /// Something was removed from the socket's own namespace.
+    /// An object was removed from the socket's own namespace.
     OnHost,
     /// A filter was removed from the device with this index in the socket's own namespace.
     OnDevice(u32),
 }
 
-/// What has changed by a notification, as far as that is of interest: what it says beyond that does not matter.
+/// The relevant changes of a notification; its details do not matter.
 fn changes_by(notification: &Notification, mark: u32) -> impl Iterator<Item = Change> {
     let change = move |message: &Raw| match notification.namespace {
         Some(id) => is_of_interest(message).then_some(Change::InNamespace { id, mark }),
@@ -240,8 +240,8 @@ fn changes_by(notification: &Notification, mark: u32) -> impl Iterator<Item = Ch
     notification.messages.iter().filter_map(change)
 }
 
-/// Whether a message calls for a look at its namespace: any about a link, those about what is removed, and those about an address or
-/// a route of the pod's own that is new: a route says of either. Enrollment itself sets `lo` up.
+/// Whether a message requires observing its namespace: any about a link, removals, and new addresses or routes of the pod itself
+/// (a route indicates either). Enrollment itself sets `lo` up.
 fn is_of_interest(message: &Raw) -> bool {
     let is_up = message.word(IFI_FLAGS) & libc::IFF_UP.cast_unsigned() != 0;
     match message.kind() {
@@ -252,23 +252,23 @@ fn is_of_interest(message: &Raw) -> bool {
     }
 }
 
-/// Whether a message says that something was removed that can be ours on the host, where others' routes come and go.
+/// Whether a message reports a removal that may concern us on the host, where routes of other software come and go.
 fn removes(message: &Raw) -> bool {
     match message.kind() {
         libc::RTM_DELLINK | libc::RTM_DELRULE | libc::RTM_DELQDISC | libc::RTM_DELTFILTER => true,
-        // Tables whose number does not fit have this one.
+        // Tables with large numbers have this one.
         libc::RTM_DELROUTE => message.byte(RTM_TABLE) == libc::RT_TABLE_COMPAT,
         _ => false,
     }
 }
 
-/// Where `struct ifinfomsg` has the index of the device.
+/// The offset of the device's index in `struct ifinfomsg`.
 const IFI_INDEX: usize = 4;
-/// Where it has the device's flags.
+/// The offset of the device's flags.
 const IFI_FLAGS: usize = 8;
-/// Where `struct tcmsg` has the index of the device.
+/// The offset of the device's index in `struct tcmsg`.
 const TCM_IFINDEX: usize = 4;
-/// Where `struct rtmsg` has the number of the table.
+/// The offset of the table's number in `struct rtmsg`.
 const RTM_TABLE: usize = 4;
 
 #[cfg(test)]
@@ -297,16 +297,16 @@ mod tests {
         };
         let watch = Watch::new(false).unwrap();
         let mut events = watch.listen().unwrap();
-        // Namespaces with IDs are heard of from then on.
+        // Namespaces with IDs are reported from then on.
         for netns in [&pod, &other] {
             watch.netlink.lock().namespace_id(netns).unwrap();
         }
         watch.follow("other", &other).unwrap();
-        // What a CNI plugin does, and what enrollment does.
+        // Changes that a CNI plugin makes, and changes by enrollment.
         change(&pod, |netlink| netlink.add_pair("eth0", "peer"));
         watch.follow("pod", &pod).unwrap();
         change(&pod, |netlink| netlink.set_up(LOOPBACK_INDEX));
-        // All of that was said before this.
+        // All of those come before this mark.
         let mut heard = Vec::new();
         for device in ["eth0", "eth1"] {
             change(&other, |netlink| netlink.add_pair(device, &format!("{device}-peer")));
@@ -316,7 +316,7 @@ mod tests {
 
         for again in [false, true] {
             if again {
-                // Whoever listens anew hears of pods that were followed before.
+                // A new listener also gets changes of pods that were followed before.
                 events = watch.listen().unwrap();
             }
             let device = format!("net{}", u8::from(again));

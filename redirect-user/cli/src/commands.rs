@@ -153,13 +153,13 @@ pub fn main() -> ExitCode {
     exit(result)
 }
 
-/// One page for the program, and one for each command.
+/// One page for the program, and one per command.
 fn manual(directory: &Path) -> anyhow::Result<()> {
     std::fs::create_dir_all(directory)?;
     Ok(clap_mangen::generate_to(Cli::command(), directory)?)
 }
 
-/// An error is exit code 2 where 1 says that something is wrong with what was asked about.
+/// Exit code 2 on an error, for commands whose exit code 1 reports a problem.
 fn code(result: anyhow::Result<ExitCode>) -> ExitCode {
     result.unwrap_or_else(|error| {
         eprintln!("redirect: {error:#}");

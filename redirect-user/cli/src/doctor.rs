@@ -44,7 +44,7 @@ pub(crate) struct Requirements {
 /// A group of checks.
 type Group = fn(&Requirements) -> Vec<Check>;
 
-/// What else the doctor looks at.
+/// The further groups.
 const FURTHER: [Group; 9] = [
     programs::checks,
     sysctls::checks,
@@ -67,12 +67,12 @@ pub(crate) fn examine(requirements: &Requirements) -> Vec<Check> {
     checks
 }
 
-/// The pods that an agent captures here, as far as their namespaces still exist.
+/// The pods that an agent captures on this node, with the namespaces that still exist.
 fn enrolled(requirements: &Requirements) -> std::io::Result<Vec<Found>> {
     checkpoints::find(Checkpoints::at(&requirements.state_dir).read()?)
 }
 
-/// The worst of them.
+/// The worst state among them.
 #[must_use]
 pub(crate) fn verdict(checks: &[Check]) -> State {
     checks.iter().map(|check| check.state).max().unwrap_or(State::Ok)

@@ -1,7 +1,7 @@
 //! The screen of `redirect top`: connections per second.
 //!
 //! The node's rates come from the kernel's counters and are exact. Rates of pods come from events
-//! ([`redirect_protocol::wire::Request::Monitor`]), of which some may be lost.
+//! ([`redirect_protocol::wire::Request::Monitor`]), some of which may be lost.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -16,16 +16,16 @@ use redirect_protocol::wire::{FlowReport, Status};
 /// Pod, family, direction, verdict, reason.
 type Key = [String; 5];
 
-/// Rates since the last look, and totals.
+/// Rates since the last update, and totals.
 #[derive(Debug, Default)]
 pub struct Board {
     head: String,
     node: BTreeMap<Key, Rate>,
     pods: BTreeMap<Key, Rate>,
-    /// Events that the listener missed, and with them those that were lost before.
+    /// Events that this client missed; `lost` also counts the kernel side's losses.
     missed: u64,
     lost: u64,
-    /// What the kernel side had lost at the first look.
+    /// The kernel side's losses at the first update.
     lost_before: Option<u64>,
 }
 
@@ -43,7 +43,7 @@ impl Rate {
 }
 
 impl Board {
-    /// Takes in what there is: the agent's status, and the events and losses since the last look, `elapsed` ago.
+    /// Adds the agent's status, and the events and losses since the last update, `elapsed` ago.
     pub fn update(&mut self, status: &Status, flows: &[FlowReport], lost: u64, elapsed: Duration) {
         let seconds = elapsed.as_secs_f64().max(f64::EPSILON);
         self.head = format!(
@@ -63,7 +63,7 @@ impl Board {
                 rate.per_second = 0.0;
             }
         }
-        // What the kernel side could not tell of, nobody hears of otherwise.
+        // Losses in the kernel appear in the agent's status only.
         let lost_in_kernel = status.flows.rate_limit + status.flows.ring_full;
         let lost_before = *self.lost_before.get_or_insert(lost_in_kernel);
         let mut counted: BTreeMap<Key, u64> = BTreeMap::new();
@@ -83,7 +83,7 @@ impl Board {
         self.lost = self.missed + lost_in_kernel.saturating_sub(lost_before);
     }
 
-    /// Draws everything that fits, the highest rates first.
+    /// Draws as much as fits, the highest rates first.
     pub fn draw(&self, frame: &mut Frame<'_>) {
         let node = u16::try_from(self.node.len()).unwrap_or(u16::MAX).saturating_add(3);
         let [head, above, below] =
@@ -171,7 +171,7 @@ mod tests {
         let mut terminal = Terminal::new(TestBackend::new(90, 14)).unwrap();
         terminal.draw(|frame| board.draw(frame)).unwrap();
         insta::assert_snapshot!("top", terminal.backend());
-        // Nothing since.
+        // No change since.
         board.update(&status(1007), &[], 0, Duration::from_secs(2));
         assert!(board.node.values().chain(board.pods.values()).all(|rate| rate.per_second == 0.0));
     }

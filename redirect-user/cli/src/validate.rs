@@ -1,7 +1,7 @@
 //! Checks from inside a pod that its connections are captured, in every family in which it has an address.
 //!
-//! It connects to documentation addresses (RFC 5737, RFC 3849). No network has them, so only a proxy on the way can accept the
-//! connection. What the proxy then does with the connection does not matter here.
+//! It connects to documentation addresses (RFC 5737, RFC 3849). No network has them, so only a proxy on the path can accept
+//! the connection. The proxy's further handling of it does not matter here.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -14,18 +14,18 @@ use nix::net::if_::InterfaceFlags;
 use redirect_ebpf::Family;
 use serde::Serialize;
 
-/// What was found about one family.
+/// The finding about one family.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Finding {
     /// `IPv4` or `IPv6`.
     pub family: String,
     /// Whether connections of the family are captured; `None`: the pod has no address of it.
     pub captured: Option<bool>,
-    /// What shows that.
+    /// The evidence.
     pub detail: String,
 }
 
-/// Looks at both families.
+/// Checks both families.
 pub(crate) fn validate(port: u16, patience: Duration) -> io::Result<Vec<Finding>> {
     let own = families()?;
     Ok(thread::scope(|scope| {
@@ -40,7 +40,7 @@ pub(crate) fn validate(port: u16, patience: Duration) -> io::Result<Vec<Finding>
     }))
 }
 
-/// The families that this network namespace has addresses of, apart from loopback and link-local ones.
+/// The families of this network namespace's addresses, except loopback and link-local ones.
 fn families() -> io::Result<BTreeSet<Family>> {
     let addresses = getifaddrs().map_err(io::Error::from)?;
     let up = addresses.filter(|of| {
@@ -58,7 +58,7 @@ fn families() -> io::Result<BTreeSet<Family>> {
         .collect())
 }
 
-/// An address that no network has.
+/// An address that no network uses.
 const fn nowhere(family: Family) -> IpAddr {
     match family {
         Family::Ipv4 => IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
@@ -84,8 +84,8 @@ fn look(family: Family, has: bool, port: u16, patience: Duration) -> Finding {
     }
 }
 
-/// A proxy accepts, fails to reach the destination, and may be done before we look. A handshake that is answered with a
-/// reset is "refused" instead; a hang-up without an error has no error number.
+/// A proxy accepts, fails to reach the destination, and may close before we check. A handshake that is answered with a
+/// reset gives "refused" instead; a close without an error has no error number.
 fn was_accepted(error: &io::Error) -> bool {
     match error.kind() {
         io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => true,

@@ -14,17 +14,17 @@ use tracing::Level;
 use super::linux::Linux;
 use crate::handle::DatapathHandle;
 
-/// Whether anybody wants to know.
+/// Whether the agent's log level enables the drop log.
 pub fn is_wanted() -> bool {
     tracing::enabled!(target: TARGET, Level::DEBUG)
 }
 
-/// Passes records on as long as the agent runs; every so often also how many were lost.
+/// Forwards records while the agent runs, and periodically the number of lost ones.
 pub async fn follow(every: Duration, kernel: DatapathHandle<Linux>) -> anyhow::Result<()> {
     let Some((logger, read)) = kernel.run(Linux::take_log).await? else {
         anyhow::bail!("there is no log, or somebody reads it")
     };
-    // SAFETY: the ring buffer's descriptor is always the same, and open as long as the buffer is there.
+    // SAFETY: the ring buffer's descriptor never changes, and stays open as long as the buffer exists.
     let mut logger = unsafe { AsyncFd::register(logger) }?;
     let mut ticks = interval(every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -37,7 +37,7 @@ pub async fn follow(every: Duration, kernel: DatapathHandle<Linux>) -> anyhow::R
             }
             _ = ticks.tick() => Some(kernel.run(|linux| linux.diagnostics()).await?.context("what was lost")?),
         };
-        // What was counted by now has been written by now.
+        // Every record that is counted by now is in the buffer by now.
         logger.get_mut().flush();
         if let Some(counted) = counted {
             lost.tell(counted, read.load(Ordering::Relaxed));
@@ -45,7 +45,7 @@ pub async fn follow(every: Duration, kernel: DatapathHandle<Linux>) -> anyhow::R
     }
 }
 
-/// What has been lost until it was last told.
+/// Records lost, as last reported.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Lost {
     /// To the limit.
@@ -62,7 +62,7 @@ impl Lost {
         }
     }
 
-    /// What has come since the last time. `read` are the records that were read after the others were counted.
+    /// The losses since the last report. `read` is the number of records read after `counted` was taken.
     fn grow(&mut self, counted: FlowState, read: u32) -> Self {
         let written = counted.seen.wrapping_sub(counted.limited as u32);
         let unread = u64::try_from(written.wrapping_sub(read).cast_signed()).unwrap_or(0);

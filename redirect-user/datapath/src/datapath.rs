@@ -18,7 +18,7 @@ use redirect_protocol::wire::FactState;
 /// A pod as the datapath sees it.
 #[derive(Clone, Debug)]
 pub struct Target {
-    /// Who it is, for messages.
+    /// Its identity, for messages.
     pub identity: PodIdentity,
     /// Its network namespace.
     pub netns: NetNs,
@@ -26,45 +26,48 @@ pub struct Target {
     pub netns_cookie: u64,
     /// Its addresses.
     pub addresses: PodAddresses,
-    /// Its switches.
+    /// Its flags.
     pub flags: PodFlags,
     /// See [`PodSettings::virtual_interfaces`](redirect_protocol::pod::PodSettings::virtual_interfaces).
     pub virtual_interfaces: Vec<String>,
-    /// What is not to be captured.
+    /// Exclusions from capture.
     pub exclusions: BTreeSet<Exclusion>,
-    /// Sysctls that were on before the pod was enrolled, and stay on after it.
+    /// Sysctls that were on before the enrollment, and stay on after it.
     pub foreign: BTreeSet<Sysctl>,
-    /// Whether its applications ran before.
+    /// The progress of its adoption, if its applications ran before.
     pub adoption: Adoption,
 }
 
-/// How far a pod is that ran before it was enrolled.
+/// The progress of a pod that ran before it was enrolled.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Adoption {
-    /// It did not run, or has been captured for long.
+    /// It did not run before, or its adoption is long complete.
     #[default]
     None,
-    /// Nothing of it is captured until a proxy serves it.
+    /// No traffic of it is captured until a proxy serves it.
     Awaited,
-    /// It has just been captured: packets are on their way while programs are attached, and connections that were half open may
+    /// It has just been captured: packets are on their way while programs are attached, and half-open connections may complete
+    /// as they began.
     /// complete as they began.
     Recent,
-    /// The agent before had the other placement, which captures the pod until a proxy serves it in this one.
+    /// The previous agent had the other placement, which captures the pod until a proxy serves it in this
+    /// one.
     Elsewhere,
     /// The same, with everything of this placement attached.
     Joining,
-    /// This placement captures new connections. Those that the other captured go on with what it has left.
+    /// This placement captures new connections. Connections that the other one captured continue with what it
+    /// left.
     Moved,
 }
 
 impl Adoption {
-    /// Whether nothing of this placement captures the pod until a proxy serves it.
+    /// Whether nothing of this placement captures the pod before a proxy serves it.
     #[must_use]
     pub const fn awaits(self) -> bool {
         matches!(self, Self::Awaited | Self::Elsewhere)
     }
 
-    /// Whether another agent's placement has a part in the pod.
+    /// Whether the other placement still has a part in the pod.
     #[must_use]
     pub const fn is_divided(self) -> bool {
         matches!(self, Self::Elsewhere | Self::Joining | Self::Moved)
@@ -88,7 +91,7 @@ impl Target {
         }
     }
 
-    /// What is known of its namespace.
+    /// The facts about its namespace that are known from its enrollment.
     #[must_use]
     pub fn introduction(&self) -> Introduction {
         Introduction {
@@ -106,7 +109,7 @@ impl Target {
         self.wanted().kernel_pod()
     }
 
-    /// The same pod, further on.
+    /// The same pod at another stage of its adoption.
     #[must_use]
     pub fn adopted(&self, adoption: Adoption) -> Self {
         let mut flags = self.flags.with(PodFlags::HALF_OPEN, adoption.is_live());
@@ -137,44 +140,44 @@ impl Target {
     }
 }
 
-/// What is to be known of a namespace before a pod in it is enrolled.
+/// The facts about a namespace that are needed before a pod in it is enrolled.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Introduction {
-    /// The cookie by which the kernel side knows it.
+    /// The cookie by which the kernel side identifies it.
     pub cookie: u64,
     /// The sysctls that are on, unless we turned them on.
     pub sysctls: BTreeSet<Sysctl>,
-    /// Whether connections may be open in it that are to go on as they are.
+    /// Whether connections may be open in it that have to continue unchanged.
     pub earlier_connections: bool,
-    /// Whether a pod in it is captured already.
+    /// Whether a pod in it is already captured.
     pub enrolled: bool,
-    /// How far the pod in it is, if it ran before.
+    /// The stage of its pod's adoption.
     pub adoption: Adoption,
 }
 
-/// What is in the kernel for a pod.
+/// The kernel's state for a pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observation {
-    /// What its namespace is like.
+    /// The namespace.
     pub namespace: Namespace,
-    /// What of ours is there.
+    /// The facts that hold.
     pub facts: BTreeSet<Fact>,
-    /// What is there in the shape that another build gave it: facts that don't hold, but have to be removed.
+    /// Facts in the form of another build: they don't hold, but have to be removed.
     pub stale: BTreeSet<Fact>,
-    /// What is there, but damaged: a link that is detached or no longer pinned.
+    /// Damaged facts: a link that is detached or no longer pinned.
     pub damaged: BTreeSet<Fact>,
-    /// What an agent of the other placement has left, in whatever shape.
+    /// Facts that an agent of the other placement left, in any form.
     pub elsewhere: BTreeSet<Fact>,
 }
 
 impl Observation {
-    /// Everything of ours.
+    /// All facts, in any form.
     fn present(&self) -> BTreeSet<Fact> {
         [&self.facts, &self.stale, &self.damaged, &self.elsewhere].into_iter().flatten().cloned().collect()
     }
 }
 
-/// Why the kernel is not as it should be.
+/// An error of the data path.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The namespace can't be entered or read.
@@ -185,7 +188,7 @@ pub enum Error {
         /// The cause.
         source: std::io::Error,
     },
-    /// The pod has IPv6 addresses and no IPv6 to capture them with.
+    /// The pod has IPv6 addresses, but no working IPv6 to capture them with.
     #[error(
         "pod {pod}: IPv6: it has the address {address}, but IPv6 is disabled on its lo, so its connections \
          cannot be captured: set net.ipv6.conf.lo.disable_ipv6=0 in the pod, or give it no IPv6 address"
@@ -196,7 +199,7 @@ pub enum Error {
         /// One of its IPv6 addresses.
         address: Ipv6Addr,
     },
-    /// Placement `node`, and a device that does not lead to the host.
+    /// Placement `node`: a device does not lead to the host.
     #[error(
         "pod {pod}: interface {interface} is not a veth whose other end is in the host's network \
          namespace, so the host cannot see its packets: leave the pod out of the mesh, or use placement \
@@ -213,61 +216,63 @@ pub enum Error {
     Step {
         /// The pod.
         pod: String,
-        /// What was to be made true or untrue.
+        /// The fact to establish or to remove.
         fact: Box<Fact>,
         /// The cause, with a remedy where there is one.
         cause: String,
     },
 }
 
-/// The kernel, or something that behaves like it.
+/// The kernel, or a fake of it.
 pub trait Datapath {
-    /// Gets to know a namespace.
+    /// Reads a new namespace.
     fn introduce(&mut self, netns: &NetNs) -> io::Result<Introduction>;
 
     /// The addresses on a namespace's interfaces.
     fn addresses(&mut self, netns: &NetNs) -> io::Result<Vec<IpAddr>>;
 
-    /// Reads those facts about a pod whose end nobody tells of: sysctls, map entries, the socket lookup. Cheap.
+    /// Reads the facts about a pod for which the kernel sends no notifications: sysctls, map entries, the
+    /// socket lookup. Cheap.
     fn observe_facts(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>>;
 
     /// The families in which a proxy listens for captured connections.
     fn served(&mut self, netns: &NetNs) -> io::Result<BTreeSet<Family>>;
 
-    /// Reads what is there for a pod.
+    /// Reads the kernel's state for a pod.
     fn observe(&mut self, target: &Target) -> Result<Observation, Error>;
 
-    /// Takes one step. To remove what others have removed meanwhile is no error.
+    /// Executes one operation. Removing a fact that is already gone is no error.
     fn apply(&mut self, target: &Target, op: &Op) -> Result<(), Error>;
 
-    /// Removes what no fact is about, and a step that was cut short has left.
+    /// Removes the leftovers of interrupted operations that no fact represents.
     fn tidy(&mut self, target: &Target) -> io::Result<()>;
 
-    /// How far a pod is that an earlier agent has captured in the other placement; `None` if nothing of that is left.
+    /// The adoption stage of a pod that an earlier agent captured in the other placement; `None` if nothing of that
+    /// is left.
     fn division(&mut self, _: &Target) -> Result<Option<Adoption>, Error> {
         Ok(None)
     }
 
-    /// Whether the proxies of the other placement have no connections of the pod any more.
+    /// Whether the proxies of the other placement have no more connections of the pod.
     fn drained(&mut self, _: &Target) -> io::Result<bool> {
         Ok(true)
     }
 
-    /// Called between one piece of work and the next: lets go of namespaces, so that they can end.
+    /// Called between jobs: releases namespaces, so that they can end.
     fn rest(&mut self) {}
 }
 
-/// What [`enroll`] has come to.
+/// The result of [`enroll`].
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {
-    /// What is there now.
+    /// The new state.
     pub observation: Observation,
-    /// The facts that did not hold before, in whatever shape.
+    /// The facts that did not exist before, in any form.
     pub made: Vec<Fact>,
 }
 
-/// Makes the pod captured, or finds out whether it can be, if that is to be later. On an error everything that this call did is undone, except that what was there in the shape of
-/// another build is not brought back.
+/// Captures the pod, or only checks that this is possible if it has to wait for a proxy. On an error, undoes everything that this
+/// call did, but does not restore facts in the form of another build.
 pub fn enroll(datapath: &mut impl Datapath, target: &Target) -> Result<Outcome, Error> {
     let began = Instant::now();
     let before = datapath.observe(target)?;
@@ -286,7 +291,7 @@ pub fn enroll(datapath: &mut impl Datapath, target: &Target) -> Result<Outcome, 
     }
     let wanted = target.desired(&before.namespace);
     if target.adoption == Adoption::Elsewhere {
-        // Before anything of this placement is attached: it must not capture yet.
+        // Before any program of this placement is attached, because it must not capture yet.
         for pod in wanted.iter().filter(|fact| matches!(fact, Fact::Pod(_)) && !before.facts.contains(fact)) {
             datapath.apply(target, &Op::Ensure(pod.clone()))?;
         }
@@ -334,7 +339,7 @@ pub fn enroll(datapath: &mut impl Datapath, target: &Target) -> Result<Outcome, 
     Ok(Outcome { observation, made })
 }
 
-/// The route that another one has taken the place of.
+/// The route that another one has replaced.
 fn replaced_by(new: &Fact, before: &BTreeSet<Fact>) -> Option<Fact> {
     let place = new.place()?;
     before.iter().find(|old| old.place() == Some(place)).cloned()
@@ -361,17 +366,17 @@ pub fn unenroll(datapath: &mut impl Datapath, target: &Target) -> Vec<Error> {
     diff(&left, &facts).iter().filter_map(|op| datapath.apply(target, op).err()).collect()
 }
 
-/// A fact that is expected of a pod, or that nobody expects.
+/// A fact that is expected of a pod, or that is surplus.
 #[derive(Clone, Debug)]
 pub struct Finding {
     /// The fact.
     pub fact: Fact,
-    /// How it is in the kernel.
+    /// Its state in the kernel.
     pub state: FactState,
 }
 
 impl Finding {
-    /// What is wrong, if anything is.
+    /// A description of the problem, if there is one.
     #[must_use]
     pub fn complaint(&self) -> Option<String> {
         match self.state {
@@ -383,7 +388,7 @@ impl Finding {
     }
 }
 
-/// Compares the kernel with what is wanted for the pod, in the order in which facts are brought about.
+/// Compares the kernel with the pod's desired state, in the order in which facts are established.
 pub fn inspect(datapath: &mut impl Datapath, target: &Target) -> Result<Vec<Finding>, Error> {
     let actual = datapath.observe(target)?;
     let wanted = target.desired(&actual.namespace);
@@ -401,7 +406,7 @@ pub fn inspect(datapath: &mut impl Datapath, target: &Target) -> Result<Vec<Find
     Ok(all.map(|fact| Finding { fact: fact.clone(), state: state(fact) }).collect())
 }
 
-/// What is missing for the pod to be captured.
+/// The facts that are missing for the pod to be captured.
 pub fn missing(datapath: &mut impl Datapath, target: &Target) -> Result<Vec<Fact>, Error> {
     let actual = datapath.observe(target)?;
     let wanted = target.desired(&actual.namespace);

@@ -1,5 +1,5 @@
-//! The desired state of an enrolled pod in the kernel, as a set of facts, and the operations that lead from the observed facts to
-//! the desired ones. Pure. What is desired differs by where the proxy listens (`in_pod`, `on_node`).
+//! The desired state of an enrolled pod in the kernel as a set of facts, and the operations that lead from the observed facts to
+//! the desired ones. Pure. The desired state depends on where the proxy listens (`in_pod`, `on_node`).
 
 mod in_pod;
 mod on_node;
@@ -20,30 +20,30 @@ use redirect_protocol::pod::{Exclusion, PodAddresses};
 
 use crate::mirror::Mirror;
 
-/// Something that is true in the kernel, about one pod.
+/// A fact in the kernel about one pod.
 ///
-/// The order of the variants is the order in which facts are brought about: [`Fact::Pod`], which makes the kernel side
-/// see the pod, comes when everything that catches its connections is in place. They are undone in reverse.
+/// The variants are in the order in which facts are established: [`Fact::Pod`], which makes the pod visible to the
+/// kernel side, comes when everything that catches its connections is in place. Facts are removed in reverse order.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Fact {
     /// The pod's `lo` is up.
     LoopbackUp,
     /// A sysctl of the pod's namespace is on.
     Sysctl(Sysctl),
-    /// A routing rule of ours is there. Before the routes: a table is never without the rules that it relies on.
+    /// One of our routing rules exists. Before the routes, so that a table never lacks a rule that it relies on.
     Rule {
         /// The rule's family.
         family: Family,
         /// The rule.
         rule: Rule,
     },
-    /// A route of ours is there.
+    /// One of our routes exists.
     Route(Route),
     /// An exclusion is in the maps, for this pod.
     Excluded(Exclusion),
-    /// The program that finds listeners for connections that are handed over is attached to the namespace.
+    /// The program that gives connections to listeners in the socket lookup is attached to the namespace.
     Lookup,
-    /// A TC program is attached to the ingress of `lo`, or to the host's end of a device.
+    /// A TC program is attached to the ingress of `lo`, or to the host end of a device.
     Program {
         /// The interface.
         interface: Interface,
@@ -56,32 +56,31 @@ pub enum Fact {
     Counters,
     /// The pod is in `PODS`.
     Pod(Pod),
-    /// The TC program that captures what comes in by an interface is attached to it. After the pod, because only then the proxy's
-    /// deliveries are marked as they have to be: a pod that runs loses nothing in between.
+    /// The TC program that captures an interface's incoming connections is attached. After the pod's entry, because only then are
+    /// the proxy's deliveries marked: a running pod loses nothing in between.
     Entry {
         /// The interface.
         interface: Interface,
         /// The program.
         hook: Hook,
     },
-    /// The TC program that lets nothing past the proxy is attached to the egress of an interface. After the pod, because
-    /// only then connections are marked as they have to be.
+    /// The egress guard is attached to an interface. After the pod's entry, because only then are connections marked.
     Guard {
         /// The interface.
         interface: Interface,
         /// The family.
         family: Family,
     },
-    /// The device of the host is in `INTERFACES` as the end of this pod's. From then on the programs on it work, for both
-    /// families and both directions at once. After the pod, as the guards.
+    /// The host's device is in `INTERFACES` as the end of this pod's device. That switches its programs on, for both
+    /// families and both directions at once. After the pod's entry, like the guards.
     Device(Interface),
-    /// The program that lets connections reach a listener only if a TC program captured them or let them pass is attached to the
-    /// namespace. After the pod as well: what other rules redirect to the proxy until then must still get there.
+    /// The inbound gate is attached to the namespace: it admits only connections that a TC program captured or exempted. Also
+    /// after the pod's entry: until then, connections that other rules redirect to the proxy must still get there.
     ListenerGuard,
 }
 
 impl Fact {
-    /// The family that it is about, if it is one.
+    /// Its family, if it concerns one only.
     #[must_use]
     pub const fn family(&self) -> Option<Family> {
         match self {
@@ -103,7 +102,7 @@ impl Fact {
         }
     }
 
-    /// The place of a route. Another one that is brought about there replaces it.
+    /// The place of a route. A new route at the same place replaces it.
     #[must_use]
     pub const fn place(&self) -> Option<(u32, IpNet, u32)> {
         match self {
@@ -112,7 +111,7 @@ impl Fact {
         }
     }
 
-    /// Whether it is the same wherever the proxy listens.
+    /// Whether it is the same in both placements.
     #[must_use]
     pub const fn is_of_both(&self) -> bool {
         matches!(
@@ -126,7 +125,7 @@ impl Fact {
         )
     }
 
-    /// Whether nobody tells when it ceases to hold.
+    /// Whether the kernel sends no notification when it ceases to hold.
     #[must_use]
     pub const fn is_quiet(&self) -> bool {
         match self {
@@ -151,17 +150,18 @@ impl Fact {
 /// A sysctl that a captured pod needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Sysctl {
-    /// Accepted sockets inherit the mark of the SYN, in both families: the application's replies return to the proxy.
+    /// Accepted sockets inherit the mark of the SYN, in both families, so that the application's replies return to
+    /// the proxy.
     TcpFwmarkAccept,
-    /// Answers of the kernel itself carry the mark of what they answer: a closed port refuses at once.
+    /// The kernel's own answers inherit the mark of the packet, so that a closed port refuses at once.
     FwmarkReflect(Family),
-    /// Connections that wait to be accepted by a proxy that closes its listener go over to the next proxy's, in both
+    /// When a proxy closes its listener, connections in its accept queue move to the next proxy's listener, in both
     /// families.
     TcpMigrateReq,
-    /// What an application's listener with a mark of its own answers to the proxy comes back through `lo`, with an address of the
-    /// pod as its source. IPv6 has no such check.
+    /// Replies of an application's listener with a mark of its own return to the proxy through `lo`, with an address of the pod
+    /// as their source. IPv6 has no such check.
     AcceptLocal,
-    /// The kernel gives none of the proxy's ports to a socket that asks for any port.
+    /// The kernel never chooses one of the proxy's ports for a socket.
     ReservedPorts,
 }
 
@@ -172,22 +172,22 @@ pub enum Hook {
     Loopback(Family),
     /// On the other interfaces: inbound connections.
     Inbound(Family),
-    /// On interfaces behind which others' connections begin: these count as outbound.
+    /// On interfaces to containers or virtual machines behind the pod: their connections count as outbound.
     Virtual(Family),
-    /// On the other interfaces, outwards: what would leave past the proxy.
+    /// Egress of the other interfaces: drops what would leave past the proxy.
     Egress(Family),
-    /// On the host's end of a pod's device: what would leave past the proxy and past the programs in the pod, in both families.
+    /// On the host end of a pod's device: drops what bypassed the proxy and the programs in the pod, in both families.
     HostGate,
-    /// On the host's end of a pod's device: what the pod sends.
+    /// On the host end of a pod's device: packets from the pod.
     FromPod(Family),
-    /// The same: what is sent to the pod.
+    /// On the host end of a pod's device: packets to the pod.
     ToPod(Family),
-    /// On the ingress device: what the proxy in the host's namespace is to get.
+    /// On the ingress device: packets for the proxy in the host's namespace.
     IngressDevice(Family),
 }
 
 impl Hook {
-    /// Those of a placement.
+    /// The hooks of a placement.
     #[must_use]
     pub const fn of(placement: Placement) -> &'static [Self] {
         match placement {
@@ -196,13 +196,13 @@ impl Hook {
         }
     }
 
-    /// Whether it is attached to the host's end of a pod's device.
+    /// Whether it is attached to the host end of a pod's device.
     #[must_use]
     pub const fn is_on_host(self) -> bool {
         matches!(self, Self::HostGate | Self::FromPod(_) | Self::ToPod(_) | Self::IngressDevice(_))
     }
 
-    /// The family of the packets that the program sees, if it is one.
+    /// The family of the packets that the program sees, if it handles one only.
     #[must_use]
     pub const fn family(self) -> Option<Family> {
         match self {
@@ -217,7 +217,7 @@ impl Hook {
         }
     }
 
-    /// That it is attached to an interface.
+    /// The fact that it is attached to an interface.
     #[must_use]
     pub fn fact(self, interface: &Interface) -> Fact {
         let interface = interface.clone();
@@ -255,12 +255,12 @@ impl Hook {
     }
 }
 
-/// The programs on the socket lookup of a namespace.
+/// The programs on a namespace's socket lookup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lookup {
-    /// Gives connections to the proxy's listeners that TC programs hand over.
+    /// Gives connections to the proxy's listeners where TC can't assign them.
     Listener,
-    /// Refuses connections that no TC program has captured or let pass.
+    /// Refuses connections that no TC program captured or exempted.
     Guard,
 }
 
@@ -269,7 +269,7 @@ impl Lookup {
     pub const ALL: [Self; 2] = [Self::Listener, Self::Guard];
 
     /// The name of [`Self::Listener`] in builds whose TC programs hand connections over in another way. It stays until those
-    /// have been replaced, and the gate is there: nothing is lost or let past in between.
+    /// are replaced and the gate is attached: nothing is lost or let past in between.
     pub const FORMER: &str = "listener_lookup";
 
     /// The program's name in the object and in the kernel.
@@ -281,7 +281,7 @@ impl Lookup {
         }
     }
 
-    /// That it is attached.
+    /// The fact that it is attached.
     #[must_use]
     pub const fn fact(self) -> Fact {
         match self {
@@ -291,26 +291,26 @@ impl Lookup {
     }
 }
 
-/// What a namespace is like, apart from us.
+/// A namespace, apart from our changes to it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Namespace {
     /// Its interfaces, `lo` included.
     pub interfaces: Vec<Interface>,
     /// The indices of those that are up.
     pub up: BTreeSet<u32>,
-    /// The addresses on them that nobody told us of, and that no other pod has.
+    /// The addresses on them that are not known otherwise and that no other pod has.
     pub addresses: PodAddresses,
-    /// By which routes captured IPv6 connections go.
+    /// The routes for captured IPv6 connections.
     pub mirror: Mirror,
-    /// Whether IPv6 works in it: the kernel has it and `lo` does not have it turned off. In placement `node` it is the
-    /// host's that counts.
+    /// Whether IPv6 works in it: the kernel supports it and `lo` does not have it disabled. In placement `node` this
+    /// is the host's.
     pub ipv6: bool,
     /// The devices that lead out of it.
     pub devices: Devices,
     /// Where the proxy's listeners are.
     pub placement: Placement,
-    /// Whether the host's ends of its devices are guarded, placement `pod`: where the mark alone tells the proxy, packets no
-    /// longer have it there.
+    /// Whether its devices have the host gate (placement `pod`). They can't if the mark alone identifies the proxy: packets
+    /// have lost it there.
     pub gated: bool,
 }
 
@@ -319,43 +319,42 @@ pub struct Namespace {
 pub struct Devices {
     /// Their ends in the host's namespace.
     pub ends: Vec<Interface>,
-    /// Ends in the host's namespace of devices that the pod had and has no more: somebody moved them into another namespace. What
-    /// comes from there still counts as the pod's.
+    /// Host ends of devices that were moved from the pod into another namespace. Their traffic still counts as the pod's.
     pub strayed: Vec<Interface>,
-    /// The names, in the pod, of those whose other ends are elsewhere.
+    /// The names, in the pod, of devices whose other ends are not in the host's namespace.
     pub unreachable: Vec<String>,
 }
 
 impl Devices {
-    /// The host's ends of the pod's devices, wherever the other ends are.
+    /// All host ends of the pod's devices, wherever the other ends are.
     pub fn on_host(&self) -> impl Iterator<Item = &Interface> {
         self.ends.iter().chain(&self.strayed)
     }
 }
 
-/// What is wanted for a pod.
+/// The desired settings of a pod.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted<'a> {
-    /// Its switches, without [`PodFlags::EXCLUSIONS`].
+    /// Its flags, without [`PodFlags::EXCLUSIONS`].
     pub flags: PodFlags,
     /// Whether the other placement captures its new connections.
     pub elsewhere: bool,
     /// Its addresses.
     pub addresses: &'a PodAddresses,
-    /// Interfaces behind which others' connections begin that count as the pod's own.
+    /// Interfaces to containers or virtual machines behind the pod, whose connections count as the pod's.
     pub virtual_interfaces: &'a [String],
-    /// What is not to be captured.
+    /// Exclusions from capture.
     pub exclusions: &'a BTreeSet<Exclusion>,
 }
 
 impl Wanted<'_> {
-    /// The pod's map entry, as far as it is known without a look at its namespace.
+    /// The pod's map entry, as far as it is known without observing its namespace.
     #[must_use]
     pub fn kernel_pod(&self) -> Pod {
         self.kernel_pod_with(self.addresses, PodFlags::default())
     }
 
-    /// `place` says where new connections are captured.
+    /// `place` is where new connections are captured.
     fn kernel_pod_with(&self, addresses: &PodAddresses, place: PodFlags) -> Pod {
         Pod {
             flags: self.flags.with(PodFlags::EXCLUSIONS, !self.exclusions.is_empty()).0 | place.0,
@@ -365,9 +364,9 @@ impl Wanted<'_> {
     }
 }
 
-/// The facts that make a pod captured, given what its namespace is like.
+/// The facts that make a pod captured, given its namespace.
 ///
-/// Both families are caught wherever the namespace can speak them, also one that the pod has no address of yet: an
+/// Both families are captured wherever the namespace supports them, even if the pod has no address of one yet: an
 /// address that appears later must not be a way around the proxy.
 #[must_use]
 pub fn desired(wanted: &Wanted<'_>, namespace: &Namespace) -> BTreeSet<Fact> {
@@ -377,17 +376,17 @@ pub fn desired(wanted: &Wanted<'_>, namespace: &Namespace) -> BTreeSet<Fact> {
     }
 }
 
-/// A step from what is to what should be.
+/// An operation that leads from the observed state to the desired one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Op {
-    /// Make the fact true.
+    /// Establish the fact.
     Ensure(Fact),
-    /// Make the fact untrue.
+    /// Remove the fact.
     Remove(Fact),
 }
 
 impl Op {
-    /// The step back.
+    /// The inverse operation.
     #[must_use]
     pub fn inverse(&self) -> Self {
         match self {
@@ -397,8 +396,8 @@ impl Op {
     }
 }
 
-/// The steps from `actual` to `desired`: first what is missing, in order, then what is too much, in reverse order, so
-/// that a changed fact is never missing in between. A route that was replaced is gone.
+/// The operations from `actual` to `desired`: first the missing facts, in order, then the surplus ones, in reverse
+/// order, so that a changed fact is never missing in between. A route that was replaced needs no removal.
 #[must_use]
 pub fn diff(desired: &BTreeSet<Fact>, actual: &BTreeSet<Fact>) -> Vec<Op> {
     let missing = desired.difference(actual).cloned().map(Op::Ensure);
@@ -449,7 +448,7 @@ impl fmt::Display for Fact {
     }
 }
 
-/// Whatever its device, a route of ours leads through `lo`.
+/// Our routes lead through `lo`, whatever their device.
 fn describe(route: &Route, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     let Route { table, destination, kind, interface, source, .. } = route;
     let (family, name) = (route.family(), &interface.name);
@@ -500,7 +499,7 @@ impl Sysctl {
     }
 }
 
-/// By its name, as people write it.
+/// Serialized as its name.
 impl Serialize for Sysctl {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(self.name())

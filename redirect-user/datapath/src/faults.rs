@@ -1,4 +1,4 @@
-//! Turns the drop log's numbers into words.
+//! Converts the drop log's numbers into text.
 
 use std::io;
 use std::sync::Arc;
@@ -8,14 +8,14 @@ use log::{Log, Metadata, Record};
 use redirect_ebpf::Family;
 use redirect_ebpf::diagnostics::{Fault, Hook, NUMBERS, TARGET};
 
-/// Puts records into words, and counts them.
+/// Formats records, and counts them.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Words {
     read: Arc<AtomicU32>,
 }
 
 impl Words {
-    /// A logger that is read by somebody, and how many records it has had.
+    /// A formatter, and its number of records.
     pub(crate) fn counted() -> (Self, Arc<AtomicU32>) {
         let read = Arc::<AtomicU32>::default();
         (Self { read: Arc::clone(&read) }, read)
@@ -52,7 +52,7 @@ impl Log for Words {
     fn flush(&self) {}
 }
 
-/// What the kernel side says of one event, in numbers. Zero: that is not known there.
+/// The numbers of one record. Zero means unknown.
 #[derive(Debug)]
 struct Told {
     fault: Fault,

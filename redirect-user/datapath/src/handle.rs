@@ -1,5 +1,5 @@
-//! The datapath thread. Entering a network namespace moves a whole thread, so this is never a runtime thread; and one thread runs
-//! one job at a time, without locks.
+//! The datapath thread. Entering a network namespace moves a whole thread, so this must not be a runtime thread; and one thread
+//! runs one job at a time, without locks.
 
 use std::io;
 use std::thread;
@@ -10,7 +10,7 @@ use super::datapath::Datapath;
 
 type Job<D> = Box<dyn FnOnce(&mut D) + Send>;
 
-/// Hands work to the datapath's thread. The thread ends when the last handle is gone.
+/// Sends jobs to the datapath thread, which ends when the last handle is dropped.
 #[derive(Debug)]
 pub struct DatapathHandle<D> {
     jobs: mpsc::Sender<Job<D>>,
@@ -22,16 +22,16 @@ impl<D> Clone for DatapathHandle<D> {
     }
 }
 
-/// The datapath's thread is gone: the agent ends.
+/// The datapath thread has ended, so the agent ends too.
 #[derive(Debug, thiserror::Error)]
 #[error("the datapath thread has ended; restart the agent")]
 pub struct Gone;
 
-/// How many pieces of work may wait before those who bring more have to wait themselves.
+/// The queue's capacity. Callers wait while it is full.
 const QUEUE: usize = 64;
 
 impl<D: Datapath + 'static> DatapathHandle<D> {
-    /// Starts the thread, on which `load` makes the datapath.
+    /// Starts the thread. `load` creates the datapath on it.
     pub fn start<E: Send + 'static>(
         load: impl FnOnce() -> Result<D, E> + Send + 'static,
     ) -> io::Result<(Self, oneshot::Receiver<Result<(), E>>)> {
@@ -54,7 +54,7 @@ impl<D: Datapath + 'static> DatapathHandle<D> {
         Ok((Self { jobs }, result))
     }
 
-    /// Has `work` done, after what was brought before.
+    /// Runs `work` on the thread, after earlier jobs.
     pub async fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut D) -> T + Send + 'static,

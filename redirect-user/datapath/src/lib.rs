@@ -1,5 +1,5 @@
-//! The data path of pods: the facts that have to hold, their difference from the observed ones, and the Linux implementation.
-//! Nothing here knows about the lifecycle of pods, Kubernetes, or protocols.
+//! The data path of pods: the desired facts, their difference from the observed ones, and the Linux implementation. Nothing
+//! here knows about the lifecycle of pods, Kubernetes, or protocols.
 
 pub mod bpf_log;
 pub mod datapath;

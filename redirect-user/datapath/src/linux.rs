@@ -1,8 +1,7 @@
 //! The kernel as a [`Datapath`]: maps and programs through aya, rules and routes through netlink, sysctls through
 //! `/proc`.
 //!
-//! Everything here runs on one thread of its own ([`crate::handle`]): entering a network namespace is a property of a
-//! thread.
+//! All of it runs on one dedicated thread ([`crate::handle`]), because a network namespace is a property of a thread.
 
 mod attached;
 mod decision;
@@ -65,14 +64,14 @@ use sysctl::Sysctls;
 pub use tc::TcMethod;
 pub use try_out::try_out;
 
-/// A program, and where on a cgroup it is attached.
+/// A program, and its hook on a cgroup.
 type OnCgroup = (&'static str, AttachType);
 
-/// Those that keep others off the proxy's ports.
+/// The programs that guard the proxy's ports.
 const BIND: [OnCgroup; 2] =
     [("bind_ipv4", AttachType::BPF_CGROUP_INET4_BIND), ("bind_ipv6", AttachType::BPF_CGROUP_INET6_BIND)];
 
-/// What differs by where the proxy listens.
+/// The implementation for a placement.
 fn placed(placement: Placement) -> &'static dyn Placed {
     match placement {
         Placement::Pod => &in_pod::InPod,
@@ -80,7 +79,7 @@ fn placed(placement: Placement) -> &'static dyn Placed {
     }
 }
 
-/// The placements of which agents have left something for the calling thread's node.
+/// The placements of agents that left something on the calling thread's node.
 pub fn placements(pin_dir: &Path) -> io::Result<Vec<Placement>> {
     let mut netlink = Netlink::open()?;
     let mut found = Vec::new();
@@ -92,7 +91,7 @@ pub fn placements(pin_dir: &Path) -> io::Result<Vec<Placement>> {
     Ok(found)
 }
 
-/// The program that is attached to the kubelet's cgroup.
+/// The program on the kubelet's cgroup.
 const PROBE: &str = "probe";
 
 /// How the proxy's own sockets are recognized.
@@ -120,27 +119,27 @@ pub struct Settings {
     pub refuse: bool,
     /// Whether connections to IPv6 link-local addresses go past the proxy instead of being refused.
     pub link_local: bool,
-    /// What is not captured, in any pod.
+    /// Node-wide exclusions.
     pub exclusions: BTreeSet<Exclusion>,
-    /// How a socket is known to be the proxy's own.
+    /// How the proxy's own sockets are recognized.
     pub proxy_identity: ProxyIdentity,
-    /// The cgroups of the node proxies, as far as they are known from before.
+    /// The known cgroups of node proxies.
     pub proxy_cgroups: BTreeMap<u64, ProxyPart>,
     /// Where the proxy's listeners are.
     pub placement: Placement,
     /// Placement `node`: the priority of the host's rule.
     pub rule_priority: u32,
-    /// How many connections are told of while somebody listens.
+    /// The limits on events while a monitor is attached.
     pub flows: FlowLimits,
-    /// Whether the programs tell of what should not occur.
+    /// Whether to load the programs with the drop log.
     pub diagnostics: bool,
-    /// Another object than the embedded one.
+    /// A file that replaces the embedded object.
     pub object: Option<PathBuf>,
-    /// Who notes the proxies' listeners for the socket lookup.
+    /// Which programs store the proxies' listeners for the socket lookup.
     pub noted_by: NotedBy,
 }
 
-/// Loaded programs and maps, and what they are attached to. It outlives this value, by pins.
+/// Loaded programs and maps, and their attachments. Pins let them outlive this value.
 pub struct Linux {
     maps: Maps,
     tc: tc::Tc,
@@ -151,26 +150,26 @@ pub struct Linux {
     placed: &'static dyn Placed,
     noted_by: NotedBy,
     rule_priority: u32,
-    /// Whether the host's ends of pods' devices are guarded.
+    /// Whether pods' devices have the host gate.
     gated: bool,
     host: NetNs,
     host_cookie: u64,
     /// A socket in the host's namespace.
     host_netlink: Netlink,
     note: EarlyDemuxNote,
-    /// Where the thread is, if it is not in the host's namespace, and what it works with there.
+    /// The thread's current pod namespace and its sockets there, if it is not in the host's.
     session: Option<Session>,
-    /// Whether the thread is in another namespace than the host's.
+    /// Whether the thread has left the host's namespace.
     away: bool,
-    /// What an agent of the other placement has left, as long as any of it is there.
+    /// The remains of an agent of the other placement, while there are any.
     other: Option<Other>,
-    /// The kernel side's log, if there is one, until somebody takes it.
+    /// The kernel side's log, if enabled, until its reader takes it.
     log: Option<Log>,
-    /// Held as long as the agent runs.
+    /// Locked while the agent runs.
     _pins: Pins,
 }
 
-/// The other placement: an agent of it has captured pods, which come over one by one.
+/// The other placement: its agent captured pods, which are taken over one by one.
 struct Other {
     placed: &'static dyn Placed,
     tc: tc::Tc,
@@ -179,7 +178,7 @@ struct Other {
     pods: BTreeSet<u64>,
 }
 
-/// The kernel side's log, and how many records were read from it.
+/// The kernel side's log, and the number of records read from it.
 type Log = (EbpfLogger<Words>, Arc<AtomicU32>);
 
 /// A directory of the cgroup2 hierarchy.
@@ -208,7 +207,7 @@ struct Session {
     sysctls: Sysctls,
 }
 
-/// What can be told about the loaded kernel side.
+/// A report on the loaded kernel side.
 #[derive(Clone, Debug)]
 pub struct Report {
     /// The programs.
@@ -226,8 +225,8 @@ pub struct Report {
 }
 
 impl Linux {
-    /// Loads the programs and puts them in the place of those of the agent before, if there are any: in the order in which
-    /// nothing is let past in between. `pods` are those that were captured already.
+    /// Loads the programs and replaces those of the previous agent, if any, in an order that lets nothing past in between.
+    /// `pods` are the ones that are already captured.
     pub fn load(
         settings: &Settings,
         pins: Pins,
@@ -237,7 +236,7 @@ impl Linux {
         use anyhow::Context as _;
         let (mut object, paths) = object::load_pinned(settings, &pins)?;
         let mut maps = Maps::take(&mut object, settings.capacities)?;
-        // Before any program sees the maps: they may be new, and empty.
+        // Before any program sees the maps, which may be new and empty.
         for pod in pods {
             maps.fill(pod).with_context(|| format!("pod {}", pod.identity))?;
         }
@@ -255,7 +254,7 @@ impl Linux {
                     "an agent of another placement has captured the pods of this node: they are taken over when a proxy serves them"
                 );
                 maps.inherit(|part| before.inherits(part))?;
-                // The log is this placement's.
+                // Only this placement has the log.
                 let settings = Settings { placement, diagnostics: false, ..settings.clone() };
                 let (mut object, _) = object::load_pinned(&settings, &pins)?;
                 let programs = Programs::load(&mut object, &[before], noted_by)?;
@@ -300,7 +299,7 @@ impl Linux {
         Ok(linux)
     }
 
-    /// Works as an agent of the other placement would, if there is anything of it.
+    /// Runs `work` as an agent of the other placement, if anything of that is left.
     fn as_other<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> Option<T> {
         let mut other = self.other.take()?;
         self.swap(&mut other);
@@ -316,8 +315,8 @@ impl Linux {
         std::mem::swap(&mut self.programs, &mut other.programs);
     }
 
-    /// Has this build's programs do the work of those that the other placement's agent has attached: others may not know that pods
-    /// come over.
+    /// Replaces the programs that the other placement's agent attached by this build's, because those of earlier builds may not
+    /// know about the change.
     fn renew_other(&mut self, pods: &[Target]) {
         let renewed = self.as_other(|linux| {
             linux.repair()?;
@@ -336,7 +335,7 @@ impl Linux {
         }
     }
 
-    /// What the other placement has for a pod, apart from what both have.
+    /// The facts of the other placement for a pod, apart from those that both have.
     fn elsewhere(&mut self, target: &Target) -> io::Result<BTreeSet<Fact>> {
         let cookie = target.netns_cookie;
         if !self.other.as_ref().is_some_and(|other| other.pods.contains(&cookie)) {
@@ -363,7 +362,7 @@ impl Linux {
         self.other.is_some()
     }
 
-    /// Removes what the other placement has for the whole node, when no pod needs it any more. Returns whether it did.
+    /// Removes the other placement's node-wide parts, once no pod needs them. Returns whether it did.
     pub fn retire_other(&mut self) -> anyhow::Result<bool> {
         let enrolled = self.maps.enrolled()?;
         let Some(other) = &mut self.other else { return Ok(false) };
@@ -387,7 +386,7 @@ impl Linux {
         Ok(true)
     }
 
-    /// Attaches what is for the whole node, as far as it is not. Returns the names of the programs that had to be.
+    /// Attaches the node-wide programs that are missing, and returns their names.
     pub fn repair(&mut self) -> anyhow::Result<Vec<&'static str>> {
         use anyhow::Context as _;
         self.leave().context("cannot return to the host's network namespace")?;
@@ -395,7 +394,7 @@ impl Linux {
         for (name, hook) in placed::on_root(self.placed, self.noted_by) {
             let (program, place) = (self.programs.get(name)?, self.cgroup.place(hook));
             if self.links.state(name, program, place)? != Some(State::Current) {
-                // Links of cgroup programs are always "multi": others' programs stay attached beside ours.
+                // cgroup links always use "multi": programs of others stay attached.
                 self.links.ensure(name, program, place).with_context(|| {
                     format!("program {name} can't be attached to {}", self.cgroup.path.display())
                 })?;
@@ -406,7 +405,8 @@ impl Linux {
         Ok(repaired)
     }
 
-    /// Removes what is about namespaces that are gone. Returns the cookies of the others that no pod is known of.
+    /// Removes the entries of namespaces that have ended. Returns the cookies of the remaining namespaces without
+    /// a known pod.
     pub fn collect(&mut self, known: &BTreeSet<u64>) -> anyhow::Result<Vec<u64>> {
         let mut living = Vec::new();
         let linked = self.links.names().filter_map(cookie_of_lookup);
@@ -432,7 +432,7 @@ impl Linux {
         Ok(living)
     }
 
-    /// Moves the thread into the pod's namespace, unless it is there already.
+    /// Moves the thread into the pod's namespace, unless it is already there.
     fn enter(&mut self, target: &Target) -> io::Result<&mut Session> {
         if self.session.as_ref().is_none_or(|session| session.netns_cookie != target.netns_cookie) {
             self.move_to(&target.netns, || Ok(target.netns_cookie))?;
@@ -440,7 +440,7 @@ impl Linux {
         entered(&mut self.session)
     }
 
-    /// Moves the thread into a namespace with this cookie, which it returns.
+    /// Moves the thread into the namespace with this cookie, which it returns.
     fn move_to(&mut self, netns: &NetNs, cookie: impl FnOnce() -> io::Result<u64>) -> io::Result<u64> {
         self.session = None;
         let session = netns.enter().and_then(|()| {
@@ -457,8 +457,8 @@ impl Linux {
         }
     }
 
-    /// Moves the thread back into the host's namespace, so that the pod's can go away. What is about the host must not be done
-    /// after an error.
+    /// Moves the thread back into the host's namespace, so that the pod's can end. After an error, no work on the host may
+    /// follow.
     fn leave(&mut self) -> io::Result<()> {
         self.session = None;
         if self.away {
@@ -474,39 +474,39 @@ impl Linux {
         self.maps.has_pod(cookie)
     }
 
-    /// The events of connections, for one reader.
+    /// The connection events, for one reader.
     pub fn take_flows(&mut self) -> Option<RingBuf<MapData>> {
         self.maps.take_flows()
     }
 
-    /// Has the kernel side tell of connections, or no longer.
+    /// Turns the kernel side's connection events on or off.
     pub fn tell_flows(&mut self, on: bool) -> anyhow::Result<()> {
         self.maps.tell_flows(on)
     }
 
-    /// The kernel side's log, for one reader, if there is one.
+    /// The kernel side's log, if enabled, for one reader.
     pub(super) fn take_log(&mut self) -> Option<Log> {
         self.log.take()
     }
 
-    /// How much all CPUs told in the log.
+    /// The drop log's counts, over all CPUs.
     pub(super) fn diagnostics(&self) -> anyhow::Result<FlowState> {
         self.maps.diagnostics()
     }
 
-    /// Replaces the set of cgroups whose processes are node proxies. An empty set: nobody is the proxy.
+    /// Replaces the set of the node proxies' cgroups. With an empty set, no socket counts as the proxy's.
     pub fn set_proxy_cgroups(&mut self, cgroups: &BTreeMap<u64, ProxyPart>) -> anyhow::Result<()> {
         self.maps.set_proxy_cgroups(cgroups)
     }
 
-    /// Replaces the set of cgroups whose processes' connections to pods are probes.
+    /// Replaces the set of cgroups whose connections to pods are probes.
     pub fn set_probe_cgroups(&mut self, directories: &BTreeSet<PathBuf>) -> anyhow::Result<()> {
         use anyhow::Context as _;
         let mut wanted = BTreeMap::new();
         for path in directories {
             match Directory::open(path) {
                 Ok(directory) => wanted.insert(format!("{PROBE}-{}", directory.inode), directory),
-                // Gone since it was found.
+                // Removed since it was found.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(error).with_context(|| format!("cgroup {}", path.display())),
             };
@@ -526,12 +526,12 @@ impl Linux {
         self.links.names().filter(|name| name.starts_with("probe-"))
     }
 
-    /// The pod that a device of the host leads to, by the cookie of its namespace.
+    /// The cookie of the pod behind a device of the host.
     pub fn pod_behind(&self, index: u32) -> Option<u64> {
         self.maps.pod_behind(index)
     }
 
-    /// What the pod's connections were counted as: the counters that are not zero.
+    /// The pod's counters that are not zero.
     pub fn counters_of(&self, netns_cookie: u64) -> anyhow::Result<Vec<PodCounter>> {
         self.maps.counters_of(netns_cookie)
     }
@@ -549,12 +549,12 @@ impl Linux {
         }
     }
 
-    /// A program without which no connection is captured, if it is attached nowhere.
+    /// A program that is required for capture but attached nowhere, if there is one.
     pub fn detached(&self) -> Option<&'static str> {
         self.placed.vital().into_iter().find(|program| self.attachments(program) == 0)
     }
 
-    /// What is loaded, and what it counted.
+    /// The loaded programs and maps, and the counters.
     pub fn report(&self) -> anyhow::Result<Report> {
         let mut programs = Vec::new();
         for (name, id) in self.programs.iter() {
@@ -572,7 +572,7 @@ impl Linux {
         })
     }
 
-    /// What is attached to the host's ends of a pod's devices, and which of them are noted.
+    /// The programs attached to the host ends of a pod's devices, and the ends that are in the maps.
     fn look_at_host(
         &mut self,
         target: &Target,
@@ -590,14 +590,14 @@ impl Linux {
         observation.damaged.extend(attached.damaged);
         for index in self.maps.devices(cookie)? {
             let known = ends.iter().find(|end| end.index == index).cloned();
-            // One that is gone has no name any more.
+            // A device that is gone has no name any more.
             let end = known.unwrap_or(Interface { index, name: index.to_string() });
             observation.facts.insert(Fact::Device(end));
         }
         Ok(())
     }
 
-    /// Does something in the host's namespace, and comes back to where the thread was.
+    /// Runs `work` in the host's namespace, and returns to the thread's previous namespace.
     fn at_host<T, E: From<io::Error>>(
         &mut self,
         target: &Target,
@@ -626,7 +626,7 @@ impl Linux {
         let (name, place) = (lookup_name(lookup, target.netns_cookie), lookup_place(&target.netns)?);
         self.links.ensure(&name, self.programs.get(lookup.program())?, place)?;
         if lookup == Lookup::Guard {
-            // The last step of an upgrade: nothing hands connections over to it any more.
+            // The last step of an upgrade: no program relies on the former lookup any more.
             self.links.remove(&format!("{}-{}", Lookup::FORMER, target.netns_cookie))?;
         }
         Ok(())
@@ -640,8 +640,8 @@ impl Linux {
         let is_live = target.adoption.is_live();
         let netns_cookie = target.netns_cookie;
         if hook.is_on_host() {
-            // In placement `pod` a pod that is enrolled already gets the gate after an upgrade, or gets it back. A filter that is
-            // there is replaced by a filter.
+            // In placement `pod`, an upgrade or a repair attaches the gate to a pod that is already enrolled. A filter is
+            // replaced by a filter.
             let carries_traffic = is_live
                 || (hook == Hook::HostGate
                     && self.maps.has_pod(netns_cookie)?
@@ -679,7 +679,7 @@ impl Linux {
         let cookie = target.netns_cookie;
         match op {
             Op::Ensure(Fact::LoopbackUp) => self.enter(target)?.netlink.set_up(LOOPBACK_INDEX)?,
-            // Others may rely on it by now.
+            // Applications may rely on it by now.
             Op::Remove(Fact::LoopbackUp) => {}
             Op::Ensure(Fact::Sysctl(sysctl)) => self.enter(target)?.sysctls.turn_on(*sysctl)?,
             Op::Remove(Fact::Sysctl(sysctl)) => self.enter(target)?.sysctls.turn_off(*sysctl)?,
@@ -737,7 +737,7 @@ fn lookup_place(netns: &NetNs) -> io::Result<Place<'_>> {
 impl Datapath for Linux {
     fn introduce(&mut self, netns: &NetNs) -> io::Result<Introduction> {
         let cookie = self.move_to(netns, current_cookie)?;
-        // Those of a pod that is captured are ours; in placement `node` none of them is touched.
+        // In a captured pod they are ours; placement `node` touches none of them.
         let enrolled = self.maps.has_pod(cookie)?;
         let sysctls =
             if enrolled { BTreeSet::new() } else { entered(&mut self.session)?.sysctls.that_are_on()? };
@@ -799,7 +799,7 @@ impl Datapath for Linux {
 
     fn rest(&mut self) {
         if let Err(error) = self.leave() {
-            // It is tried again before anything is done on the host.
+            // The next operation on the host tries again first.
             tracing::warn!(%error, "cannot return to the host's network namespace");
         }
     }

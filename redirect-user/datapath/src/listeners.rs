@@ -19,14 +19,14 @@ use redirect_protocol::wire::{FactState, Transport};
 /// A listener of the proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Listener {
-    /// Of the connections that it is for.
+    /// The family of the connections that it is for.
     pub family: Family,
     transport: Transport,
     port: u16,
 }
 
 impl Listener {
-    /// Those for a pod, in the order in which they are shown.
+    /// The listeners of a pod, in display order.
     fn of(target: &Target) -> Vec<Self> {
         let mut ports =
             [PORT_OUTBOUND, PORT_INBOUND, PORT_TUNNEL].map(|port| (Transport::Tcp, port)).to_vec();
@@ -37,7 +37,8 @@ impl Listener {
         target.addresses.families().flat_map(of).collect()
     }
 
-    /// Whether it is there, in the calling thread's namespace. Not every proxy has tunnels: one that listens, and not for them, has none.
+    /// Its state in the calling thread's namespace. Not every proxy has tunnels: if it listens, but not for tunnels, that
+    /// listener is unused.
     fn state(self) -> io::Result<FactState> {
         Ok(if is_there(self)? {
             FactState::Present
@@ -48,7 +49,7 @@ impl Listener {
         })
     }
 
-    /// Whether it gets the pod's connections that are decided on like this: the proxy's listener or its resolver's.
+    /// Whether it gets the pod's connections with this decision: the proxy's listener or its resolver's.
     pub fn serves(self, decision: Outbound, transport: Transport) -> bool {
         let port = match decision {
             Outbound::Capture => PORT_OUTBOUND,
@@ -69,7 +70,7 @@ impl fmt::Display for Listener {
     }
 }
 
-/// The listeners for a pod, and which of them are there: in the pod, or in the calling thread's namespace.
+/// The listeners of a pod and their states, in the pod or in the calling thread's namespace.
 pub fn look(target: &Target, placement: Placement) -> io::Result<Vec<(Listener, FactState)>> {
     let look =
         || Listener::of(target).into_iter().map(|listener| Ok((listener, listener.state()?))).collect();
@@ -91,7 +92,7 @@ pub(super) fn served() -> io::Result<BTreeSet<Family>> {
     Ok(served)
 }
 
-/// An IPv6 socket at `::` takes IPv4 as well, unless `bindv6only` says otherwise.
+/// An IPv6 socket at `::` accepts IPv4 as well, unless `bindv6only` is set.
 fn is_there(Listener { family, transport, port }: Listener) -> io::Result<bool> {
     if bound(transport, family)?.iter().any(|bound| bound.port == port) {
         return Ok(true);
@@ -101,22 +102,22 @@ fn is_there(Listener { family, transport, port }: Listener) -> io::Result<bool> 
     Ok(both && bound(transport, Family::Ipv6)?.iter().any(|bound| bound.port == port && bound.anywhere))
 }
 
-/// Where a socket listens.
+/// The address of a listening socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bound {
     /// The port.
     pub port: u16,
-    /// On every address.
+    /// Whether it is bound to the unspecified address.
     anywhere: bool,
 }
 
-/// The listeners of a family in the calling thread's namespace; none where the kernel does not have the family.
+/// The listeners of a family in the calling thread's namespace; none if the kernel lacks the family.
 pub fn bound(transport: Transport, family: Family) -> io::Result<Vec<Bound>> {
     let Some(table) = table(transport, family)? else { return Ok(Vec::new()) };
     Ok(listening(transport, table.lines().map_while(Result::ok)))
 }
 
-/// The sockets of a family in the calling thread's namespace, in the kernel's words; `None`: the kernel does not have the family.
+/// The kernel's table of the family's sockets in the calling thread's namespace; `None` if the kernel lacks the family.
 fn table(transport: Transport, family: Family) -> io::Result<Option<BufReader<File>>> {
     let table = match (transport, family) {
         (Transport::Tcp, Family::Ipv4) => "tcp",
@@ -130,8 +131,8 @@ fn table(transport: Transport, family: Family) -> io::Result<Option<BufReader<Fi
     }
 }
 
-/// Whether the proxies in the calling thread's namespace have no connection of a pod any more: one that they impersonate an end of,
-/// so that their socket's address is none of the namespace's `own`.
+/// Whether the proxies in the calling thread's namespace have no more connections of a pod. They have one if a socket
+/// impersonates an end of it, i.e. its address is none of the namespace's `own`.
 pub(super) fn have_let_go(pod: &PodAddresses, own: &BTreeSet<IpAddr>) -> io::Result<bool> {
     let pod: BTreeSet<IpAddr> = pod.iter().collect();
     for family in Family::ALL {
@@ -148,7 +149,7 @@ pub(super) fn have_let_go(pod: &PodAddresses, own: &BTreeSet<IpAddr>) -> io::Res
     Ok(true)
 }
 
-/// The ends of a connection in a table of TCP, unless it is over.
+/// The ends of a connection in a TCP table, unless it is closed.
 fn ends(line: &str) -> Option<(IpAddr, IpAddr)> {
     const TIME_WAIT: &str = "06";
     let mut words = line.split_whitespace().skip(1);
@@ -159,7 +160,7 @@ fn ends(line: &str) -> Option<(IpAddr, IpAddr)> {
     Some((address(local)?, address(remote)?))
 }
 
-/// Words of four bytes, each as the machine has it in memory.
+/// Four-byte words in native byte order.
 fn address(end: &str) -> Option<IpAddr> {
     let (digits, _) = end.split_once(':')?;
     let word = |at: usize| Some(u32::from_str_radix(digits.get(at * 8..at * 8 + 8)?, 16).ok()?.to_ne_bytes());
@@ -172,7 +173,8 @@ fn address(end: &str) -> Option<IpAddr> {
     })
 }
 
-/// Whether the calling thread's namespace has any TCP socket that listens or is connected. The kernel keeps count.
+/// Whether the calling thread's namespace has any TCP socket that listens or is connected, by the kernel's
+/// counters.
 pub(super) fn has_sockets() -> io::Result<bool> {
     for (file, line) in [("sockstat", "TCP: inuse "), ("sockstat6", "TCP6: inuse ")] {
         let text = match fs::read_to_string(format!("/proc/thread-self/net/{file}")) {
@@ -190,7 +192,8 @@ pub(super) fn has_sockets() -> io::Result<bool> {
 
 const LISTEN: &str = "0A";
 
-/// Those in a table: "sl local_address rem_address st …". That of TCP has listeners first, and may be long.
+/// The listeners in a table: "sl local_address rem_address st …". The TCP table begins with them, and may be
+/// long.
 fn listening(transport: Transport, lines: impl Iterator<Item = String>) -> Vec<Bound> {
     let parsed = lines.skip(1).map_while(|line| {
         let mut words = line.split_whitespace().skip(1);

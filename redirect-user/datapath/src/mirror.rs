@@ -1,8 +1,9 @@
-//! The routes by which captured IPv6 connections get the source that the pod's own routes would give them. Pure.
+//! The routes that give captured IPv6 connections the same source as the pod's own routes. Pure.
 //!
-//! The kernel routes an IPv6 connection once, and chooses its source by the route's device and preferred source (RFC 6724). So the
-//! capture table has a local route for each route of the pod, with the same device, and the kernel does the rest: addresses that
-//! are deprecated, are temporary, or come and go. A route is left out where a wider one has the same outcome: most pods need one.
+//! The kernel routes an IPv6 connection once, and chooses its source by the route's device and preferred source (RFC 6724). So
+//! the capture table has a local route for each route of the pod, with the same device. The kernel does the rest: it knows which
+//! addresses are deprecated, temporary, or gone. A route is left out if a wider one has the same outcome: most pods need one
+//! route.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -11,10 +12,10 @@ use ipnet::{IpNet, Ipv6Net};
 use redirect_ebpf::constants::ROUTE_TABLE;
 use redirect_linux::netlink::{Interface, OtherRoute, Route, RouteKind, Routes};
 
-/// How many routes of a pod are mirrored.
+/// How many routes of a pod are mirrored at most.
 pub const MOST: usize = 4096;
 
-/// The metric of a route that is to come after all others.
+/// The metric of a route that comes after all others.
 const LAST: u32 = u32::MAX - 1;
 
 /// The mirror of a pod's routes.
@@ -22,12 +23,12 @@ const LAST: u32 = u32::MAX - 1;
 pub struct Mirror {
     /// The routes.
     pub routes: Vec<Route>,
-    /// How many are left out because they are more than [`MOST`]: the narrowest. What they are for is captured all the same, with
-    /// the source of a wider route.
+    /// How many routes are left out, because there are more than [`MOST`]: the narrowest. Connections to their destinations are
+    /// captured all the same, with the source of a wider route.
     pub left_out: usize,
 }
 
-/// What a route makes of a connection.
+/// The outcome of a route for a connection.
 type Outcome = (RouteKind, Interface, Option<IpAddr>);
 
 /// Mirrors the routes of the pod's main table.
@@ -39,7 +40,7 @@ pub fn of(routes: &Routes, lo: &Interface) -> Mirror {
     let mut mirror = Mirror::default();
     for destination in destinations.into_iter().filter(|destination| choices.matters(destination)) {
         let outcomes = choices.by_destination.get(destination).into_iter().flatten().cloned();
-        // Their order is all that metrics are for.
+        // Metrics only determine the order.
         mirror.routes.extend(outcomes.zip(1..).map(|((kind, interface, source), metric)| Route {
             table: ROUTE_TABLE,
             destination: *destination,
@@ -52,7 +53,8 @@ pub fn of(routes: &Routes, lo: &Interface) -> Mirror {
     mirror.left_out = mirror.routes.len().saturating_sub(MOST);
     mirror.routes.truncate(MOST);
     if routes.elsewhere || mirror.left_out > 0 {
-        // Rules of the pod's own may lead to other tables what is in none of these routes. It is captured, with a source of any device.
+        // The pod's own rules may lead to other tables, whose routes are not mirrored. Such connections are captured, with a
+        // source of any device.
         mirror.routes.push(Route {
             table: ROUTE_TABLE,
             destination: Ipv6Net::default().into(),
@@ -65,10 +67,10 @@ pub fn of(routes: &Routes, lo: &Interface) -> Mirror {
     mirror
 }
 
-/// What becomes of connections to each destination, the best first: one outcome for each device.
+/// The outcomes of connections to each destination, one per device, the preferred one first.
 struct Choices {
     by_destination: HashMap<IpNet, Vec<Outcome>>,
-    /// The lengths of their prefixes.
+    /// The prefix lengths of the destinations.
     lengths: BTreeSet<u8>,
 }
 
@@ -87,8 +89,8 @@ impl Choices {
         Self { by_destination, lengths }
     }
 
-    /// Whether a destination has another outcome than the next wider one: for sockets at large, or for those that are bound to one of
-    /// its devices.
+    /// Whether a destination has another outcome than the next wider one, for sockets without a device or for those bound to one
+    /// of its devices.
     fn matters(&self, destination: &IpNet) -> bool {
         let Some(outcomes) = self.by_destination.get(destination) else { return false };
         let differs = |outcome: &Outcome, device: Option<&Interface>| {
@@ -98,7 +100,7 @@ impl Choices {
             || outcomes.iter().any(|outcome| differs(outcome, Some(&outcome.1)))
     }
 
-    /// The outcome of the next wider destination, for sockets at large or for those that are bound to a device.
+    /// The outcome of the next wider destination, for sockets without a device or for those bound to one.
     fn wider(&self, destination: &IpNet, device: Option<&Interface>) -> Option<&Outcome> {
         self.lengths.range(..destination.prefix_len()).rev().find_map(|length| {
             let wider = IpNet::new(destination.network(), *length).ok()?.trunc();
@@ -151,7 +153,7 @@ mod tests {
             route("::/0", 1024, ETH0, None),
         ];
         assert_eq!(shown(&mirror(main)), ["::/0 1 eth0"]);
-        // Without a default route the others count.
+        // Without a default route the other routes remain.
         let main = vec![route("fd00::/64", 256, ETH0, None), route("fd00::1/128", 1024, ETH0, None)];
         assert_eq!(shown(&mirror(main)), ["fd00::/64 1 eth0"]);
         assert_eq!(mirror(Vec::new()), Mirror::default());
@@ -174,11 +176,11 @@ mod tests {
     fn of_several_devices_each_counts_for_its_sockets() {
         let both = || vec![route("::/0", 2048, NET1, None), route("::/0", 1024, ETH0, None)];
         assert_eq!(shown(&mirror(both())), ["::/0 1 eth0", "::/0 2 net1"]);
-        // The same for both kinds of sockets, and not.
+        // Equal for both kinds of sockets, then different.
         let with = |other| mirror([both(), vec![other]].concat());
         assert_eq!(shown(&with(route("fd00::/64", 1, ETH0, None))).len(), 2);
         assert_eq!(shown(&with(route("fd00::/64", 1, NET1, None))).len(), 3);
-        // Of one metric, the one that routers prefer.
+        // With equal metrics, the router preference decides.
         let preferred = OtherRoute { rank: 0, ..route("::/0", 1024, NET1, None) };
         let main = vec![route("::/0", 1024, ETH0, None), preferred];
         assert_eq!(shown(&mirror(main)), ["::/0 1 net1", "::/0 2 eth0"]);

@@ -12,11 +12,11 @@ use aya_obj::generated::{
 };
 use nix::errno::Errno;
 
-/// What the kernel tells about an object.
+/// The kernel's description of an object.
 ///
 /// # Safety
 ///
-/// Zeros are a value of it, and so is whatever the kernel writes.
+/// All zeros is a valid value of the type, and so is any value that the kernel writes.
 pub unsafe trait Info: Copy {}
 
 // SAFETY: they consist of integers, in structures and unions.
@@ -26,26 +26,27 @@ unsafe impl Info for bpf_map_info {}
 // SAFETY: as above.
 unsafe impl Info for bpf_prog_info {}
 
-/// Nothing but zeros, which the kernel takes for what is not said.
+/// All zeros, which the kernel reads as "not set".
 pub fn attributes() -> bpf_attr {
     // SAFETY: the attributes consist of integers, for which zero is valid.
     unsafe { mem::zeroed() }
 }
 
-/// A call. The result is a descriptor, for the commands that return one. What the attributes point to has to outlive it.
+/// A bpf(2) call. Returns a descriptor, for commands that create one. Whatever the attributes point to must outlive the
+/// call.
 pub fn call(command: bpf_cmd, attributes: &mut bpf_attr) -> Result<RawFd, Errno> {
-    // SAFETY: the attributes are as long as is said, and the caller sees to what they point to. Older kernels, which know fewer
-    // of them, take them as long as the others are zero.
+    // SAFETY: the size is that of the attributes, and the caller guarantees what they point to. Older kernels that know fewer
+    // attributes accept them if the rest is zero.
     let result = unsafe {
         libc::syscall(libc::SYS_bpf, command as libc::c_int, &raw mut *attributes, size_of::<bpf_attr>())
     };
     Errno::result(result).map(|descriptor| descriptor as RawFd)
 }
 
-/// A call that makes or opens something.
+/// A call that creates or opens an object.
 pub fn open(command: bpf_cmd, attributes: &mut bpf_attr) -> Result<OwnedFd, Errno> {
     let descriptor = call(command, attributes)?;
-    // SAFETY: the kernel has just made it, for us alone.
+    // SAFETY: the kernel has just created the descriptor, and we alone own it.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
@@ -74,7 +75,7 @@ pub fn link_update(link: RawFd, program: RawFd) -> Result<(), Errno> {
 
 /// `BPF_OBJ_GET_INFO_BY_FD`.
 pub fn info<T: Info>(object: BorrowedFd<'_>) -> Result<T, Errno> {
-    // SAFETY: zeros are a value of it.
+    // SAFETY: all zeros is a valid value.
     let mut info: T = unsafe { mem::zeroed() };
     let mut attributes = attributes();
     attributes.info.bpf_fd = object.as_raw_fd().cast_unsigned();
@@ -84,7 +85,7 @@ pub fn info<T: Info>(object: BorrowedFd<'_>) -> Result<T, Errno> {
     Ok(info)
 }
 
-/// The instructions of a program, as the kernel has translated them.
+/// The instructions of a program, as translated by the kernel.
 pub fn instructions(program: BorrowedFd<'_>) -> Result<Vec<bpf_insn>, Errno> {
     let length = info::<bpf_prog_info>(program)?.xlated_prog_len as usize;
     let nothing = bpf_insn {
@@ -95,7 +96,7 @@ pub fn instructions(program: BorrowedFd<'_>) -> Result<Vec<bpf_insn>, Errno> {
         imm: 0,
     };
     let mut instructions = vec![nothing; length / size_of::<bpf_insn>()];
-    // SAFETY: zeros are a value of it.
+    // SAFETY: all zeros is a valid value.
     let mut info: bpf_prog_info = unsafe { mem::zeroed() };
     info.xlated_prog_len = length as u32;
     info.xlated_prog_insns = instructions.as_mut_ptr().expose_provenance() as u64;
@@ -111,7 +112,7 @@ pub fn instructions(program: BorrowedFd<'_>) -> Result<Vec<bpf_insn>, Errno> {
 pub fn obj_pin(object: BorrowedFd<'_>, pin: &Path) -> io::Result<()> {
     let path = CString::new(pin.as_os_str().as_bytes())?;
     let mut attributes = of_pin(&path);
-    // SAFETY: all of the union was zeroed or written as this member.
+    // SAFETY: every byte of the union was zeroed or written as this member.
     unsafe { &mut attributes.__bindgen_anon_4 }.bpf_fd = object.as_raw_fd().cast_unsigned();
     call(bpf_cmd::BPF_OBJ_PIN, &mut attributes)?;
     Ok(())
@@ -125,7 +126,7 @@ pub fn obj_get(pin: &Path) -> io::Result<OwnedFd> {
 
 fn of_pin(path: &CStr) -> bpf_attr {
     let mut attributes = attributes();
-    // SAFETY: all of the union was zeroed, which every member allows.
+    // SAFETY: the union was zeroed, which is valid for every member.
     unsafe { &mut attributes.__bindgen_anon_4 }.pathname = path.as_ptr().expose_provenance() as u64;
     attributes
 }

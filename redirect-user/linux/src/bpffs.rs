@@ -1,4 +1,4 @@
-//! The file system of pins.
+//! The BPF file system, which holds pins.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,15 +9,15 @@ use anyhow::Context as _;
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
-/// Where a bpffs usually is.
+/// The usual mount point.
 const BPFFS: &str = "/sys/fs/bpf";
 
-/// What there is for a pin directory.
+/// Where a pin directory is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bpffs {
-    /// It is on one.
+    /// On a mounted bpffs.
     Mounted,
-    /// It will be on the one that the agent mounts.
+    /// On the bpffs that the agent will mount.
     Mountable,
 }
 
@@ -26,7 +26,7 @@ pub const NO_BPFFS_REMEDY: &str = "choose a directory below /sys/fs/bpf (--pin-d
                                    /sys/fs/bpf on the node, which the chart does with mountBpffs=true); in a container, \
                                    mount the host's at the same path";
 
-/// What there is for a pin directory, which may not be there yet; `None`: nothing that outlives the agent.
+/// The bpffs of a pin directory that may not exist yet. `None`: nothing there would outlive the agent.
 pub fn bpffs(directory: &Path) -> io::Result<Option<Bpffs>> {
     let usual = Path::new(BPFFS);
     let there = directory.ancestors().find_map(|path| statfs(path).ok());
@@ -36,7 +36,8 @@ pub fn bpffs(directory: &Path) -> io::Result<Option<Bpffs>> {
     if !directory.starts_with(usual) {
         return Ok(None);
     }
-    // In a container, a mount would end with it. A mount has its number in one mount namespace only.
+    // In a container, a mount would end with the container. A mount's number is valid in one mount namespace
+    // only.
     let mounts = |process: &str| -> io::Result<BTreeSet<String>> {
         let table = fs::read_to_string(format!("/proc/{process}/mountinfo"))?;
         Ok(table.lines().filter_map(|line| Some(line.split_once(' ')?.0.to_owned())).collect())
@@ -44,7 +45,7 @@ pub fn bpffs(directory: &Path) -> io::Result<Option<Bpffs>> {
     Ok((!mounts("self")?.is_disjoint(&mounts("1")?)).then_some(Bpffs::Mountable))
 }
 
-/// Mounts a bpffs at its usual place, unless one is there.
+/// Mounts a bpffs at its usual place, unless it is mounted already.
 pub fn ensure_bpffs() -> anyhow::Result<()> {
     let there = statfs(BPFFS).with_context(|| format!("cannot examine {BPFFS}"))?;
     if there.filesystem_type() == BPF_FS_MAGIC { Ok(()) } else { mount_bpffs() }

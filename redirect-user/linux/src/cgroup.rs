@@ -1,11 +1,11 @@
-//! Finds the cgroup of a process, as the kernel side identifies it.
+//! Finds the cgroup ID of a process, by which the kernel side identifies it.
 //!
 //! The programs see a process's cgroup as a number: the inode of its directory in the cgroup2 hierarchy, which is what
 //! `bpf_get_current_cgroup_id` returns. Processes are named by path in `/proc/<pid>/cgroup`.
 //!
 //! Both that file and `/proc/self/mountinfo` are written relative to the **reader's** cgroup namespace. An agent in a
-//! container usually has its own, in which other pods show up as `/../../…`, so everything here is read by a thread
-//! that has joined the cgroup namespace of process 1: the host's, if the agent shares the host's PID namespace.
+//! container usually has its own, in which other pods show up as `/../../…`. So a thread that has joined the cgroup
+//! namespace of process 1 reads them: the host's, if the agent shares the host's PID namespace.
 
 use std::fs::{self, File};
 use std::io;
@@ -15,10 +15,10 @@ use std::thread;
 
 use nix::sched::{CloneFlags, setns};
 
-/// Why a cgroup could not be found.
+/// The reason why a cgroup was not found.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
-    /// There is no mount of the whole cgroup2 hierarchy.
+    /// The whole cgroup2 hierarchy is not mounted.
     #[error(
         "the cgroup2 hierarchy is not mounted: mount the host's /sys/fs/cgroup into the agent's container at the same path"
     )]
@@ -26,7 +26,7 @@ pub enum CgroupError {
     /// The process is in no cgroup of the cgroup2 hierarchy.
     #[error("process {0} has no cgroup in the cgroup2 hierarchy: does the node run with cgroup_no_v2?")]
     NoCgroup(i32),
-    /// The process's cgroup lies outside what the agent can see.
+    /// The process's cgroup is not visible to the agent.
     #[error("the cgroup {path} of process {pid} is not visible to the agent: set hostPID: true for it")]
     NotVisible {
         /// The process.
@@ -88,7 +88,7 @@ pub fn of_process(pid: i32) -> Result<CgroupPath, CgroupError> {
     })
 }
 
-/// The number by which the kernel side knows the cgroup of this directory.
+/// The cgroup ID of this directory, as the kernel side sees it.
 pub fn id(directory: &Path) -> Result<u64, CgroupError> {
     let metadata = fs::metadata(directory)
         .map_err(|error| CgroupError::Read { path: directory.to_path_buf(), error })?;
@@ -104,8 +104,8 @@ fn read(path: impl Into<PathBuf>) -> Result<String, CgroupError> {
     fs::read_to_string(&path).map_err(|error| CgroupError::Read { path, error })
 }
 
-/// Runs the look-up on a thread of its own, in the cgroup namespace of process 1. Where that cannot be joined (no
-/// privilege, or none of the host's PID namespace) the agent's own view has to do.
+/// Runs the look-up on a thread of its own, in the cgroup namespace of process 1. Falls back to the agent's own
+/// view if the thread can't join it (no privilege, or not the host's PID namespace).
 pub fn in_host_view<T: Send, E: Send + From<CgroupError>>(
     look_up: impl FnOnce() -> Result<T, E> + Send,
 ) -> Result<T, E> {
@@ -131,7 +131,8 @@ fn join_host_namespace() -> io::Result<()> {
 
 /// The path in a `/proc/<pid>/cgroup`: the line of hierarchy 0, which has no controller list.
 fn parse_membership(text: &str) -> Option<String> {
-    // A cgroup that was removed under its last, dying process is marked so; the path before it is still right.
+    // The kernel marks a cgroup that was removed while its last process was dying; the path before the mark is
+    // still right.
     let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
     Some(path.strip_suffix(" (deleted)").unwrap_or(path).to_owned())
 }
@@ -147,7 +148,7 @@ fn parse_mount(text: &str) -> Option<PathBuf> {
     })
 }
 
-/// Undoes the octal escapes of `mountinfo`.
+/// Decodes the octal escapes of `mountinfo`.
 fn unescape(field: &str) -> String {
     [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
         .iter()

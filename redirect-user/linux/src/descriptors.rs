@@ -2,7 +2,7 @@
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// Raises the limit as far as it goes. The usual one of 1024 is for programs that use select(2); the proxy has two descriptors
+/// Raises the soft limit to the hard limit. The usual soft limit of 1024 exists for select(2); the proxy has two descriptors
 /// per connection, the agent two per pod.
 pub fn raise_limit() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)

@@ -1,5 +1,5 @@
-//! Linux interfaces that neither std nor aya has: bpf(2), links, netlink, sysctls, namespaces, cgroups, privileges, and probes of
-//! what the node supports. Nothing here knows about pods.
+//! Linux interfaces that neither std nor aya provides: bpf(2), links, netlink, sysctls, namespaces, cgroups, privileges, and
+//! probes of the node's features. Nothing here knows about pods.
 
 pub mod bpf;
 pub mod bpffs;

@@ -1,5 +1,5 @@
-//! Links that outlive the agent: creates, pins, finds and updates them. aya has none of that for links of cgroups and network
-//! namespaces.
+//! BPF links that outlive the agent: creates, pins, finds and updates them. aya can't do that for links of cgroups and
+//! network namespaces.
 
 use std::ffi::CStr;
 use std::io;
@@ -21,23 +21,23 @@ pub struct Program {
     pub id: u32,
 }
 
-/// An attachment of a program, which ends with the last descriptor and pin of it.
+/// A program's attachment, which ends with its last descriptor and pin.
 #[derive(Debug)]
 pub struct Link(OwnedFd);
 
-/// Where a link is, or shall be: `at` is a descriptor of the cgroup or of the namespace, or the interface's index; `id` is
-/// what the kernel calls the same thing: the inode of the cgroup's directory or of the namespace, or the index.
+/// The target of a link. `at` is a descriptor of the cgroup or namespace, or the interface's index; `id` is the kernel's
+/// name of the same: the inode of the cgroup's directory or of the namespace, or the index.
 #[derive(Clone, Copy, Debug)]
 pub struct Place<'a> {
     /// The hook.
     pub attach_type: AttachType,
-    /// What bpf(2) takes.
+    /// The target, as bpf(2) takes it.
     pub at: At<'a>,
-    /// What the kernel reports.
+    /// The target, as the kernel reports it.
     pub id: u64,
 }
 
-/// What bpf(2) takes for the target of a link.
+/// The target of a link, as bpf(2) takes it.
 #[derive(Clone, Copy, Debug)]
 pub enum At<'a> {
     /// A descriptor of the cgroup or of the namespace.
@@ -55,14 +55,14 @@ impl At<'_> {
     }
 }
 
-/// How a link compares with what it should be.
+/// How a link compares with the wanted one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
     /// It attaches the program to the place.
     Current,
-    /// It attaches another program to the place: that of another build.
+    /// It attaches another program to the place, such as one of another build.
     Stale,
-    /// It is elsewhere, or what it was attached to is gone.
+    /// It is attached elsewhere, or its target is gone.
     Elsewhere,
 }
 
@@ -71,11 +71,11 @@ impl Link {
     pub fn create(program: &Program, place: Place<'_>) -> io::Result<Self> {
         let create =
             |flags| bpf::link_create(program.fd.as_fd(), place.at.number(), place.attach_type, flags);
-        // Before all others that are attached to the same place.
+        // Before all other programs at the same place.
         let created = match link_type(place.attach_type) {
             bpf_link_type::BPF_LINK_TYPE_NETNS => create(0),
             bpf_link_type::BPF_LINK_TYPE_TCX => create(BPF_F_BEFORE),
-            // Linux before 6.17 knows no order but that of attachment.
+            // Before Linux 6.17 the order is that of attachment.
             _ => match create(BPF_F_BEFORE) {
                 Err(Errno::EINVAL) => create(0),
                 created => created,
@@ -94,12 +94,12 @@ impl Link {
         bpf::obj_pin(self.0.as_fd(), pin)
     }
 
-    /// Puts another program in the place of the link's, in one step.
+    /// Replaces the link's program atomically.
     pub fn update(&self, program: &Program) -> io::Result<()> {
         Ok(bpf::link_update(self.0.as_raw_fd(), program.fd.as_raw_fd())?)
     }
 
-    /// Detaches the program now. When the last descriptor and pin are gone the kernel does so as well, but some time later.
+    /// Detaches the program now. The kernel would also do so some time after the last descriptor and pin are gone.
     pub fn detach(&self) -> io::Result<()> {
         let mut attributes = bpf::attributes();
         attributes.link_detach.link_fd = self.0.as_raw_fd().cast_unsigned();
@@ -107,7 +107,7 @@ impl Link {
         Ok(())
     }
 
-    /// Compares the link with what it should be.
+    /// Compares the link with the wanted one.
     pub fn state(&self, program: &Program, place: Place<'_>) -> io::Result<State> {
         let info: bpf_link_info = bpf::info(self.0.as_fd())?;
         let here = info.type_ == link_type(place.attach_type) as u32
@@ -119,17 +119,17 @@ impl Link {
         })
     }
 
-    /// Whether what the link was attached to still exists.
+    /// Whether the link's target still exists.
     pub fn is_attached(&self) -> io::Result<bool> {
         let (id, _) = target(&bpf::info(self.0.as_fd())?);
         Ok(id != 0)
     }
 }
 
-/// What a link is attached to, zero if that is gone, and the attach type.
+/// A link's target, zero if it is gone, and its attach type.
 fn target(info: &bpf_link_info) -> (u64, u32) {
     let (tcx, netns) = (bpf_link_type::BPF_LINK_TYPE_TCX as u32, bpf_link_type::BPF_LINK_TYPE_NETNS as u32);
-    // SAFETY: integers, which are zero where the kernel told nothing.
+    // SAFETY: integers, which are zero unless the kernel set them.
     unsafe {
         let target = &info.__bindgen_anon_1;
         match info.type_ {
@@ -140,7 +140,7 @@ fn target(info: &bpf_link_info) -> (u64, u32) {
     }
 }
 
-/// Of the links for an attach type.
+/// The link type for an attach type.
 fn link_type(attach_type: AttachType) -> bpf_link_type {
     match attach_type {
         AttachType::BPF_SK_LOOKUP => bpf_link_type::BPF_LINK_TYPE_NETNS,
@@ -149,9 +149,9 @@ fn link_type(attach_type: AttachType) -> bpf_link_type {
     }
 }
 
-/// The IDs of the attached programs, in the order in which they run.
+/// The IDs of the attached programs, in execution order.
 pub fn programs(at: At<'_>, attach_type: AttachType) -> io::Result<Vec<u32>> {
-    /// The kernel allows no more.
+    /// The kernel's limit.
     const MOST: usize = 64;
     let mut ids = [0u32; MOST];
     let mut attributes = bpf::attributes();
@@ -182,7 +182,7 @@ pub fn program_name(id: u32) -> io::Result<Option<String>> {
     Ok(Some(name.to_string_lossy().into_owned()))
 }
 
-/// The instructions of a program, as the kernel has translated them; none if the program is gone.
+/// The instructions of a program, as translated by the kernel; none if the program is gone.
 pub fn program_instructions(id: u32) -> io::Result<Vec<bpf_insn>> {
     let Some(program) = program(id)? else { return Ok(Vec::new()) };
     Ok(bpf::instructions(program.as_fd())?)
@@ -190,7 +190,7 @@ pub fn program_instructions(id: u32) -> io::Result<Vec<bpf_insn>> {
 
 fn program(id: u32) -> io::Result<Option<OwnedFd>> {
     let mut attributes = bpf::attributes();
-    // SAFETY: all of the union was zeroed, which every member allows.
+    // SAFETY: the union was zeroed, which is valid for every member.
     unsafe { &mut attributes.__bindgen_anon_6 }.__bindgen_anon_1.prog_id = id;
     match bpf::open(bpf_cmd::BPF_PROG_GET_FD_BY_ID, &mut attributes) {
         Err(Errno::ENOENT) => Ok(None),

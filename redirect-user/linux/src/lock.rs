@@ -11,8 +11,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Locks a directory until the file is dropped. Whoever may open a directory may lock it, for as long as they like: after some
-/// seconds this goes on without the lock, and says so. What is done under it must not break if two do it.
+/// Locks a directory until the file is dropped. Any process that may open a directory can lock it for as long as it likes, so
+/// after a few seconds this logs a warning and proceeds without the lock. Work under the lock must tolerate a second process.
 pub fn of_directory(directory: &Path) -> io::Result<File> {
     within(directory, PATIENCE)
 }
@@ -51,7 +51,7 @@ mod tests {
         drop(held);
         let taken = waiting.join().unwrap();
         assert!(began.elapsed() < Duration::from_secs(3600));
-        // It has the lock, and others don't.
+        // It has the lock; others don't get it.
         let another = File::open(directory.path()).unwrap();
         assert!(matches!(another.try_lock(), Err(TryLockError::WouldBlock)));
         drop(taken);

@@ -39,7 +39,7 @@ pub use raw::Raw;
 pub use routes::{OtherRoute, Route, RouteKind, Routes, is_of_interest};
 pub use rules::Rule;
 
-/// Our filters' handles: each program has one. The kernel takes more memory for larger numbers.
+/// The handles of our filters, one per program. The kernel needs more memory for larger handles.
 pub const HANDLES: RangeInclusive<u32> = 1501..=1515;
 
 /// The index of `lo`, in every network namespace.
@@ -65,18 +65,18 @@ impl Interface {
 /// A route socket in the namespace in which it was opened.
 pub struct Netlink(Exchange);
 
-/// An interface, and what it is linked to.
+/// An interface, and the device it is linked to.
 #[derive(Clone, Debug)]
 pub struct Device {
-    /// It.
+    /// The interface.
     pub interface: Interface,
     /// Whether it is up.
     pub up: bool,
-    /// What drives it, if it is no hardware: `veth`, `ipvlan`.
+    /// The kind of a virtual device: `veth`, `ipvlan`.
     pub kind: Option<String>,
-    /// The index of the device that it is the other end of, or that it is on.
+    /// The index of its peer, or of the device below it.
     pub peer: Option<u32>,
-    /// The ID of the namespace that this one is in, if it is another.
+    /// The ID of the namespace that the peer is in, if it is another one.
     pub namespace: Option<i32>,
 }
 
@@ -86,7 +86,7 @@ impl Netlink {
         Exchange::open(NETLINK_ROUTE).map(Self)
     }
 
-    /// The ID by which the socket's namespace knows another one; it is given one if it has none.
+    /// The ID by which the socket's namespace knows another one. The kernel assigns one if there is none.
     pub fn namespace_id(&mut self, netns: &NetNs) -> io::Result<i32> {
         let descriptor = NsidAttribute::Fd(netns.as_fd().as_raw_fd().cast_unsigned());
         let mut message = NsidMessage::default();
@@ -105,7 +105,7 @@ impl Netlink {
             let mut new = message.clone();
             new.attributes.push(NsidAttribute::Id(-1));
             match self.change(RouteNetlinkMessage::NewNsId(new), 0) {
-                // Somebody else was faster.
+                // Another process was faster.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 result => result?,
             }
@@ -117,14 +117,14 @@ impl Netlink {
         self.0.request::<Raw>(message, NLM_F_ACK | flags).map(drop)
     }
 
-    /// The interfaces that are in the namespace, and the indices of those that are up.
+    /// The interfaces of the namespace, and the indices of those that are up.
     pub fn interfaces(&mut self) -> io::Result<(Vec<Interface>, BTreeSet<u32>)> {
         let devices = self.devices()?;
         let up = devices.iter().filter(|device| device.up).map(|device| device.interface.index).collect();
         Ok((devices.into_iter().map(|device| device.interface).collect(), up))
     }
 
-    /// The interfaces that are in the namespace, and what they are linked to.
+    /// The interfaces of the namespace, and the devices they are linked to.
     pub fn devices(&mut self) -> io::Result<Vec<Device>> {
         // `struct ifinfomsg`
         const SIZE: usize = 16;
@@ -155,21 +155,21 @@ impl Netlink {
         Ok(links.iter().filter_map(device).collect())
     }
 
-    /// All objects of a kind.
+    /// Lists all objects of a kind.
     fn list(&mut self, any: RouteNetlinkMessage, kind: u16) -> io::Result<Vec<Raw>> {
         let mut found = self.0.request::<Raw>(any, NLM_F_DUMP)?;
         found.retain(|answer| answer.kind() == kind);
         Ok(found)
     }
 
-    /// The same, where the kernel does not report changes.
+    /// Lists them where the kernel does not report concurrent changes.
     fn settled_list(&mut self, any: RouteNetlinkMessage, kind: u16) -> io::Result<Vec<Raw>> {
         let mut found = self.0.settled(|exchange| exchange.request::<Raw>(any.clone(), NLM_F_DUMP))?;
         found.retain(|answer| answer.kind() == kind);
         Ok(found)
     }
 
-    /// The interfaces with all that the kernel tells of them.
+    /// The interfaces with all their attributes.
     pub fn links(&mut self) -> io::Result<Vec<LinkMessage>> {
         let answers = self.0.request(RouteNetlinkMessage::GetLink(LinkMessage::default()), NLM_F_DUMP)?;
         let links = answers.into_iter().filter_map(|answer| match answer {
@@ -204,7 +204,7 @@ impl Netlink {
         }))
     }
 
-    /// Makes a pair of devices.
+    /// Creates a veth pair.
     pub fn add_pair(&mut self, name: &str, peer: &str) -> io::Result<()> {
         let mut other = LinkMessage::default();
         other.attributes = vec![LinkAttribute::IfName(peer.into())];
@@ -219,7 +219,7 @@ impl Netlink {
         self.change(RouteNetlinkMessage::NewLink(link), NLM_F_CREATE | NLM_F_EXCL)
     }
 
-    /// What somebody noted about an interface.
+    /// The alias of an interface.
     pub fn alias(&mut self, index: u32) -> io::Result<Option<String>> {
         let found = self.links()?.into_iter().find(|link| link.header.index == index);
         Ok(found.into_iter().flat_map(|link| link.attributes).find_map(|attribute| match attribute {
@@ -228,7 +228,7 @@ impl Netlink {
         }))
     }
 
-    /// Notes something about an interface.
+    /// Sets the alias of an interface.
     pub fn set_alias(&mut self, name: &str, alias: &str) -> io::Result<()> {
         let mut link = LinkMessage::default();
         link.attributes = vec![LinkAttribute::IfName(name.into()), LinkAttribute::IfAlias(alias.into())];
@@ -242,7 +242,7 @@ impl Netlink {
         self.change(RouteNetlinkMessage::DelLink(link), 0)
     }
 
-    /// A rule of this priority that is not the ingress device's, in words.
+    /// A description of a rule with this priority that is not the ingress device's.
     pub fn other_rule(&mut self, family: Family, priority: u32) -> io::Result<Option<String>> {
         let at_priority = RuleAttribute::Priority(priority);
         let others = self.all_rules(family)?.into_iter();
@@ -258,7 +258,7 @@ impl Netlink {
         made(self.change(message, NLM_F_CREATE | NLM_F_EXCL))
     }
 
-    /// Removes the ingress device's rules, of whatever priority. Returns how many there were.
+    /// Removes the ingress device's rules of any priority. Returns how many there were.
     pub fn delete_ingress_device_rules(&mut self, family: Family) -> io::Result<usize> {
         let ours: Vec<_> = self.all_rules(family)?.into_iter().filter(leads_to_ingress_device).collect();
         for rule in &ours {
@@ -279,7 +279,7 @@ impl Netlink {
         Ok(rules.collect())
     }
 
-    /// Gives an interface an address that is known on the host alone. Returns whether it had not got it.
+    /// Adds a host-scoped address to an interface. Returns whether it was missing.
     pub fn ensure_address(&mut self, index: u32, address: Ipv4Addr) -> io::Result<bool> {
         let mut message = AddressMessage::default();
         message.header.family = AddressFamily::Inet;
@@ -291,8 +291,8 @@ impl Netlink {
         made(self.change(RouteNetlinkMessage::NewAddress(message), NLM_F_CREATE | NLM_F_EXCL))
     }
 
-    /// `local default dev INGRESS_DEVICE table ROUTE_TABLE`. Of that device, because the reverse path filter takes a source for
-    /// right if the route to it is through the device that the packet came in by.
+    /// `local default dev INGRESS_DEVICE table ROUTE_TABLE`. The route uses that device because the reverse path filter accepts
+    /// a source if the route to it leads through the device that the packet arrived on.
     pub fn add_ingress_device_route(&mut self, family: Family, index: u32) -> io::Result<()> {
         let mut route = RouteMessage::default();
         route.header = RouteHeader {
@@ -316,14 +316,14 @@ impl Netlink {
         self.change(RouteNetlinkMessage::SetLink(link), 0)
     }
 
-    /// The BPF filters of an interface that have handles of ours.
+    /// The interface's BPF filters that have our handles.
     pub fn filters(&mut self, interface: u32) -> io::Result<Vec<Filter>> {
         let filters = self.all_filters(interface)?.into_iter().map(|(_, filter)| filter);
         Ok(filters.filter(|filter| filter.program != 0 && HANDLES.contains(&filter.handle)).collect())
     }
 
-    /// All filters of an interface's `ingress` or clsact queueing discipline with their kinds, in the order in which they are
-    /// asked. Those that are no BPF programs have the ID zero.
+    /// All filters of an interface's `ingress` or clsact qdisc with their kinds, in execution order. Filters that are not BPF
+    /// programs have the ID zero.
     pub fn all_filters(&mut self, interface: u32) -> io::Result<Vec<(String, Filter)>> {
         // `struct tcmsg`
         const SIZE: usize = 20;
@@ -348,10 +348,10 @@ impl Netlink {
                 }
                 let (priority, handle) = ((found.word(INFO) >> 16) as u16, found.word(HANDLE));
                 let filter = Filter { side, priority, handle, program };
-                // Where there is one side alone, on `lo`, the kernel shows it for the other one as well.
+                // A qdisc with one side only, as on `lo`, lists its filters for both sides.
                 let shown = (kind.clone(), Filter { side: Side::Ingress, ..filter });
                 let is_shown = interface == LOOPBACK_INDEX && filters.contains(&shown);
-                // What all filters of a priority have in common has no handle.
+                // The entry that represents a whole priority has no handle.
                 if handle != 0 && !is_shown {
                     filters.push((kind, filter));
                 }
@@ -360,7 +360,7 @@ impl Netlink {
         Ok(filters)
     }
 
-    /// Puts a program into a filter's place, in one step if there is another one.
+    /// Attaches a program as a filter. Replaces an existing one atomically.
     pub fn set_filter(
         &mut self,
         interface: u32,
@@ -380,13 +380,13 @@ impl Netlink {
         self.change(RouteNetlinkMessage::NewTrafficFilter(message), NLM_F_CREATE)
     }
 
-    /// Returns whether it was there.
+    /// Returns whether it existed.
     pub fn delete_filter(&mut self, interface: u32, filter: Filter) -> io::Result<bool> {
         let mut message = filter.message(interface);
         message.attributes = vec![TcAttribute::Kind(TcFilterBpf::KIND.into())];
         match self.change(RouteNetlinkMessage::DelTrafficFilter(message), 0) {
             Ok(()) => Ok(true),
-            // No such filter, no filter of this priority, no clsact qdisc, no such interface.
+            // No such filter, no filter of this priority, no clsact qdisc, or no such interface.
             Err(error)
                 if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL | libc::ENODEV)) =>
             {
@@ -396,8 +396,8 @@ impl Netlink {
         }
     }
 
-    /// Gives an interface what filters are attached to, unless it has it: a clsact queueing discipline. `lo` gets one for what
-    /// comes in alone, `ingress`: a side takes 4 KiB of the kernel's memory.
+    /// Adds a clsact qdisc for filters to an interface, unless it has one. `lo` gets an `ingress` qdisc with one side, because
+    /// each side takes 4 KiB of kernel memory.
     pub fn add_qdisc(&mut self, interface: &Interface) -> io::Result<()> {
         let mut message = traffic_control(interface.index, CLSACT);
         message.header.handle = TcHandle { major: 0xffff, minor: 0 };
@@ -409,7 +409,7 @@ impl Netlink {
         }
     }
 
-    /// Removes an interface's queueing discipline for filters, if it has one and no filters are on it.
+    /// Removes an interface's qdisc for filters, if it has no filters.
     pub fn delete_qdisc(&mut self, interface: u32) -> io::Result<()> {
         for side in Side::ALL {
             let any = RouteNetlinkMessage::GetTrafficFilter(traffic_control(interface, side.parent()));
@@ -428,7 +428,7 @@ impl Netlink {
     }
 }
 
-/// Whether something was made, or was there.
+/// Whether the object was created; it may exist already.
 fn made(outcome: io::Result<()>) -> io::Result<bool> {
     match outcome {
         Ok(()) => Ok(true),
@@ -439,12 +439,12 @@ fn made(outcome: io::Result<()>) -> io::Result<bool> {
 
 const CLSACT: TcHandle = TcHandle { major: 0xffff, minor: 0xfff1 };
 
-/// Which packets of an interface.
+/// The direction of an interface's packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
-    /// Those that come in.
+    /// Packets that arrive.
     Ingress,
-    /// Those that go out.
+    /// Packets that leave.
     Egress,
 }
 
@@ -464,7 +464,7 @@ impl Side {
 /// A filter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Filter {
-    /// Which packets it sees.
+    /// The direction.
     pub side: Side,
     /// Its priority.
     pub priority: u16,
@@ -498,7 +498,7 @@ const fn address_family(family: Family) -> AddressFamily {
     }
 }
 
-/// What an interface is known by.
+/// Index and name of an interface.
 pub fn interface(link: LinkMessage) -> Option<Interface> {
     let index = link.header.index;
     let name = link.attributes.into_iter().find_map(|attribute| match attribute {

@@ -14,7 +14,7 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::stat::fstat;
 use socket2::{Domain, Socket, Type};
 
-/// A network namespace that cannot go away while this, or a clone of it, exists.
+/// A network namespace that cannot go away while this value, or a clone of it, exists.
 #[derive(Clone, Debug)]
 pub struct NetNs {
     fd: Arc<OwnedFd>,
@@ -28,7 +28,7 @@ impl NetNs {
         Self { fd: Arc::new(fd), path: None }
     }
 
-    /// The same, with a path where others find it.
+    /// The same namespace, with a path at which other processes find it.
     #[must_use]
     pub fn at(self, path: Option<PathBuf>) -> Self {
         Self { path: path.map(Arc::from), ..self }
@@ -44,19 +44,19 @@ impl NetNs {
         Self::open(Path::new("/proc/thread-self/ns/net"))
     }
 
-    /// A path where it was found.
+    /// The path at which it was found.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
         self.path.as_deref()
     }
 
-    /// Whether a path leads to it.
+    /// Whether the path leads to it.
     #[must_use]
     pub fn is_at(&self, path: &Path) -> bool {
         Self::open(path).is_ok_and(|there| there == *self)
     }
 
-    /// The descriptor, to be passed on.
+    /// The descriptor, to pass on.
     #[must_use]
     pub fn descriptor(&self) -> Arc<OwnedFd> {
         Arc::clone(&self.fd)
@@ -64,7 +64,8 @@ impl NetNs {
 
     /// Moves the calling thread into the namespace.
     ///
-    /// Never call it on a thread of an async runtime: whatever runs there next would run in the namespace too.
+    /// Never call it on a thread of an async runtime: any task that runs there next would run in the namespace
+    /// too.
     pub fn enter(&self) -> io::Result<()> {
         Ok(setns(self.fd.as_fd(), CloneFlags::CLONE_NEWNET)?)
     }
@@ -80,12 +81,12 @@ impl NetNs {
         })
     }
 
-    /// The inode of the namespace: the same namespace has the same inode as long as it exists.
+    /// The inode of the namespace, which is constant for its lifetime.
     pub fn inode(&self) -> io::Result<u64> {
         Ok(fstat(self.fd.as_fd())?.st_ino)
     }
 
-    /// Device and inode, which tell namespaces apart.
+    /// Device and inode, which identify a namespace.
     fn identity(&self) -> io::Result<(u64, u64)> {
         let stat = fstat(self.fd.as_fd())?;
         Ok((stat.st_dev, stat.st_ino))
@@ -103,14 +104,14 @@ impl NetNs {
         })?
     }
 
-    /// The cookie by which the kernel side knows the namespace. Needs Linux 5.14.
+    /// The cookie by which the kernel side identifies the namespace. Needs Linux 5.14.
     pub fn cookie(&self) -> io::Result<u64> {
         self.run(current_cookie)?
     }
 }
 
 impl PartialEq for NetNs {
-    /// Whether it is the same namespace. One that can't be examined equals none.
+    /// Whether it is the same namespace. One that can't be read equals none.
     fn eq(&self, other: &Self) -> bool {
         match (self.identity(), other.identity()) {
             (Ok(this), Ok(other)) => this == other,

@@ -1,7 +1,7 @@
 //! The process at the other end of a UNIX socket.
 //!
-//! A process ID is a name that the kernel gives away again. What `/proc` says under it is about the peer only if the peer lived all the
-//! while, which a process file descriptor tells (`SO_PEERPIDFD`, Linux 6.5). Before, the ID has to do.
+//! The kernel reuses process IDs. The contents of `/proc/<pid>` concern the peer only if the peer lived all the while, which a
+//! process file descriptor proves (`SO_PEERPIDFD`, Linux 6.5). Before, the ID has to do.
 
 use std::fmt;
 use std::hash::{Hash, Hasher};
@@ -14,16 +14,16 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt};
 
-/// Why nothing can be learnt about the peer.
+/// The reason why the peer can't be identified.
 #[derive(Debug, thiserror::Error)]
 pub enum PeerError {
     /// It is in a PID namespace that the agent can't see.
     #[error("its process is not visible to the agent: set hostPID: true for the agent's pod")]
     NotVisible,
-    /// It has ended, so that its ID may be another's by now.
+    /// It has ended, so another process may have its ID.
     #[error("its process {0} has ended: nothing can be learnt about it any more")]
     Ended(i32),
-    /// The kernel does not hand out its descriptor.
+    /// The kernel provides no descriptor of it.
     #[error("its process {pid} can't be identified: {error}")]
     Unidentified {
         /// The process.
@@ -41,7 +41,7 @@ pub struct PeerProcess {
 }
 
 impl PeerProcess {
-    /// The one at the other end of `socket`, whose credentials name `pid`.
+    /// The process at the other end of `socket`, whose credentials name `pid`.
     pub fn of(socket: &impl AsFd, pid: Option<i32>) -> Result<Self, PeerError> {
         let pid = pid.ok_or(PeerError::NotVisible)?;
         let descriptor = match getsockopt(&socket.as_fd(), sockopt::PeerPidfd) {
@@ -55,13 +55,13 @@ impl PeerProcess {
         Ok(process)
     }
 
-    /// Its number, which is another's once it has ended.
+    /// Its process ID, which another process may get once this one has ended.
     #[must_use]
     pub fn pid(&self) -> i32 {
         self.pid
     }
 
-    /// Fails if it has ended. What was read under its number before is right if this succeeds afterwards.
+    /// Fails if the process has ended. If it succeeds, everything read by its process ID before is right.
     pub fn check(&self) -> Result<(), PeerError> {
         let lives = match &self.descriptor {
             Some(descriptor) => {
@@ -105,7 +105,7 @@ mod tests {
 
     use super::*;
 
-    /// A process that connects, and what is known of it.
+    /// Starts a process that connects, and returns its socket and credentials.
     fn connected(script: &str) -> (std::process::Child, std::os::unix::net::UnixStream, Option<i32>) {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");

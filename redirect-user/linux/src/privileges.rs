@@ -1,6 +1,6 @@
-//! Drops privileges that a process does not need, for good.
+//! Permanently drops privileges that a process does not need.
 //!
-//! Capabilities belong to a thread, and the threads that it starts inherit them: so this comes before any of those.
+//! Capabilities belong to a thread, and new threads inherit them: so this must run before any thread starts.
 
 use caps::{CapSet, CapsHashSet};
 use nix::errno::Errno;
@@ -14,7 +14,7 @@ pub use caps::Capability;
 /// |---|---|
 /// | `CAP_BPF`, `CAP_PERFMON` | programs and maps |
 /// | `CAP_NET_ADMIN` | attaching them; rules, routes and TC filters of pods |
-/// | `CAP_NET_BROADCAST` | hearing of changes in all pods' network namespaces (`NETLINK_LISTEN_ALL_NSID`) |
+/// | `CAP_NET_BROADCAST` | notifications from all pods' network namespaces (`NETLINK_LISTEN_ALL_NSID`) |
 /// | `CAP_SYS_ADMIN` | entering the network namespaces of pods, bpffs |
 /// | `CAP_SYS_PTRACE` | finding the network namespaces of pods, and the cgroup of the node proxy, in `/proc` |
 pub const AGENT: &[Capability] = &[
@@ -34,10 +34,10 @@ pub const AGENT: &[Capability] = &[
 /// | `CAP_SYS_ADMIN` | sockets in the network namespaces of pods |
 pub const PROXY: &[Capability] = &[Capability::CAP_NET_ADMIN, Capability::CAP_SYS_ADMIN];
 
-/// Why a process can't run with less.
+/// The reason why a process can't drop its privileges.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It lacks some of what it needs.
+    /// It lacks required capabilities.
     #[error(
         "this needs the capabilities {0}: run it as root, or add them to the container's securityContext"
     )]
@@ -50,7 +50,7 @@ pub enum Error {
     NoNewPrivileges(#[source] Errno),
 }
 
-/// Gives up all capabilities but these, and the way to get any back.
+/// Drops all capabilities but these, and every way to regain others.
 ///
 /// Must be called while the process has one thread.
 pub fn keep(wanted: &[Capability]) -> Result<(), Error> {
@@ -60,8 +60,8 @@ pub fn keep(wanted: &[Capability]) -> Result<(), Error> {
         return Err(Error::Missing(missing.join(", ")));
     }
     let wanted: CapsHashSet = wanted.iter().copied().collect();
-    // The bounding set is what an executed file could give back. Only CAP_SETPCAP may lower it; without that, others of
-    // this process's set are kept from coming back by no_new_privs alone.
+    // The bounding set limits what an executed file could restore. Only CAP_SETPCAP may shrink it; without that,
+    // no_new_privs alone prevents the others from coming back.
     if permitted.contains(&Capability::CAP_SETPCAP) {
         for surplus in caps::read(None, CapSet::Bounding)?.difference(&wanted) {
             caps::drop(None, CapSet::Bounding, *surplus)?;

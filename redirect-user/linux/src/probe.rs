@@ -1,4 +1,4 @@
-//! Probes for what the agent can't run without, never by the kernel's version.
+//! Probes for everything that the agent requires, by trying it, never by the kernel's version.
 
 mod families;
 mod kernel;
@@ -13,10 +13,10 @@ use serde::Serialize;
 
 pub use tiny::tc_may_keep_sockets;
 
-/// What is asked of the node.
+/// The node's configuration that the probes check.
 #[derive(Clone, Debug)]
 pub struct Requirements {
-    /// Root of the cgroup2 hierarchy; found among the mounts if it is not named.
+    /// Root of the cgroup2 hierarchy; found among the mounts if not set.
     pub cgroup: Option<PathBuf>,
     /// Where the agent is to pin maps and links.
     pub pin_dir: PathBuf,
@@ -25,19 +25,19 @@ pub struct Requirements {
 /// A group of checks.
 type Group = fn(&Requirements) -> Vec<Check>;
 
-/// What the agent can't do without.
+/// The required groups.
 const REQUIRED: [Group; 4] = [privileges::checks, mounts::checks, kernel::checks, families::checks];
 
-/// One thing that was looked at.
+/// A single check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Check {
-    /// What.
+    /// Its subject.
     pub check: String,
-    /// How it is.
+    /// Its result.
     pub state: State,
-    /// What was found.
+    /// Details of the result.
     pub detail: String,
-    /// What to do about it.
+    /// The remedy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub remedy: Option<String>,
     /// Why the agent refuses to start, if it does.
@@ -45,13 +45,13 @@ pub struct Check {
     cause: Option<Cause>,
 }
 
-/// How something is, from good to bad.
+/// Results, from good to bad.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// As it should be.
+    /// Passed.
     Ok,
-    /// The data path works, but for what is said.
+    /// The data path works, with the stated limitation.
     Warn,
     /// The data path does not work.
     Fail,
@@ -60,37 +60,37 @@ pub enum State {
 /// Why the agent refuses to start. The number is its exit code; `redirect uninstall` has 3.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
-    /// It could not be tried.
+    /// The probe itself failed.
     Untried = 1,
-    /// The kernel does not describe its types.
+    /// The kernel has no BTF.
     Btf = 4,
     /// No cgroup2 hierarchy.
     Cgroup = 5,
     /// No bpffs for the pins.
     Bpffs = 6,
-    /// The kernel lacks something that the data path needs, by its own answer.
+    /// The kernel reported that it lacks a feature that the data path needs.
     Kernel = 7,
     /// Not root, or without the capabilities.
     Privileges = 8,
 }
 
 impl Check {
-    /// As it should be.
+    /// A check that passed.
     pub fn ok(check: impl Into<String>, detail: impl Into<String>) -> Self {
         Self { check: check.into(), state: State::Ok, detail: detail.into(), remedy: None, cause: None }
     }
 
-    /// The data path works, but for what is said.
+    /// The data path works, with a limitation.
     pub fn warn(check: impl Into<String>, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { state: State::Warn, remedy: Some(remedy.into()), ..Self::ok(check, detail) }
     }
 
-    /// What the agent can start without all the same.
+    /// A failure that does not prevent the agent from starting.
     pub fn broken(check: impl Into<String>, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { state: State::Fail, ..Self::warn(check, detail, remedy) }
     }
 
-    /// The agent can't start.
+    /// A failure that prevents the agent from starting.
     pub fn fail(
         check: impl Into<String>,
         cause: Cause,
@@ -125,13 +125,13 @@ fn list(failed: &[Check]) -> String {
     failed.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
-/// Everything that the agent can't do without. Blocks for a moment.
+/// Checks all requirements of the agent. Blocks for a moment.
 #[must_use]
 pub fn examine(requirements: &Requirements) -> Vec<Check> {
     REQUIRED.iter().flat_map(|group| group(requirements)).collect()
 }
 
-/// What the agent needs; what is not as it should be and does not hinder it is logged. Returns what was found.
+/// Checks the agent's requirements, and logs problems that do not prevent it from running. Returns all checks.
 pub fn require(requirements: &Requirements) -> Result<Vec<Check>, Refusal> {
     let (failed, fine): (Vec<_>, Vec<_>) =
         examine(requirements).into_iter().partition(|check| check.state == State::Fail);

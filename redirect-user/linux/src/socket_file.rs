@@ -1,5 +1,4 @@
-//! A socket of the agent in the file system: made with the right mode from its first moment, never taken from a living
-//! process, removed when done.
+//! A UNIX socket of the agent: created with its final mode, never taken from a running process, removed at the end.
 
 use std::fs::{self, DirBuilder};
 use std::io;
@@ -13,21 +12,21 @@ use nix::sys::stat::{Mode, fchmod};
 
 use crate::lock;
 
-/// Why the agent cannot listen.
+/// The reason why the agent cannot listen.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// Somebody answers there.
+    /// Another process listens there.
     #[error("another process listens on {}: stop the other agent on this node, ours or Istio's", .0.display())]
     InUse(PathBuf),
-    /// There is a file that is not a socket.
+    /// The path is a file that is not a socket.
     #[error("{} exists and is not a socket; remove it or choose another path", .0.display())]
     NotASocket(PathBuf),
     /// The kernel refused.
     #[error("cannot listen on {}", path.display())]
     Io {
-        /// Where to listen.
+        /// The path of the socket.
         path: PathBuf,
-        /// What the kernel said.
+        /// The cause.
         source: io::Error,
     },
 }
@@ -49,13 +48,13 @@ pub fn listen_at(path: &Path) -> Result<(OwnedFd, SocketFile), BindError> {
         _ => Path::new("."),
     };
     DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(failed)?;
-    // Two agents that start at once must not both find the other's fresh socket stale.
+    // Two agents that start at once must not take each other's new socket for a stale one.
     let _lock = lock::of_directory(directory).map_err(failed)?;
     remove_if_stale(path)?;
 
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let listener = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).map_err(errno)?;
-    // bind() creates the file with the mode of the socket itself, so there is no moment with a wider one.
+    // bind() creates the file with the mode of the socket, so the file never has a wider one.
     fchmod(&listener, Mode::S_IRUSR | Mode::S_IWUSR).map_err(errno)?;
     bind(listener.as_raw_fd(), &UnixAddr::new(path).map_err(errno)?).map_err(errno)?;
     let file = SocketFile { path: path.into(), inode: inode(path).map_err(failed)? };
@@ -77,7 +76,8 @@ fn remove_if_stale(path: &Path) -> Result<(), BindError> {
     let probe = probe.map_err(|errno| failed(errno.into()))?;
     match connect(probe.as_raw_fd(), &address) {
         Err(Errno::ECONNREFUSED) => fs::remove_file(path).map_err(failed),
-        // EAGAIN: its backlog is full; EPROTOTYPE: it is a socket of another type. Somebody lives there.
+        // EAGAIN: its backlog is full; EPROTOTYPE: it is a socket of another type. Either way a process has
+        // it open.
         Ok(()) | Err(Errno::EAGAIN | Errno::EPROTOTYPE) => Err(BindError::InUse(path.into())),
         Err(errno) => Err(failed(errno.into())),
     }
@@ -89,7 +89,7 @@ fn inode(path: &Path) -> io::Result<(u64, u64)> {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // Somebody may have put another file in our place.
+        // Another process may have replaced the file.
         if inode(&self.path).is_ok_and(|now| now == self.inode)
             && let Err(error) = fs::remove_file(&self.path)
         {
@@ -147,7 +147,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("agent.sock");
         let (listener, file) = listen_at(&path).unwrap();
-        // A name of its own keeps the inode, and with it its number, in use.
+        // The new name keeps the inode in use, so that its number is not reused.
         fs::rename(&path, directory.path().join("old.sock")).unwrap();
         let _successor = listen_at(&path).unwrap();
         drop((listener, file));

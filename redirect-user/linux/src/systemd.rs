@@ -2,17 +2,17 @@
 
 use sd_notify::NotifyState;
 
-/// The service does its work. systemd starts the units that are ordered after it.
+/// Reports that the service is ready. systemd then starts the units ordered after it.
 pub fn ready(status: &str) {
     notify(&[NotifyState::Ready, NotifyState::Status(status)]);
 }
 
-/// The service still starts. `systemctl status` shows why.
+/// Reports that the service is still starting, with the reason for `systemctl status`.
 pub fn starting(status: &str) {
     notify(&[NotifyState::Status(status)]);
 }
 
-/// The service ends.
+/// Reports that the service is stopping.
 pub fn stopping() {
     notify(&[NotifyState::Stopping]);
 }

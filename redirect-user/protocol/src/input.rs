@@ -1,10 +1,10 @@
-//! Files, read with a limit: what somebody else wrote must not fill the memory.
+//! Reads files with a limit, because content from other processes must not exhaust the memory.
 
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::path::Path;
 
-/// A file's content, unless it is longer than this many bytes.
+/// A file's content; an error if it exceeds this many bytes.
 pub fn read_file(path: &Path, most: usize) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     File::open(path)?.take(most as u64 + 1).read_to_end(&mut bytes)?;

@@ -1,4 +1,5 @@
-//! Who a pod is, where the node proxy listens, and what CNI plugin, command line and agent say to each other.
+//! Pod identities, the node proxy's placement, and the protocol between the CNI plugin, the command line and
+//! the agent.
 
 pub mod input;
 pub mod panics;

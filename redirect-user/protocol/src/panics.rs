@@ -1,11 +1,11 @@
-//! What programs do when they panic: they end. The kernel goes on redirecting without an agent, and the next one adopts the pods
-//! and repairs what was left half done, as after a crash of any other kind.
+//! Ends the process on a panic. The kernel keeps redirecting without an agent, and the next agent adopts the pods and repairs
+//! unfinished work, as after any other crash.
 
 use std::panic;
 use std::process;
 
-/// From now on a panic of any thread ends the process, after it was reported: what the thread was in the middle of is not
-/// known. A profile that aborts would do the same, but the libraries are built once, and tests need panics to unwind.
+/// Ends the process after any thread's panic is reported, because the state of the thread's work is unknown. A profile
+/// with `panic = "abort"` would do the same, but the libraries are built once, and tests need panics to unwind.
 pub fn abort() {
     let report = panic::take_hook();
     panic::set_hook(Box::new(move |panic| {

@@ -1,4 +1,4 @@
-//! Who a pod is, and where.
+//! Identity, addresses and settings of a pod.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -12,11 +12,11 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 /// A pod's identity.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct PodIdentity {
-    /// Kubernetes UID, or the sandbox's container ID where there is no Kubernetes.
+    /// Kubernetes UID, or the sandbox's container ID without Kubernetes.
     pub uid: String,
-    /// Kubernetes namespace; empty where there is no Kubernetes.
+    /// Kubernetes namespace; empty without Kubernetes.
     pub namespace: String,
-    /// Kubernetes name, or the sandbox's container ID where there is no Kubernetes.
+    /// Kubernetes name, or the sandbox's container ID without Kubernetes.
     pub name: String,
     /// Kubernetes service account; empty if unknown.
     #[serde(default)]
@@ -24,7 +24,7 @@ pub struct PodIdentity {
 }
 
 impl PodIdentity {
-    /// Whether people may mean this pod: by its UID, its name, or namespace and name.
+    /// Whether `name` refers to this pod: its UID, its name, or namespace and name.
     #[must_use]
     pub fn is_called(&self, name: &str) -> bool {
         self.uid == name || self.name == name || self.to_string() == name
@@ -32,7 +32,7 @@ impl PodIdentity {
 }
 
 impl fmt::Display for PodIdentity {
-    /// `namespace/name`, as people name pods.
+    /// `namespace/name`, as users write it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.namespace.is_empty() {
             f.write_str(&self.name)
@@ -59,7 +59,7 @@ impl PodAddresses {
         self.ipv4.is_empty() && self.ipv6.is_empty()
     }
 
-    /// The families that the pod has an address of.
+    /// The families of the pod's addresses.
     pub fn families(&self) -> impl Iterator<Item = Family> {
         let v4 = (!self.ipv4.is_empty()).then_some(Family::Ipv4);
         let v6 = (!self.ipv6.is_empty()).then_some(Family::Ipv6);
@@ -92,7 +92,7 @@ impl FromIterator<IpAddr> for PodAddresses {
     }
 }
 
-/// The family of an address. A v4-mapped one is IPv4.
+/// The family of an address. A v4-mapped one counts as IPv4.
 #[must_use]
 pub fn family(address: IpAddr) -> Family {
     match address.to_canonical() {
@@ -101,22 +101,22 @@ pub fn family(address: IpAddr) -> Family {
     }
 }
 
-/// What is special about one pod.
+/// The settings of one pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodSettings {
     /// Inbound connections reach the application without the proxy.
     pub bypass_inbound: bool,
-    /// Whether the pod's DNS questions go to the proxy's resolver, if it says so itself.
+    /// Whether the pod's DNS queries go to the proxy's resolver, if the pod sets it.
     pub dns: Option<bool>,
-    /// Placement `node`: whether the pod may send from addresses that are not its own, if it says so itself.
+    /// Placement `node`: whether the pod may send from addresses that are not its own, if the pod sets it.
     pub any_source: Option<bool>,
-    /// What is not captured.
+    /// Exclusions from capture.
     pub exclusions: BTreeSet<Exclusion>,
-    /// Interfaces whose inbound TCP counts as the pod's own outbound: virtual machines behind them, say.
+    /// Interfaces whose inbound TCP counts as the pod's outbound, e.g. those to virtual machines.
     pub virtual_interfaces: Vec<String>,
 }
 
-/// Connections that are not captured.
+/// Connections that are excluded from capture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Exclusion {
     /// With peers in a network: destinations of outbound connections, sources of inbound ones.
@@ -125,14 +125,14 @@ pub enum Exclusion {
     Port(Direction, u16),
 }
 
-/// A network, with or without bits behind its prefix, or a single address.
+/// Parses a network, with or without host bits, or a single address.
 pub fn network(text: &str) -> Result<IpNet, String> {
     let network = match text.parse::<IpNet>() {
         Ok(network) => network,
         Err(error) => text.parse::<IpAddr>().map(IpNet::from).map_err(|_| error.to_string())?,
     };
     match network {
-        // On the wire such addresses are IPv4, so that it would match nothing.
+        // On the wire such addresses are IPv4, so the exclusion would never match.
         IpNet::V6(network) if network.addr().to_ipv4_mapped().is_some() => {
             Err("v4-mapped networks are IPv4 networks: write a.b.c.d/n".into())
         }
@@ -149,7 +149,7 @@ impl fmt::Display for Exclusion {
     }
 }
 
-/// Why a text is no exclusion.
+/// Why a text is not a valid exclusion.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{0:?} is not an exclusion, such as \"outbound 10.0.0.0/8\" or \"inbound port 80\"")]
 pub struct NoExclusion(String);

@@ -1,4 +1,4 @@
-//! What the CNI plugin and the command line say to the agent.
+//! The protocol between the agent and its clients: the CNI plugin and the command line.
 //!
 //! `AF_UNIX`, `SOCK_SEQPACKET`: a packet is a message. A client sends one [`Envelope`] with a [`Request`] and reads
 //! [`Reply`] packets until one that is final ([`Reply::is_final`]). Messages are JSON. An `Add` or `Check` carries exactly
@@ -29,20 +29,19 @@ pub use packet::{PacketError, decode, encode};
 
 use crate::pod::PodIdentity;
 
-/// The version of this protocol. An agent answers another version with [`ErrorKind::Version`].
+/// The version of this protocol. An agent rejects other versions with [`ErrorKind::Version`].
 pub const VERSION: u16 = 1;
 
-/// Where the agent listens by default.
+/// The agent's default socket.
 pub const DEFAULT_SOCKET: &str = "/run/ambient-redirect/agent.sock";
 
 /// The largest packet of either side, in bytes.
 pub const MAX_PACKET: usize = 64 * 1024;
 
-/// The longest list of attachments that a [`Request::Gc`] may have. `--max-pods`, which says for how many pods a node's maps
-/// have room, can't be more.
+/// The maximum number of attachments in a [`Request::Gc`]. `--max-pods`, the capacity of a node's maps, can't be larger.
 pub const MAX_ATTACHMENTS: usize = 65_536;
 
-/// A message with the version of the protocol that its sender speaks.
+/// A message with its sender's protocol version.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Envelope<T> {
     /// See [`VERSION`].
@@ -60,58 +59,62 @@ pub struct Attachment {
     pub interface: String,
 }
 
-/// What is asked of the agent.
+/// A request to the agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case")]
 pub enum Request {
-    /// Capture this pod, if it is to be enrolled; answer when the kernel does and the proxy knows it. Carries the
-    /// namespace's descriptor. Answered by [`Reply::Added`].
+    /// Captures this pod if it is to be enrolled, and answers when the kernel captures it and the proxy serves
+    /// it. Carries the namespace's descriptor. Answered by [`Reply::Added`].
     Add {
-        /// What was attached.
+        /// The new attachment.
         attachment: Attachment,
-        /// Who the pod is.
+        /// The pod's identity.
         pod: PodIdentity,
-        /// Its addresses, as the plugins before us reported them.
+        /// Its addresses, as reported by the previous plugins.
         addresses: Vec<IpAddr>,
-        /// Where the runtime keeps its network namespace.
+        /// The runtime's path of its network namespace.
         #[serde(default)]
         netns_path: Option<PathBuf>,
     },
-    /// Forget this attachment. Done already is done. Answered by [`Reply::Done`].
+    /// Removes this attachment; succeeds if it is already removed. Answered by [`Reply::Done`].
     Del {
-        /// What was detached.
+        /// The removed attachment.
         attachment: Attachment,
     },
-    /// Compare the kernel with what `Add` promised. Carries the namespace's descriptor. Answered by [`Reply::Done`].
+    /// Compares the kernel with the state that `Add` established. Carries the namespace's descriptor. Answered by
+    /// [`Reply::Done`].
     Check {
-        /// What is attached.
+        /// The attachment.
         attachment: Attachment,
         /// Its addresses.
         addresses: Vec<IpAddr>,
     },
-    /// Forget every attachment that is neither in this list nor in the parts before it. Answered by [`Reply::Done`].
+    /// Removes every attachment that is neither in this list nor in the parts before it. Answered by
+    /// [`Reply::Done`].
     Gc {
-        /// What the runtime still knows.
+        /// The attachments that the runtime still knows.
         valid: Vec<Attachment>,
     },
-    /// The beginning of a list that does not fit one packet; other parts and a [`Request::Gc`] follow, with at most
-    /// [`MAX_ATTACHMENTS`] attachments in all. A request of its own, so that no agent takes a part for the whole.
+    /// The beginning of a list that does not fit in one packet. Other parts and a [`Request::Gc`] follow, with at
+    /// most [`MAX_ATTACHMENTS`] attachments in all. A separate request, so that no agent mistakes a part for the
+    /// whole list.
     GcPart {
-        /// What the runtime still knows, as far as it fits.
+        /// A part of the attachments that the runtime still knows.
         valid: Vec<Attachment>,
     },
-    /// Whether the agent is ready to serve `Add`. Answered by [`Reply::Done`].
+    /// Asks whether the agent is ready for `Add`. Answered by [`Reply::Done`].
     Ready,
-    /// What the agent is doing. Answered by [`Reply::Status`].
+    /// Reads the agent's status. Answered by [`Reply::Status`].
     Status,
-    /// The pods that the agent knows. Answered by [`Reply::Pods`], several times if they do not fit one packet.
+    /// Lists the pods that the agent knows. Answered by [`Reply::Pods`], several times if they do not fit in
+    /// one packet.
     Pods,
-    /// What is in the kernel for one pod. Answered by [`Reply::Pod`].
+    /// Reads the kernel's state of one pod. Answered by [`Reply::Pod`].
     Pod {
         /// Its UID, its name, or its namespace and name.
         name: String,
     },
-    /// What becomes of a connection. Answered by [`Reply::Explained`].
+    /// Explains the decision on a connection. Answered by [`Reply::Explained`].
     Explain {
         /// The pod that makes it, as in [`Request::Pod`].
         from: String,
@@ -120,10 +123,10 @@ pub enum Request {
         /// Its protocol.
         transport: Transport,
     },
-    /// Connections as they are decided on, until the client leaves. Answered by [`Reply::Flows`] again and again: an empty
-    /// one at first, as soon as nothing is missed any more.
+    /// Streams decisions on connections until the client disconnects. Answered by a series of [`Reply::Flows`]: the first
+    /// one is empty, and no event is missed after it.
     Monitor {
-        /// Which of them.
+        /// The filter for events.
         filter: FlowFilter,
     },
 }
@@ -147,16 +150,16 @@ impl Request {
     }
 }
 
-/// What the agent answers.
+/// A reply of the agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "snake_case")]
 pub enum Reply {
-    /// The pod is captured, or need not be.
+    /// The pod is captured, or does not have to be.
     Added {
         /// Whether the pod is enrolled.
         enrolled: bool,
     },
-    /// It is as it was asked for.
+    /// The request is complete.
     Done,
     /// See [`Request::Status`].
     Status(Box<Status>),
@@ -173,12 +176,12 @@ pub enum Reply {
     Explained(Box<Explanation>),
     /// See [`Request::Monitor`].
     Flows {
-        /// What became of connections.
+        /// Events.
         flows: Vec<FlowReport>,
-        /// How many the client missed because it read too slowly.
+        /// The number of events that the client missed because it read too slowly.
         lost: u64,
     },
-    /// It could not be done.
+    /// The request failed.
     Error(Error),
 }
 
@@ -190,18 +193,18 @@ impl Reply {
     }
 }
 
-/// Why the agent could not do what it was asked for.
+/// An error of the agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
 pub struct Error {
-    /// What kind of failure it was.
+    /// The kind of error.
     pub kind: ErrorKind,
-    /// What happened to which pod in which family, and the remedy.
+    /// What happened to which pod and family, and the remedy.
     pub message: String,
 }
 
 impl Error {
-    /// An error of a kind.
+    /// An error of this kind.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into() }
     }
@@ -213,15 +216,15 @@ impl Error {
 pub enum ErrorKind {
     /// The two sides speak different versions of this protocol.
     Version,
-    /// The request could not be understood.
+    /// The request could not be parsed.
     Malformed,
     /// The caller is neither root nor the agent's own user.
     Denied,
-    /// Trying again later may help: the proxy is not connected, say.
+    /// A later attempt may succeed, e.g. when the proxy is connected.
     TryAgain,
-    /// The attachment is not known.
+    /// The attachment is unknown.
     Unknown,
-    /// The kernel is not as it should be (`Check`).
+    /// The kernel's state differs from the desired one (`Check`).
     Mismatch,
     /// The kernel refused, or a map is full.
     Datapath,
@@ -232,7 +235,7 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
-    /// The label that metrics show.
+    /// The label in metrics.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
@@ -249,7 +252,7 @@ impl ErrorKind {
     }
 }
 
-/// What the agent is doing.
+/// The agent's status.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// The agent's version.
@@ -264,7 +267,7 @@ pub struct Status {
     pub cgroup: String,
     /// Whether TC programs are attached by tcx links (else clsact filters).
     pub tcx: bool,
-    /// What the agent found of the kernel when it started, by trying.
+    /// The kernel features that the agent found when it started, by trying.
     #[serde(default)]
     pub features: Vec<FeatureReport>,
     /// The loaded programs.
@@ -273,35 +276,35 @@ pub struct Status {
     pub maps: Vec<MapReport>,
     /// The connected node proxies, newest first.
     pub proxies: Vec<ProxyReport>,
-    /// Connections that were counted, non-zero counters only.
+    /// Counters of connections that are not zero.
     pub counters: Vec<CounterReport>,
-    /// What others had changed and the agent put right, non-zero counters only.
+    /// Counters of repairs that are not zero.
     #[serde(default)]
     pub repairs: Vec<RepairReport>,
-    /// The events of connections.
+    /// The state of connection events.
     #[serde(default)]
     pub flows: FlowStatus,
 }
 
-/// How it is with the events of connections ([`Request::Monitor`]).
+/// The state of connection events ([`Request::Monitor`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FlowStatus {
-    /// How many listen. The kernel side tells of nothing while nobody does.
+    /// The number of monitors. The kernel side reports events only while there are any.
     pub listeners: usize,
-    /// Events that were lost to the limit of events in a second.
+    /// Events lost to the rate limit.
     pub rate_limit: u64,
-    /// Events that were lost because the agent did not read fast enough.
+    /// Events lost because the agent read too slowly.
     pub ring_full: u64,
-    /// Events that listeners lost because they did not read fast enough.
+    /// Events lost because a monitor read too slowly.
     pub slow_listener: u64,
 }
 
-/// Something that the kernel, or the node, has.
+/// A feature of the kernel or the node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FeatureReport {
-    /// What, as `redirect doctor` names it.
+    /// Its name, as in `redirect doctor`.
     pub name: String,
-    /// What was found.
+    /// The finding.
     pub found: String,
 }
 
@@ -310,7 +313,7 @@ pub struct FeatureReport {
 pub struct RepairReport {
     /// The label of its kind.
     pub kind: String,
-    /// How many.
+    /// The number of repairs.
     pub repairs: u64,
 }
 
@@ -339,15 +342,15 @@ pub struct MapReport {
 /// A connected node proxy.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProxyReport {
-    /// The process at the other end.
+    /// Its process ID.
     pub pid: u32,
     /// Its cgroup v2 path, if it has one.
     pub cgroup: Option<String>,
-    /// Whether the snapshot was sent and acknowledged.
+    /// Whether it acknowledged the end of its snapshot.
     pub synced: bool,
-    /// Pods that it acknowledged.
+    /// The number of pods that it acknowledged.
     pub acknowledged: usize,
-    /// Pods that it refused, and why.
+    /// The pods that it refused, with the reasons.
     pub refused: Vec<(String, String)>,
 }
 
@@ -362,48 +365,48 @@ pub struct CounterReport {
     pub verdict: String,
     /// See [`redirect_ebpf::Reason`].
     pub reason: String,
-    /// How many connections.
+    /// The number of connections.
     pub connections: u64,
 }
 
-/// What is in the kernel for one pod.
+/// The kernel's state of one pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodDetail {
-    /// What the agent knows of it.
+    /// The agent's report.
     pub report: PodReport,
-    /// What has to be in the kernel, and how it is.
+    /// The expected facts and their states.
     pub expectations: Vec<Expectation>,
 }
 
-/// Something that has to be in the kernel for a pod, or that nobody expects there.
+/// A fact that is expected for a pod, or that is surplus.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Expectation {
-    /// What.
+    /// A description.
     pub what: String,
-    /// How it is.
+    /// Its state.
     pub state: FactState,
 }
 
-/// How a fact is in the kernel.
+/// The state of a fact in the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FactState {
-    /// As it should be.
+    /// It holds.
     Present,
-    /// It is not there.
+    /// It does not hold.
     Missing,
-    /// It is there, but detached, without its pin, or of another build.
+    /// It is detached, without its pin, or of another build.
     Damaged,
-    /// It is there, and nobody wants it.
+    /// It exists, but is not wanted.
     Surplus,
-    /// It is not there, and need not be: the node proxy does without it.
+    /// It does not exist, and the node proxy does not need it.
     Unused,
 }
 
-/// What becomes of a connection.
+/// The decision on a connection, explained.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Explanation {
-    /// Who makes it.
+    /// The pod that opens it.
     pub pod: PodIdentity,
     /// Its destination.
     pub to: SocketAddr,
@@ -411,32 +414,32 @@ pub struct Explanation {
     pub transport: Transport,
     /// `IPv4` or `IPv6`: that of the packets.
     pub family: String,
-    /// How the decision is found.
+    /// The steps to the decision.
     pub steps: Vec<Step>,
     /// Whether the node proxy gets it.
     pub captured: bool,
-    /// What becomes of it, in words.
+    /// The outcome, in words.
     pub verdict: String,
-    /// What is wrong on its way, the first thing first.
+    /// Problems on its way, in order.
     pub wrong: Vec<String>,
     /// What may be wrong where the agent can't see it.
     #[serde(default)]
     pub notes: Vec<String>,
 }
 
-/// A question that the kernel side asks about a connection.
+/// A lookup by the kernel side.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Step {
     /// The question.
     pub question: String,
-    /// Its answer.
+    /// Its result.
     pub answer: bool,
 }
 
-/// What the agent knows of one pod.
+/// The agent's report on one pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodReport {
-    /// Who it is.
+    /// Its identity.
     pub pod: PodIdentity,
     /// Its attachments.
     pub attachments: Vec<Attachment>,
@@ -448,25 +451,25 @@ pub struct PodReport {
     pub captured: Vec<String>,
     /// The interfaces whose inbound connections are captured.
     pub interfaces: Vec<String>,
-    /// Devices of the host that led to the pod and whose other ends somebody moved into another namespace. What comes from there
-    /// and is not the proxy's is dropped.
+    /// Devices of the host that led to the pod until their other ends were moved into another namespace. TCP from there that is
+    /// not the proxy's is dropped.
     #[serde(default)]
     pub strayed: Vec<String>,
-    /// Interfaces without an end on the host where what leaves them past the pod's own programs could be stopped.
+    /// Interfaces without a host gate.
     #[serde(default)]
     pub unguarded: Vec<String>,
-    /// How it is with the pod.
+    /// The pod's state.
     pub state: PodState,
-    /// Whether the newest proxy acknowledged the pod; if not, what it said or that it is not connected.
+    /// Whether the newest proxy acknowledged the pod; otherwise its error, or that no proxy is connected.
     pub proxy: Result<(), String>,
     /// Seconds since the pod was enrolled.
     pub since: u64,
-    /// Its connections and DNS questions since then, non-zero counters only.
+    /// Counters of its connections and DNS queries since then that are not zero.
     #[serde(default)]
     pub counters: Vec<PodCounter>,
 }
 
-/// One counter of a pod. What the node proxy connects on is in none of them.
+/// One counter of a pod. The node proxy's own connections are not counted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodCounter {
     /// `IPv4` or `IPv6`: that of the packets.
@@ -475,26 +478,26 @@ pub struct PodCounter {
     pub direction: String,
     /// See [`redirect_ebpf::Verdict`].
     pub verdict: String,
-    /// How many connections.
+    /// The number of connections.
     pub connections: u64,
 }
 
-/// How it is with a pod.
+/// The state of a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PodState {
-    /// The kernel gives its connections to the node proxy, which knows the pod.
+    /// The kernel captures the pod, and the node proxy serves it.
     Captured,
-    /// The kernel is as it should be, but the node proxy does not serve the pod: connections wait, or are refused.
+    /// The kernel captures the pod, but the node proxy does not serve it: connections wait, or are refused.
     Waiting,
-    /// The kernel was not as it should be when it was last looked at; the agent tries again.
+    /// The last observation found the kernel's state incomplete; the agent retries.
     Broken,
     /// Its new connections go directly; those that the node proxy has may end, and then the pod is un-enrolled.
     Leaving,
 }
 
 impl PodState {
-    /// The word that tables show.
+    /// The word in tables.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {

@@ -1,7 +1,7 @@
-//! Lines about connections and DNS questions, one JSON object each.
+//! The access log of connections and DNS queries, one JSON object per line.
 //!
-//! A thread of its own writes them: a slow disk must not slow connections down. What it cannot keep up with is left out,
-//! and how much that was is reported in the proxy's own log.
+//! A separate thread writes it, so that a slow disk does not slow down connections. Lines that exceed the queue are
+//! dropped, and the proxy's own log reports how many.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use super::{Direction, Transport};
 
-/// Lines that may wait for the thread.
+/// The capacity of the queue, in lines.
 const QUEUE: usize = 16 * 1024;
 
 /// One line.
@@ -27,7 +27,7 @@ pub(super) enum Line {
     Dns(DnsLine),
 }
 
-/// What became of a question.
+/// The outcome of a DNS query.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct DnsLine {
     /// `dns`.
@@ -37,19 +37,19 @@ pub(super) struct DnsLine {
     pub(super) family: &'static str,
     pub(super) transport: Transport,
     pub(super) source: SocketAddr,
-    /// None if it was not understood.
+    /// `None` if the query could not be parsed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) name: Option<String>,
     #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
     pub(super) kind: Option<String>,
-    /// The server whose answer it is; none if no server answered.
+    /// The server that answered; `None` if none did.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) upstream: Option<SocketAddr>,
     pub(super) rcode: String,
     pub(super) duration_ms: u64,
 }
 
-/// What happens to a connection.
+/// An event of a connection.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct ConnectionLine {
     pub(super) event: Event,
@@ -74,7 +74,7 @@ pub(super) enum Event {
     Close,
 }
 
-/// What is known at the end only.
+/// Facts that are known at the end only.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct End {
     pub(super) bytes_sent: u64,
@@ -83,7 +83,7 @@ pub(super) struct End {
     pub(super) result: String,
 }
 
-/// Where lines are handed in.
+/// A handle to the log.
 #[derive(Clone, Debug)]
 pub(super) struct AccessLog {
     lines: SyncSender<Line>,
@@ -92,7 +92,7 @@ pub(super) struct AccessLog {
 
 impl AccessLog {
     /// Starts the thread that writes to the file, or to standard output if the path is `-`. The thread ends when the last
-    /// handle is gone and everything is written.
+    /// handle is dropped and everything is written.
     pub(super) fn open(path: &Path) -> io::Result<(Self, JoinHandle<()>)> {
         let output: Box<dyn Write + Send> = if path == Path::new("-") {
             Box::new(io::stdout())
@@ -112,7 +112,7 @@ impl AccessLog {
         Ok((Self { lines, dropped }, thread))
     }
 
-    /// Hands in a line; never waits.
+    /// Queues a line; never blocks.
     pub(super) fn write(&self, line: Line) {
         if self.lines.try_send(line).is_err() {
             self.dropped.fetch_add(1, Ordering::Relaxed);
@@ -134,7 +134,8 @@ fn write(queue: &Receiver<Line>, mut output: impl Write, dropped: &AtomicU64) {
     }
 }
 
-/// Writes what waits, then flushes: a reader sees a line soon after its event, and under load many lines share a write.
+/// Writes all queued lines, then flushes: readers see a line soon after its event, and under load many lines share one
+/// write.
 fn batch(first: Line, queue: &Receiver<Line>, output: &mut impl Write) -> io::Result<()> {
     for line in std::iter::once(first).chain(queue.try_iter().take(QUEUE)) {
         serde_json::to_writer(&mut *output, &line)?;
@@ -150,7 +151,7 @@ mod tests {
 
     use super::*;
 
-    /// Takes nothing before it is told to.
+    /// Blocks until released.
     struct Slow {
         go: Option<mpsc::Receiver<()>>,
         written: Arc<Mutex<Vec<u8>>>,

@@ -1,23 +1,23 @@
-//! The clients of a pod whose connections are open, so that no delivery takes one's place.
+//! The clients of a pod with open connections, so that no delivery reuses the tuple of one.
 //!
 //! A delivery borrows its client's address. Its far end, the socket that the application accepts, then has the pod's
-//! address and port, the client's address, and the port that the delivery chose; the proxy's own end of a client's
-//! connection has the same with the client's port, in the same namespace. Were both ports the same, the delivery's
-//! packets would go to the proxy's end. The kernel does not see it coming: it compares the near end only.
+//! address and port, the client's address, and the port that the delivery chose. The proxy's own end of a client's
+//! connection has the same tuple with the client's port, in the same namespace. If both ports were equal, the
+//! delivery's packets would go to the proxy's end. The kernel does not prevent that: it compares the near end only.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
 
 use parking_lot::{Mutex, MutexGuard};
 
-/// From where, to where.
+/// Source and destination.
 type Pair = (SocketAddr, SocketAddr);
 
 /// The pod's inbound connections.
 #[derive(Debug, Default)]
 pub(super) struct Clients(Mutex<HashSet<Pair>>);
 
-/// One of them, until dropped.
+/// An entry, until it is dropped.
 #[derive(Debug)]
 pub(super) struct Client<'a> {
     clients: &'a Clients,
@@ -36,7 +36,7 @@ impl Clients {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashSet<Pair>> {
-        // No panic can leave the set half changed.
+        // A panic can't leave the set half changed.
         self.0.lock()
     }
 }

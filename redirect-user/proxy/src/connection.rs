@@ -1,4 +1,4 @@
-//! One captured connection, from its acceptance to its end.
+//! One captured connection, from accept to close.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -18,16 +18,16 @@ use super::relay::{Connection, Counters, RelayError, failure_of, relay};
 use super::{Direction, OriginalDestination, sockets};
 use redirect_protocol::placement::Placement;
 
-/// How long the destination may take to answer.
+/// The deadline for connecting to the destination.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How many source ports are tried for a delivery.
+/// How many source ports to try for a delivery.
 const ATTEMPTS: usize = 8;
 
-/// Why a connection ended otherwise than by both ends' leave.
+/// Why a connection ended, other than by both ends closing it.
 #[derive(Debug, thiserror::Error)]
 enum ConnectionError {
-    /// It would come back to the proxy.
+    /// It would loop back to the proxy.
     #[error("loop")]
     Loop,
     #[error("connect: {0}")]
@@ -41,12 +41,12 @@ enum ConnectionError {
     Relay(#[from] RelayError),
 }
 
-/// Where a connection comes from and where it was to go.
+/// Source and destination of a connection.
 #[derive(Clone, Copy, Debug)]
 struct Route {
     direction: Direction,
     source: SocketAddr,
-    /// What the client dialled.
+    /// The address that the client dialed.
     destination: SocketAddr,
 }
 
@@ -72,24 +72,24 @@ impl Route {
         if self.destination.is_ipv4() { "IPv4" } else { "IPv6" }
     }
 
-    /// Whether to connect on would come back to one of the proxy's own listeners in this pod.
+    /// Whether the upstream connection would come back to one of the proxy's own listeners in this pod.
     ///
-    /// Inbound destinations are always the pod's own. Outbound ones are if the pod dials itself, by whatever address,
-    /// which is also what a connection straight to 15001 looks like the second time round.
+    /// Inbound destinations are always the pod's own. Outbound ones are if the pod dials itself, by any of its
+    /// addresses. A connection straight to 15001 also looks like that when it comes back.
     fn is_loop_in_pod(&self) -> bool {
         let to_self = self.direction == Direction::Inbound || self.source.ip() == self.destination.ip();
         to_self && PROXY_PORTS.contains(&self.destination.port())
     }
 
-    /// Whether the client dialled one of the proxy's own listeners, in placement `node`.
+    /// Whether the client dialed one of the proxy's own listeners, in placement `node`.
     fn is_loop_on_node(&self) -> bool {
-        // Nobody can be bound to another's address without being transparent.
+        // Binding to an address of another host requires a transparent socket.
         let of_host = || std::net::UdpSocket::bind((self.destination.ip(), 0)).is_ok();
         PROXY_PORTS.contains(&self.destination.port()) && of_host()
     }
 
-    /// The mark of the connection to the destination. In placement `pod` the kernel side marks deliveries itself; on the node
-    /// it cannot tell them from what the proxy connects for another pod.
+    /// The mark of the upstream connection. In placement `pod` the kernel side marks deliveries itself; in placement `node`
+    /// it can't distinguish them from the proxy's connections for another pod.
     fn mark(&self, placement: Placement) -> u32 {
         match (placement, self.direction) {
             (Placement::Node, Direction::Inbound) => MARK_DELIVERY,
@@ -97,31 +97,31 @@ impl Route {
         }
     }
 
-    /// The client's address where the proxy has to borrow it, so that the application sees its client; on the node, where
-    /// no address is the pod's, the same holds for the pod's own connections.
+    /// The client's address, if the proxy has to borrow it so that the application sees its client. In placement `node`,
+    /// where no address is the pod's own, outbound connections borrow the pod's address as well.
     fn borrowed(&self, placement: Placement) -> Option<SocketAddr> {
         let link_local = match self.source.ip() {
             IpAddr::V4(_) => false,
-            // Means something together with an interface only, and on `lo` it is another one's.
+            // A link-local address is valid together with an interface only, and `lo` is another one.
             IpAddr::V6(address) => address.is_unicast_link_local(),
         };
-        // The pod's own address needs no borrowing: the kernel picks it as the source by itself.
+        // The pod's own address needs no borrowing: the kernel chooses it as the source.
         let own = self.source.ip() == self.destination.ip();
         let others = self.direction == Direction::Inbound || placement == Placement::Node;
         (others && !link_local && !own).then_some(self.source)
     }
 }
 
-/// An IPv4 address as such, even if it comes from an IPv6 socket.
+/// Converts a v4-mapped address to IPv4.
 fn canonical(address: SocketAddr) -> SocketAddr {
     match address.ip().to_canonical() {
-        // As it is: link-local addresses need their scope.
+        // Unchanged: link-local addresses need their scope.
         IpAddr::V6(_) => address,
         ip @ IpAddr::V4(_) => SocketAddr::new(ip, address.port()),
     }
 }
 
-/// Serves one accepted connection. When the future is dropped, both sides are reset.
+/// Serves one accepted connection. Dropping the future resets both sides.
 pub(super) async fn serve(context: Arc<Context>, stream: TcpStream, peer: SocketAddr, direction: Direction) {
     let client = Connection::new(stream);
     let route = match Route::of(&context, client.stream(), peer, direction) {
@@ -174,7 +174,7 @@ async fn converse(
     Ok(())
 }
 
-/// Connects on, in the family of the destination.
+/// Opens the upstream connection, in the family of the destination.
 async fn connect(context: &Context, route: Route) -> io::Result<TcpStream> {
     let placement = context.shared.placement;
     let borrowed = route.borrowed(placement);
@@ -192,7 +192,7 @@ async fn connect(context: &Context, route: Route) -> io::Result<TcpStream> {
             }
         }
         match TcpSocket::from_std_stream(socket.into()).connect(route.destination).await {
-            // The port that bind() picked is taken after all, towards this destination. Another one may be free.
+            // The port that bind() chose is in use for this destination. Another one may be free.
             Err(error) if borrowed.is_some() && is_port_conflict(&error) && attempts_left > 0 => {}
             result => return result,
         }
@@ -203,7 +203,7 @@ fn is_port_conflict(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable)
 }
 
-/// The connection's lines in the access log: one at the beginning, one however it ends.
+/// The connection's lines in the access log: one when it opens, one when it ends.
 struct Journal<'a> {
     context: &'a Context,
     route: Route,
@@ -221,7 +221,7 @@ impl<'a> Journal<'a> {
             began: Instant::now(),
             upstream_local: None,
             counters: Counters::default(),
-            // What remains if the connection's task is cancelled.
+            // The result if the connection's task is cancelled.
             result: "cut".into(),
         };
         journal.write(Event::Open, None);

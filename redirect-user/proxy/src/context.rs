@@ -1,4 +1,4 @@
-//! What the connections and questions of one pod share.
+//! The state shared by the connections and queries of one pod.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use super::{Identity, Shared};
 use redirect_linux::netns::NetNs;
 use redirect_protocol::placement::Placement;
 
-/// See the module.
+/// See the module's documentation.
 #[derive(Debug)]
 pub(super) struct Context {
     pub(super) shared: Shared,
@@ -28,7 +28,8 @@ impl Context {
         Self { shared, identity, netns, clients: Clients::default(), unanswered: Quotas::new(UNANSWERED) }
     }
 
-    /// What the access log calls the pod at this end of a connection: the proxy of a node knows addresses alone.
+    /// The name in the access log of the pod at this end of a connection. In placement `node` the proxy only
+    /// knows addresses.
     pub(super) fn pod(&self, end: SocketAddr) -> Arc<str> {
         match self.shared.placement {
             Placement::Pod => Arc::clone(&self.identity.name),

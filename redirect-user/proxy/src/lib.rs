@@ -1,9 +1,9 @@
 //! The embedded node proxy: passes connections of enrolled pods through, as an ambient mesh's proxy would.
 //!
-//! It keeps ztunnel's contract inside pods (placement `pod`): listeners in each pod's network namespace, sockets marked,
-//! transparent and dual-stack, the original destination read from the accepted socket. In placement `node` it listens once,
-//! in the host's namespace, knows pods by their addresses, and is not connected to the agent. It has no tunnel and no policy:
-//! it is what the redirection is tested and measured with, and it serves clusters that want the access log only.
+//! It follows ztunnel's contract inside pods (placement `pod`): listeners in each pod's network namespace; marked,
+//! transparent, dual-stack sockets; the original destination is the accepted socket's local address. In placement `node` it
+//! listens once, in the host's namespace, identifies pods by their addresses, and does not connect to the agent. It has no
+//! tunnel and no policy: it exists to test and measure the redirection, and for clusters that only want the access log.
 //!
 //! | file | |
 //! |---|---|
@@ -43,7 +43,7 @@ use redirect_protocol::placement::Placement;
 use resolver::Upstreams;
 use sockets::Namespaces;
 
-/// What all pods share.
+/// The state shared by all pods.
 #[derive(Clone, Debug)]
 struct Shared {
     namespaces: Namespaces,
@@ -51,13 +51,13 @@ struct Shared {
     ipv6: bool,
     original_destination: OriginalDestination,
     placement: Placement,
-    /// Where DNS questions go.
+    /// The upstream DNS servers.
     upstreams: Arc<Upstreams>,
-    /// How long to wait before another attempt to open the listeners of a pod.
+    /// The pause before another attempt to open a pod's listeners.
     retry: Duration,
 }
 
-/// Who a pod is, in messages and in the access log.
+/// A pod's identity, for messages and the access log.
 #[derive(Debug)]
 struct Identity {
     /// `namespace/name`.
@@ -65,7 +65,7 @@ struct Identity {
     uid: Arc<str>,
 }
 
-/// Which way a connection goes, as seen from the pod.
+/// The direction of a connection, seen from the pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Direction {
@@ -82,7 +82,7 @@ impl Direction {
     }
 }
 
-/// How a question came, and how it is passed on.
+/// The transport of a query, in which it is also forwarded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Transport {

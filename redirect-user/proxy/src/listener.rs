@@ -18,17 +18,17 @@ use super::context::Context;
 use super::resolver::Resolver;
 use super::sockets::{self, OpenError};
 
-/// How long accepting pauses when the process has no descriptors left.
+/// How long accepting pauses when the process is out of descriptors.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
 
-/// What a pod's task is to do.
+/// The phase of a pod's task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
     /// Accept and relay.
     Serve,
-    /// Accept no more, end with the last connection.
+    /// Stop accepting, and end with the last connection.
     Drain,
-    /// Cut all connections and end.
+    /// Reset all connections and end.
     Cut,
 }
 
@@ -41,7 +41,7 @@ pub(super) struct Listeners {
 }
 
 impl Listeners {
-    /// Opens them in the pod's namespace.
+    /// Opens the listeners in the pod's namespace.
     pub(super) async fn open(context: &Context) -> Result<Self, OpenError> {
         let namespaces = &context.shared.namespaces;
         let has_ipv6 = namespaces.has_ipv6(&context.netns).await.map_err(OpenError::Namespace)?;
@@ -57,7 +57,7 @@ impl Listeners {
         Self { outbound, inbound, resolver: None }
     }
 
-    /// Accepts and relays until told otherwise.
+    /// Accepts and relays until the phase changes.
     pub(super) async fn serve(mut self, context: Arc<Context>, mut phase: watch::Receiver<Phase>) {
         let mut resolvers = JoinSet::new();
         if let Some(resolver) = self.resolver.take() {
@@ -66,7 +66,7 @@ impl Listeners {
         let mut connections = JoinSet::new();
         loop {
             let (accepted, direction) = tokio::select! {
-                // The sender's end is the pod's as well.
+                // The sender lives as long as the pod.
                 _ = phase.wait_for(|phase| *phase != Phase::Serve) => break,
                 accepted = self.outbound.accept() => (accepted, Direction::Outbound),
                 accepted = self.inbound.accept() => (accepted, Direction::Inbound),
@@ -83,7 +83,7 @@ impl Listeners {
             _ = phase.wait_for(|phase| *phase == Phase::Cut) => {}
             () = async { while connections.join_next().await.is_some() {} } => {}
         }
-        // Waits until every task is gone, and with it its sockets: what follows may count on that.
+        // Waits until every task has ended and closed its sockets; the caller relies on that.
         connections.shutdown().await;
     }
 }
@@ -108,8 +108,8 @@ fn spawn(
     connections.spawn(connection::serve(Arc::clone(context), stream, peer, direction));
 }
 
-/// A connection that failed while it waited says nothing about the listener. Without descriptors, to try again at once
-/// would only spin.
+/// A connection that failed in the backlog is no fault of the listener. Without descriptors, an immediate retry would
+/// only spin.
 async fn pause_after(error: &io::Error) {
     let exhausted = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
     if error.raw_os_error().is_some_and(|code| exhausted.contains(&code)) {
@@ -118,7 +118,7 @@ async fn pause_after(error: &io::Error) {
     }
 }
 
-/// All pods run out together, so that one warning is for all.
+/// All pods run out of descriptors together, so one warning is enough.
 fn warn_once_per_second(error: &io::Error) {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();

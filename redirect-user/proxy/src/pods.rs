@@ -1,4 +1,4 @@
-//! Which pods are served, by the agent's word.
+//! The pods that the proxy serves, as requested by the agent.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -27,7 +27,7 @@ pub(super) struct Pods {
 #[derive(Debug)]
 struct Pod {
     context: Arc<Context>,
-    /// Whether the listeners are open. A pod whose are not is tried again, by the task and by the agent's next `Add`.
+    /// Whether the listeners are open. If not, the task retries, and so does the agent's next `Add`.
     serving: Arc<AtomicBool>,
     phase: watch::Sender<Phase>,
     task: JoinHandle<()>,
@@ -55,7 +55,7 @@ impl Pods {
         Self { shared, pods: BTreeMap::from([(String::new(), Pod::start(context, listeners))]) }
     }
 
-    /// Stops accepting; cuts what is still connected after this time.
+    /// Stops accepting, and resets the connections that are still open after this time.
     pub(super) async fn drain(self, time: Duration) {
         let deadline = Instant::now() + time;
         for pod in self.pods.values() {
@@ -76,7 +76,8 @@ impl Workloads for Pods {
             if known.serving.load(Ordering::Acquire) && is_same(&known.context.netns, &netns) {
                 return Ok(());
             }
-            // Its namespace was replaced, or its listeners could not be opened: the agent's word is the newer one.
+            // Its namespace was replaced, or its listeners could not be opened: the agent's new request replaces
+            // it.
             self.remove(&uid).await;
         }
         let identity = Identity { name: name.as_str().into(), uid: uid.as_str().into() };
@@ -106,7 +107,7 @@ impl Workloads for Pods {
         for uid in gone {
             self.remove(&uid).await;
         }
-        // The agent has named every pod of the node.
+        // The agent has sent every pod of the node.
         systemd::ready("serving the pods of the agent");
     }
 }
@@ -119,7 +120,7 @@ impl Pod {
         Self { context, serving, phase, task }
     }
 
-    /// Cuts the connections and closes the listeners; both are gone on return.
+    /// Resets the connections and closes the listeners; both are gone on return.
     async fn cut(self) {
         self.phase.send_replace(Phase::Cut);
         if let Err(error) = self.task.await {
@@ -146,7 +147,7 @@ async fn run(
     listeners.serve(context, phase).await;
 }
 
-/// Tries until the listeners are open.
+/// Retries until the listeners are open.
 async fn retry(context: &Context) -> Listeners {
     loop {
         sleep(context.shared.retry).await;
@@ -160,7 +161,7 @@ async fn retry(context: &Context) -> Listeners {
     }
 }
 
-/// Whether both are the same namespace. If that cannot be told, the new one counts.
+/// Whether both are the same namespace. If that is unknown, the new one counts.
 fn is_same(one: &NetNs, other: &NetNs) -> bool {
     matches!((one.inode(), other.inode()), (Ok(one), Ok(other)) if one == other)
 }

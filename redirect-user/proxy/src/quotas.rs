@@ -1,4 +1,4 @@
-//! What each pod may have of something that all pods share, so that one can't take it from the others.
+//! Each pod's share of a common resource, so that no pod can exhaust it.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -12,7 +12,7 @@ use redirect_protocol::placement::Placement;
 pub(super) enum Asker {
     /// The only one of these listeners.
     Pod,
-    /// The one with this address; a pod has one or two.
+    /// The pod with this address; a pod has one or two.
     Address(IpAddr),
 }
 
@@ -25,15 +25,15 @@ impl Asker {
     }
 }
 
-/// How much each has.
+/// The quota of each pod.
 #[derive(Debug)]
 pub(super) struct Quotas {
     most: usize,
-    /// Those that have any.
+    /// The pods that use any.
     taken: Mutex<HashMap<Asker, usize>>,
 }
 
-/// What one has, until it is dropped.
+/// A used unit, released when it is dropped.
 #[derive(Debug)]
 pub(super) struct Taken {
     quotas: Arc<Quotas>,
@@ -45,7 +45,7 @@ impl Quotas {
         Arc::new(Self { most, taken: Mutex::default() })
     }
 
-    /// One more, unless it has as much as it may.
+    /// Takes a unit, unless the pod has reached its quota.
     pub(super) fn take(self: &Arc<Self>, asker: Asker) -> Option<Taken> {
         let mut all = self.taken.lock();
         let taken = all.entry(asker).or_default();

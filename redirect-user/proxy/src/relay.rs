@@ -1,11 +1,11 @@
-//! Bytes both ways between two connections, until both ways have ended or one has failed.
+//! Relays bytes both ways between two connections, until both ways have ended or one has failed.
 //!
-//! The end of one way is passed on as such, and the other way goes on. Any failure ends both, and both ends see a reset,
-//! as they would without the proxy.
+//! The end of one way is passed on, and the other way continues. Any failure ends both, and both ends see a reset, as
+//! they would without the proxy.
 //!
-//! No connection owns a buffer while it is idle or keeps up: bytes go from socket to socket through a buffer of the
-//! thread, and only what the receiver does not take at once is kept, before anything more is read. So the most that waits
-//! in the proxy is [`BUFFER`] each way, and ten thousand idle connections cost nothing but their sockets.
+//! An idle connection, or one whose receiver keeps up, owns no buffer: bytes go from socket to socket through a buffer of
+//! the thread. Only bytes that the receiver does not take at once are kept, and nothing more is read before they are
+//! sent. So the proxy holds at most [`BUFFER`] per way, and ten thousand idle connections cost only their sockets.
 
 use std::cell::RefCell;
 use std::io;
@@ -19,14 +19,14 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::task::coop::consume_budget;
 
-/// The most that waits each way.
+/// The most bytes that wait, per way.
 const BUFFER: usize = 64 * 1024;
 
 thread_local! {
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER].into_boxed_slice());
 }
 
-/// How much has been passed on.
+/// Bytes relayed so far.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
     /// From the client.
@@ -44,7 +44,7 @@ pub(super) enum RelayError {
     Upstream(io::Error),
 }
 
-/// A connection that is reset when it is dropped before [`Connection::finish`].
+/// A connection that is reset if it is dropped before [`Connection::finish`].
 #[derive(Debug)]
 pub(super) struct Connection {
     stream: TcpStream,
@@ -60,7 +60,7 @@ impl Connection {
         &self.stream
     }
 
-    /// Both ways have ended: closes without a reset.
+    /// Closes without a reset, after both ways have ended.
     pub(super) fn finish(mut self) {
         self.finished = true;
     }
@@ -74,9 +74,9 @@ impl Drop for Connection {
     }
 }
 
-/// Makes the socket's close a reset: whoever is at the other end must not take it for the regular end of the data.
+/// Makes the socket's close a reset: the peer must not take it for a regular end of the data.
 fn reset_on_close(stream: &TcpStream) {
-    // Fails only on a socket that is no connection, and then there is nothing to reset.
+    // Fails only on a socket without a connection, and then there is nothing to reset.
     let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
@@ -93,7 +93,7 @@ pub(super) async fn relay(
         result = &mut forth => result.map_err(|failure| failure.named(Client, Upstream)).map(|()| true)?,
         result = &mut back => result.map_err(|failure| failure.named(Upstream, Client)).map(|()| false)?,
     };
-    // Nobody reads any more from the side that ended, so that its reset has to be looked for.
+    // The side that ended is no longer read, so its reset has to be detected separately.
     if client_ended {
         tokio::select! {
             result = back => result.map_err(|failure| failure.named(Upstream, Client)),
@@ -107,7 +107,7 @@ pub(super) async fn relay(
     }
 }
 
-/// Which end of a pump failed.
+/// The end of a pump that failed.
 enum Failure {
     From(io::Error),
     To(io::Error),
@@ -126,11 +126,11 @@ impl Failure {
     }
 }
 
-/// One way, until its end, which is passed on.
+/// Relays one way until its end, and passes the end on.
 async fn pump(from: &TcpStream, to: &TcpStream, passed: &AtomicU64) -> Result<(), Failure> {
     let count = |bytes: usize| passed.fetch_add(bytes as u64, Ordering::Relaxed);
     loop {
-        // Between two fast ends there is never anything to wait for, and other connections want the thread as well.
+        // Between two fast ends nothing ever has to wait, and other connections need the thread as well.
         consume_budget().await;
         from.readable().await.map_err(Failure::From)?;
         let rest = match transfer(from, to)? {
@@ -157,7 +157,7 @@ enum Transfer {
     Passed { written: usize, rest: Vec<u8> },
 }
 
-/// Reads once and writes once, without waiting.
+/// Reads once and writes once, without blocking.
 fn transfer(from: &TcpStream, to: &TcpStream) -> Result<Transfer, Failure> {
     SCRATCH.with_borrow_mut(|buffer| {
         let length = match from.try_read(buffer) {

@@ -1,9 +1,9 @@
-//! One pod's DNS resolver, on port 15053 of the loopback addresses: where the kernel side sends the pod's questions. In
+//! One pod's DNS resolver, on port 15053 of the loopback addresses, to which the kernel side sends the pod's queries. In
 //! placement `node` it is the resolver of all pods, on every address of the host and of others.
 //!
-//! It forwards, and does no more: a question goes as it is to the upstream servers, from the pod's namespace and with the
-//! proxy's mark, and the answer comes back as it is. There is no cache and no recursion. Whatever happens to a question
-//! that can be understood, it is answered: the application must not wait for a resolver that has given up.
+//! It only forwards: a query goes unchanged to the upstream servers, from the pod's namespace and with the proxy's mark,
+//! and the answer comes back unchanged. There is no cache and no recursion. Every query that can be parsed is answered,
+//! with an error if need be: the application must not wait for a resolver that has given up.
 //!
 //! | file | |
 //! |---|---|
@@ -42,26 +42,27 @@ use redirect_protocol::placement::Placement;
 
 pub(super) use upstreams::{Upstreams, parse_upstream};
 
-/// Questions of one pod that may wait for an upstream server at once. More are answered with an error.
+/// How many queries of one pod may wait for an upstream server at once. Further ones are answered with an
+/// error.
 const IN_FLIGHT: usize = 256;
 
-/// The same, of all pods of the node, in placement `node`.
+/// The same for all pods of the node together, in placement `node`.
 const IN_FLIGHT_ON_NODE: usize = 4096;
 
-/// TCP connections of one pod that may be open at once. In placement `pod` more wait to be accepted; in placement `node`, where they
-/// would hold up those of others, they are closed.
+/// How many TCP connections of one pod may be open at once. In placement `pod` further ones wait to be accepted; in placement
+/// `node` they are closed, because they would delay those of other pods.
 const CONNECTIONS: usize = 64;
 
-/// The same, of all pods of the node, in placement `node`. More wait to be accepted.
+/// The same for all pods of the node together, in placement `node`. Further ones wait to be accepted.
 const CONNECTIONS_ON_NODE: usize = 1024;
 
-/// Questions longer than this are not understood: a name and EDNS with its options need far less.
+/// The longest query over UDP: a name and EDNS with its options need far less.
 const LONGEST_DATAGRAM: usize = 4096;
 
-/// How long a TCP connection may be silent, or refuse to take its answer.
+/// How long a TCP connection may be silent, or not take its answer.
 const IDLE: Duration = Duration::from_secs(10);
 
-/// How long nothing is received or accepted after the kernel refused to.
+/// The pause before the next receive or accept after the kernel refused one.
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// The sockets of a pod's resolver.
@@ -72,7 +73,7 @@ pub(super) struct Resolver {
 }
 
 impl Resolver {
-    /// Opens them in the pod's namespace.
+    /// Opens the sockets in the pod's namespace.
     pub(super) async fn open(context: &Context, ipv6: bool) -> Result<Self, OpenError> {
         let (ipv4, v6) = match context.shared.placement {
             Placement::Pod => (Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST),
@@ -85,7 +86,7 @@ impl Resolver {
         let mut resolver = Self { datagrams: Vec::new(), listeners: Vec::new() };
         for address in addresses {
             match resolver.open_at(context, address).await {
-                // A pod may have taken the address off its lo: it asks nobody in this family then.
+                // A pod may have removed the address from its lo: it then has no resolver in this family.
                 Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => tracing::warn!(
                     "pod {}: no DNS over {}: the pod's lo lacks {}",
                     context.identity.name,
@@ -111,10 +112,10 @@ impl Resolver {
         Ok(())
     }
 
-    /// Answers until dropped, and cuts then what is in flight.
+    /// Answers until dropped, which cancels queries in flight.
     ///
-    /// There is no draining: as long as a socket exists, the kernel gives it questions that would be another proxy's while
-    /// that one takes over.
+    /// There is no draining: as long as a socket exists, the kernel gives it queries that should go to the proxy that
+    /// takes over.
     pub(super) async fn serve(self, context: Arc<Context>) {
         let (in_flight, connections) = match context.shared.placement {
             Placement::Pod => (IN_FLIGHT, CONNECTIONS),
@@ -162,7 +163,7 @@ async fn answer_datagrams(desk: Arc<Desk>, socket: Arc<Datagrams>) {
     }
 }
 
-/// For connections.
+/// Limits of connections.
 #[derive(Clone)]
 struct Places {
     all: Arc<Semaphore>,
@@ -200,27 +201,27 @@ async fn accept(desk: Arc<Desk>, listener: TcpListener, places: Places) {
     }
 }
 
-/// Answers the questions of one connection, one after the other.
+/// Answers the queries of one connection, one after the other.
 async fn connection(desk: &Desk, mut stream: TcpStream, source: SocketAddr) -> io::Result<()> {
     loop {
         let Some(bytes) = timeout(IDLE, exchange::read_framed(&mut stream)).await?? else { return Ok(()) };
-        // Whoever sends what cannot be answered gets a closed connection.
+        // A message that can't be answered closes the connection.
         let Some(answer) = desk.answer(bytes, Transport::Tcp, source).await else { return Ok(()) };
         timeout(IDLE, exchange::write_framed(&mut stream, &answer)).await??;
     }
 }
 
-/// Where the questions of a pod are answered.
+/// Answers the queries of a pod.
 struct Desk {
     context: Arc<Context>,
     in_flight: Semaphore,
     questions: Arc<Quotas>,
-    /// Whether somebody was told that no upstream server answers.
+    /// Whether a warning was logged that no upstream server answers.
     warned: AtomicBool,
 }
 
 impl Desk {
-    /// The answer to a message; none to one that is no question.
+    /// The answer to a message; `None` if the message is not a query.
     async fn answer(&self, bytes: Vec<u8>, transport: Transport, source: SocketAddr) -> Option<Vec<u8>> {
         let began = Instant::now();
         let question = match message::receive(bytes) {
@@ -258,12 +259,12 @@ impl Desk {
         Asker::of(self.context.shared.placement, source)
     }
 
-    /// Asks one upstream server after the other. An answer that is an error of the server's counts only if there is no
-    /// better one.
+    /// Queries one upstream server after the other. A server's error counts only if no other server gives a better
+    /// answer.
     async fn forward(&self, question: &Question, transport: Transport) -> Option<(SocketAddr, Answer)> {
         let upstreams = self.context.shared.upstreams.current();
         let mut poor = None;
-        // A lone server gets a second chance: a datagram may be lost.
+        // A single server gets a second attempt, because a datagram may be lost.
         let attempts = upstreams.len().max(2);
         for &upstream in upstreams.iter().cycle().take(attempts) {
             match exchange::ask(&self.context, upstream, question, transport).await {
@@ -303,7 +304,7 @@ impl Desk {
     }
 }
 
-/// What the access log is told.
+/// The fields of an access log line.
 struct Entry<'a> {
     transport: Transport,
     source: SocketAddr,

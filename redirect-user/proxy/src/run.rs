@@ -1,4 +1,4 @@
-//! Options, signals, the end.
+//! Options, signals, shutdown.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -20,10 +20,10 @@ use redirect_protocol::placement::Placement;
 use redirect_zds as zds;
 use redirect_zds::client::{Backoff, follow};
 
-/// How long to wait before another attempt to open the listeners of a pod, as ztunnel does.
+/// The interval between attempts to open a pod's listeners, as in ztunnel.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// Where the DNS servers are named.
+/// The default source of DNS servers.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// Settings of the node proxy.
@@ -66,7 +66,7 @@ pub enum OriginalDestination {
     Conntrack,
 }
 
-/// Runs the proxy until it is told to stop.
+/// Runs the proxy until a signal stops it.
 pub fn run(options: Options) -> anyhow::Result<()> {
     privileges::keep(privileges::PROXY)?;
     descriptors::raise_limit();
@@ -84,7 +84,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     }
     let runtime = builder.enable_all().build().context("starting the runtime")?;
     let result = runtime.block_on(serve(options, access_log));
-    // Ends every task, and with the last one the log's last handle, so that its thread can finish.
+    // Ends every task, and with them the log's last handle, so that its thread can finish.
     drop(runtime);
     if let Some(writer) = writer
         && writer.join().is_err()

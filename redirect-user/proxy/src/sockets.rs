@@ -1,13 +1,12 @@
-//! Sockets that live in a pod's network namespace.
+//! Sockets in a pod's network namespace.
 //!
-//! A socket belongs for ever to the namespace of the thread that called `socket(2)`; bind, listen and connect work
-//! from any thread. So one thread does nothing but `setns(2)` and `socket(2)`, and everything else happens on the
-//! runtime's threads.
+//! A socket belongs forever to the namespace of the thread that called `socket(2)`; bind, listen and connect work from any
+//! thread. So one thread does nothing but `setns(2)` and `socket(2)`, and everything else happens on the runtime's threads.
 //!
-//! One thread for all pods rather than one per pod: a pod then costs no thread, and a thread that stayed in a pod's
-//! namespace would keep it alive after the pod. `setns(2)` costs about as much as `socket(2)`, so that one thread makes
-//! more than a hundred thousand sockets per second; it enters a namespace only if the last request was for another one, and
-//! returns to the host's once the queue is empty, which under load is rare.
+//! There is one thread for all pods: a pod then costs no thread, and a thread that stayed in a pod's namespace would keep
+//! it alive after the pod. `setns(2)` costs about as much as `socket(2)`, so one thread creates more than a hundred
+//! thousand sockets per second. It enters a namespace only if the last request was for another one, and returns to the
+//! host's once the queue is empty, which is rare under load.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -21,13 +20,13 @@ use tokio::sync::{mpsc, oneshot};
 
 use redirect_linux::netns::NetNs;
 
-/// How many requests may wait for the thread.
+/// The capacity of the thread's queue.
 const QUEUE: usize = 1024;
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 1024;
 
-/// When a silent peer is asked for a sign of life, how often, how many times.
+/// When to probe a silent peer, how often, and how many times.
 const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
     .with_time(Duration::from_secs(180))
     .with_interval(Duration::from_secs(30))
@@ -57,7 +56,7 @@ impl OpenError {
 
 type Work = Box<dyn FnOnce(io::Result<()>) + Send>;
 
-/// Hands work to the thread that visits namespaces. The thread ends with the last handle.
+/// Sends jobs to the thread that enters namespaces. The thread ends with the last handle.
 #[derive(Clone, Debug)]
 pub(super) struct Namespaces {
     jobs: mpsc::Sender<(NetNs, Work)>,
@@ -71,7 +70,7 @@ impl Namespaces {
         Ok(Self { jobs })
     }
 
-    /// Makes a socket, TCP or UDP, of this domain in the namespace.
+    /// Creates a TCP or UDP socket of this domain in the namespace.
     pub(super) async fn socket(&self, netns: &NetNs, domain: Domain, kind: Type) -> io::Result<Socket> {
         self.within(netns, move || new_socket(domain, kind)).await
     }
@@ -100,7 +99,7 @@ impl Namespaces {
 fn visit(home: &NetNs, mut queue: mpsc::Receiver<(NetNs, Work)>) {
     while let Some(first) = queue.blocking_recv() {
         let mut job = Some(first);
-        // The namespace is held here, so that its inode cannot be another one's within the batch.
+        // Holds the namespace, so that its inode is not reused within the batch.
         let mut here: Option<(NetNs, u64)> = None;
         while let Some((netns, work)) = job {
             work(enter(netns, &mut here));
@@ -108,7 +107,7 @@ fn visit(home: &NetNs, mut queue: mpsc::Receiver<(NetNs, Work)>) {
         }
         drop(here);
         if let Err(error) = home.enter() {
-            // To go on would keep a pod's namespace alive and, worse, take it for the host's.
+            // Continuing would keep a pod's namespace alive and, worse, take it for the host's.
             tracing::error!("cannot return to the host's network namespace: {error}; restart the proxy");
             return;
         }
@@ -124,7 +123,7 @@ fn enter(netns: NetNs, here: &mut Option<(NetNs, u64)>) -> io::Result<()> {
     Ok(())
 }
 
-/// `lo` tells for all: the agent, too, leaves IPv6 out of a pod whose `lo` has none.
+/// `lo` decides: the agent also skips IPv6 in a pod whose `lo` does not have it.
 fn ipv6_is_enabled_here() -> bool {
     // /proc/sys/net shows the calling thread's namespace. Without IPv6 in the kernel the file does not exist.
     std::fs::read_to_string("/proc/sys/net/ipv6/conf/lo/disable_ipv6").is_ok_and(|value| value.trim() == "0")
@@ -132,43 +131,43 @@ fn ipv6_is_enabled_here() -> bool {
 
 fn new_socket(domain: Domain, kind: Type) -> io::Result<Socket> {
     let protocol = if kind == Type::DGRAM { Protocol::UDP } else { Protocol::TCP };
-    // Non-blocking and close-on-exec from the start: no further system call on the one thread that all share.
+    // Non-blocking and close-on-exec from the start: no further system call on the shared thread.
     Socket::new(domain, kind.nonblocking().cloexec(), Some(protocol))
 }
 
-/// Where a pod's listener is bound.
+/// The address of a pod's listener.
 pub(super) fn listen_address(ipv6: bool, port: u16) -> SocketAddr {
     if ipv6 { (Ipv6Addr::UNSPECIFIED, port).into() } else { (Ipv4Addr::UNSPECIFIED, port).into() }
 }
 
-/// Makes a listener of a new socket.
+/// Makes a new socket listen.
 pub(super) fn listen(socket: &Socket, address: SocketAddr) -> io::Result<()> {
     socket.set_mark(MARK_PROXY)?;
-    // Two proxies share the port while one takes over from the other.
+    // Two proxies share the port while one replaces the other.
     socket.set_reuse_port(true)?;
     socket.set_reuse_address(true)?;
     set_transparent(socket, address)?;
     if address.is_ipv6() {
-        // One socket for both families, whatever net.ipv6.bindv6only says.
+        // One socket for both families, regardless of net.ipv6.bindv6only.
         socket.set_only_v6(false)?;
     }
     socket.bind(&address.into())?;
     start_listening(socket)
 }
 
-/// Lets a bound socket take connections.
+/// Starts to accept connections on a bound socket.
 pub(super) fn start_listening(socket: &Socket) -> io::Result<()> {
     socket.listen(BACKLOG)
 }
 
-/// Binds a new socket of the resolver. On an address, questions come to this very one; on the unspecified address they come
-/// to whatever address the pods ask.
+/// Binds a new socket of the resolver. With an address, it receives queries to that address only; with the unspecified
+/// address, queries to any address.
 pub(super) fn bind_resolver(socket: &Socket, address: SocketAddr) -> io::Result<()> {
     socket.set_mark(MARK_PROXY)?;
-    // Two proxies share the port while one takes over from the other.
+    // Two proxies share the port while one replaces the other.
     socket.set_reuse_port(true)?;
     if socket.r#type()? == Type::STREAM {
-        // On a UDP socket this would let any other process take the questions.
+        // On a UDP socket this would let any other process intercept queries.
         socket.set_reuse_address(true)?;
     }
     if address.is_ipv6() {
@@ -180,7 +179,7 @@ pub(super) fn bind_resolver(socket: &Socket, address: SocketAddr) -> io::Result<
     socket.bind(&address.into())
 }
 
-/// Has a socket for datagrams tell the address that each was sent to.
+/// Makes a UDP socket report each datagram's destination address.
 pub(super) fn tell_destinations(socket: &Socket, address: SocketAddr) -> io::Result<()> {
     match address {
         SocketAddr::V4(_) => setsockopt(socket, sockopt::Ipv4PacketInfo, &true)?,
@@ -189,45 +188,45 @@ pub(super) fn tell_destinations(socket: &Socket, address: SocketAddr) -> io::Res
     Ok(())
 }
 
-/// Makes a new socket one of the proxy's own connections.
+/// Marks a new socket as the proxy's own connection.
 pub(super) fn mark_as_own(socket: &Socket) -> io::Result<()> {
     socket.set_mark(MARK_PROXY)
 }
 
-/// Gives a new socket an address of another host and a port of the kernel's choice, which it returns.
+/// Binds a new socket to an address of another host and a port of the kernel's choice, which is returned.
 ///
-/// Without `IP_BIND_ADDRESS_NO_PORT`, on purpose: `bind(0)` prefers ports of one parity, `connect()` those of the other,
-/// by which clients choose theirs. So a delivery seldom wants the port of one of its client's own connections; see
-/// `clients` for why it must not have it.
+/// Deliberately without `IP_BIND_ADDRESS_NO_PORT`: `bind(0)` prefers ports of one parity, and `connect()`, which clients
+/// use, those of the other. So a delivery seldom gets the port of one of its client's own connections; `clients`
+/// explains why it must not.
 pub(super) fn borrow_address(socket: &Socket, client: SocketAddr) -> io::Result<u16> {
     set_transparent(socket, client)?;
     match client {
         SocketAddr::V4(_) => socket.set_freebind_v4(true)?,
         SocketAddr::V6(_) => socket.set_freebind_v6(true)?,
     }
-    // Many deliveries borrow the same address; they differ in where they go.
+    // Many deliveries borrow the same address, and differ in their destinations.
     socket.set_reuse_address(true)?;
     socket.bind(&SocketAddr::new(client.ip(), 0).into())?;
     Ok(socket.local_addr()?.as_socket().map_or(0, |address| address.port()))
 }
 
 fn set_transparent(socket: &Socket, address: SocketAddr) -> io::Result<()> {
-    // The one at level SOL_IP is what the kernel looks at in both families; ztunnel sets it on IPv6 sockets as well.
+    // The kernel checks the option at level SOL_IP in both families; ztunnel also sets it on IPv6 sockets.
     let shared = socket.set_ip_transparent_v4(true);
     if address.is_ipv4() {
         return shared;
     }
-    // Either is enough, and there are kernels that know only one of them on an IPv6 socket.
+    // Either one suffices, and some kernels know only one of them on an IPv6 socket.
     socket.set_ip_transparent_v6(true).or(shared)
 }
 
-/// Where a connection that a rule of netfilter redirected was to go.
+/// The original destination of a connection that a netfilter rule redirected.
 pub(super) fn original_destination(socket: SockRef<'_>) -> Option<SocketAddr> {
     let found = socket.original_dst_v4().or_else(|_| socket.original_dst_v6());
     found.ok()?.as_socket()
 }
 
-/// Small writes at once, and silent peers noticed.
+/// Sends small writes at once, and detects silent peers.
 pub(super) fn tune(socket: SockRef<'_>) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_keepalive(&KEEPALIVE)

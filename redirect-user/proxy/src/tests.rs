@@ -1,7 +1,7 @@
-//! The proxy's parts on loopback, and in network namespaces of their own where the tests may make them.
+//! The proxy's parts on loopback, and in network namespaces where the tests may create them.
 //!
-//! Nothing captures here. Where a connection has to pass through, the listener is in one namespace and the pod in another, in
-//! which the application has the very address that the client dialled.
+//! There is no capture here. For tests of whole connections, the listener is in one namespace and the pod in another, in
+//! which the application has the very address that the client dialed.
 
 mod inside;
 mod namespace;
@@ -17,7 +17,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-/// Long enough for anything that is to happen.
+/// Long enough for anything expected to happen.
 const LONG: Duration = Duration::from_secs(10);
 
 async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
@@ -33,7 +33,7 @@ async fn eventually<F: Future<Output = bool>>(what: &str, mut is_so: impl FnMut(
     .await;
 }
 
-/// Sends, ends this way, reads until the other way has ended.
+/// Sends, shuts down writing, and reads until the other side has ended.
 async fn send_and_end(stream: &mut TcpStream, bytes: &[u8]) {
     soon("sending", stream.write_all(bytes)).await.unwrap();
     soon("ending", stream.shutdown()).await.unwrap();

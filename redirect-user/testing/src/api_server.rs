@@ -1,4 +1,4 @@
-//! An API server for tests: lists, watches, patches, and everything that can go wrong with them.
+//! An API server for tests: lists, watches, patches, and faults of all of them.
 
 #![expect(clippy::unwrap_used, reason = "for tests alone, which fail where it panics")]
 
@@ -14,22 +14,22 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-/// What happens to a request instead of an answer.
+/// A fault in place of an answer.
 #[derive(Clone, Debug)]
 pub enum Fault {
-    /// An answer of this status.
+    /// A response with this status.
     Status(u16),
-    /// An answer of this status that says when to ask again, in seconds.
+    /// A response with this status and a Retry-After header, in seconds.
     RetryAfter(u16, u64),
-    /// The headers come, the rest does not.
+    /// The headers arrive, the body does not.
     Stall,
-    /// Half an answer of JSON that is none.
+    /// Truncated JSON.
     Malformed,
     /// The connection ends without an answer.
     HangUp,
 }
 
-/// What the server knows and has heard.
+/// The server's objects, and a record of requests.
 #[derive(Debug, Default)]
 pub struct World {
     version: u64,
@@ -37,22 +37,22 @@ pub struct World {
     objects: BTreeMap<String, Value>,
     /// Version, path of the collection, kind of change, object.
     history: Vec<(u64, String, &'static str, Value)>,
-    /// Watches cannot begin before this version.
+    /// The oldest version from which a watch can start.
     oldest: u64,
     /// How often watches were cut.
     cuts: u64,
     away: bool,
     bookmarks: u64,
-    /// It knows no streaming lists.
+    /// Whether it lacks streaming lists.
     lists_only: bool,
     faults: Vec<(String, Fault)>,
-    /// Method, path with query.
+    /// Method, and path with query.
     pub requests: Vec<(String, String)>,
-    /// How often each kind of request came, as [`kind`] names it.
+    /// The number of requests of each kind, see [`kind`].
     kinds: BTreeMap<String, usize>,
-    /// In which form each of them wants its answer.
+    /// The Accept headers of the requests.
     pub accepted: Vec<String>,
-    /// The events that were made, as they came.
+    /// The created events, in order.
     pub events: Vec<Value>,
 }
 
@@ -60,10 +60,10 @@ const PODS: &str = "/api/v1/pods";
 const NAMESPACES: &str = "/api/v1/namespaces";
 const DAEMONSETS: &str = "/daemonsets";
 
-/// A running server. It ends with this value.
+/// A running server. Dropping it stops the server.
 #[derive(Debug)]
 pub struct ApiServer {
-    /// Where it listens.
+    /// The address on which it listens.
     pub address: SocketAddr,
     world: Arc<Mutex<World>>,
     changed: watch::Sender<()>,
@@ -83,7 +83,7 @@ impl ApiServer {
         Self::serve(TcpListener::bind("127.0.0.1:0").await.unwrap())
     }
 
-    /// Serves on a listener of the caller's, in the runtime in which it is called.
+    /// Serves on the caller's listener, in the current runtime.
     #[must_use]
     pub fn serve(listener: TcpListener) -> Self {
         let address = listener.local_addr().unwrap();
@@ -105,7 +105,7 @@ impl ApiServer {
         Self { address, world, changed, task }
     }
 
-    /// What it knows; it answers nobody meanwhile.
+    /// Locks the state; no request is answered meanwhile.
     pub fn world(&self) -> MutexGuard<'_, World> {
         self.world.lock().unwrap()
     }
@@ -115,7 +115,7 @@ impl ApiServer {
         self.changed.send_replace(());
     }
 
-    /// Makes a namespace, or replaces it.
+    /// Creates or replaces a namespace.
     pub fn put_namespace(&self, name: &str, labels: Value) {
         let object = json!({
             "apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadata",
@@ -124,7 +124,7 @@ impl ApiServer {
         self.change(|world| world.put(&format!("{NAMESPACES}/{name}"), object));
     }
 
-    /// Makes a DaemonSet, or has it deleted while its pods still run.
+    /// Creates a DaemonSet, or marks it as deleted while its pods still run.
     pub fn put_daemonset(&self, namespace: &str, name: &str, deleted: bool) {
         let mut object = json!({
             "apiVersion": "apps/v1", "kind": "DaemonSet",
@@ -141,13 +141,13 @@ impl ApiServer {
         self.change(|world| world.delete(&daemonset_path(namespace, name)));
     }
 
-    /// Makes a pod, or replaces it.
+    /// Creates or replaces a pod.
     pub fn put_pod(&self, pod: Value) {
         let path = pod_path(&pod);
         self.change(|world| world.put(&path, pod));
     }
 
-    /// Changes a pod that is there, as a merge patch.
+    /// Changes an existing pod by a merge patch.
     pub fn patch_pod(&self, namespace: &str, name: &str, patch: &Value) {
         let path = format!("{NAMESPACES}/{namespace}/pods/{name}");
         self.change(|world| {
@@ -157,13 +157,13 @@ impl ApiServer {
         });
     }
 
-    /// Deletes a pod if it is there.
+    /// Deletes a pod if it exists.
     pub fn delete_pod(&self, namespace: &str, name: &str) {
         let path = format!("{NAMESPACES}/{namespace}/pods/{name}");
         self.change(|world| world.delete(&path));
     }
 
-    /// The annotation that the agent writes.
+    /// The value of the annotation that the agent writes.
     #[must_use]
     pub fn redirection(&self, namespace: &str, name: &str) -> Option<String> {
         let world = self.world();
@@ -171,39 +171,40 @@ impl ApiServer {
         Some(pod["metadata"]["annotations"]["ambient.istio.io/redirection"].as_str()?.to_owned())
     }
 
-    /// Has the next request fail whose kind, method and path (`list pods: GET /api/v1/pods?`) contain this text.
+    /// Makes the next request fail whose kind, method and path (`list pods: GET /api/v1/pods?`) contain this
+    /// text.
     pub fn fail_next(&self, what: &str, fault: Fault) {
         self.world().faults.push((what.into(), fault));
     }
 
-    /// How many faults have not come to pass yet.
+    /// The number of faults that have not occurred yet.
     #[must_use]
     pub fn faults_left(&self) -> usize {
         self.world().faults.len()
     }
 
-    /// Forgets the faults that have not come to pass.
+    /// Removes the faults that have not occurred.
     pub fn clear_faults(&self) {
         self.world().faults.clear();
     }
 
-    /// How often each kind of request (`list pods`, `patch pod`) came so far.
+    /// The number of requests of each kind (`list pods`, `patch pod`) so far.
     #[must_use]
     pub fn kinds(&self) -> BTreeMap<String, usize> {
         self.world().kinds.clone()
     }
 
-    /// Ends all watches, and what stalls.
+    /// Ends all watches and stalled responses.
     pub fn cut_watches(&self) {
         self.change(|world| world.cuts += 1);
     }
 
-    /// Forgets the past, so that watches have to start over (410 Gone).
+    /// Drops the history, so that watches have to start over (410 Gone).
     pub fn compact(&self) {
         self.change(|world| world.oldest = world.version);
     }
 
-    /// Lets time pass that concerns none of the watched objects, and tells watches so.
+    /// Advances the version without changes to the watched objects, and sends bookmarks to watches.
     pub fn bookmark(&self) {
         self.change(|world| {
             world.version += 100;
@@ -211,7 +212,7 @@ impl ApiServer {
         });
     }
 
-    /// Goes away, and comes back.
+    /// Makes the server unreachable, or reachable again.
     pub fn set_away(&self, away: bool) {
         self.change(|world| {
             world.away = away;
@@ -219,12 +220,12 @@ impl ApiServer {
         });
     }
 
-    /// Has it refuse streaming lists, as API servers without them do.
+    /// Makes it refuse streaming lists, as older API servers do.
     pub fn set_lists_only(&self) {
         self.world().lists_only = true;
     }
 
-    /// How often pods were listed, in a stream or not.
+    /// How often pods were listed, streaming or not.
     #[must_use]
     pub fn lists_of_pods(&self) -> usize {
         let world = self.world();
@@ -235,13 +236,13 @@ impl ApiServer {
         world.requests.iter().filter(|(_, path)| lists(path)).count()
     }
 
-    /// How many requests wanted nothing but metadata.
+    /// The number of requests for metadata only.
     #[must_use]
     pub fn requests_for_metadata(&self) -> usize {
         self.world().accepted.iter().filter(|accept| accept.contains("as=partialobjectmetadata")).count()
     }
 
-    /// How many requests had this text in method, path and query.
+    /// The number of requests with this text in method, path and query.
     #[must_use]
     pub fn count(&self, what: &str) -> usize {
         self.world()
@@ -308,7 +309,7 @@ fn merge(object: &mut Value, patch: &Value) {
     }
 }
 
-/// What is done to what.
+/// Verb and resource of a request.
 fn kind(request: &Request) -> String {
     let Request { method, path, query, .. } = request;
     let is_collection = |words: &[&str]| matches!(words, [] | ["namespaces", _]);
@@ -413,7 +414,7 @@ impl Connection {
                 None => (404, failure(404)),
             },
             ("POST", events) if events.ends_with("/events") => {
-                // Unlike names, what names are generated from must be valid but for a dash at the end.
+                // Unlike a name, `generateName` may end with a dash, but must be valid otherwise.
                 let stem = body["metadata"]["generateName"].as_str().unwrap_or_default();
                 if !stem.trim_end_matches('-').ends_with(|c: char| c.is_ascii_alphanumeric()) {
                     return (422, failure(422));
@@ -452,7 +453,7 @@ impl Connection {
     async fn watch(&mut self, stream: &mut BufReader<TcpStream>, request: &Request) -> io::Result<()> {
         let node = node(&request.query);
         let (mut seen, mut listed) = if request.query.contains("sendInitialEvents=true") {
-            // Without a version the list is as new as the request.
+            // Without a version, the list is as recent as the request.
             assert_eq!(parameter(&request.query, "resourceVersion").unwrap_or_default(), "");
             let world = self.world();
             let line = |object| json!({"type": "ADDED", "object": object});
@@ -528,7 +529,7 @@ fn parameter(query: &str, name: &str) -> Option<String> {
 
 fn node(query: &str) -> Option<String> {
     let selector = parameter(query, "fieldSelector")?;
-    // There is no other.
+    // There is only one.
     if selector.starts_with("metadata.name%3D") {
         return None;
     }

@@ -1,4 +1,4 @@
-//! What unit tests and end-to-end tests share.
+//! Helpers shared by unit tests and end-to-end tests.
 
 mod api_server;
 mod skip;

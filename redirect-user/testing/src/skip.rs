@@ -1,10 +1,10 @@
-//! How a unit test says that it cannot run here.
+//! Reports that a unit test can't run here.
 
 use std::fmt::Display;
 use std::io::{self, Write};
 
-/// Says so past libtest, which keeps what the print macros write to itself when a test does not fail: `cargo xtask test`
-/// counts the test as skipped then.
+/// Writes past libtest's output capture, which would drop it in a test that passes: `cargo xtask test` then counts the
+/// test as skipped.
 pub fn skip(name: &str, reason: impl Display) {
     let said = writeln!(io::stderr(), "\nskipped: {name}: {reason}");
     said.expect("standard error is open");

@@ -1,4 +1,4 @@
-//! Which crate uses which, and inside a crate which module uses which: arrows point down, and there are no circles.
+//! Dependencies between crates, and between the modules of a crate: they point downwards, without cycles.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -9,7 +9,7 @@ use serde_json::Value;
 use syn::visit::{self, Visit};
 use syn::{Attribute, Item, UseTree};
 
-/// From the top down: a crate may use those that come after it, and no others.
+/// From top to bottom: a crate may use only those after it.
 const CRATES: [&str; 9] = [
     "redirect-cli",
     "redirect-agent",
@@ -22,7 +22,7 @@ const CRATES: [&str; 9] = [
     "redirect-ebpf",
 ];
 
-/// What a crate must not be built with, however far down.
+/// Crates that another crate must not depend on, directly or transitively.
 const WITHOUT: [(&str, &[&str]); 3] = [
     ("redirect-cni", &["aya", "kube", "redirect-linux", "tokio"]),
     ("redirect-agent", &["comfy-table", "crossterm", "ratatui", "redirect-proxy"]),
@@ -86,7 +86,7 @@ fn a_circle_is_found_wherever_it_is_closed() {
         assert_eq!(sources(&[root, ("a", "use crate::b;"), ("b", closed)]).len(), 1, "{closed}");
         assert_eq!(sources(&[root, ("a", ""), ("b", closed)]).len(), 0, "{closed}");
     }
-    // What tests use does not count, nor what a module takes from the one that it is in.
+    // Uses in tests do not count, nor does a module's use of its parent.
     let tested = "#[cfg(test)] mod tests { use crate::a::X; }";
     assert_eq!(sources(&[root, ("a", "use crate::b;"), ("b", tested)]).len(), 0);
     assert_eq!(sources(&[root, ("a", "mod c; use c::X;"), ("a/c", "use super::Y;")]).len(), 0);
@@ -97,11 +97,11 @@ fn a_circle_is_found_wherever_it_is_closed() {
 /// The path of a module in its crate.
 type Module = Vec<String>;
 
-/// What is in a crate's modules, by file.
+/// The modules of a crate, by file.
 struct Modules(BTreeMap<Module, syn::File>);
 
 impl Modules {
-    /// Those below a folder, but for the ones that are tests.
+    /// The modules below a folder, except tests.
     fn of(folder: &Path) -> Self {
         let mut modules = BTreeMap::new();
         let mut folders = vec![folder.to_path_buf()];
@@ -126,7 +126,7 @@ impl Modules {
         Self(modules)
     }
 
-    /// The circles among the modules of one module, in words.
+    /// Descriptions of the cycles among the children of each module.
     fn circles(&self) -> Vec<String> {
         let mut arrows: BTreeMap<(Module, String), BTreeSet<String>> = BTreeMap::new();
         for (module, file) in &self.0 {
@@ -176,7 +176,7 @@ impl Modules {
         circles.iter().map(in_words).collect()
     }
 
-    /// The file that has what a path names.
+    /// The file that contains a path's item.
     fn file_of(&self, mut path: Module) -> Module {
         while !path.is_empty() && !self.0.contains_key(&path) {
             path.pop();
@@ -185,14 +185,14 @@ impl Modules {
     }
 }
 
-/// Collects the paths that a module names in its own crate.
+/// Collects the paths by which a module refers to its own crate.
 struct Uses<'a> {
     module: &'a Module,
     found: BTreeSet<Module>,
 }
 
 impl Uses<'_> {
-    /// A path as it is written; `None`: it is none that begins in this crate.
+    /// A path as written; `None` if it does not begin in this crate.
     fn add(&mut self, written: &[String]) {
         let mut rest = written;
         let mut path = match rest.first().map(String::as_str) {

@@ -1,5 +1,5 @@
-//! The runtime has two threads: what may take long runs elsewhere. An `async` body calls nothing of the file system, of processes
-//! and of threads itself, only in closures that it hands to others (`spawn_blocking`, the datapath's thread).
+//! The runtime has two threads, so slow work must run elsewhere. The body of an `async` function calls no blocking function of
+//! the file system, of processes or of threads, except in closures that it passes on (`spawn_blocking`, the datapath's thread).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use syn::visit::{self, Visit};
 use syn::{Expr, ExprAsync, ExprCall, ExprClosure, ImplItemFn, ItemFn, ItemMod};
 
-/// The modules and functions that block, by the ends of their paths.
+/// Blocking modules and functions, by the ends of their paths.
 const BLOCKING: [&[&str]; 5] =
     [&["fs", "*"], &["File", "open"], &["Command", "new"], &["thread", "sleep"], &["NetNs", "run"]];
 
@@ -57,7 +57,7 @@ impl<'ast> Visit<'ast> for Calls {
                 let Some(start) = names.len().checked_sub(end.len()) else { return false };
                 names[start..].iter().zip(end.iter()).all(|(name, end)| *end == "*" || name == end)
             };
-            // tokio's own are asynchronous.
+            // tokio's are asynchronous.
             if names[0] != "tokio" && BLOCKING.iter().any(blocks) {
                 self.found.push(names.join("::"));
             }

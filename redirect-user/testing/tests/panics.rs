@@ -1,11 +1,11 @@
-//! A panic ends the program, see ARCHITECTURE.md: every program says so first, and nothing expects to live on after one.
+//! A panic ends the program, see ARCHITECTURE.md: every program sets that up first, and no code expects to survive one.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use syn::{Expr, File, Item, Stmt};
 
-/// What would have to deal with a panic of another thread.
+/// Code that would handle a panic of another thread.
 const DEAD: [&str; 6] =
     ["PoisonError", "LockResult", "catch_unwind", "resume_unwind", "try_into_panic", "is_panic"];
 
@@ -25,7 +25,7 @@ fn all() -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(user).expect("the crates") {
         let source = entry.expect("an entry").path().join("src");
-        // What tests share lives in processes of theirs.
+        // Shared test code runs in processes of its own.
         if source.is_dir() && !source.starts_with(env!("CARGO_MANIFEST_DIR")) {
             sources(&source, &mut found);
         }
@@ -33,7 +33,7 @@ fn all() -> Vec<PathBuf> {
     found
 }
 
-/// Whether the first thing that `main` does is to have panics end the process.
+/// Whether `main` first makes panics end the process.
 fn aborts_first(file: &File) -> bool {
     let main = file.items.iter().find_map(|item| match item {
         Item::Fn(function) if function.sig.ident == "main" => Some(function),

@@ -1,4 +1,4 @@
-//! Every test that SECURITY.md names is there.
+//! Every test that SECURITY.md names exists.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ fn sources(directory: &Path, text: &mut String) {
     }
 }
 
-/// The tests in a row's last column; a `*` stands for anything.
+/// The tests in a row's last column; `*` is a wildcard.
 fn tests(row: &str) -> Vec<&str> {
     let last = row.trim_end_matches('|').rsplit('|').next().expect("a column");
     let quoted = last.split('`').skip(1).step_by(2);
@@ -29,7 +29,7 @@ fn tests(row: &str) -> Vec<&str> {
 /// Whether a source has it: as a function, or in the name of a trial.
 fn is_there(test: &str, sources: &str) -> bool {
     let names = test.split("::").filter(|name| !name.is_empty()).map(|name| name.trim_end_matches('*'));
-    // A group's name is a module's or begins that of a trial.
+    // A group's name is a module's, or a prefix of a trial's.
     names.filter(|name| !name.is_empty()).all(|name| {
         let is_word = |(at, _): (usize, &str)| {
             let before = sources[..at].chars().next_back();

@@ -1,8 +1,8 @@
-//! The proxy's side: asks the agent which pods to serve, and goes on asking for as long as the process lives.
+//! The proxy's side: asks the agent which pods to serve, for as long as the process lives.
 //!
-//! The agent's requests are carried out one at a time and each is answered before the next is read, so that an
-//! acknowledgement means "done". A lost connection changes nothing for the pods that are served: only the snapshot of
-//! the next connection tells which of them are gone.
+//! The client executes the agent's requests one at a time and answers each one before it reads the next, so that an
+//! acknowledgement means "done". A lost connection does not affect the pods that are served: only the snapshot of the
+//! next connection tells which of them are gone.
 
 use std::collections::BTreeSet;
 use std::future::Future;
@@ -23,9 +23,10 @@ use redirect_linux::netns::NetNs;
 #[cfg(test)]
 mod tests;
 
-/// What a proxy does with the agent's requests.
+/// Executes the agent's requests.
 pub trait Workloads: Send {
-    /// Serves a pod, or says why not. A pod that is served already, in the same namespace, stays as it is.
+    /// Serves a pod, or returns why it can't. A pod that is already served in the same namespace stays as it
+    /// is.
     fn add(
         &mut self,
         uid: String,
@@ -33,19 +34,19 @@ pub trait Workloads: Send {
         netns: NetNs,
     ) -> impl Future<Output = Result<(), String>> + Send;
 
-    /// Stops serving a pod and cuts its connections. An unknown pod is no error.
+    /// Stops serving a pod and resets its connections. An unknown pod is no error.
     fn remove(&mut self, uid: &str) -> impl Future<Output = ()> + Send;
 
     /// Stops serving all other pods.
     fn retain(&mut self, uids: &BTreeSet<String>) -> impl Future<Output = ()> + Send;
 }
 
-/// How long to wait before another attempt to reach the agent; doubled after each failure.
+/// The pause before another attempt to reach the agent; doubled after each failure.
 #[derive(Clone, Copy, Debug)]
 pub struct Backoff {
-    /// After the first failure, and after a connection that got as far as the end of its snapshot.
+    /// After the first failure, and after a connection that completed its snapshot.
     pub first: Duration,
-    /// At most.
+    /// The maximum.
     pub most: Duration,
 }
 
@@ -68,7 +69,7 @@ enum ClientError {
     Packet(#[from] PacketError),
 }
 
-/// Follows the agent for ever. Cancelled by dropping it, which leaves the pods as they are.
+/// Follows the agent forever. Dropping the future cancels it, and leaves the pods as they are.
 pub async fn follow(path: &Path, workloads: &mut impl Workloads, backoff: Backoff) {
     let mut pause = backoff.first;
     loop {
@@ -86,7 +87,7 @@ pub async fn follow(path: &Path, workloads: &mut impl Workloads, backoff: Backof
     }
 }
 
-/// What one connection has told so far.
+/// The state of one connection.
 #[derive(Default)]
 struct Session {
     mentioned: BTreeSet<String>,
@@ -107,7 +108,7 @@ impl Session {
                 Ok(Some(received)) => received,
                 Ok(None) => return Err(ClientError::Closed),
                 Err(error) => {
-                    // The agent's log is where its operator looks first.
+                    // Reported to the agent as well, whose log the operator reads first.
                     let _ = answer(&socket, Err(error.to_string())).await;
                     return Err(error.into());
                 }
@@ -122,7 +123,7 @@ impl Session {
         }
     }
 
-    /// The outer error ends the connection, the inner one is what the agent is told about this one request.
+    /// The outer error ends the connection; the inner one is the answer to this one request.
     async fn carry_out(
         &mut self,
         received: Received<WorkloadRequest>,
@@ -130,7 +131,7 @@ impl Session {
     ) -> Result<Result<(), String>, ClientError> {
         let Received { message, mut descriptors } = received;
         let Some(request) = message.payload else {
-            // A request of a newer protocol: to say no is all that is safe.
+            // A request of a newer protocol: refusing it is the only safe answer.
             return Ok(Err("unknown request; run versions of agent and proxy that match".into()));
         };
         if !descriptors.is_empty() && !matches!(request, Request::Add(_)) {
@@ -138,7 +139,8 @@ impl Session {
         }
         match request {
             Request::Add(add) => {
-                // Mentioned even if it fails below: the agent knows this pod, so that it must not be dropped.
+                // Recorded even if the request fails below: the agent knows this pod, so it must not be
+                // dropped.
                 self.mentioned.insert(add.uid.clone());
                 let Some(info) = add.workload_info else {
                     return Ok(Err(format!("pod {}: Add without workload_info", add.uid)));
@@ -177,7 +179,7 @@ fn the_one(descriptors: &mut Vec<OwnedFd>) -> Option<OwnedFd> {
     if descriptors.len() == 1 { descriptors.pop() } else { None }
 }
 
-/// Room that an answer's text leaves for its protobuf frame.
+/// Space in an answer's packet for the protobuf frame around its text.
 const FRAME: usize = 16;
 
 async fn answer(socket: &UnixSeqpacket, outcome: Result<(), String>) -> Result<(), PacketError> {

@@ -1,4 +1,4 @@
-//! The contract between agent and node proxy: Istio's ZDS, as ztunnel speaks it.
+//! The protocol between agent and node proxy: Istio's ZDS, as ztunnel implements it.
 //!
 //! `AF_UNIX`, `SOCK_SEQPACKET`, one protobuf message per packet. The agent listens, the proxy connects and sends
 //! [`Hello`]; from then on the agent sends one [`WorkloadRequest`] at a time and waits for its [`WorkloadResponse`].
@@ -11,7 +11,7 @@ pub mod server;
 
 pub use messages::{Hello, WorkloadRequest, WorkloadResponse};
 
-/// Where ztunnel looks for the agent by default.
+/// ztunnel's default path of the agent's socket.
 pub const DEFAULT_SOCKET: &str = "/var/run/ztunnel/ztunnel.sock";
 
 /// The largest packet of either side, in bytes: ztunnel reads into a buffer of this size.

@@ -12,13 +12,13 @@ pub struct Hello {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
 #[repr(i32)]
 pub enum Version {
-    /// No version was sent.
+    /// No version was set.
     NotUsed = 0,
     /// The only version so far.
     V1 = 1,
 }
 
-/// What the agent asks of a proxy.
+/// A request of the agent to a proxy.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct WorkloadRequest {
     /// The request.
@@ -35,10 +35,11 @@ pub enum Request {
     /// Stop serving this pod, cut its connections.
     #[prost(message, tag = "2")]
     Del(DelWorkload),
-    /// The pods known when the connection began have all been sent.
+    /// All pods that were known when the connection began have been sent.
     #[prost(message, tag = "3")]
     SnapshotSent(SnapshotSent),
-    /// The pod still exists, but its namespace is not at hand: keep serving it if it is served already.
+    /// The pod still exists, but the agent does not have its namespace yet: keep serving it if it is already
+    /// served.
     #[prost(message, tag = "5")]
     Keep(KeepWorkload),
 }
@@ -49,12 +50,12 @@ pub struct AddWorkload {
     /// The pod's UID.
     #[prost(string, tag = "1")]
     pub uid: String,
-    /// Who the pod is. ztunnel exits without it.
+    /// The pod's identity. ztunnel exits without it.
     #[prost(message, optional, tag = "2")]
     pub workload_info: Option<WorkloadInfo>,
 }
 
-/// Who a pod is.
+/// The identity of a pod.
 #[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
 pub struct WorkloadInfo {
     /// The pod's name.
@@ -99,7 +100,7 @@ pub struct WorkloadResponse {
 /// The kinds of [`WorkloadResponse`].
 #[derive(Clone, PartialEq, prost::Oneof)]
 pub enum Response {
-    /// The request was carried out, or could not be.
+    /// The request succeeded or failed.
     #[prost(message, tag = "1")]
     Ack(Ack),
 }
@@ -107,7 +108,7 @@ pub enum Response {
 /// See [`Response::Ack`].
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Ack {
-    /// Empty: done. Otherwise why not (a "nack").
+    /// Empty on success; otherwise the error (a "nack").
     #[prost(string, tag = "1")]
     pub error: String,
 }

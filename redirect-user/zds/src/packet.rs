@@ -1,8 +1,8 @@
-//! Messages to packets and back, for both sides.
+//! Encodes and decodes packets, for both sides.
 //!
-//! A packet is one protobuf message of at most [`MAX_PACKET`] bytes, so nothing here ever has to be put together from
-//! pieces. An empty packet cannot be told from the end of the connection; no message of the contract is empty, and
-//! none is ever encoded as such.
+//! A packet is one protobuf message of at most [`MAX_PACKET`] bytes, so messages never have to be reassembled. An
+//! empty packet looks like the end of the connection; no message of the protocol is empty, and none is ever encoded
+//! as such.
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -13,26 +13,26 @@ use tokio_seqpacket::ancillary::{AncillaryMessageWriter, OwnedAncillaryMessage};
 
 use super::MAX_PACKET;
 
-/// Room for a handful of descriptors. A packet carries at most one, but a surplus has to be received to be closed and
-/// named; the kernel closes what does not fit.
+/// Room for a few descriptors. A packet carries at most one, but surplus ones have to be received to be closed and
+/// reported; the kernel closes those that do not fit.
 const ANCILLARY_BYTES: usize = 64;
 
-/// Why a packet could not be made, sent, received or understood.
+/// Why a packet can't be created, sent, received or parsed.
 #[derive(Debug, thiserror::Error)]
 pub enum PacketError {
     /// The message does not fit.
     #[error("the message has {0} bytes, the limit is {MAX_PACKET}: shorten the pod's names")]
     TooLarge(usize),
-    /// The message has no bytes: the other side would take it for the end of the connection.
+    /// The message is empty: the other side would take it for the end of the connection.
     #[error("the message is empty")]
     Empty,
-    /// More bytes came than a packet may have.
+    /// The packet exceeds the maximum size.
     #[error("the packet is larger than {MAX_PACKET} bytes: the other side does not speak ZDS")]
     Truncated,
-    /// Descriptors came where none belong, or too many of them.
+    /// Descriptors where none are allowed, or too many.
     #[error("the packet carries unexpected file descriptors")]
     UnexpectedDescriptors,
-    /// Not a protobuf message of the expected type.
+    /// It is not a protobuf message of the expected type.
     #[error("the packet cannot be decoded, the other side does not speak ZDS: {0}")]
     Malformed(#[from] prost::DecodeError),
     /// The socket failed.
@@ -40,7 +40,7 @@ pub enum PacketError {
     Io(#[from] io::Error),
 }
 
-/// A received message and the descriptors that came with it.
+/// A received message with its descriptors.
 #[derive(Debug)]
 pub struct Received<M> {
     /// The message.
@@ -49,7 +49,7 @@ pub struct Received<M> {
     pub descriptors: Vec<OwnedFd>,
 }
 
-/// The packet of a message.
+/// Encodes a message.
 pub fn encode(message: &impl Message) -> Result<Vec<u8>, PacketError> {
     match message.encoded_len() {
         0 => Err(PacketError::Empty),
@@ -58,7 +58,7 @@ pub fn encode(message: &impl Message) -> Result<Vec<u8>, PacketError> {
     }
 }
 
-/// The message of a packet.
+/// Decodes a message.
 pub fn decode<M: Message + Default>(packet: &[u8]) -> Result<M, PacketError> {
     match packet.len() {
         0 => Err(PacketError::Empty),
@@ -79,12 +79,12 @@ pub async fn send(
     if let Some(descriptor) = descriptor {
         ancillary.add_fds([descriptor]).map_err(|_| PacketError::UnexpectedDescriptors)?;
     }
-    // A seqpacket socket takes a packet whole or not at all.
+    // A seqpacket socket sends a packet as a whole or not at all.
     socket.send_with_ancillary(&packet, &mut ancillary).await?;
     Ok(())
 }
 
-/// Receives one message; `None` at the end of the connection. Safe to cancel: a packet is either still queued or
+/// Receives one message; `None` at the end of the connection. Cancel-safe: a packet is either still queued or
 /// returned.
 pub async fn receive<M: Message + Default>(
     socket: &UnixSeqpacket,
@@ -92,7 +92,7 @@ pub async fn receive<M: Message + Default>(
     let mut packet = [0; MAX_PACKET];
     let mut buffer = [0; ANCILLARY_BYTES];
     let (info, ancillary) = socket.recv_with_ancillary(&mut packet, &mut buffer).await?;
-    // Descriptors are owned first, whatever else is wrong with the packet, so that none leaks.
+    // Takes ownership of the descriptors first, so that none leaks if the packet is bad.
     let descriptors: Vec<OwnedFd> = ancillary
         .into_messages()
         .filter_map(|message| match message {
@@ -114,7 +114,7 @@ pub async fn receive<M: Message + Default>(
     Ok(Some(Received { message: decode(bytes)?, descriptors }))
 }
 
-/// As [`receive`], for the direction in which no descriptor may travel.
+/// Like [`receive`], for the direction without descriptors.
 pub async fn receive_plain<M: Message + Default>(socket: &UnixSeqpacket) -> Result<Option<M>, PacketError> {
     match receive(socket).await? {
         None => Ok(None),

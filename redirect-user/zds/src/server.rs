@@ -1,29 +1,29 @@
 //! The agent's side: tells every connected proxy which pods to serve.
 //!
-//! There is no queue of messages. The agent keeps one set of pods it wants served ([`Handle::add`], [`Handle::remove`]),
-//! the server keeps for each connection what that proxy has been told, and each connection's task sends the difference,
-//! one request at a time. The snapshot for a new proxy, live updates, a replaced namespace, the retry of a refused pod
-//! and the take-over by an older proxy are all that same difference, and memory is bounded by pods × connections.
+//! There is no queue of messages. The agent maintains one set of wanted pods ([`Handle::add`], [`Handle::remove`]), the
+//! server remembers what it has sent on each connection, and each connection's task sends the difference, one request at
+//! a time. The snapshot for a new proxy, live updates, a replaced namespace, the retry of a refused pod and the fallback
+//! to an older proxy are all the same difference, and memory is bounded by pods × connections.
 //!
 //! Several proxies are connected during an upgrade. A new pod goes to the newest only, a removal to all that know the
-//! pod. When the newest leaves, the next-newest is told what it missed.
+//! pod. When the newest disconnects, the next-newest gets what it missed.
 //!
 //! # What ztunnel does
 //!
-//! From its `src/inpod/workloadmanager.rs` and `statemanager.rs`; the rules in `desired.rs` rest on it.
+//! From its `src/inpod/workloadmanager.rs` and `statemanager.rs`. The rules in `desired.rs` rely on it.
 //!
-//! - It answers an `Add` with an error if it cannot open its listeners in the pod, keeps connection and pod, and tries
-//!   again by itself every 5 s for as long as the connection lives. It never reports that a later attempt succeeded.
-//! - An `Add` of a pod it serves, with the same namespace (same device and inode), does nothing and is acknowledged; the
-//!   `WorkloadInfo` in it is ignored. An `Add` of a refused pod is one more attempt, and replaces what its own retries
-//!   use. So repeating an `Add` harms nothing, and is the only way to learn that a refused pod is served by now.
-//! - An `Add` of a pod it serves, with another namespace, drops the old one first.
-//! - `SnapshotSent` drops what it serves and was not told of since the connection began. It does not drop what was
-//!   refused and is still being retried: only `Del` does.
+//! - It answers an `Add` with an error if it cannot open its listeners in the pod, keeps connection and pod, and
+//!   retries every 5 s for as long as the connection lives. It never reports that a later attempt succeeded.
+//! - An `Add` of a pod that it serves in the same namespace (same device and inode) is acknowledged without effect; its
+//!   `WorkloadInfo` is ignored. An `Add` of a refused pod is another attempt, and replaces the data of ztunnel's own
+//!   retries. So repeating an `Add` is harmless, and the only way to learn that a refused pod is served by now.
+//! - An `Add` of a pod that it serves in another namespace drops the old one first.
+//! - `SnapshotSent` drops the pods that it serves and that were not mentioned since the connection began. It does
+//!   not drop refused pods that it still retries: only `Del` does.
 //! - `Del` of an unknown pod is acknowledged.
-//! - An `Add` without `WorkloadInfo`, a `Keep` after the snapshot, a second `SnapshotSent` end the proxy's process. A
-//!   packet it cannot read is answered with an error and followed by a new connection.
-//! - When the agent closes a connection after the hello, it reconnects at once, without any pause.
+//! - An `Add` without `WorkloadInfo`, a `Keep` after the snapshot, and a second `SnapshotSent` end the proxy's
+//!   process. It answers a packet that it can't parse with an error, and reconnects.
+//! - When the agent closes a connection after the hello, it reconnects at once, without a pause.
 
 mod connection;
 mod desired;

@@ -25,7 +25,7 @@ pub(super) fn questions(dir: &Path, pods: &Register) -> Result<Vec<DnsEntry>> {
     Ok(questions)
 }
 
-/// In placement `node` the proxy calls a pod by the address that it saw.
+/// In placement `node` the proxy identifies a pod by the address that it saw.
 fn name(pod: &mut String, uid: &mut String, pods: &Register) {
     let Ok(address) = pod.parse::<IpAddr>() else { return };
     if let Some(found) = pods.find(|_, addresses| addresses.contains(&address)) {

@@ -1,7 +1,8 @@
-//! What ztunnels print, as JSON; each process has a file. Lines of the scopes `access` and `dns` are the access log.
+//! The output of ztunnels as JSON; each process has a file. Lines of the scopes `access` and `dns` are the access
+//! log.
 //!
-//! A ztunnel names a pod by its workload. A connection that it denies before it knows the workload is known by its
-//! addresses alone.
+//! A ztunnel identifies a pod by its workload. A connection that it denies before it knows the workload is
+//! identified by its addresses only.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -75,7 +76,7 @@ fn of_line(line: &Value, pods: &Register) -> Result<Vec<Entry>> {
         _ => (Direction::Inbound, "dst"),
     };
     let source = canonical(address(line, "src.addr")?);
-    // Identities are told of connections with mutual TLS only.
+    // Identities are logged for mutual TLS only.
     let mutual_tls = ["src.identity", "dst.identity"].iter().all(|key| text(line, key).is_some());
     let hbone = text(line, "dst.hbone_addr").is_some();
     let destination = if hbone { "dst.hbone_addr" } else { "dst.addr" };

@@ -1,4 +1,4 @@
-//! The load generators of the arms: processes that differ in nothing but where they are.
+//! The load generators of the arms: identical processes in different places.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::SocketAddr;
@@ -42,12 +42,12 @@ impl Client {
         Ok(outcome)
     }
 
-    /// How a server sees a connection of its.
+    /// Asks a server how it sees the connection.
     pub fn identify(&mut self, stack: Stack, to: SocketAddr) -> Result<Sight> {
         self.ask(&Order::Identify(stack, to))
     }
 
-    /// Closes its connections. How long its operations took since the last time.
+    /// Closes its connections. Returns the latencies since the last time.
     pub fn finish(&mut self) -> Result<Latency> {
         self.ask(&Order::Finish)
     }
@@ -64,7 +64,7 @@ impl Client {
 
 impl Drop for Client {
     fn drop(&mut self) {
-        // It ends when there are no more orders.
+        // It ends when its standard input is closed.
         self.orders = None;
         if let Err(error) = self.process.wait() {
             eprintln!("left behind: {}: {error}", self.name);
@@ -81,7 +81,7 @@ fn spawn(mut command: Command, netns: &Netns) -> Result<Child> {
     Ok(netns.run(move || command.spawn())??)
 }
 
-/// Where code and data are in memory makes a difference of some percent: in every process they are at the same places.
+/// The addresses of code and data change results by a few percent, so every process uses the same ones.
 fn keep_addresses() -> io::Result<()> {
     // SAFETY: the call takes a number alone.
     let before = unsafe { libc::personality(libc::ADDR_NO_RANDOMIZE as libc::c_ulong) };

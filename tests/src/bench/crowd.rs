@@ -1,4 +1,5 @@
-//! Pods in large numbers: namespaces with an interface, enrolled by asking the agent, without a CNI chain.
+//! Large numbers of pods: namespaces with an interface, enrolled by requests to the agent, without a CNI
+//! chain.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
@@ -18,7 +19,7 @@ use super::sink::CROWD;
 use crate::netns::Netns;
 use crate::signals;
 
-/// How long an answer of the agent is awaited.
+/// The deadline for an answer of the agent.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A namespace that looks like a pod's.
@@ -55,7 +56,7 @@ impl BarePod {
         ]
     }
 
-    /// By which the agent's log names it.
+    /// Its UID in the agent's log.
     #[must_use]
     pub fn uid(&self) -> String {
         format!("crowd-uid-{}", self.number)
@@ -159,7 +160,7 @@ pub fn gather(first: usize, count: usize) -> Result<Vec<BarePod>> {
     Ok(pods)
 }
 
-/// Does something with all of them at once. Returns the time until the last was done.
+/// Runs `act` for all of them concurrently. Returns the time until the last one is done.
 pub fn at_once(pods: &[BarePod], act: impl Fn(&BarePod) -> Result<()> + Sync) -> Result<Duration> {
     let barrier = std::sync::Barrier::new(pods.len() + 1);
     thread::scope(|scope| {

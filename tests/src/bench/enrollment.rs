@@ -1,4 +1,4 @@
-//! What it takes to capture a pod, and to let go of it; against writing the rules of netfilter for it.
+//! The time to enroll and un-enroll a pod, compared with writing netfilter rules for it.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -19,21 +19,21 @@ use crate::{Session, signals};
 pub struct Enrollment {
     /// From the request to the answer.
     pub request: Vec<f64>,
-    /// Of it the proxy's share, as the agent saw it.
+    /// The proxy's share of it, as seen by the agent.
     pub proxy: Vec<f64>,
-    /// Of it the reading of what is in the kernel.
+    /// The share of observing the kernel.
     pub read: Vec<f64>,
-    /// Of it the steps that capture the pod.
+    /// The share of the steps that capture the pod.
     pub write: Vec<f64>,
-    /// From the request to let go to the answer.
+    /// From the un-enrollment request to the answer.
     pub release: Vec<f64>,
-    /// The same two with another build, in turn with this one.
+    /// The same two with another build, in alternation with this one.
     pub against: Option<[Vec<f64>; 2]>,
-    /// Of it the proxy's share.
+    /// The proxy's share of it.
     pub release_proxy: Vec<f64>,
     /// The plugin's process from start to exit.
     pub plugin: Vec<f64>,
-    /// Of it what the agent took.
+    /// The agent's share of it.
     pub plugin_agent: Vec<f64>,
     /// Writing the rules of iptables, rules of routing and routes.
     pub iptables: Vec<f64>,
@@ -43,7 +43,7 @@ pub struct Enrollment {
     pub nft: Vec<f64>,
     /// Removing them.
     pub nft_release: Vec<f64>,
-    /// Pods at once.
+    /// Concurrent enrollments.
     pub crowds: Vec<Crowd>,
 }
 
@@ -60,7 +60,7 @@ pub struct Crowd {
     pub nft: Vec<f64>,
 }
 
-/// How much of it.
+/// The extent of the measurement.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// Attempts with one pod.
@@ -72,13 +72,13 @@ pub struct Plan {
 }
 
 impl Enrollment {
-    /// The part of [`Self::request`] that is ours.
+    /// Our share of [`Self::request`].
     #[must_use]
     pub fn ours(&self) -> Vec<f64> {
         self.request.iter().zip(&self.proxy).map(|(all, proxy)| all - proxy).collect()
     }
 
-    /// The part of [`Self::release`] that is ours.
+    /// Our share of [`Self::release`].
     #[must_use]
     pub fn release_ours(&self) -> Vec<f64> {
         self.release.iter().zip(&self.release_proxy).map(|(all, proxy)| all - proxy).collect()
@@ -91,16 +91,16 @@ impl Enrollment {
     }
 }
 
-/// So many attempts of each arm follow each other.
+/// The number of consecutive attempts of each arm.
 const BLOCK: usize = 10;
 
-/// How long the kernel is left alone between arms.
+/// The pause for the kernel between arms.
 const SETTLE: Duration = Duration::from_millis(300);
 
-/// Measures it, on a node that has one enrolled pod already, for with its first one the kernel changes its code (static keys).
+/// Measures on a node that already has one enrolled pod, because the first one makes the kernel change its code (static keys).
 ///
-/// The process has to be in the host's namespace, as kubelets and runtimes are: the agent looks closer at whoever asks from
-/// another one.
+/// The process has to be in the host's namespace, as kubelets and runtimes are: the agent checks processes from other
+/// namespaces more closely.
 pub fn measure(session: &Arc<Session>, against: Option<&Arc<Session>>, plan: &Plan) -> Result<Enrollment> {
     let nursery = Nursery::start(session, "nursery")?;
     let other = against.map(|session| Nursery::start(session, "other-nursery")).transpose()?;
@@ -160,7 +160,7 @@ pub fn measure(session: &Arc<Session>, against: Option<&Arc<Session>>, plan: &Pl
                 removed.push(took[1]);
             }
         }
-        // The kernel cleans up after netfilter for a while, under locks that everybody needs.
+        // The kernel cleans up after netfilter for a while, under global locks.
         thread::sleep(SETTLE);
     }
     read_log(&nursery.log(), resident, &mut times)?;
@@ -198,11 +198,11 @@ fn rules(pod: &BarePod, netfilter: Netfilter) -> Result<[f64; 2]> {
     Ok([written, began.elapsed()].map(microseconds))
 }
 
-/// The agent's own account of each attempt: by request and by plugin in turn.
+/// The agent's measurements of each attempt: by request and by plugin in alternation.
 fn read_log(log: &str, resident: &BarePod, times: &mut Enrollment) -> Result<()> {
     let uid = resident.uid();
     let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    // A look at a pod that is as it should be takes no steps.
+    // Observing a pod that needs no repair takes no steps.
     let of_an_attempt = |line: &Value| line["uid"].is_string() && line["uid"] != uid && line["steps"] != 0;
     let lines: Vec<Value> = lines.filter(of_an_attempt).collect();
     let all = |message: &str, field: &str| -> Vec<f64> {
@@ -227,7 +227,7 @@ fn read_log(log: &str, resident: &BarePod, times: &mut Enrollment) -> Result<()>
     Ok(())
 }
 
-/// A number of the log, which is a text where it has more than 64 bits.
+/// A number in the log, which is a string if it has more than 64 bits.
 fn number(value: &Value) -> Option<f64> {
     value.as_f64().or_else(|| value.as_str()?.parse().ok())
 }

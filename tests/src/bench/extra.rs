@@ -1,4 +1,4 @@
-//! Measurements of connections that are no comparison of arms by time alone: destinations in turn, run time of programs,
+//! Further measurements of connections, besides the comparison of arms: alternating destinations, run time of programs,
 //! many pods and exclusions.
 
 use std::collections::BTreeMap;
@@ -28,7 +28,7 @@ pub struct Turns {
     pub two: f64,
     /// Connections that failed.
     pub errors: u64,
-    /// SYNs that the pod sent again.
+    /// Retransmitted SYNs of the pod.
     pub retransmits: u64,
 }
 
@@ -64,20 +64,20 @@ pub fn turns(world: &World, length: Length) -> Result<Vec<Turns>> {
     Ok(all)
 }
 
-/// What a program costs.
+/// The cost of a program.
 #[derive(Clone, Debug, Serialize)]
 pub struct Hook {
     /// The program's name.
     pub program: String,
-    /// What ran meanwhile.
+    /// The load during the measurement.
     pub during: Case,
     /// How often it ran for each connection, or round trip.
     pub runs: f64,
-    /// How long it took each time, in nanoseconds, with what the measuring takes.
+    /// Its run time in nanoseconds, including the measurement's overhead.
     pub nanoseconds: f64,
 }
 
-/// Measures the run time of every program while our arm works.
+/// Measures the run time of every program under load in our arm.
 pub fn hooks(world: &World, length: Length) -> Result<Vec<Hook>> {
     let mut hooks = Vec::new();
     let _enabled = enable_stats(Stats::RunTime).context("run time of programs")?;
@@ -107,7 +107,7 @@ pub fn hooks(world: &World, length: Length) -> Result<Vec<Hook>> {
     Ok(hooks)
 }
 
-/// Runs, and nanoseconds, of each of the agent's programs so far.
+/// Runs and nanoseconds of each of the agent's programs so far.
 fn run_times(world: &World) -> Result<BTreeMap<String, (u64, u64)>> {
     let status = world.node().status()?;
     let mut times = BTreeMap::new();

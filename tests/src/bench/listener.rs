@@ -1,4 +1,4 @@
-//! Listeners that serve the protocol of the measurements, on threads.
+//! Listeners for the measurements' protocol, on threads.
 
 use std::io;
 use std::net::{Ipv6Addr, Shutdown, SocketAddr, TcpListener};
@@ -10,8 +10,8 @@ use socket2::{Domain, SockRef, Socket, Type};
 
 use super::protocol;
 
-/// As many connections are served at once. One thread each: that is the least work for a connection, and a client that
-/// has connected but not yet asked stops nobody.
+/// The number of concurrent connections, with one thread each: that costs the least per connection, and a client that
+/// has connected but not sent its request blocks no other.
 const WORKERS: usize = 16;
 
 /// Listens on a port of the calling thread's namespace, in both families; until the value is dropped.
@@ -45,7 +45,7 @@ impl Listener {
             let listener = Arc::clone(&listener);
             thread::Builder::new().stack_size(64 * 1024).spawn(move || {
                 while let Ok((stream, _)) = listener.accept() {
-                    // A client that leaves early is its own affair.
+                    // A client that leaves early does not matter.
                     let _ = protocol::serve(stream, port);
                 }
             })?;

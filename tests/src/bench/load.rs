@@ -1,8 +1,8 @@
-//! The load generator: a process in a client's namespace that does, block by block, what it is ordered to on its standard
-//! input, and answers with what it measured, a line of JSON each.
+//! The load generator: a process in a client's namespace that executes orders from its standard input block by block, and
+//! answers each with its measurements as one line of JSON.
 //!
-//! There is one for each arm, and they take turns: a process starts anew for nothing, and connections that a measurement is
-//! not about stay open between its blocks.
+//! There is one for each arm, and they take turns. So no block pays for starting a process, and long-lived connections stay
+//! open between blocks.
 
 use std::collections::HashMap;
 use std::io::{BufRead, Read, Write};
@@ -42,19 +42,19 @@ pub struct Options {
     pub place: Place,
 }
 
-/// What to do next.
+/// An order.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Order {
-    /// Measure for a moment.
+    /// Measure for a while.
     Block(Block),
-    /// Say how a server sees a connection.
+    /// Report how a server sees a connection.
     Identify(Stack, SocketAddr),
-    /// Close what is open, and say how long operations took since the last time.
+    /// Close all connections, and report the latencies since the last time.
     Finish,
 }
 
-/// Some milliseconds of one kind of work.
+/// A few milliseconds of one kind of work.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Block {
     /// What to do.
@@ -63,29 +63,29 @@ pub struct Block {
     pub stack: Stack,
     /// How many clients at once.
     pub clients: usize,
-    /// The servers, which are taken in turn.
+    /// The servers, used in turn.
     pub to: Vec<SocketAddr>,
     /// How long.
     pub length: Length,
 }
 
-/// How long a block takes, in microseconds.
+/// The duration of a block, in microseconds.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Length {
     /// Measured.
     pub measured: u64,
-    /// Before: what fills the caches again that other arms have filled.
+    /// Before the measurement, to refill caches that other arms have displaced.
     pub warm_up: u64,
 }
 
-/// What came of a block.
+/// The result of a block.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Outcome {
     /// Length of the measurement.
     pub nanoseconds: u64,
     /// Operations in it: connections, round trips, or bytes.
     pub count: u64,
-    /// Operations with the warm-up.
+    /// Operations including the warm-up.
     pub all: u64,
     /// CPU time of the load generator for all of them, in nanoseconds.
     pub cpu: u64,
@@ -96,7 +96,8 @@ pub struct Outcome {
 /// Latency of an operation in nanoseconds: median, 99th and 99.9th percentile.
 pub type Latency = [u64; 3];
 
-/// How long a block may take beyond its length before the process is killed: a connection that hangs must not hang all.
+/// How long a block may exceed its length before the process is killed, so that one stuck connection does not block the
+/// run.
 const PATIENCE: u64 = 40;
 
 /// Carries out orders until there are no more.
@@ -125,9 +126,9 @@ fn histogram() -> Result<Histogram<u64>> {
     Ok(Histogram::new_with_bounds(1, 60_000_000_000, 3)?)
 }
 
-/// What lives from block to block.
+/// State that lasts from block to block.
 struct Generator {
-    /// Connections that stay open, by what they are for.
+    /// Long-lived connections, by purpose.
     open: HashMap<(Work, Stack, SocketAddr), TcpStream>,
     latency: Histogram<u64>,
 }
@@ -275,7 +276,7 @@ fn ping_pong(stream: &mut TcpStream, block: &Block) -> Result<Tally> {
     })
 }
 
-/// An operation is a volume and the server's answer to it, so that what is still on its way belongs to the measurement.
+/// An operation is a volume and the server's answer to it, so that data in flight belongs to the measurement.
 fn bulk(stream: &mut TcpStream, block: &Block) -> Result<Tally> {
     const CHUNK: usize = 64 * 1024;
     let chunk = [Kind::Bulk as u8; CHUNK];

@@ -1,4 +1,4 @@
-//! The machine that was measured on, and how busy it was with other things.
+//! The machine that was measured on, and its other load.
 
 use std::fs;
 use std::thread;
@@ -11,13 +11,13 @@ use serde::Serialize;
 use crate::netns::Netns;
 use crate::{signals, wait};
 
-/// A run is called noisy above this load of others, in processes that run or want to.
+/// A run is noisy above this load of other processes, running or runnable.
 const QUIET: f64 = 0.6;
 
-/// How long the kernel may take to take down namespaces.
+/// The deadline for the kernel to remove namespaces.
 const NAMESPACES: Duration = Duration::from_secs(120);
 
-/// What was measured on.
+/// The machine.
 #[derive(Clone, Debug, Serialize)]
 pub struct Machine {
     /// `uname -r`.
@@ -39,7 +39,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Reads what can be known before a run.
+    /// Reads the facts that are known before a run.
     pub fn look() -> Result<Self> {
         let processor = fs::read_to_string("/proc/cpuinfo")?;
         let processor = processor.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
@@ -58,7 +58,7 @@ impl Machine {
         })
     }
 
-    /// Whether others disturbed the run.
+    /// Whether other load disturbed the run.
     #[must_use]
     pub fn is_noisy(&self) -> bool {
         self.disturbance > 0.15
@@ -75,7 +75,7 @@ fn load() -> Result<f64> {
     Ok(fs::read_to_string("/proc/loadavg")?.split(' ').next().unwrap_or_default().parse()?)
 }
 
-/// Waits until the machine is quiet, but not for ever. Returns the load average.
+/// Waits until the machine is quiet, up to a limit. Returns the load average.
 pub fn wait_for_quiet(patience: Duration) -> Result<f64> {
     let start = Instant::now();
     loop {
@@ -88,15 +88,15 @@ pub fn wait_for_quiet(patience: Duration) -> Result<f64> {
     }
 }
 
-/// Time that a hypervisor took from this machine so far, in ticks of 10 ms.
+/// Steal time of this machine so far, in ticks of 10 ms.
 pub fn stolen() -> Result<u64> {
     let text = fs::read_to_string("/proc/stat")?;
     let field = text.lines().next().and_then(|line| line.split_whitespace().nth(8));
     field.context("no stolen time in /proc/stat")?.parse().context("stolen time")
 }
 
-/// Waits until the kernel has taken down the namespaces that ended before: it does so in their order, for seconds if there
-/// were many, under locks that everybody needs.
+/// Waits until the kernel has removed the namespaces that ended before: it does so one after the other, for seconds if
+/// there are many, under global locks.
 pub fn wait_for_namespaces() -> Result<()> {
     let (last, watch) = (Netns::new("last")?, Netns::new("watch")?);
     last.ip_batch(&[format!("link add eth0 type veth peer name last netns {}", watch.path().display())])?;
@@ -123,7 +123,7 @@ impl Busy {
         Ok(Self { busy: all - idle, all })
     }
 
-    /// The share of the time since that others took, if `own` of the processor time was ours.
+    /// The share of other processes in the time since then, if `own` CPU time was ours.
     #[must_use]
     pub fn disturbance(self, later: Self, own: Duration) -> f64 {
         const TICK: f64 = 0.01;

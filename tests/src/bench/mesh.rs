@@ -1,4 +1,4 @@
-//! What a mesh's agent is to its proxy, for pods that our agent has nothing to do with: it hands them over.
+//! A ZDS server that hands pods to a proxy without our agent.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,7 +20,7 @@ pub struct Mesh {
 }
 
 impl Mesh {
-    /// Listens for proxies, in a directory that is made if need be.
+    /// Listens for proxies, in a directory that is created if necessary.
     pub fn start(dir: &Path) -> Result<Self> {
         std::fs::create_dir_all(dir)?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
@@ -37,7 +37,7 @@ impl Mesh {
         &self.dir
     }
 
-    /// Hands a pod to the proxies; returns when the newest serves it.
+    /// Hands a pod to the proxies; returns when the newest one serves it.
     pub fn add(&self, pod: &Pod) -> Result<()> {
         let identity = pod.identity();
         let workload = Workload {

@@ -1,4 +1,4 @@
-//! A node on which pods are enrolled: an agent, and a proxy that does nothing but acknowledge them.
+//! A node for enrollments: an agent, and a proxy that only acknowledges pods.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ pub struct Nursery {
 }
 
 impl Nursery {
-    /// Starts it, in cgroups of this name. The agent's log tells how long each part of an enrollment took.
+    /// Starts it in cgroups with this name. The agent's log has the duration of each part of an enrollment.
     pub fn start(session: &Arc<Session>, name: &str) -> Result<Self> {
         let cgroup = Cgroup::beside_this_process(name)?;
         let proxy_cgroup = cgroup.child("proxy")?;

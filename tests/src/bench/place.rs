@@ -1,5 +1,5 @@
-//! Where a process of a measurement runs: on one processor, before others, and inside or outside of the cgroup that our programs are
-//! attached to.
+//! The place of a measurement's process: its CPU, its priority, and whether it is in the cgroup that our programs are attached
+//! to.
 
 use std::path::{Path, PathBuf};
 
@@ -28,7 +28,7 @@ pub struct Place {
 }
 
 impl Place {
-    /// Goes there, before any thread is started.
+    /// Moves this process there, before any thread is started.
     pub fn take(&self) -> Result<()> {
         pin(0, self.cpu)?;
         self.cgroup.as_deref().map_or(Ok(()), cgroup::enter)
@@ -45,7 +45,7 @@ impl Place {
     }
 }
 
-/// Keeps a thread on a processor, before everything that is not as urgent. Threads that it starts are kept there as well.
+/// Pins a thread to a CPU with real-time priority. Threads that it starts inherit both.
 pub fn pin(thread: i32, cpu: usize) -> Result<()> {
     let mut set = CpuSet::new();
     set.set(cpu).with_context(|| format!("processor {cpu}"))?;

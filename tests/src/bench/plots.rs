@@ -1,4 +1,4 @@
-//! Plots, as SVG, whose fonts are those of the viewer.
+//! Plots as SVG, with the viewer's fonts.
 
 use std::error::Error;
 use std::path::Path;
@@ -16,14 +16,14 @@ use crate::Stack;
 
 const SIZE: (u32, u32) = (1100, 520);
 
-/// One bar, or a place between groups.
+/// A bar, or a gap between groups.
 struct Bar {
     label: String,
     color: RGBColor,
     estimate: Estimate,
 }
 
-/// Draws everything that was measured into a directory.
+/// Plots all measurements into a directory.
 pub fn draw(data: &Data, directory: &Path) -> Result<()> {
     let rounds = Rounds::of(&data.samples);
     for (scene, name, base) in [
@@ -84,7 +84,7 @@ fn plot(directory: &Path, name: &str, title: &str, bars: &[Bar]) -> Result<()> {
     chart(&SVGBackend::new(&svg, SIZE).into_drawing_area(), title, bars).map_err(failed)
 }
 
-/// Horizontal bars from above, each with its name on the left and its interval.
+/// Horizontal bars from top to bottom, each with its name on the left and its interval.
 fn chart<'a, B: DrawingBackend + 'a>(
     area: &DrawingArea<B, Shift>,
     title: &str,

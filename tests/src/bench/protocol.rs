@@ -1,7 +1,7 @@
-//! What client and server of a measurement say to each other, and the server's side of it.
+//! The protocol between client and server of a measurement, and the server.
 //!
-//! The client's first message tells what is measured. The server closes first, as servers of short connections do: the
-//! socket in TIME_WAIT is then on its side.
+//! The client's first message selects the measurement. The server closes first, as servers of short connections do, so
+//! the socket in TIME_WAIT is on its side.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -12,26 +12,26 @@ use socket2::SockRef;
 /// The length of every request and every response.
 pub const MESSAGE: usize = 64;
 
-/// How much a client sends before it awaits a response, in a bulk transfer.
+/// How much a client sends before it waits for a response, in a bulk transfer.
 pub const VOLUME: usize = 2 * 1024 * 1024;
 
 /// How much is read at once of it.
 const CHUNK: usize = 256 * 1024;
 
-/// A response. Its content is of no interest.
+/// A response with arbitrary content.
 const RESPONSE: [u8; MESSAGE] = [b'.'; MESSAGE];
 
-/// What a connection is for.
+/// The purpose of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
     /// One request and one response.
     Request = b'R',
-    /// Requests and responses in turn, until the client has had enough.
+    /// Requests and responses in turn, until the client closes.
     PingPong = b'P',
-    /// Volumes and responses in turn, until the client has had enough.
+    /// Volumes and responses in turn, until the client closes.
     Bulk = b'B',
-    /// Tells how the server sees the connection, as one line of JSON.
+    /// Reports how the server sees the connection, as one line of JSON.
     Identify = b'I',
 }
 
@@ -50,7 +50,7 @@ pub struct Sight {
     pub port: u16,
     /// The client.
     pub peer: SocketAddr,
-    /// Where the client wanted to go: what a node proxy takes for the original destination.
+    /// The destination that the client dialed, as a node proxy finds it.
     pub destination: SocketAddr,
 }
 
@@ -60,7 +60,7 @@ impl Sight {
     }
 }
 
-/// The original destination as ztunnel finds it: what conntrack remembers, else the socket's own address.
+/// The original destination as ztunnel finds it: from conntrack, or else the socket's own address.
 fn destination(stream: &TcpStream) -> io::Result<SocketAddr> {
     let socket = SockRef::from(stream);
     let remembered = socket.original_dst_v4().or_else(|_| socket.original_dst_v6());
@@ -90,7 +90,7 @@ pub fn serve(mut stream: TcpStream, port: u16) -> io::Result<()> {
                 match stream.read(&mut buffer)? {
                     0 => return Ok(()),
                     length if length < missing => missing -= length,
-                    // The client sends nothing more before it has the response.
+                    // The client sends nothing more before the response.
                     _ => {
                         stream.write_all(&RESPONSE)?;
                         missing = VOLUME;

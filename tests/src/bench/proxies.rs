@@ -1,4 +1,5 @@
-//! The node proxies of an experiment: one that an agent tells its pods, and one of the same program for the arms without.
+//! The node proxies of an experiment: one that gets its pods from an agent, and one of the same program for the arms
+//! without an agent.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -18,14 +19,14 @@ use crate::process::Process;
 use crate::proxy::{Proxy, ProxyKind, Setup, Tunnelled};
 use crate::{Node, agent};
 
-/// What a proxy does with connections.
+/// The behavior of a proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Serving {
-    /// Answers itself.
+    /// Answers connections itself.
     Sink,
-    /// Does nothing but acknowledge pods.
+    /// Only acknowledges pods.
     Nothing,
-    /// Passes them on: the session's proxy.
+    /// Forwards connections: the session's proxy.
     Pass,
 }
 
@@ -49,7 +50,7 @@ impl Running {
         self.process
     }
 
-    /// Keeps all of its threads on the processor of proxies.
+    /// Pins all of its threads to the proxies' CPU.
     fn keep_in_place(&self) -> Result<()> {
         threads(self.process)?.into_iter().try_for_each(|thread| pin(thread, PROXIES))
     }
@@ -94,7 +95,7 @@ impl Theirs {
     }
 }
 
-/// Where a proxy finds the original destination.
+/// How a proxy finds the original destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Redirection {
     /// At the socket.
@@ -103,7 +104,7 @@ pub(super) enum Redirection {
     Conntrack,
 }
 
-/// Starts a proxy that takes its pods from the socket in a directory.
+/// Starts a proxy that gets its pods from the socket in a directory.
 pub(super) fn spawn(
     serving: Serving,
     tunnelled: &[Tunnelled],

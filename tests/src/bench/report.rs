@@ -40,7 +40,7 @@ pub fn targets(targets: &[Target]) -> String {
     table(&["measure", "target", "measured (95 % interval)", "met"], &rows)
 }
 
-/// Where it was measured, and whether anything else ran there.
+/// The machine, and its other load.
 fn circumstances(data: &Data) -> String {
     let machine = &data.machine;
     let mut text = format!(
@@ -66,7 +66,7 @@ fn circumstances(data: &Data) -> String {
     text
 }
 
-/// A sentence with ratios of one kind. Nothing if there are none.
+/// A sentence with ratios of one kind; empty if there are none.
 fn list(what: &str, ratios: &[(Case, Estimate)]) -> String {
     if ratios.is_empty() {
         return String::new();
@@ -76,7 +76,7 @@ fn list(what: &str, ratios: &[(Case, Estimate)]) -> String {
     format!("\n{what}: {}.\n", list.join("; "))
 }
 
-/// How much the run errs, and how much this build differs from another.
+/// The error of the run, and the difference between this build and another one.
 fn comparisons(data: &Data) -> String {
     list("The floor against itself", &errors(data)) + &list("This build against the other", &builds(data))
 }
@@ -94,7 +94,7 @@ pub fn documented(data: &Data) -> String {
     )
 }
 
-/// How much better than iptables a redirection can be at all on this machine.
+/// How much better than iptables a redirection can be at most on this machine.
 fn bounds(data: &Data) -> String {
     list(
         "What iptables costs on this machine, iptables : floor (no redirection can be better than iptables by more)",
@@ -251,7 +251,7 @@ fn extras(data: &Data) -> String {
     text
 }
 
-/// What an operation costs over the floor, and how much of that the programs themselves take.
+/// The overhead of an operation over the floor, and the programs' own share of it.
 fn shares(data: &Data) -> String {
     let rounds = Rounds::of(&data.samples);
     let mut cases: Vec<Case> = data.hooks.iter().map(|hook| hook.during).collect();

@@ -1,5 +1,5 @@
-//! What a mesh's agent writes into a pod to redirect its traffic with netfilter, in Istio ambient's way: the same ports,
-//! marks and exceptions. As iptables rules and as nftables rules.
+//! The iptables and nftables rules that a mesh's agent writes into a pod to redirect its traffic, as Istio ambient does:
+//! the same ports, marks and exceptions.
 //!
 //! | traffic | what becomes of it |
 //! |---|---|
@@ -32,8 +32,8 @@ pub enum Netfilter {
 }
 
 impl Netfilter {
-    /// Writes rules, rules of routing and routes, as an agent does for each pod: two runs of iptables-restore or one of
-    /// nft, and two of ip.
+    /// Writes netfilter rules, routing rules and routes, as an agent does for each pod: two runs of iptables-restore or
+    /// one of nft, and two of ip.
     pub fn apply(self, netns: &Netns) -> Result<()> {
         match self {
             Self::Iptables => {
@@ -48,8 +48,8 @@ impl Netfilter {
         routes(netns, "add")
     }
 
-    /// Has new connections pass them by. Those that they redirect go on, as they would not without the rules: their
-    /// addresses are translated for as long as there is a table.
+    /// Makes new connections skip the rules. Connections that were redirected before continue, and would break
+    /// without the rules: their addresses are translated for as long as the table exists.
     pub fn retire(self, netns: &Netns) -> Result<()> {
         match self {
             Self::Iptables => {
@@ -66,7 +66,7 @@ impl Netfilter {
         }
     }
 
-    /// Takes them away again.
+    /// Removes them.
     pub fn remove(self, netns: &Netns) -> Result<()> {
         match self {
             Self::Iptables => {
@@ -81,7 +81,7 @@ impl Netfilter {
         routes(netns, "delete")
     }
 
-    /// How many connections were redirected so far to a port of the proxy, in a family.
+    /// The number of redirected connections so far to a port of the proxy, in a family.
     pub fn redirected(self, netns: &Netns, family: Family, port: u16) -> Result<u64> {
         match self {
             Self::Iptables => {
@@ -171,7 +171,7 @@ pub fn iptables(family: Family) -> String {
     )
 }
 
-/// The rules of both families, for nft. They count what they redirect.
+/// The rules of both families for nft, with counters.
 #[must_use]
 pub fn nftables() -> String {
     let per_family = |rule: &dyn Fn(&str, &str, &str, &str) -> String| -> String {

@@ -1,4 +1,4 @@
-//! A run: which experiments, how long, in which order, and where the results go.
+//! A run: the experiments, their durations and order, and the output.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -131,12 +131,12 @@ impl Options {
     }
 }
 
-/// How much of everything.
+/// The extent of each experiment.
 #[derive(Clone, Copy, Debug)]
 struct Plan {
     /// Of comparisons of arms.
     effort: Effort,
-    /// How long a quiet machine is waited for.
+    /// How long to wait for a quiet machine.
     patience: Duration,
     /// Destinations in turn: long enough for conntrack's stalls to show.
     turns: Length,
@@ -148,13 +148,13 @@ struct Plan {
     crowds: (&'static [usize], usize),
     /// Numbers of pods.
     levels: &'static [usize],
-    /// How long an idle agent is watched.
+    /// How long to observe an idle agent.
     idle: Duration,
     /// Many pods, many exclusions.
     many: usize,
 }
 
-/// Everything that was measured.
+/// All measurements.
 #[derive(Clone, Debug, Serialize)]
 pub struct Data {
     /// Where.
@@ -163,11 +163,11 @@ pub struct Data {
     pub quick: bool,
     /// The proxy of the whole path.
     pub proxy: String,
-    /// How well ratios were to be known, as a share.
+    /// The wanted precision of ratios, as a share.
     pub precision: f64,
     /// Connections.
     pub samples: Vec<Sample>,
-    /// How long operations took in them.
+    /// Their latencies.
     pub latencies: Vec<Latencies>,
     /// Destinations in turn.
     pub turns: Vec<Turns>,
@@ -206,7 +206,7 @@ pub fn run(session: &Arc<Session>, options: &Options) -> Result<Data> {
         .map(|directory| session.with_build(directory.join("redirect"), directory.join("redirect-cni")));
     let against = against.transpose()?;
     data.machine.load_before = wait_for_quiet(plan.patience)?;
-    // First of all: it suffers from what a kernel with many namespaces has still to clean up.
+    // First, because it suffers from a kernel that has many namespaces to clean up.
     if options.wants(Experiment::Enrollment) {
         let (crowds, rounds) = plan.crowds;
         let plan = enrollment::Plan { attempts: plan.enrollments, crowds: crowds.to_vec(), rounds };
@@ -262,7 +262,7 @@ fn connections(
     Ok(())
 }
 
-/// As many networks of each family and ports, none of which matters to the connections that are measured.
+/// As many networks per family and ports, none of which matches the measured connections.
 fn exclusions(session: &Arc<Session>, plan: Plan) -> Result<Many> {
     let few = {
         let world = World::new(session, None, Serving::Sink, &[])?;
@@ -287,7 +287,7 @@ fn exclusions(session: &Arc<Session>, plan: Plan) -> Result<Many> {
     Ok(Many { what: format!("{count} exclusions of each kind"), few, many })
 }
 
-/// Says what is done and how long it took.
+/// Prints a step and its duration.
 fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let started = Instant::now();
     let result = work().with_context(|| what.to_owned())?;

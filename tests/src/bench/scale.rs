@@ -1,4 +1,4 @@
-//! What many pods cost: memory of the agent and of the kernel, the agent's time while nothing happens.
+//! The cost of many pods: memory of the agent and of the kernel, CPU time of an idle agent.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -28,9 +28,9 @@ pub struct Level {
     pub bpf: u64,
     /// Links of programs.
     pub links: usize,
-    /// The kernel's memory in slabs and for processors, in bytes: of the whole machine.
+    /// The kernel's memory in slabs and per-CPU areas, in bytes, for the whole machine.
     pub kernel: u64,
-    /// The share of a processor that the agent takes while nothing happens.
+    /// The share of a CPU that the agent uses while idle.
     pub idle: f64,
 }
 
@@ -39,7 +39,7 @@ pub struct Level {
 pub struct Scale {
     /// By number of pods.
     pub levels: Vec<Level>,
-    /// Kernel memory that the last pods' enrollment took, per pod, in bytes, and that un-enrollment gave back.
+    /// Kernel memory per pod, in bytes, that the last enrollments took and that un-enrollment released.
     pub kernel_per_pod: [f64; 2],
     /// The same for rules of iptables.
     pub iptables_per_pod: [f64; 2],
@@ -47,7 +47,7 @@ pub struct Scale {
     pub nft_per_pod: [f64; 2],
 }
 
-/// Measures it at these numbers of pods; the agent is watched for so long while nothing happens.
+/// Measures at these numbers of pods; observes the idle agent for this long.
 pub fn measure(session: &Arc<Session>, levels: &[usize], idle: Duration) -> Result<Scale> {
     let nursery = Nursery::start(session, "nursery")?;
     let agent = nursery.agent_socket();
@@ -97,7 +97,7 @@ fn look(nursery: &Nursery, pods: usize, span: Duration) -> Result<Level> {
     let status = nursery.node().status()?;
     let programs: BTreeSet<u64> = status.programs.iter().map(|program| program.id.into()).collect();
     let process = status.pid;
-    // What the question itself set off is over by then.
+    // The work that the query itself caused is done by then.
     thread::sleep(Duration::from_millis(50));
     let before = cpu_time(process)?;
     thread::sleep(span);
@@ -136,7 +136,7 @@ fn bpf_memory(ours: &BTreeSet<u64>) -> Result<u64> {
     Ok(of_maps + programs.iter().map(bytes).sum::<u64>())
 }
 
-/// Slabs, and what is kept for each processor.
+/// Slabs and per-CPU areas.
 fn kernel_memory() -> Result<u64> {
     // Objects are freed after a grace period.
     thread::sleep(Duration::from_millis(300));

@@ -1,5 +1,5 @@
-//! A node proxy that answers for every destination itself: what a connection to it costs is the redirection and the
-//! least that any proxy has to do.
+//! A node proxy that answers for every destination itself: the cost of a connection to it is that of the
+//! redirection plus the minimum for any proxy.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -13,7 +13,8 @@ use redirect_zds::messages::WorkloadInfo;
 use super::listener::{Listener, Owner};
 use super::place::Place;
 
-/// Pods of this Kubernetes namespace are served by nobody: there are many, and they are only there.
+/// The proxy acknowledges pods of this Kubernetes namespace without serving them: there are many, and they
+/// only have to exist.
 pub const CROWD: &str = "crowd";
 
 /// Settings of the sink.

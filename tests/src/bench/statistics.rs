@@ -1,12 +1,12 @@
-//! Ratios of arms with confidence intervals. The arms of a round follow each other within milliseconds, so that what disturbs
-//! the machine disturbs both sides of a round's ratio; the estimate is the median of these ratios, and its interval is that
-//! of order statistics, which assumes nothing of their distribution.
+//! Ratios of arms with confidence intervals. The arms of a round follow each other within milliseconds, so a disturbance of
+//! the machine affects both sides of a round's ratio. The estimate is the median of these ratios; its interval comes from
+//! order statistics, which assume nothing about the distribution.
 
 use std::fmt;
 
 use serde::Serialize;
 
-/// An estimate and its confidence interval of 95 %.
+/// An estimate and its 95 % confidence interval.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Estimate {
     /// The estimate.
@@ -29,13 +29,14 @@ impl fmt::Display for Estimate {
 }
 
 impl Estimate {
-    /// A number that is counted, or measured once.
+    /// A number that was counted, or measured once.
     #[must_use]
     pub fn exact(value: f64) -> Self {
         Self { value, low: value, high: value }
     }
 
-    /// The median. `None` without any value, or where one is not positive. The interval of fewer than six is unbounded.
+    /// The median. `None` without values, or if one is not positive. With fewer than six values the interval is
+    /// unbounded.
     #[must_use]
     pub fn of(values: &[f64]) -> Option<Self> {
         if values.iter().any(|value| *value <= 0.0 || !value.is_finite()) {
@@ -77,10 +78,10 @@ impl Estimate {
     }
 }
 
-/// How many of the smallest values, and of the largest, are outside of the median's interval of 95 %: as many as a binomial
-/// variable exceeds with a probability of 97.5 %. `None` if even the extremes are not far enough out.
+/// How many of the smallest and of the largest values are outside the median's 95 % interval: as many as a binomial
+/// variable exceeds with a probability of 97.5 %. `None` if even the extremes are within it.
 fn below(count: usize) -> Option<usize> {
-    // Beyond this, the binomial distribution is the normal one, and powers of two are out of reach.
+    // Beyond this, the normal approximation is used: powers of two would underflow.
     const EXACT: usize = 60;
     if count > EXACT {
         let count = count as f64;
@@ -99,7 +100,7 @@ fn below(count: usize) -> Option<usize> {
     outside
 }
 
-/// The value that a share of the sorted values does not exceed.
+/// The value that this share of the sorted values does not exceed.
 #[must_use]
 pub fn percentile(values: &[f64], share: f64) -> Option<f64> {
     let mut sorted = values.to_vec();
@@ -116,7 +117,7 @@ mod tests {
 
     #[test]
     fn the_interval_is_that_of_order_statistics() {
-        // Of published tables: the ranks, from one on, of the interval's lower end.
+        // From published tables: the rank of the interval's lower end, counted from one.
         for (count, rank) in [(6, 1), (8, 1), (9, 2), (12, 3), (20, 6), (30, 10), (50, 18), (60, 22)] {
             assert_eq!(below(count), Some(rank - 1), "{count}");
         }
@@ -167,7 +168,7 @@ mod tests {
     }
 
     proptest! {
-        /// The interval holds the median of what the values were drawn from in about 95 of 100 cases.
+        /// The interval contains the true median in about 95 of 100 cases.
         #[test]
         fn the_interval_covers_as_often_as_it_says(seed in 0_u64..1_000_000) {
             let mut state = seed;
@@ -182,7 +183,7 @@ mod tests {
                 let values: Vec<f64> = (0..41).map(|_| draw()).collect();
                 Estimate::of(&values).is_some_and(|found| found.low <= median && median <= found.high)
             });
-            // Six deviations below what is expected.
+            // Six deviations below the expected number.
             prop_assert!(covered.count() > 354);
         }
     }

@@ -1,4 +1,4 @@
-//! What the project wants to reach, and what was measured of it.
+//! The project's targets, and the measurements for them.
 
 use std::collections::BTreeMap;
 
@@ -12,11 +12,11 @@ use crate::Stack;
 /// A target.
 #[derive(Clone, Debug)]
 pub struct Target {
-    /// Of what.
+    /// The measure.
     pub measure: String,
-    /// Up to or from which value.
+    /// The bound.
     pub wanted: String,
-    /// What was found, with its confidence interval.
+    /// The measurement, with its confidence interval.
     pub measured: String,
     /// Whether it is met; `None` if it was not measured.
     pub verdict: Option<Verdict>,
@@ -25,9 +25,9 @@ pub struct Target {
 /// Whether a target is met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// All of the interval is on the right side.
+    /// The whole interval is on the right side.
     Met,
-    /// All of it is on the wrong side.
+    /// The whole interval is on the wrong side.
     Missed,
     /// The target is within the interval.
     Undecided,
@@ -48,7 +48,7 @@ impl<'a> Rounds<'a> {
         rounds
     }
 
-    /// The cases of a scene that were measured.
+    /// The measured cases of a scene.
     #[must_use]
     pub fn cases(&self, scene: Scene) -> Vec<Case> {
         let cases = Case::of(scene).into_iter();
@@ -80,7 +80,7 @@ impl<'a> Rounds<'a> {
     }
 }
 
-/// Which side of a bound is wanted.
+/// The wanted side of a bound.
 #[derive(Clone, Copy)]
 enum Bound {
     AtMost(f64),
@@ -125,7 +125,7 @@ pub const SCENES: [Scene; 4] = [Scene::SinkOutbound, Scene::SinkInbound, Scene::
 
 const FAMILIES: [Stack; 2] = [Stack::V4, Stack::V6];
 
-/// The targets, with what was measured of them.
+/// The targets with their measurements.
 #[must_use]
 pub fn evaluate(data: &Data) -> Vec<Target> {
     let rounds = Rounds::of(&data.samples);
@@ -182,19 +182,19 @@ pub fn evaluate(data: &Data) -> Vec<Target> {
     targets
 }
 
-/// How much more the second floor costs than the first. They are the same, so that anything else says how much the run errs.
+/// The ratio of the second floor to the first. They are the same, so any difference is the run's error.
 #[must_use]
 pub fn errors(data: &Data) -> Vec<(Case, Estimate)> {
     against(data, Arm::Again, Arm::Floor)
 }
 
-/// How much more this build costs than the other.
+/// The cost of this build relative to the other.
 #[must_use]
 pub fn builds(data: &Data) -> Vec<(Case, Estimate)> {
     against(data, Arm::Ebpf, Arm::Against)
 }
 
-/// Whether the floor costs what the floor costs, within the precision that was asked for or that was reached.
+/// Whether both floors cost the same, within the wanted or the reached precision.
 #[must_use]
 pub fn is_valid(data: &Data) -> bool {
     let holds = |found: &Estimate| {
@@ -209,8 +209,8 @@ fn against(data: &Data, arm: Arm, to: Arm) -> Vec<(Case, Estimate)> {
     cases.filter_map(|case| Some((case, rounds.ratio(case, arm, to, Sample::cost)?))).collect()
 }
 
-/// What iptables costs more than the floor: a redirection that costs nothing would be as much better than iptables, and none
-/// can be more.
+/// The cost of iptables relative to the floor: a redirection without any cost would be better than iptables by this ratio,
+/// and none can be better.
 #[must_use]
 pub fn limits(data: &Data) -> Vec<(Case, Estimate)> {
     let rounds = Rounds::of(&data.samples);
@@ -242,7 +242,7 @@ fn turns(data: &Data) -> Vec<Target> {
     .collect()
 }
 
-/// How much more IPv6 costs than IPv4 with us, compared with the floor's difference; the worst case of a scene.
+/// The cost of IPv6 relative to IPv4 in our arm, compared with the floor's; the worst case of a scene.
 fn families(rounds: &Rounds<'_>) -> Vec<Target> {
     let scenes = [Scene::SinkOutbound, Scene::SinkInbound];
     let worst = |scene| {

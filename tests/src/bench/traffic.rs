@@ -1,4 +1,4 @@
-//! Measurements of connections: cases, and how arms measure one in turn.
+//! Measurements of connections: the cases, and how arms alternate.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,7 +19,7 @@ use super::statistics::Estimate;
 use super::world::{Arm, PORT, World};
 use crate::{Pod, Stack, signals};
 
-/// Between whom.
+/// The ends of the connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Scene {
@@ -52,7 +52,7 @@ impl Scene {
     }
 }
 
-/// What is measured.
+/// A case to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Case {
     /// Between whom.
@@ -71,13 +71,14 @@ impl Case {
     pub fn of(scene: Scene) -> Vec<Self> {
         let works = [(Work::Connections, 1), (Work::Connections, 16), (Work::PingPong, 1), (Work::Bulk, 1)];
         let with = |stack| works.map(|(work, clients)| Self { scene, work, clients, stack });
-        // Inbound, it is the client's kind, which is outside: the pod's side can't tell v4-mapped from IPv4.
+        // Inbound, the stack is that of the client outside: the pod's side can't distinguish v4-mapped from
+        // IPv4.
         let stacks =
             Stack::ALL.into_iter().filter(|&stack| scene != Scene::SinkInbound || stack != Stack::Mapped);
         stacks.flat_map(with).collect()
     }
 
-    /// The arms to compare: the socket's kind makes a difference to programs only, to packets none.
+    /// The arms to compare: the stack matters to our programs only, not to packets.
     #[must_use]
     pub fn arms(self) -> Vec<Arm> {
         let arms = Arm::value_variants().iter().copied().filter(|&arm| self.scene.has(arm));
@@ -126,7 +127,7 @@ impl Sample {
         self.outcome.nanoseconds as f64 / self.outcome.count as f64
     }
 
-    /// CPU time for an operation, or for a byte, in nanoseconds, of everybody.
+    /// Total CPU time for an operation, or for a byte, in nanoseconds.
     #[must_use]
     pub fn cpu(&self) -> f64 {
         (self.outcome.cpu + self.served_cpu) as f64 / self.outcome.all as f64
@@ -169,16 +170,16 @@ impl<'a> Way<'a> {
     }
 }
 
-/// How long a comparison goes on.
+/// The extent of a comparison.
 #[derive(Clone, Copy, Debug)]
 pub struct Effort {
     /// Of a block.
     pub length: Length,
-    /// Half of the interval that is wanted of the ratios that matter, as a share.
+    /// The wanted half-width of the relevant ratios' intervals, as a share.
     pub precision: f64,
     /// The fewest rounds of a case.
     pub rounds: usize,
-    /// The longest that a case takes, with however wide an interval.
+    /// The maximum duration of a case, however wide its interval.
     pub limit: Duration,
 }
 
@@ -210,8 +211,8 @@ impl<'a> Clients<'a> {
         self.clients.get_mut(&arm).with_context(|| format!("no clients of {}", arm.label()))
     }
 
-    /// An error unless an arm is what it claims to be: who answers, what it takes for the destination, and that the
-    /// packets went through the arm's rules or programs and through no other's.
+    /// Fails unless an arm is what it claims to be: the right process answers, with the right original destination,
+    /// and the packets pass the arm's rules or programs and no others.
     pub fn verify(&mut self, case: Case, arm: Arm) -> Result<()> {
         let world = self.world;
         let way = Way::of(world, case, arm)?;
@@ -232,11 +233,11 @@ impl<'a> Clients<'a> {
         );
         ensure!(destination == way.to, "the original destination is {destination}, not {}", way.to);
         let outbound = u64::from(case.scene != Scene::SinkInbound);
-        // Tunnels go to the proxy's port as they are.
+        // Tunnels go to the proxy's port directly.
         let inbound = u64::from(matches!(case.scene, Scene::SinkInbound | Scene::Path));
         let mut expected = before;
         match arm {
-            // The other build counts for itself; that its listener answered is what can be known.
+            // The other build has its own counters; it is enough that its listener answered.
             Arm::Floor | Arm::Again | Arm::None | Arm::Against => {}
             Arm::Ebpf => expected.add(0, outbound, inbound),
             Arm::Iptables => expected.add(1, outbound, inbound),
@@ -274,13 +275,13 @@ impl<'a> Clients<'a> {
         arms.map(|arm| Ok(Latencies { case, arm, latency: self.of(arm)?.finish()? })).collect()
     }
 
-    /// Measures a case in blocks of all arms, in random order, until the ratios that matter are known as well as is asked for.
+    /// Measures a case in blocks of all arms, in random order, until the relevant ratios are as precise as wanted.
     pub fn compare(&mut self, case: Case, effort: Effort) -> Result<Vec<Sample>> {
-        /// How many rounds there are between looks at the intervals.
+        /// The number of rounds between checks of the intervals.
         const STRIDE: usize = 20;
         let mut arms = self.arms(case);
         for &arm in &arms {
-            // Opens connections, and does once what is done once.
+            // Opens connections, and does one-time work.
             self.measure(case, arm, 0, effort.length)?;
         }
         let (mut samples, started) = (Vec::new(), Instant::now());
@@ -299,14 +300,14 @@ impl<'a> Clients<'a> {
     }
 }
 
-/// How well the worst known of the ratios that matter is known.
+/// The worst precision of the relevant ratios.
 fn precision(samples: &[Sample]) -> f64 {
     let costs =
         |arm| -> Vec<f64> { samples.iter().filter(|sample| sample.arm == arm).map(Sample::cost).collect() };
     let ours = costs(Arm::Ebpf);
     let others = [Arm::Floor, Arm::Again, Arm::Against, Arm::None, Arm::Iptables].map(costs);
     let [floor, again, against, none, iptables] = &others;
-    // Where nobody can dial the proxy itself, the path without one and that of iptables are what there is to compare with.
+    // If no client can dial the proxy directly, the comparison is with the arm without a proxy and with iptables.
     let pairs = if floor.is_empty() {
         vec![(&ours, none), (iptables, &ours)]
     } else {

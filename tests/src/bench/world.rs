@@ -1,4 +1,4 @@
-//! Where the measurements of connections happen: for each arm a pod with clients and a pod with a server.
+//! The world of the connection measurements: for each arm a pod with clients and a pod with a server.
 //!
 //! ```text
 //!             client's pod        server's pod       proxy in both pods
@@ -68,7 +68,7 @@ impl Arm {
         }
     }
 
-    /// Whether it dials the proxy itself.
+    /// Whether its clients dial the proxy directly.
     #[must_use]
     pub fn is_floor(self) -> bool {
         matches!(self, Self::Floor | Self::Again)
@@ -142,7 +142,7 @@ impl Site {
 pub struct World {
     theirs: Option<Theirs>,
     pairs: BTreeMap<Arm, Pair>,
-    /// What hands pods to the proxy of the arms without an agent.
+    /// The server that hands pods to the proxy of the arms without an agent.
     mesh: Mesh,
     against: Option<Site>,
     home: Site,
@@ -217,7 +217,7 @@ impl World {
         if !arm.is_enrolled() && arm != Arm::None {
             self.mesh.add(&pod)?;
         }
-        // Short connections of many seconds need more ports than the 28,000 that there are by default.
+        // Many seconds of short connections need more than the default 28,000 ports.
         pod.netns().set_sysctl("net.ipv4.ip_local_port_range", "16384 65535")?;
         Ok(pod)
     }

@@ -1,13 +1,13 @@
-//! Which proxy a run of tests is about.
+//! The kind of proxy under test.
 
 use std::path::Path;
 
 use anyhow::{Result, bail};
 
-/// Names the kind where the name of the program does not tell it.
+/// Sets the kind if the program's name does not show it.
 const VARIABLE: &str = "REDIRECT_PROXY_KIND";
 
-/// What is known of a proxy: how it is started, and how its log is read.
+/// A kind of proxy determines how to start it, and how to read its log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProxyKind {
     /// `redirect proxy`.
@@ -17,7 +17,7 @@ pub enum ProxyKind {
 }
 
 impl ProxyKind {
-    /// The kind of a program: what `REDIRECT_PROXY_KIND` says, else what its name begins with.
+    /// The kind of a program: by `REDIRECT_PROXY_KIND`, or else by the prefix of its name.
     pub fn of(program: &Path) -> Result<Self> {
         let named = std::env::var(VARIABLE).ok();
         let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -33,8 +33,8 @@ impl ProxyKind {
         }
     }
 
-    /// How a pod's Kubernetes name is made from its part in a test and a number. A ztunnel without a control plane has to
-    /// know the names before there are pods.
+    /// Makes a pod's Kubernetes name from its role in a test and a number. A ztunnel without a control plane has to know
+    /// the names before the pods exist.
     #[must_use]
     pub fn pod_name(self, part: &str, number: u32) -> String {
         match self {

@@ -1,4 +1,4 @@
-//! A ztunnel without a control plane: what it would be told of pods is in a file, which it reads once when it starts.
+//! A ztunnel without a control plane: it reads its pods from a file once, when it starts.
 
 use std::fs;
 use std::net::IpAddr;
@@ -44,12 +44,12 @@ pub(super) fn command(binary: &Path, setup: &Setup<'_>) -> Result<Command> {
         ("CA_ADDRESS", ""),
         ("FAKE_CA", "true"),
         ("LOG_FORMAT", "json"),
-        // Connections that open are in the log at this level only.
+        // Opened connections are logged at this level only.
         ("RUST_LOG", "info,access=debug,dns=debug"),
     ]);
     command.env("CONNECTION_TERMINATION_DEADLINE", format!("{}s", setup.drain));
     command.envs(setup.environment.iter().map(|(name, value)| (name, value)));
-    // It asks the servers of the node's resolv.conf, from the pods.
+    // It queries the servers of the node's resolv.conf, from the pods.
     let resolv_conf = std::ffi::CString::new(resolv_conf.as_os_str().as_encoded_bytes())?;
     // SAFETY: the closure runs between fork and exec and makes system calls only.
     unsafe {
@@ -67,7 +67,7 @@ pub(super) fn command(binary: &Path, setup: &Setup<'_>) -> Result<Command> {
 const NODE: &str = "node";
 const CLUSTER: &str = "test";
 
-/// Pods that are passed through have no addresses here: the mesh knows no way to tunnel to them.
+/// Pods without a tunnel have no addresses here, so ztunnel passes their connections through.
 fn workloads_file(tunnelled: &[Tunnelled]) -> Value {
     let plain = (0..KNOWN).map(pod_name).filter(|name| tunnelled.iter().all(|pod| pod.name != *name));
     let workloads: Vec<Value> = plain
@@ -75,7 +75,7 @@ fn workloads_file(tunnelled: &[Tunnelled]) -> Value {
         .chain(OTHERS.iter().map(|name| workload(*name, "TCP", &[])))
         .chain(tunnelled.iter().map(|pod| workload(("default", &pod.name), "HBONE", &pod.addresses)))
         .collect();
-    // JSON is YAML.
+    // JSON is valid YAML.
     json!({"workloads": workloads, "policies": [], "services": []})
 }
 

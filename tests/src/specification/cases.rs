@@ -9,7 +9,7 @@ use redirect_protocol::placement::Placement;
 
 use super::{Case, Excluded, Facts, Sender, Way, What};
 
-/// Whose addresses there are.
+/// The addresses in the cases.
 #[derive(Clone, Debug)]
 pub struct Addresses {
     /// The pod's.

@@ -1,4 +1,4 @@
-//! SECURITY.md has the words, and the kernel's pure decisions are what they say.
+//! SECURITY.md contains every quote, and the kernel's pure decisions match the rows.
 
 use std::net::IpAddr;
 
@@ -134,7 +134,7 @@ fn leaves<I: Std>(case: &Case) -> bool {
 
 fn is_within<I: Std>(case: &Case) -> bool {
     let (source, destination) = (I::from(case.source.0), I::from(case.destination.0));
-    // What is the pod's own does not come from outside.
+    // A packet with the pod's own address never comes from outside.
     let from_lo = || case.pod.own.contains(&case.source.0);
     decide::is_within_pod::<I>(source, destination, from_lo, |address| owner(case, I::into(address)))
 }

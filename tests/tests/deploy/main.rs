@@ -1,4 +1,4 @@
-//! What is deployed: the chart as Helm renders it, for every platform, and the plain manifests, against Kubernetes' own
+//! The deployment: the chart as Helm renders it for every platform, and the plain manifests, against Kubernetes' own
 //! types. Needs helm and kubectl, which `cargo xtask setup` puts below target/tools; without them the tests are skipped,
 //! visibly; with `REDIRECT_E2E=require` they fail instead.
 
@@ -64,7 +64,7 @@ fn run(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// The chart's objects with these values, all of them valid.
+/// The chart's objects with these values; all must be valid.
 fn render(values: &[&str]) -> Result<Vec<Value>> {
     let mut helm = Command::new(tool("helm"));
     helm.args(["template", "mesh", "deploy/chart", "--namespace", "mesh"]);
@@ -184,7 +184,7 @@ fn names(capabilities: &[Capability]) -> BTreeSet<String> {
     capabilities.iter().map(ToString::to_string).collect()
 }
 
-/// What Prometheus and Grafana are given is what the files have, and refers to what there is.
+/// The objects for Prometheus and Grafana contain the files, and refer to existing metrics.
 fn monitoring(objects: &[Value]) -> Result<()> {
     let read = |file: &str| std::fs::read_to_string(root().join("deploy/chart/monitoring").join(file));
     let rule = of_kind(objects, "PrometheusRule")?;
@@ -230,7 +230,7 @@ fn wrong_values_are_refused() -> Result<()> {
     Ok(())
 }
 
-/// One node after the other would take hours with thousands of them.
+/// A rollout node by node would take hours in a cluster with thousands of them.
 fn rollouts() -> Result<()> {
     let objects = render(&["proxy.enabled=true"])?;
     for (name, share) in [("mesh", "maxUnavailable"), ("mesh-proxy", "maxSurge")] {
@@ -241,7 +241,7 @@ fn rollouts() -> Result<()> {
     Ok(())
 }
 
-/// Whoever adds a right changes this list as well.
+/// A change that adds a permission must also change this list.
 fn rights_are_minimal() -> Result<()> {
     let objects = render(&[])?;
     let rules = |kind: &str| -> Result<Vec<String>> {

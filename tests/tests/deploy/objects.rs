@@ -1,4 +1,4 @@
-//! Objects against the types of Kubernetes' API, strictly: a field that the type does not have is an error.
+//! Checks objects strictly against the types of Kubernetes' API: an unknown field is an error.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// The objects of a YAML stream, all of them valid.
+/// The objects of a YAML stream; all must be valid.
 pub(crate) fn read(text: &str) -> Result<Vec<Value>> {
     let objects: Vec<Value> = serde_saphyr::from_multiple(text).context("not YAML")?;
     let objects: Vec<Value> = objects.into_iter().filter(|object| !object.is_null()).collect();
@@ -46,13 +46,13 @@ fn check(object: &Value) -> Result<()> {
     }
 }
 
-/// A custom resource: metadata as ever, and the specification.
+/// A custom resource: ordinary metadata and a specification.
 fn custom<T: DeserializeOwned + Serialize>(object: &Value) -> Result<()> {
     strictly::<ObjectMeta>(&object["metadata"]).context("metadata")?;
     strictly::<T>(&object["spec"]).context("spec")
 }
 
-/// What the chart uses of the Prometheus operator's types, as its API reference has them.
+/// The part of the Prometheus operator's types that the chart uses, from its API reference.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct PodMonitor {
@@ -69,7 +69,7 @@ struct Endpoint {
     interval: String,
 }
 
-/// The rules themselves are promtool's business.
+/// promtool checks the rules themselves.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct PrometheusRule {
@@ -94,7 +94,7 @@ struct Rule {
     annotations: BTreeMap<String, String>,
 }
 
-/// What the type keeps of the object must be all of it.
+/// The type must preserve the whole object.
 fn strictly<T: DeserializeOwned + Serialize>(object: &Value) -> Result<()> {
     let typed: T = serde_json::from_value(object.clone())?;
     lost(object, &serde_json::to_value(typed)?, String::new())

@@ -1,4 +1,4 @@
-//! The Debian package that `cargo xtask deb` writes: what is in it, and that it can be installed, run and removed.
+//! The Debian package from `cargo xtask deb`: its contents, and that it can be installed, run and removed.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -70,7 +70,7 @@ impl Scratch {
 
     fn dpkg(&self, arguments: &[&str]) -> Result<String> {
         let mut dpkg = Command::new("dpkg");
-        // Its own scripts do nothing to this machine then: they see DPKG_ROOT.
+        // Its own scripts then leave this machine alone: they see DPKG_ROOT.
         dpkg.arg("--root").arg(self.0.path()).args(["--force-script-chrootless", "--log=/dev/null"]);
         run(dpkg.args(arguments))
     }
@@ -104,7 +104,7 @@ pub(crate) fn installs_and_goes() -> Result<()> {
     Ok(())
 }
 
-/// The plugin is found beside the program, although that is run by a link.
+/// The program finds the plugin beside itself, even when it is run through a link.
 fn installs_the_plugin(redirect: &Path, directory: &Path) -> Result<()> {
     let (configurations, plugins) = (directory.join("net.d"), directory.join("bin"));
     fs::create_dir_all(&configurations)?;
@@ -115,14 +115,14 @@ fn installs_the_plugin(redirect: &Path, directory: &Path) -> Result<()> {
     install.arg("install").arg("--cni-conf-dir").arg(&configurations).arg("--cni-bin-dir").arg(&plugins);
     let output = install.output()?;
     let complaint = String::from_utf8_lossy(&output.stderr);
-    // No agent runs, so that the chain stays as it is.
+    // No agent runs, so the chain stays as it is.
     ensure!(!output.status.success() && complaint.contains("the agent cannot be reached"), "{complaint}");
     let mode = fs::metadata(plugins.join("redirect-cni"))?.mode();
     ensure!(mode & 0o111 != 0, "the plugin can't be run: {mode:o}");
     run(install.arg("--remove")).map(drop)
 }
 
-/// systemd understands the units, and finds the programs that they name.
+/// systemd can parse the units, and finds their programs.
 fn units(root: &Path) -> Result<()> {
     let mut verify = Command::new("systemd-analyze");
     verify.args(["verify", "--man=no", "--recursive-errors=no", "--root"]).arg(root);

@@ -1,4 +1,5 @@
-//! Pods whose sandbox ends without a DEL: nothing of ours keeps their namespace alive, or answers for their addresses.
+//! Pods whose sandbox ends without a DEL: the agent and the proxy do not keep their namespace alive, and nothing
+//! answers for their addresses.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -15,7 +16,7 @@ use redirect_tests::{Families, Node, Pod, Stack, wait};
 use crate::context::{Context, for_every_stack, trial};
 use crate::{inbound, outbound};
 
-/// Nothing keeps a namespace for longer, on a machine that is not busy.
+/// How long a namespace may stay on an idle machine.
 const SOON: Duration = Duration::from_secs(1);
 
 /// Longer than the agent takes to notice.
@@ -33,8 +34,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     of_each.into_iter().flatten().chain(once).collect()
 }
 
-/// The pod's end without a word to anybody, while the proxy has a connection of its open; and a pod that is not ours with its
-/// addresses.
+/// The pod ends without a DEL while the proxy has one of its connections; then a pod that is not enrolled gets its addresses.
 fn address_of_another_pod(context: &Context, stack: Stack) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let (addresses, other) = (node.to_choose(6), node.plain("other", Families::Dual)?);
@@ -43,7 +43,7 @@ fn address_of_another_pod(context: &Context, stack: Stack) -> Result<()> {
     let open = pod.connect(stack, other.endpoint(stack.family(), server.port())?)?;
     ensure!(!open.is_direct(), "past the proxy");
     let devices = devices(&node)?;
-    // The proxy has its side of it for a moment longer.
+    // The proxy keeps its side for a moment.
     drop(open);
     end(pod, &node, devices)?;
     belongs_to_the_new(&node, &other, &addresses, stack)
@@ -71,11 +71,11 @@ fn end(pod: Pod, node: &Node, devices: usize) -> Result<()> {
     ensure!(took < wait::patient(SOON), "the namespace lived for {took:?}");
     ensure!(node.with_agent(|agent| agent.pods())?.is_empty(), "the pod is still known");
     ensure!(fs::read_dir(node.state_dir().join("pods"))?.count() == 0, "its checkpoint is left");
-    // It comes late, or never.
+    // The DEL comes late, or never.
     remains.delete()
 }
 
-/// How many devices of pods the node has.
+/// The number of pods' devices on the node.
 fn devices(node: &Node) -> Result<usize> {
     let links = node.netns().ip("-o link show type veth")?;
     Ok(links.lines().count())
@@ -102,7 +102,7 @@ fn belongs_to_the_new(
     outbound::passes_the_proxy_once(&new, other, stack)
 }
 
-/// A path that is gone is no reason to let go of a pod that lives; the end of its last process is.
+/// The agent releases a pod when its last process has ended, not when its path disappears.
 fn process_without_a_path(context: &Context) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let other = node.plain("other", Families::Dual)?;
@@ -110,7 +110,7 @@ fn process_without_a_path(context: &Context) -> Result<()> {
     let path = node.dir().join("netns");
     symlink(pod.netns().path(), &path)?;
     pod.enroll_at(path.clone())?;
-    // Seen where it is.
+    // Time for the agent to see it at its path.
     thread::sleep(Duration::from_secs(1));
     let mut command = std::process::Command::new(&context.session()?.binaries().testbed);
     command.args(["tcp-echo", "--listen", "127.0.0.1:9000", "--greeting", "pod"]);

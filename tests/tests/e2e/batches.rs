@@ -1,7 +1,7 @@
 //! Packets that a pod's device receives in one batch: the kernel runs TC for all of them before the stack has the first.
 //!
-//! A veth pair makes batches with GRO on at the receiver and segmentation offload off at the sender. A thread of its own polls the
-//! device, on the processor of the sender, which does not give way before it has sent all.
+//! A veth pair forms batches with GRO on at the receiver and segmentation offload off at the sender. A separate thread polls the
+//! device, on the CPU of the sender, which does not yield before it has sent everything.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -46,7 +46,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         .collect()
 }
 
-/// Has a pod receive what comes at once as one batch.
+/// Makes a pod receive packets that are sent together as one batch.
 struct Batches {
     processor: CpuSet,
 }
@@ -65,7 +65,7 @@ impl Batches {
         pod.netns().output(threaded, b"")?;
         let mut processor = CpuSet::new();
         processor.set(0)?;
-        // Other tests' pods may come at the same time: their pollers do no harm there.
+        // Pods of other tests may start at the same time: their pollers do no harm there.
         let new: Vec<_> = pollers()?.difference(&before).copied().collect();
         ensure!(!new.is_empty(), "no thread polls eth0");
         for poller in new {
@@ -77,7 +77,7 @@ impl Batches {
         Ok(Self { processor })
     }
 
-    /// Runs code in a namespace, on the processor of the receiver, which waits meanwhile.
+    /// Runs code in a namespace on the receiver's CPU, which cannot run meanwhile.
     fn at_once<T: Send>(&self, netns: &Netns, send: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         netns.run(|| {
             sched_setaffinity(Pid::from_raw(0), &self.processor)?;
@@ -122,7 +122,7 @@ fn offload(device: &str, command: u32, on: bool) -> io::Result<()> {
 const AT_ONCE: u16 = 4;
 const ROUNDS: usize = 10;
 
-/// Begins connections from these ports, all at once.
+/// Opens connections from these ports, all at once.
 fn begin(
     batches: &Batches,
     client: &Pod,
@@ -150,7 +150,7 @@ fn begin(
     })
 }
 
-/// The proxy's ends are in TIME_WAIT when their clients use their ports again: such a connection can't be assigned to the proxy's
+/// The proxy's ends are in TIME_WAIT when their clients reuse their ports: such a connection can't be assigned to the proxy's
 /// listener, only noted.
 fn ports_in_time_wait(context: &Context, stack: Stack) -> Result<()> {
     let node = Node::start(&context.session()?)?;
@@ -164,7 +164,7 @@ fn ports_in_time_wait(context: &Context, stack: Stack) -> Result<()> {
     let serving = thread::spawn(move || -> Result<Vec<SocketAddr>> {
         let mut peers = Vec::new();
         for _ in 0..total {
-            // The server ends it first.
+            // The server closes first.
             let (_, peer) = listener.accept()?;
             peers.push(canonical(peer));
         }
@@ -193,7 +193,7 @@ fn ports_in_time_wait(context: &Context, stack: Stack) -> Result<()> {
     pod.proxied_times(Direction::Inbound, to, total).map(drop)
 }
 
-/// A note that refuses one connection must not be of another.
+/// A note that refuses one connection must not affect another.
 fn refused_without_a_proxy(context: &Context, stack: Stack) -> Result<()> {
     let node = Node::with_arguments(&context.session()?, &["--without-proxy", "refuse"])?;
     let (client, pod) = (node.plain("client", Families::Dual)?, node.enrolled("pod", Families::Dual)?);
@@ -224,14 +224,14 @@ fn refused_without_a_proxy(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// A connection exists at TC, and a reset before it in the batch ends it before the stack has the SYN.
+/// A connection exists at TC, but a reset ahead of the SYN in the batch ends it before the stack has the SYN.
 fn reset_before_syn(context: &Context, stack: Stack) -> Result<()> {
     const TIMES: u64 = 12;
     let node = Node::start(&context.session()?)?;
     let link =
         Link::new(node.plain("client", Families::Dual)?, node.enrolled("pod", Families::Dual)?, stack)?;
     let (client, pod) = (&link.sender, &link.target);
-    // Else the stack looks for a connection before it has dealt with the reset.
+    // Otherwise the stack looks up the SYN's connection before it has processed the reset.
     pod.netns().set_sysctl("net.ipv4.tcp_early_demux", "0")?;
     let batches = Batches::to(&node, pod)?;
     let (source, to) = link.ends()?;
@@ -241,7 +241,7 @@ fn reset_before_syn(context: &Context, stack: Stack) -> Result<()> {
         link.answers()?;
         let segment = |flags, sequence| raw::filled(raw::segment(source, port, to, flags, sequence));
         let reset = link.frame(&[], &segment(RST, next));
-        // From a new sequence number, as a new connection has.
+        // With a new sequence number, as in a new connection.
         let syn = link.frame(&[], &segment(SYN, next.wrapping_add(1 << 20)));
         batches.at_once(client.netns(), || link.send(&[reset, syn]))?;
         let mut these = Answers::default();
@@ -259,7 +259,7 @@ fn reset_before_syn(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// A connection through the proxy that the client's kernel no longer knows of: the client's port and next sequence number.
+/// A connection through the proxy that the client's kernel has forgotten: the client's port and next sequence number.
 fn forgotten(client: &Pod, stack: Stack, to: SocketAddr) -> Result<(u16, u32)> {
     const TCP_REPAIR: libc::c_int = 19;
     const TCP_REPAIR_QUEUE: libc::c_int = 20;
@@ -274,7 +274,7 @@ fn forgotten(client: &Pod, stack: Stack, to: SocketAddr) -> Result<(u16, u32)> {
     option.set(TCP_REPAIR, 1)?;
     option.set(TCP_REPAIR_QUEUE, 2)?;
     let next = option.get(TCP_QUEUE_SEQ)?;
-    // In this mode it ends without a word.
+    // In this mode it closes silently.
     drop(socket);
     Ok((local.port(), next))
 }

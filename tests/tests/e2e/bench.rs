@@ -1,5 +1,5 @@
-//! The benchmark works: every arm is what it claims to be, every experiment comes to its end, and what it writes is there.
-//! Each measurement takes a moment only; what is measured is of no interest here.
+//! The benchmark works: every arm is what it claims to be, every experiment completes, and the output exists. Each
+//! measurement is short; its results do not matter here.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -19,7 +19,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         let program = binaries.testbed.with_file_name("redirect-bench");
         let mut command = Command::new(&program);
         command.args(["run", "--smoke", "--output"]).arg(output.path());
-        // Another build is as good as any other.
+        // Any build will do.
         let build = tempfile::tempdir()?;
         symlink(&binaries.redirect, build.path().join("redirect"))?;
         symlink(&binaries.plugin, build.path().join("redirect-cni"))?;

@@ -1,4 +1,4 @@
-//! Closed ports, unreachable destinations and narrow links: errors come at once, and to the right socket.
+//! Closed ports, unreachable destinations and narrow links: errors arrive at once, at the right socket.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
@@ -49,7 +49,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials
 }
 
-/// Without a proxy in between the error is the kernel's own: ECONNREFUSED.
+/// Without a proxy the error is the kernel's own: ECONNREFUSED.
 fn is_refused(pod: &Pod, stack: Stack, address: IpAddr) -> Result<()> {
     let start = Instant::now();
     let outcome = pod.netns().run(|| dial(stack, (address, 9).into(), Duration::from_secs(5)))?;
@@ -60,7 +60,7 @@ fn is_refused(pod: &Pod, stack: Stack, address: IpAddr) -> Result<()> {
     Ok(())
 }
 
-/// Networks that the node has routes of these kinds for: it says "unreachable", or nothing.
+/// Networks with unreachable or blackhole routes on the node.
 fn nowhere(kind: &str, family: Family) -> (String, IpAddr) {
     let number = if kind == "unreachable" { 1 } else { 2 };
     match family {
@@ -120,7 +120,7 @@ fn unreachable(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// A destination that never answers: the proxy gives up after a time, and the client learns of it.
+/// The destination never answers: the proxy times out, and the client gets an error.
 fn no_answer(context: &Context) -> Result<()> {
     const PATIENCE: Duration = Duration::from_secs(15);
     let node = Node::start(&context.session()?)?;
@@ -148,7 +148,7 @@ fn no_answer(context: &Context) -> Result<()> {
     })
 }
 
-/// pod ─1500─ node ─1500─ near ─MTU─ remote ─1500─ far: neither end knows of the narrow link but by ICMP, which has to find
+/// pod ─1500─ node ─1500─ near ─MTU─ remote ─1500─ far: only ICMP tells the ends about the narrow link, and it has to reach
 /// the proxy's sockets on the pod's side.
 fn narrow_link(context: &Context, stack: Stack, mtu: u32) -> Result<()> {
     let family = stack.family();
@@ -215,7 +215,7 @@ fn megabyte(mut connection: Connection) -> Result<()> {
     Ok(())
 }
 
-/// How many messages of packets that were too big a namespace has got.
+/// How many "too big" messages a namespace has received.
 fn too_big(netns: &Netns, family: Family) -> Result<u64> {
     match family {
         Family::Ipv4 => netns.statistic("snmp", "Icmp", "InDestUnreachs"),

@@ -1,4 +1,4 @@
-//! Others' programs and filters beside ours.
+//! Programs and filters of other software next to ours.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -58,7 +58,7 @@ enum Turn {
     After,
 }
 
-/// An address that no test besides has: all their programs are on one cgroup.
+/// An address that no other test uses: all their programs are on one cgroup.
 fn service(stack: Stack, port: u16) -> SocketAddr {
     static NEXT: AtomicU8 = AtomicU8::new(1);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -69,8 +69,8 @@ fn service(stack: Stack, port: u16) -> SocketAddr {
     SocketAddr::new(address, port)
 }
 
-/// A program that sends connections to a Service's address to one of its pods, as Cilium's does: the proxy gets the
-/// connection, for the pod, whichever program was there first.
+/// A program that sends connections to a Service's address to one of its pods, as Cilium's does. The proxy gets the
+/// connection for the pod, whichever program was attached first.
 fn socket_load_balancer(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
     let session = context.session()?;
     let node = Node::with(&session, NodeOptions { agent: false, proxy: false, ..NodeOptions::default() })?;
@@ -95,8 +95,8 @@ fn socket_load_balancer(context: &Context, stack: Stack, turn: Turn) -> Result<(
     Ok(())
 }
 
-/// The same for DNS. Ours comes first on kernels that let it (6.17), whoever was attached first: the application hears its
-/// answer from the server that it asked; elsewhere from the one that the other program chose.
+/// The same for DNS. Ours runs first if the kernel supports that (6.17), whichever was attached first: the application
+/// sees the answer from the server that it queried; on older kernels from the one that the other program chose.
 fn dns_load_balancer(context: &Context, stack: Stack) -> Result<()> {
     let session = context.session()?;
     let node = Node::with(&session, NodeOptions { agent: false, proxy: false, ..NodeOptions::default() })?;
@@ -120,15 +120,15 @@ fn dns_load_balancer(context: &Context, stack: Stack) -> Result<()> {
     let mut buffer = [0; 512];
     let (length, from) = socket.recv_from(&mut buffer).context("no answer")?;
     dns::check_answer(&question, &buffer[..length])?;
-    // Tried where nobody looks for programs of others.
+    // Probed where no other test checks for foreign programs.
     let expected = if foreign::has_order(session.applications().path())? { service } else { backend };
     ensure!(from == stack.spell(expected), "{service} was asked, {from} answered, not {expected}");
     ensure!(asked.heard().is_empty(), "the question went past the proxy: {:?}", asked.heard());
     Ok(())
 }
 
-/// A program on the node's uplink that hands packets to the pod's end of its pair of devices, as CNI plugins have them. The programs
-/// in the pod capture them all the same. In placement `node` ours are on the other end, and never see them: the doctor says so.
+/// A program on the node's uplink hands packets to the pod's end of its veth pair, as some CNI plugins do. The programs in the
+/// pod still capture them. In placement `node` ours are on the other end and never see them, so the doctor reports it.
 fn shortcut(context: &Context, stack: Stack) -> Result<()> {
     needs_tcx()?;
     let node = Node::start(&context.session()?)?;
@@ -160,7 +160,7 @@ fn shortcut(context: &Context, stack: Stack) -> Result<()> {
     ensure!(detail.contains("foreign on uplink, ingress"), "{detail}");
     let remedy = after[0]["remedy"].as_str().unwrap_or_default();
     ensure!(remedy.contains("--placement pod"), "{remedy}");
-    // The doctor is right, and nobody reaches the application.
+    // The doctor is right, and no connection reaches the application.
     let listening = pod.listen(stack)?;
     let to = pod.endpoint(stack.family(), listening.port())?;
     let error = outside.run(|| dial(stack, to, Duration::from_millis(500)))?.err().context("it was made")?;
@@ -175,7 +175,7 @@ fn is_captured_both_ways(pod: &Pod, other: &Pod, stack: Stack) -> Result<()> {
     inbound::passes_the_proxy_once(other.netns(), pod, stack)
 }
 
-/// The device that carries our programs, and where it is.
+/// The device that carries our programs, and its namespace.
 struct Place<'a> {
     netns: &'a Netns,
     device: String,
@@ -195,12 +195,12 @@ impl<'a> Place<'a> {
         self.netns.output(tc, b"").map(drop)
     }
 
-    /// A place for filters, as somebody makes it who does not know of ours.
+    /// Adds a qdisc, like software that does not know about ours.
     fn add_qdisc(&self) -> Result<()> {
         self.tc("qdisc replace dev DEVICE clsact", &[])
     }
 
-    /// A filter that takes every packet of a protocol, and asks nobody after it.
+    /// A filter that takes every packet of a protocol, so that later filters don't run.
     fn add_filter(&self, protocol: &str, priority: &str, side: &str) -> Result<()> {
         let filter = format!(
             "filter add dev DEVICE {side} protocol {protocol} pref {priority} bpf classid 1:1 bytecode"
@@ -215,7 +215,7 @@ impl<'a> Place<'a> {
     }
 }
 
-/// tcx programs on the device that end every packet's way through the hook: filters would never be asked.
+/// tcx programs on the device with a final verdict on every packet: filters would never run.
 fn tcx_programs(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
     needs_tcx()?;
     let node = context.node()?;
@@ -223,7 +223,7 @@ fn tcx_programs(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
     let place = Place::of(&pod)?;
     let index = place.index()?;
     let attach = || {
-        /// `TCX_PASS`: the packet goes on, and nobody else is asked.
+        /// `TCX_PASS`: the packet passes, and no later program runs.
         const PASS: i32 = 0;
         let hooks = [Hook::TcxIngress, Hook::TcxEgress];
         let attach = || hooks.map(|hook| Program::with_verdict(index as u32, hook, PASS));
@@ -233,7 +233,7 @@ fn tcx_programs(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
     pod.enroll()?;
     if turn == Turn::After {
         let _after = attach()?;
-        // The agent looks at pods anew from time to time, and at once when it is asked to enroll one again.
+        // The agent observes pods periodically, and at once when it enrolls one again.
         pod.enroll()?;
         return is_captured_both_ways(&pod, &other, stack);
     }
@@ -251,7 +251,7 @@ pub(crate) fn add_filter(pod: &Pod, protocol: &str, priority: &str, side: &str) 
     place.add_filter(protocol, priority, side)
 }
 
-/// Filters that end every packet's way come after ours.
+/// Filters with a final verdict on every packet run after ours.
 fn filters(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
     let node = context.node()?;
     let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
@@ -270,7 +270,7 @@ fn filters(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
     is_captured_both_ways(&pod, &other, stack)
 }
 
-/// The same on `lo`, where ours make a place for what comes in alone, unless there is one. Those of others stay there.
+/// The same on `lo`, where ours create an ingress-only qdisc unless there is one. Filters of others stay there.
 fn filters_on_loopback(context: &Context, stack: Stack, turn: Turn) -> Result<()> {
     let node = context.node()?;
     let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
@@ -299,7 +299,7 @@ fn filters_on_loopback(context: &Context, stack: Stack, turn: Turn) -> Result<()
     Ok(())
 }
 
-/// Who has our priority has to make room: a pod is not enrolled without its programs.
+/// A foreign filter at our priority blocks enrollment: a pod is not enrolled without its programs.
 fn filter_in_our_place(context: &Context, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);

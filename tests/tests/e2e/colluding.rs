@@ -1,8 +1,8 @@
-//! Connections that never open as others do: a process of the pod and a peer outside, which know of each other, agree on both ports and
-//! need no listener. No gate ever sees the pod's SYN.
+//! Connections that open in an unusual way: a process of the pod and a peer outside cooperate, agree on both ports, and need no
+//! listener. No gate ever sees the pod's SYN.
 //!
-//! `CAP_NET_RAW`, a runtime's default, takes the mark off the socket, so that its answers leave the pod; `CAP_NET_ADMIN` at both ends
-//! makes an established connection of nothing (`TCP_REPAIR`).
+//! With `CAP_NET_RAW`, a runtime's default, the process removes the mark from the socket, so that its answers leave the pod; with
+//! `CAP_NET_ADMIN` at both ends it establishes a connection out of nothing (`TCP_REPAIR`).
 
 use std::io;
 use std::net::SocketAddr;
@@ -54,7 +54,7 @@ impl Pair {
         Ok(Self { inside: bound(pod)?, outside: bound(peer)? })
     }
 
-    /// Which of the two could tell the other something.
+    /// Which of the two could send data to the other.
     fn talk(&self) -> Result<Talk> {
         let (inside, outside) = (&self.inside.0, &self.outside.0);
         let talk = Talk { out: hears(outside, inside)?, into: hears(inside, outside)? };
@@ -64,18 +64,18 @@ impl Pair {
 
 #[derive(Debug, PartialEq, Eq)]
 struct Talk {
-    /// The peer heard the process in the pod.
+    /// The peer received data from the process in the pod.
     out: bool,
-    /// The process in the pod heard its peer.
+    /// The process in the pod received data from its peer.
     into: bool,
 }
 
-/// Whether one hears what the other says, in the time in which a SYN would be sent again.
+/// Whether data arrives, within the time of a SYN's retransmission.
 fn hears(listener: &Socket, speaker: &Socket) -> Result<bool> {
     let deadline = std::time::Instant::now() + LONG_ENOUGH;
     let mut said = false;
     while std::time::Instant::now() < deadline {
-        // As soon as it can.
+        // As soon as possible.
         said = said || speaker.send_with_flags(b"psst", libc::MSG_NOSIGNAL).is_ok();
         let mut buffer = [std::mem::MaybeUninit::uninit(); 8];
         if matches!(listener.recv(&mut buffer), Ok(4)) {
@@ -103,18 +103,18 @@ fn connect(socket: &Socket, to: SocketAddr) -> Result<()> {
     }
 }
 
-/// Why the SYN of the process in the pod does not come to a listener of the proxy.
+/// Why the SYN of the process in the pod does not reach a listener of the proxy.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Silence {
-    /// It is to be sent with the first data: TCP Fast Open, and no cookie is asked for.
+    /// It is sent with the first data: TCP Fast Open, without a cookie request.
     Deferred,
     /// No proxy listens.
     Held,
-    /// It is lost on its way, as it would be in a pod that is not enrolled.
+    /// It is lost on its way, as it could be in a pod that is not enrolled.
     Lost,
 }
 
-/// Has what the pod sends to its peer go astray, or not any more.
+/// Makes the pod's packets to its peer get lost, or stops that.
 fn lose(pod: &Pod, peer: &Pod, stack: Stack, lost: bool) -> Result<()> {
     let peer = peer.address(stack.family())?;
     let nobody = if lost { "replace ADDRESS lladdr 02:00:00:00:00:99 nud permanent" } else { "del ADDRESS" };
@@ -122,7 +122,7 @@ fn lose(pod: &Pod, peer: &Pod, stack: Stack, lost: bool) -> Result<()> {
     Ok(())
 }
 
-/// Both ends are connecting when the peer's SYN comes: the kernel then asks for no listener.
+/// Both ends are connecting when the peer's SYN arrives, so the kernel looks up no listener.
 fn simultaneous(context: &Context, stack: Stack, silence: Silence) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let peer = node.plain("peer", Families::Dual)?;
@@ -141,7 +141,7 @@ fn simultaneous(context: &Context, stack: Stack, silence: Silence) -> Result<()>
         connect(inside, *there)?;
         inside.set_mark(0)?;
         if silence == Silence::Deferred {
-            // Its SYN: what is dropped stays in the queue.
+            // Its SYN; dropped data stays in the queue.
             ensure!(inside.send(b"psst")? == 4);
         }
         if silence == Silence::Lost {
@@ -150,7 +150,7 @@ fn simultaneous(context: &Context, stack: Stack, silence: Silence) -> Result<()>
         connect(outside, *here)?;
         Ok(pair)
     };
-    // Where nobody is in the way, both can talk: so the test shows something.
+    // Control: in a plain pod both can talk.
     let plain = node.plain("plain", Families::Dual)?;
     let talk = open(&plain, Silence::Lost)?.talk()?;
     ensure!(talk == Talk { out: true, into: true }, "a pod that is not enrolled: {talk:?}");
@@ -161,13 +161,13 @@ fn simultaneous(context: &Context, stack: Stack, silence: Silence) -> Result<()>
     let talk = open(&pod, silence)?.talk()?;
     ensure!(talk == Talk { out: false, into: false }, "past the proxy: {talk:?}");
     let counted = dropped(&node, stack, Way::Inbound, Reason::SimultaneousOpen)?;
-    // In placement `node` the peer's SYN goes to the proxy as any other.
+    // In placement `node` the peer's SYN goes to the proxy like any other.
     ensure!((counted > 0) == (context.placement() == Placement::Pod), "{counted} SYNs were counted");
     Ok(())
 }
 
-/// Both ends declare a connection established. What the pod sends on it ends at the host end of its device. In placement `pod` what the
-/// peer sends comes in: the kernel of the pod knows the connection.
+/// Both ends declare a connection established. What the pod sends is dropped at the host end of its device. In placement `pod`
+/// what the peer sends arrives: the pod's kernel has the connection.
 fn repaired(context: &Context, stack: Stack) -> Result<()> {
     const TCP_REPAIR: libc::c_int = 19;
     let node = Node::start(&context.session()?)?;

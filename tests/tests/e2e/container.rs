@@ -1,6 +1,5 @@
-//! Containers of real runtimes, through the chain into which the agent put the plugin: those of podman, where the agent is
-//! the DaemonSet's pod, as a container with the security context, mounts and arguments that the chart renders; and those of
-//! containerd's `ctr --cni`.
+//! Containers of real runtimes, through the chain with the plugin: those of podman, where the agent is the DaemonSet's pod,
+//! as a container with the security context, mounts and arguments from the chart; and those of containerd's `ctr --cni`.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
@@ -30,7 +29,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     ]
 }
 
-/// What the tests here need beyond those of others.
+/// The additional requirements of these tests.
 pub(crate) fn check() -> Result<()> {
     for path in [helm(), image()] {
         ensure!(path.exists(), "{} is missing: cargo xtask setup, cargo xtask image", path.display());
@@ -55,7 +54,7 @@ fn image() -> PathBuf {
         .map_or_else(|| root().join("target/image/ambient-redirect.tar"), PathBuf::from)
 }
 
-/// What deploy/ has for the kubelet's directory of seccomp profiles.
+/// The files in deploy/ for the kubelet's directory of seccomp profiles.
 fn profiles() -> PathBuf {
     root().join("deploy/seccomp")
 }
@@ -79,14 +78,14 @@ fn daemonset(paths: &[(&str, &Path)], values: &[&str], image: &str) -> Result<Va
     Ok(serde_saphyr::from_str(&String::from_utf8(output.stdout)?)?)
 }
 
-/// With the seccomp profile of the runtime, and with ours.
+/// With the runtime's seccomp profile, and with ours.
 fn captures_with_either_profile(context: &Context) -> Result<()> {
     captures(context, &["seccompProfile.type=RuntimeDefault"]).context("the runtime's profile")?;
     let ours = format!("seccompProfile.type=Localhost,seccompProfile.localhostProfile={PROFILE}");
     captures(context, &[&ours]).context("our profile")
 }
 
-/// The agent runs as the chart says with these values.
+/// The agent runs as the chart configures it with these values.
 fn captures(context: &Context, values: &[&str]) -> Result<()> {
     context.needs(ProxyKind::Embedded, "a ztunnel knows no pod of podman's")?;
     let session = context.session()?;
@@ -108,9 +107,9 @@ fn captures(context: &Context, values: &[&str]) -> Result<()> {
         &image,
     )?;
     let (options, mut arguments) = options_of(&daemonset, &profiles())?;
-    // There is no API server: every pod that comes through the chain is enrolled.
+    // There is no API server: every pod of the chain is enrolled.
     arguments.retain(|argument| argument != "--kubernetes");
-    // Nothing is to stay on this machine.
+    // Nothing may stay on this machine.
     let pins = session.pins().join("container");
     arguments.extend(["--on-exit=remove".to_owned(), format!("--pin-dir={}", pins.display())]);
     podman.start("agent", &words(&options), &image, &words(&arguments))?;
@@ -124,7 +123,7 @@ fn captures(context: &Context, values: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// A system call that the runtime's profile allows is refused with ours.
+/// A system call that the runtime's profile allows is refused by ours.
 fn refuses_other_calls(context: &Context) -> Result<()> {
     let session = context.session()?;
     let node = Node::with(&session, NodeOptions { agent: false, proxy: false, ..NodeOptions::default() })?;
@@ -134,7 +133,7 @@ fn refuses_other_calls(context: &Context) -> Result<()> {
     // It calls ioprio_get.
     let ionice = |options: &[&str]| {
         let command = [BUSYBOX, "/bin/busybox", "ionice", "-p", "1"];
-        // As the agent's container has it: without it runtimes change users after they have applied the profile.
+        // As in the agent's container: without it, runtimes change users after applying the profile.
         let alike = ["run", "--rm", "--network=none", "--security-opt=no-new-privileges"];
         podman.run(&[&alike[..], &FIXED[..], options, &command].concat())
     };
@@ -185,10 +184,10 @@ fn with_agent(
     Ok(())
 }
 
-/// What serves in the containers.
+/// The server in the containers.
 const GREETER: [&str; 9] = ["/bin/busybox", "nc", "-ll", "-p", "9000", "-e", "/bin/busybox", "echo", "hello"];
 
-/// Connections from the container and to it, spelt in every way, pass the proxy. Its busybox is run by `busybox`.
+/// Connections from and to the container pass the proxy, in every family and stack. `busybox` runs its busybox.
 fn passes_the_proxy(
     node: &Arc<Node>,
     addresses: &[IpAddr],
@@ -213,13 +212,13 @@ fn passes_the_proxy(
     Ok(())
 }
 
-/// The agent, as a process of the node, puts the plugin into the chain by which `ctr` starts containers, and captures them.
+/// The agent, as a process of the node, adds the plugin to the chain with which `ctr` starts containers, and captures them.
 fn captures_ctr(context: &Context) -> Result<()> {
     context.needs(ProxyKind::Embedded, "a ztunnel knows no container of containerd's")?;
     let session = context.session()?;
     let node = Node::with(&session, NodeOptions { agent: false, proxy: false, ..NodeOptions::default() })?;
     let directories = Directories::new(&node, Families::Dual)?;
-    // Containers are not below the tests' cgroup.
+    // Containers are outside the tests' cgroup.
     let cgroup = ["--cgroup".to_owned(), cgroup::mount_point()?.display().to_string()];
     node.start_agent(&[&directories.agent_arguments()[..], &cgroup].concat())?;
     wait::until_true("chain with the plugin", SOON, || Ok(directories.is_chained()))?;
@@ -240,7 +239,7 @@ fn with_containerd(node: &Arc<Node>, containerd: &Containerd) -> Result<()> {
     Ok(())
 }
 
-/// What the kubelet would ask is answered, and says that all is well.
+/// The kubelet's probes get answers, and they are positive.
 fn probes(node: &Node, daemonset: &Value) -> Result<()> {
     let container = &daemonset["spec"]["template"]["spec"]["containers"][0];
     for probe in ["readinessProbe", "livenessProbe"] {

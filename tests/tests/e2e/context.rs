@@ -1,4 +1,4 @@
-//! What the tests share: one session, and one node for those that do not disturb it.
+//! State shared by the tests: one session, and one node for tests that do not disturb it.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,7 +11,7 @@ use redirect_tests::{Families, Node, ProxyKind, Stack, foreign, signals};
 
 use crate::on_node;
 
-/// What a test needs.
+/// The requirements of a test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Needs {
     /// Root and the usual CNI plugins.
@@ -22,7 +22,7 @@ pub(crate) enum Needs {
     Container,
 }
 
-/// What the tests share: in each placement of the proxy the same tests, on nodes of their own.
+/// State shared by the tests of one placement; each placement runs the same tests on its own nodes.
 pub(crate) struct Context {
     placement: Placement,
     session: Arc<Lazy<Session>>,
@@ -34,7 +34,7 @@ pub(crate) fn needs_tcx() -> Result<()> {
     if foreign::has_tcx()? { Ok(()) } else { Err(skip("the kernel has no tcx (Linux 6.6)")) }
 }
 
-/// Something made on demand, once; a failure is remembered as well.
+/// A value created on demand, once; a failure is kept as well.
 type Lazy<T> = Mutex<Option<Result<Arc<T>, String>>>;
 
 impl Context {
@@ -45,7 +45,7 @@ impl Context {
             .map(|placement| Arc::new(Self { placement, session: session.clone(), node: Lazy::default() }))
     }
 
-    /// Where the proxies are.
+    /// The proxies' placement.
     pub(crate) fn placement(&self) -> Placement {
         self.placement
     }
@@ -56,7 +56,7 @@ impl Context {
         Ok(session.placed(self.placement))
     }
 
-    /// The node that tests share. A test that stops something on its node takes one of its own.
+    /// The shared node. A test that stops a component of its node must use its own.
     pub(crate) fn node(&self) -> Result<Arc<Node>> {
         get(&self.node, || Node::start(&self.session()?))
     }
@@ -70,7 +70,7 @@ impl Context {
         if self.proxy()? == kind { Ok(()) } else { Err(skip(format!("needs {named}: {reason}"))) }
     }
 
-    /// Skips the test in placement `node`. `reason` says what is different there.
+    /// Skips the test in placement `node`. `reason` says what differs there.
     pub(crate) fn needs_placement_pod(&self, reason: &'static str) -> Result<()> {
         if self.placement == Placement::Pod { Ok(()) } else { Err(skip(reason)) }
     }
@@ -80,12 +80,12 @@ impl Context {
         Ok(self.session()?.binaries().kind)
     }
 
-    /// Ends the node that tests share.
+    /// Ends the shared node.
     pub(crate) fn end_node(&self) {
         drop(lock(&self.node).take());
     }
 
-    /// Ends everything, after the nodes; what is left although it should be gone.
+    /// Ends everything, after the nodes. Returns what is left although it should be gone.
     pub(crate) fn finish(&self) -> Result<Vec<String>> {
         match lock(&self.session).take() {
             Some(Ok(session)) => session.leftovers(),
@@ -94,7 +94,7 @@ impl Context {
     }
 }
 
-/// A test that does not concern the proxy that runs, its placement, or the kernel.
+/// Skips a test that does not apply to the current proxy, placement or kernel.
 #[derive(Debug)]
 struct Skip(String);
 
@@ -106,7 +106,7 @@ impl fmt::Display for Skip {
 
 impl std::error::Error for Skip {}
 
-/// Ends a test that can't be run here. `reason` says why.
+/// Ends a test that can't run here. `reason` says why.
 pub(crate) fn skip(reason: impl Into<String>) -> anyhow::Error {
     Skip(reason.into()).into()
 }
@@ -139,7 +139,7 @@ pub(crate) fn trial_in_container(
     trial_that_needs(Needs::Container, context, name, test)
 }
 
-/// A test that needs more or less than usual.
+/// A test with other requirements than usual.
 pub(crate) fn trial_that_needs(
     needs: Needs,
     context: &Arc<Context>,
@@ -218,7 +218,7 @@ pub(crate) fn for_every_stack(
     Stack::ALL.into_iter().map(trial).collect()
 }
 
-/// As [`for_every_stack`], for what is different in placement `node` for this reason.
+/// As [`for_every_stack`], for tests that differ in placement `node` for this reason.
 pub(crate) fn for_every_stack_in_pods(
     context: &Arc<Context>,
     group: &str,

@@ -1,4 +1,4 @@
-//! What the kernel side tells of things that should not occur, in the agent's log: nothing, unless the log is to have it.
+//! The drop log of the kernel side in the agent's log: empty unless it is enabled.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -55,14 +55,14 @@ fn wanting(context: &Context) -> Result<Arc<Node>> {
     Node::with_arguments(&context.session()?, &[JSON, WANTED].concat())
 }
 
-/// A pod, another one outside the mesh, and the ways on which a packet meets our programs.
+/// A pod, another one outside the mesh, and the routes on which a packet meets our programs.
 struct Scene {
     pod: Pod,
     other: Pod,
     stack: Stack,
 }
 
-/// From where a packet is sent, and what is to see it.
+/// The sender of a packet, and the program that sees it.
 #[derive(Clone, Copy)]
 struct Route {
     hook: Hook,
@@ -74,7 +74,7 @@ struct Route {
 impl Scene {
     fn new(node: &Arc<Node>, stack: Stack) -> Result<Self> {
         let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
-        // The two know each other, so that nothing else can lose a packet.
+        // Resolves the neighbors first, so that no packet is lost for another reason.
         inbound::passes_the_proxy_once(other.netns(), &pod, stack)?;
         Ok(Self { pod, other, stack })
     }
@@ -108,7 +108,7 @@ impl Scene {
         format!("{}_{}", route.hook.label(), self.stack.family().name().to_lowercase())
     }
 
-    /// Whether one of the programs has an instruction that names the log's ring buffer.
+    /// Whether one of the programs refers to the log's ring buffer.
     fn uses_the_log(&self) -> Result<bool> {
         let name = self.program(self.routes()[0]);
         let programs = self.pod.node().status()?.programs;
@@ -126,7 +126,7 @@ impl Scene {
     }
 }
 
-/// What the kernel side has told so far.
+/// The kernel side's log so far.
 fn told(node: &Node) -> Result<Vec<Value>> {
     Ok(logs::lines(node)?.into_iter().filter(|line| line["target"] == TARGET).collect())
 }
@@ -155,7 +155,7 @@ fn malformed(context: &Context, stack: Stack) -> Result<()> {
         ensure!(is_error(&line, libc::EFAULT), "{line:#}");
         let interface = line["interface"].as_u64().context("no interface")?;
         ensure!((interface == 1) == (route.hook == Hook::Loopback), "{line:#}");
-        // An Ethernet header, an IP header, and what there is of TCP's.
+        // An Ethernet header, an IP header, and the truncated TCP header.
         let length = if stack.family() == Family::Ipv4 { 14 + 20 + 12 } else { 14 + 40 + 12 };
         ensure!(line["length"] == length, "{line:#}");
     }
@@ -163,7 +163,7 @@ fn malformed(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// Whoever sends many is told of a few times, and then in sums.
+/// Many drops give a few entries, and then sums.
 fn limited(context: &Context, stack: Stack) -> Result<()> {
     const MANY: usize = 1000;
     let scene = Scene::new(&wanting(context)?, stack)?;
@@ -189,7 +189,7 @@ fn limited(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// An agent that does not want to know loads programs without any of it; the next one that does replaces them in place.
+/// An agent with the log off loads programs without its code; the next one with the log on replaces them in place.
 fn off_unless_wanted(context: &Context, stack: Stack) -> Result<()> {
     let keep = ["--on-exit", "keep"];
     let node = Node::with_arguments(&context.session()?, &[JSON, keep].concat())?;
@@ -234,7 +234,7 @@ fn nothing_is_told(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
-/// How long the programs are that the kernel runs.
+/// The sizes of the loaded programs.
 fn sizes(node: &Node) -> Result<BTreeMap<String, u64>> {
     let programs = node.status()?.programs;
     let all = bpftool("prog")?;
@@ -243,7 +243,7 @@ fn sizes(node: &Node) -> Result<BTreeMap<String, u64>> {
     sizes.collect::<Option<_>>().context("a program that is not loaded")
 }
 
-/// A socket that is bound to the pod's interface, of a process that may not free it again.
+/// A socket that is bound to the pod's interface, in a process that may not unbind it.
 fn bound_to_a_device(context: &Context, stack: Stack) -> Result<()> {
     let node = wanting(context)?;
     let pod = node.enrolled("pod", Families::Dual)?;

@@ -1,4 +1,4 @@
-//! DNS questions of enrolled pods go to the proxy's resolver, and applications see the servers that they asked.
+//! DNS queries of enrolled pods go to the proxy's resolver, and applications see the servers that they queried.
 
 mod capturing;
 mod resolvers;
@@ -31,13 +31,13 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         .collect()
 }
 
-/// A pod that asks, a server that it asks, and the server that the proxy asks instead.
+/// A pod that sends queries, a server that it queries, and the proxy's upstream server.
 struct Scene {
     stack: Stack,
     pod: Pod,
     upstream: Arc<DnsServer>,
     asked: DnsServer,
-    /// The pod in which the asked server is.
+    /// The pod with the queried server.
     other: Pod,
 }
 
@@ -48,12 +48,12 @@ impl Scene {
         Ok(Self { stack, pod: node.enrolled("client", families)?, upstream: node.dns()?, asked, other })
     }
 
-    /// The asked server's address.
+    /// The queried server's address.
     fn server(&self) -> Result<SocketAddr> {
         self.other.endpoint(self.stack.family(), PORT)
     }
 
-    /// Three addresses: the asked server's, the gateway's, and one where nobody is (and no neighbour is asked for).
+    /// Three addresses: the queried server's, the gateway's, and one without a host (and without neighbor lookups).
     fn servers(&self) -> Result<[SocketAddr; 3]> {
         let node = self.pod.node();
         let nobody = match self.stack.family() {
@@ -76,7 +76,7 @@ impl Scene {
         self.stack.spell(address)
     }
 
-    /// Checks that the question was answered by way of the proxy, and by nobody else.
+    /// Checks that the query was answered through the proxy only.
     fn was_resolved(&self, name: &str, transport: &str) -> Result<DnsEntry> {
         let pod = self.pod.identity().to_string();
         let entry = wait::until("access log entry of the question", SOON, || {
@@ -98,7 +98,7 @@ impl Scene {
         Ok(entry)
     }
 
-    /// Checks that no question got past the proxy.
+    /// Checks that no query bypassed the proxy.
     fn server_heard_nothing(&self) -> Result<()> {
         ensure!(self.asked.heard().is_empty(), "the asked server heard {:?}", self.asked.heard());
         Ok(())
@@ -109,25 +109,25 @@ fn is_name(entry: &DnsEntry, name: &str) -> bool {
     entry.name.as_deref().is_some_and(|found| found.eq_ignore_ascii_case(name))
 }
 
-/// A name that no other test asks for.
+/// A name that no other test queries.
 fn fresh_name(label: &str) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     format!("{label}-{}.test.", NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// A question about a name that no other test asks for.
+/// A query for a name that no other test uses.
 fn fresh_question(label: &str) -> Result<(String, Vec<u8>)> {
     let name = fresh_name(label);
     let bytes = question(&name, RecordType::A)?;
     Ok((name, bytes))
 }
 
-/// Waits for an answer and says from whom it is.
+/// Waits for an answer and returns its sender.
 fn answer_to(question: &[u8], socket: &UdpSocket) -> Result<SocketAddr> {
     let mut buffer = [0; 4096];
     loop {
         match socket.recv_from(&mut buffer) {
-            // A socket with a time limit is not restarted by the kernel.
+            // The kernel does not restart calls on sockets with a timeout.
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             received => {
                 let (length, from) = received.context("no answer")?;
@@ -138,16 +138,16 @@ fn answer_to(question: &[u8], socket: &UdpSocket) -> Result<SocketAddr> {
     }
 }
 
-/// Why a socket hears nothing.
+/// The error of a socket that receives nothing.
 fn no_answer(socket: &UdpSocket) -> Result<ErrorKind> {
     loop {
         match socket.recv(&mut [0; 512]).map_err(|error| error.kind()) {
-            // A socket with a time limit is not restarted by the kernel.
+            // The kernel does not restart calls on sockets with a timeout.
             Err(ErrorKind::Interrupted) => {}
             received => return received.err().context("an answer without a proxy"),
         }
     }
 }
 
-/// How long to wait for what must not come.
+/// How long to wait for something that must not arrive.
 const A_WHILE: Duration = Duration::from_millis(300);

@@ -1,4 +1,4 @@
-//! What a node lacks is told, with an exit code for each kind, by the agent and by `redirect doctor`.
+//! The agent and `redirect doctor` report what a node lacks, with an exit code for each kind.
 
 use std::io::{self, Read as _};
 use std::os::unix::process::CommandExt as _;
@@ -41,7 +41,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     tests.into_iter().map(|(name, test)| trial(context, format!("doctor::{name}"), test)).collect()
 }
 
-/// What is looked for in pods and on their devices.
+/// The checks of pods and their devices.
 pub(crate) fn trials_with_pods(context: &Arc<Context>) -> Vec<Trial> {
     let mut trials = vec![
         trial(context, "doctor::programs_on_the_devices_of_pods", devices),
@@ -60,7 +60,7 @@ const BPFFS: i32 = 6;
 const KERNEL: i32 = 7;
 const PRIVILEGES: i32 = 8;
 
-/// What the agent and the doctor did in surroundings that a script of mounts made.
+/// The behavior of agent and doctor with mounts prepared by a script.
 struct Said {
     agent: Output,
     doctor: Output,
@@ -106,7 +106,7 @@ fn ended(mut command: Command) -> Result<Output> {
 }
 
 impl Said {
-    /// The agent refused, the doctor failed the check, and both said why.
+    /// The agent refused to start, the doctor failed the check, and both gave the reason.
     fn refused(&self, code: i32, check: &str, words: &[&str]) -> Result<()> {
         let text = String::from_utf8_lossy(&self.agent.stderr).into_owned();
         ensure!(self.agent.status.code() == Some(code), "{}: {text}", self.agent.status);
@@ -145,7 +145,7 @@ fn doctor(context: &Context, prepare: &str) -> Result<(ExitStatus, Vec<Value>)> 
     Ok((output.status, checks))
 }
 
-/// Whatever the kernel: where the other tests pass, nothing fails here.
+/// On every kernel on which the other tests pass, no check fails.
 fn fit(context: &Context) -> Result<()> {
     let (status, checks) = doctor(context, "")?;
     let worst = if checks.iter().all(|check| check["state"] == "ok") { 0 } else { 1 };
@@ -158,10 +158,11 @@ fn fit(context: &Context) -> Result<()> {
 
 fn without_root(context: &Context) -> Result<()> {
     let redirect = context.session()?.binaries().redirect.clone();
-    // Nobody may look into the folders of this user.
+    // A directory that this user can't read.
     let directory = tempfile::tempdir()?;
     let copy = directory.path().join("redirect");
-    // A file that a process writes can't be run, also while a child that was forked meanwhile has it: not this process, then.
+    // A file that is open for writing can't be executed, and a child that another test forks would hold it open; so another
+    // process writes it.
     ensure!(Command::new("cp").args([&redirect, &copy]).status()?.success());
     std::fs::set_permissions(directory.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     let command = |arguments: &[&str]| {
@@ -193,7 +194,7 @@ fn nothing(_: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// A probe that fails says by which error. The kernel lacks something only where it answers so.
+/// A failing probe reports its error. It only proves that the kernel lacks a feature if the error says so.
 fn probes_that_fail(context: &Context) -> Result<()> {
     const ANY: i32 = 1;
     let point = "bpf MAP_CREATE".to_owned();
@@ -225,7 +226,7 @@ fn without_btf(context: &Context) -> Result<()> {
     )
 }
 
-/// Takes the hierarchies of a version away.
+/// Unmounts the hierarchies of a version.
 const NO_VERSION_2: &str = "awk '{for (i = 7; i <= NF; i++) if ($i == \"-\" && $(i + 1) == \"cgroup2\") print $5}' \
                             /proc/self/mountinfo | while read -r place; do umount -l \"$place\"; done";
 
@@ -247,7 +248,7 @@ fn version_1_alone(context: &Context) -> Result<()> {
     in_surroundings(context, &prepare, nothing)?.refused(CGROUP, "cgroup2", &["only version 1"])
 }
 
-/// Programs are attached to a directory that is open for reading.
+/// To attach programs, it suffices to open the directory for reading.
 fn read_only_cgroup2(context: &Context) -> Result<()> {
     let root = redirect_tests::cgroup::mount_point()?;
     let (_, checks) = doctor(context, &format!("mount -o remount,bind,ro {}", root.display()))?;
@@ -255,13 +256,13 @@ fn read_only_cgroup2(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// In a container without the host's, pins would end with the container.
+/// In a container without the host's bpffs, pins would end with the container.
 fn without_bpffs(context: &Context) -> Result<()> {
     let hide = "mount -t tmpfs none /sys/fs/bpf";
     in_surroundings(context, hide, nothing)?.refused(BPFFS, "bpffs", &["/sys/fs/bpf", "--pin-dir"])
 }
 
-/// `redirect doctor` with arguments: what it says of one check, and its exit code.
+/// `redirect doctor` with arguments: its result for one check, and its exit code.
 fn asked(context: &Context, arguments: &[&str], name: &str) -> Result<(Vec<Value>, Option<i32>)> {
     let redirect = context.session()?.binaries().redirect.clone();
     check(&Command::new(redirect).args(["doctor", "-o", "json"]).args(arguments).output()?, name)
@@ -275,7 +276,7 @@ fn check(output: &Output, name: &str) -> Result<(Vec<Value>, Option<i32>)> {
     Ok((found, output.status.code()))
 }
 
-/// Nothing there, a chain without the plugin, one whose plugin is missing, and one that is complete.
+/// No chain, a chain without the plugin, one whose plugin is missing, and a complete one.
 fn chain(context: &Context) -> Result<()> {
     let session = context.session()?;
     let directory = tempfile::tempdir_in(session.directory())?;
@@ -312,7 +313,7 @@ fn chain(context: &Context) -> Result<()> {
     says("ok", "10-net.conflist")
 }
 
-/// As a container's mounts can hide them.
+/// A container's mounts can hide them.
 fn sysctls(context: &Context) -> Result<()> {
     let directory = tempfile::tempdir_in(context.session()?.directory())?;
     let zero = directory.path().join("zero");
@@ -334,7 +335,7 @@ fn sysctls(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// As Istio's agent puts them into a pod. The other pod has none.
+/// Chains like those of Istio's agent in a pod. The other pod has none.
 fn netfilter(context: &Context, program: &str) -> Result<()> {
     let node = context.node()?;
     let (clean, pod) = (node.enrolled("clean", Families::Dual)?, node.enrolled("pod", Families::Dual)?);
@@ -359,7 +360,7 @@ fn netfilter(context: &Context, program: &str) -> Result<()> {
     Ok(())
 }
 
-/// Load balancers on sockets that are attached before ours, for each family.
+/// Socket-level load balancers that are attached before ours, for each family.
 fn others(context: &Context) -> Result<()> {
     let session = context.session()?;
     // No other test's programs are there.
@@ -389,14 +390,14 @@ fn others(context: &Context) -> Result<()> {
         ensure!(detail.starts_with(ours) && detail.contains("foreign runs before ours"), "{found:#?}");
     }
     drop(first);
-    // The kernel takes them away a little later.
+    // The kernel removes them a little later.
     wait::until("no such programs", wait::SOON, || Ok(says("none at our hooks").ok()))?;
     let attach = |nowhere| Program::rewriting(cgroup.path(), Kind::Connections, nowhere, nowhere);
     let _last = nowhere.map(attach).into_iter().collect::<Result<Vec<_>>>()?;
     says("none before ours at our hooks; there are foreign")
 }
 
-/// tcx programs that come after the agent has looked: the kernel asks them first, or them alone.
+/// tcx programs that appear after the agent's observation: the kernel runs them first, or exclusively.
 fn devices(context: &Context) -> Result<()> {
     needs_tcx()?;
     let node = Node::with_arguments(&context.session()?, &["--check-interval", "3600"])?;
@@ -414,11 +415,11 @@ fn devices(context: &Context) -> Result<()> {
     let index = netns.json(&format!("ip -j link show dev {device}"))?[0]["ifindex"].as_u64();
     let index = u32::try_from(index.context("no index")?)?;
     let attach = |hook| {
-        /// `TCX_NEXT`: whoever comes next is asked.
+        /// `TCX_NEXT`: the next program runs.
         const NEXT: i32 = -1;
         netns.run(|| Program::with_verdict(index, hook, NEXT))?
     };
-    // What the kernel tells of other devices would have it look at once.
+    // Stopped, because notifications about other devices would make it observe at once.
     let agent = Pid::from_raw(node.with_agent(|agent| Ok(agent.process().pid()))?.try_into()?);
     kill(agent, Signal::SIGSTOP)?;
     let programs: Result<Vec<_>> = [Hook::TcxIngress, Hook::TcxEgress].map(attach).into_iter().collect();
@@ -431,7 +432,7 @@ fn devices(context: &Context) -> Result<()> {
         ensure!(found["state"] == "warn" && found["remedy"].is_string(), "{found:#?}");
         ensure!(found["detail"].as_str().is_some_and(|detail| detail.starts_with(&place)), "{found:#?}");
     }
-    // The agent looks at the pod anew, and puts its own before the others.
+    // The agent observes the pod again, and attaches its programs before the others.
     pod.enroll()?;
     let (found, _) = ask()?;
     ensure!(found.len() == 1 && found[0]["state"] == "ok", "{found:#?}");
@@ -442,7 +443,7 @@ fn devices(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// What can't be read is not taken for what is not there.
+/// Unreadable state is not taken for missing.
 fn unread(context: &Context) -> Result<()> {
     let directory = tempfile::tempdir_in(context.session()?.directory())?;
     std::fs::write(directory.path().join("pods"), "")?;
@@ -455,14 +456,14 @@ fn unread(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// Every feature that is missing is named, and what brings it.
+/// The report names every missing feature, and what provides it.
 fn old_kernel(context: &Context) -> Result<()> {
     let said = in_surroundings(context, "", nothing)?;
     let words = ["bpf_set_retval", "SO_NETNS_COOKIE", "Linux 5.18", "Linux 5.14", "sock_ops", "cgroup/bind4"];
     said.refused(KERNEL, "SO_NETNS_COOKIE", &words)?;
     let failed = said.checks()?.into_iter().filter(|check| check["state"] == "fail").count();
     let named = String::from_utf8_lossy(&said.agent.stderr).matches("remedy:").count();
-    // The doctor also gives the programs to the verifier.
+    // The doctor also loads the programs.
     if !(named..=named + 1).contains(&failed) {
         bail!("the doctor fails {failed} checks, the agent names {named}");
     }

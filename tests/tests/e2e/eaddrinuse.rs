@@ -1,7 +1,7 @@
-//! Applications that bind their port again while proxied connections on it are alive.
+//! Applications that bind their port again while proxied connections on it are open.
 //!
 //! The proxy's ends of connections have the pod's address and the application's port, or those of a server elsewhere;
-//! neither may stand in an application's way.
+//! neither may prevent an application's bind.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
@@ -57,7 +57,7 @@ impl Address {
     }
 }
 
-/// What of the old application goes before the new one starts.
+/// What ends of the old application before the new one starts.
 #[derive(Clone, Copy)]
 enum End {
     /// Its listener: an old process serves its connections to their end.
@@ -66,7 +66,7 @@ enum End {
     Everything,
 }
 
-/// Binds and listens as an application that sets no option but, perhaps, one.
+/// Binds and listens like an application that sets at most one option.
 fn listen(netns: &Netns, stack: Stack, address: SocketAddr, reuse: bool) -> Result<io::Result<TcpListener>> {
     netns.run(|| {
         let socket = Socket::new(stack.domain(), Type::STREAM, None)?;
@@ -107,7 +107,7 @@ fn restarts(
     match end {
         End::Listener => {}
         End::Everything => {
-            // The client hears of the end, so that the proxy is done with the application's side.
+            // The client sees the end, so the proxy has finished the application's side.
             for (near, far) in std::mem::take(&mut alive) {
                 drop(far);
                 let mut near = near;
@@ -145,7 +145,7 @@ fn server_elsewhere(context: &Context, families: Families, stack: Stack) -> Resu
     connection.exchange("still here")
 }
 
-/// What is lent to the proxy's connections is not lent to a second application.
+/// The exemption for the proxy's connections does not extend to a second application.
 fn listened(context: &Context, families: Families, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let (pod, client) = (node.enrolled("pod", families)?, node.plain("client", Families::Dual)?);

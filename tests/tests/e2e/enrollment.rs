@@ -1,4 +1,4 @@
-//! Pods that join and leave the mesh while they live, and addresses that change hands.
+//! Pods that join and leave the mesh while they run, and addresses that change owners.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -112,7 +112,7 @@ fn late_del_spares_the_new_owner(context: &Context) -> Result<()> {
     let old = Pod::start(&node, node.numbered("old", Families::Dual).with_addresses(&addresses))?;
     let remains = old.end_without_del()?;
     let new = Pod::start(&node, node.numbered("new", Families::Dual).with_addresses(&addresses))?;
-    // What keeps the old owner captured until somebody takes it down must not take the addresses back.
+    // Repairs of the old owner, which is captured until it is torn down, must not take the addresses back.
     for round in 0..3 {
         works(&new, &server).with_context(|| format!("before the old owner's DEL, round {round}"))?;
     }
@@ -145,7 +145,7 @@ fn pod_leaves_and_returns(context: &Context) -> Result<()> {
 
 /// Captured both ways by every stack.
 fn works(pod: &Pod, other: &Pod) -> Result<()> {
-    // Its addresses had another device a moment ago.
+    // Its addresses belonged to another device a moment ago.
     for netns in [pod.node().netns(), other.netns()] {
         netns.ip("neighbour flush all")?;
     }
@@ -158,7 +158,7 @@ fn works(pod: &Pod, other: &Pod) -> Result<()> {
 
 fn check_tells_the_truth(context: &Context) -> Result<()> {
     context.needs_placement_pod("there are no sysctls of ours in the pod")?;
-    // An agent that would put it right before it is asked proves nothing.
+    // Without periodic checks, which could repair it first.
     let node = Node::with_arguments(&context.session()?, &["--check-interval", "3600"])?;
     for (family, sysctl) in
         [(Family::Ipv4, "net.ipv4.fwmark_reflect"), (Family::Ipv6, "net.ipv6.fwmark_reflect")]

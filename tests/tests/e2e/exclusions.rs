@@ -1,4 +1,4 @@
-//! Networks and ports that the agent is told not to capture.
+//! Networks and ports that the agent is configured not to capture.
 
 use std::net::IpAddr;
 use std::process::{Command, ExitStatus};
@@ -48,7 +48,7 @@ pub(crate) fn chosen(node: &Arc<Node>, name: &str, number: u16) -> Result<Pod> {
     Pod::start(node, spec.not_enrolled())
 }
 
-/// A connection that reaches its server without a proxy on the way, and is counted as excluded where `pod` is.
+/// A connection that reaches its server without the proxy, and counts as excluded in `pod`.
 pub(crate) fn passes_by(
     client: &Netns,
     server: &Server,
@@ -81,7 +81,7 @@ fn outbound_network(context: &Context, families: Families, stack: Stack) -> Resu
     let listening = excluded.listen(stack)?;
     let to = (excluded.address(family)?, listening.port());
     passes_by(client.netns(), &listening, to, stack, &client, Direction::Outbound)?;
-    // The neighbour's address, and the other direction, are not meant.
+    // The neighbor's address, and the other direction, are not excluded.
     outbound::passes_the_proxy_once(&client, &other, stack)?;
     inbound::passes_the_proxy_once(excluded.netns(), &client, stack)
 }
@@ -136,7 +136,7 @@ fn is_captured_inbound(client: &Pod, server: &Pod, stack: Stack) -> Result<()> {
     server.proxied_times(redirect_tests::Direction::Inbound, to, 1).map(drop)
 }
 
-/// Short prefixes hold beside longer ones inside them, and end where they end. Bits behind the prefix do not matter.
+/// Short prefixes work next to longer ones inside them, and end at their boundaries. Host bits do not matter.
 fn nested_networks(context: &Context, stack: Stack) -> Result<()> {
     let node = empty_node(context)?;
     let family = stack.family();
@@ -181,15 +181,15 @@ fn everything_of_a_family(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// What an agent says that does not start.
+/// The error of an agent that refuses to start.
 fn refusal(context: &Context, arguments: &[&str]) -> Result<String> {
     refused(context, arguments).map(|(_, text)| text)
 }
 
-/// The same, with how it ended. One that starts all the same is ended, and leaves nothing.
+/// The same with its exit status. An agent that starts all the same is ended, and leaves nothing.
 pub(crate) fn refused(context: &Context, arguments: &[&str]) -> Result<(ExitStatus, String)> {
     let session = context.session()?;
-    // A bpffs has no names with dots.
+    // Names on a bpffs can't contain dots.
     let directory = tempfile::Builder::new().prefix("refused-").tempdir_in(session.directory())?;
     let mut command = Command::new(&session.binaries().redirect);
     command.arg("agent").arg("--cgroup").arg(session.cgroup().path()).args(arguments);
@@ -253,7 +253,7 @@ fn full_map(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// The limit holds for ports and for networks of each family apart.
+/// Ports and networks of each family have separate limits.
 fn just_full(context: &Context) -> Result<()> {
     let arguments = [
         "--max-exclusions",

@@ -1,9 +1,10 @@
-//! Whatever the agent asks of the kernel, of proxies and of the API server fails, and whatever the plugin asks of the kernel and of the
-//! agent, one call after the other, while pods are added and deleted, while agents start and replace each other, and while
-//! everything is removed. The error names the cause, nothing is left, nothing gets past the proxy, and the next try
-//! succeeds. Some calls hang as well: pods that are enrolled don't notice.
+//! Injects faults one after the other into everything that the agent requests from the kernel, from proxies and from the API
+//! server, and that the plugin requests from the kernel and the agent: while pods are added and deleted, agents start and replace
+//! each other, and everything is removed. The error names the cause, nothing is left, nothing bypasses the proxy, and the next
+//! attempt succeeds. Some calls hang as well: enrolled pods must not notice.
 //!
-//! By default a sample of ADD and DEL is walked, by a seed that is printed; with `cargo xtask test --load` every point of all operations.
+//! By default the test takes a sample of ADD and DEL with a seed that it prints; with `cargo xtask test --load` it takes every
+//! point of all operations.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -28,19 +29,19 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     vec![trial(context, "fault_walk::points_and_operations", walk)]
 }
 
-/// What strerror(3) says of [`redirect_tests::faults::ERROR`].
+/// The text of [`redirect_tests::faults::ERROR`] from strerror(3).
 const CAUSE: &str = "Remote I/O error";
 
-/// With these aya and the agent find out what the kernel can do: any error is taken for an answer, and what follows from that is named.
+/// aya and the agent probe the kernel with these: any error counts as an answer, and the consequences are reported.
 const TRIED: [&str; 4] = ["bpf MAP_CREATE", "bpf OBJ_GET", "bpf BTF_LOAD", "bpf PROG_LOAD"];
 
-/// How long a sample of an operation's points is walked.
+/// How long to test a sample of an operation's points.
 const SAMPLE: Duration = Duration::from_secs(5);
 
-/// How often a point is tried with every operation, when all are.
+/// How many occurrences of a point are tested per operation, if all points are.
 const OCCURRENCES: usize = 5;
 
-/// What the API server says, or does not say, instead of an answer.
+/// The faulty answers of the API server.
 const ANSWERS: [Answer; 6] = [
     Answer::Status(500),
     Answer::Status(403),
@@ -50,19 +51,19 @@ const ANSWERS: [Answer; 6] = [
     Answer::Stall,
 ];
 
-/// How the points begin that are requests to the API server, before the request's kind.
+/// The prefix of points that are requests to the API server.
 const API: &str = "API ";
 
-/// What happens at a point.
+/// The fault at a point.
 #[derive(Clone, Debug)]
 enum Case {
-    /// The call of this number.
+    /// At the call with this number.
     Call(usize, Fault),
-    /// The first request.
+    /// At the first request.
     Request(Answer),
 }
 
-/// During which the points are walked.
+/// The operation during which points are tested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Operation {
     Add,
@@ -86,16 +87,16 @@ impl Operation {
     }
 }
 
-/// What becomes of an operation.
+/// The result of an operation with a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Outcome {
-    /// It succeeded all the same.
+    /// It succeeded.
     Borne,
     /// It failed and named the cause.
     Named,
     /// The call hung, and the operation succeeded once it went on.
     Waited,
-    /// The call was not made this time.
+    /// The call did not occur this time.
     Missed,
 }
 
@@ -155,7 +156,7 @@ fn walk(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// Those of `REDIRECT_FAULTS`, by their labels with commas between; else those that take no second, or all.
+/// The operations in `REDIRECT_FAULTS`, by comma-separated labels; by default the fast ones, or all.
 fn operations() -> impl Iterator<Item = Operation> {
     let chosen = env::var("REDIRECT_FAULTS").ok();
     Operation::ALL.into_iter().filter(move |operation| match &chosen {
@@ -164,14 +165,14 @@ fn operations() -> impl Iterator<Item = Operation> {
     })
 }
 
-/// Whether a point begins as one of `REDIRECT_FAULT_POINTS`, if any are named.
+/// Whether a point has one of the prefixes in `REDIRECT_FAULT_POINTS`, if any are set.
 fn is_chosen(point: &Point) -> bool {
     let chosen = env::var("REDIRECT_FAULT_POINTS").ok();
     chosen.is_none_or(|chosen| chosen.split(',').any(|start| point.starts_with(start)))
 }
 
-/// What is tried, in random order: every point fails at its first call, its last, and some between; and hangs once. A request to the
-/// API server fails in every way.
+/// The test cases in random order: every point fails at its first call, its last, and some in between; and hangs once. A request
+/// to the API server fails in every way.
 fn cases(points: &BTreeMap<Point, usize>, random: &mut Rng) -> Vec<(Point, Case)> {
     let mut cases = Vec::new();
     for (point, &count) in points {
@@ -191,18 +192,18 @@ fn cases(points: &BTreeMap<Point, usize>, random: &mut Rng) -> Vec<(Point, Case)
     cases
 }
 
-/// A node with two pods: one comes and goes, the other stays enrolled and must not notice.
+/// A node with two pods: one is added and deleted, the other stays enrolled and must not notice.
 struct World {
     cluster: Cluster,
     node: Arc<Node>,
     pod: Pod,
     stays: Pod,
-    /// It is never enrolled, and serves.
+    /// Never enrolled; it has the server.
     other: Pod,
-    /// How often the API server was stirred.
+    /// How often [`Self::stir`] has run.
     stirred: AtomicU32,
     servers: Vec<(Stack, Server)>,
-    /// What is in the pods without us.
+    /// The footprint of the pods without enrollment.
     clean: Footprint,
     clean_stays: Footprint,
 }
@@ -262,14 +263,15 @@ impl World {
         });
         let mut made: BTreeMap<Point, usize> = made.collect();
         if operation == Operation::Add {
-            // It asks for a single pod if the list takes too long.
+            // It requests a single pod if the list takes too long.
             made.insert(GET_POD.into(), 1);
         }
         self.verify(operation, None, false)?;
         Ok(made)
     }
 
-    /// Has the agent list and watch anew, and gives it something to write about the pods. `arm` is called before it can ask.
+    /// Makes the agent list and watch again, and update the pods' annotations. Calls `arm` before the agent can send a
+    /// request.
     fn stir(&self, operation: Operation, arm: impl FnOnce()) {
         let stirred = self.stirred.fetch_add(1, Ordering::Relaxed) + 1;
         let identity = self.pod.identity();
@@ -279,13 +281,13 @@ impl World {
         arm();
         self.api().compact();
         self.api().cut_watches();
-        // Without its annotation, which the agent writes again.
+        // Without its annotation, which the agent restores.
         self.cluster.announce(&self.stays, &[]);
         self.cluster.announce(&self.other, &[(PORTS, &bad_port(stirred))]);
         self.cluster.announce(&self.pod, &[]);
     }
 
-    /// Waits until the agent has written what it has to write after [`Self::stir`].
+    /// Waits until the agent has made the updates after [`Self::stir`].
     fn is_told(&self, operation: Operation) -> Result<()> {
         let bad = bad_port(self.stirred.load(Ordering::Relaxed));
         let pods = [&self.stays, &self.pod];
@@ -316,7 +318,7 @@ impl World {
         let happened = wait::until_true("request", 2 * wait::SOON, || Ok(self.api().faults_left() == 0));
         self.api().clear_faults();
         self.is_captured(&self.stays).context("while the API server fails")?;
-        // What hangs goes on.
+        // Continues a request that hangs.
         self.api().cut_watches();
         let outcome = match (&done, happened) {
             (_, Err(_)) => Outcome::Missed,
@@ -350,7 +352,7 @@ impl World {
             let mut hung = Ok(false);
             while !acting.is_finished() {
                 if faults.is_hanging() {
-                    // What is being removed captures some connections, and holds others.
+                    // During removal, some connections are captured and others held.
                     hung = match operation {
                         Operation::Uninstall => Ok(true),
                         _ => self.is_captured(&self.stays).context("while the call hangs").map(|()| true),
@@ -378,7 +380,7 @@ impl World {
         };
         let mut error = done.err();
         if operation == Operation::Add && error.is_some() && point.starts_with("plugin") {
-            // The agent may have done what it was asked to, and not have been heard. The runtime deletes what it could not add.
+            // The agent may have completed the request without its answer arriving. The runtime deletes what it could not add.
             self.names_pod(error.take().as_ref())?;
             self.pod.unenroll().context("DEL after ADD failed")?;
             self.is_clean().context("after ADD failed")?;
@@ -388,7 +390,7 @@ impl World {
         Ok(outcome)
     }
 
-    /// Brings about what the operation starts from.
+    /// Establishes the operation's initial state.
     fn prepare(&self, operation: Operation) -> Result<()> {
         match operation {
             Operation::Add => Ok(()),
@@ -404,7 +406,7 @@ impl World {
             Operation::Add => self.pod.enroll_alone(),
             Operation::Del => self.pod.unenroll(),
             Operation::Restart => self.start_agent(&[]),
-            // Other capacities are another layout of the maps.
+            // Other capacities mean another layout of the maps.
             Operation::Upgrade => self.start_agent(&["--max-pods", "77"]),
             Operation::Uninstall => {
                 let output = self.node.uninstall(&[])?;
@@ -422,7 +424,7 @@ impl World {
         self.node.wait_for_proxy()
     }
 
-    /// Nothing is left, nothing gets past the proxy, and the next try succeeds. What is about checkpoints shows when the agent is
+    /// Nothing is left, nothing bypasses the proxy, and the next attempt succeeds. Faults of checkpoints show when the agent is
     /// replaced.
     fn verify(&self, operation: Operation, error: Option<anyhow::Error>, recorded: bool) -> Result<()> {
         self.no_panic()?;
@@ -493,7 +495,7 @@ impl World {
         }
     }
 
-    /// Whether nothing of the pod that comes and goes is anywhere.
+    /// Checks that nothing of the added and deleted pod is left anywhere.
     fn is_clean(&self) -> Result<()> {
         let footprint = Footprint::of(self.pod.netns())?;
         let left = footprint.difference(&self.clean);
@@ -526,17 +528,17 @@ impl World {
     }
 }
 
-/// The agent asks for a pod that is being added when the API server does not list it.
+/// The agent requests a pod that is being added if the API server's list lacks it.
 const GET_POD: &str = "API get pods";
 
-/// An annotation, and a value of it that the agent refuses, with an event.
+/// An annotation whose value the agent refuses, with an event.
 const PORTS: &str = "ambient-redirect.io/exclude-outbound-ports";
 
 fn bad_port(number: u32) -> String {
     format!("http{number}-")
 }
 
-/// The maps in which pods are.
+/// The maps with entries of pods.
 const PODS: [&str; 3] = ["PODS", "POD_IPV4", "POD_IPV6"];
 
 fn arguments<'a>(more: &[&'a str]) -> Vec<&'a str> {

@@ -1,4 +1,5 @@
-//! Whoever comes to the agent as a node proxy and is none, or a sick one: it is told in the log, and the pods go on.
+//! Processes that connect to the agent as a node proxy, but are none or are faulty: the agent logs it, and the pods
+//! continue.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -38,7 +39,7 @@ impl Client {
         send(self.0.as_raw_fd(), packet, MsgFlags::MSG_NOSIGNAL).map(drop).context("send")
     }
 
-    /// Waits for a packet of the agent's.
+    /// Waits for a packet from the agent.
     fn hear(&self) -> Result<usize> {
         let mut buffer = [0; 1024];
         wait::until("packet from the agent", wait::SOON, || {
@@ -58,10 +59,10 @@ fn agent_says(node: &Node, what: &str) -> Result<()> {
     })
 }
 
-/// These tests are the proxies themselves. Were the cgroup what tells a proxy's sockets, their clients would be its as well.
+/// These tests are the proxies themselves: by cgroup, their clients would count as the proxy as well.
 const IDENTITY: [&str; 2] = ["--proxy-identity", "mark"];
 
-/// It greets and then sleeps: an enrollment fails in time and is undone; a proxy that works replaces it.
+/// It sends a hello and then nothing: an enrollment fails in time and is undone; a working proxy replaces it.
 fn never_answers(context: &Context) -> Result<()> {
     let agent_arguments = IDENTITY.map(str::to_owned).to_vec();
     let options = NodeOptions { agent_arguments, proxy: false, ..NodeOptions::default() };
@@ -87,7 +88,7 @@ fn never_answers(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// Everything that can be wrong with a packet, while pods come and go.
+/// Every kind of bad packet, while pods come and go.
 fn nonsense(context: &Context) -> Result<()> {
     let node = Node::with_arguments(&context.session()?, &IDENTITY)?;
     let other = node.plain("other", Families::Dual)?;
@@ -96,11 +97,11 @@ fn nonsense(context: &Context) -> Result<()> {
     let silent = Client::connect(&node)?;
     Client::connect(&node)?.say(&[0xff; 700])?;
     Client::connect(&node)?.say(&[])?;
-    // Another version of the protocol, and one that no buffer is for.
+    // Another version of the protocol, and a packet that exceeds every buffer.
     Client::connect(&node)?.say(&[0x08, 0x07])?;
     let talker = Client::connect(&node)?;
     talker.say(&[0x2a; 60_000])?;
-    // A proxy by its greeting, whose answer is none.
+    // A proxy by its hello, but with an invalid answer.
     let babbler = Client::connect(&node)?;
     babbler.say(&HELLO)?;
     ensure!(babbler.hear()? > 0, "no snapshot");

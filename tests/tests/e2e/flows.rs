@@ -1,4 +1,4 @@
-//! `redirect monitor` tells of the very connections that sockets see.
+//! `redirect monitor` reports exactly the connections that sockets see.
 
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd as _;
@@ -54,7 +54,7 @@ fn cookie(connection: &Connection) -> Result<u64> {
     Ok(cookie)
 }
 
-/// What only the hooks in pods see.
+/// Values that only the hooks in pods know.
 fn known<T>(context: &Context, value: T) -> Option<T> {
     (context.placement() == Placement::Pod).then_some(value)
 }
@@ -83,7 +83,7 @@ fn captured(context: &Context, stack: Stack) -> Result<()> {
     ensure!(flow.family == stack.family().name() && flow.destination == Some(to), "{flow:#?}");
     ensure!(flow.source.map(|source| source.ip()) == Some(client.address(stack.family())?), "{flow:#?}");
     ensure!(flow.socket_cookie.is_none(), "there is no socket at the SYN: {flow:#?}");
-    // On the host the proxy's own connections are not looked at.
+    // On the host, the proxy's own connections are not reported.
     if context.placement() == Placement::Pod {
         let flow = at_server.hears("delivery", |flow| is(flow, "delivery", "passed", "proxy"))?;
         ensure!(flow.destination == Some(to), "{flow:#?}");
@@ -164,7 +164,7 @@ fn bind(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// Of the same connections, each listener hears those that it asked for.
+/// From the same connections, each monitor gets those that match its filter.
 fn filters(context: &Context) -> Result<()> {
     let node = node_with_a_closed_port(context, &[])?;
     let (one, two) = (node.enrolled("one", Families::Dual)?, node.enrolled("two", Families::Dual)?);
@@ -182,14 +182,14 @@ fn filters(context: &Context) -> Result<()> {
         outbound::passes_the_proxy_once(&two, &server, stack)?;
         outbound::passes_the_proxy_once(&one, &server, stack)?;
     }
-    // The last thing that happens: whatever came before has been told when this has.
+    // The last event: once it has arrived, all earlier ones have.
     let last = closed(&node, Family::Ipv6);
     ensure!(one.netns().run(|| dial(Stack::V6, last, SOON))?.is_err());
     let ends = |flow: &FlowReport| mine(flow) && flow.destination == Some(last);
     for monitor in [&all, &by_pod, &by_family] {
         monitor.hears("last connection", ends)?;
     }
-    // In the pods the proxy's own connections are told of as well.
+    // In the pods, the proxy's own connections are reported as well.
     let each = if context.placement() == Placement::Pod { 2 } else { 1 };
     let two_s = all.heard().iter().filter(|flow| flow.pod.as_ref() == Some(two.identity())).count();
     ensure!(two_s >= 2 * each, "{:#?}", all.heard());
@@ -208,7 +208,7 @@ fn filters(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// Where a map of the agent is pinned.
+/// The pin of one of the agent's maps.
 pub(crate) fn pinned(node: &Node, map: &str) -> Result<PathBuf> {
     let maps = std::fs::read_dir(node.pin_dir())?.filter_map(|entry| Some(entry.ok()?.path()));
     let directory =
@@ -218,7 +218,7 @@ pub(crate) fn pinned(node: &Node, map: &str) -> Result<PathBuf> {
         .with_context(|| format!("no {map}"))
 }
 
-/// Whether the kernel side tells of connections, as bpftool sees it.
+/// Whether the kernel side reports connections, according to bpftool.
 fn is_on(node: &Node) -> Result<bool> {
     let config = pinned(node, "CONFIG")?;
     let output = Command::new("bpftool").args(["-j", "map", "dump", "pinned"]).arg(config).output()?;
@@ -243,7 +243,7 @@ fn switch(context: &Context) -> Result<()> {
     one.kill()?;
     listeners(&node, 1)?;
     ensure!(is_on(&node)?);
-    // The other one has enough after one connection.
+    // The other one stops after one connection.
     let pod = node.enrolled("pod", Families::Dual)?;
     let closed = closed(&node, Family::Ipv4);
     ensure!(pod.netns().run(|| dial(Stack::V4, closed, SOON))?.is_err());
@@ -265,7 +265,7 @@ fn restart(context: &Context) -> Result<()> {
         }
         ensure!(!monitor.wait()?.success(), "a listener without an agent should fail");
         ensure!(is_on(&node)? == killed, "an agent that ends in order turns them off");
-        // Told to nobody, and to no later listener.
+        // Not reported to any monitor, nor to a later one.
         let closed = closed(&node, Family::Ipv4);
         ensure!(pod.netns().run(|| dial(Stack::V4, closed, SOON))?.is_err());
         node.start_agent(&arguments)?;
@@ -288,8 +288,8 @@ fn restart(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// A node that has an excluded port on which nobody listens: connections to it are refused at once, and each is worth an
-/// event, wherever the hooks are.
+/// A node with an excluded port without a listener: connections to it are refused at once, and each causes one event,
+/// wherever the hooks are.
 fn node_with_a_closed_port(context: &Context, arguments: &[&str]) -> Result<Arc<Node>> {
     let all: Vec<_> = arguments.iter().copied().chain(["--exclude-outbound-ports", "9"]).collect();
     Node::with_arguments(&context.session()?, &all)
@@ -316,7 +316,7 @@ fn limit(context: &Context) -> Result<()> {
     let pod = node.enrolled("pod", Families::Dual)?;
     let monitor = Monitor::start(&node, &[])?;
     burst(&pod, MANY)?;
-    // Each is told or counted as lost.
+    // Each is reported or counted as lost.
     wait::until_true("every connection", SOON, || {
         let flows = node.status()?.flows;
         Ok(monitor.heard().len() + usize::try_from(flows.rate_limit)? == MANY && flows.rate_limit > 0)
@@ -326,7 +326,7 @@ fn limit(context: &Context) -> Result<()> {
     })
 }
 
-/// While the agent stands still, events are kept as long as there is room.
+/// While the agent is stopped, events are kept as long as there is room.
 fn full(context: &Context) -> Result<()> {
     const MANY: usize = 6000;
     let node = node_with_a_closed_port(context, &["--flow-rate", "1000000"])?;
@@ -353,7 +353,7 @@ fn sample(context: &Context) -> Result<()> {
     let pod = node.enrolled("pod", Families::Dual)?;
     let monitor = Monitor::start(&node, &[])?;
     burst(&pod, MANY)?;
-    // Each CPU chooses by itself, and may have some left over.
+    // Each CPU samples independently, and may have some left over.
     let cpus = std::thread::available_parallelism()?.get();
     let least = (MANY / 10).saturating_sub(cpus).max(1);
     wait::until_true("some connections", SOON, || Ok(monitor.heard().len() >= least))?;

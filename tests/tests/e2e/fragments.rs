@@ -1,4 +1,4 @@
-//! A TCP header that is spread over IP fragments hides whether it opens a connection.
+//! A TCP header that is split over IP fragments may hide whether it opens a connection.
 
 use std::sync::Arc;
 use std::thread;
@@ -19,10 +19,10 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials
 }
 
-/// Behind the ports and the sequence number, behind the flags, and behind all but some options.
+/// Behind the ports and the sequence number, behind the flags, and behind everything but some options.
 const CUTS: [usize; 3] = [8, 16, 24];
 
-/// Time for a segment to come where it should not come.
+/// How long to wait for a segment that must not arrive.
 const A_MOMENT: Duration = Duration::from_millis(300);
 
 fn syn_is_held(context: &Context, stack: Stack) -> Result<()> {
@@ -32,7 +32,7 @@ fn syn_is_held(context: &Context, stack: Stack) -> Result<()> {
     let pod = node.enrolled("pod", Families::Dual)?;
     let listening = pod.listen(stack)?;
     let to = pod.endpoint(stack.family(), listening.port())?;
-    // Neighbours know each other, so that nothing else can lose the fragments.
+    // Resolves the neighbors first, so that no fragment is lost for another reason.
     inbound::passes_the_proxy_once(&outside, &pod, stack)?;
 
     let before = segments_at_rest(pod.netns())?;
@@ -51,7 +51,7 @@ fn syn_is_held(context: &Context, stack: Stack) -> Result<()> {
     inbound::passes_the_proxy_once(&outside, &pod, stack)
 }
 
-/// The segments that a namespace has received, when no connection that is being closed adds to them any more.
+/// The segments that a namespace has received, once no closing connection adds to them.
 fn segments_at_rest(netns: &Netns) -> Result<u64> {
     let mut before = segments_received(netns)?;
     loop {
@@ -64,14 +64,14 @@ fn segments_at_rest(netns: &Netns) -> Result<u64> {
     }
 }
 
-/// The fragments are such that the kernel puts them together, or the other test proves nothing.
+/// Control: the kernel reassembles these fragments.
 fn syn_reaches_a_plain_pod(context: &Context, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
     let listening = pod.listen(stack)?;
     let to = pod.endpoint(stack.family(), listening.port())?;
     drop(other.connect(stack, to)?);
-    // A first fragment of IPv6 without the whole TCP header is refused by the kernel itself.
+    // The kernel itself refuses a first IPv6 fragment without the whole TCP header.
     let whole = |cut: &usize| stack.family() == Family::Ipv4 || *cut >= 20;
     for (identification, cut) in (1..).zip(CUTS.into_iter().filter(whole)) {
         let opened = pod.netns().statistic("snmp", "Tcp", "InSegs")?;

@@ -1,6 +1,7 @@
-//! The ways into an enrolled pod, and out of it, for frames that no kernel would send, between neighbours on one link.
+//! The ways into and out of an enrolled pod for frames that no kernel would send, between neighbors on one link.
 //!
-//! The application's listener answers with a TTL of its own, so that a single SYN that reaches it shows, without a handshake.
+//! The application's listener answers with a distinctive TTL, so that a single SYN that reaches it shows, without a
+//! handshake.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -36,22 +37,22 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials
 }
 
-/// What concerns the pod's own listeners.
+/// Tests of the pod's own listeners.
 pub(crate) fn trials_in_pods(context: &Arc<Context>) -> Vec<Trial> {
     for_every_stack(context, "gate::tunnel_port_of_the_application", tunnel_port)
 }
 
-/// The application's, for IPv4 and IPv6. Nothing else on these links has it.
+/// The application's TTL, for IPv4 and IPv6. Nothing else on these links uses it.
 const TTL: u8 = 200;
 
-/// A pod whose application answers with [`TTL`], and who sends to it.
+/// A pod whose application answers with [`TTL`], and a sender.
 pub(crate) struct Link {
     pub(crate) sender: Pod,
     pub(crate) target: Pod,
     stack: Stack,
     listener: TcpListener,
     wire: Wire,
-    /// Both link addresses and nothing else.
+    /// Both link addresses only.
     ethernet: Vec<u8>,
 }
 
@@ -73,7 +74,7 @@ impl Link {
         Ok(Self { sender, target, stack, listener, wire, ethernet })
     }
 
-    /// From here on what is sent passes no TC program of the sender's.
+    /// From here on, sent frames skip the sender's TC programs.
     fn past_qdisc(self) -> Result<Self> {
         Ok(Self { wire: self.wire.past_qdisc()?, ..self })
     }
@@ -101,7 +102,7 @@ impl Link {
         self.wire.send(frames)
     }
 
-    /// How many answers of the application came back so far, and of others.
+    /// The number of answers so far: the application's, and others.
     pub(crate) fn answers(&self) -> Result<Answers> {
         let mut buffer = [MaybeUninit::uninit(); 128];
         let mut answers = Answers::default();
@@ -134,22 +135,22 @@ impl Link {
     }
 }
 
-/// Who answered SYNs.
+/// The answers to SYNs, by sender.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Answers {
     pub(crate) application: u64,
-    /// The proxy.
+    /// From the proxy.
     pub(crate) others: u64,
 }
 
-/// The kernel takes off any number of priority tags.
+/// The kernel strips any number of priority tags.
 fn tagged_frames(context: &Context, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let plain =
         Link::new(node.plain("neighbour", Families::Dual)?, node.plain("plain", Families::Dual)?, stack)?;
     let enrolled =
         Link::new(node.plain("neighbour", Families::Dual)?, node.enrolled("pod", Families::Dual)?, stack)?;
-    // Neighbours know each other, so that nothing else can lose the answers.
+    // Resolves the neighbors first, so that no answer is lost for another reason.
     let listening = plain.target.listen(stack)?;
     drop(plain.sender.connect(stack, plain.target.endpoint(stack.family(), listening.port())?)?);
     inbound::passes_the_proxy_once(enrolled.sender.netns(), &enrolled.target, stack)?;
@@ -172,10 +173,10 @@ fn tagged_frames(context: &Context, stack: Stack) -> Result<()> {
     inbound::passes_the_proxy_once(enrolled.sender.netns(), &enrolled.target, stack)
 }
 
-/// How many frames each way has, if there is time for them.
+/// The maximum number of frames per direction.
 const FRAMES: u64 = 1_000_000;
 
-/// All of them with `cargo xtask test --load`.
+/// Unlimited with `cargo xtask test --load`.
 fn time() -> Duration {
     if load::is_full() { Duration::MAX } else { Duration::from_secs(6) }
 }
@@ -187,7 +188,7 @@ fn seed() -> Result<u64> {
     }
 }
 
-/// From a neighbour to a pod.
+/// From a neighbor to a pod.
 fn fuzzed_frames(context: &Context, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let pod = |name, enrolled| {
@@ -202,7 +203,7 @@ fn fuzzed_frames(context: &Context, stack: Stack) -> Result<()> {
     inbound::passes_the_proxy_once(link.sender.netns(), &link.target, stack)
 }
 
-/// From a pod to a neighbour, past the sockets of the pod: `CAP_NET_RAW`.
+/// From a pod to a neighbor, past the pod's sockets: `CAP_NET_RAW`.
 fn fuzzed_frames_from_inside(context: &Context, stack: Stack, past_qdisc: bool) -> Result<()> {
     let node = context.node()?;
     let link = |sender: Pod| -> Result<Link> {
@@ -218,9 +219,9 @@ fn fuzzed_frames_from_inside(context: &Context, stack: Stack, past_qdisc: bool) 
     outbound::passes_the_proxy_once(&link.sender, &link.target, stack)
 }
 
-/// Where nothing is in the way, many frames reach the application: so the frames show something.
+/// Control: without a gate, many frames reach the application.
 fn reaches(control: &Link, seed: u64) -> Result<()> {
-    // Neighbours know each other, so that nothing else can lose the answers.
+    // Resolves the neighbors first, so that no answer is lost for another reason.
     let listening = control.target.listen(control.stack)?;
     let to = control.target.endpoint(control.stack.family(), listening.port())?;
     drop(control.sender.connect(control.stack, to)?);
@@ -247,11 +248,11 @@ fn fuzz(link: &Link, seed: u64, limit: u64, time: Duration) -> Result<(u64, u64)
     let (mut sent, mut reached) = (0, 0);
     let mut frames = Vec::new();
     while sent < limit && began.elapsed() < time {
-        // A burst: the receiver may take it as one batch.
+        // A burst, which the receiver may process as one batch.
         frames.clear();
         for _ in 0..random.usize(1..=64) {
             let (tags, packet) = packet(&mut random, source, to);
-            // A frame that is too long for the device says nothing.
+            // A frame that exceeds the device's MTU proves nothing.
             if packet.len() < 1400 {
                 let mut frame = link.frame(&tags, &packet);
                 if random.u8(..8) == 0 {
@@ -274,7 +275,7 @@ fn packet(random: &mut Rng, source: IpAddr, to: SocketAddr) -> (Vec<u16>, Vec<u8
     let tags = (0..tags).map(|_| if random.bool() { 0x8100 } else { 0x88a8 }).collect();
     let ports = [PORT_OUTBOUND, PORT_INBOUND, PORT_TUNNEL, PORT_DNS, random.u16(..)];
     let port = if random.u8(..4) == 0 { ports[random.usize(..ports.len())] } else { to.port() };
-    // Few of them, so that they meet what is left of earlier ones.
+    // Few ports, so that frames meet the remains of earlier ones.
     let source_port = if random.u8(..100) == 0 { 0 } else { random.u16(20_000..20_064) };
     let flags = match random.u8(..10) {
         0 => RST,
@@ -312,7 +313,7 @@ fn packet(random: &mut Rng, source: IpAddr, to: SocketAddr) -> (Vec<u16>, Vec<u8
     (tags, packet)
 }
 
-/// Port 15008 leads to the proxy's listener, and to no other that has the port from before.
+/// Port 15008 leads to the proxy's listener only, not to an application that already listens on it.
 fn tunnel_port(context: &Context, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let (client, pod) = (node.plain("client", Families::Dual)?, node.plain("pod", Families::Dual)?);

@@ -1,4 +1,4 @@
-//! Proxies that are replaced, in an orderly way or by a crash, while applications connect.
+//! Proxies that are replaced, in order or by a crash, while applications connect.
 
 use std::sync::Arc;
 use std::thread;
@@ -24,13 +24,13 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials
 }
 
-/// Longer than any attempt has to take: a SYN that is held is sent again after 1, 3 and 7 seconds.
+/// Longer than any attempt may take: a held SYN is retransmitted after 1, 3 and 7 seconds.
 const LIMIT: Duration = Duration::from_secs(15);
 
-/// Between the things that happen.
+/// The pause between events.
 const A_WHILE: Duration = Duration::from_millis(300);
 
-/// A pod that is called and calls.
+/// A pod that accepts and opens connections.
 struct Scene {
     stack: Stack,
     node: Arc<Node>,
@@ -53,7 +53,7 @@ impl Scene {
         Ok(Self { stack, outside: other.listen(stack)?, inside: pod.listen(stack)?, node, pod, other })
     }
 
-    /// What becomes of connections both ways while something happens.
+    /// The results of connections in both directions while something happens.
     fn during(&self, act: impl FnOnce() -> Result<()>) -> Result<Tally> {
         let outward = self.other.endpoint(self.stack.family(), self.outside.port())?;
         let inward = self.pod.endpoint(self.stack.family(), self.inside.port())?;
@@ -77,7 +77,7 @@ impl Scene {
     }
 }
 
-/// The new proxy is told of the pods while the old one serves them, then the old one drains and ends.
+/// The new proxy gets the pods while the old one serves them, then the old one drains and ends.
 fn rolling_upgrade(context: &Context, stack: Stack) -> Result<()> {
     let session = context.session()?;
     // They outlive the node, and with it the last proxy.
@@ -105,7 +105,7 @@ fn rolling_upgrade(context: &Context, stack: Stack) -> Result<()> {
     scene.works()
 }
 
-/// New pods are the newest proxy's; what is to be served no more is told to both.
+/// New pods go to the newest proxy; removals go to both.
 fn two_at_once(context: &Context, stack: Stack) -> Result<()> {
     let session = context.session()?;
     let cgroup = session.cgroup().child(&format!("second-{}", stack.label()))?;
@@ -134,7 +134,8 @@ fn two_at_once(context: &Context, stack: Stack) -> Result<()> {
     inbound::passes_the_proxy_once(other.netns(), &new, stack)
 }
 
-/// Connections that the proxy had are cut with it. From then on they are held or refused until there is another.
+/// Connections of the killed proxy are reset. From then on they are held or refused until there is another
+/// proxy.
 fn killed(context: &Context, stack: Stack, setting: &str) -> Result<()> {
     let scene = Scene::new(context, stack, setting)?;
     let mut dead = None;

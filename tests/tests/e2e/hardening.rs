@@ -1,4 +1,4 @@
-//! What agent and proxy give up, and who may not speak to them.
+//! The privileges that agent and proxy drop, and the processes that may not connect to them.
 
 use std::fs;
 use std::os::unix::process::CommandExt as _;
@@ -33,7 +33,7 @@ fn keep_little(context: &Context) -> Result<()> {
         (node.proxy_pid()?, privileges::PROXY),
     ] {
         if pid == node.proxy_pid()? && context.proxy()? == ProxyKind::Ztunnel {
-            // It keeps what it pleases.
+            // It keeps arbitrary others.
             continue;
         }
         let expected = kept.iter().fold(0, |set, capability| set | 1u64 << capability.index());
@@ -79,7 +79,7 @@ fn without(command: &mut Command, capability: Capability) {
     unsafe { command.pre_exec(drop) };
 }
 
-/// As root of a pod that has the host's files: asking is for those outside.
+/// Root in a pod with the host's files: only processes outside of pods may send requests.
 fn pods_ask(context: &Context) -> Result<()> {
     let node = context.node()?;
     let (enrolled, plain) = (node.enrolled("pod", Families::Dual)?, node.plain("pod", Families::Dual)?);

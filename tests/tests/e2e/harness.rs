@@ -1,5 +1,5 @@
-//! The harness itself, without agent and proxy: what it shows of direct connections must be true, or it proves nothing
-//! about proxied ones.
+//! The harness itself, without agent and proxy: its results for direct connections must be right, or those for proxied
+//! ones prove nothing.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -137,7 +137,7 @@ fn namespaces_end_with_their_guard(_: &Context) -> Result<()> {
     let (one, other) = (Netns::new("one")?, Netns::new("other")?);
     one.ip(&format!("link add probe type veth peer name probe netns {}", other.path().display()))?;
     drop(other);
-    // The peer goes with its namespace.
+    // The peer is removed with its namespace.
     redirect_tests::wait::until_true("end of the namespace", redirect_tests::wait::SOON, || {
         Ok(one.json("ip -j link show")?.as_array().is_some_and(|links| links.len() == 1))
     })

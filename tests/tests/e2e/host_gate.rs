@@ -1,7 +1,7 @@
-//! The gate on the host's end of a pod's device: what gets past the programs in the pod ends there.
+//! The gate on the host end of a pod's device: it stops traffic that gets past the programs in the pod.
 //!
-//! The namespace is the pod's: with `CAP_NET_RAW` a process sends frames that no TC program sees, with `CAP_NET_ADMIN` it puts
-//! filters before ours, or moves the device away.
+//! The pod controls its namespace: with `CAP_NET_RAW` a process sends frames that skip TC programs, with `CAP_NET_ADMIN` it
+//! attaches filters before ours, or moves the device away.
 
 use std::net::SocketAddr;
 use std::process::Command;
@@ -24,7 +24,7 @@ use crate::raw::{self, Ethernet};
 use crate::wire::link_address;
 use crate::{inbound, outbound};
 
-/// What is different in placement `node`.
+/// The difference in placement `node`.
 const ELSEWHERE: &str = "the programs on the host's end capture there";
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
@@ -58,7 +58,8 @@ pub(crate) fn end_on_host(node: &Node, pod: &Pod) -> Result<String> {
     Ok(end.and_then(|link| link["ifname"].as_str()).context("no other end")?.to_owned())
 }
 
-/// How many packets that pods sent were dropped for these reasons, in either family: behind tags nobody can tell.
+/// How many packets from pods were dropped for these reasons, in either family, because VLAN tags hide the
+/// family.
 fn dropped_outbound(node: &Node, reasons: &[Reason]) -> Result<u64> {
     let status = node.status()?;
     let counted = status.counters.iter().filter(|counter| {
@@ -77,7 +78,7 @@ fn send(kind: Ethernet, pod: &Pod, to: (&Pod, SocketAddr)) -> Result<()> {
     pod.netns().run(|| kind.send(ends, &syn))?
 }
 
-/// SYNs that never meet a socket's hooks. To be sure that they would arrive, the same frames come from a pod that is not enrolled.
+/// SYNs that skip the socket hooks. As a control, the same frames from a pod that is not enrolled must arrive.
 fn frames(context: &Context, stack: Stack, kind: Ethernet) -> Result<()> {
     let scene = Scene::alone(context, stack)?;
     let plain = scene.client.node().plain("plain", Families::Dual)?;
@@ -94,8 +95,8 @@ fn frames(context: &Context, stack: Stack, kind: Ethernet) -> Result<()> {
     wait::until_true("segment of a pod that is not enrolled", SOON, || Ok(scene.segments_came()? > 0))
 }
 
-/// A filter of our priority that somebody adds later runs before ours (`cls_bpf` inserts at the head), and lets everything pass; a
-/// rule takes the way past the proxy. What leaves, or answers a connection from outside, is dropped on the host.
+/// A filter with our priority that is added later runs before ours (`cls_bpf` inserts at the head), and passes everything; a rule
+/// leads past the proxy. The host end drops packets that leave, or answer a connection from outside.
 fn filter_before_ours(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::alone(context, stack)?;
     let netns = scene.client.netns();
@@ -127,7 +128,7 @@ fn filter_before_ours(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// The device in a namespace where nothing of ours is. It is the pod's all the same.
+/// The device is moved to a namespace without our programs. It still counts as the pod's.
 fn moved_device(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::alone(context, stack)?;
     let (node, nested) = (scene.client.node(), Netns::new("nested")?);
@@ -144,7 +145,7 @@ fn moved_device(context: &Context, stack: Stack) -> Result<()> {
     })?;
     let outcome = nested.run(|| dial(stack, scene.to, LONG_ENOUGH))?;
     if context.placement() == Placement::Node {
-        // Captured as ever.
+        // Captured as before.
         let direct = |stream: std::net::TcpStream| -> Result<bool> {
             let local = canonical(stream.local_addr()?);
             Ok(scene.listening.accepted().iter().any(|heard| heard.peer == local))
@@ -158,7 +159,7 @@ fn moved_device(context: &Context, stack: Stack) -> Result<()> {
     scene.was_held(Way::Outbound, Reason::PastPod)
 }
 
-/// How many gates there are, as the agent counts them.
+/// The number of gates, according to the agent.
 fn gates(node: &Node) -> Result<usize> {
     let programs = node.status()?.programs;
     Ok(programs.iter().find(|program| program.name == "host_gate").map_or(0, |program| program.links))
@@ -186,7 +187,7 @@ fn comes_and_goes(context: &Context) -> Result<()> {
     let mut tc = Command::new("tc");
     tc.args(["filter", "del", "dev", &end, "ingress", "pref", "1"]);
     node.netns().output(tc, b"")?;
-    // As a link, where the kernel has them: the device carries traffic.
+    // As a link, if the kernel supports them, because the device carries traffic.
     wait::until_true("gate that was removed", SOON, || Ok(gates(&node)? == 1 && stops()?))?;
     for stack in Stack::ALL {
         outbound::passes_the_proxy_once(&pod, &other, stack)?;
@@ -199,7 +200,7 @@ fn comes_and_goes(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// An agent that finds a pod without the gate, as the build before it enrolled them, attaches one. Connections go on.
+/// An agent that finds a pod without the gate, as enrolled by an earlier build, attaches one. Connections continue.
 fn upgrade(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::alone(context, stack)?;
     let node = scene.client.node();

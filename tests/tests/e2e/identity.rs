@@ -1,4 +1,4 @@
-//! Which sockets are the proxy's own: not those that only look like it.
+//! Which sockets count as the proxy's own, and which only look like it.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -40,11 +40,11 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials
 }
 
-/// What is different in placement `node`.
+/// The difference in placement `node`.
 const NO_CONNECTION: &str =
     "no mark of a pod reaches the host, and the proxy is named, not known by its connection to the agent";
 
-/// The bits that are not ours survive; in placement `node` all of them.
+/// Bits outside our mask survive; in placement `node` all of them.
 fn marked(context: &Context, stack: Stack, mark: u32) -> Result<()> {
     const OTHERS: u32 = 0xabcd_e000;
     let ours = if context.placement() == Placement::Pod { MARK_CAPTURE } else { mark };
@@ -54,7 +54,7 @@ fn marked(context: &Context, stack: Stack, mark: u32) -> Result<()> {
     Ok(())
 }
 
-/// A mark of ours must not take a pod's connection to itself on a way through the proxy.
+/// One of our marks must not send a pod's connection to itself through the proxy.
 fn own_address(context: &Context, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let pod = node.enrolled("pod", Families::Dual)?;
@@ -69,7 +69,7 @@ fn own_address(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// A container that is started again has another cgroup.
+/// A restarted container has another cgroup.
 fn new_cgroup(context: &Context, families: Families, stack: Stack) -> Result<()> {
     context.needs_placement_pod(NO_CONNECTION)?;
     let session = context.session()?;
@@ -94,7 +94,7 @@ fn new_cgroup(context: &Context, families: Families, stack: Stack) -> Result<()>
     Ok(())
 }
 
-/// A cgroup of the same name is not the same cgroup.
+/// Another cgroup with the same name is not the same cgroup.
 fn gone(context: &Context, stack: Stack) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
@@ -119,8 +119,8 @@ fn gone(context: &Context, stack: Stack) -> Result<()> {
     pod.proxied_times(Direction::Outbound, to, 1).map(drop)
 }
 
-/// A peer that ends right after its hello, so that nobody can tell whose number it has, and one in the root of the cgroups: the agent
-/// refuses both, and goes on knowing the proxy that it knows. No mark makes a pod's process the proxy.
+/// A peer that ends right after its hello, so that its process ID proves nothing, and one in the root cgroup: the agent refuses
+/// both, and keeps the known proxy. No mark makes a pod's process the proxy.
 fn no_proxy_named(context: &Context, stack: Stack) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
@@ -152,14 +152,14 @@ fn no_proxy_named(context: &Context, stack: Stack) -> Result<()> {
     }
     match hello("s.settimeout(5); print(len(s.recv(1024)))") {
         Ok(heard) => ensure!(heard.trim() == "0", "a proxy without a cgroup was told of pods: {heard}"),
-        // Reset, which is as good.
+        // A reset is fine as well.
         Err(error) => ensure!(format!("{error:#}").contains("ConnectionReset"), "{error:#}"),
     }
     is_captured()?;
     outbound::passes_the_proxy_once(&pod, &other, stack)
 }
 
-/// The checkpoint and the map end up with all of them, whatever the order in which their connections are dealt with.
+/// Checkpoint and map end up with all of them, in whatever order their connections are processed.
 fn at_once(context: &Context) -> Result<()> {
     const PROXIES: usize = 6;
     const ROUNDS: usize = 5;
@@ -172,7 +172,7 @@ fn at_once(context: &Context) -> Result<()> {
         let cgroups = cgroups.collect::<Result<Vec<_>>>()?;
         let doors: Vec<_> =
             cgroups.iter().map(|cgroup| cgroup.path().join("cgroup.procs").display().to_string()).collect();
-        // Each process waits in its cgroup until all are there. The protobuf message is `version: 1`.
+        // Each process waits in its cgroup until all have started. The protobuf message is `version: 1`.
         let program = format!(
             "import os, socket\nready, go = os.pipe(), os.pipe()\nfor door in {doors:?}:\n if os.fork() == 0:\n  \
              open(door, 'w').write(str(os.getpid()))\n  s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n  \
@@ -209,12 +209,12 @@ fn at_once(context: &Context) -> Result<()> {
 fn mark_suffices(context: &Context, stack: Stack) -> Result<()> {
     let node = Node::with_arguments(&context.session()?, &["--proxy-identity", "mark"])?;
     let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
-    // Away from where it connected to the agent.
+    // Away from the cgroup in which it connected to the agent.
     let processes = node.session().applications().path().join("cgroup.procs");
     std::fs::write(processes, node.proxy_pid()?.to_string()).context("move the proxy")?;
     outbound::passes_the_proxy_once(&pod, &other, stack)?;
     inbound::passes_the_proxy_once(other.netns(), &pod, stack)?;
-    // That is what the setting costs.
+    // This is the drawback of the setting.
     let impostor = Caller::new(node.session(), &format!("impostor-of-{}", node.netns().name()))?;
     let listening = other.listen(stack)?;
     let to = other.endpoint(stack.family(), listening.port())?;

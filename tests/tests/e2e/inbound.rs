@@ -95,7 +95,7 @@ fn pod_to_pod(context: &Context, families: Families, stack: Stack) -> Result<()>
     passes_both_proxies_once(&client, &server, stack)
 }
 
-/// A connection between enrolled pods, wherever they are.
+/// A connection between enrolled pods, on any node.
 pub(crate) fn passes_both_proxies_once(client: &Pod, server: &Pod, stack: Stack) -> Result<()> {
     let listening = server.listen(stack)?;
     let to = server.endpoint(stack.family(), listening.port())?;

@@ -1,4 +1,4 @@
-//! `redirect pod` and `redirect explain` say what `ip` and the sockets show.
+//! `redirect pod` and `redirect explain` agree with `ip` and the sockets.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -160,7 +160,7 @@ fn decisions(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// Takes away what nobody tells the agent of. What is said of it then.
+/// Removes state without notifications. Returns the report about it.
 fn spoil(context: &Context, pod: &Pod, family: Family) -> Result<String> {
     if context.placement() == Placement::Pod {
         let sysctl = match family {
@@ -179,12 +179,12 @@ fn spoil(context: &Context, pod: &Pod, family: Family) -> Result<String> {
     bpftool.args(["map", "delete", "pinned"]).arg(pinned(pod.node(), map)?).arg("key");
     let output = bpftool.args(key.iter().map(ToString::to_string)).output()?;
     let stderr = String::from_utf8_lossy(&output.stderr);
-    // A second time there is nothing to be taken away.
+    // The second time there is nothing to remove.
     ensure!(output.status.success() || stderr.contains("No such file"), "{stderr}");
     Ok(format!("map entry of address {address}"))
 }
 
-/// What the agent has not noticed yet. Of the other family, all is well.
+/// Damage that the agent has not noticed yet. The other family is intact.
 fn broken(context: &Context, stack: Stack) -> Result<()> {
     let node = Node::with_arguments(&context.session()?, &["--check-interval", "3600"])?;
     let pod = node.enrolled("pod", Families::Dual)?;
@@ -216,7 +216,7 @@ fn broken(context: &Context, stack: Stack) -> Result<()> {
         );
         Ok(())
     })?;
-    // Nor does anybody listen any more.
+    // And no process listens any more.
     let (detail, _) = show(&node, &pod)?;
     let listening: Vec<_> =
         detail.expectations.iter().filter(|of| of.what.starts_with("listener of the node proxy")).collect();
@@ -227,7 +227,7 @@ fn broken(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// A proxy that is there, but does not listen for the connection's family; in a pod, for none.
+/// A proxy that exists, but does not listen for the connection's family; in a pod, for none.
 fn silent(context: &Context) -> Result<()> {
     let node = context.session().and_then(|session| Node::start(&session))?;
     let pod = node.enrolled("pod", Families::Dual)?;
@@ -250,7 +250,7 @@ fn silent(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// The pod is acknowledged, and connections of these families, and no others, have nobody to get them.
+/// The pod is acknowledged, and connections of exactly these families have no listener.
 fn lacks_listeners(node: &Node, pod: &Pod, families: &[Family]) -> Result<()> {
     let served = || Ok(node.report(pod)?.is_some_and(|report| report.state == PodState::Captured));
     wait::until_true("pod that is acknowledged", wait::SOON, served)?;
@@ -320,7 +320,7 @@ fn idle_proxy(node: &Node, told: Told) -> Result<Runtime> {
     Ok(runtime)
 }
 
-/// Listens as a node proxy on the host does, for the other family alone.
+/// Listens like a node proxy on the host, for the other family only.
 fn listen_beside(node: &Node, family: Family) -> Result<Vec<TcpListener>> {
     let address: IpAddr = match family {
         Family::Ipv4 => Ipv6Addr::LOCALHOST.into(),
@@ -332,7 +332,7 @@ fn listen_beside(node: &Node, family: Family) -> Result<Vec<TcpListener>> {
         .run(|| [PORT_OUTBOUND, PORT_INBOUND].into_iter().map(bind).collect::<io::Result<_>>())??)
 }
 
-/// Tries again: what a new pod's devices still do may lead the agent to look at the pod, and to put right what was spoilt.
+/// Retries: late events on a new pod's devices may make the agent observe the pod and repair the damage.
 fn in_time(attempt: impl Fn() -> Result<()>) -> Result<()> {
     let mut last = Ok(());
     let waited = wait::until_true("attempt that the agent does not interrupt", wait::SOON, || {

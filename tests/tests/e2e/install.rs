@@ -1,4 +1,4 @@
-//! `redirect install` on a directory of real plugins: the chain that a runtime finds there works at any time.
+//! `redirect install` on a directory of real plugins: the chain in it works at any time.
 
 use std::ffi::OsString;
 use std::fs;
@@ -30,7 +30,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials
 }
 
-/// The directories of a node on which the primary CNI has run: Debian's plugins, a chain of theirs.
+/// The directories of a node after the primary CNI has run: Debian's plugins, and a chain of them.
 pub(crate) struct Directories {
     directory: TempDir,
     node: Arc<Node>,
@@ -53,7 +53,7 @@ impl Directories {
         Ok(directories)
     }
 
-    /// What the primary CNI does when it starts.
+    /// The primary CNI's start.
     fn write_primary(&self, families: Families) -> Result<()> {
         let chain = self.node.chain(families, &[]).without(REDIRECT);
         Ok(fs::write(self.configurations().join(CONFIGURATION), chain.list().to_string())?)
@@ -79,7 +79,7 @@ impl Directories {
         .collect()
     }
 
-    /// For an agent that keeps the plugin in the chain here.
+    /// Arguments for an agent that keeps the plugin in this chain.
     pub(crate) fn agent_arguments(&self) -> Vec<String> {
         [vec!["--install-cni".to_owned()], self.arguments()].concat()
     }
@@ -96,7 +96,7 @@ impl Directories {
         Ok(output)
     }
 
-    /// The chain that a runtime finds now, with nothing but what is in the directories.
+    /// The current chain as a runtime sees it, with only the directories' contents.
     pub(crate) fn chain(&self) -> Result<Chain> {
         Chain::of_directory(&self.configurations(), vec![self.plugins()])
     }
@@ -122,7 +122,7 @@ fn captures(context: &Context, families: Families, stack: Stack) -> Result<()> {
     inbound::passes_the_proxy_once(other.netns(), &pod, stack)
 }
 
-/// Pods of before can go, pods of after are not captured.
+/// Earlier pods can be deleted, later pods are not captured.
 fn removed(context: &Context) -> Result<()> {
     let node = context.node()?;
     let directories = Directories::new(&node, Families::Dual)?;
@@ -134,7 +134,7 @@ fn removed(context: &Context) -> Result<()> {
 
     let after = directories.pod("after", Families::Dual)?;
     ensure!(node.report(&after)?.is_none(), "a pod is captured without the plugin");
-    // The chain of now can end pods of before; the agent is told here by another copy of the plugin.
+    // The current chain can delete earlier pods; here another copy of the plugin informs the agent.
     let sandbox = before.sandbox().clone();
     before.end_without_del()?;
     node.chain(Families::Dual, &[]).only(REDIRECT).del(node.netns(), &sandbox, None)
@@ -167,7 +167,7 @@ fn killed(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// The agent itself keeps the plugin in the chain, and leaves it there for its successor.
+/// The agent itself keeps the plugin in the chain, and leaves it for its successor.
 fn by_the_agent(context: &Context) -> Result<()> {
     let node = Node::with(
         &context.session()?,
@@ -196,7 +196,7 @@ fn by_the_agent(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// What systemd is notified of.
+/// The notifications to systemd.
 struct Systemd {
     socket: UnixDatagram,
     received: Vec<String>,
@@ -209,7 +209,7 @@ impl Systemd {
         Ok(Self { socket, received: Vec::new() })
     }
 
-    /// Whether a line of this beginning has come.
+    /// Whether a line with this prefix has arrived.
     fn has(&mut self, line: &str) -> bool {
         let mut buffer = [0; 4096];
         while let Ok(size) = self.socket.recv(&mut buffer) {
@@ -224,7 +224,7 @@ impl Systemd {
     }
 }
 
-/// The unit starts before container runtimes: it is ready when the chain has the plugin, and not before.
+/// The unit starts before container runtimes: it is ready only when the chain has the plugin.
 fn ready_for_systemd(context: &Context) -> Result<()> {
     let node = Node::with(
         &context.session()?,
@@ -249,7 +249,8 @@ fn ready_for_systemd(context: &Context) -> Result<()> {
     systemd.wait_for("STOPPING=1")
 }
 
-/// Without a chain no container has a network. What brings the chain may be a container itself, which must not wait.
+/// Without a chain no container has a network. The chain may be installed by a container, which must not have to
+/// wait.
 fn ready_without_a_chain(context: &Context) -> Result<()> {
     let node = Node::with(
         &context.session()?,

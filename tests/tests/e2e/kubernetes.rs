@@ -1,4 +1,4 @@
-//! What Kubernetes says of a pod, down to the kernel. The API server is a double, all else is real.
+//! Kubernetes' settings of a pod, down to the kernel. The API server is a double, the rest is real.
 
 use std::sync::Arc;
 
@@ -38,7 +38,7 @@ fn enrolled(cluster: &Cluster, families: Families, annotations: &[(&str, &str)])
     Ok(pod)
 }
 
-/// The annotation is its pod's alone, and its direction's.
+/// The annotation affects only its pod and its direction.
 fn excluded_port(context: &Context, families: Families, stack: Stack) -> Result<()> {
     let cluster = Cluster::start(&context.session()?, &[])?;
     let other = cluster.node().plain("other", Families::Dual)?;
@@ -71,7 +71,7 @@ fn excluded_network(context: &Context, stack: Stack) -> Result<()> {
         let listening = server.listen(stack)?;
         let to = (server.address(family)?, listening.port());
         passes_by(client.netns(), &listening, to, stack, &pod, direction)?;
-        // Neither the other direction nor the other family is meant.
+        // Neither the other direction nor the other family is excluded.
         if direction == Direction::Outbound {
             inbound::passes_the_proxy_once(other.netns(), &pod, stack)?;
         } else {
@@ -86,7 +86,7 @@ fn excluded_network(context: &Context, stack: Stack) -> Result<()> {
 
 const ISTIO: [(&str, &str); 1] = [("traffic.sidecar.istio.io/excludeOutboundPorts", "8443")];
 
-/// Honoured where that is asked for, and only there.
+/// Honored only if enabled.
 fn istio_exclusions(context: &Context, stack: Stack) -> Result<()> {
     for (arguments, honoured) in [(&["--istio-exclusions"][..], true), (&[], false)] {
         let cluster = Cluster::start(&context.session()?, arguments)?;
@@ -104,7 +104,7 @@ fn istio_exclusions(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// One bad value among good ones: the pod is refused with a message and an event, and nothing of it is in the kernel.
+/// One bad value among good ones: the pod is refused with a message and an event, and has no state in the kernel.
 fn bad_exclusions(context: &Context) -> Result<()> {
     let cases = [
         ("ambient-redirect.io/exclude-outbound-networks", "10.0.0.0/8,10.0.0.0/33", "10.0.0.0/33"),
@@ -132,7 +132,7 @@ fn bad_exclusions(context: &Context) -> Result<()> {
         // With a good value, it is enrolled.
         cluster
             .announce(&pod, &[(name, value.split(',').next().filter(|first| *first != bad).unwrap_or(""))]);
-        // The agent may not have heard of it yet.
+        // The agent may not have seen it yet.
         let mut outcome = Ok(());
         let enrolled = wait::until_true("enrollment with a good value", wait::SOON, || {
             outcome = pod.enroll();
@@ -153,7 +153,7 @@ fn shown(cluster: &Cluster) -> Result<(Pod, Pod)> {
     Ok((pod, other))
 }
 
-/// The agent has removed everything at its end: the pod is not captured, in any family.
+/// The agent has removed everything on exit: the pod is not captured, in any family.
 fn is_plain(pod: &Pod, other: &Pod) -> Result<()> {
     for stack in Stack::ALL {
         let listening = other.listen(stack)?;
@@ -171,7 +171,7 @@ fn annotations_go(context: &Context) -> Result<()> {
     is_plain(&pod, &other)
 }
 
-/// That is no reason to leave anything else, and is told with what to do.
+/// Without permission for the annotations, everything else is removed, and the log has the remedy.
 fn annotations_stay(context: &Context) -> Result<()> {
     let cluster = Cluster::start(&context.session()?, &["--on-exit", "remove"])?;
     let (pod, other) = shown(&cluster)?;

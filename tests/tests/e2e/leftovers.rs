@@ -1,4 +1,4 @@
-//! The check for leftovers finds what it should find: tried with BPF objects of this very process.
+//! The check for leftovers works: tested with BPF objects of this process.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -14,7 +14,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     vec![trial_that_needs(Needs::Root, context, "leftovers::bpf_objects_are_found", bpf_objects_are_found)]
 }
 
-/// Ends what the tests shared, and looks for what is left of all of them.
+/// Ends the shared state, and checks for leftovers of all tests.
 pub(crate) fn nothing_is_left(contexts: &[Arc<Context>; 2]) -> Trial {
     let contexts = contexts.clone();
     Trial::test("leftovers::nothing_is_left", move || {
@@ -32,7 +32,7 @@ fn bpf_objects_are_found(context: &Context) -> Result<()> {
     let link = attach(&program, &cgroup).context("attach the program")?;
 
     let mut mine = Objects::of(std::process::id(), std::collections::BTreeSet::new())?;
-    // Tests that run at the same time may have objects as well, but not of these kinds.
+    // Concurrent tests may have objects as well, but not of these kinds.
     ensure!(!mine.maps.is_empty() && !mine.programs.is_empty() && !mine.links.is_empty(), "{mine:?}");
     let by_program = Objects::of(std::process::id(), mine.programs.clone())?;
     ensure!(by_program.links.is_superset(&mine.links), "{by_program:?}");
@@ -89,6 +89,6 @@ fn bpf(command: libc::c_long, fields: &[u64]) -> std::io::Result<OwnedFd> {
     if descriptor < 0 {
         return Err(std::io::Error::last_os_error());
     }
-    // SAFETY: the kernel just gave us this descriptor.
+    // SAFETY: the kernel has just created the descriptor, and we alone own it.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor as i32) })
 }

@@ -1,4 +1,4 @@
-//! Many pods, and more pods than there is room for.
+//! Many pods, and more pods than the maps can hold.
 
 use std::sync::Arc;
 use std::thread;
@@ -42,7 +42,7 @@ fn full_map(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// The runtime's list of what is valid has no limit below the pods that a node can have.
+/// The runtime's list of valid attachments may be as long as a node can have pods.
 fn gc_of_a_large_node(context: &Context) -> Result<()> {
     const VALID: usize = 5_000;
     let node = Node::start(&context.session()?)?;
@@ -94,7 +94,8 @@ fn two_hundred_pods(context: &Context) -> Result<()> {
     at_once(AT_ONCE, pods.iter().collect(), |pod: &Pod| pod.unenroll())?;
     println!("{PODS} pods un-enrolled in {:?}", start.elapsed());
     ensure!(node.with_agent(|agent| agent.pods())?.is_empty());
-    // Each of them has a device to take down, which the kernel does one after the other unless asked at once.
+    // Each one has a device to remove, which the kernel does one after the other unless they are removed
+    // concurrently.
     at_once(AT_ONCE, pods, |mut pod| pod.delete())?;
     Ok(())
 }
@@ -105,7 +106,7 @@ pub(crate) fn timed(act: impl FnOnce() -> Result<()>) -> Result<Duration> {
     Ok(start.elapsed())
 }
 
-/// Does something for every item, several at a time.
+/// Runs `work` for every item, several at a time.
 pub(crate) fn at_once<I: Send, T: Send>(
     threads: usize,
     items: Vec<I>,

@@ -1,5 +1,5 @@
-//! Many pods, many changes, many connections: at once, and one after the other. `cargo xtask test --load` has numbers as on a
-//! large node, which take minutes; without it they are small.
+//! Many pods, many changes, many connections, both concurrent and sequential. `cargo xtask test --load` uses the numbers of a
+//! large node and takes minutes; without it they are small.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use tokio::task::JoinSet;
 use crate::context::{Context, for_every_stack, trial};
 use crate::limits::{at_once, timed};
 
-/// An answer is awaited so long.
+/// The deadline for an answer.
 const ANSWER: Duration = Duration::from_secs(20);
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
@@ -32,14 +32,14 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials
 }
 
-/// Whether tests are to load the machine as heavily as large nodes are (`--load`).
+/// Whether tests use the load of a large node (`--load`).
 pub(crate) fn is_full() -> bool {
     std::env::var("REDIRECT_LOAD").is_ok_and(|value| value == "full")
 }
 
-/// A hundred ADDs and DELs a second on a node that has many pods already, and connects all the time.
+/// A hundred ADDs and DELs per second on a node that already has many pods and connects all the time.
 fn pods_come_and_go(context: &Context) -> Result<()> {
-    /// Between two changes.
+    /// The pause between changes.
     const PACE: Duration = Duration::from_millis(10);
     const WORKERS: usize = 4;
     let (pods, changes) = if is_full() { (1000, 6000) } else { (30, 200) };
@@ -67,7 +67,7 @@ fn pods_come_and_go(context: &Context) -> Result<()> {
             let mut enrolled = false;
             loop {
                 let number = next.fetch_add(1, Ordering::Relaxed);
-                // An even number of changes leaves the pod as it was.
+                // An even number of changes leaves the pod in its original state.
                 if number >= changes && !enrolled {
                     return Ok(times);
                 }
@@ -101,12 +101,12 @@ fn pods_come_and_go(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// Connections through the proxy that are all open at once.
+/// Connections through the proxy that are all open at the same time.
 fn open_connections(context: &Context, stack: Stack) -> Result<()> {
-    /// Each has as many connections as there are ports for.
+    /// Each has as many connections as there are ports.
     const LISTENERS: usize = 4;
     let connections = if is_full() { 50_000 } else { 1_000 };
-    // Both ends here, and as many in the proxy, which inherits the limit.
+    // Both ends are in this process, and as many are in the proxy, which inherits the limit.
     let (_, limit) = getrlimit(Resource::RLIMIT_NOFILE)?;
     let limit = limit.max(2 * connections as u64 + 2000);
     setrlimit(Resource::RLIMIT_NOFILE, limit, limit).with_context(|| {
@@ -164,14 +164,14 @@ fn connections_a_second(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// Tells each client its port, and ends the connection, as servers of short connections do.
+/// Tells each client its port, and closes first, as servers of short connections do.
 fn tell_ports(netns: &Netns, listener: std::net::TcpListener, over: &AtomicBool) -> Result<()> {
     serve(netns, vec![listener], over, |mut stream, peer| async move {
         let _ = stream.write_all(&peer.port().to_be_bytes()).await;
     })
 }
 
-/// Connects many times, a few at once. How many came to the server from the client's own port, and how long it took.
+/// Connects many times, a few at once. Returns how many came from the client's own port, and the duration.
 fn call_in_turn(to: SocketAddr, connections: usize) -> Result<(usize, Duration)> {
     const AT_ONCE: usize = 32;
     Builder::new_current_thread().enable_all().build()?.block_on(async {
@@ -202,7 +202,7 @@ fn call_in_turn(to: SocketAddr, connections: usize) -> Result<(usize, Duration)>
     })
 }
 
-/// The client's own port, and which one the server sees.
+/// The client's own port, and the one that the server sees.
 async fn ask_port(to: SocketAddr) -> Result<(u16, u16)> {
     let mut stream = TcpStream::connect(to).await?;
     let own = stream.local_addr()?.port();
@@ -212,7 +212,7 @@ async fn ask_port(to: SocketAddr) -> Result<(u16, u16)> {
     Ok((own, u16::from_be_bytes(seen)))
 }
 
-/// How often TCP gave connections up, by reason.
+/// How many connections TCP gave up, by reason.
 fn gave_up(netns: &Netns) -> String {
     const REASONS: [&str; 5] =
         ["TCPAbortOnData", "TCPAbortOnClose", "TCPAbortOnMemory", "TCPAbortOnTimeout", "TCPAbortFailed"];
@@ -228,7 +228,7 @@ fn echo(netns: &Netns, listeners: Vec<std::net::TcpListener>, over: &AtomicBool)
     })
 }
 
-/// Serves what connects until it is over.
+/// Serves clients until it is over.
 fn serve<T: Future<Output = ()> + Send + 'static>(
     netns: &Netns,
     listeners: Vec<std::net::TcpListener>,
@@ -258,7 +258,7 @@ fn serve<T: Future<Output = ()> + Send + 'static>(
     })?
 }
 
-/// Opens the connections and uses each; then uses each again. How long both took.
+/// Opens the connections and uses each; then uses each again. Returns the durations.
 fn call(to: &[SocketAddr], connections: usize) -> Result<(Duration, Duration)> {
     const AT_ONCE: usize = 64;
     Builder::new_current_thread().enable_all().build()?.block_on(async {

@@ -1,4 +1,4 @@
-//! What never leaves the pod is left alone.
+//! Connections that never leave the pod are left alone.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -49,7 +49,7 @@ fn stays_inside(pod: &Pod, stack: Stack, address: IpAddr) -> Result<()> {
     let to = (address, listening.port()).into();
     let mut connection = pod.connect(stack, to)?;
     connection.exchange("hello")?;
-    // To the port: a proxy in between would have come from another.
+    // Including the port: a proxy in between would have another one.
     ensure!(connection.heard.peer == canonical(connection.local_name), "{:?}", connection.heard);
     ensure!(connection.heard.local == to, "{:?}", connection.heard);
     ensure!(listening.accepted().len() == 1);

@@ -1,4 +1,4 @@
-//! What the agent's log says: a line for each change of a pod's state, and nothing of connections.
+//! The agent's log: one line for each change of a pod's state, and nothing about connections.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ fn log(node: &Node) -> Result<String> {
     node.with_agent(|agent| Ok(agent.process().log()))
 }
 
-/// The log as JSON, all of it. Its last line may not be complete yet.
+/// The whole log as JSON. Its last line may be incomplete.
 pub(crate) fn lines(node: &Node) -> Result<Vec<Value>> {
     let log = log(node)?;
     let complete = log.rsplit_once('\n').map_or("", |(complete, _)| complete);
@@ -36,7 +36,7 @@ pub(crate) fn lines(node: &Node) -> Result<Vec<Value>> {
     parsed.collect()
 }
 
-/// Waits for what is said about a pod, and checks that it is complete.
+/// Waits for the log lines about a pod, and checks that they are complete.
 fn say(node: &Node, uid: &str, families: &str, messages: &[&str]) -> Result<()> {
     let mut found = Vec::new();
     let said = wait::until_true("lines about the pod", wait::SOON, || {
@@ -67,7 +67,7 @@ fn changes(context: &Context) -> Result<()> {
         let pod = node.enrolled("pod", families)?;
         let uid = pod.identity().uid.clone();
         pod.unenroll()?;
-        // Another filter is where ours has to be.
+        // Another filter is at our place.
         add_filter(&pod, "arp", "1", "ingress")?;
         restarts::message(pod.enroll())?;
         let messages = ["pod enrolled", "pod un-enrolled", "cannot enroll pod"];
@@ -102,12 +102,12 @@ fn levels(context: &Context) -> Result<()> {
         .filter_map(|line| line["target"].as_str())
         .collect();
     ensure!(modules.iter().all(|module| module.starts_with(MODULE)), "{modules:?}");
-    // Elsewhere all modules have their say.
+    // Elsewhere all modules log.
     ensure!(log(&*context.node()?)?.contains("agent is ready"));
     Ok(())
 }
 
-/// Not even while all is told that there is to tell.
+/// Not even at the most verbose level.
 fn connections(context: &Context, stack: Stack) -> Result<()> {
     let node = Node::with_arguments(&context.session()?, &["--log", "trace"])?;
     let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
@@ -117,7 +117,7 @@ fn connections(context: &Context, stack: Stack) -> Result<()> {
     }
     let log = log(&node)?;
     ensure!(log.contains(&pod.identity().uid), "{log}");
-    // The other pod's address is in no line but those of connections with it.
+    // The other pod's address would only appear in lines about connections.
     let address = other.address(stack.family())?.to_string();
     ensure!(!log.contains(&address), "{address} is in {log}");
     Ok(())

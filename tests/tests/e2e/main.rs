@@ -85,7 +85,7 @@ use crate::context::Context;
 
 fn main() -> anyhow::Result<ExitCode> {
     let mut arguments = Arguments::from_args();
-    // Most tests wait for the kernel or for another process most of the time.
+    // Most tests spend most of their time waiting for the kernel or another process.
     arguments.test_threads.get_or_insert(4);
     signals::install()?;
     let contexts = Context::each();
@@ -96,14 +96,14 @@ fn main() -> anyhow::Result<ExitCode> {
     let trials: Vec<Trial> = trials.filter(|trial| wanted.is_empty() || chosen(trial)).collect();
     let mut conclusions = vec![libtest_mimic::run(&arguments, trials)];
     if !arguments.list {
-        // A test as well, the last one, so that it is counted and reported as the others are.
+        // Also a test, and the last one, so that it is counted and reported like the others.
         let last = vec![leftovers::nothing_is_left(&contexts)];
         conclusions.push(libtest_mimic::run(&Arguments::default(), last));
     }
     Ok(if conclusions.iter().any(Conclusion::has_failed) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// What holds wherever the proxy's listeners are.
+/// Tests for both placements.
 fn everywhere(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
     let trials = [
         outbound::trials(context),
@@ -158,36 +158,37 @@ fn everywhere(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
     trials.into_iter().flatten()
 }
 
-/// What is tested in placement `pod` alone, and why.
+/// Tests for placement `pod` only, with the reasons.
 fn in_pods(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
     let trials = [
         // The tests' own tools.
         harness::trials(context),
         leftovers::trials(context),
-        // Before pods are captured: the same code wherever the proxy is.
+        // They run before pods are captured: the code is the same in both placements.
         doctor::trials(context),
         install::trials(context),
-        // What is in pods there alone: rules, routes, sysctls, the proxy's listeners. `on_node` has its counterpart.
+        // State that only exists in pods: rules, routes, sysctls, the proxy's listeners. `on_node` has the
+        // counterparts.
         repairs::trials(context),
         reports::trials_in_pods(context),
         port_guard::trials(context),
         gate::trials_in_pods(context),
         batches::trials(context),
-        // The proxy is told of pods: in placement `node` the agent hands them to nobody, and `tcp_migrate_req`, without which a
-        // proxy that ends resets what waits to be accepted, is the host's. `without_proxy` is tested in both.
+        // The proxy gets the pods from the agent. In placement `node` the agent sends none, and `tcp_migrate_req`, without
+        // which a proxy that ends resets connections in its accept queue, is the host's. `without_proxy` is tested in both.
         hand_over::trials(context),
         faults::trials(context),
         tunnel::trials(context),
-        // A pod with a second way out is refused in placement `node`.
+        // Placement `node` refuses a pod with a second way out.
         virtual_interfaces::trials(context),
         second_network::trials(context),
         routing::trials(context),
-        // From rules that send a pod's connections to a proxy in this pod.
+        // From rules that redirect a pod's connections to a proxy in the pod.
         migration::trials(context),
-        // Figures, not behaviour.
+        // Numbers, not behavior.
         load::trials(context),
         bench::trials(context),
-        // How the agent's words look, and packaging: containers with the agent as it is shipped.
+        // The agent's output, and packaging: containers with the shipped agent.
         logs::trials(context),
         transcript::trials(context),
         container::trials(context),
@@ -195,8 +196,7 @@ fn in_pods(context: &Arc<Context>) -> impl Iterator<Item = Trial> + use<> {
     trials.into_iter().flatten()
 }
 
-/// How the names of the tests that are wanted start, from `REDIRECT_TESTS`, separated by commas. All tests, if there is
-/// none.
+/// The wanted prefixes of test names, from `REDIRECT_TESTS`, separated by commas. All tests, if there are none.
 fn wanted() -> Vec<String> {
     let list = std::env::var("REDIRECT_TESTS").unwrap_or_default();
     list.split(',').filter(|start| !start.is_empty()).map(str::to_owned).collect()

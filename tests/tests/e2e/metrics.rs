@@ -1,4 +1,4 @@
-//! What Prometheus and the kubelet hear is what happened.
+//! Metrics and probes report what happened.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
@@ -16,10 +16,10 @@ use crate::outbound;
 
 const PORT: u16 = 15091;
 
-/// Where the kubelet asks: on the node's IPv4 loopback address alone.
+/// The kubelet's port: on the node's IPv4 loopback address only.
 const HEALTH_PORT: u16 = 15092;
 
-/// How long the kubelet waits for an answer, unless told otherwise.
+/// The kubelet's default timeout.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
@@ -33,7 +33,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials
 }
 
-/// The status and the body of an answer, over IPv4 and IPv6 alike.
+/// Status and body of a response, the same over IPv4 and IPv6.
 pub(crate) fn get(node: &Node, path: &str) -> Result<(String, String)> {
     let connect = |address: IpAddr| move || Ok(TcpStream::connect(SocketAddr::new(address, PORT)).ok());
     let over = |address: IpAddr| {
@@ -61,7 +61,7 @@ pub(crate) fn scrape(node: &Node) -> Result<String> {
     Ok(body)
 }
 
-/// The value of a series; one that is not there is zero.
+/// The value of a series; a missing one is zero.
 pub(crate) fn value(text: &str, series: &str) -> Result<f64> {
     let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
     line.map_or(Ok(0.0), |value| Ok(value.parse()?))
@@ -108,7 +108,8 @@ fn readiness(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// Whoever reaches the node can connect to the metrics and say nothing. Neither the kubelet nor Prometheus waits for that.
+/// Any client that reaches the node can connect to the metrics and send nothing. That delays neither the kubelet nor
+/// Prometheus.
 fn idle_clients(context: &Context, stack: Stack) -> Result<()> {
     const IDLE: usize = 200;
     let node = Node::start(&context.session()?)?;
@@ -131,7 +132,7 @@ fn idle_clients(context: &Context, stack: Stack) -> Result<()> {
         let took = loopback(port)?;
         ensure!(took < wait::patient(PROBE_TIMEOUT), "port {port} answered after {took:?}");
     }
-    // Those who said nothing for too long are gone by themselves.
+    // Silent clients are disconnected after a timeout.
     for mut stream in idle {
         let end = stream.read(&mut [0]);
         ensure!(
@@ -140,13 +141,13 @@ fn idle_clients(context: &Context, stack: Stack) -> Result<()> {
             "an idle client is still connected: {end:?}"
         );
     }
-    // A request that never ends is cut off.
+    // An endless request is cut off.
     let mut stream = pod.netns().run(|| dial(stack, to, wait::SOON))?.context("client")?;
     let endless =
         std::iter::repeat_n(b"X-Header: value\r\n", 1 << 16).try_for_each(|line| stream.write_all(line));
     let cut = endless.and_then(|()| stream.read_to_string(&mut String::new()));
     ensure!(cut.is_err() || cut.is_ok_and(|length| length < 1024), "1 MiB of headers is taken");
-    // The network reaches metrics alone.
+    // The network reaches metrics only.
     let to = SocketAddr::new(node.gateway(stack.family()), HEALTH_PORT);
     let refused = pod.netns().run(|| dial(stack, to, wait::SOON))?;
     ensure!(refused.is_err(), "the port of the probes answers to pods");
@@ -183,7 +184,7 @@ fn connections(context: &Context, stack: Stack) -> Result<()> {
     );
     let before = value(&scrape(&node)?, &series)?;
     outbound::passes_the_proxy_once(&pod, &other, stack)?;
-    // A scrape may be as old as the agent's limit of scrapes has it.
+    // A scrape may be as old as the agent's cache allows.
     let counted = || Ok(value(&scrape(&node)?, &series)? == before + 1.0);
     wait::until_true(&format!("{series} of {}", before + 1.0), wait::SOON, counted)
 }

@@ -1,4 +1,4 @@
-//! From the rules of the mesh's own agent to ours, in a pod that runs, with the proxy that is there.
+//! From the rules of the mesh's own agent to ours, in a running pod with a running proxy.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -29,8 +29,8 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 /// Longer than any connection of the load lasts.
 const A_WHILE: Duration = Duration::from_millis(500);
 
-/// The mesh's agent goes, ours comes and takes the pod on beside the rules; then the rules are passed by, and go with the last
-/// connection that they redirect: none fails, and none goes past the proxy.
+/// The mesh's agent ends, ours starts and adopts the pod next to the rules. Then new connections skip the rules, which are
+/// removed with the last connection that they redirect: none fails, and none bypasses the proxy.
 fn migrates(context: &Context, stack: Stack, rules: Netfilter) -> Result<()> {
     const LIMIT: Duration = Duration::from_secs(5);
     let session = context.session()?;

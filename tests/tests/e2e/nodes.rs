@@ -1,4 +1,4 @@
-//! Two nodes, each with its agent and proxy.
+//! Two nodes, each with an agent and a proxy.
 
 use std::sync::Arc;
 
@@ -45,7 +45,7 @@ fn enrolled_to_plain_and_back(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// Agents do not clean up after each other.
+/// Agents do not remove each other's state.
 fn end_of_one_spares_the_other(context: &Context) -> Result<()> {
     let (near, far) = two(context)?;
     let server = far.enrolled("server", Families::Dual)?;

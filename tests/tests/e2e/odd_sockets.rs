@@ -1,6 +1,6 @@
 //! Sockets that connect in an unusual way. None of them may reach its destination past the proxy without being counted.
 //!
-//! What Istio's iptables rules (OUTPUT and PREROUTING of the pod's `nat` table) do is told for comparison.
+//! The behavior of Istio's iptables rules (OUTPUT and PREROUTING of the pod's `nat` table) is noted for comparison.
 
 mod marks;
 pub(crate) mod nested;
@@ -30,7 +30,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         .collect()
 }
 
-/// How long something is waited for that must not happen: longer than the first retransmission of a SYN takes.
+/// How long to wait for something that must not happen: longer than the first retransmission of a SYN takes.
 pub(crate) const LONG_ENOUGH: Duration = Duration::from_millis(1500);
 
 /// An enrolled client, and a server outside the mesh that it may reach through the proxy only.
@@ -40,12 +40,12 @@ pub(crate) struct Scene {
     pub(crate) server: Pod,
     pub(crate) listening: Server,
     pub(crate) to: SocketAddr,
-    /// The segments that the server's namespace had received before.
+    /// The number of segments that the server's namespace had received before.
     segments: u64,
 }
 
 impl Scene {
-    /// On the node that all tests share.
+    /// On the shared node.
     fn on_shared(context: &Context, stack: Stack) -> Result<Self> {
         let node = context.node()?;
         let client = node.enrolled("client", Families::Dual)?;
@@ -77,7 +77,7 @@ impl Scene {
         socket_in(self.client.netns(), self.stack)
     }
 
-    /// The connection came to the server once, by way of the proxy.
+    /// Checks that the connection reached the server once, through the proxy.
     fn is_captured(&self, mut connection: Connection) -> Result<()> {
         connection.exchange("hello")?;
         ensure!(connection.peer_name == self.destination(), "getpeername says {}", connection.peer_name);
@@ -88,7 +88,7 @@ impl Scene {
         self.came_by_the_proxy(&[connection])
     }
 
-    /// Exactly these connections came to the server, and none of them from the client itself.
+    /// Checks that exactly these connections reached the server, none of them from the client itself.
     pub(crate) fn came_by_the_proxy(&self, connections: &[Connection]) -> Result<()> {
         let accepted = self.listening.accepted();
         ensure!(accepted.len() == connections.len(), "the server accepted {accepted:?}");
@@ -99,9 +99,9 @@ impl Scene {
         self.were_proxied(connections.len())
     }
 
-    /// The proxy had so many connections of the client's to the server, and no more.
+    /// Checks that the proxy had exactly this many of the client's connections to the server.
     fn were_proxied(&self, wanted: usize) -> Result<()> {
-        // The access log may be a moment behind.
+        // The access log may lag a moment.
         let mut proxied = 0;
         let enough = wait::until_true("line in the access log", SOON, || {
             proxied = self.client.proxied_so_far(Direction::Outbound, self.to)?.len();
@@ -112,7 +112,7 @@ impl Scene {
         Ok(())
     }
 
-    /// Not a single segment came to the server, and there is a count of what was dropped, for this reason.
+    /// Checks that not a single segment reached the server, and that drops were counted for this reason.
     pub(crate) fn was_held(&self, way: Way, reason: Reason) -> Result<()> {
         ensure!(self.listening.accepted().is_empty(), "the server accepted {:?}", self.listening.accepted());
         let segments = self.segments_came()?;
@@ -122,7 +122,7 @@ impl Scene {
         Ok(())
     }
 
-    /// How many segments came to the server's namespace.
+    /// How many segments the server's namespace has received.
     pub(crate) fn segments_came(&self) -> Result<u64> {
         Ok(segments_received(self.server.netns())? - self.segments)
     }
@@ -155,7 +155,7 @@ pub(crate) fn segments_received(netns: &Netns) -> Result<u64> {
     netns.statistic("snmp", "Tcp", "InSegs")
 }
 
-/// Begins to connect and does not wait.
+/// Starts to connect, without waiting.
 fn begin(socket: &Socket, to: SocketAddr) -> Result<()> {
     socket.set_nonblocking(true)?;
     match socket.connect(&to.into()) {
@@ -164,7 +164,7 @@ fn begin(socket: &Socket, to: SocketAddr) -> Result<()> {
     }
 }
 
-/// Waits for the end of what [`begin`] began.
+/// Waits for the connection that [`begin`] started.
 fn end(socket: Socket, limit: Duration) -> Result<Connection> {
     let connected = wait::until("connection", limit, || {
         if let Some(error) = socket.take_error()? {
@@ -184,13 +184,13 @@ fn greet(socket: Socket) -> Result<Connection> {
     Connection::greeted(socket.into())
 }
 
-/// Connects within a limit, on a socket as it is.
+/// Connects an existing socket within a limit.
 fn connect(socket: Socket, to: SocketAddr) -> Result<Connection> {
     socket.connect_timeout(&to.into(), wait::patient(SOON))?;
     greet(socket)
 }
 
-/// That an attempt to connect does not succeed.
+/// Checks that an attempt to connect fails.
 pub(crate) fn fails(socket: &Socket, to: SocketAddr) -> Result<io::Error> {
     match socket.connect_timeout(&to.into(), LONG_ENOUGH) {
         Ok(()) => bail!("the connection to {to} was made"),
@@ -198,7 +198,7 @@ pub(crate) fn fails(socket: &Socket, to: SocketAddr) -> Result<io::Error> {
     }
 }
 
-/// Lets time pass in which a SYN would be sent again.
+/// Waits long enough for a SYN's retransmission.
 fn let_it_retry() {
     thread::sleep(LONG_ENOUGH);
 }

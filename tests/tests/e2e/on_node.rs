@@ -1,4 +1,4 @@
-//! Placement `node`: what there is in it alone, and which tests of both placements are not run in it, and why.
+//! Placement `node`: its own tests, and the list of shared tests that do not run in it, with the reasons.
 
 mod haproxy;
 mod others;
@@ -31,7 +31,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     .collect()
 }
 
-/// The name of the host's end of a pod's interface.
+/// The name of the host end of a pod's interface.
 pub(crate) fn host_device(pod: &Pod) -> Result<String> {
     let index = pod.netns().json("ip -j link show eth0")?[0]["link_index"].as_u64().context("no veth")?;
     let links = pod.node().netns().json("ip -j link show")?;
@@ -40,7 +40,7 @@ pub(crate) fn host_device(pod: &Pod) -> Result<String> {
     Ok(found.context("no device of the host leads to the pod")?.to_owned())
 }
 
-/// What is different there.
+/// The differences.
 const DIFFERENT: [(&str, &str); 6] = [
     ("dns::bound_to_a_device", "a socket that is bound to the pod's device is captured like any other"),
     ("dns::connected_and_then_elsewhere", "a connected socket hears nobody but its peer, as without a mesh"),
@@ -53,7 +53,7 @@ const DIFFERENT: [(&str, &str); 6] = [
     ("without_ipv6::off_", "the host captures IPv6, whatever the pod's lo"),
 ];
 
-/// Why a test is not run there.
+/// Why a test does not run there.
 pub(crate) fn reason(name: &str) -> Option<&'static str> {
     DIFFERENT.into_iter().find(|(start, _)| name.starts_with(start)).map(|(_, reason)| reason)
 }

@@ -1,4 +1,4 @@
-//! Connections that enrolled pods open go through the proxy; the application notices nothing.
+//! Connections that enrolled pods open go through the proxy; the application does not notice.
 
 use std::io::ErrorKind;
 use std::sync::Arc;
@@ -45,7 +45,7 @@ fn captured(context: &Context, families: Families, stack: Stack) -> Result<()> {
     passes_the_proxy_once(&client, &server, stack)
 }
 
-/// One connection: once in the access log, from the client's true address, to what the client dialled.
+/// One connection: once in the access log, with the client's true address and the dialed destination.
 pub(crate) fn passes_the_proxy_once(client: &Pod, server: &Pod, stack: Stack) -> Result<()> {
     let listening = server.listen(stack)?;
     let to = server.endpoint(stack.family(), listening.port())?;
@@ -65,7 +65,7 @@ pub(crate) fn passes_the_proxy_once(client: &Pod, server: &Pod, stack: Stack) ->
     ensure!(entry.source == source, "{source} is not the source of {entry:#?}");
     ensure!(entry.uid == client.identity().uid, "another pod's UID: {entry:#?}");
 
-    // The server: it is the proxy that came, from the pod's address.
+    // The server sees the proxy's connection, from the pod's address.
     let accepted = listening.accepted();
     ensure!(accepted == [connection.heard.clone()], "the server accepted {accepted:?}");
     ensure!(connection.heard.peer.ip() == source.ip(), "the server saw {}", connection.heard.peer);
@@ -80,9 +80,9 @@ pub(crate) fn passes_the_proxy_once(client: &Pod, server: &Pod, stack: Stack) ->
     Ok(())
 }
 
-/// A connection of an application that sets a mark before it connects is captured as any other, even if the mark is the
-/// proxy's: a pod with NET_ADMIN can set that, but it cannot enter the proxy's cgroup. Returns the socket's mark at the
-/// end.
+/// A connection of an application that sets a mark before it connects is captured like any other, even with the proxy's
+/// mark: a pod with NET_ADMIN can set that mark, but it cannot enter the proxy's cgroup. Returns the socket's final
+/// mark.
 pub(crate) fn marked(context: &Context, stack: Stack, mark: u32) -> Result<u32> {
     let node = context.node()?;
     let (client, server) = (node.enrolled("client", Families::Dual)?, node.plain("server", Families::Dual)?);
@@ -124,7 +124,7 @@ fn many_at_once(context: &Context, stack: Stack) -> Result<()> {
 fn not_enrolled(context: &Context, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let (client, server) = (node.plain("client", Families::Dual)?, node.plain("server", Families::Dual)?);
-    // Someone else on the node is enrolled, so that there is something to confuse it with.
+    // Another enrolled pod on the node, to catch mix-ups.
     let _other = node.enrolled("other", Families::Dual)?;
     let listening = server.listen(stack)?;
     let to = server.endpoint(stack.family(), listening.port())?;
@@ -140,7 +140,7 @@ fn closed_port(context: &Context, stack: Stack) -> Result<()> {
     is_refused_soon(&client, &server, stack)
 }
 
-/// A connection to a port where nobody listens fails at once, however many proxies are in between.
+/// A connection to a port without a listener fails at once, however many proxies are in between.
 pub(crate) fn is_refused_soon(client: &Pod, server: &Pod, stack: Stack) -> Result<()> {
     let to = server.endpoint(stack.family(), 9)?;
     let start = Instant::now();
@@ -151,7 +151,7 @@ pub(crate) fn is_refused_soon(client: &Pod, server: &Pod, stack: Stack) -> Resul
     Ok(())
 }
 
-/// Whether an error is what a client gets whose server refused the proxy.
+/// Whether a client gets this error if its server refused the proxy.
 pub(crate) fn is_refusal(client: &Pod, error: &anyhow::Error) -> bool {
     match io_kind(error) {
         Some(ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset) => true,

@@ -1,5 +1,5 @@
-//! An agent of the other placement takes over: pods come over one by one, no new connection fails, none gets past the proxies, open
-//! ones go on, and nothing of the former placement is left when its proxy has ended.
+//! An agent of the other placement takes over: it takes over the pods one by one, no new connection fails, none bypasses the
+//! proxies, open ones continue, and nothing of the former placement is left when its proxy has ended.
 
 use std::fs;
 use std::process::Command;
@@ -32,20 +32,20 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials.into_iter().flatten().collect()
 }
 
-/// Who comes first of the new placement.
+/// Which part of the new placement starts first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum First {
     Agent,
     Proxy,
 }
 
-/// Longer than any attempt has to take.
+/// Longer than any attempt may take.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Between a client's connections.
+/// The pause between a client's connections.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Between the things that happen.
+/// The pause between events.
 const A_WHILE: Duration = Duration::from_millis(500);
 
 fn other(placement: Placement) -> Placement {
@@ -101,7 +101,8 @@ fn changes(
 ) -> Result<()> {
     let ways = [(client, server), (client, outside), (outside, client), (outside, server)];
     let reached = || ways.iter().map(|(_, server)| server.listen(stack)).collect::<Result<Vec<_>>>();
-    // Proxies of both placements choose the ports of deliveries each for itself: what is open has servers of its own.
+    // Proxies of both placements choose delivery ports independently, so the open connections have servers of their
+    // own.
     let (servers, talked_to) = (reached()?, reached()?);
     let towards = |servers: &[Server]| {
         let ends = ways.iter().zip(servers).map(|((from, pod), server)| {
@@ -174,7 +175,7 @@ fn changes(
     );
     ensure!(tally.failed.is_empty() && tally.bypassed == 0, "{tally}: {:#?}", tally.failed);
     ensure!(tally.succeeded() > 200 && lines > 100, "hardly any load: {tally}; {lines} lines");
-    // Only the proxy of the new placement from here on.
+    // Only the proxy of the new placement runs from here on.
     former.context("no proxy ran before")?.process().terminate()?;
     let tally = load::paced(&targets, LIMIT, PAUSE, || {
         thread::sleep(2 * A_WHILE);
@@ -188,7 +189,7 @@ fn changes(
     Ok(())
 }
 
-/// What `redirect doctor` says of placements.
+/// The report of `redirect doctor` on placements.
 fn placements_found(node: &Node) -> Result<serde_json::Value> {
     let mut command = Command::new(&node.session().binaries().redirect);
     command.args(["doctor", "-o", "json", "--pin-dir"]).arg(node.pin_dir());
@@ -199,7 +200,7 @@ fn placements_found(node: &Node) -> Result<serde_json::Value> {
     checks.into_iter().find(|check| check["check"] == "placement").context("no such check")
 }
 
-/// What differs by the placement is that of the new one alone.
+/// Only state of the new placement is left.
 fn nothing_is_left(node: &Arc<Node>, placement: Placement, before: &Footprint, pods: &[&Pod]) -> Result<()> {
     let links = node.pin_dir().join("links");
     let left = || -> Result<Vec<String>> {

@@ -1,4 +1,4 @@
-//! `redirect pods` counts the connections of each pod: exactly its own, as long as it is enrolled.
+//! `redirect pods` counts the connections of each pod: exactly its own, while it is enrolled.
 
 use std::io::ErrorKind;
 use std::net::SocketAddr;
@@ -23,7 +23,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials
 }
 
-/// What the command line says of the pod's connections, which has to be this.
+/// Checks the counters of the pod in the command line's output.
 fn counts(pod: &Pod, stack: Stack, expected: &[(Direction, Verdict, u64)]) -> Result<()> {
     let expected = expected.iter().map(|(direction, verdict, connections)| PodCounter {
         family: stack.family().to_string(),
@@ -48,7 +48,7 @@ fn own(context: &Context, stack: Stack) -> Result<()> {
         inbound::passes_the_proxy_once(plain.netns(), &pod, stack)?;
     }
     counts(&other, stack, &[])?;
-    // Each end of a connection counts it as its own.
+    // Each end of a connection counts it.
     let listening = other.listen(stack)?;
     pod.connect(stack, other.endpoint(stack.family(), listening.port())?)?.exchange("hello")?;
     let captured = |direction, connections| (direction, Verdict::Captured, connections);
@@ -90,7 +90,7 @@ fn lifetime(context: &Context, stack: Stack) -> Result<()> {
     counts(&pod, stack, &[])
 }
 
-/// Attempts that nobody answers.
+/// Attempts without an answer.
 fn refused(client: &Pod, stack: Stack, to: SocketAddr, attempts: u64) -> Result<()> {
     for _ in 0..attempts {
         let error = client.netns().run(|| dial(stack, to, SOON))?.err().context("an answer")?;
@@ -99,7 +99,7 @@ fn refused(client: &Pod, stack: Stack, to: SocketAddr, attempts: u64) -> Result<
     Ok(())
 }
 
-/// How many pods have counters.
+/// The number of pods with counters.
 fn entries(node: &Node) -> Result<usize> {
     let maps = node.status()?.maps;
     let map = maps.iter().find(|map| map.name == "POD_COUNTERS");

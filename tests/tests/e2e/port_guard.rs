@@ -1,4 +1,4 @@
-//! The proxy's ports are the proxy's alone.
+//! Only the proxy can use the proxy's ports.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -81,7 +81,7 @@ fn is_refused(netns: &Netns, stack: Stack, kind: Type, address: SocketAddr) -> R
 fn kept_off(context: &Context, families: Families, stack: Stack) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let (pod, other) = (node.enrolled("pod", families)?, node.plain("other", Families::Dual)?);
-    // The ports are free: it is the guard that refuses.
+    // The ports are free: only the guard refuses.
     node.kill_proxy()?;
     let netns = pod.netns();
     let before = node.status()?;
@@ -140,7 +140,7 @@ fn can_bind_all(pod: &Pod, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// An application that has one of the ports when the pod is to be enrolled: the reason is told, and nothing is changed.
+/// An application has one of the ports when the pod is to be enrolled: the reason is reported, and nothing changes.
 fn squatter(context: &Context, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let pod = node.plain("pod", Families::Dual)?;
@@ -149,7 +149,7 @@ fn squatter(context: &Context, stack: Stack) -> Result<()> {
         let address = (pod.address(stack.family())?, port).into();
         let socket = can_bind(pod.netns(), stack, Type::STREAM, address)?;
         socket.listen(1)?;
-        // A child that another test just forked may still hold a copy of the socket before.
+        // A child that another test just forked may still hold a copy of the previous socket.
         let mut text = String::new();
         let told = wait::until_true("refusal with the port", wait::SOON, || {
             text = restarts::message(pod.enroll())?;

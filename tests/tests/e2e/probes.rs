@@ -1,4 +1,5 @@
-//! The kubelet's connections to enrolled pods reach the applications without the proxy; nobody else's on the node do.
+//! The kubelet's connections to enrolled pods reach the applications without the proxy; no other connections from the
+//! node do.
 
 use std::os::unix::fs::symlink;
 use std::process::Command;
@@ -20,7 +21,7 @@ use crate::context::{Context, for_every_kind, for_every_stack, trial};
 use crate::inbound;
 use crate::reports::counted;
 
-/// How soon a kubelet is recognised that was started anew.
+/// The deadline for recognizing a restarted kubelet.
 const RECOGNISED: Duration = Duration::from_secs(2);
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
@@ -46,7 +47,7 @@ pub(crate) struct Probing {
     pub(crate) kubelet: Caller,
 }
 
-/// A node whose kubelet is known by its cgroup.
+/// A node whose kubelet is identified by its cgroup.
 pub(crate) fn probing(context: &Context) -> Result<Probing> {
     let (session, node) = (context.session()?, empty_node(context)?);
     let name = cgroup_name(&node);
@@ -85,7 +86,7 @@ fn call(caller: &Caller, from: &Netns, pod: &Pod, stack: Stack) -> Result<(Answe
     ensure!(listening.accepted().len() == 1, "{:?}", listening.accepted());
     // An earlier server may have had the same port.
     let source = canonical(answer.getsockname.context("no source")?);
-    // Without the interface of a link-local address, which has another number at the other end.
+    // Without the scope of a link-local address, whose number differs at the other end.
     let is_this = |entry: &Entry| {
         entry.original_destination == to
             && (entry.source.ip(), entry.source.port()) == (source.ip(), source.port())
@@ -127,7 +128,7 @@ fn reach_the_application(context: &Context, families: Families, stack: Stack) ->
             ensure!(probes(family)? == expected, "{family}: {:#?}", node.status()?.counters);
         }
     }
-    // Everyone else's connections to the same pod pass the proxy.
+    // All other connections to the same pod pass the proxy.
     inbound::passes_the_proxy_once(node.netns(), &pod, stack)
 }
 
@@ -140,7 +141,7 @@ fn closed_port(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// A pod is not to be restarted because the proxy is away.
+/// A pod must not be restarted because the proxy is away.
 fn without_a_proxy(context: &Context, stack: Stack) -> Result<()> {
     let Probing { node, kubelet } = probing(context)?;
     let pod = node.enrolled("pod", Families::Dual)?;
@@ -163,11 +164,11 @@ fn others_on_the_node(context: &Context, families: Families, stack: Stack) -> Re
     inbound::passes_the_proxy_once(node.netns(), &pod, stack)
 }
 
-/// The exemption is the kubelet's socket's. Whoever has its address and port next is captured.
+/// The exemption belongs to the kubelet's socket. The next socket with its address and port is captured.
 fn port_of_a_probe(context: &Context, stack: Stack) -> Result<()> {
     let Probing { node, kubelet } = probing(context)?;
     let pod = node.enrolled("pod", Families::Dual)?;
-    // The port is free again a second after the kubelet has closed its connection.
+    // The port is free again one second after the kubelet has closed its connection.
     node.netns().set_sysctl("net.ipv4.tcp_tw_reuse", "1")?;
     let listening = pod.listen(stack)?;
     let to = stack.spell(pod.endpoint(stack.family(), listening.port())?);
@@ -188,7 +189,7 @@ fn port_of_a_probe(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// What the kubelet starts inside pods is no probe.
+/// Processes that the kubelet starts inside pods are no probers.
 fn in_a_pod(context: &Context, families: Families, stack: Stack) -> Result<()> {
     let Probing { node, kubelet } = probing(context)?;
     let pod = node.enrolled("pod", families)?;
@@ -205,7 +206,7 @@ pub(crate) fn routed(node: &Arc<Node>, families: Families) -> Result<Pod> {
     start_routed(node, node.numbered("pod", families))
 }
 
-/// As [`routed`], with all that the pod is to be made from.
+/// As [`routed`], with a specification of the pod.
 pub(crate) fn start_routed(node: &Arc<Node>, spec: PodSpec) -> Result<Pod> {
     let pod = Pod::start(node, spec.routed())?;
     wait::until_true("addresses of the node in use", wait::SOON, || {
@@ -231,7 +232,7 @@ fn link_local_node(context: &Context) -> Result<()> {
     for families in [Families::Dual, Families::V6Only] {
         let pod = routed(&node, families)?;
         let address = pod.address(Family::Ipv6)?;
-        // The node's global addresses go, and with them nothing but the source of its connections.
+        // The node loses its global addresses, so its connections have a link-local source.
         let devices = node.netns().json("ip -j -6 address show scope global")?;
         for device in devices.as_array().into_iter().flatten() {
             let name = device["ifname"].as_str().context("an interface has a name")?;
@@ -257,7 +258,8 @@ fn link_local_node(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// systemd removes a service's cgroup when it stops, and makes another one of the same name when it starts.
+/// systemd removes a service's cgroup when it stops, and creates another one with the same name when it
+/// starts.
 fn kubelet_restarts(context: &Context, stack: Stack) -> Result<()> {
     let Probing { node, mut kubelet } = probing(context)?;
     let pod = node.enrolled("pod", Families::Dual)?;
@@ -285,7 +287,7 @@ fn cgroup_appears_later(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// A process of this name that does nothing, in the caller's cgroup; its other processes are what connects.
+/// An idle process with this name, in the caller's cgroup; the cgroup's other processes connect.
 fn sleeper(node: &Node, caller: &Caller, from: &Netns, name: &str, wrapper: &[&str]) -> Result<Process> {
     let program = node.dir().join(name);
     if !program.exists() {
@@ -335,7 +337,7 @@ fn kubelet_by_name_restarts(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// Processes of pods, also of such with the host's network, can call themselves what they like.
+/// Processes of pods, even with the host's network, can choose any name.
 fn impostors_by_name(context: &Context) -> Result<()> {
     let node = empty_node(context)?;
     let (impostor, name) = (Caller::new(node.session(), &cgroup_name(&node))?, process_name(&node));
@@ -350,6 +352,6 @@ fn impostors_by_name(context: &Context) -> Result<()> {
         is_captured(&impostor, elsewhere.netns(), &pod, stack)?;
     }
     wait_for_links(&node, 0)?;
-    // It heeds no other signal while its child lives.
+    // It ignores other signals while its child lives.
     with_host_network.kill().map(drop)
 }

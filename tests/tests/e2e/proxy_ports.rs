@@ -1,4 +1,4 @@
-//! Calls to the proxy's own ports: nothing runs in circles, nobody waits for ever.
+//! Connections to the proxy's own ports: there are no loops, and no client waits forever.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr};
@@ -32,19 +32,20 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 
 const PORTS: [u16; 3] = [PORT_OUTBOUND, PORT_INBOUND, PORT_TUNNEL];
 
-/// Those of its listeners for captured connections.
+/// The listeners for captured connections.
 const CAPTURED: [u16; 2] = [PORT_OUTBOUND, PORT_INBOUND];
 
-/// What a client outside dials. A tunnel's connection waits for a listener that the embedded proxy does not have.
+/// The ports that an outside client dials. A tunnel connection would wait for a listener that the embedded proxy
+/// does not have.
 fn from_afar(context: &Context) -> Result<impl Iterator<Item = u16>> {
     let tunnel = (context.proxy()? == ProxyKind::Ztunnel).then_some(PORT_TUNNEL);
     Ok(CAPTURED.into_iter().chain(tunnel).chain([PORT_DNS]).chain(ELSEWHERE))
 }
 
-/// Ports that a proxy has in its own namespace: administration, metrics, readiness, SOCKS.
+/// Ports that a proxy uses in its own namespace: administration, metrics, readiness, SOCKS.
 const ELSEWHERE: [u16; 4] = [15000, 15020, 15021, 15080];
 
-/// The call ends soon. Nobody answers, but for a complaint where TLS is spoken.
+/// The connection ends soon, without an answer except for a TLS alert.
 fn ends_soon(client: &Netns, stack: Stack, ip: IpAddr, port: u16) -> Result<()> {
     const SOON: Duration = Duration::from_secs(2);
     const TLS_ALERT: u8 = 21;
@@ -52,7 +53,7 @@ fn ends_soon(client: &Netns, stack: Stack, ip: IpAddr, port: u16) -> Result<()> 
     let mut answer = [0; 16];
     let outcome = client.run(|| -> std::io::Result<usize> {
         let mut stream = dial(stack, (ip, port).into(), Duration::from_secs(5))?;
-        // The other end may be gone already.
+        // The other end may have closed already.
         let _ = stream.write_all(b"hello\r\n\r\n");
         stream.read(&mut answer)
     })?;
@@ -66,7 +67,7 @@ fn ends_soon(client: &Netns, stack: Stack, ip: IpAddr, port: u16) -> Result<()> 
     Ok(())
 }
 
-/// Nobody is there.
+/// No process listens.
 fn is_refused(client: &Netns, stack: Stack, ip: IpAddr, port: u16) -> Result<()> {
     let outcome = client.run(|| dial(stack, (ip, port).into(), Duration::from_secs(5)))?;
     let error = outcome.err().with_context(|| format!("{stack} to {ip} port {port}: someone answered"))?;
@@ -74,7 +75,7 @@ fn is_refused(client: &Netns, stack: Stack, ip: IpAddr, port: u16) -> Result<()>
     Ok(())
 }
 
-/// One call makes a few entries at most: one here, and one at the other end.
+/// One connection causes few entries: at most one at each end.
 fn no_circles(pods: &[&Pod], calls: usize) -> Result<()> {
     for pod in pods {
         let entries = pod.proxied_at_all()?;
@@ -98,7 +99,7 @@ fn from_inside(context: &Context, families: Families, stack: Stack) -> Result<()
     outbound::passes_the_proxy_once(&pod, &other, stack)
 }
 
-/// An address that the pod gave itself: for the agent it is anywhere. The proxy that dials it meets no listener of its own.
+/// An address that the pod added itself: to the agent it is unknown. A proxy that dials it must not reach its own listener.
 fn unknown_address(context: &Context, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
@@ -112,7 +113,7 @@ fn unknown_address(context: &Context, stack: Stack) -> Result<()> {
     outbound::passes_the_proxy_once(&pod, &other, stack)
 }
 
-/// What is not captured does not come to the proxy by dialling its ports.
+/// A connection that is not captured does not reach the proxy by dialing its ports.
 fn from_an_excluded_network(context: &Context, stack: Stack) -> Result<()> {
     let options = NodeOptions { agent: false, proxy: false, ..NodeOptions::default() };
     let node = Node::with(&context.session()?, options)?;
@@ -149,7 +150,7 @@ fn from_enrolled(context: &Context, families: Families, stack: Stack) -> Result<
     outbound::passes_the_proxy_once(&client, &node.plain("other", Families::Dual)?, stack)
 }
 
-/// The numbers alone mean nothing: a server that is not in the mesh may have them.
+/// The port numbers alone mean nothing: a server outside the mesh may use them.
 fn elsewhere(context: &Context, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let (client, server) = (node.enrolled("client", Families::Dual)?, node.plain("server", Families::Dual)?);

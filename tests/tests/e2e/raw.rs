@@ -19,7 +19,7 @@ pub(crate) fn syn(source: IpAddr, source_port: u16, to: SocketAddr, sequence: u3
     packet(source, to.ip(), TCP, &syn_segment(source, source_port, to, sequence))
 }
 
-/// The SYN up to its acknowledgement: its flags are missing.
+/// The SYN up to its acknowledgement number: its flags are missing.
 pub(crate) fn cut_syn(source: IpAddr, source_port: u16, to: SocketAddr) -> Vec<u8> {
     let segment = syn_segment(source, source_port, to, 1);
     packet(source, to.ip(), TCP, &segment[..12])
@@ -162,9 +162,9 @@ pub(crate) fn checksum(source: IpAddr, to: IpAddr, segment: &[u8]) -> u16 {
     internet_checksum(&bytes)
 }
 
-/// A raw socket in the namespace of the calling thread that sends packets with their IP header.
+/// A raw socket in the calling thread's namespace that sends packets with their IP header.
 pub(crate) fn socket(to: IpAddr) -> io::Result<Socket> {
-    // The protocol "raw" is for sending alone, and the header is part of the packet.
+    // The protocol "raw" is for sending only, and the header is part of the packet.
     let domain = if to.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
     let socket = Socket::new(domain, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;
     if to.is_ipv6() {
@@ -178,7 +178,8 @@ pub(crate) fn send_marked(packet: &[u8], to: IpAddr, mark: u32) -> Result<()> {
     send_by(&socket(to)?, packet, to, mark)
 }
 
-/// The same by a socket that is bound to the source: as those of connections are, when the kernel routes what they send.
+/// The same with a socket that is bound to the source, like sockets of connections, so that the kernel routes
+/// accordingly.
 pub(crate) fn send_bound(packet: &[u8], from: IpAddr, to: IpAddr, mark: u32) -> Result<()> {
     let socket = socket(to)?;
     socket.bind(&SocketAddr::new(from, 0).into())?;
@@ -191,12 +192,12 @@ fn send_by(socket: &Socket, packet: &[u8], to: IpAddr, mark: u32) -> Result<()> 
     Ok(())
 }
 
-/// What a frame is sent by.
+/// The kind of socket that sends a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
     /// A packet socket.
     Packet,
-    /// One that puts it past the queueing discipline, and with it past TC.
+    /// A packet socket that skips the queueing discipline, and with it TC.
     PastQdisc,
     /// An AF_XDP socket.
     Xdp,
@@ -208,7 +209,7 @@ pub(crate) struct Ethernet {
     way: Way,
     /// Priority tags (VLAN 0) before the packet.
     tags: usize,
-    /// What the sender says that the frame is, instead of what it says itself.
+    /// The EtherType that the sender declares, instead of the packet's own.
     protocol: Option<u16>,
 }
 
@@ -228,7 +229,7 @@ impl Ethernet {
         Self { way: Way::Packet, tags: 0, protocol: Some(0x0806) }
     }
 
-    /// Sends a packet with its IP header from `eth0` of the calling thread's namespace, to one link address, from another.
+    /// Sends a packet with its IP header from `eth0` of the calling thread's namespace, with these link addresses.
     pub(crate) fn send(self, ends: ([u8; 6], [u8; 6]), packet: &[u8]) -> Result<()> {
         const TAGGED: u16 = 0x8100;
         let kind: u16 = if packet[0] >> 4 == 4 { 0x0800 } else { 0x86dd };
@@ -249,7 +250,7 @@ impl Ethernet {
     }
 }
 
-/// The checksum of bytes in which its place is zero.
+/// The checksum of bytes whose checksum field is zero.
 fn internet_checksum(bytes: &[u8]) -> u16 {
     let words = bytes.chunks(2).map(|pair| match *pair {
         [high, low] => u32::from(u16::from_be_bytes([high, low])),

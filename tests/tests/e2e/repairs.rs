@@ -1,4 +1,5 @@
-//! What others change in the kernel is found and put right, while the agent runs and when it starts; and told.
+//! Changes by other software in the kernel are detected, repaired and reported, while the agent runs and when
+//! it starts.
 
 use std::fs;
 use std::os::fd::{AsRawFd as _, OwnedFd};
@@ -30,7 +31,7 @@ use crate::flows::pinned;
 use crate::logs::lines;
 use crate::{inbound, metrics, outbound};
 
-/// What somebody does.
+/// The damage.
 #[derive(Clone, Copy, Debug)]
 enum Damage {
     Rule(Family),
@@ -169,7 +170,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials
 }
 
-/// How long a repair may take: the interval of the checks, on a busy machine.
+/// The deadline for a repair: the interval of the checks, on a busy machine.
 const LIMIT: Duration = Duration::from_secs(10);
 
 fn node(context: &Context) -> Result<Arc<Node>> {
@@ -205,10 +206,11 @@ fn while_running(context: &Context, damage: Damage) -> Result<()> {
     works(&pod, &other)
 }
 
-/// Pods whose ADD waits for a proxy that is absent delay nobody: not repairs of another pod and of the node, not `status`, not DEL.
+/// Pods whose ADD waits for an absent proxy delay nothing else: neither repairs of another pod and of the node, nor `status`, nor
+/// DEL.
 fn while_adds_wait(context: &Context) -> Result<()> {
     const PODS: usize = 50;
-    // Nearly as long as the plugin waits.
+    // Nearly as long as the plugin's deadline.
     let deadline = wait::patient(2 * wait::SOON).as_secs() - 1;
     let arguments = ["--on-exit", "keep", "--proxy-deadline", &deadline.to_string()].map(str::to_owned);
     let options = NodeOptions { agent_arguments: arguments.to_vec(), ..NodeOptions::default() };
@@ -261,7 +263,7 @@ fn while_adds_wait(context: &Context) -> Result<()> {
     works(&pod, &gone)
 }
 
-/// An ADD looks at a pod once: what the CNI plugins before ours have changed, and what it changes itself, is no reason to look again.
+/// An ADD observes a pod once: changes by earlier CNI plugins, and its own, do not cause another observation.
 fn not_by_adds(context: &Context) -> Result<()> {
     const PODS: usize = 10;
     let log = "info,redirect_datapath=debug";
@@ -279,7 +281,7 @@ fn not_by_adds(context: &Context) -> Result<()> {
     };
     let pods = (0..PODS).map(|number| node.enrolled(&format!("pod-{number}"), Families::Dual));
     let pods: Vec<Pod> = pods.collect::<Result<_>>()?;
-    // Everything about the others was said before.
+    // All notifications about the others are ahead of this.
     let before = looks(&last)?;
     last.netns().ip("link set eth0 alias another")?;
     wait::until_true("look at the pod that changed", LIMIT, || Ok(looks(&last)? > before))?;
@@ -289,12 +291,12 @@ fn not_by_adds(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// The watch's socket fails, twice. That is in the log, in readiness and in the metrics, but no reason to restart the agent; the watch is
-/// started again after a pause, and repairs at once as before.
+/// The watch's socket fails twice. The log, readiness and the metrics show it, but the agent is not restarted: the watch restarts
+/// after a pause, and repairs are immediate again.
 fn after_the_watch_has_failed(context: &Context) -> Result<()> {
     const SERVICE: &str = "watch of pods' interfaces";
     let ends = format!("redirect_service_ends_total{{service=\"{SERVICE}\"}}");
-    // Nothing but the watch finds what changes.
+    // Only the watch can detect changes.
     let arguments = ["--on-exit", "keep", "--check-interval", "3600"].map(str::to_owned);
     let options = NodeOptions { agent_arguments: arguments.to_vec(), ..NodeOptions::default() };
     let node = Node::with(&context.session()?, options)?;
@@ -306,14 +308,14 @@ fn after_the_watch_has_failed(context: &Context) -> Result<()> {
     ensure!(metrics::scrape(&node)?.contains(&ends) && ended(0.0)?, "it is not counted from zero");
     for times in [1.0, 2.0] {
         fail_the_watch(&node)?;
-        // The watch asks its socket again once something has happened.
+        // The watch reads its socket again after an event.
         pod.netns().ip("link set eth0 alias another")?;
         wait::until_true("end of the watch", LIMIT, || ended(times))?;
         let (status, body) = metrics::get(&node, "/readyz")?;
         ensure!(status == "503" && body.contains(&format!("[-] services: {SERVICE}: ")), "{status}: {body}");
         let (status, body) = metrics::get(&node, "/healthz")?;
         ensure!(status == "200", "{status}: {body}");
-        // It is started again by itself: one of its sockets works.
+        // It restarts by itself: one of its sockets works.
         wait::until_true("another watch", LIMIT, || {
             Ok(watching(&node)?.iter().any(|socket| !is_failed(socket)))
         })?;
@@ -333,13 +335,13 @@ fn after_the_watch_has_failed(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// The agent's sockets that hear of changes.
+/// The agent's sockets for notifications.
 fn watching(node: &Node) -> Result<Vec<OwnedFd>> {
     let agent: i32 = node.with_agent(|agent| Ok(agent.process().pid()))?.try_into()?;
     let mut watching = Vec::new();
     for entry in fs::read_dir(format!("/proc/{agent}/fd"))?.flatten() {
         let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        // It may be closed by now, or be no socket.
+        // It may be closed by now, or not be a socket.
         let Ok(socket) = descriptor_of(agent, number) else { continue };
         let address = getsockname::<NetlinkAddr>(socket.as_raw_fd());
         if address.is_ok_and(|address| address.groups() != 0) {
@@ -349,7 +351,7 @@ fn watching(node: &Node) -> Result<Vec<OwnedFd>> {
     Ok(watching)
 }
 
-/// Has the next receive of the watch fail.
+/// Makes the next receive of the watch fail.
 fn fail_the_watch(node: &Node) -> Result<()> {
     let watching = watching(node)?;
     ensure!(!watching.is_empty(), "nobody watches");
@@ -391,7 +393,7 @@ fn at_start(context: &Context) -> Result<()> {
     let (before, links) = (Footprint::of(pod.netns())?, links(&node)?);
     node.kill_agent()?;
     for damage in Damage::ALL {
-        // What is detached has to be pinned.
+        // A link has to be pinned to be detached.
         if !matches!(damage, Damage::Detach) {
             damage.inflict(&node, &pod).with_context(|| format!("{damage:?}"))?;
         }
@@ -408,7 +410,7 @@ fn at_start(context: &Context) -> Result<()> {
     works(&pod, &other)
 }
 
-/// Where the pod's namespace was there is another one, with the same addresses.
+/// The pod's namespace is replaced by another one with the same addresses.
 fn anew(context: &Context, running: bool) -> Result<()> {
     let node = node(context)?;
     let (addresses, other) = (node.to_choose(5), node.plain("other", Families::Dual)?);
@@ -419,7 +421,7 @@ fn anew(context: &Context, running: bool) -> Result<()> {
     old.enroll_at(path.clone())?;
     let agent = Pid::from_raw(i32::try_from(node.with_agent(|agent| Ok(agent.process().pid()))?)?);
     if running {
-        // For it there is no moment without a namespace.
+        // To the agent there is no moment without a namespace.
         kill(agent, Signal::SIGSTOP)?;
     } else {
         node.kill_agent()?;

@@ -1,4 +1,4 @@
-//! What `redirect status` and `redirect pods` say is what the kernel holds.
+//! `redirect status` and `redirect pods` agree with the kernel.
 
 use std::path::Path;
 use std::process::Command;
@@ -45,7 +45,7 @@ fn status(context: &Context) -> Result<()> {
         let program = program.with_context(|| format!("{report:?} is not in the kernel"))?;
         ensure!(program["name"] == report.name.as_str(), "{report:?} is {program}");
         let attached = links.iter().filter(|link| link["prog_id"] == report.id).count();
-        // Filters of a kernel without tcx are no links.
+        // Without tcx, attachments are filters, not links.
         ensure!(attached == report.links || !status.tcx, "{attached} links of {report:?}");
     }
     let ids = node.with_agent(|agent| agent.objects())?.maps;
@@ -95,7 +95,7 @@ fn features(context: &Context) -> Result<()> {
         );
     }
     ensure!(found("IPv6")? == ["on"] || !Path::new("/proc/net/if_inet6").exists());
-    // People are shown them as well, with what was lost of the events of connections.
+    // The human-readable output has them as well, with the lost events.
     let mut command = Command::new(&node.session().binaries().redirect);
     let output = command.arg("status").arg("--socket").arg(node.agent_socket()).output()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -128,13 +128,13 @@ fn pods(context: &Context) -> Result<()> {
         ensure!(attachment.container_id == pod.sandbox().container_id && attachment.interface == "eth0");
 
         let footprint = Footprint::of(pod.netns())?;
-        // Both families are caught, also one that the pod has no address of.
+        // Both families are captured, even one without an address of the pod.
         let caught = Family::ALL.len();
         for priority in [RULE_PRIORITY_CAPTURE, RULE_PRIORITY_DELIVERY] {
             let rules = footprint.rules.iter().filter(|rule| rule["priority"] == priority).count();
             ensure!(rules == caught, "{rules} rules of priority {priority} for {names:?}");
         }
-        // And for sockets that are bound to eth0, where the pod has an address.
+        // And for sockets that are bound to eth0, if the pod has an address.
         ensure!(footprint.routes.len() == caught + names.len(), "{:#?}", footprint.routes);
     }
     Ok(())
@@ -173,7 +173,7 @@ fn captured(status: &Status, family: Family, direction: Direction) -> u64 {
     counted(status, family, direction, Verdict::Captured, Reason::Enrolled)
 }
 
-/// How many connections the agent counted so.
+/// The agent's counter for these connections.
 pub(crate) fn counted(
     status: &Status,
     family: Family,

@@ -1,4 +1,4 @@
-//! Agent and proxy that are down, come back, or end for good.
+//! Agent and proxy stop, restart, or end for good.
 
 use std::sync::Arc;
 use std::thread;
@@ -28,7 +28,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials
 }
 
-/// A connection attempt meets no proxy, and never the application either; the proxy that comes back serves it.
+/// A connection attempt without a proxy never reaches the application; the proxy that returns serves it.
 fn proxy_down_holds(context: &Context, stack: Stack, direction: Direction) -> Result<()> {
     const DOWN: Duration = Duration::from_millis(600);
     const PATIENCE: Duration = Duration::from_secs(15);
@@ -91,7 +91,7 @@ fn add_without_agent(context: &Context) -> Result<()> {
     pod.unenroll().context("DEL without an agent")
 }
 
-/// The runtime's whole chain, on a node where our plugin must fail.
+/// The runtime's whole chain, on a node on which our plugin must fail.
 fn failed_add(context: &Context) -> Result<()> {
     let node = Node::with(&context.session()?, NodeOptions { proxy: false, ..NodeOptions::default() })?;
     let veths = || node.netns().json("ip -j link show type veth");
@@ -138,7 +138,7 @@ fn end_of_the_agent(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// The text of a plugin's error, which must have the form that the specification asks for.
+/// The text of a plugin's error, which must have the specified form.
 pub(crate) fn message<T>(outcome: Result<T>) -> Result<String> {
     let error = outcome.err().context("ADD succeeded")?;
     let plugin = error.chain().any(<dyn std::error::Error>::is::<PluginError>);

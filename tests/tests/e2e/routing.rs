@@ -1,5 +1,5 @@
-//! The pod's own routing decides whether it can speak a family, and from which address: captured connections have the sources that
-//! they would have without a mesh, whatever the CNI plugins named.
+//! The pod's own routing decides whether a family works, and with which address: captured connections have the sources that they
+//! would have without a mesh, whatever the CNI plugins name.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -46,7 +46,7 @@ const fn flag(family: Family) -> &'static str {
     }
 }
 
-/// The source that the kernel gives a socket that nobody captures.
+/// The source that the kernel gives a socket without capture.
 fn without_us(
     netns: &Netns,
     stack: Stack,
@@ -61,7 +61,7 @@ fn without_us(
     })
 }
 
-/// The source that a captured connection has from its beginning, whatever becomes of it.
+/// The initial source of a captured connection, whatever its outcome.
 fn captured(netns: &Netns, stack: Stack, to: SocketAddr, device: Option<&str>) -> Result<io::Result<IpAddr>> {
     netns.run(|| {
         let socket = Socket::new(stack.domain(), Type::STREAM, None)?;
@@ -85,8 +85,8 @@ enum Order {
     EnrollmentFirst,
 }
 
-/// Pods of IPv6 clusters of EKS have IPv4 through a device of its own, to speak to what is outside. Its address is link-local,
-/// and is not among those that the CNI plugin names. Clusters of IPv4 have the mirror image.
+/// Pods of IPv6 clusters on EKS have IPv4 through a separate device, for external traffic. Its address is link-local, and the
+/// CNI plugin does not name it. IPv4 clusters have the reverse.
 fn egress_interface(context: &Context, stack: Stack, order: Order) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let family = stack.family();
@@ -139,7 +139,7 @@ fn egress_interface(context: &Context, stack: Stack, order: Order) -> Result<()>
     ensure!(entries[0].is_of(family) && entries[0].source == source, "{entries:#?}");
     inbound::passes_at(node.netns(), &pod, stack, own)?;
 
-    // It is the pod's address as any other.
+    // It counts as the pod's address like any other.
     let report = node.report(&pod)?.context("an enrolled pod")?;
     ensure!(report.captured.iter().any(|name| name == family.name()), "{report:#?}");
     for direction in ["outbound", "inbound"] {
@@ -157,7 +157,7 @@ fn egress_interface(context: &Context, stack: Stack, order: Order) -> Result<()>
     let (detail, code) = inspect::show(&node, &pod)?;
     ensure!(code == Some(0), "{detail:#?}");
 
-    // The other family goes on as it was.
+    // The other family is unaffected.
     let other = node.plain("other", Families::Dual)?;
     families.stacks().try_for_each(|stack| outbound::passes_the_proxy_once(&pod, &other, stack))
 }
@@ -172,7 +172,7 @@ fn far(family: Family) -> (IpAddr, String) {
     (far, format!("{far}/{length}"))
 }
 
-/// A pod on two networks, with two addresses on the second one, beyond which somebody listens.
+/// A pod on two networks, with two addresses on the second one, and a server beyond it.
 struct Scene {
     node: Arc<Node>,
     network: SecondNetwork,
@@ -216,7 +216,8 @@ impl Scene {
         self.pod().netns().ip(&format!("{} {command}", flag(self.stack.family()))).map(drop)
     }
 
-    /// A connection has this source, which is the kernel's choice, and so has the proxy's.
+    /// Checks that a connection has this source, which the kernel chooses, and that the proxy's has it as
+    /// well.
     fn comes_from(&self, expected: IpAddr) -> Result<()> {
         let Self { stack, to, .. } = *self;
         let netns = self.pod().netns();
@@ -238,7 +239,7 @@ impl Scene {
     }
 }
 
-/// Routes that come, change and go while the pod is enrolled.
+/// Routes that appear, change and disappear while the pod is enrolled.
 fn sources_of_routes(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::new(context, stack)?;
     let [first, second] = scene.addresses;
@@ -261,7 +262,7 @@ fn sources_of_routes(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// Addresses that are deprecated, removed, and added; an interface that goes.
+/// Addresses that are deprecated, removed and added; an interface that disappears.
 fn sources_of_addresses(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::new(context, stack)?;
     scene.change("route add FAR dev net1")?;
@@ -329,7 +330,8 @@ fn sources_of_devices(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// The pod has a routing table of its own, as VPNs and source-based routing have: what leads there is captured.
+/// The pod has a routing table of its own, as for VPNs and source-based routing: connections to its
+/// destinations are captured.
 fn routes_of_another_table(context: &Context, stack: Stack) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
@@ -344,7 +346,7 @@ fn routes_of_another_table(context: &Context, stack: Stack) -> Result<()> {
         "route flush default".to_owned(),
     ] {
         pod.netns().ip(&format!("{family} {command}")).map(drop).or_else(|error| {
-            // With its on-link network the default route may have gone.
+            // The default route may have disappeared with its on-link network.
             if command.contains("flush") { Ok(()) } else { Err(error) }
         })?;
     }
@@ -356,7 +358,7 @@ fn routes_of_another_table(context: &Context, stack: Stack) -> Result<()> {
     outbound::passes_the_proxy_once(&pod, &other, stack)
 }
 
-/// Where the pod has no route, its connections fail at once, and with the kernel's own words.
+/// Without a route in the pod, connections fail at once, with the kernel's own error.
 fn refused_without_a_route(context: &Context, stack: Stack) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let family = stack.family();
@@ -378,7 +380,7 @@ fn refused_without_a_route(context: &Context, stack: Stack) -> Result<()> {
     // The pod has no address of the family.
     let (plain, pod) = (node.plain("plain", lacking)?, node.enrolled("pod", lacking)?);
     same(&plain, &pod)?;
-    // It has, and loses its default route; it refuses a network.
+    // The pod has an address, and loses its default route; then it refuses a network.
     let (plain, pod) = (node.plain("plain", Families::Dual)?, node.enrolled("pod", Families::Dual)?);
     for command in [format!("route add prohibit {network}"), format!("route replace unreachable {network}")] {
         for pod in [&plain, &pod] {
@@ -400,14 +402,14 @@ fn refused_without_a_route(context: &Context, stack: Stack) -> Result<()> {
         let outcome = pod.netns().run(|| dial(stack, to, wait::SOON))?;
         Ok(outcome.err().is_some_and(|error| error.raw_os_error() == wanted))
     })?;
-    // What is on its link goes on, and so do deliveries.
+    // On-link traffic continues, and so do deliveries.
     let other = node.plain("other", Families::Dual)?;
     outbound::passes_the_proxy_once(&pod, &other, stack)?;
     inbound::passes_the_proxy_once(other.netns(), &pod, stack)
 }
 
-/// Two pods have the same address on networks that know nothing of each other; and one has an address on its `lo` that another pod was
-/// given. What was said of one pod never counts for the other.
+/// Two pods have the same address on independent networks; and one has an address on its `lo` that belongs to another pod.
+/// Addresses named for one pod never count for the other.
 fn contested_address(context: &Context, stack: Stack) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let one = SecondNetwork::behind(node.enrolled("one", Families::Dual)?)?;
@@ -435,10 +437,10 @@ fn contested_address(context: &Context, stack: Stack) -> Result<()> {
     let taken = one.pod.address(stack.family())?;
     let length = if taken.is_ipv4() { 32 } else { 128 };
     let nodad = if taken.is_ipv4() { "" } else { "nodad" };
-    // Nobody on the first network is to be told of it.
+    // The first network must not learn about it.
     two.pod.netns().set_sysctl("net.ipv4.conf.all.arp_ignore", "1")?;
     two.pod.netns().ip(&format!("address add {taken}/{length} dev lo {nodad}"))?;
-    // What comes later has been heard of later.
+    // Notifications are in order.
     let own = if taken.is_ipv4() { "192.168.99.1" } else { "fd99::1" };
     two.pod.netns().ip(&format!("address add {own}/{length} dev lo {nodad}"))?;
     wait::until_true("address on lo", wait::SOON, || listed(&two.pod, &own.parse()?))?;
@@ -448,7 +450,7 @@ fn contested_address(context: &Context, stack: Stack) -> Result<()> {
     outbound::passes_the_proxy_once(&one.pod, &other, stack)
 }
 
-/// Enrollment takes no longer than it may, and nothing of it is left.
+/// Enrollment stays within its time limit, and leaves nothing.
 fn a_thousand_routes(context: &Context, stack: Stack) -> Result<()> {
     const ROUTES: u16 = 1000;
     let node = Node::start(&context.session()?)?;

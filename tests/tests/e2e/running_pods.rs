@@ -1,4 +1,4 @@
-//! Pods that run already: found by their processes, enrolled by their labels, with what can stand in the way.
+//! Running pods: found by their processes, enrolled by their labels, with everything that can go wrong.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -31,10 +31,10 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 pub(crate) const AMBIENT: [(&str, &str); 1] = [("istio.io/dataplane-mode", "ambient")];
 const NONE: [(&str, &str); 1] = [("istio.io/dataplane-mode", "none")];
 
-/// Longer than a proxy and the agent wait before they try again what failed.
+/// Longer than the retry intervals of proxy and agent.
 const RETRIED: Duration = Duration::from_secs(20);
 
-/// A pod that was made without our plugin, and a process in it, as a container runtime runs it.
+/// A pod that was created without our plugin, and a process in it, as a container runtime starts it.
 pub(crate) struct Running {
     // In this order: the process ends before its cgroups do.
     _process: Process,
@@ -78,7 +78,7 @@ fn labels(context: &Context, families: Families, stack: Stack) -> Result<()> {
         inbound::passes_the_proxy_once(other.netns(), pod, stack)?;
         cluster.announce_running(pod, &NONE);
         becomes(&cluster, pod, None)?;
-        // A connection that meets the change may come to nothing.
+        // A connection during the change may fail.
         wait::until_true("pod that is captured no longer", RETRIED, || {
             let attempt = Connection::open_within(pod.netns(), stack, to, Duration::from_secs(1));
             Ok(attempt.is_ok_and(|connection| connection.is_direct()))
@@ -87,7 +87,8 @@ fn labels(context: &Context, families: Families, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// An application had one of the proxy's ports before: the pod goes on as before, and is captured when the port is free.
+/// An application already has one of the proxy's ports: the pod continues as before, and is captured when the port is
+/// free.
 fn refused(context: &Context, stack: Stack) -> Result<()> {
     let cluster = Cluster::start(&context.session()?, &[])?;
     let other = cluster.node().plain("other", Families::Dual)?;
@@ -110,7 +111,7 @@ fn refused(context: &Context, stack: Stack) -> Result<()> {
         let to = other.endpoint(stack.family(), listening.port())?;
         ensure!(pod.connect(stack, to)?.is_direct(), "captured, although nobody serves it");
     }
-    // The others are none the worse.
+    // Other pods are unaffected.
     let bystander = Running::new(&cluster, Families::Dual)?;
     cluster.announce_running(&bystander.pod, &AMBIENT);
     becomes(&cluster, &bystander.pod, Some("enabled"))?;
@@ -125,7 +126,7 @@ fn refused(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// The agent starts again while the API server is away: the pods of its checkpoints are in the proxy's snapshot, and stay.
+/// The agent restarts while the API server is away: the pods of its checkpoints are in the proxy's snapshot, and stay.
 fn without_api_server(context: &Context, stack: Stack) -> Result<()> {
     let keep = ["--on-exit", "keep", "--initial-wait", "1"];
     let cluster = Cluster::start(&context.session()?, &keep)?;
@@ -140,7 +141,7 @@ fn without_api_server(context: &Context, stack: Stack) -> Result<()> {
     node.end_agent()?;
     cluster.start_agent(&keep)?;
     node.wait_for_proxy()?;
-    // The proxy cuts the connections of pods that it is not told of.
+    // The proxy resets the connections of pods that are not in its snapshot.
     open.exchange("still there")?;
     open.finish()?;
     ensure!(
@@ -150,7 +151,7 @@ fn without_api_server(context: &Context, stack: Stack) -> Result<()> {
     outbound::passes_the_proxy_once(pod, &other, stack)?;
     inbound::passes_the_proxy_once(other.netns(), pod, stack)?;
     cluster.api().set_away(false);
-    // That it is back shows in what is followed again.
+    // Changes are followed again once it is back.
     cluster.announce_running(pod, &NONE);
     becomes(&cluster, pod, None)
 }

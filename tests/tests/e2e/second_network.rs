@@ -1,5 +1,5 @@
-//! Pods that get one more interface while they are enrolled, as Multus and friends make them. Nobody tells the agent the
-//! addresses there.
+//! Pods that get another interface while they are enrolled, as from Multus. Neither a plugin nor Kubernetes names its
+//! addresses.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
@@ -18,7 +18,7 @@ use serde_json::Value;
 use crate::context::{Context, for_every_stack};
 use crate::{inbound, time_wait};
 
-/// Why placement `node` has none.
+/// Why placement `node` has no such test.
 pub(crate) const REASON: &str = "a pod that gets another way out is refused";
 
 pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
@@ -85,14 +85,14 @@ impl SecondNetwork {
     }
 }
 
-/// What comes through it passes the proxy.
+/// Connections that arrive through it pass the proxy.
 pub(crate) fn inbound(node: &Arc<Node>, stack: Stack) -> Result<()> {
     let SecondNetwork { pod, outside } = SecondNetwork::new(node)?;
     let address = SecondNetwork::address(stack.family(), SecondNetwork::POD);
     inbound::passes_at(&outside, &pod, stack, address)
 }
 
-/// And what leaves through it.
+/// And connections that leave through it.
 fn outbound(context: &Context, stack: Stack) -> Result<()> {
     let SecondNetwork { pod, outside } = SecondNetwork::new(&context.node()?)?;
     let listening = Server::start(&outside, stack, 0, "outside")?;
@@ -123,7 +123,7 @@ fn in_time_wait(node: &Arc<Node>, stack: Stack, direction: Direction) -> Result<
     time_wait::one_source_port(&pod, stack, direction, inside, outside)
 }
 
-/// Where connections are to be refused while there is no proxy.
+/// Connections are refused while there is no proxy, if configured.
 fn refused(context: &Context, stack: Stack) -> Result<()> {
     let node = Node::with_arguments(&context.session()?, &["--without-proxy", "refuse"])?;
     let SecondNetwork { pod, outside } = SecondNetwork::new(&node)?;

@@ -1,5 +1,5 @@
-//! Services: address translation in the node's namespace, as kube-proxy sets it up, behind the proxy. Nothing of ours knows
-//! of them; an enrolled client reaches them in the family that it chose, and by way of the proxy.
+//! Services: address translation in the node's namespace, as kube-proxy sets it up, behind the proxy. The agent does not
+//! know about them; an enrolled client reaches them in its chosen family, and through the proxy.
 
 use std::net::{IpAddr, SocketAddr};
 use std::process::Command;
@@ -57,7 +57,7 @@ const SERVICES: [Service; 6] = [
         pod: Families::Dual,
         greeting: "hello dualstack",
     },
-    // On a dual-stack cluster these have both cluster IPs, also where their pods have one family.
+    // On a dual-stack cluster these have both cluster IPs, even if their pods have one family.
     Service {
         policy: "prefer_dual_stack",
         families: Families::Dual,
@@ -93,7 +93,8 @@ fn cluster_ip(family: Family) -> IpAddr {
     }
 }
 
-/// What kube-proxy would write for a Service with this pod; a family without an endpoint is refused.
+/// The rules that kube-proxy would write for a Service with this pod; a family without an endpoint is
+/// refused.
 fn translate(node: &Node, outside: &Netns, service: Service, pod: &Pod) -> Result<()> {
     let (mut translated, mut refused) = (String::new(), String::new());
     for family in service.families.iter() {
@@ -112,7 +113,7 @@ fn translate(node: &Node, outside: &Netns, service: Service, pod: &Pod) -> Resul
          chain refuse {{ type filter hook forward priority filter;\n{refused}}}\n\
          chain refuse_own {{ type filter hook output priority filter;\n{refused}}}\n}}\n"
     );
-    // What is to be refused has to be forwarded, as it is to the default route of a real node.
+    // A refused packet has to be forwarded first, as it is on the default route of a real node.
     node.attach(outside, "uplink")?;
     for (family, network) in [(Family::Ipv4, "172.30.0.0/16"), (Family::Ipv6, "fd96::/64")] {
         node.netns().ip(&format!("route add {network} via {}", node.attached(family)))?;
@@ -125,7 +126,7 @@ fn translate(node: &Node, outside: &Netns, service: Service, pod: &Pod) -> Resul
 fn reach(context: &Context, service: Service) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let client = Pod::start(&node, PodSpec::new("sleep", Families::Dual))?;
-    // Not on the client's bridge: the answers have to come back through the node.
+    // Not on the client's bridge: the answers have to return through the node.
     let spec = PodSpec::new("tcp-echo", service.pod).in_namespace(service.namespace).routed();
     let pod = Pod::start(&node, spec)?;
     let outside = Netns::new("outside")?;

@@ -1,5 +1,4 @@
-//! Listeners with `SO_REUSEPORT`, as proxies have them that hand over to each other. Before Linux 6.6 no TC program can assign
-//! one.
+//! Listeners with `SO_REUSEPORT`, as used by proxies that replace each other. Before Linux 6.6 no TC program can assign one.
 
 use std::fs;
 use std::path::PathBuf;
@@ -37,7 +36,7 @@ fn listeners(pod: &Pod, proxy: u32) -> Result<[Socket; 2]> {
         let link = PathBuf::from(format!("socket:[{inode}]"));
         for entry in fs::read_dir(format!("/proc/{proxy}/fd"))? {
             let path = entry?.path();
-            // Another one may be closed by now.
+            // Other descriptors may be closed by now.
             if fs::read_link(&path).is_ok_and(|target| target == link) {
                 let number = path.file_name().and_then(|name| name.to_str()).unwrap_or_default().parse()?;
                 return Ok(descriptor_of(proxy as i32, number)?.into());
@@ -48,7 +47,7 @@ fn listeners(pod: &Pod, proxy: u32) -> Result<[Socket; 2]> {
     Ok([find(PORT_OUTBOUND)?, find(PORT_INBOUND)?])
 }
 
-/// The listener at a port in a table of the form of `/proc/net/tcp`.
+/// The listener on a port in a table like `/proc/net/tcp`.
 fn inode(table: &str, port: u16) -> Option<&str> {
     let end = format!(":{port:04X}");
     table.lines().find_map(|line| {

@@ -1,6 +1,6 @@
 //! Pods come and go at random, and node proxies and agents are killed at random, while every pod connects all the time. Only
-//! what a killed proxy explains may fail, nothing may get past the proxy, and in the end nothing is left and the agent is as
-//! small as it was. `cargo xtask test --soak MINUTES` goes on for so long; by itself the test takes seconds.
+//! failures that a killed proxy explains are allowed, nothing may bypass the proxy, and in the end nothing is left and the
+//! agent's memory is back to normal. `cargo xtask test --soak MINUTES` sets the duration; by default the test takes seconds.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -26,19 +26,20 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     vec![trial(context, "soak::pods_proxies_and_agents", soak)]
 }
 
-/// Places for pods, each of which is taken by one pod after the other.
+/// The number of places, each of which has one pod after another.
 const PLACES: usize = 3;
 
-/// Between a client's connections.
+/// The pause between a client's connections.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// A connection may take so long: no proxy for a few seconds, and the retransmission after that.
+/// The longest allowed duration of a connection: no proxy for a few seconds, and the retransmission after
+/// that.
 const LIMIT: Duration = Duration::from_secs(15);
 
-/// How long the soak is when nobody says so.
+/// The default duration.
 const SHORT: Duration = Duration::from_secs(12);
 
-/// How much more memory the agent may have at the end, in bytes: the allocator's own ups and downs.
+/// How much the agent's memory may grow, in bytes: the allocator's fluctuations.
 const MEMORY: u64 = 2 << 20;
 
 fn soak(context: &Context) -> Result<()> {
@@ -57,17 +58,17 @@ fn soak(context: &Context) -> Result<()> {
 struct Soak {
     node: Arc<Node>,
     other: Pod,
-    /// What was done to agents and proxies, and when.
+    /// The faults of agents and proxies, with their times.
     faults: Mutex<Vec<Fault>>,
 }
 
-/// Something that the soak does, and what it may explain.
+/// A fault, and the time for which it explains failures.
 #[derive(Clone, Debug)]
 struct Fault {
     kind: Kind,
-    /// Since when.
+    /// Its start.
     start: Instant,
-    /// Until when, if it is over.
+    /// Its end, if it is over.
     end: Option<Instant>,
 }
 
@@ -84,24 +85,24 @@ impl Kind {
     const ALL: [Self; 5] =
         [Self::AgentKilled, Self::AgentStopped, Self::ProxyKilled, Self::ProxyReplaced, Self::BothKilled];
 
-    /// Whether it cuts connections that a proxy has or is about to have. A proxy of the node that ends resets what waits to be
-    /// accepted, unless the host has `tcp_migrate_req`, which is not the agent's to set there.
+    /// Whether it resets connections that a proxy has or is about to get. A proxy of the node that ends resets connections in
+    /// its accept queue, unless the host has `tcp_migrate_req`, which the agent does not set there.
     fn cuts(self, placement: Placement) -> bool {
         matches!(self, Self::ProxyKilled | Self::BothKilled)
             || (self == Self::ProxyReplaced && placement == Placement::Node)
     }
 }
 
-/// What became of everything.
+/// The results.
 #[derive(Debug, Default)]
 struct Sum {
     pods: usize,
-    /// ADDs and DELs that were tried again after a fault.
+    /// ADDs and DELs that were repeated after a fault.
     repeated: usize,
     load: Tally,
-    /// Connections that a fault cut.
+    /// Connections that a fault reset.
     cut: usize,
-    /// Lines on connections that were open for a pod's whole life.
+    /// Lines exchanged on connections that were open for a pod's whole life.
     lines: usize,
 }
 
@@ -145,15 +146,15 @@ impl Soak {
     fn run(&self, length: Duration, seed: u64) -> Result<()> {
         let mut random = Rng::with_seed(seed);
         let begun = Instant::now();
-        // Agents that live for less than a moment say little about what piles up: the last third has no faults.
+        // Short-lived agents tell little about leaks, so the last third has no faults.
         let mut sum = self.phase(2 * length / 3, &mut random, true)?;
         self.nothing_is_left().context("after the faults")?;
-        // Once, so that the allocator has what it needs for so many pods.
+        // A first round, so that the allocator has what it needs for this many pods.
         sum.add(self.phase(length / 12, &mut random, false)?);
         let before = self.size()?;
         sum.add(self.phase(length / 4, &mut random, false)?);
         self.nothing_is_left().context("in the end")?;
-        // A connection of the command line may just be ending.
+        // A connection of the command line may just be closing.
         let after = wait::until("agent without connections", wait::SOON, || {
             let size = self.size()?;
             Ok((size.descriptors <= before.descriptors).then_some(size))
@@ -177,7 +178,7 @@ impl Soak {
         self.node.end_agent()
     }
 
-    /// Pods come and go for so long, and go in the end.
+    /// Pods come and go for this long, and are deleted in the end.
     fn phase(&self, length: Duration, random: &mut Rng, faulty: bool) -> Result<Sum> {
         let end = Instant::now() + length;
         let over = AtomicBool::new(false);
@@ -212,7 +213,7 @@ impl Soak {
         Ok(sum)
     }
 
-    /// Whatever failed, a fault cut; and nothing got past the proxy.
+    /// Every failure must be explained by a fault, and nothing may bypass the proxy.
     fn judge(&self, sum: &mut Sum) -> Result<()> {
         let failed = std::mem::take(&mut sum.load.failed);
         let all = failed.len();
@@ -253,7 +254,7 @@ impl Soak {
         self.faults.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
     }
 
-    /// Kills or replaces something, and puts another in its place.
+    /// Kills or replaces an agent or a proxy, and starts another one.
     fn fault(&self, random: &mut Rng) -> Result<()> {
         let kind = Kind::ALL[random.usize(..Kind::ALL.len())];
         let number = {
@@ -291,7 +292,7 @@ impl Soak {
         Ok(())
     }
 
-    /// One pod after the other.
+    /// One pod after another.
     fn place(&self, mut random: Rng, over: &AtomicBool) -> Result<Sum> {
         let mut sum = Sum::default();
         while !over.load(Ordering::SeqCst) && !signals::interrupted() {
@@ -301,7 +302,7 @@ impl Soak {
                 self.life(&pod, &mut random, over, &mut sum)
                     .with_context(|| format!("pod {}", pod.identity()))?;
             }
-            // Some runtimes call the plugin when the namespace is gone.
+            // Some runtimes call the plugin when the namespace is already gone.
             if random.u8(..4) == 0 {
                 let remains = pod.end_without_del()?;
                 self.until_undisturbed(|| false, &mut sum, || remains.delete())?;
@@ -312,7 +313,7 @@ impl Soak {
         Ok(sum)
     }
 
-    /// Does something again while a fault explains that it fails, as a runtime does.
+    /// Repeats an operation while a fault explains its failure, as a runtime does.
     fn until_undisturbed<T>(
         &self,
         over: impl Fn() -> bool,
@@ -336,7 +337,7 @@ impl Soak {
         }
     }
 
-    /// Connections from and to a pod by every kind of socket, and one that is open all the time.
+    /// Connections from and to a pod with every kind of socket, and one that stays open.
     fn life(&self, pod: &Pod, random: &mut Rng, over: &AtomicBool, sum: &mut Sum) -> Result<()> {
         let servers = Stack::ALL.map(|stack| anyhow::Ok((stack, pod.listen(stack)?, self.outside(stack)?)));
         let servers = servers.into_iter().collect::<Result<Vec<_>>>()?;
@@ -374,12 +375,12 @@ impl Soak {
         Ok(())
     }
 
-    /// A server of the other pod. Ports may come again: a pod's listeners never have a port twice, and there are not enough for an hour.
+    /// A server of the other pod, which may reuse ports: [`Pod::listen`] never does, and an hour needs more than there are.
     fn outside(&self, stack: Stack) -> Result<Server> {
         Server::start(self.other.netns(), stack, 0, &self.other.identity().name)
     }
 
-    /// Waits until kernel and agent know of no pod.
+    /// Waits until neither kernel nor agent know any pod.
     fn nothing_is_left(&self) -> Result<()> {
         let left = || -> Result<Vec<String>> {
             let mut left: Vec<String> =
@@ -405,19 +406,19 @@ impl Soak {
     }
 }
 
-/// The maps in which pods are.
+/// The maps with entries of pods.
 const PODS: [&str; 4] = ["PODS", "POD_IPV4", "POD_IPV6", "INTERFACES"];
 
 fn arguments() -> Vec<String> {
     ["--on-exit", "keep"].map(str::to_owned).to_vec()
 }
 
-/// A proxy that lets connections come to their end when another takes its place.
+/// A proxy that lets connections end when another one replaces it.
 fn start_proxy(node: &Node) -> Result<()> {
     node.start_proxy_with(&ProxyOptions { drain: 10, ..ProxyOptions::default() })
 }
 
-/// So many milliseconds.
+/// A random number of milliseconds.
 fn between(random: &mut Rng, from: u64, to: u64) -> Duration {
     Duration::from_millis(random.u64(from..=to))
 }

@@ -1,4 +1,4 @@
-//! `redirect explain` says of any connection what the specification says ([`redirect_tests::specification`]).
+//! `redirect explain` agrees with the specification for any connection ([`redirect_tests::specification`]).
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     for_every_stack(context, "specification::explain", explain)
 }
 
-/// What is excluded from capture on the node.
+/// The node's exclusions.
 const NETWORKS: [(&str, u8); 4] =
     [("10.0.0.8", 29), ("255.255.255.254", 31), ("fd00::8", 125), ("fe80::", 64)];
 const PORTS: [u16; 2] = [8443, 15000];

@@ -1,4 +1,4 @@
-//! What goes through the proxy arrives as it was sent.
+//! Data through the proxy arrives unchanged.
 
 use std::sync::Arc;
 
@@ -30,7 +30,7 @@ fn megabyte(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// The client ends its direction first; what the server says after that must still arrive.
+/// The client ends its direction first; further data from the server must still arrive.
 fn half_close(context: &Context, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let (client, server) =
@@ -43,7 +43,7 @@ fn half_close(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// Bytes without a period that a swapped or repeated block could hide in (xorshift).
+/// Bytes without a period, so that swapped or repeated blocks show (xorshift).
 fn noise(length: usize) -> Vec<u8> {
     let mut state = 0x2545_f491_4f6c_dd1d_u64;
     let next = || {

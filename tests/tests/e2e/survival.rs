@@ -1,5 +1,5 @@
-//! The agent ends, in every way and at every moment, and another takes over: no connection breaks, none fails, none gets
-//! past the proxy.
+//! The agent ends, in every way and at every moment, and another one takes over: no connection breaks, none fails, none
+//! bypasses the proxy.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -22,13 +22,13 @@ use crate::{inbound, outbound};
 /// How the agent is replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Change {
-    /// Not at all: what the load is like.
+    /// Not at all: the load on its own.
     Nothing,
     /// SIGKILL.
     Kill,
     /// SIGTERM.
     Stop,
-    /// SIGKILL, and again SIGKILL for each successor while it starts, until one may live.
+    /// SIGKILL, and again SIGKILL for each successor while it starts, until one is left alone.
     KillWhileStarting,
     /// An upgrade to a build with other programs, and back.
     Programs,
@@ -97,7 +97,7 @@ fn node(context: &Context) -> Result<Arc<Node>> {
 }
 
 fn survives(context: &Context, stack: Stack, change: Change) -> Result<()> {
-    /// How long the agent is away.
+    /// How long there is no agent.
     const AWAY: Duration = Duration::from_millis(200);
     if change == Change::Method {
         needs_tcx()?;
@@ -180,7 +180,7 @@ fn program_ids(node: &Node) -> Result<BTreeSet<u32>> {
     Ok(node.status()?.programs.into_iter().map(|program| program.id).collect())
 }
 
-/// Something between nothing and this.
+/// A random duration up to this one.
 fn random(most: Duration) -> Duration {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     most * (now.subsec_micros() % 1000) / 1000
@@ -189,7 +189,7 @@ fn random(most: Duration) -> Duration {
 /// How another build's object differs.
 #[derive(Clone, Copy, Debug)]
 enum Patch {
-    /// How long a note on a connection counts.
+    /// How long a note is valid.
     Program,
     /// The capacity of `FLOWS`.
     Map,
@@ -224,7 +224,7 @@ fn object(node: &Node, patch: Patch) -> Result<String> {
     Ok(path.display().to_string())
 }
 
-/// Whatever the moment, the pod is captured or untouched once the next agent is there; and captured if ADD said so.
+/// At whatever moment, the pod is captured or untouched once the next agent runs; and captured if ADD succeeded.
 fn kill_in_the_middle_of_adds(context: &Context) -> Result<()> {
     const ROUNDS: u32 = 12;
     let node = node(context)?;
@@ -259,7 +259,7 @@ fn kill_in_the_middle_of_adds(context: &Context) -> Result<()> {
             ensure!(after == before, "round {round}: before: {before:#?}\nafter: {after:#?}");
             pod.enroll().with_context(|| format!("round {round}: again"))?;
         }
-        // What the runtime does after a failed ADD.
+        // The runtime's DEL after a failed ADD.
         pod.unenroll()?;
         let after = Footprint::of(pod.netns())?;
         ensure!(after == before, "round {round}: before: {before:#?}\nafter: {after:#?}");
@@ -285,7 +285,7 @@ fn pods_that_end_meanwhile(context: &Context) -> Result<()> {
     node.start_agent(&arguments(&[]))?;
     node.wait_for_proxy()?;
     ensure!(node.with_agent(|agent| agent.pods())?.len() == 1, "the pod is still known");
-    // The proxy held the namespace until it was told.
+    // The proxy holds the namespace until the removal.
     let gone = || Ok(entries(&node)? == entries_before && links(&node)? == links_before);
     wait::until_true("end of what is left of the pod", wait::SOON, gone)
         .with_context(|| format!("left: {:?}, {:?}", entries(&node), links(&node)))?;
@@ -306,7 +306,7 @@ fn pods_that_come_meanwhile(context: &Context) -> Result<()> {
     let old = Pod::start(&node, spec)?;
     node.kill_agent()?;
     drop(old.end_without_del()?);
-    // The plugin fails without an agent: the runtime tries again.
+    // The plugin fails without an agent, and the runtime retries.
     let new = node.numbered("new", Families::Dual).with_addresses(&addresses);
     ensure!(Pod::start(&node, new.clone()).is_err(), "a pod came up without an agent");
     node.start_agent(&arguments(&[]))?;
@@ -321,7 +321,7 @@ fn pods_that_come_meanwhile(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// The runtime deletes a pod while no agent runs, and the namespace is still there when the next one starts.
+/// The runtime deletes a pod while no agent runs, and its namespace still exists when the next agent starts.
 fn pods_that_are_deleted_meanwhile(context: &Context) -> Result<()> {
     let node = node(context)?;
     let (pod, other) = (node.plain("pod", Families::Dual)?, node.plain("other", Families::Dual)?);
@@ -341,7 +341,7 @@ fn pods_that_are_deleted_meanwhile(context: &Context) -> Result<()> {
         let listening = other.listen(stack)?;
         ensure!(pod.connect(stack, other.endpoint(stack.family(), listening.port())?)?.is_direct());
     }
-    // It comes again, by the same name: what was deleted before does not count any more.
+    // A pod with the same name is added again: the earlier deletion does not count any more.
     node.kill_agent()?;
     pod.unenroll()?;
     ensure!(pod.enroll().is_err(), "a pod came up without an agent");
@@ -356,7 +356,8 @@ fn pods_that_are_deleted_meanwhile(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// An upgrade keeps the pods captured, and so do rights that are broken; the end of the DaemonSet removes everything.
+/// An upgrade keeps the pods captured, and so do missing permissions; the deletion of the DaemonSet removes
+/// everything.
 fn daemonset(context: &Context, deleted: bool, forbidden: bool) -> Result<()> {
     let arguments =
         ["--on-exit", "auto", "--daemonset", "redirect", "--pod-namespace", "mesh"].map(str::to_owned);
@@ -389,7 +390,7 @@ fn daemonset(context: &Context, deleted: bool, forbidden: bool) -> Result<()> {
     Ok(())
 }
 
-/// A pin that is not what its name says is replaced, and what belongs into it is put there.
+/// A pin that does not match its name is replaced, and filled.
 fn pin_of_another_map(context: &Context) -> Result<()> {
     let node = node(context)?;
     let (pod, other) = (node.enrolled("pod", Families::Dual)?, node.plain("other", Families::Dual)?);

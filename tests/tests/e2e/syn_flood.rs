@@ -24,11 +24,11 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials
 }
 
-/// No more than these are sent, however long the clients take.
+/// The maximum number of spoofed SYNs, however long the clients take.
 const SPOOFED: u64 = 20_000;
 const CLIENTS: usize = 100;
 
-/// Sources that do not exist: nobody answers the handshake, or resets it.
+/// Sources that do not exist: no host answers the handshake, or resets it.
 fn spoofed(family: Family, number: u64) -> IpAddr {
     let [.., c, d] = number.to_be_bytes();
     match family {
@@ -48,13 +48,13 @@ fn clients_get_in(context: &Context, stack: Stack) -> Result<()> {
     let node = Node::with(&context.session()?, NodeOptions { proxy: false, ..NodeOptions::default() })?;
     let outside = Netns::new("outside")?;
     node.attach(&outside, "outside")?;
-    // Who has no way to a client answers none.
+    // A pod without a route to the sources does not answer them.
     for family in Family::ALL {
         let (network, via) = (spoofed_network(family), node.attached(family));
         node.netns().ip(&format!("route add {network} via {via}"))?;
     }
     let pod = node.plain("pod", Families::Dual)?;
-    // Before the proxy listens: queues of a few places, and cookies once they are full.
+    // Before the proxy listens: short queues, and cookies once they are full.
     for (name, value) in
         [("net.core.somaxconn", "8"), ("net.ipv4.tcp_max_syn_backlog", "8"), ("net.ipv4.tcp_syncookies", "1")]
     {
@@ -162,7 +162,7 @@ fn flood(family: Family, to: SocketAddr, sent: &AtomicU64, stop: &AtomicBool) ->
         socket.send_to(&syn, &destination)?;
         sent.fetch_add(1, Ordering::Relaxed);
         if number % 20 == 0 {
-            // About 20,000 a second: a flood, but not one of the machine.
+            // About 20,000 per second: a flood, but not one that overloads the machine.
             thread::sleep(Duration::from_millis(1));
         }
     }

@@ -1,4 +1,4 @@
-//! The same by tcx links instead of clsact filters (`--tc tcx`).
+//! The same with tcx links instead of clsact filters (`--tc tcx`).
 
 use std::sync::Arc;
 
@@ -54,7 +54,7 @@ fn leaves_nothing(context: &Context) -> Result<()> {
     ensure!(objects.links.len() >= 8, "{objects:?}");
     pods[0].unenroll()?;
     ensure!(Footprint::of(pods[0].netns())? == before[0]);
-    // The agent's end checks that its links are gone.
+    // The agent's shutdown checks that its links are gone.
     node.stop_agent()?;
     let after = pods.iter().map(|pod| Footprint::of(pod.netns())).collect::<Result<Vec<_>>>()?;
     ensure!(after == before, "before: {before:#?}\nafter: {after:#?}");

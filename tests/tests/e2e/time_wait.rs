@@ -1,4 +1,4 @@
-//! Addresses and ports that are used again while the proxy's end of the connection before is in TIME_WAIT.
+//! Addresses and ports that are reused while the proxy's end of the previous connection is in TIME_WAIT.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr};
@@ -30,7 +30,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 pub(crate) const DIRECTIONS: [(Direction, &str); 2] =
     [(Direction::Outbound, "outbound"), (Direction::Inbound, "inbound")];
 
-/// As it is on kernels whose TC programs may not note the proxy's listeners.
+/// As on kernels whose TC programs may not store the proxy's listeners.
 pub(crate) const BY_SOCK_OPS: [&str; 2] = ["--listeners-noted-by", "sock-ops"];
 
 fn noted_when_they_listen(context: &Context, stack: Stack) -> Result<()> {
@@ -48,7 +48,7 @@ fn one_port(node: &Arc<Node>, families: Families, stack: Stack, direction: Direc
     one_source_port(&pod, stack, direction, inside, outside)
 }
 
-/// The server ends each connection first, and the client has its port for the next one at once. The pod's end is `inside`.
+/// The server closes each connection first, and the client reuses its port at once. The pod's end is `inside`.
 pub(crate) fn one_source_port(
     pod: &Pod,
     stack: Stack,
@@ -75,8 +75,8 @@ pub(crate) fn one_source_port(
         }
         Ok(())
     });
-    // A SYN that finds no listener is not lost either: the kernel answers it for the connection before, and it is sent again,
-    // every time. A slow machine may do so now and then.
+    // A SYN that finds no listener is not lost either: the kernel answers it for the previous connection, and it is
+    // retransmitted, every time. On a slow machine this may happen occasionally.
     let sent_again = || client.statistic("netstat", "TcpExt", "TCPSynRetrans");
     let before = sent_again()?;
     for number in 0..CONNECTIONS {
@@ -112,7 +112,7 @@ fn call(client: &Netns, stack: Stack, from: SocketAddr, to: SocketAddr) -> Resul
     Ok(())
 }
 
-/// Otherwise the test would show nothing.
+/// Otherwise the test would prove nothing.
 pub(crate) fn is_in_time_wait(pod: &Pod, client: SocketAddr, server: SocketAddr) -> Result<()> {
     redirect_tests::wait::until_true("TIME_WAIT of the proxy's end", Duration::from_secs(2), || {
         let sockets = pod

@@ -1,4 +1,4 @@
-//! `redirect top` shows what a live agent tells.
+//! `redirect top` shows the data of a live agent.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials
 }
 
-/// Two connections in what counts as four seconds.
+/// Two connections within simulated four seconds.
 fn rates(context: &Context, stack: Stack) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let (pod, server) = (node.enrolled("pod", Families::Dual)?, node.plain("server", Families::Dual)?);
@@ -54,7 +54,8 @@ fn rates(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// As people run it: it takes the screen, shows a connection that is made meanwhile, and gives the screen back.
+/// As users run it: it takes over the screen, shows a connection that is opened meanwhile, and restores the
+/// screen.
 fn terminal(context: &Context, stack: Stack) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let (pod, server) = (node.enrolled("pod", Families::Dual)?, node.plain("server", Families::Dual)?);

@@ -1,4 +1,4 @@
-//! The transcript in the documentation is what the commands print.
+//! The transcript in the documentation matches the commands' output.
 
 use std::sync::Arc;
 

@@ -23,7 +23,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     }));
     trials.extend(for_every_stack(context, "tunnel::closed_port", |context, stack| {
         let scene = Scene::new(context, Families::Dual, true)?;
-        // So that the nodes have found each other.
+        // So that the nodes have resolved each other.
         scene.passes(stack)?;
         outbound::is_refused_soon(&scene.client, &scene.server, stack)
     }));
@@ -98,7 +98,7 @@ fn has(families: Families, ip: &IpAddr) -> bool {
     families.has(if ip.is_ipv4() { Family::Ipv4 } else { Family::Ipv6 })
 }
 
-/// A pod that speaks through the tunnel with one of the mesh speaks plainly with others.
+/// A pod that uses the tunnel with one of the mesh connects in plaintext to others.
 fn beside_plain(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::new(context, Families::Dual, false)?;
     let plain = scene.client.node().plain("plain", Families::Dual)?;

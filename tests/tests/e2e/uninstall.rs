@@ -1,4 +1,4 @@
-//! `redirect uninstall` leaves nothing, whatever it finds.
+//! `redirect uninstall` leaves nothing, in any initial state.
 
 use std::os::unix::fs::symlink;
 use std::process::{Command, Output};
@@ -35,7 +35,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     ]
 }
 
-/// What uninstall finds.
+/// The initial state.
 #[derive(Clone, Copy, Debug, Default)]
 struct Case {
     tcx: bool,
@@ -54,7 +54,7 @@ fn leaves_nothing(context: &Context, case: Case) -> Result<()> {
     let node = Node::with(&context.session()?, options)?;
     let pods: Vec<Pod> =
         Families::ALL.into_iter().map(|families| node.plain("pod", families)).collect::<Result<_>>()?;
-    // One sysctl was on before us, and stays on.
+    // One sysctl was on before the enrollment, and stays on.
     pods[0].netns().set_sysctl("net.ipv4.fwmark_reflect", "1")?;
     let places = || [node.netns()].into_iter().chain(pods.iter().map(Pod::netns));
     let footprints = || places().map(Footprint::of).collect::<Result<Vec<_>>>();
@@ -74,7 +74,7 @@ fn leaves_nothing(context: &Context, case: Case) -> Result<()> {
             Command::new("bpftool").args(["map", "pin", "id", &map]).arg(other.join("OLD")).status()?;
         ensure!(pinned.success());
     }
-    // Namespaces that are held by descriptors alone are found by checkpoints alone.
+    // Namespaces that only descriptors hold are found by checkpoints only.
     let mut processes = Vec::new();
     if case.without_checkpoints {
         for pod in &pods {
@@ -95,7 +95,7 @@ fn leaves_nothing(context: &Context, case: Case) -> Result<()> {
     objects.wait_until_gone()?;
     let mut after = footprints()?;
     if case.without_checkpoints {
-        // Nobody knows that the sysctl was on.
+        // Without checkpoints, the original state of the sysctl is unknown.
         after[1].sysctls.clone_from(&before[1].sysctls);
     }
     ensure!(after == before, "before: {before:#?}\nafter: {after:#?}");
@@ -139,17 +139,17 @@ fn refuses(context: &Context) -> Result<()> {
     let text = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.code() == Some(3) && text.contains("--force"), "{}: {text}", output.status);
     pod.check().context("after a refusal")?;
-    // The agent goes on, and puts back what it can.
+    // The agent continues, and repairs what it can.
     let report = report(&node.uninstall(&["--force"])?)?;
     ensure!(report["pins"].as_array().is_some_and(|pins| !pins.is_empty()), "{report:#}");
     Ok(())
 }
 
-/// The agent of another pin directory holds pods, which are captured no less than one's own.
+/// The agent of another pin directory has captured pods, which count as much as one's own.
 fn refuses_for_another(context: &Context) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let pod = node.enrolled("pod", Families::Dual)?;
-    // A bpffs takes no names with dots.
+    // Names on a bpffs can't contain dots.
     let elsewhere = node.pin_dir().with_file_name("elsewhere");
     let uninstall = |arguments: &[&str]| {
         let mut command = Command::new(&context.session()?.binaries().redirect);
@@ -163,7 +163,7 @@ fn refuses_for_another(context: &Context) -> Result<()> {
     ensure!(output.status.code() == Some(3) && text.contains("--known-only"), "{}: {text}", output.status);
     // It may be the agent of another test.
     ensure!(text.contains("an agent runs and uses /sys/fs/bpf/"), "{text}");
-    // It would repair what is missing.
+    // It would repair the removed state.
     let agent = Pid::from_raw(node.with_agent(|agent| Ok(agent.process().pid()))?.try_into()?);
     kill(agent, Signal::SIGSTOP)?;
     let before = Footprint::of(node.netns());
@@ -176,7 +176,7 @@ fn refuses_for_another(context: &Context) -> Result<()> {
     pod.check().context("after a refusal")
 }
 
-/// Whoever points it at the root of the bpffs, say, loses nothing that is not ours.
+/// A wrong pin directory, such as the root of the bpffs: only our pins are removed.
 fn leaves_pins_of_others(context: &Context) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let _pod = node.enrolled("pod", Families::Dual)?;
@@ -208,7 +208,7 @@ fn twice(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// Not while an agent runs. Pods start without us afterwards.
+/// Not while an agent runs. Afterwards pods start without the plugin.
 fn takes_the_plugin_out(context: &Context) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let directories = Directories::new(&node, Families::Dual)?;

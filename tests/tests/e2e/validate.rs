@@ -1,4 +1,4 @@
-//! `redirect validate` in pods of every kind: it succeeds exactly where connections are captured.
+//! `redirect validate` in pods of every kind: it succeeds exactly if connections are captured.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -23,10 +23,10 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials
 }
 
-/// Whether a family is captured; nothing where the pod has no address of it.
+/// Whether a family is captured; `None` if the pod has no address of it.
 type Finding = (Family, Option<bool>);
 
-/// The arguments of the init container that is recommended.
+/// The arguments of the recommended init container.
 fn sample() -> Result<Vec<String>> {
     let text = include_str!("../../../deploy/samples/validate.yaml");
     let sample: Value = serde_saphyr::from_str(text)?;
@@ -34,7 +34,7 @@ fn sample() -> Result<Vec<String>> {
     Ok(arguments.iter().filter_map(|argument| argument.as_str().map(str::to_owned)).collect())
 }
 
-/// What was found about each family, and the exit code.
+/// The finding for each family, and the exit code.
 fn validate(pod: &Pod) -> Result<(Vec<Finding>, Option<i32>)> {
     let mut command = Command::new(&pod.node().session().binaries().redirect);
     command.args(sample()?).args(["--timeout", "2", "-o", "json"]);

@@ -1,4 +1,5 @@
-//! Interfaces that a pod declares with `istio.io/reroute-virtual-interfaces`: what begins behind them is the pod's own.
+//! Interfaces that a pod declares with `istio.io/reroute-virtual-interfaces`: connections from behind them count as the
+//! pod's own.
 
 use std::sync::Arc;
 
@@ -30,7 +31,7 @@ enum Order {
     EnrollmentFirst,
 }
 
-/// A virtual machine behind the pod, say.
+/// E.g. a virtual machine behind the pod.
 fn declared(context: &Context, stack: Stack, order: Order) -> Result<()> {
     let cluster = Cluster::start(&context.session()?, &[])?;
     let (pod, other) =
@@ -63,7 +64,7 @@ fn declared(context: &Context, stack: Stack, order: Order) -> Result<()> {
     ensure!(heard.peer.ip() == pod.address(stack.family())?, "the proxy came from {}", heard.peer);
     ensure!(pod.proxied_at_all()?.len() == 1, "{:#?}", pod.proxied_at_all()?);
 
-    // The pod's own connections go on as they would without it.
+    // The pod's own connections are unaffected.
     outbound::passes_the_proxy_once(&pod, &other, stack)?;
     inbound::passes_the_proxy_once(other.netns(), &pod, stack)
 }

@@ -1,4 +1,4 @@
-//! Frames as they are: a packet socket on a pod's device, which sends many in one call and sees what comes in.
+//! Raw frames: a packet socket on a pod's device, which sends many in one call and sees incoming ones.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use redirect_tests::Netns;
 use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
 
-/// A frame, and what its sender says that it is: the kernel believes that on the way out.
+/// A frame, and its sender's EtherType, which the kernel trusts on the way out.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Frame {
     pub(crate) bytes: Vec<u8>,
@@ -45,14 +45,14 @@ impl Wire {
         Ok(Self { socket, device })
     }
 
-    /// From here on what is sent passes no queueing discipline, and so no TC program.
+    /// From here on, sent frames skip the queueing discipline, and so every TC program.
     pub(crate) fn past_qdisc(self) -> Result<Self> {
         const PACKET_QDISC_BYPASS: libc::c_int = 20;
         set(&self.socket, PACKET_QDISC_BYPASS)?;
         Ok(self)
     }
 
-    /// Sends frames in one call, as far as the kernel takes them: those that a TC program drops count as sent.
+    /// Sends frames in one call, as many as the kernel accepts: those that a TC program drops count as sent.
     pub(crate) fn send(&self, frames: &[Frame]) -> Result<()> {
         let mut addresses: Vec<_> = frames.iter().map(|frame| address(self.device, frame.protocol)).collect();
         let mut parts: Vec<_> = frames
@@ -89,7 +89,7 @@ impl Wire {
             let skipped = match usize::try_from(sent) {
                 Ok(sent) => sent,
                 Err(_) => match io::Error::last_os_error() {
-                    // Dropped, by a program or because nobody takes it.
+                    // Dropped by a program, or because there is no receiver.
                     error if error.raw_os_error() == Some(libc::ENOBUFS) => 1,
                     error if error.kind() == io::ErrorKind::WouldBlock => {
                         std::thread::sleep(Duration::from_millis(1));
@@ -103,7 +103,7 @@ impl Wire {
         Ok(())
     }
 
-    /// The next frame that came in, as much as fits.
+    /// The next received frame, up to the buffer's size.
     pub(crate) fn receive<'a>(&self, buffer: &'a mut [MaybeUninit<u8>]) -> Result<Option<&'a [u8]>> {
         match self.socket.recv(buffer) {
             // SAFETY: the kernel has written them.

@@ -1,4 +1,4 @@
-//! One family alone: pods and nodes without IPv6, pods without IPv4.
+//! Single families: pods and nodes without IPv6, pods without IPv4.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -41,13 +41,13 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials
 }
 
-/// Long enough for the neighbours of an address that is new to find each other.
+/// Long enough to resolve the neighbors of a new address.
 const PATIENCE: Duration = Duration::from_millis(2500);
 
-/// What speaks IPv4.
+/// The stacks that use IPv4.
 const IPV4: [Stack; 2] = [Stack::V4, Stack::Mapped];
 
-/// Captured both ways by these stacks.
+/// Captured in both directions with these stacks.
 fn works(pod: &Pod, other: &Pod, stacks: &[Stack]) -> Result<()> {
     for &stack in stacks {
         outbound::passes_the_proxy_once(pod, other, stack)?;
@@ -56,7 +56,7 @@ fn works(pod: &Pod, other: &Pod, stacks: &[Stack]) -> Result<()> {
     Ok(())
 }
 
-/// A pod without our plugin, with IPv6 off in some places of its namespace.
+/// A pod without our plugin, with IPv6 disabled in parts of its namespace.
 fn pod_with_ipv6_off(node: &Arc<Node>, families: Families, scopes: &[&str]) -> Result<Pod> {
     let pod = node.plain("pod", families)?;
     for scope in scopes {
@@ -82,7 +82,7 @@ fn off_in_the_pod(context: &Context) -> Result<()> {
     works(&pod, &other, &IPV4)
 }
 
-/// Its device speaks IPv6 all the same. An address that it gets later is no way around the proxy, in either direction.
+/// Its device still has IPv6. An address that it gets later is no way around the proxy, in either direction.
 fn off_on_the_pods_lo(context: &Context) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let other = node.plain("other", Families::Dual)?;
@@ -100,7 +100,7 @@ fn off_on_the_pods_lo(context: &Context) -> Result<()> {
     ];
     for (netns, to, way, reason) in attempts {
         if way == Way::Inbound && context.proxy()? == ProxyKind::Ztunnel {
-            // Such a pod is none without IPv6 for it: it takes the connection, which ends there.
+            // To the kernel the pod has IPv6: it accepts the connection, which ends there.
             let attempt = Connection::open_within(netns, Stack::V6, to, PATIENCE);
             ensure!(attempt.is_err(), "the application answered: {attempt:?}");
             continue;
@@ -114,7 +114,7 @@ fn off_on_the_pods_lo(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// Half of it could not be captured: it is refused, with what is to be done.
+/// Half of its connections could not be captured: it is refused, with the remedy.
 fn off_on_lo_of_a_pod_with_addresses(context: &Context) -> Result<()> {
     let node = context.node()?;
     let pod = pod_with_ipv6_off(&node, Families::Dual, &["lo"])?;
@@ -135,7 +135,7 @@ fn off_on_the_pods_device(context: &Context) -> Result<()> {
     works(&pod, &other, &IPV4)
 }
 
-/// As every pod has one whose node has IPv6 and whose network has not.
+/// As in every pod whose node has IPv6 but whose network does not.
 fn link_local_alone(context: &Context) -> Result<()> {
     let node = context.node()?;
     let (pod, other) = (node.plain("pod", Families::V4Only)?, node.plain("other", Families::Dual)?);
@@ -158,7 +158,7 @@ fn off_on_the_node(context: &Context) -> Result<()> {
     works(&pod, &other, &IPV4)
 }
 
-/// Booted with `ipv6.disable=1`: not even sockets of the family can be made.
+/// Booted with `ipv6.disable=1`: sockets of the family can't even be created.
 fn off_in_the_kernel(context: &Context) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let log = fs::read_to_string(node.dir().join("agent.log"))?;
@@ -170,7 +170,7 @@ fn off_in_the_kernel(context: &Context) -> Result<()> {
     pod.unenroll()
 }
 
-/// But 127.0.0.1, which the kernel gives every namespace.
+/// Except 127.0.0.1, which the kernel gives every namespace.
 fn without_ipv4(context: &Context) -> Result<()> {
     let node = context.node()?;
     let (pod, other) = (node.plain("pod", Families::V6Only)?, node.plain("other", Families::Dual)?);
@@ -183,7 +183,7 @@ fn without_ipv4(context: &Context) -> Result<()> {
     pod.unenroll()
 }
 
-/// The proxy listens for IPv4 alone: what the pod speaks in IPv6 meets no proxy, and gets nowhere.
+/// The proxy listens for IPv4 only: the pod's IPv6 connections find no proxy, and get nowhere.
 fn off_in_the_proxy(context: &Context, setting: &str) -> Result<()> {
     let session = context.session()?;
     let options = NodeOptions {

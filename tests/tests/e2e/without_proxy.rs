@@ -1,5 +1,5 @@
-//! What becomes of connections while no proxy listens: held or refused, and never plaintext past the proxy. The tunnels of other
-//! proxies are no exception: the embedded one has no listener for them, so another process in its cgroup stands in.
+//! Connections while no proxy listens: held or refused, and never plaintext past the proxy. The tunnels of other proxies are no
+//! exception: the embedded proxy has no listener for them, so another process in its cgroup stands in.
 
 use std::io::ErrorKind;
 use std::net::SocketAddr;
@@ -44,7 +44,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 /// How long there is no proxy.
 const DOWN: Duration = Duration::from_millis(500);
 
-/// Longer than any attempt has to take.
+/// Longer than any attempt may take.
 const LIMIT: Duration = Duration::from_secs(15);
 
 fn label(direction: Direction) -> &'static str {
@@ -54,7 +54,7 @@ fn label(direction: Direction) -> &'static str {
     }
 }
 
-/// An enrolled pod without its proxy, and a server at the far end of connections of a direction.
+/// An enrolled pod without its proxy, and a server at the other end of connections in one direction.
 struct Scene {
     node: Arc<Node>,
     pod: Pod,
@@ -140,7 +140,7 @@ fn refused(context: &Context, families: Families, stack: Stack, direction: Direc
 
     scene.node.start_proxy()?;
     scene.works()?;
-    // A closed port is refused as ever.
+    // A closed port is refused as always.
     let (client, server) = match direction {
         Direction::Outbound => (&scene.pod, &scene.other),
         Direction::Inbound => (&scene.other, &scene.pod),
@@ -174,7 +174,7 @@ impl Tunnel {
         Ok(counted(&status, family, direction, Verdict::Dropped, Reason::NoListener))
     }
 
-    /// The proxy's listener has the connection, as it was dialled.
+    /// Checks that the proxy's listener has the connection with its dialed destination.
     fn reached(&self, connection: &Connection) -> Result<()> {
         ensure!(connection.heard.local == self.to, "{:?}", connection.heard);
         ensure!(
@@ -214,7 +214,7 @@ fn tunnel_refused(context: &Context, families: Families, stack: Stack) -> Result
     tunnel.reached(&Connection::open_within(tunnel.peer.netns(), stack, tunnel.to, LIMIT)?)
 }
 
-/// Only those connections fail that a proxy had when it was killed.
+/// Only connections that a proxy had when it was killed fail.
 fn tunnel_killed(context: &Context, stack: Stack) -> Result<()> {
     let kills = if is_full() { 10 } else { 2 };
     let tunnel = Tunnel::new(context, Families::Dual, stack, "hold")?;

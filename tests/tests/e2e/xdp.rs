@@ -1,4 +1,5 @@
-//! Sends a frame by an AF_XDP socket: past the queueing discipline, and with it past TC. `CAP_NET_RAW` is enough.
+//! Sends a frame through an AF_XDP socket, which skips the queueing discipline and so TC. `CAP_NET_RAW` is
+//! enough.
 
 use std::io;
 use std::num::NonZero;
@@ -61,7 +62,7 @@ fn bind(socket: &Socket, device: &str) -> Result<()> {
         sxdp_shared_umem_fd: 0,
     };
     let length = size_of_val(&address) as libc::socklen_t;
-    // The kernel lets the device go a while after another socket was closed.
+    // The kernel releases the device some time after another socket was closed.
     wait::until("queue of the device", SOON, || {
         // SAFETY: the address lives for the length of the call, and its size is right.
         let result = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) };

@@ -36,7 +36,7 @@ const LOOKUPS: [&str; 2] = ["noted_listener", "listener_guard"];
 pub(crate) struct Bench {
     programs: Mutex<Ebpf>,
     counters: PerCpuArray<MapData, u64>,
-    /// A namespace with listeners as a proxy has them.
+    /// A namespace with listeners like a proxy's.
     served: Netns,
     /// One without.
     deserted: Netns,
@@ -54,20 +54,20 @@ pub(crate) enum Proxy {
     Absent,
 }
 
-/// What became of a packet.
+/// The fate of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fate {
     /// The proxy gets it, as an enrolled pod's connection.
     Captured,
     /// The proxy's listener for tunnels gets it.
     Tunnelled,
-    /// It goes on, and nobody counted it.
+    /// It passes uncounted.
     Untouched,
-    /// It goes on, and was counted.
+    /// It passes, and was counted.
     Passed(Reason),
     /// It is dropped, and was counted.
     Dropped(Reason),
-    /// It goes on to be refused by the socket lookup, and was counted.
+    /// It passes to the socket lookup, which refuses it, and was counted.
     Refused(Reason),
 }
 
@@ -76,16 +76,16 @@ const UNSPEC: u32 = u32::MAX;
 const SHOT: u32 = 2;
 const REDIRECT: u32 = 7;
 
-/// What a TC program says of a packet.
+/// A TC program's verdict on a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Code {
-    /// It goes on.
+    /// It passes.
     Continues,
-    /// It goes to another device, with this mark.
+    /// It is redirected to another device, with this mark.
     Redirected(u32),
     /// It is dropped.
     Dropped,
-    /// It became the answer to itself.
+    /// It was turned into its own answer.
     Answered,
 }
 
@@ -117,7 +117,7 @@ impl Bench {
             [PORT_OUTBOUND, PORT_INBOUND, PORT_TUNNEL].map(|port| served.run(|| listener(port, true)));
         let listeners = listeners.into_iter().map(|listener| Ok(listener??)).collect::<Result<_>>()?;
 
-        // Which namespace the addresses are of makes no difference here, but that they are a pod's.
+        // The addresses may belong to any namespace here, as long as it is a pod's.
         let cookie = served.cookie()?;
         insert(&mut programs, "PODS", cookie, redirect_ebpf::maps::Pod::default())?;
         insert(&mut programs, "POD_IPV4", POD_IPV4, PodAddress { netns_cookie: cookie })?;
@@ -127,7 +127,7 @@ impl Bench {
         Ok(Self { programs: Mutex::new(programs), counters, served, deserted, listeners, cookie })
     }
 
-    /// Runs a program on a packet and tells what became of it. An error if that does not fit together.
+    /// Runs a program on a packet and returns its fate. Fails if the results contradict each other.
     pub(crate) fn run(&self, name: &str, proxy: Proxy, packet: &[u8], mark: u32) -> Result<Fate> {
         self.run_and(name, proxy, packet, mark, true)
     }
@@ -143,7 +143,7 @@ impl Bench {
         let before = self.counts()?;
         let code = self.netns(proxy).run(|| -> Result<u32> {
             let code = run(&programs, name, packet, mark)?;
-            // What the program could not give to the listener itself is counted where the socket lookup does.
+            // Connections that the program could not assign itself are counted at the socket lookup.
             if look_up
                 && code == UNSPEC
                 && let Some(tuple) = lookup::query_of_syn(family, packet)
@@ -181,7 +181,7 @@ impl Bench {
         }
     }
 
-    /// What becomes of a connection at the socket lookup, and what was counted there.
+    /// The outcome of a connection at the socket lookup, and its counts.
     pub(crate) fn look_up(&self, tuple: &lookup::Query) -> Result<(lookup::Outcome, Vec<Counted>)> {
         let programs = self.lock();
         let before = self.counts()?;
@@ -191,13 +191,14 @@ impl Bench {
         Ok((outcome, grown.map(|(place, _)| place).collect()))
     }
 
-    /// The same with these switches of the node, beside the one that makes the proxy known by its mark. Not for the bench that the tests share: others run beside.
+    /// The same with these flags of the node, in addition to the one that identifies the proxy by its mark. Not for the shared
+    /// bench, because tests run concurrently.
     pub(crate) fn configured(self, flags: ConfigFlags) -> Result<Self> {
         configure(&mut self.lock(), flags.with(ConfigFlags::PROXY_BY_MARK, true))?;
         Ok(self)
     }
 
-    /// Runs a program on many packets: how often it dropped one, and how much it counted.
+    /// Runs a program on many packets. Returns how often it dropped one, and how much it counted.
     pub(crate) fn run_many(
         &self,
         name: &str,
@@ -223,7 +224,7 @@ impl Bench {
         Ok(many)
     }
 
-    /// What a program says of a packet.
+    /// A program's verdict on a packet.
     pub(crate) fn judge(&self, name: &str, proxy: Proxy, packet: &[u8], mark: u32) -> Result<Code> {
         let programs = self.lock();
         let ran = self.netns(proxy).run(|| test_run(&programs, name, packet, mark, 1))??;
@@ -236,7 +237,7 @@ impl Bench {
         }
     }
 
-    /// What becomes of a connection at the socket lookup.
+    /// The outcome of a connection at the socket lookup.
     pub(crate) fn ask(&self, query: &lookup::Query) -> Result<lookup::Outcome> {
         ask(&self.lock(), query)
     }
@@ -256,18 +257,18 @@ impl Bench {
         change(&mut self.lock(), self.cookie)
     }
 
-    /// How long a program is.
+    /// The size of a program.
     pub(crate) fn size(&self, name: &str) -> Result<Size> {
         Size::of(&self.lock(), name)
     }
 
-    /// How long a program takes for a packet.
+    /// The run time of a program for a packet.
     pub(crate) fn time(&self, name: &str, proxy: Proxy, packet: &[u8], mark: u32) -> Result<Duration> {
         let programs = self.lock();
         self.netns(proxy).run(|| test_run(&programs, name, packet, mark, 200_000).map(|run| run.time))?
     }
 
-    /// Fills the map of listeners with entries of nobody's, so that there is no room for others.
+    /// Fills the map of listeners with arbitrary entries, so that there is no room for others.
     pub(crate) fn fill_listeners(&self) -> Result<()> {
         let mut programs = self.lock();
         let map = programs.map_mut("LISTENERS").context("map LISTENERS")?;
@@ -341,12 +342,12 @@ pub(crate) fn load(programs: &mut Ebpf, names: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// How long a program is to the kernel.
+/// The size of a program in the kernel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Size {
-    /// Instructions that it followed before it accepted the program.
+    /// Instructions that the verifier processed before it accepted the program.
     pub(crate) verified: u32,
-    /// Bytes of instructions that are left then.
+    /// Bytes of translated instructions.
     pub(crate) translated: u32,
 }
 
@@ -382,7 +383,7 @@ fn places() -> impl Iterator<Item = Counted> {
     })
 }
 
-/// What the programs on the socket lookup say together.
+/// The combined verdict of the programs on the socket lookup.
 fn ask(programs: &Ebpf, query: &lookup::Query) -> Result<lookup::Outcome> {
     let [chosen, gate] =
         [lookup::run(programs, LOOKUPS[0], query)?, lookup::run(programs, LOOKUPS[1], query)?];
@@ -400,10 +401,10 @@ fn run(programs: &Ebpf, name: &str, packet: &[u8], mark: u32) -> Result<u32> {
     Ok(ran.code)
 }
 
-/// What a test run returns.
+/// The result of a test run.
 struct Run {
     code: u32,
-    /// The packet's mark behind the program.
+    /// The packet's mark after the program.
     mark: u32,
     /// Whether the program changed the packet.
     changed: bool,
@@ -412,7 +413,7 @@ struct Run {
 
 fn test_run(programs: &Ebpf, name: &str, packet: &[u8], mark: u32, repeat: u32) -> Result<Run> {
     let program: &SchedClassifier = programs.program(name).context("a program")?.try_into()?;
-    // Of `struct __sk_buff` the mark alone, its third word, may differ from zero.
+    // In `struct __sk_buff` only the mark, its third word, may differ from zero.
     const MARK: std::ops::Range<usize> = 8..12;
     let mut context = [0; 192];
     context[MARK].copy_from_slice(&mark.to_ne_bytes());

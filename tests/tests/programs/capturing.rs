@@ -13,7 +13,7 @@ use crate::packets::{
 };
 use crate::{Shared, trial};
 
-/// A program, with packets that it is for.
+/// A program, with packets for it.
 #[derive(Clone, Copy, Debug)]
 struct Subject {
     program: &'static str,
@@ -64,13 +64,13 @@ impl Subject {
         Packet::syn(self.family, self.from)
     }
 
-    /// What becomes of a packet that opens a connection, with and without a proxy.
+    /// The fate of a packet that opens a connection, with and without a proxy.
     fn is_new(self, bench: &Bench, packet: &Packet) -> Result<()> {
         self.expect(bench, Proxy::Listens, packet, Fate::Captured)?;
         self.expect(bench, Proxy::Absent, packet, Fate::Dropped(Reason::NoListener))
     }
 
-    /// What becomes of a packet, whether a proxy is there or not.
+    /// The fate of a packet, with and without a proxy.
     fn always(self, bench: &Bench, packet: &Packet, fate: Fate) -> Result<()> {
         self.expect(bench, Proxy::Listens, packet, fate)?;
         self.expect(bench, Proxy::Absent, packet, fate)
@@ -124,7 +124,7 @@ fn tags(bench: &Bench, subject: Subject) -> Result<()> {
     for tags in [vec![0x8100], vec![0x88a8], vec![0x88a8, 0x8100], vec![0x8100, 0x8100]] {
         subject.is_new(bench, &Packet { tags, ..subject.syn() })?;
     }
-    // Deeper than that nobody looks here; but the kernel does, as long as the tags are of VLAN 0.
+    // The parser reads no deeper; but the kernel does, if the tags have VLAN 0.
     for deeper in 3..6 {
         let packet = Packet { tags: vec![0x8100; deeper], ..subject.syn() };
         subject.always(bench, &packet, Fate::Dropped(Reason::Malformed))?;
@@ -132,7 +132,8 @@ fn tags(bench: &Bench, subject: Subject) -> Result<()> {
     Ok(())
 }
 
-/// Cut off behind every byte: what is too short for its own headers is dropped, and nothing is taken for a connection.
+/// Truncated after every byte: a packet that is too short for its headers is dropped, and none is taken for a
+/// connection.
 fn truncated(bench: &Bench, subject: Subject) -> Result<()> {
     const ETHERNET: usize = 14;
     let mut packets = vec![subject.syn()];
@@ -145,9 +146,9 @@ fn truncated(bench: &Bench, subject: Subject) -> Result<()> {
     packets.push(Packet { tags: vec![0x88a8, 0x8100], ..subject.syn() });
     for packet in packets {
         let whole = packet.bytes();
-        // The flags, the fourteenth byte of the TCP header, are the last that matters.
+        // The flags, the fourteenth byte of the TCP header, are the last relevant byte.
         let needed = whole.len() - 6;
-        // The kernel has no test runs on packets without a whole IP header, unless it is hidden behind a tag.
+        // The kernel refuses test runs on packets without a whole IP header, unless a tag hides that.
         let header = if subject.family == Family::Ipv4 { 20 } else { 40 };
         let first = ETHERNET + if packet.tags.is_empty() { header } else { 1 };
         for length in first..whole.len() {
@@ -173,12 +174,12 @@ fn fragments(bench: &Bench, subject: Subject) -> Result<()> {
     };
     let whole = Packet { fragment: 0, ..subject.syn() }.bytes();
     let tiny = whole[whole.len() - 20..whole.len() - 12].to_vec();
-    // The first one, whole and as tiny as it may be: it has the ports, and the flags may be in the next.
+    // The first one, whole and as small as possible: it has the ports, and the flags may be in the next one.
     subject.always(bench, &with(0, true, None), Fate::Dropped(Reason::Fragmented))?;
     subject.always(bench, &with(0, true, Some(tiny)), Fate::Dropped(Reason::Fragmented))?;
     // Too short for the ports.
     subject.always(bench, &with(0, true, Some(vec![0; 3])), Fate::Dropped(Reason::Malformed))?;
-    // Later ones lead nowhere without the first, whatever they look like.
+    // Later ones lead nowhere without the first, whatever their contents.
     for offset in [8, 16, 1480] {
         for more in [true, false] {
             subject.always(bench, &with(offset, more, None), Fate::Untouched)?;
@@ -187,13 +188,14 @@ fn fragments(bench: &Bench, subject: Subject) -> Result<()> {
     Ok(())
 }
 
-/// What opens no connection is the stack's: of connections that exist, or answered by a reset.
+/// Segments that open no connection are left to the stack: they belong to existing connections, or are
+/// answered by a reset.
 fn established_or_stray(bench: &Bench, subject: Subject) -> Result<()> {
     const FIN: u8 = 1;
     for flags in [ACK, SYN | ACK, RST, RST | ACK, SYN | RST, FIN | ACK, 0, FIN, 0xff] {
         subject.always(bench, &Packet { flags, ..subject.syn() }, Fate::Untouched)?;
     }
-    // ECN's and other flags beside SYN make no difference.
+    // Further flags, such as ECN's, make no difference.
     for flags in [SYN | 0x40, SYN | 0xc0, SYN | FIN] {
         subject.is_new(bench, &Packet { flags, ..subject.syn() })?;
     }
@@ -235,7 +237,7 @@ fn other_family(bench: &Bench, subject: Subject) -> Result<()> {
 fn endless_headers(bench: &Bench, subject: Subject) -> Result<()> {
     let packet = match subject.family {
         Family::Ipv4 => {
-            // A header that says to be shorter than it can be.
+            // A header with a length below the minimum.
             let mut bytes = subject.syn().bytes();
             bytes[14] = 0x44;
             let fate = bench.run(subject.program, Proxy::Listens, &bytes, subject.mark)?;
@@ -253,7 +255,7 @@ fn tunnel_port(bench: &Bench, subject: Subject) -> Result<()> {
     subject.expect(bench, Proxy::Absent, &packet, Fate::Dropped(Reason::NoListener))
 }
 
-/// On `lo` only what was marked for capture is.
+/// On `lo` only packets that are marked for capture are captured.
 fn other_marks(bench: &Bench, subject: Subject) -> Result<()> {
     for mark in [0, MARK_DELIVERY, MARK_PROXY, 0xffff_f000] {
         Subject { mark, ..subject }.always(bench, &subject.syn(), Fate::Untouched)?;

@@ -1,4 +1,4 @@
-//! What the programs cost: each packet, as the kernel measures it, which is not limited but to look at; and the verifier.
+//! The cost of the programs: the run time per packet, which is only printed, and the verifier's work.
 
 use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
@@ -10,8 +10,8 @@ use crate::bench::{Bench, PROGRAMS, Proxy};
 use crate::packets::{From, Packet};
 use crate::{Shared, trial};
 
-/// A million is where every kernel gives up. Older ones follow more than this one, Linux 6.1 up to two hundred times as much:
-/// what they make of the programs is tested in machines (`cargo xtask test --vm smoke`).
+/// Every kernel gives up at a million. Older ones process more than this one, Linux 6.1 up to two hundred times as much;
+/// tests in virtual machines cover those (`cargo xtask test --vm smoke`).
 pub(crate) const VERIFIED: u32 = 150_000;
 
 pub(crate) fn trials(shared: &Shared) -> Vec<Trial> {

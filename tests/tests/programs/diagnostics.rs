@@ -1,4 +1,4 @@
-//! What the programs tell of things that should not occur.
+//! The programs' log of outcomes that should not occur.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -34,7 +34,7 @@ pub(crate) fn trials(shared: &Shared) -> Vec<Trial> {
     full.into_iter().chain(sizes).collect()
 }
 
-/// Programs that tell are accepted as well; those that do not are without the code for it.
+/// Programs with the log are accepted as well; those without it contain none of its code.
 fn taken_out(bench: &Bench, program: &str) -> Result<()> {
     let mut telling = object(true)?;
     load(&mut telling, &[program])?;
@@ -45,7 +45,7 @@ fn taken_out(bench: &Bench, program: &str) -> Result<()> {
     Ok(())
 }
 
-/// A listener that can't be assigned at once is kept in a map, which has no room here.
+/// A listener that can't be assigned at once is stored in a map, which is full here.
 fn no_room_for_a_listener(program: &str, hook: Hook, family: Family) -> Result<()> {
     let mut telling = object(true)?;
     let records = Records::default();

@@ -1,4 +1,4 @@
-//! The socket lookup of a pod, after the TC programs: what reaches a listener, and whose.
+//! The socket lookup of a pod, after the TC programs: which packets reach which listener.
 
 use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
@@ -67,7 +67,7 @@ fn unseen(bench: &Bench, family: Family) -> Result<()> {
         let packet = Packet { port, ..syn(family, 50_000) };
         expect(bench, &query(&packet), Outcome::Refused, &[refused])?;
     }
-    // A source port of zero is legal, and not only our own questions have it.
+    // A source port of zero is legal, and not only our own lookups use it.
     expect(bench, &query(&syn(family, 0)), Outcome::Refused, &[refused])
 }
 
@@ -85,7 +85,7 @@ fn batch(bench: &Bench, family: Family) -> Result<()> {
     for packet in batch.iter().rev() {
         expect(bench, &query(packet), Outcome::Chosen, &[])?;
     }
-    // The SYN is sent again, and counts again.
+    // The SYN is retransmitted, and counts again.
     run(&batch[0])?;
     expect(bench, &query(&batch[0]), Outcome::Chosen, &[captured(family)])
 }
@@ -107,7 +107,7 @@ fn deliveries(bench: &Bench, family: Family) -> Result<()> {
     for _ in 0..2 {
         expect(bench, &query(&delivered), Outcome::Passed, &[])?;
     }
-    // Nobody else's mark lets one in, nor a segment that opens none.
+    // No other mark admits one, nor does a segment that opens none.
     for (port, mark, flags) in [(50_301, 0, delivered.flags), (50_302, MARK_DELIVERY, ACK)] {
         let packet = Packet { flags, ..syn(family, port) };
         bench.run_alone(loopback, Proxy::Listens, &packet.bytes(), mark)?;
@@ -140,11 +140,11 @@ fn within(bench: &Bench, family: Family) -> Result<()> {
     for (source, destination) in [(POD, POD), (LOOPBACK, LOOPBACK), (LOOPBACK, POD), (PEER, PEER)] {
         expect(bench, &between(family, source, destination, 80), Outcome::Passed, &[])?;
     }
-    // A captured connection that found no listener must not find the application's.
+    // A captured connection that found no listener must not reach the application's.
     expect(bench, &between(family, POD, PEER, 80), Outcome::Refused, &[])?;
     expect(bench, &between(family, PEER, LOOPBACK, 80), Outcome::Refused, &[])?;
-    // With `route_localnet` the kernel takes packets for loopback from anywhere, and here nobody knows which of the node's pods
-    // has their source. A test run has no interface; that `lo` is one for them `local::` shows.
+    // With `route_localnet` the kernel accepts packets to loopback from any interface, and nothing here identifies the pod with
+    // their source. A test run has no interface; the `local::` tests cover `lo`.
     expect(bench, &between(family, POD, LOOPBACK, 80), Outcome::Refused, &[])
 }
 
@@ -154,7 +154,7 @@ fn proxy_ports(bench: &Bench, family: Family) -> Result<()> {
             expect(bench, &between(family, source, POD, port), Outcome::Refused, &[])?;
         }
     }
-    // A packet may have the source port of the programs' own questions, and come by an interface where none of them saw it.
+    // A packet may have the source port of the programs' own lookups, and arrive on an interface without our programs.
     for port in PROXY_PORTS {
         let mut packet = between(family, PEER, POD, port);
         packet.tuple.source_port = [0; 2];

@@ -48,7 +48,7 @@ fn connections_past_the_proxy(bench: &Bench, program: &str, family: Family) -> R
             expect(bench, program, &packet, mark, Fate::Dropped(Reason::Unmarked))?;
         }
     }
-    // The pod need not be the sender: what it forwards is no better.
+    // The pod need not be the sender: forwarded packets are treated the same.
     let forwarded = Packet { from: From::Peer, ..syn(family) };
     expect(bench, program, &forwarded, 0, Fate::Dropped(Reason::Unmarked))
 }
@@ -66,7 +66,7 @@ fn what_may_leave(bench: &Bench, program: &str, family: Family) -> Result<()> {
     expect(bench, program, &to_group, 0, Fate::Untouched)?;
     let mut link_local = [0; 16];
     link_local[..2].copy_from_slice(&[0xfe, 0x80]);
-    // In the other family something that is no longer a group.
+    // For IPv4, an address just beyond the groups.
     let near = Packet { peer_ipv6: link_local, peer_ipv4: [240, 0, 0, 1], ..syn(family) };
     expect(bench, program, &near, 0, Fate::Dropped(Reason::Unmarked))?;
     if family == Family::Ipv6 {

@@ -12,14 +12,14 @@ use redirect_ebpf::maps::Tuple;
 use redirect_ebpf::packet::{Packet, Parse, Parsed, parse};
 use redirect_linux::bpf;
 
-/// A search for a listener.
+/// A listener lookup.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Query {
     pub(crate) tuple: Tuple,
     pub(crate) protocol: u32,
 }
 
-/// What a program says.
+/// The verdict of a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
     /// It chose a listener.
@@ -101,7 +101,7 @@ fn words(address: [u8; 16]) -> [u32; 4] {
     words
 }
 
-/// The search for a listener that follows a frame of a family, if it opens a connection.
+/// The listener lookup that follows a frame of a family, if it opens a connection.
 pub(crate) fn query_of_syn(family: Family, frame: &[u8]) -> Option<Query> {
     let tuple = match family {
         Family::Ipv4 => of::<Ipv4>(frame),

@@ -1,8 +1,8 @@
-//! The TC programs on crafted packets, by BPF_PROG_TEST_RUN: what they return, what they count, that they change nothing.
+//! The TC programs on crafted packets, by BPF_PROG_TEST_RUN: their return values and counts, and that they change nothing.
 //!
-//! The kernel runs the programs on a packet that no interface has received, in the network namespace of the caller. Only
-//! the listener cannot be assigned so (the kernel allows it at a TC hook alone): the programs then hand the connection over
-//! to the socket lookup, whose programs run here as well, and count it as captured.
+//! The kernel runs the programs in the caller's network namespace on a packet that no interface has received. Only the
+//! listener can't be assigned this way (the kernel allows it only at a TC hook): the programs then leave the connection to
+//! the socket lookup, whose programs run here as well, and count it as captured.
 
 mod bench;
 mod capturing;

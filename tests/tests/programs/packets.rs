@@ -9,7 +9,7 @@ use redirect_ebpf::packet::SYN;
 pub(crate) const POD_IPV4: [u8; 4] = [10, 0, 0, 2];
 pub(crate) const POD_IPV6: [u8; 16] = [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2];
 
-/// Somebody else's.
+/// The peer's addresses.
 pub(crate) const PEER_IPV4: [u8; 4] = [192, 0, 2, 1];
 pub(crate) const PEER_IPV6: [u8; 16] = [0x20, 0x01, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
 
@@ -26,16 +26,16 @@ pub(crate) const FRAGMENT: u8 = 44;
 pub(crate) const AUTHENTICATION: u8 = 51;
 pub(crate) const DESTINATION: u8 = 60;
 
-/// Who sends.
+/// The sender.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum From {
-    /// Somebody, to the pod.
+    /// The peer, to the pod.
     Peer,
-    /// The pod, to somebody.
+    /// The pod, to the peer.
     Pod,
 }
 
-/// A packet in the making; by default a plain SYN to port 80.
+/// A packet builder; by default a plain SYN to port 80.
 #[derive(Clone, Debug)]
 pub(crate) struct Packet {
     pub(crate) family: Family,
@@ -56,9 +56,9 @@ pub(crate) struct Packet {
     pub(crate) peer_ipv4: [u8; 4],
     /// Instead of the pod's and the peer's addresses.
     pub(crate) ends: Option<(IpAddr, IpAddr)>,
-    /// What follows the TCP header.
+    /// The data after the TCP header.
     pub(crate) data: Vec<u8>,
-    /// What follows the IP header, instead of a TCP header.
+    /// The payload of the IP header, instead of a TCP header.
     pub(crate) payload: Option<Vec<u8>>,
 }
 
@@ -162,7 +162,7 @@ pub(crate) fn fragment(offset: u16, more: bool) -> (u8, Vec<u8>) {
     (FRAGMENT, vec![0, high, low, 0, 0, 0, 9])
 }
 
-/// An extension header of eight bytes and a multiple of them more.
+/// An extension header of eight bytes plus a multiple of eight.
 pub(crate) fn extension(kind: u8, more: u8) -> (u8, Vec<u8>) {
     let mut bytes = vec![0; 7 + 8 * usize::from(more)];
     bytes[0] = more;

@@ -1,4 +1,4 @@
-//! Packets that nobody crafted.
+//! Random packets.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use crate::bench::{Bench, PROGRAMS, Proxy};
 use crate::packets::{DESTINATION, From, HOP_BY_HOP, Packet, authentication, extension, fragment};
 use crate::{Shared, trial};
 
-/// How many packets each program is to have, if there is time for them.
+/// The number of packets for each program, if time allows.
 const PACKETS: u64 = 1_000_000;
 const TIME: Duration = Duration::from_secs(3);
 
@@ -26,12 +26,12 @@ pub(crate) fn trials(shared: &Shared) -> Vec<Trial> {
         .into()
 }
 
-/// No packet makes a program return or count anything but what it should, and none is changed.
+/// On no packet does a program return or count anything unexpected, or change the packet.
 fn random_packets(bench: &Bench, program: &str) -> Result<()> {
     let seeds = seeds();
     let mut random = Rng::with_seed(0x9e37_79b9_7f4a_7c15);
     let mut left = PACKETS;
-    // From the first packet on: the programs may be at another test's disposal until then.
+    // From the first packet on: before, another test may be using the programs.
     let mut began = None;
     let many = bench.run_many(program, Proxy::Listens, |packet| {
         left = left.checked_sub(1)?;
@@ -41,7 +41,7 @@ fn random_packets(bench: &Bench, program: &str) -> Result<()> {
         let seed = &seeds[random.usize(..seeds.len())];
         if random.u8(..4) == 0 {
             bytes(&mut random, packet);
-            // Else nearly all of it would be of no protocol at all.
+            // Otherwise nearly every packet would have an unknown protocol.
             packet[12..14].copy_from_slice(&seed[12..14]);
         } else {
             packet.clear();
@@ -50,7 +50,7 @@ fn random_packets(bench: &Bench, program: &str) -> Result<()> {
                 let place = random.usize(14..packet.len());
                 packet[place] = random.u8(..);
             }
-            // The kernel has no test runs on packets without a whole IP header, unless it is hidden behind a tag.
+            // The kernel refuses test runs on packets without a whole IP header, unless a tag hides that.
             let least = if matches!(packet[12], 0x81 | 0x88) { 15 } else { 54 };
             packet.truncate(least + random.usize(..=packet.len().saturating_sub(least)));
         }

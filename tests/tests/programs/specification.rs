@@ -1,4 +1,4 @@
-//! The gates on crafted packets, held against the specification ([`redirect_tests::specification`]).
+//! The gates on crafted packets, compared with the specification ([`redirect_tests::specification`]).
 
 use std::net::IpAddr;
 
@@ -32,7 +32,7 @@ use crate::{Shared, trial};
 const FIN: u8 = 1;
 const PSH: u8 = 8;
 
-/// How many cases each gate is tried with.
+/// The number of cases for each gate.
 const CASES: u32 = 3000;
 
 pub(crate) fn trials(shared: &Shared) -> Vec<Trial> {
@@ -77,7 +77,7 @@ const ANYTHING: &[What] = &[
     What::Damaged,
 ];
 
-/// No packet of a test run has the kubelet's socket: what it may is among the pure decisions.
+/// No packet of a test run has the kubelet's socket; the tests of the pure decisions cover its exemption.
 fn senders(gate: Gate, placement: Placement) -> &'static [Sender] {
     match (gate, placement) {
         (Gate::Arrival, Placement::Node) => &[Sender::Anybody, Sender::Anybody, Sender::Delivery],
@@ -102,7 +102,7 @@ fn holds(gate: Gate, placement: Placement, family: Family) -> Result<()> {
     let strategy = cases(placement, family, way, whats, senders(gate, placement), &addresses());
     let world = World::new(gate, placement, family)?;
     let mut runner = TestRunner::new(Cases { cases: CASES, failure_persistence: None, ..Cases::default() });
-    // Whether a proxy listens, how it is damaged, and other choices that make no difference.
+    // Whether a proxy listens, how a packet is damaged, and other irrelevant choices.
     let outcome = runner.run(&(strategy, proptest::num::u64::ANY), |(case, choice)| {
         if case.what == What::Datagram && case.source.1 == PORT_DNS {
             return Err(TestCaseError::reject("an answer of the resolver, which is rewritten"));
@@ -124,12 +124,12 @@ fn holds(gate: Gate, placement: Placement, family: Family) -> Result<()> {
     outcome.map_err(|error| anyhow!("{error}"))
 }
 
-/// The programs, and their maps for one case after the other.
+/// The programs, and their maps, which are filled for one case after another.
 struct World {
     gate: Gate,
     family: Family,
     bench: Bench,
-    /// The test's own cgroup, which the packets of test runs come from.
+    /// The test's own cgroup, which is the sender of test runs' packets.
     cgroup: u64,
 }
 
@@ -143,7 +143,8 @@ impl World {
         Ok(Self { gate, family, bench, cgroup: cgroup::id(&own.directory)? })
     }
 
-    /// Whether a proxy listens is the same to what does not go to one, and in placement `node` another program asks.
+    /// Whether a proxy listens does not matter to packets that don't go to one, and in placement `node` another
+    /// program checks it.
     fn proxy(case: &Case, choice: u64) -> Proxy {
         if case.placement == Placement::Pod && choice.is_multiple_of(4) {
             Proxy::Absent
@@ -169,7 +170,7 @@ impl World {
 
     fn verdict(&self, case: &Case, choice: u64) -> Result<Verdict> {
         self.bench.change(|programs, cookie| {
-            // The exclusions are the whole node's or the pod's own. The egress guard finds the pod by the packet's source.
+            // The exclusions are node-wide or the pod's own. The egress guard finds the pod by the packet's source.
             let unknown = self.gate == Gate::Departure && !case.pod.own.contains(&case.source.0);
             let of_node = unknown || (choice / 2).is_multiple_of(2);
             fill(programs, case, choice, if of_node { 0 } else { cookie }, cookie)?;
@@ -206,13 +207,13 @@ impl World {
             Code::Continues => match case.what {
                 What::Opens => self.at_the_listener(case),
                 What::Other | What::Datagram => Ok(Verdict::Passes),
-                // There is no connection, and no listener takes what opens none.
+                // There is no connection, and no listener accepts a segment that opens none.
                 _ => Ok(Verdict::Stopped),
             },
         }
     }
 
-    /// What the socket lookup makes of a connection.
+    /// The outcome of a connection at the socket lookup.
     fn at_the_listener(&self, case: &Case) -> Result<Verdict> {
         Ok(match self.bench.ask(&query(case))? {
             Outcome::Passed => Verdict::Passes,
@@ -237,7 +238,7 @@ fn query(case: &Case) -> Query {
     Query { tuple, protocol: libc::IPPROTO_TCP as u32 }
 }
 
-/// Whatever mark somebody sets makes no difference; the proxy's deliveries have theirs.
+/// Marks set by other processes make no difference; the proxy's deliveries have their own.
 fn mark(sender: Sender, choice: u64) -> u32 {
     match sender {
         Sender::Delivery => MARK_DELIVERY,
@@ -248,7 +249,7 @@ fn mark(sender: Sender, choice: u64) -> u32 {
     }
 }
 
-/// What is sent, as bytes.
+/// The packet's bytes.
 fn frame(family: Family, case: &Case, choice: u64) -> Vec<u8> {
     let choose = |number: u64| choice / 64 % number;
     let mut packet = Packet {
@@ -286,7 +287,7 @@ fn frame(family: Family, case: &Case, choice: u64) -> Vec<u8> {
     packet.bytes()
 }
 
-/// `scope` is the cookie of the pod whose the exclusions are, or zero.
+/// `scope` is the cookie of the pod with the exclusions, or zero.
 fn fill(programs: &mut Ebpf, case: &Case, choice: u64, scope: u64, cookie: u64) -> Result<()> {
     let Facts { own, others, excluded_outbound, excluded_inbound, .. } = &case.pod;
     let of_node = scope == 0;
@@ -353,7 +354,7 @@ fn exclude(programs: &mut Ebpf, scope: Scope, excluded: &Excluded) -> Result<()>
 
 type Network<const N: usize> = ExcludedAddress<[u8; N]>;
 
-/// Removes the exclusions of the case before.
+/// Removes the exclusions of the previous case.
 fn clear(programs: &mut Ebpf) -> Result<()> {
     let mut ports = HashMap::<_, ExcludedPort, u8>::try_from(map(programs, "EXCLUDED_PORTS")?)?;
     let keys = ports.keys().collect::<Result<Vec<_>, _>>()?;

@@ -1,4 +1,4 @@
-//! Whether connections get where they should, and by which way.
+//! Whether connections reach their destinations, and through the proxy.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -9,14 +9,14 @@ use serde_json::Value;
 use super::SAMPLES;
 use super::cluster::{self, Cluster};
 
-/// Whether pods are to be enrolled.
+/// Whether pods should be enrolled.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Captured {
     Yes,
     No,
 }
 
-/// Every sleep pod hears the right greeting at every address of every Service and every server.
+/// Every sleep pod gets the right greeting from every address of every Service and server.
 pub(super) fn greetings(cluster: &Cluster<'_>, captured: Captured) -> Result<String> {
     let mut script = cluster.script("deploy/samples/validate.sh");
     if captured == Captured::No {
@@ -32,9 +32,9 @@ pub(super) fn greetings(cluster: &Cluster<'_>, captured: Captured) -> Result<Str
     Ok(counts.join(", "))
 }
 
-/// By the embedded proxies' logs: each address that was greeted was the destination of a connection that they passed on,
-/// from the client's pod (outbound) and into the server's (inbound); and each that came for a server left a client, so that
-/// the kubelet's probes are not among them.
+/// By the embedded proxies' logs: each greeted address was the destination of a forwarded connection from the client's pod
+/// (outbound) and into the server's (inbound); and each inbound connection came from a client, so the kubelet's probes are
+/// not among them.
 pub(super) fn passed_the_proxy(cluster: &Cluster<'_>) -> Result<String> {
     let mut entries = Vec::new();
     for pod in cluster.names(cluster.namespace(), "app.kubernetes.io/name=ambient-redirect-proxy")? {
@@ -62,7 +62,7 @@ pub(super) fn passed_the_proxy(cluster: &Cluster<'_>) -> Result<String> {
     let mut servers = BTreeSet::new();
     for pod in cluster.pods(SAMPLES, "sample=tcp-echo")? {
         let own = addresses(&pod["status"]["podIPs"], "ip").into_iter().map(|ip| SocketAddr::new(ip, 9000));
-        // Those of one family are greeted over this one.
+        // Servers of one family are greeted over it.
         let own: Vec<_> = own.filter(|address| outbound.contains(address)).collect();
         ensure!(!own.is_empty(), "nobody greeted {}", pod["metadata"]["name"]);
         servers.extend(own);
@@ -74,7 +74,7 @@ pub(super) fn passed_the_proxy(cluster: &Cluster<'_>) -> Result<String> {
         let those = entries.iter().filter(|entry| entry["event"] == event && entry["direction"] == direction);
         those.filter(|entry| counts(entry)).count()
     };
-    // Not those that were refused: before a new Service is on the node, say.
+    // Without refused ones, e.g. before a new Service has reached the node.
     let refused = count("close", "outbound", |entry| entry["upstream_local"].is_null());
     let left = count("open", "outbound", |_| true) - refused;
     let came = count("open", "inbound", |_| true);
@@ -91,7 +91,7 @@ pub(super) fn passed_the_proxy(cluster: &Cluster<'_>) -> Result<String> {
     ))
 }
 
-/// How many connections of kubelets the agents let by.
+/// The number of kubelet connections that the agents let pass.
 fn probes(cluster: &Cluster<'_>) -> Result<u64> {
     let mut probes = 0;
     for agent in cluster.agents()? {
@@ -104,7 +104,7 @@ fn probes(cluster: &Cluster<'_>) -> Result<u64> {
     Ok(probes)
 }
 
-/// Everything is in the kernel, by the agent's own look at it.
+/// The kernel has everything, according to the agent.
 pub(super) fn in_the_kernel(cluster: &Cluster<'_>) -> Result<String> {
     let mut checked = 0;
     let pods = cluster.pods(SAMPLES, "")?;

@@ -1,4 +1,4 @@
-//! A cluster, by kubectl and helm.
+//! A cluster, through kubectl and helm.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -14,7 +14,7 @@ use crate::helm::Tools;
 use crate::progress;
 use crate::workspace::Workspace;
 
-/// How long anything may take on a busy cluster.
+/// The deadline for any operation on a busy cluster.
 const PATIENCE: Duration = Duration::from_secs(180);
 
 pub(super) struct Cluster<'a> {
@@ -115,7 +115,7 @@ impl<'a> Cluster<'a> {
         Ok(items.iter().map(|item| format!("{} {}", item["kind"], item["metadata"]["name"])).collect())
     }
 
-    /// Pods that are there to stay.
+    /// Pods that are not being deleted.
     pub(super) fn pods(&self, namespace: &str, label: &str) -> Result<Vec<Value>> {
         let mut pods = self.items(&["get", "pods", "-n", namespace, "-l", label])?;
         pods.retain(|pod| pod["metadata"]["deletionTimestamp"].is_null());
@@ -134,7 +134,7 @@ impl<'a> Cluster<'a> {
         Ok(agents)
     }
 
-    /// What `redirect` says in an agent's pod.
+    /// The output of `redirect` in an agent's pod.
     pub(super) fn redirect(&self, agent: &Value, arguments: &[&str]) -> Result<String> {
         let name = agent["metadata"]["name"].as_str().context("a name")?;
         let mut exec = self.kubectl();
@@ -219,7 +219,7 @@ impl<'a> Cluster<'a> {
         output(&mut kubectl).map(drop)
     }
 
-    /// Shows what helps to understand a failure.
+    /// Prints information that helps to diagnose a failure.
     pub(super) fn diagnose(&self) {
         let ours = ["-n", &self.namespace];
         for arguments in [
@@ -262,7 +262,7 @@ fn wait(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
     Ok(())
 }
 
-/// What a command prints.
+/// The output of a command.
 pub(super) fn output(command: &mut Command) -> Result<String> {
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot run {command:?}"))?;
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();

@@ -1,4 +1,4 @@
-//! Connections without a pause, from a pod to every kind of Service, while something is done to what captures them.
+//! Continuous connections from a pod to every kind of Service during changes of the agent.
 
 use std::process::{Child, Stdio};
 
@@ -7,8 +7,8 @@ use anyhow::{Context, Result, ensure};
 use super::SAMPLES;
 use super::cluster::{self, Cluster};
 
-/// Connects in turn, until told to stop; each attempt has as long as a SYN that is sent three times. Prints how many
-/// succeeded, and each that did not.
+/// Connects in turn until told to stop. Each attempt has time for three SYNs. Prints the number of successes, and
+/// each failure.
 const SCRIPT: &str = r#"
 rm -f /tmp/stop; good=0
 while [ ! -e /tmp/stop ]; do
@@ -20,7 +20,7 @@ done
 echo "$good"
 "#;
 
-/// What runs.
+/// Running clients.
 pub(super) struct Load<'a> {
     cluster: &'a Cluster<'a>,
     clients: Vec<(String, Child)>,
@@ -45,7 +45,7 @@ impl<'a> Load<'a> {
         Ok(Self { cluster, clients })
     }
 
-    /// Ends it. How many connections succeeded; an error if one did not.
+    /// Ends it. Returns the number of connections; fails if one of them failed.
     pub(super) fn finish(self) -> Result<String> {
         let pods = self.clients.len();
         let mut all = 0;

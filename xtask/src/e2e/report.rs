@@ -1,4 +1,4 @@
-//! What was done, how it ended, how long it took.
+//! The steps with their results and durations.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -20,12 +20,12 @@ struct Step {
 }
 
 impl Report {
-    /// Does a step; what it returns is what it found.
+    /// Runs a step, which returns its findings.
     pub(super) fn step(&mut self, name: &'static str, work: impl FnOnce() -> Result<String>) -> Result<()> {
         self.value(name, || Ok(((), work()?)))
     }
 
-    /// Does a step that makes something.
+    /// Runs a step that creates a value.
     pub(super) fn value<T>(
         &mut self,
         name: &'static str,

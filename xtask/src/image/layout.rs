@@ -1,4 +1,4 @@
-//! An OCI image layout in a tar archive, as `podman load`, `ctr images import` and `skopeo copy oci-archive:` read it.
+//! An OCI image layout in a tar archive, for `podman load`, `ctr images import` and `skopeo copy oci-archive:`.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 
 use crate::architecture::Architecture;
 
-/// Files belong to nobody in particular: the programs need no more than to be read.
+/// The owner of files, an unprivileged one: the programs only have to be readable.
 const OWNER: u64 = 65532;
 
 /// A file of the image.
@@ -30,7 +30,7 @@ pub(crate) struct Image {
     pub(super) entries: Vec<Entry>,
 }
 
-/// Something that the layout keeps under its digest.
+/// A blob of the layout, stored under its digest.
 struct Blob {
     digest: String,
     bytes: Vec<u8>,
@@ -159,7 +159,7 @@ fn hex(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// A time in UTC, as images and bills of materials write it.
+/// A time in UTC, in the format of images and bills of materials.
 pub(super) fn rfc3339(seconds: u64) -> String {
     let (days, second) = ((seconds / 86400) as i64, seconds % 86400);
     // Days of the proleptic Gregorian calendar; eras of 400 years that begin in March.

@@ -1,4 +1,4 @@
-//! The bill of materials: what the programs are built from, as SPDX 2.3.
+//! The bill of materials: the packages in the programs, as SPDX 2.3.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ const ROOT: &str = "SPDXRef-ambient-redirect";
 
 /// The document, for user space and kernel side.
 pub(super) fn spdx(workspace: &Workspace, architecture: Architecture, created: u64) -> Result<Vec<u8>> {
-    // Names and versions with licences; normal dependencies only, which are those that end up in the programs.
+    // Names and versions with licenses; only normal dependencies, which are those that end up in the programs.
     let mut crates = BTreeMap::new();
     for (package, target) in [
         ("redirect-cli", architecture.target()),
@@ -40,19 +40,19 @@ pub(super) fn spdx(workspace: &Workspace, architecture: Architecture, created: u
     Ok(serde_json::to_vec_pretty(&document(&crates, created))?)
 }
 
-/// Names with versions, and licences, of crates from the registry.
+/// Names, versions and licenses of crates from the registry.
 fn parse(tree: &str) -> Result<BTreeMap<(String, String), String>> {
     let mut crates = BTreeMap::new();
     for line in tree.lines().filter(|line| !line.is_empty()) {
         let (package, licence) = line.split_once('\t').with_context(|| format!("cargo tree says {line}"))?;
-        // "name v1.0.0 (/path)" for those of this repository.
+        // "name v1.0.0 (/path)" for crates of this repository.
         let mut words = package.split(' ');
         let (Some(name), Some(version)) = (words.next(), words.next()) else {
             bail!("cargo tree says {line}")
         };
         if !package.contains('(') {
             let version = version.trim_start_matches('v').to_owned();
-            // An old way to say OR, which SPDX does not know.
+            // An old form of OR that SPDX does not support.
             crates.insert((name.to_owned(), version), licence.replace('/', " OR "));
         }
     }

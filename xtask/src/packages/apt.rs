@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use crate::progress::{self, Watch};
 use crate::workspace::Workspace;
 
-/// It refreshes its lists at most once.
+/// Refreshes its lists at most once.
 pub(super) struct Apt<'a> {
     workspace: &'a Workspace,
     /// More options of apt.
@@ -22,12 +22,12 @@ impl<'a> Apt<'a> {
         Self { workspace, options, refreshed: Cell::new(false) }
     }
 
-    /// Fetches the lists of packages unless that was done before, and says whether it did.
+    /// Fetches the package lists unless that was done before. Returns whether it did.
     pub(super) fn refresh(&self) -> bool {
         if self.refreshed.replace(true) {
             return false;
         }
-        // A source that cannot be read is no obstacle as long as the others have the packages.
+        // An unreachable source does not matter as long as the others have the packages.
         let mut update = self.apt_get(&["update"]);
         let updated =
             progress::watch(self.workspace, "refreshing apt's lists", "apt-update", &mut update, Watch::Apt);
@@ -44,7 +44,7 @@ impl<'a> Apt<'a> {
         progress::watch(self.workspace, &what, "apt-install", &mut install, Watch::Apt)
     }
 
-    /// What is wrong with installing these, if something is.
+    /// What prevents the installation of these, if anything.
     pub(super) fn simulate(&self, names: &[&str]) -> Result<Option<String>> {
         let mut simulation = self.apt_get(&INSTALL);
         let output = simulation.arg("--simulate").args(names).output().context("cannot run apt-get")?;
@@ -59,7 +59,7 @@ impl<'a> Apt<'a> {
     pub(super) fn installed(&self, names: &[&str]) -> Result<HashSet<String>> {
         let mut query = self.workspace.command("dpkg-query");
         query.args(["-W", "-f", "${Package} ${db:Status-Status}\n"]).args(names);
-        // Its exit code is 1 when it does not know one of the packages.
+        // Its exit code is 1 if it does not know one of the packages.
         let output = query.output().context("cannot run dpkg-query")?;
         Ok(parse_installed(&String::from_utf8_lossy(&output.stdout)))
     }
@@ -80,15 +80,15 @@ impl<'a> Apt<'a> {
     }
 }
 
-/// Options as apt's programs take them.
+/// Options in the format of apt's programs.
 pub(super) fn with_flags(options: &[String]) -> impl Iterator<Item = &str> {
     options.iter().flat_map(|option| ["-o", option.as_str()])
 }
 
-/// Nothing that is there is removed.
+/// Never removes a package.
 const INSTALL: [&str; 4] = ["install", "--yes", "--no-install-recommends", "--no-remove"];
 
-/// Why apt can't install something, from what it prints.
+/// The reason why apt can't install a package, from its output.
 fn complaint(text: &str) -> String {
     const REASONS: [&str; 3] = ["Depends: ", "Conflicts: ", "Breaks: "];
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
@@ -107,7 +107,7 @@ fn parse_installed(text: &str) -> HashSet<String> {
     text.lines().filter_map(|line| line.strip_suffix(" installed")).map(str::to_owned).collect()
 }
 
-/// The packages that could be installed, from `apt-cache policy`.
+/// The installable packages, from `apt-cache policy`.
 fn parse_candidates(text: &str) -> HashSet<String> {
     let mut name = "";
     let mut known = HashSet::new();

@@ -1,4 +1,4 @@
-//! Which task needs which packages.
+//! The packages that each task needs.
 
 use super::{Evidence, Package};
 
@@ -16,12 +16,12 @@ pub(crate) fn for_pods() -> Vec<Package> {
     ]
 }
 
-/// What the benchmark runs beside pods.
+/// The additional packages of the benchmark.
 pub(crate) fn for_bench() -> Vec<Package> {
     vec![iptables(), nftables()]
 }
 
-/// What tests run beside pods.
+/// The additional packages of tests.
 pub(crate) fn for_tests() -> Vec<Package> {
     const BUSYBOX: &[&str] = &["/bin/busybox", "/usr/bin/busybox"];
     let program = |name: &str, program, reason| Package::new(name, Evidence::Program(program), reason);
@@ -33,14 +33,14 @@ pub(crate) fn for_tests() -> Vec<Package> {
         program("bind9-dnsutils", "dig", "tests ask DNS servers with dig"),
         program("ldnsutils", "drill", "tests ask DNS servers with drill"),
         program("haproxy", "haproxy", "the node proxy of some tests"),
-        // It looks for its settings and helpers in fixed places.
+        // It has fixed paths for its settings and helpers.
         program("podman", "podman", "the DaemonSet's pod is run as a container").in_place(),
         program("runc", "runc", "podman and containerd run containers with it"),
         program("containerd", "containerd", "tests run containers with its ctr"),
         Package::new("busybox-static", Evidence::File(BUSYBOX), "the content of the tests' containers")
             .in_place(),
         program("systemd", "systemd-analyze", "tests have it verify units").in_place(),
-        // A script that names its settings.
+        // A script with a fixed path of its settings.
         program(
             "musl-tools",
             "musl-gcc",
@@ -50,7 +50,7 @@ pub(crate) fn for_tests() -> Vec<Package> {
     ]
 }
 
-/// What runs tests on other kernels.
+/// The packages for tests on other kernels.
 pub(crate) fn for_machines() -> Vec<Package> {
     const AUTHORITIES: &[&str] = &["/etc/ssl/certs/ca-certificates.crt"];
     const REASON: &str = "tests boot other kernels with it";
@@ -66,12 +66,12 @@ pub(crate) fn for_machines() -> Vec<Package> {
     ]
 }
 
-/// What checks the scripts of this repository.
+/// The packages that check this repository's scripts.
 pub(crate) fn for_scripts() -> Vec<Package> {
     vec![Package::new("shellcheck", Evidence::Program("shellcheck"), "lints the scripts of this repository")]
 }
 
-/// Its programs' names are made when it is installed, and it opens files in a fixed place.
+/// The names of its programs are created at installation, and it opens files at a fixed path.
 fn iptables() -> Package {
     Package::new(
         "iptables",

@@ -1,5 +1,5 @@
-//! Packages that are unpacked below `target/tools` instead of being installed, with all that they depend on but the C
-//! library and what every Debian has. Their programs are started by scripts that say where the libraries are.
+//! Packages that are unpacked below `target/tools` instead of being installed, with all their dependencies except the
+//! C library and what every Debian has. Scripts start their programs and set the library path.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -15,16 +15,16 @@ use crate::architecture::Architecture;
 use crate::progress::{self, Watch};
 use crate::workspace::Workspace;
 
-/// What the machine installed.
+/// The machine's installed packages.
 const STATUS: &str = "/var/lib/dpkg/status";
 
-/// Run-time libraries of C: one process can't have two versions of them, so that these are the machine's.
+/// C run-time libraries: a process can't have two versions of them, so these are the machine's.
 const RUN_TIME: [&str; 4] = ["libc6", "libcrypt1", "libgcc-s1", "libstdc++6"];
 
-/// What every machine has that builds with cargo, from Debian's packages or elsewhere.
+/// Present on every machine that builds with cargo, from Debian's packages or elsewhere.
 const COMPILER: [&str; 3] = ["binutils", "gcc", "libc6-dev"];
 
-/// The folder of such packages.
+/// The directory of unpacked packages.
 pub(crate) struct Private<'a> {
     workspace: &'a Workspace,
     home: PathBuf,
@@ -41,7 +41,7 @@ impl<'a> Private<'a> {
         Self { workspace, home: workspace.target("tools/debian"), options }
     }
 
-    /// Where a file of the system's is here.
+    /// The path of a system file here.
     pub(crate) fn file(&self, path: impl AsRef<Path>) -> Option<PathBuf> {
         let path = path.as_ref();
         let here = self.root().join(path.strip_prefix("/").unwrap_or(path));
@@ -59,7 +59,7 @@ impl<'a> Private<'a> {
         PROGRAMS.iter().find_map(|folder| self.file(Path::new(folder).join(name)))
     }
 
-    /// Where a file would be, were it installed.
+    /// The path that a file would have if it were installed, relative to the directory.
     pub(crate) fn place<'p>(&self, file: &'p Path) -> std::borrow::Cow<'p, Path> {
         match file.strip_prefix(self.root()) {
             Ok(below) => Path::new("/").join(below).into(),
@@ -73,7 +73,7 @@ impl<'a> Private<'a> {
         ["lib", "usr/lib"].map(|folder| self.root().join(folder).join(&triplet)).to_vec()
     }
 
-    /// Downloads packages and what they depend on, and unpacks them.
+    /// Downloads packages with their dependencies, and unpacks them.
     pub(crate) fn unpack(&self, names: &[&str]) -> Result<()> {
         let archives = self.home.join("archives");
         for folder in [archives.join("partial"), self.root(), self.home.join("packages")] {
@@ -100,10 +100,10 @@ impl<'a> Private<'a> {
             set("Dir::Cache", "."),
             set("Dir::Cache::archives", "archives"),
             "Debug::NoLocking=true".to_owned(),
-            // The user that apt changes to can't write into our folders.
+            // The user that apt switches to can't write into our directories.
             "APT::Sandbox::User=root".to_owned(),
         ];
-        // The last one of a name counts.
+        // The last option with a name counts.
         command.args(with_flags(self.options)).args(with_flags(&ours));
         command.args(["-q", "install", "--yes", "--no-install-recommends", "--download-only"]).args(names);
         command.env("LC_ALL", "C");
@@ -145,7 +145,7 @@ impl<'a> Private<'a> {
         Ok(())
     }
 
-    /// Whether the machine's own package can stand for this version of it.
+    /// Whether the machine's own package can replace this version.
     fn is_recent_enough(&self, name: &str, version: &str) -> Result<()> {
         let mut query = self.workspace.command("dpkg-query");
         let installed = query.args(["--show", "--showformat", "${Version}", name]).output()?;
@@ -159,7 +159,7 @@ impl<'a> Private<'a> {
         Ok(())
     }
 
-    /// A script that starts a program with these libraries before the machine's.
+    /// A script that starts a program with these libraries ahead of the machine's.
     fn write_script(&self, program: &str) -> Result<()> {
         let path =
             self.file(program).with_context(|| format!("{program} is not in {}", self.root().display()))?;
@@ -178,7 +178,7 @@ impl<'a> Private<'a> {
         Ok(fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?)
     }
 
-    /// What dpkg-deb says of a file, which stands for `{}` among the arguments.
+    /// The output of dpkg-deb for a file, which replaces `{}` among the arguments.
     fn output(&self, arguments: &[&str], deb: &Path) -> Result<String> {
         let mut command = self.workspace.command("dpkg-deb");
         for argument in arguments {
@@ -198,7 +198,7 @@ impl<'a> Private<'a> {
 
 const PROGRAMS: [&str; 4] = ["/usr/bin", "/usr/sbin", "/bin", "/sbin"];
 
-/// The part of dpkg's status that every machine has: what is essential, and the run-time libraries of C.
+/// The part of dpkg's status that every machine has: essential packages and the C run-time libraries.
 fn base_of(status: &str) -> String {
     let field = |paragraph: &str, name: &str| -> String {
         let value = paragraph.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
@@ -210,7 +210,7 @@ fn base_of(status: &str) -> String {
             || [&RUN_TIME[..], &COMPILER].concat().contains(&field(paragraph, "Package").as_str())
     };
     let kept = status.split("\n\n").map(|paragraph| paragraph.trim_matches('\n'));
-    // What these depend on is no concern of apt's here: it would want to mend it.
+    // Their dependencies are removed, because apt would try to fix them.
     let without_dependencies = |paragraph: &str| -> String {
         let mut text = String::new();
         let mut skipping = false;
@@ -230,12 +230,12 @@ fn base_of(status: &str) -> String {
     kept.filter(is_base).map(|paragraph| without_dependencies(paragraph) + "\n").collect()
 }
 
-/// A version without Debian's own part, which changes nothing in what programs can be linked with.
+/// A version without Debian's revision, which does not affect linking.
 fn upstream(version: &str) -> &str {
     version.rsplit_once('-').map_or(version, |(upstream, _)| upstream)
 }
 
-/// The programs in what `dpkg-deb --contents` prints.
+/// The programs in the output of `dpkg-deb --contents`.
 fn programs_in(contents: &str) -> Vec<String> {
     let path = |line: &str| {
         // -rwxr-xr-x root/root 1 2025-01-01 00:00 ./usr/bin/name -> target

@@ -1,4 +1,4 @@
-//! What a build costs, and what it may cost.
+//! The CPU time of a build, and its budget.
 
 use std::fmt;
 use std::time::Duration;
@@ -6,13 +6,13 @@ use std::time::Duration;
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 
-/// Processor time from a clone to the end of a build, on a machine where nothing of it is installed or built. CONTRIBUTING.md
-/// has the same figures.
+/// CPU time from a clone to the end of a build, on a machine without installed tools or builds. CONTRIBUTING.md has the same
+/// figures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Budget {
-    /// The programs that are shipped, and the demo.
+    /// The shipped programs, and the demo.
     Programs,
-    /// The tests, besides.
+    /// The same plus the tests.
     Tests,
 }
 
@@ -34,7 +34,7 @@ impl fmt::Display for Budget {
     }
 }
 
-/// Prints what it cost until now: cargo becomes this process, so that the build of this very task is in it.
+/// Prints the cost so far. cargo has replaced itself by this process, so the build of this task is included.
 pub(crate) fn say_cost(budget: Budget) {
     let usage = |who| {
         let usage = getrusage(who).ok()?;

@@ -1,17 +1,17 @@
-//! The line of a step. A terminal shows one that is written over; elsewhere a step that takes long says now and then how
-//! far it is.
+//! The line of a step. A terminal shows one line that is overwritten; elsewhere a long step reports its progress from
+//! time to time.
 
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-/// How often something is written where lines stay.
+/// The interval between lines that can't be overwritten.
 const PAUSE: Duration = Duration::from_secs(20);
 
 pub(super) struct Line {
     what: String,
     started: Instant,
     is_terminal: bool,
-    /// Where lines stay: when the last one was written, if one was.
+    /// For such output: when the last line was written, if any.
     written: Option<Instant>,
 }
 
@@ -22,14 +22,14 @@ impl Line {
         Self { what: what.to_owned(), started: Instant::now(), is_terminal, written: None }
     }
 
-    /// Says how far it is.
+    /// Shows the progress.
     pub(super) fn show(&mut self, state: &str) {
         let elapsed = self.started.elapsed();
         let seconds = elapsed.as_secs();
         if self.is_terminal {
             write(&format!("\r{} ... {}\x1b[K", self.what, joined(state, seconds)));
         } else if self.written.map_or(elapsed, |written| written.elapsed()) >= PAUSE {
-            // The first one ends the line that the step began with.
+            // The first one ends the step's initial line.
             let begin = if self.written.is_none() { "\n" } else { "" };
             write(&format!("{begin}  {}\n", joined(state, seconds)));
             self.written = Some(Instant::now());
@@ -54,7 +54,7 @@ fn joined(state: &str, seconds: u64) -> String {
 
 fn write(text: &str) {
     let mut stderr = io::stderr();
-    // Nobody is left to tell if stderr is closed.
+    // If stderr is closed, there is no reader anyway.
     let _ = stderr.write_all(text.as_bytes());
     let _ = stderr.flush();
 }

@@ -1,4 +1,4 @@
-//! How far commands are, as they say it themselves.
+//! The progress of commands, from their own output.
 
 use std::fs::File;
 use std::io::{self, BufReader, PipeReader, Read, Write};
@@ -11,19 +11,19 @@ use std::time::{Duration, Instant};
 /// How often the elapsed time is shown.
 const TICK: Duration = Duration::from_secs(1);
 
-/// What a command says while it runs.
+/// The kind of progress output of a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Watch {
-    /// Nothing: only the time is shown.
+    /// None: only the time is shown.
     Clock,
     /// cargo's progress bar.
     Cargo,
-    /// apt's status messages, on a descriptor of their own.
+    /// apt's status messages, on a separate descriptor.
     Apt,
 }
 
 impl Watch {
-    /// Runs a command, whose output goes to a log, and hands on how far it is.
+    /// Runs a command with its output in a log, and forwards its progress.
     pub(super) fn follow(
         self,
         command: &mut Command,
@@ -32,7 +32,7 @@ impl Watch {
     ) -> io::Result<ExitStatus> {
         command.stdin(Stdio::null()).stdout(log.try_clone()?);
         let (reader, writer) = io::pipe()?;
-        // apt hands it to dpkg; until it has ended no reader may be gone.
+        // apt passes it to dpkg; the reader must exist until that has ended.
         let mut inherited = None;
         match self {
             Self::Clock => {
@@ -51,14 +51,14 @@ impl Watch {
             }
         }
         let child = command.spawn();
-        // The writing ends that are open here, for the pipe would have no end.
+        // Closes the write ends in this process, because otherwise the pipe would never end.
         drop(inherited);
         command.stderr(Stdio::null());
         let mut child = child?;
         let (sender, states) = channel();
         let rest = log.try_clone()?;
         thread::spawn(move || {
-            // The log is short of lines if the disk is full, which the command notices as well.
+            // The log lacks lines if the disk is full, which the command notices as well.
             let _ = self.read(reader, rest, |state| drop(sender.send(state)));
         });
         let mut last = String::new();
@@ -72,7 +72,7 @@ impl Watch {
                 shown = Instant::now();
             }
             if !is_news && let Some(status) = child.try_wait()? {
-                // What it said last may still be on its way; a service that it started may hold the pipe for ever.
+                // The last output may still be in the pipe; a service that it started may hold the pipe forever.
                 while let Ok(state) = states.recv_timeout(TICK) {
                     show(&state);
                 }
@@ -84,7 +84,7 @@ impl Watch {
         }
     }
 
-    /// Reads what a command says; what is no news of its progress goes to the log.
+    /// Reads a command's output; lines without progress go to the log.
     fn read(self, reader: PipeReader, mut log: File, mut news: impl FnMut(String)) -> io::Result<()> {
         let mut line = Vec::new();
         for byte in BufReader::new(reader).bytes() {
@@ -104,7 +104,7 @@ impl Watch {
         log.write_all(&line)
     }
 
-    /// How far a command is, from a line of its.
+    /// The progress in a command's line.
     fn parse(self, line: &str) -> Option<String> {
         match self {
             Self::Clock => None,

@@ -1,5 +1,5 @@
-//! Debian's archive, also those suites that this machine is not configured for. Nothing of it reaches the machine's own
-//! lists of packages.
+//! Debian's archive, including suites that this machine is not configured for. It does not affect the machine's own
+//! package lists.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use crate::workspace::Workspace;
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// Where kernels of different ages are.
+/// Suites with kernels of different ages.
 const SUITES: [(&str, &str); 3] = [
     ("debian-security", "bullseye-security"),
     ("debian-security", "bookworm-security"),
@@ -23,7 +23,7 @@ const SUITES: [(&str, &str); 3] = [
 pub(super) struct Archive<'a> {
     workspace: &'a Workspace,
     home: PathBuf,
-    /// What went wrong when they were fetched: some may be old, or missing.
+    /// The error of fetching them: some may be old, or missing.
     pub(super) complaint: Option<String>,
 }
 
@@ -36,7 +36,7 @@ pub(super) struct Candidate {
 }
 
 impl<'a> Archive<'a> {
-    /// Fetches the lists, as far as they can be had.
+    /// Fetches the lists, as far as possible.
     pub(super) fn open(workspace: &'a Workspace) -> Result<Self> {
         let home = workspace.target("vm/apt");
         for folder in ["lists/partial", "cache/archives/partial"] {
@@ -46,7 +46,7 @@ impl<'a> Archive<'a> {
         fs::write(home.join("sources.list"), sources(&configured(workspace)))?;
         let mut archive = Self { workspace, home, complaint: None };
         let mut update = archive.apt("apt-get");
-        // Without this, apt is content with old lists, or with none.
+        // Without this, apt accepts old or missing lists.
         update.args(["-q", "-o", "APT::Update::Error-Mode=any", "update"]);
         let asked = progress::watch(
             workspace,
@@ -62,7 +62,7 @@ impl<'a> Archive<'a> {
         Ok(archive)
     }
 
-    /// The packages whose names start so.
+    /// The packages with this name prefix.
     pub(super) fn candidates(&self, prefix: &str) -> Result<Vec<Candidate>> {
         let names = self.output(self.apt("apt-cache").args(["pkgnames", prefix]))?;
         let names: Vec<&str> = names.lines().collect();
@@ -72,7 +72,7 @@ impl<'a> Archive<'a> {
         Ok(parse(&self.output(self.apt("apt-cache").arg("show").args(names))?))
     }
 
-    /// Downloads packages and unpacks them into a folder.
+    /// Downloads packages and unpacks them into a directory.
     pub(super) fn unpack(&self, packages: &[String], folder: &Path) -> Result<()> {
         let debs = self.home.join("debs");
         let _ = fs::remove_dir_all(&debs);
@@ -99,7 +99,7 @@ impl<'a> Archive<'a> {
             set("Dir::Cache", &self.home.join("cache")),
             "Acquire::Retries=3".to_owned(),
             "Acquire::http::Timeout=30".to_owned(),
-            // The user that apt changes to can't read our folders.
+            // The user that apt switches to can't read our directories.
             "APT::Sandbox::User=root".to_owned(),
         ] {
             command.arg("-o").arg(option);
@@ -136,7 +136,7 @@ fn sources(configured: &[String]) -> String {
     SUITES.iter().map(line).collect()
 }
 
-/// The packages of `apt-cache show`.
+/// Parses the output of `apt-cache show`.
 fn parse(text: &str) -> Vec<Candidate> {
     let field = |paragraph: &str, name: &str| {
         let value = paragraph.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));

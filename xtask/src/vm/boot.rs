@@ -1,4 +1,4 @@
-//! A virtual machine: qemu, in software, so that it runs wherever CI does.
+//! A virtual machine: qemu with software emulation, so that it runs wherever CI does.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
@@ -17,7 +17,7 @@ use crate::workspace::Workspace;
 
 const QEMU: &str = "qemu-system-x86_64";
 
-/// What a kernel is booted with.
+/// The parameters of a boot.
 pub(super) struct Machine<'a> {
     pub(super) kernel: &'a Kernel,
     pub(super) root: Image,
@@ -26,31 +26,31 @@ pub(super) struct Machine<'a> {
     /// In MiB.
     pub(super) memory: u32,
     pub(super) limit: Duration,
-    /// Where the kernel's messages go.
+    /// The log of the kernel's messages.
     pub(super) console: PathBuf,
 }
 
-/// Ends with its value.
+/// Ends when dropped.
 struct Qemu(Child);
 
 impl Drop for Qemu {
     fn drop(&mut self) {
-        // It has ended already if all went well.
+        // It has already ended if all went well.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
 impl Machine<'_> {
-    /// Boots, hands on what its program prints, and returns the program's exit status.
+    /// Boots, forwards its program's output, and returns the program's exit status.
     pub(super) fn run(&self, workspace: &Workspace, mut line: impl FnMut(&str)) -> Result<i32> {
         let program =
             workspace.which(QEMU).with_context(|| format!("{QEMU} is not there: cargo xtask setup"))?;
         File::create(&self.console).with_context(|| format!("cannot write {}", self.console.display()))?;
-        // It ends with the thread that waits for it, also if this process is killed.
+        // It ends with the thread that waits for it, even if this process is killed.
         let mut qemu = workspace.command("setpriv");
         qemu.args(["--pdeathsig", "KILL"]).arg(program);
-        // Where its firmware is, if it was not installed.
+        // The path of its firmware, if it was not installed.
         let private = Private::new(workspace);
         for firmware in ["/usr/share/qemu", "/usr/share/seabios"].iter().filter_map(|path| private.file(path))
         {

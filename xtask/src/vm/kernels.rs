@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use super::apt::{Archive, Candidate};
 use crate::workspace::Workspace;
 
-/// The flavour for virtual machines: small, and with all that containers need.
+/// The flavor for virtual machines: small, and with everything that containers need.
 const FLAVOUR: &str = "-cloud-amd64";
 
 /// What follows the name of a kernel with `PREEMPT_RT`, and its flavour.
@@ -21,15 +21,15 @@ pub(super) const NEWEST: &str = "newest";
 /// A kernel that can be booted.
 #[derive(Clone, Debug)]
 pub(super) struct Kernel {
-    /// What it calls itself.
+    /// Its release name.
     pub(super) release: String,
     pub(super) image: PathBuf,
-    /// The folder that holds `lib/modules/<release>`.
+    /// The directory that contains `lib/modules/<release>`.
     pub(super) modules: PathBuf,
 }
 
 impl Kernel {
-    /// A kernel that the user has: its image, beside or below a folder with `lib/modules`.
+    /// A kernel that the user provides: its image, beside or below a directory with `lib/modules`.
     pub(super) fn from_files(image: &Path) -> Result<Self> {
         let name = image.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let release = name.strip_prefix("vmlinuz-").with_context(|| {
@@ -62,13 +62,13 @@ impl Kernel {
 }
 
 fn fetch(archive: &Archive<'_>, package: &Candidate, folder: &Path) -> Result<()> {
-    // Newer kernels come in several packages.
+    // Newer kernels are split into several packages.
     let parts = package
         .depends
         .iter()
         .filter(|name| ["linux-binary-", "linux-modules-"].iter().any(|prefix| name.starts_with(prefix)));
     let packages: Vec<String> = [package.name.clone()].into_iter().chain(parts.cloned()).collect();
-    // The folder appears when it is complete.
+    // The directory appears when it is complete.
     let partial = folder.with_extension("partial");
     let _ = fs::remove_dir_all(&partial);
     fs::create_dir_all(&partial)?;
@@ -101,7 +101,7 @@ fn compare(one: &str, other: &str) -> Ordering {
     numbers(one).cmp(&numbers(other))
 }
 
-/// What a user may call a kernel.
+/// Whether the user's name of a kernel is a path.
 pub(super) fn is_file(kernel: &str) -> Result<bool> {
     let series = kernel.strip_suffix(RT.0).unwrap_or(kernel);
     if series == NEWEST || series.split('.').all(|part| !part.is_empty() && part.parse::<u32>().is_ok()) {

@@ -1,4 +1,5 @@
-//! What a virtual machine boots into: an archive in memory, with a handful of programs and what these need.
+//! The root file system of a virtual machine: an archive in memory, with a few programs and their
+//! dependencies.
 
 use std::collections::BTreeSet;
 use std::env;
@@ -13,8 +14,8 @@ use super::kernels::Kernel;
 use crate::packages::Private;
 use crate::workspace::Workspace;
 
-/// What tests need that Debian builds as modules. Those that a kernel has built in, or has not, are left out; the tests
-/// that need them say so.
+/// Modules that tests need. Those that a kernel has built in, or lacks, are skipped; tests that need the latter report
+/// it.
 const MODULES: [&str; 29] = [
     "veth",
     "bridge",
@@ -47,7 +48,7 @@ const MODULES: [&str; 29] = [
     "tcp_diag",
 ];
 
-/// What tests run.
+/// The programs that tests run.
 const PROGRAMS: [&str; 23] = [
     "ip",
     "ss",
@@ -74,10 +75,10 @@ const PROGRAMS: [&str; 23] = [
     "ip6tables-legacy",
 ];
 
-/// Without any, a client of the API server can't be made.
+/// Without certificates, a client of the API server can't be created.
 const AUTHORITIES: &str = "/etc/ssl/certs/ca-certificates.crt";
 
-/// Where Debian keeps what iptables opens at run time.
+/// Debian's directory of iptables extensions, which are loaded at run time.
 const EXTENSIONS: &str = "/usr/lib/x86_64-linux-gnu/xtables";
 
 const PLUGINS: [&str; 4] = ["bridge", "ptp", "host-local", "loopback"];
@@ -107,7 +108,7 @@ sync
 poweroff -f
 ";
 
-/// A root folder that is being put together: links, which the archive follows.
+/// A root directory in preparation: links, which the archive follows.
 pub(super) struct Root<'a> {
     workspace: &'a Workspace,
     private: Private<'a>,
@@ -115,7 +116,7 @@ pub(super) struct Root<'a> {
 }
 
 impl<'a> Root<'a> {
-    /// With the usual programs.
+    /// With the standard programs.
     pub(super) fn new(workspace: &'a Workspace, name: &str, kernel: &Kernel) -> Result<Self> {
         let folder = workspace.target(format!("vm/{name}/root"));
         let _ = fs::remove_dir_all(&folder);
@@ -154,7 +155,7 @@ impl<'a> Root<'a> {
         Ok(root)
     }
 
-    /// A program that was built here, without what debuggers need.
+    /// A program that was built here, without debug information.
     pub(super) fn built(&self, from: &Path, to: &Path) -> Result<()> {
         let place = self.folder.join(to.strip_prefix("/").unwrap_or(to));
         fs::create_dir_all(place.parent().unwrap_or(&self.folder))?;
@@ -165,7 +166,7 @@ impl<'a> Root<'a> {
         self.libraries(from)
     }
 
-    /// A program of this machine's, with the libraries that it is linked to.
+    /// A program of this machine, with its shared libraries.
     fn program(&self, from: &Path, to: &Path) -> Result<()> {
         let from = self.private.program(from).unwrap_or_else(|| from.to_owned());
         self.put(&from, to)?;
@@ -247,10 +248,10 @@ impl<'a> Root<'a> {
         Ok(())
     }
 
-    /// Packs everything up.
+    /// Creates the archive.
     pub(super) fn archive(self) -> Result<Image> {
         let archive = self.folder.with_file_name("root.cpio");
-        // Links are followed, so that nothing has to be copied twice.
+        // Follows links, so that nothing has to be copied twice.
         let script = "cd \"$1\" && find . | cpio --quiet -o -H newc -L > \"$2\"";
         let mut pack = self.workspace.command("sh");
         let status = pack.args(["-c", script, "sh"]).arg(&self.folder).arg(&archive).status()?;
@@ -261,23 +262,23 @@ impl<'a> Root<'a> {
     }
 }
 
-/// The archive; removed with this value, for it is large.
+/// The archive, which is removed when dropped because it is large.
 pub(super) struct Image(pub(super) PathBuf);
 
 impl Drop for Image {
     fn drop(&mut self) {
-        // What is left is written over the next time.
+        // A leftover is overwritten the next time.
         let _ = fs::remove_file(&self.0);
     }
 }
 
-/// The files in what ldd prints.
+/// The files in the output of ldd.
 fn libraries(text: &str) -> Vec<PathBuf> {
     let path = |line: &str| line.split_whitespace().find(|word| word.starts_with('/')).map(PathBuf::from);
     text.lines().filter_map(path).collect()
 }
 
-/// The files that `modprobe --show-depends` would insert, in this order.
+/// The files that `modprobe --show-depends` would insert, in order.
 fn inserted(text: &str) -> Vec<PathBuf> {
     let file = |line: &str| line.strip_prefix("insmod ")?.split_whitespace().next().map(PathBuf::from);
     text.lines().filter_map(file).collect()

@@ -1,11 +1,11 @@
-//! A few tests on several kernels: what differs among kernels, in little time.
+//! A few tests on several kernels: the differences between kernels, in a short time.
 
 use std::time::Duration;
 
 use super::{MEMORY, Plan, kernels};
 
-/// The verifier on every program; each direction and DNS in every family; what TC can't give to a listener itself; the proxy in
-/// each of its places.
+/// The verifier on every program; each direction and DNS in every family; connections that TC can't assign; the proxy in both
+/// placements.
 const EVERYWHERE: [&str; 9] = [
     "doctor::this_node_is_fit",
     "outbound::captured::dual::",
@@ -18,10 +18,10 @@ const EVERYWHERE: [&str; 9] = [
     "node::outbound::captured::dual::",
 ];
 
-/// A machine that hangs is ended after this, many times what it takes.
+/// The deadline of a machine, many times its usual duration.
 const LIMIT: Duration = Duration::from_secs(1200);
 
-/// The oldest kernel that is supported, Debian's long-term ones, its newest; one without IPv6; one that is too old.
+/// The oldest supported kernel, Debian's long-term ones, its newest; one without IPv6; one that is too old.
 pub(crate) fn plans() -> Vec<Plan> {
     let plan = |kernel: &str, tests: &[&str]| Plan {
         kernel: kernel.to_owned(),
@@ -29,7 +29,8 @@ pub(crate) fn plans() -> Vec<Plan> {
         only: tests.iter().map(|&test| test.to_owned()).collect(),
         environment: Vec::new(),
         memory: MEMORY,
-        // What has limits of its own, as the proxy's resolver has, is not slowed down by other tests.
+        // Components with limits of their own, such as the proxy's resolver, must not be slowed down by other
+        // tests.
         test_arguments: vec!["--test-threads=1".to_owned()],
         limit: LIMIT,
     };

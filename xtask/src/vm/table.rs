@@ -1,4 +1,4 @@
-//! What tests gave on each kernel.
+//! The results on each kernel.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -7,28 +7,28 @@ use serde::Serialize;
 
 use crate::tally::single;
 
-/// How many lines of what failed are kept.
+/// How many lines of output to keep for failed tests.
 const DETAILS: usize = 60;
 
-/// More tests than this are shown by groups.
+/// With more tests than this, groups are shown.
 const ROWS: usize = 40;
 
-/// The name of what is not a test: the machine itself.
+/// The name for failures of the machine itself.
 pub(crate) const BOOT: &str = "boot";
 
 /// The results of one boot, or of two.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct Boot {
-    /// What the user calls the kernel, and what it was booted with.
+    /// The user's name of the kernel, and its parameters.
     pub(crate) name: String,
-    /// What the kernel calls itself.
+    /// The kernel's own release name.
     pub(crate) release: String,
     pub(crate) seconds: f32,
     /// By name.
     pub(crate) tests: BTreeMap<String, Outcome>,
-    /// Those that failed, and passed in a machine of their own.
+    /// Tests that failed, and passed in a machine of their own.
     pub(crate) unstable: Vec<String>,
-    /// What those said that failed.
+    /// The output of failed tests.
     pub(crate) details: Vec<String>,
     #[serde(skip)]
     pub(crate) explaining: bool,
@@ -42,7 +42,7 @@ pub(crate) enum Outcome {
     Skipped(String),
 }
 
-/// How many of each.
+/// The number of each outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Counts {
     pub(crate) passed: usize,
@@ -79,13 +79,13 @@ impl fmt::Display for Counts {
 }
 
 impl Boot {
-    /// Takes in a line of what the tests print.
+    /// Processes a line of the tests' output.
     pub(crate) fn line(&mut self, line: &str) {
         if let Some((test, outcome)) = single(line) {
             let outcome = match outcome {
                 "ok" => Outcome::Passed,
                 "FAILED" => Outcome::Failed,
-                // The reason is in what the test says.
+                // The test's output contains the reason.
                 other => Outcome::Skipped(other.trim_start_matches("ignored").trim().to_owned()),
             };
             self.tests.insert(test.to_owned(), outcome);
@@ -98,7 +98,7 @@ impl Boot {
         }
     }
 
-    /// The machine itself failed.
+    /// Records that the machine itself failed.
     pub(crate) fn failed(&mut self, why: &str) {
         self.tests.insert(BOOT.into(), Outcome::Failed);
         self.details.extend(why.lines().map(str::to_owned));
@@ -113,7 +113,7 @@ impl Boot {
         failed.map(|(name, _)| name.clone()).collect()
     }
 
-    /// What failed was run once more.
+    /// Adds the repeated run of failed tests.
     pub(crate) fn run_again(&mut self, again: Self) {
         self.seconds += again.seconds;
         for name in self.failures() {
@@ -152,7 +152,7 @@ fn group_of(name: &str) -> &str {
     name.split("::").next().unwrap_or(name)
 }
 
-/// Tests down, or groups of tests if there are many; boots across.
+/// One row per test, or per group if there are many; one column per boot.
 pub(crate) fn table(boots: &[Boot]) -> String {
     let tests: BTreeSet<&str> = boots.iter().flat_map(|boot| boot.tests.keys().map(String::as_str)).collect();
     let mut rows: Vec<Vec<String>> = Vec::new();

@@ -7,13 +7,13 @@ use super::PLUGIN;
 /// A configuration that a runtime accepts.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Chain {
-    /// Of the list, without `plugins`.
+    /// The list without `plugins`.
     head: Map<String, Value>,
     plugins: Vec<Map<String, Value>>,
 }
 
 impl Chain {
-    /// Reads a file. The error says what a runtime would object to.
+    /// Parses a file. The error is a runtime's objection.
     pub(super) fn parse(name: &str, bytes: &[u8]) -> Result<Self, String> {
         let document =
             serde_json::from_slice(bytes).map_err(|error| format!("is not a JSON object: {error}"))?;
@@ -39,14 +39,14 @@ impl Chain {
         Ok(Self { head, plugins: plugins.into_iter().map(object).collect::<Result<_, _>>()? })
     }
 
-    /// The list of one plugin that a runtime makes of a single configuration.
+    /// The list with one plugin into which a runtime converts a single configuration.
     fn of_single(mut plugin: Map<String, Value>) -> Self {
         let keys = ["cniVersion", "cniVersions", "name"];
         let head = keys.iter().filter_map(|key| plugin.remove_entry(*key)).collect();
         Self { head, plugins: vec![plugin] }
     }
 
-    /// Every version that a runtime may choose. libcni takes a missing one for 0.1.0.
+    /// Every version that a runtime may choose. libcni takes a missing one as 0.1.0.
     pub(super) fn versions(&self) -> Vec<&str> {
         let one = self.head.get("cniVersion").and_then(Value::as_str);
         let more = self.head.get("cniVersions").and_then(Value::as_array).into_iter().flatten();
@@ -59,7 +59,7 @@ impl Chain {
         self.plugins.iter().any(|plugin| kind(plugin) == wanted)
     }
 
-    /// The same chain with our entry last, and nowhere else.
+    /// The same chain with our entry in the last place only.
     pub(super) fn with(&self, entry: &Map<String, Value>) -> Self {
         let mut chain = self.without();
         chain.plugins.push(entry.clone());
@@ -72,20 +72,20 @@ impl Chain {
         Self { head: self.head.clone(), plugins }
     }
 
-    /// As it stands in a `.conflist`.
+    /// The contents of a `.conflist`.
     pub(super) fn document(&self) -> Value {
         let mut document = self.head.clone();
         document.insert("plugins".into(), self.plugins.iter().cloned().map(Value::Object).collect());
         Value::Object(document)
     }
 
-    /// The same, as people can read it.
+    /// The same, pretty-printed.
     pub(super) fn text(&self) -> Vec<u8> {
         format!("{:#}\n", self.document()).into_bytes()
     }
 }
 
-/// Whether runtimes expect a list in a file of this name.
+/// Whether runtimes expect a list in a file with this name.
 pub(super) fn is_list(name: &str) -> bool {
     name.ends_with(".conflist")
 }

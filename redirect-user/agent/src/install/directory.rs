@@ -10,45 +10,45 @@ use super::error::Error;
 use super::files::Attributes;
 use redirect_protocol::input::read_file;
 
-/// The files that runtimes look at, in the order in which they do.
+/// The files that runtimes read, in their order.
 #[derive(Debug)]
 pub(super) struct Directory {
     pub(super) path: PathBuf,
     pub(super) files: Vec<Conf>,
-    /// What was there before our entry came, by the names that the files had.
+    /// The contents from before our entry was added, by the files' names.
     pub(super) originals: Vec<Conf>,
-    /// Names that Cilium gave to configurations of others, to disable them.
+    /// Configurations of others that Cilium has renamed to disable them.
     pub(super) disabled_by_cilium: Vec<String>,
 }
 
-/// How the name of a file ends that keeps what was in a configuration before our entry came. Runtimes read no such file.
+/// The suffix of files that keep a configuration from before our entry was added. Runtimes ignore such files.
 const ORIGINAL: &str = ".before-ambient-redirect";
 
-/// The name of the file that keeps what was in a configuration.
+/// The name of the file that keeps a configuration.
 pub(super) fn original_of(name: &str) -> String {
     format!("{name}{ORIGINAL}")
 }
 
-/// Whether a file of this name keeps what was in a configuration.
+/// Whether a file with this name keeps a configuration.
 pub(super) fn is_original(name: &str) -> bool {
     name.ends_with(ORIGINAL)
 }
 
-/// The longest configuration.
+/// The maximum size of a configuration.
 const LONGEST: usize = 1 << 20;
 
-/// How many names a directory may have.
+/// The maximum number of files in the directory.
 const MOST: usize = 10_000;
 
-/// One of them.
+/// A configuration file.
 #[derive(Debug)]
 pub(super) struct Conf {
     pub(super) name: String,
     pub(super) attributes: Attributes,
-    /// Empty, if it is too long.
+    /// Empty if the file is too long.
     pub(super) bytes: Vec<u8>,
     too_long: bool,
-    /// The error says why it is no configuration.
+    /// The error says why it is not a valid configuration.
     pub(super) chain: Result<Chain, String>,
 }
 
@@ -71,7 +71,7 @@ impl Directory {
                 directory.disabled_by_cilium.push(name);
             } else if let Some(of) = name.strip_suffix(ORIGINAL) {
                 let kept = Conf::read(&path.join(&name), of.to_owned())?;
-                // What is put back has to be all of it.
+                // A kept configuration must be complete to be restored.
                 if kept.as_ref().is_some_and(|kept| kept.too_long) {
                     let what = format!("{name} is larger than {LONGEST} bytes");
                     return Err(failed(io::Error::new(io::ErrorKind::FileTooLarge, what)));
@@ -89,7 +89,7 @@ impl Directory {
         self.files.iter().find(|conf| conf.name == name)
     }
 
-    /// What is wrong with the files that are no configurations.
+    /// The problems of the invalid files.
     pub(super) fn invalid(&self) -> Vec<String> {
         let complaint = |conf: &Conf| Some(format!("{} {}", conf.name, conf.chain.as_ref().err()?));
         self.files.iter().filter_map(complaint).collect()
@@ -97,7 +97,7 @@ impl Directory {
 }
 
 impl Conf {
-    /// `None` if it is no file, or has just gone.
+    /// `None` if it is not a file, or was just removed.
     fn read(path: &Path, name: String) -> Result<Option<Self>, Error> {
         let gone = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
         let metadata = match fs::metadata(path) {
@@ -113,7 +113,7 @@ impl Conf {
                 let chain = Chain::parse(&name, &bytes);
                 Ok(Some(Self { chain, name, attributes, bytes, too_long: false }))
             }
-            // No runtime gets anywhere with it either.
+            // Runtimes can't use it either.
             Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {
                 let chain = Err(error.to_string());
                 Ok(Some(Self { chain, name, attributes, bytes: Vec::new(), too_long: true }))

@@ -7,52 +7,52 @@ use super::OWN_CONF;
 use redirect_cni::SpecVersion;
 use redirect_protocol::wire::client;
 
-/// Why the chain is not as it should be. It works without the plugin all the same.
+/// Why the chain differs from the wanted one. It works without the plugin all the same.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Nothing to read.
+    /// A file can't be read.
     #[error("cannot read {}: {source}", path.display())]
     Read {
-        /// What.
+        /// The file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The cause.
         source: io::Error,
     },
-    /// Nothing to write to.
+    /// A file can't be written.
     #[error("cannot write {}: {source}", path.display())]
     Write {
-        /// What.
+        /// The file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The cause.
         source: io::Error,
     },
     /// There is no chain yet.
     #[error("there is no CNI configuration in {}{}: has the primary CNI started on this node?", directory.display(), list(.invalid))]
     NoConfiguration {
-        /// Where.
+        /// The directory.
         directory: PathBuf,
-        /// Files that are no configurations, and why.
+        /// The invalid files, with the reasons.
         invalid: Vec<String>,
     },
-    /// The configuration that was named is not there or is none.
+    /// The named configuration is missing or invalid.
     #[error("{name} is not a CNI configuration in {}{}", directory.display(), list(.invalid))]
     NoSuchConfiguration {
         /// Its name.
         name: String,
-        /// Where.
+        /// The directory.
         directory: PathBuf,
-        /// Files that are no configurations, and why.
+        /// The invalid files, with the reasons.
         invalid: Vec<String>,
     },
-    /// A configuration comes before ours.
+    /// Another configuration sorts before ours.
     #[error(
         "{first} comes before {OWN_CONF}, so container runtimes would not use {OWN_CONF}: rename {first}"
     )]
     NotFirst {
-        /// The other.
+        /// The other configuration.
         first: String,
     },
-    /// Two configurations, and only one name for the result.
+    /// Two configurations would get the same name.
     #[error(
         "both {conf} and {conflist} exist, and container runtimes use {conf}: remove the one that you \
          don't want"
@@ -63,7 +63,7 @@ pub enum Error {
         /// The list.
         conflist: String,
     },
-    /// Our plugin can't be called with the chain's version.
+    /// The plugin does not support the chain's version.
     #[error(
         "{file} has cniVersion {found}, the plugin supports {}: raise it in the primary CNI's configuration",
         SpecVersion::ALL.map(SpecVersion::as_str).join(" ")
@@ -74,12 +74,12 @@ pub enum Error {
         /// Its version.
         found: String,
     },
-    /// The binary does not answer as a plugin does.
+    /// The binary does not answer like a plugin.
     #[error("cannot chain the plugin {}: {problem}", path.display())]
     Plugin {
         /// The binary.
         path: PathBuf,
-        /// What it did instead.
+        /// Its behavior.
         problem: String,
     },
     /// Pods could not start with the plugin in the chain.

@@ -9,10 +9,10 @@ use std::time::SystemTime;
 
 use super::error::Error;
 
-/// How the name of a file begins that is written before it gets its own name.
+/// The prefix of temporary files, which are renamed when they are complete.
 const TEMPORARY: &str = ".ambient-redirect.";
 
-/// How it ends. Runtimes look at no file that ends like this; the next run removes what a crash left.
+/// Their suffix. Runtimes ignore such files; the next run removes what a crash left.
 const ENDING: &str = ".tmp";
 
 /// Mode and owner of a file.
@@ -23,7 +23,7 @@ pub(super) struct Attributes {
     pub(super) gid: u32,
 }
 
-/// The steps.
+/// The disk operations.
 pub(super) trait Files {
     fn create(&mut self, path: &Path) -> io::Result<File>;
     fn write(&mut self, file: &mut File, bytes: &[u8]) -> io::Result<()>;
@@ -34,7 +34,7 @@ pub(super) trait Files {
     fn sync_directory(&mut self, path: &Path) -> io::Result<()>;
 }
 
-/// The real ones.
+/// The real file system.
 #[derive(Debug)]
 pub(super) struct Disk;
 
@@ -50,7 +50,7 @@ impl Files for Disk {
     fn attribute(&mut self, file: &File, attributes: Attributes) -> io::Result<()> {
         file.set_permissions(Permissions::from_mode(attributes.mode))?;
         match fchown(file, Some(attributes.uid), Some(attributes.gid)) {
-            // The agent gives up CAP_CHOWN; a configuration that is not root's becomes so.
+            // The agent has dropped CAP_CHOWN, so a configuration of another user becomes root's.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
             changed => changed,
         }
@@ -73,7 +73,7 @@ impl Files for Disk {
     }
 }
 
-/// Replaces a file, or makes it, so that there is never half of one.
+/// Creates or replaces a file atomically.
 pub(super) fn replace(
     files: &mut impl Files,
     path: &Path,
@@ -86,13 +86,13 @@ pub(super) fn replace(
     files.write(&mut file, bytes)?;
     files.attribute(&file, attributes)?;
     files.sync(&file)?;
-    // An open file that is being written can't be executed.
+    // A file that is open for writing can't be executed.
     drop(file);
     files.rename(&temporary, path)?;
     files.sync_directory(directory)
 }
 
-/// Removes what a crash left.
+/// Removes the leftovers of a crash.
 pub(super) fn sweep(directory: &Path, files: &mut impl Files) -> Result<(), Error> {
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let name = entry.file_name();
@@ -105,7 +105,7 @@ pub(super) fn sweep(directory: &Path, files: &mut impl Files) -> Result<(), Erro
     Ok(())
 }
 
-/// Another one each time: somebody else may be writing as well.
+/// Unique, because another process may be writing as well.
 fn temporary(directory: &Path) -> PathBuf {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     directory.join(format!("{TEMPORARY}{}-{}{ENDING}", process::id(), now.as_nanos()))

@@ -17,20 +17,20 @@ use super::plan::{CILIUM, is_cilium_s};
 use super::{Error, Options, Outcome, install_once};
 use crate::metrics::events::events;
 
-/// Changes come in bursts: a primary CNI copies plugins, then writes configurations.
+/// Wait for bursts to end: a primary CNI copies plugins, then writes configurations.
 const SETTLE: Duration = Duration::from_millis(100);
 
-/// How long the chain goes unwatched at most, where inotify is blind: behind symbolic links, below new mounts.
+/// The interval of checks where inotify sees no changes: behind symbolic links, below new mounts.
 const PERIOD: Duration = Duration::from_secs(30);
 
-/// How often a chain that can't be made is tried again.
+/// The retry interval while the chain can't be established.
 const RETRY: Duration = Duration::from_secs(2);
 
-/// Keeps the plugin in the chain until `stop` is true. The chain stays as it is then.
+/// Keeps the plugin in the chain until `stop` is true, and then leaves the chain as it is.
 pub async fn keep(options: Options, mut stop: watch::Receiver<bool>) {
     let mut keeper = Keeper { options, pace: Pace::default(), complaint: None };
     loop {
-        // Watched before it is looked at, so that nothing is missed between the two.
+        // The watch starts before the check, so that no change is missed in between.
         let changes = keeper.watch();
         let period = keeper.look().await;
         tokio::select! {
@@ -61,12 +61,12 @@ pub(super) async fn until_signal(options: Options) -> anyhow::Result<()> {
 struct Keeper {
     options: Options,
     pace: Pace,
-    /// What was logged last of an installation that does not succeed.
+    /// The last logged error of the installation.
     complaint: Option<String>,
 }
 
 impl Keeper {
-    /// Installs or repairs. How long to wait for a change.
+    /// Installs or repairs. Returns how long to wait for a change.
     async fn look(&mut self) -> Duration {
         let options = self.options.clone();
         let result = tokio::task::spawn_blocking(move || install_once(&options)).await;
@@ -125,7 +125,7 @@ impl Keeper {
         }
     }
 
-    /// Something that is readable when configurations or plugins change.
+    /// A descriptor that becomes readable when configurations or plugins change.
     fn watch(&mut self) -> Option<AsyncFd<OwnedFd>> {
         let directories = [&self.options.directories.cni_conf_dir, &self.options.directories.cni_bin_dir];
         match changes(directories.map(AsRef::as_ref)) {
@@ -148,19 +148,19 @@ fn changes(directories: [&Path; 2]) -> io::Result<AsyncFd<OwnedFd>> {
         | AddWatchFlags::IN_DELETE_SELF
         | AddWatchFlags::IN_MOVE_SELF;
     for directory in directories {
-        // One that is not there yet announces itself in the first of its parents that is.
+        // A directory that does not exist yet shows up in its nearest existing parent.
         let mut places = directory.ancestors();
         places.find(|place| inotify.add_watch(*place, flags).is_ok());
     }
     let descriptor = inotify.as_fd().try_clone_to_owned()?;
-    // SAFETY: an owned descriptor stays the same one until it is dropped.
+    // SAFETY: an owned descriptor does not change until it is dropped.
     Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
 }
 
 async fn wait(changes: Option<AsyncFd<OwnedFd>>, period: Duration) {
     let changed = async {
         match &changes {
-            // What it was is of no interest: everything is looked at anew, with a new watch.
+            // The event's contents do not matter: everything is checked again, with a new watch.
             Some(changes) => drop(changes.readable().await),
             None => std::future::pending().await,
         }

@@ -68,17 +68,17 @@ pub struct Install {
 }
 
 impl Directories {
-    /// Where the plugin is put.
+    /// The path of the installed plugin.
     pub(super) fn installed_plugin(&self) -> PathBuf {
         self.cni_bin_dir.join(PLUGIN)
     }
 }
 
 impl Options {
-    /// How long the agent is waited for before a configuration names the plugin.
+    /// How long to wait for the agent before a configuration names the plugin.
     pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
-    /// Our object in the list of plugins.
+    /// Our entry in the list of plugins.
     pub(super) fn entry(&self) -> Map<String, Value> {
         let mut entry = Map::new();
         entry.insert("type".into(), PLUGIN.into());

@@ -2,21 +2,21 @@
 
 use std::time::{Duration, Instant};
 
-/// Repairs that follow each other closely are a quarrel with another process; each then waits longer than the last.
+/// Repairs in quick succession mean a conflict with another process; each one then waits longer than the last.
 #[derive(Debug, Default)]
 pub(super) struct Pace {
     last: Option<Instant>,
-    /// Repairs in a row.
+    /// The number of repairs in succession.
     row: u32,
 }
 
 impl Pace {
     const FIRST: Duration = Duration::from_secs(1);
     const LONGEST: Duration = Duration::from_secs(60);
-    /// Repairs that are further apart have nothing to do with each other.
+    /// After a pause of this length, a repair starts a new succession.
     const QUIET: Duration = Duration::from_secs(180);
 
-    /// A repair was made. How many there were in a row.
+    /// Records a repair. Returns the number in succession.
     pub(super) fn repaired(&mut self, now: Instant) -> u32 {
         let follows = self.last.is_some_and(|last| now.duration_since(last) < Self::QUIET);
         self.row = if follows { self.row.saturating_add(1) } else { 1 };
@@ -24,7 +24,8 @@ impl Pace {
         self.row
     }
 
-    /// How long the next has to wait. The first two need not: a primary CNI that starts writes more than once.
+    /// How long the next repair has to wait. The first two don't wait: a primary CNI that starts writes more
+    /// than once.
     pub(super) fn wait(&self, now: Instant) -> Duration {
         let Some(last) = self.last.filter(|_| self.row > 2) else { return Duration::ZERO };
         let pause = Self::FIRST.saturating_mul(1 << (self.row - 3).min(16)).min(Self::LONGEST);

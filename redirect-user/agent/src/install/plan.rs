@@ -7,17 +7,17 @@ use super::files::Attributes;
 use super::{OWN_CONF, Options, PLUGIN};
 use redirect_cni::SpecVersion;
 
-/// A step. Each leaves a directory that works.
+/// A step. The directory works after each of them.
 #[derive(Debug, PartialEq)]
 pub(super) enum Op {
-    /// Replace a file, or make it.
+    /// Create or replace a file.
     Write { name: String, bytes: Vec<u8>, attributes: Attributes },
     /// Remove a file.
     Remove { name: String },
 }
 
 impl Op {
-    /// The file's.
+    /// The file's name.
     pub(super) fn name(&self) -> &str {
         match self {
             Self::Write { name, .. } | Self::Remove { name } => name,
@@ -25,10 +25,10 @@ impl Op {
     }
 }
 
-/// How the plugin gets into the chain.
+/// The steps that put the plugin into the chain.
 #[derive(Debug)]
 pub(super) struct Plan {
-    /// The configuration that has it in the end.
+    /// The configuration that has the plugin in the end.
     pub(super) target: String,
     pub(super) ops: Vec<Op>,
     pub(super) warnings: Vec<String>,
@@ -36,7 +36,7 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Whether the plugin can be called as the chain wants to.
+    /// Whether the plugin supports the chain's versions.
     pub(super) fn check_versions(&self, supported: &[SpecVersion]) -> Result<(), Error> {
         let unknown =
             |version: &&String| !supported.iter().any(|supported| supported.as_str() == version.as_str());
@@ -47,7 +47,7 @@ impl Plan {
     }
 }
 
-/// Puts our entry where the options want it.
+/// Adds our entry as the options say.
 pub(super) fn install(directory: &Directory, options: &Options) -> Result<Plan, Error> {
     let (conf, chain) = primary(directory, options)?;
     let wanted = chain.with(&options.entry());
@@ -59,13 +59,13 @@ pub(super) fn install(directory: &Directory, options: &Options) -> Result<Plan, 
         if target != conf.name && target != OWN_CONF && present.is_some_and(|present| !present.has(PLUGIN)) {
             return Err(Error::Ambiguous { conf: conf.name.clone(), conflist: target });
         }
-        // What the primary CNI wrote is kept, to be put back when the plugin goes.
+        // Keeps the primary CNI's configuration, to restore it when the plugin is removed.
         if target != OWN_CONF && !chain.has(PLUGIN) {
             ops.push(conf.written_to(original_of(&conf.name)));
         }
         ops.push(Op::Write { name: target.clone(), bytes: wanted.text(), attributes: conf.attributes });
     }
-    // While both are there runtimes use the old one, which comes first.
+    // While both exist, runtimes use the old one, which sorts first.
     let stale = if options.cni_own_conf { None } else { Some(conf.name.as_str()) };
     ops.extend(stale.filter(|name| *name != target).map(|name| Op::Remove { name: name.to_owned() }));
     if !options.cni_own_conf && directory.get(OWN_CONF).is_some() {
@@ -76,8 +76,8 @@ pub(super) fn install(directory: &Directory, options: &Options) -> Result<Plan, 
     Ok(Plan { target, ops, warnings, versions })
 }
 
-/// Takes our entry out of every configuration. What nobody else has changed since becomes what it was, byte for byte and
-/// under the name that it had.
+/// Removes our entry from every configuration. A configuration that has not changed since is restored byte for byte,
+/// under its original name.
 pub(super) fn remove(directory: &Directory) -> Vec<Op> {
     let mut ops: Vec<Op> = directory.files.iter().flat_map(|conf| without(directory, conf)).collect();
     let kept = directory.originals.iter().map(|original| original_of(&original.name));
@@ -94,7 +94,7 @@ fn without(directory: &Directory, conf: &Conf) -> Vec<Op> {
     let chain = chain.without();
     let original = directory.originals.iter().find(|original| list_name(&original.name) == name);
     match original {
-        // We made a list of it, and the primary CNI has written it once more.
+        // We converted it to a list, and the primary CNI has written it again.
         Some(original) if original.name != name && directory.get(&original.name).is_some() => {
             vec![Op::Remove { name }]
         }
@@ -107,18 +107,18 @@ fn without(directory: &Directory, conf: &Conf) -> Vec<Op> {
 }
 
 impl Conf {
-    /// The step that writes just this to a file.
+    /// The step that writes this content to a file.
     fn written_to(&self, name: String) -> Op {
         Op::Write { name, bytes: self.bytes.clone(), attributes: self.attributes }
     }
 }
 
-/// The configuration that is, or would be, the node's without us.
+/// The configuration that the node has, or would have, without us.
 fn primary<'a>(directory: &'a Directory, options: &Options) -> Result<(&'a Conf, &'a Chain), Error> {
     let valid = |conf: &'a Conf| Some((conf, conf.chain.as_ref().ok()?));
     let others = || directory.files.iter().filter(|conf| conf.name != OWN_CONF);
     if let Some(name) = &options.cni_conf_name {
-        // We may have made a list of it ourselves; the primary CNI may have written it anew since.
+        // We may have converted it to a list, and the primary CNI may have written it again since.
         let names = [name.clone(), list_name(name)];
         let found = names.iter().find_map(|name| directory.get(name).and_then(valid));
         return found.ok_or_else(|| Error::NoSuchConfiguration {
@@ -170,7 +170,7 @@ fn warnings(directory: &Directory, options: &Options, target: &str, chain: &Chai
     warnings
 }
 
-/// What to do about Cilium.
+/// The advice for Cilium.
 pub(super) const CILIUM: &str =
     "Cilium owns the directory while its Helm value cni.exclusive is true; set cni.exclusive=false";
 

@@ -21,13 +21,13 @@ use redirect_cni::SpecVersion;
 use redirect_protocol::input::read_file;
 use redirect_protocol::wire::{Request, client};
 
-/// Copies the plugin unless it is there. Whether it was copied.
+/// Copies the plugin unless it is current. Returns whether it was copied.
 pub(super) fn install(options: &Options, files: &mut impl Files) -> Result<bool, Error> {
     if is_current(options)? {
         return Ok(false);
     }
     let source = source(options)?;
-    // Asked before it replaces one that works.
+    // Checked before it replaces a working one.
     versions(&source)?;
     let bytes = fs::read(&source).map_err(|error| Error::read(&source, error))?;
     let target = options.directories.installed_plugin();
@@ -38,13 +38,13 @@ pub(super) fn install(options: &Options, files: &mut impl Files) -> Result<bool,
     Ok(true)
 }
 
-/// Whether the plugin is there, as it should be.
+/// Whether the installed plugin is the right one.
 pub(super) fn is_current(options: &Options) -> Result<bool, Error> {
     let (source, target) = (source(options)?, options.directories.installed_plugin());
     let wanted = fs::read(&source).map_err(|error| Error::read(&source, error))?;
     match fs::symlink_metadata(&target) {
         Ok(metadata) if !metadata.is_file() || metadata.mode() & 0o111 != 0o111 => return Ok(false),
-        // Not read: it may be of any size.
+        // Not read, because it may be of any size.
         Ok(metadata) if metadata.len() != wanted.len() as u64 => return Ok(false),
         Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
@@ -67,7 +67,7 @@ fn source(options: &Options) -> Result<PathBuf, Error> {
     }
 }
 
-/// The versions of the specification that it says it supports.
+/// The specification versions that the plugin reports.
 pub(super) fn versions(plugin: &Path) -> Result<Vec<SpecVersion>, Error> {
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
@@ -86,7 +86,7 @@ pub(super) fn versions(plugin: &Path) -> Result<Vec<SpecVersion>, Error> {
     Ok(SpecVersion::ALL.into_iter().filter(known).collect())
 }
 
-/// An error if pods could not start with the plugin in the chain; a warning if only enrolled ones could not.
+/// An error if no pod could start with the plugin in the chain; a warning if only enrolled ones could not.
 pub(super) fn ready(options: &Options) -> Result<Option<String>, Error> {
     client::call(&options.cni_agent_socket, &Request::Status, None, Options::PATIENCE)?;
     let path = options.directories.installed_plugin();
@@ -105,23 +105,23 @@ pub(super) fn ready(options: &Options) -> Result<Option<String>, Error> {
         msg: String,
     }
     match serde_json::from_slice(&output.stdout) {
-        // The agent answers: pods that are not enrolled start, the others wait.
+        // The agent answers: pods that are not enrolled can start, the others wait.
         Ok(Answer { code: 50, msg }) => Ok(Some(msg)),
         _ => Err(Error::Plugin { path, problem: format!("STATUS fails: {}", said(&output)) }),
     }
 }
 
-/// How long the plugin may take: longer than it waits for the agent.
+/// The plugin's deadline, longer than its own wait for the agent.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// How much of what it says is read.
+/// The maximum length of its output.
 const MOST: usize = 64 * 1024;
 
 fn ask(plugin: &Path, command: &str, config: &str) -> io::Result<Output> {
     ask_within(DEADLINE, plugin, command, config)
 }
 
-/// Runs the plugin, which is killed if it takes too long or says too much. Those that it started are not waited for.
+/// Runs the plugin, and kills it if it exceeds the deadline or the length. Does not wait for its children.
 fn ask_within(patience: Duration, plugin: &Path, command: &str, config: &str) -> io::Result<Output> {
     let deadline = Instant::now() + patience;
     let mut child = loop {
@@ -134,12 +134,12 @@ fn ask_within(patience: Duration, plugin: &Path, command: &str, config: &str) ->
         }
     };
     if let Some(mut stdin) = child.stdin.take() {
-        // It fits into the pipe, so this does not wait. One that does not read is judged by what it answers.
+        // It fits in the pipe, so this does not block. A plugin that does not read is judged by its answer.
         let _ = stdin.write_all(config.as_bytes());
     }
     let outcome = listen(&mut child, deadline);
     if outcome.is_err() {
-        // One that has ended meanwhile can't be killed.
+        // Fails if it has ended meanwhile.
         let _ = child.kill();
         let _ = child.wait();
     }
@@ -152,7 +152,7 @@ fn ask_within(patience: Duration, plugin: &Path, command: &str, config: &str) ->
     })
 }
 
-/// What a process says until it ends.
+/// Reads a process's output until it ends.
 fn listen(child: &mut Child, deadline: Instant) -> io::Result<Output> {
     let mut pipes = (child.stdout.take(), child.stderr.take());
     for descriptor in [pipes.0.as_ref().map(AsFd::as_fd), pipes.1.as_ref().map(AsFd::as_fd)] {
@@ -160,7 +160,7 @@ fn listen(child: &mut Child, deadline: Instant) -> io::Result<Output> {
     }
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
     loop {
-        // Asked before what it has said is read, so that nothing is missed.
+        // Checked before the output is read, so that nothing is missed.
         let ended = child.try_wait()?;
         if let Some(pipe) = &mut pipes.0 {
             take(pipe, &mut stdout)?;
@@ -176,7 +176,7 @@ fn listen(child: &mut Child, deadline: Instant) -> io::Result<Output> {
     }
 }
 
-/// Takes what is there.
+/// Reads what is available.
 fn take(pipe: &mut impl Read, said: &mut Vec<u8>) -> io::Result<()> {
     let room = MOST.saturating_sub(said.len());
     match pipe.take(room as u64 + 1).read_to_end(said) {
@@ -227,11 +227,11 @@ mod tests {
         let answer = ask("cat; echo $CNI_COMMAND; echo no >&2; exit 3").unwrap();
         assert_eq!((answer.stdout, answer.stderr), (b"{}VERSION\n".to_vec(), b"no\n".to_vec()));
         assert_eq!(answer.status.code(), Some(3));
-        // It has ended, although one that it started holds its pipes.
+        // It has ended, although its child holds the pipes.
         let began = Instant::now();
         assert_eq!(ask("sleep 5 & echo yes").unwrap().stdout, b"yes\n");
         assert!(began.elapsed() < Duration::from_secs(5));
-        // It never ends, silent or not.
+        // It never ends, with or without output.
         for script in ["exec sleep 1000", "while :; do echo; sleep 0.1; done"] {
             let error = ask(script).unwrap_err();
             assert_eq!(error.to_string(), "VERSION did not end within 2 s", "{script}");

@@ -1,4 +1,4 @@
-//! Directories as primary CNIs leave them, a plugin that answers, an agent that listens.
+//! Directories as primary CNIs leave them, a plugin that answers, and an agent that listens.
 
 mod crash;
 mod repair;
@@ -15,7 +15,7 @@ use super::*;
 use redirect_protocol::wire::testing::TestAgent;
 use redirect_protocol::wire::{ErrorKind, Reply, Request};
 
-/// Answers as the plugin does; what it does in a pod is tested with the real one, end to end.
+/// Answers like the plugin; the end-to-end tests run the real one in pods.
 const PLUGIN_SCRIPT: &str = r#"#!/bin/sh
 case $CNI_COMMAND in
 VERSION) echo '{"cniVersion":"1.1.0","supportedVersions":["0.3.1","0.4.0","1.0.0","1.1.0"]}' ;;
@@ -75,7 +75,7 @@ impl Host {
         install_once(&self.options)
     }
 
-    /// Every file by name, but for what is kept to be put back, and for those that a keeper renames meanwhile.
+    /// Every file by name, except kept configurations and files that a keeper is renaming.
     fn files(&self) -> BTreeMap<String, Value> {
         let read = |entry: fs::DirEntry| {
             if is_original(&entry.file_name().to_string_lossy()) {
@@ -93,7 +93,7 @@ impl Host {
             .collect()
     }
 
-    /// What a runtime makes of the directory: the types of the first configuration's plugins, which must all be there.
+    /// The chain as a runtime sees it: the types of the first configuration's plugins, which must all exist.
     fn runtime_s_view(&self) -> Vec<String> {
         let files = self.files();
         let is_conf = |name: &&String| name.ends_with(".conf") || name.ends_with(".conflist");
@@ -186,7 +186,7 @@ fn a_single_configuration_becomes_a_list() {
     assert_eq!(files["10-b.conflist"]["plugins"][0], bridge());
     assert_eq!(files["10-b.conflist"]["cniVersion"], "0.4.0");
 
-    // The primary CNI starts again and writes its own file once more, with other contents.
+    // The primary CNI restarts and writes its own file again, with other contents.
     let mut newer = single();
     newer["bridge"] = json!("cni1");
     host.write("10-b.conf", &newer);
@@ -236,7 +236,7 @@ fn a_configuration_of_our_own_follows_the_primary_one() {
     let warnings = host.install().unwrap().warnings;
     assert!(warnings.iter().any(|warning| warning.contains("cni.exclusive=false")), "{warnings:?}");
 
-    // The other way, from here.
+    // The reverse direction.
     host.options.cni_own_conf = false;
     host.install().unwrap();
     assert!(!host.path(OWN_CONF).exists());
@@ -274,7 +274,7 @@ fn exactly(host: &Host) -> BTreeMap<PathBuf, (u32, u32, u32, Vec<u8>)> {
     fs::read_dir(&host.options.directories.cni_conf_dir).unwrap().map(|entry| read(entry.unwrap())).collect()
 }
 
-/// As people write it: another order of keys, other spaces.
+/// Written by hand: another order of keys, other whitespace.
 const BY_HAND: &str = r#"{ "name":"pods",
    "cniVersion" : "1.0.0",
  "plugins":[ {"type":"bridge",  "bridge":"cni0"}   ] }"#;
@@ -295,7 +295,7 @@ fn removal_puts_back_the_very_bytes_name_mode_and_owner() {
         }
         let before = exactly(&host);
         host.install().unwrap();
-        // Settings change, and the plugin is looked after: none of it is what was there before.
+        // The settings change, and the keeper repairs: none of that is the original.
         host.options.cni_timeout = Some(7);
         host.install().unwrap();
         assert_ne!(exactly(&host), before);
@@ -316,7 +316,7 @@ fn removal_keeps_what_others_have_changed_since() {
     assert_eq!(host.files()["10-b.conflist"]["plugins"], json!([{"type": "bridge", "bridge": "cni1"}]));
     assert_eq!(exactly(&host).len(), 1, "nothing is kept any longer");
 
-    // The primary CNI writes its single configuration once more, and nobody chains it before the removal.
+    // The primary CNI writes its single configuration again, and the removal comes before the next repair.
     let host = Host::new(&[]);
     fs::write(host.path("10-b.conf"), SINGLE_BY_HAND).unwrap();
     host.install().unwrap();
@@ -342,7 +342,7 @@ fn removal_takes_the_entry_out_wherever_it_is() {
     assert!(host.files().values().all(|content| *content == list()));
 }
 
-/// The directory is as it was, and the error says enough.
+/// The directory is unchanged, and the error contains these words.
 fn refused(host: &Host, words: &str) {
     let before = host.files();
     let error = host.install().unwrap_err().to_string();
@@ -455,24 +455,24 @@ fn an_agent_that_refuses_to_answer_counts_as_none() {
 fn files_are_read_up_to_a_limit() {
     let long = " ".repeat((1 << 20) + 1);
     let host = Host::new(&[("10-b.conflist", list())]);
-    // Not the one that is in use.
+    // Not the one in use.
     fs::write(host.path("99-long.conflist"), &long).unwrap();
     host.install().unwrap();
     assert_eq!(host.runtime_s_view(), ["bridge", PLUGIN]);
     assert_eq!(fs::read_to_string(host.path("99-long.conflist")).unwrap(), long);
-    // A plugin of another size, even one without an end, is replaced without being read.
+    // A plugin of another size, even an endless one, is replaced without being read.
     let installed = host.options.directories.installed_plugin();
     fs::File::options().write(true).open(&installed).unwrap().set_len(1 << 40).unwrap();
     assert!(!plugin::is_current(&host.options).unwrap());
     host.install().unwrap();
     assert!(plugin::is_current(&host.options).unwrap());
-    // What was kept is put back whole, or not at all.
+    // A kept configuration is restored as a whole or not at all.
     fs::write(host.path("10-b.conflist.before-ambient-redirect"), &long).unwrap();
     let error = remove(&host.options.directories).unwrap_err().to_string();
     assert!(error.contains("10-b.conflist.before-ambient-redirect is larger than 1048576 bytes"), "{error}");
     assert_eq!(host.runtime_s_view(), ["bridge", PLUGIN]);
     fs::remove_file(host.path("10-b.conflist.before-ambient-redirect")).unwrap();
-    // More names than any directory has.
+    // More files than the limit.
     for number in 0..10_000 {
         fs::write(host.path(&format!("{number}.bak")), "").unwrap();
     }

@@ -1,4 +1,4 @@
-//! Tells the CNI plugin whether to enroll the pod that is being set up.
+//! Decides for the CNI plugin whether to enroll the pod that is being set up.
 //!
 //! The kubelet sets up a sandbox as soon as it knows the pod, possibly before the informer does. So this waits for the
 //! informer, queries the API server from time to time if that takes long, and gives up early enough for the plugin to report
@@ -21,7 +21,7 @@ use crate::enrollment::{Decision, Enrollment, Verdict};
 use redirect_protocol::pod::PodIdentity;
 use redirect_protocol::wire::{Error, ErrorKind};
 
-/// Decides by Kubernetes' objects.
+/// Decides by the Kubernetes objects.
 pub(crate) struct Admission {
     pub(super) client: Client,
     pub(super) store: Arc<Store>,
@@ -60,7 +60,7 @@ impl Admission {
                 }
                 Rule::No(reason) => Ok(Verdict::Leave(reason.to_string())),
                 Rule::Refuse(bad) => {
-                    // The controller says so in an event.
+                    // The controller reports it in an event.
                     self.queue.add(&view.uid);
                     Err(Error::new(ErrorKind::Malformed, format!("pod {pod} can't be enrolled: {bad}")))
                 }
@@ -109,7 +109,7 @@ impl Admission {
     async fn await_namespace(&self, pod: &PodIdentity, deadline: Instant) -> Result<NamespaceView, Error> {
         let mut changes = self.store.changes();
         let mut failure = "the informer does not show it".to_owned();
-        // There is no point in waiting first: namespaces are there long before their pods.
+        // No initial wait: namespaces exist long before their pods.
         loop {
             changes.borrow_and_update();
             if let Some(namespace) = self.store.namespace(&pod.namespace) {
@@ -139,7 +139,7 @@ impl Admission {
     }
 }
 
-/// Why asking did not help.
+/// Why the API server did not help.
 enum Answer {
     Gone(Error),
     Failed(String),

@@ -1,7 +1,7 @@
 //! The fields of Kubernetes objects that the agent reads and keeps.
 //!
-//! Only these fields are decoded. So neither a newer API server nor an unusual pod makes the agent lose track of a node's pods,
-//! and a node's pods take kilobytes, not megabytes.
+//! No other fields are decoded. So neither a newer API server nor an unusual pod makes the agent lose track of a node's pods,
+//! and they take kilobytes of memory, not megabytes.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -18,9 +18,9 @@ use super::labels::{
 };
 use redirect_protocol::pod::PodIdentity;
 
-/// The annotation that shows how far a pod is.
+/// The annotation that shows a pod's state.
 pub(super) const REDIRECTION: &str = "ambient.istio.io/redirection";
-/// On the API's image of a pod that the kubelet has from a file: the UID by which node and runtime know the pod.
+/// On the mirror pod of a static pod: the UID by which node and runtime know the pod.
 const STATIC_POD_HASH: &str = "kubernetes.io/config.hash";
 
 /// A pod as the API server sends it.
@@ -83,22 +83,22 @@ impl Resource for ApiPod {
     }
 }
 
-/// What is kept of a pod.
+/// The kept fields of a pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct PodView {
     pub(super) uid: String,
     pub(super) namespace: String,
     pub(super) name: String,
     pub(super) service_account: String,
-    /// The UID by which the node knows the pod, if that is another.
+    /// The UID by which the node knows the pod, if it differs.
     pub(super) static_uid: Option<String>,
     pub(super) host_network: bool,
-    /// It is in a phase that it does not leave.
+    /// It is in a final phase.
     pub(super) ended: bool,
     /// It is being deleted.
     pub(super) terminating: bool,
     pub(super) addresses: Vec<IpAddr>,
-    /// The value of the label that enrolls.
+    /// The value of the enrollment label.
     pub(super) mode: Option<String>,
     pub(super) sidecar: bool,
     pub(super) bypass_inbound: Option<String>,
@@ -112,15 +112,15 @@ pub(super) struct PodView {
     pub(super) redirection: Option<String>,
 }
 
-/// What is kept of a namespace.
+/// The kept fields of a namespace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct NamespaceView {
     pub(super) name: String,
-    /// The value of the label that enrolls.
+    /// The value of the enrollment label.
     pub(super) mode: Option<String>,
 }
 
-/// Why nothing can be made of an object.
+/// Why an object is unusable.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Unusable {
     #[error("it has no {0}")]
@@ -164,14 +164,14 @@ impl PodView {
         }
     }
 
-    /// The UIDs that processes of the pod may be filed under on the node.
+    /// The UIDs that may appear in the cgroups of the pod's processes.
     pub(super) fn node_uids(&self) -> Vec<String> {
         std::iter::once(self.uid.clone()).chain(self.static_uid.clone()).collect()
     }
 
-    /// Whether a runtime that gave this UID with its sandbox meant this pod.
+    /// Whether a runtime that reports this UID for a sandbox means this pod.
     pub(super) fn is(&self, uid: &str) -> bool {
-        /// An older runtime gives no UID, and the container's ID stands in for it.
+        /// An older runtime reports no UID, and the container's ID replaces it.
         const CONTAINER_ID: usize = 64;
         self.uid == uid || self.static_uid.as_deref() == Some(uid) || uid.len() == CONTAINER_ID
     }

@@ -13,22 +13,22 @@ use tower::limit::RateLimitLayer;
 use tower::retry::RetryLayer;
 use tower::util::MapRequestLayer;
 
-/// Longer than a watch may be quiet: the API server ends each after 290 s.
+/// Longer than a watch may be silent: the API server ends each one after 290 s.
 const READ: Duration = Duration::from_secs(300);
 const CONNECT: Duration = Duration::from_secs(5);
 
-/// How many requests an agent may send in a second. When a node loses its proxy, the annotations of all of its pods change; when a
+/// The maximum rate of an agent's requests. When a node loses its proxy, the annotations of all of its pods change; when a
 /// cluster does, those of all nodes.
 const RATE: Rate = Rate { requests: 20, period: Duration::from_secs(1) };
 
-/// So many requests in each period; more wait.
+/// The number of requests in each period; further ones wait.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rate {
     pub(crate) requests: u64,
     pub(crate) period: Duration,
 }
 
-/// Why there is no connection to the API server.
+/// Why the API server can't be reached.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ClientError {
     #[error("kubeconfig {}: {error}", path.display())]
@@ -42,7 +42,7 @@ pub(crate) enum ClientError {
     Build(Box<kube::Error>),
 }
 
-/// Reads the credentials. Those of a service account are read anew as they are rotated.
+/// Reads the credentials. Those of a service account are reloaded as they are rotated.
 pub(crate) async fn config(kubeconfig: Option<&Path>) -> Result<Config, ClientError> {
     match kubeconfig {
         None => Config::infer().await.map_err(|error| ClientError::Infer(Box::new(error))),
@@ -54,19 +54,19 @@ pub(crate) async fn config(kubeconfig: Option<&Path>) -> Result<Config, ClientEr
     }
 }
 
-/// Makes a client. Nothing is sent yet.
+/// Creates a client, without sending anything.
 pub(crate) fn client(config: Config) -> Result<Client, ClientError> {
     client_at(RATE, config)
 }
 
-/// The same, at another rate.
+/// The same with another rate.
 pub(crate) fn client_at(rate: Rate, mut config: Config) -> Result<Client, ClientError> {
     let failed = |error| ClientError::Build(Box::new(error));
     config.connect_timeout = Some(CONNECT);
     config.read_timeout = Some(READ);
     config.reset_reader_on_write = true;
-    // The default goes on for minutes before anybody hears of it. This one does what the server's Retry-After says,
-    // and leaves the rest to who asked.
+    // The default retries for minutes before the caller gets an error. This policy only obeys the server's
+    // Retry-After, and leaves the rest to the caller.
     config.default_retry = false;
     let policy = RetryPolicy::new(Duration::from_millis(100), Duration::from_secs(5), 3, true)
         .map_err(|error| failed(kube::Error::Service(error.into())))?;
@@ -79,8 +79,8 @@ pub(crate) fn client_at(rate: Rate, mut config: Config) -> Result<Client, Client
         .build())
 }
 
-/// Has a streaming list begin with the newest state, which kube has no setting for: it asks for any state. An older one may lack a
-/// pod that was just enrolled, or a label that was just set, and the agent would take a running pod out of the mesh.
+/// Makes a streaming list begin with the newest state. kube has no setting for that and requests any state. An older one may lack
+/// a pod that was just enrolled, or a label that was just set, and the agent would take a running pod out of the mesh.
 fn newest(mut request: Request<Body>) -> Request<Body> {
     let uri = request.uri().to_string();
     if uri.contains("sendInitialEvents=true")
@@ -117,7 +117,7 @@ users: [{name: u, user: {token: secret}}]
         let config = config(Some(file.path())).await.unwrap();
         assert_eq!(config.cluster_url.to_string(), "https://127.0.0.1:1/");
         let client = client(config).unwrap();
-        // Nobody is there; what is tested is that it comes to that.
+        // No server listens; the test is that the client gets as far as connecting.
         assert!(matches!(
             client.apiserver_version().await,
             Err(kube::Error::Service(_) | kube::Error::HyperError(_))

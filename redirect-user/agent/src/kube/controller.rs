@@ -32,19 +32,19 @@ use redirect_datapath::datapath::Datapath;
 use redirect_protocol::pod::PodSettings;
 use redirect_zds::server::PodProxyState;
 
-/// How many pods are worked on at once.
+/// How many pods are reconciled at once.
 const WORKERS: usize = 8;
 
-/// How long the API server may take for an annotation or an event.
+/// The API server's deadline for an annotation or an event.
 const API: Duration = Duration::from_secs(10);
 
-/// What has to be remembered of a pod from one look to the next.
+/// The state that is kept for a pod between reconciliations.
 #[derive(Clone, Debug, Default)]
 struct Memory {
     failures: u32,
-    /// What was last said about it.
+    /// The last reported problem.
     complaint: Option<String>,
-    /// Whether there is no event of that yet.
+    /// Whether the event for it is still to be sent.
     untold: bool,
     events: Backoff,
     annotations: Backoff,
@@ -52,7 +52,7 @@ struct Memory {
     told: Option<(Option<Redirection>, Instant)>,
 }
 
-/// When to ask the API server again after it has failed. Something else may have the pod looked at before.
+/// When to query the API server again after a failure. Other causes may reconcile the pod before.
 #[derive(Clone, Copy, Debug, Default)]
 struct Backoff {
     failures: u32,
@@ -71,13 +71,13 @@ impl Backoff {
         pause
     }
 
-    /// The first failure and every tenth are for people to read.
+    /// Whether to log it: the first failure and every tenth.
     fn is_worth_a_word(&self) -> bool {
         self.failures % 10 == 1
     }
 }
 
-/// See the module.
+/// See the module's documentation.
 pub(crate) struct Controller<D> {
     client: Client,
     node: String,
@@ -115,7 +115,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         })
     }
 
-    /// Decides about the pods that the CNI plugin brings.
+    /// The admission of pods from the CNI plugin.
     pub(crate) fn admission(&self) -> Admission {
         Admission {
             client: self.client.clone(),
@@ -126,7 +126,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         }
     }
 
-    /// Works until `stop` is true; then finishes what it is at.
+    /// Runs until `stop` is true, and then completes the work in progress.
     pub(crate) async fn run(self: Arc<Self>, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
         let mut background = JoinSet::new();
         let patience = self.timing.api;
@@ -162,7 +162,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         }
     }
 
-    /// Waits until the API server has told everything and all of it is done, as far as it can be.
+    /// Waits until the API server's lists are complete and everything possible has been reconciled.
     pub(crate) async fn caught_up(&self) {
         let mut changes = self.store.changes();
         while !self.store.is_synced() {
@@ -170,16 +170,16 @@ impl<D: Datapath + Send + 'static> Controller<D> {
                 return;
             }
         }
-        // Whoever fills the queue may not have been told yet. And pods that the agent before this one captured may be wanted
-        // no more.
+        // The queue may not have received all pods yet. And pods that the previous agent captured may not be wanted any
+        // more.
         for uid in self.store.uids().into_iter().chain(self.pods.uids().await) {
             self.queue.add(&uid);
         }
         self.queue.idle().await;
     }
 
-    /// Takes the annotations off the pods again, after the end of [`Self::run`], when nothing is captured any more. The
-    /// rights to do so may have been taken away by then.
+    /// Removes the pods' annotations, after [`Self::run`] has ended and nothing is captured. The permissions for that
+    /// may already be gone.
     pub(crate) async fn retract(&self) {
         let annotated = |uid: String| {
             let Known { pod, .. } = self.store.pod(&uid)?;
@@ -211,7 +211,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         );
     }
 
-    /// How many pods are known on this node.
+    /// The number of known pods on this node.
     pub(crate) fn known(&self) -> usize {
         self.store.uids().len()
     }
@@ -231,7 +231,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         }
     }
 
-    /// Compares everything with the kernel from time to time: nobody tells when others change something there.
+    /// Reconciles everything periodically, because the kernel does not report every change by other software.
     async fn resync(self: Arc<Self>) {
         let mut ticks = interval(self.timing.resync);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -267,7 +267,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         }
     }
 
-    /// Tells whoever looks at a pod that something else interferes with it.
+    /// Reports repairs as events on the pods, because other software interferes with them.
     async fn tell_repairs(self: Arc<Self>) {
         let mut repairs = self.pods.repairs().subscribe();
         let mut ticks = interval(self.timing.events);
@@ -294,11 +294,11 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         }
     }
 
-    /// Looks at one pod. Returns when to look again, if nothing happens before.
+    /// Reconciles one pod. Returns when to reconcile it again, if nothing happens before.
     async fn reconcile(&self, uid: &str, stop: &watch::Receiver<bool>) -> Option<Duration> {
         let Some(Known { pod, namespace }) = self.store.pod(uid) else {
             let mut memory = self.memory().remove(uid).unwrap_or_default();
-            // Before that, an absent pod may only be one that was not listed yet.
+            // Before that, an absent pod may not have been listed yet.
             if self.store.is_synced()
                 && let Err(again) = self.forget(uid, &mut memory).await
             {
@@ -313,7 +313,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
             Decision::No(Reason::NamespaceUnknown) => None,
             Decision::No(reason) => self.unenroll(&pod, reason, &mut memory, stop).await,
             Decision::Refuse(bad) => {
-                // It stays as it is, captured or not.
+                // The pod stays as it is, captured or not.
                 let told = self.complain(&pod, "BadAnnotation", &bad.to_string(), &mut memory, stop).await;
                 let shown = self.show(&pod, None, &mut memory, stop).await;
                 [told, shown].into_iter().flatten().min()
@@ -376,7 +376,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
                 memory.complaint = None;
                 self.show(pod, Some(Redirection::Pending), memory, stop).await
             }
-            // Its sandbox ends before Kubernetes forgets it.
+            // Its sandbox ends before Kubernetes deletes it.
             Err(Error::TakenDown(_)) => None,
             Err(Error::NoNamespace(_)) if pod.terminating => None,
             Err(error) => {
@@ -385,7 +385,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
                     Error::ForeignAddress { .. } => "ForeignAddress",
                     _ => "NotEnrolled",
                 };
-                // A pod that is just being set up or taken down is not worth an alarm.
+                // A pod that is being set up or torn down does not warrant a warning.
                 let passing = matches!(error, Error::NoNamespace(_)) && memory.failures < 3;
                 if !passing {
                     let _ = self.complain(pod, reason, &error.to_string(), memory, stop).await;
@@ -396,14 +396,14 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         }
     }
 
-    /// Has a pod captured, unless it is. Returns whether it is now; if not, it is too early.
+    /// Captures a pod, unless it is captured. Returns whether it is captured now; if not, it is too early.
     async fn capture(&self, pod: &PodView, settings: PodSettings) -> Result<bool, Error> {
         let wanted = Wanted { identity: pod.identity(), addresses: pod.addresses.clone(), settings };
         if self.pods.update(&wanted).await? {
             return Ok(true);
         }
         if pod.addresses.is_empty() {
-            // Its sandbox is not set up yet. The plugin will bring it.
+            // Its sandbox does not exist yet. The plugin will add it.
             return Ok(false);
         }
         let (sandboxes, uids) = (Arc::clone(&self.sandboxes), pod.node_uids());
@@ -422,7 +422,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         self.pods.adopt(wanted, found).await.map(|()| true)
     }
 
-    /// Has the annotation say how far the pod is; `otherwise`, if it is not captured.
+    /// Sets the annotation to the pod's state; `otherwise` if it is not captured.
     async fn show(
         &self,
         pod: &PodView,
@@ -435,7 +435,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
             standing.captured && !matches!(standing.proxy, PodProxyState::Acknowledged | PodProxyState::Kept)
         });
         let awaiting = standing.as_ref().is_some_and(|standing| standing.awaiting);
-        // The informer shows a little later what was written.
+        // The informer is a little behind the last write.
         let shown = match memory.told {
             Some((told, _)) => told == Some(Redirection::Enabled),
             None => pod.redirection.as_deref() == Some(Redirection::Enabled.value()),
@@ -447,8 +447,8 @@ impl<D: Datapath + Send + 'static> Controller<D> {
                 | Standing { awaiting: true, .. }
                 | Standing { proxy: PodProxyState::Refused(_), .. },
             ) => Some(Redirection::Pending),
-            // A captured pod stays enabled while its proxy is away: the mesh's control plane tells every other proxy by the
-            // annotation whether to encrypt what it sends to the pod, and a node has hundreds of them.
+            // A captured pod stays enabled while its proxy is away: by this annotation the mesh's control plane tells every
+            // other proxy whether to encrypt traffic to the pod, and a node has hundreds of pods.
             Some(_) if shown || !unacknowledged => Some(Redirection::Enabled),
             Some(_) => Some(Redirection::Pending),
         };
@@ -457,7 +457,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         [again, poll].into_iter().flatten().min()
     }
 
-    /// Writes the annotation unless it is right. Returns when to look again.
+    /// Writes the annotation unless it is right. Returns when to retry.
     async fn annotate(
         &self,
         pod: &PodView,
@@ -496,7 +496,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         }
     }
 
-    /// Says once what is wrong with a pod, here and in Kubernetes. Returns when to try again.
+    /// Reports a pod's problem once, in the log and in Kubernetes. Returns when to retry.
     async fn complain(
         &self,
         pod: &PodView,

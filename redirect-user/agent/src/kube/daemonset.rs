@@ -15,16 +15,16 @@ use tokio::task::JoinHandle;
 use super::informer::{Patience, Sink, follow};
 use super::{client, config};
 
-/// A pod that ends has 30 seconds in all.
+/// A terminating pod has 30 seconds in all.
 const DEADLINE: Duration = Duration::from_secs(5);
 
-/// The DaemonSet, watched from the agent's start on. An uninstallation takes account and role as well, in any order: by
-/// the time that the agent is told to end it may not be allowed to ask. A watch that is open sees the end of the
-/// DaemonSet all the same. Rights that are gone prove nothing by themselves: somebody may have broken them.
+/// The DaemonSet, watched from the agent's start on. An uninstallation also deletes service account and role, in any
+/// order, so the agent may not be allowed to query it when it is told to stop. An open watch still sees the deletion. A
+/// lack of permissions by itself proves nothing: it may be a misconfiguration.
 pub(crate) struct OwnDaemonSet {
     api: Api<PartialObjectMeta<DaemonSet>>,
     name: String,
-    /// Whether it was gone or about to go when something was last seen of it.
+    /// Whether it was deleted or being deleted when it was last seen.
     going: watch::Receiver<bool>,
     task: JoinHandle<()>,
 }
@@ -36,7 +36,7 @@ impl Drop for OwnDaemonSet {
 }
 
 impl OwnDaemonSet {
-    /// Starts to watch.
+    /// Starts the watch.
     pub(crate) async fn watch(
         kubeconfig: Option<&Path>,
         namespace: &str,
@@ -45,7 +45,7 @@ impl OwnDaemonSet {
         let api: Api<PartialObjectMeta<DaemonSet>> =
             Api::namespaced(client(config(kubeconfig).await?)?, namespace);
         let (seen, going) = watch::channel(false);
-        // During an upgrade the status changes with every node, and every agent hears of it: it is not sent along.
+        // During an upgrade the status changes with every node, for every agent: it is not requested.
         let only = Config::default().fields(&format!("metadata.name={name}"));
         let watched = api.clone();
         let sink = Own { seen, listed: true };
@@ -55,7 +55,7 @@ impl OwnDaemonSet {
         Ok(Self { api, name: name.to_owned(), going, task })
     }
 
-    /// Whether it is gone or about to go.
+    /// Whether it is deleted or being deleted.
     pub(crate) async fn is_deleted(&self) -> anyhow::Result<bool> {
         let answer = tokio::time::timeout(DEADLINE, self.api.get(&self.name)).await;
         let error = match answer.context("the API server does not answer") {
@@ -68,10 +68,10 @@ impl OwnDaemonSet {
     }
 }
 
-/// Where the watch goes.
+/// The sink of the watch.
 struct Own {
     seen: watch::Sender<bool>,
-    /// Whether it is going by the list that is being read, where it may be missing.
+    /// Whether it is going according to the current list, which may lack it.
     listed: bool,
 }
 
@@ -114,7 +114,7 @@ mod tests {
 
     const GET: &str = "GET /apis/apps/v1/namespaces/mesh/daemonsets/redirect";
 
-    /// With a DaemonSet that stays, which was seen.
+    /// A DaemonSet that exists and has been seen.
     async fn watched() -> (ApiServer, OwnDaemonSet) {
         let server = ApiServer::start().await;
         server.put_daemonset("mesh", "redirect", false);
@@ -148,7 +148,7 @@ mod tests {
         for _ in 0..NODES {
             server.put_daemonset("mesh", "redirect", false);
         }
-        // It hears of all of them before it hears of the end.
+        // The watch delivers all of these before the deletion.
         server.put_daemonset("mesh", "redirect", true);
         let mut going = own.going.clone();
         tokio::time::timeout(DEADLINE * 6, going.wait_for(|going| *going)).await.unwrap().unwrap();

@@ -7,19 +7,19 @@ use redirect_ebpf::Direction;
 use super::labels::BadAnnotation;
 use redirect_protocol::pod::{Exclusion, network};
 
-/// What an annotation lists.
+/// The entries of an annotation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum List {
     Networks,
     Ports,
 }
 
-/// An annotation that excludes.
+/// An annotation with exclusions.
 struct Annotation {
     name: &'static str,
     direction: Direction,
     list: List,
-    /// Whether it is Istio's own for sidecars, honoured only where that is enabled.
+    /// Whether it is one of Istio's for sidecars, honored only if enabled.
     istio: bool,
 }
 
@@ -41,7 +41,7 @@ const ANNOTATIONS: [Annotation; 7] = [
     istio("traffic.sidecar.istio.io/excludeInboundPorts", Direction::Inbound, List::Ports),
 ];
 
-/// The values of the annotations that exclude, by name; the others are left where they are.
+/// Extracts the values of these annotations, by name.
 pub(super) fn take(annotations: &mut BTreeMap<String, String>) -> BTreeMap<&'static str, String> {
     ANNOTATIONS
         .iter()
@@ -49,7 +49,8 @@ pub(super) fn take(annotations: &mut BTreeMap<String, String>) -> BTreeMap<&'sta
         .collect()
 }
 
-/// What they exclude. One bad value, and the pod is refused: half of what was asked for is not what was asked for.
+/// Their exclusions. One bad value refuses the pod: applying only some of the exclusions would not be what was
+/// asked for.
 pub(super) fn parse(
     values: &BTreeMap<&'static str, String>,
     honour_istio: bool,
@@ -149,7 +150,7 @@ mod tests {
     }
 
     proptest::proptest! {
-        /// Whatever somebody writes: it is understood in full, or refused with the annotation's name.
+        /// Any text is either parsed in full, or refused with the annotation's name.
         #[test]
         fn any_text_is_understood_or_refused(text in ".{0,200}|[0-9a-f:./, -]{0,60}") {
             for name in ANNOTATIONS.map(|annotation| annotation.name) {

@@ -18,13 +18,13 @@ use super::labels::Rules;
 use super::store::Store;
 use crate::metrics::events as metrics;
 
-/// How patient the informer is.
+/// The informer's timing.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Patience {
-    /// The first pause after a failure; it doubles with each further one.
+    /// The pause after the first failure; doubled after each further one.
     pub(crate) first_pause: Duration,
     pub(crate) longest_pause: Duration,
-    /// How long a list may take.
+    /// The deadline for a list.
     pub(crate) list: Duration,
 }
 
@@ -38,11 +38,11 @@ impl Default for Patience {
     }
 }
 
-/// Where what is watched goes.
+/// The receiver of watched objects.
 pub(super) trait Sink<K>: Send + Sync {
-    /// In messages.
+    /// The name in messages.
     fn name(&self) -> &'static str;
-    /// A list begins, possibly after one that was never completed.
+    /// A list begins; the one before may be incomplete.
     fn begin(&mut self);
     fn listed(&mut self, object: K);
     fn complete(&mut self);
@@ -66,8 +66,9 @@ pub(super) async fn namespaces(client: Client, rules: Rules, store: Arc<Store>, 
 
 /// Lists and watches. Never returns.
 ///
-/// The list is a stream that the API server answers from its cache. A server without such streams gets to read one list in one piece:
-/// it answers that from its cache as well (since Kubernetes 1.31), but reads pages of it from etcd, all pods of the cluster each time.
+/// The list is a stream that the API server answers from its cache. From a server without streaming lists, the agent reads the
+/// list in one piece, because that also comes from the cache (since Kubernetes 1.31), whereas pages come from etcd, each time
+/// with all pods of the cluster.
 pub(super) async fn follow<K, S>(
     start: impl Fn(Config) -> S,
     config: Config,
@@ -83,7 +84,7 @@ pub(super) async fn follow<K, S>(
         let mut events = std::pin::pin!(start(config.clone()));
         let mut listing = true;
         loop {
-            // A watch may be quiet for as long as it likes, a list may not. The watcher sees to watches that have died.
+            // A watch may be silent, a list may not. The watcher detects dead watches.
             let limit = if listing { patience.list } else { Duration::MAX };
             let event = match timeout(limit, events.next()).await {
                 Ok(Some(Ok(event))) => event,
@@ -103,14 +104,14 @@ pub(super) async fn follow<K, S>(
                     failures = failures.saturating_add(1);
                     metrics::events().watch_failed(sink.name());
                     tracing::warn!(of = sink.name(), "API server did not finish its list, restarting it");
-                    // One that does not know of streams never ends one.
+                    // A server without streaming lists never ends one.
                     config.initial_list_strategy = InitialListStrategy::ListWatch;
                     sleep(pause(failures, patience)).await;
                     break;
                 }
             };
             listing = matches!(event, Event::Init | Event::InitApply(_));
-            // Every attempt at a list begins with it, also one that comes to nothing.
+            // Every attempt at a list begins with it, even a failing one.
             if !matches!(event, Event::Init) && std::mem::take(&mut failures) > 0 {
                 tracing::info!(of = sink.name(), "API server answers again");
             }
@@ -137,7 +138,7 @@ fn lacks_streams(error: &watcher::Error) -> bool {
     )
 }
 
-/// The first failure and every tenth are for people to read.
+/// Logs the first failure and every tenth.
 fn tell(error: &watcher::Error, failures: u32, of: &str) {
     if failures % 10 != 1 {
         return tracing::debug!(of, %error, failures, "API server watch failed");
@@ -156,7 +157,7 @@ fn tell(error: &watcher::Error, failures: u32, of: &str) {
     tracing::warn!(of, %error, failures, remedy, "API server watch failed");
 }
 
-/// Doubles with every failure, and differs between nodes, which all lose the API server at once.
+/// Doubles with every failure. Random, because all nodes lose the API server at once.
 pub(super) fn pause(failures: u32, patience: Patience) -> Duration {
     let doubled = patience.first_pause.saturating_mul(1 << failures.saturating_sub(1).min(16));
     let pause = doubled.min(patience.longest_pause);
@@ -171,7 +172,7 @@ struct PodSink {
 }
 
 impl PodSink {
-    /// Something that can't be read changes nothing.
+    /// An unreadable object changes nothing.
     fn view(&self, pod: DeserializeGuard<ApiPod>) -> Option<PodView> {
         let name = format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any());
         let uid = pod.uid();

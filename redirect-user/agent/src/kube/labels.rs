@@ -5,35 +5,35 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// The annotation that keeps inbound connections from the proxy.
+/// The annotation that exempts inbound connections from capture.
 pub(super) const BYPASS_INBOUND: &str = "ambient.istio.io/bypass-inbound-capture";
-/// The annotation that names interfaces whose inbound connections count as outbound.
+/// The annotation with the interfaces whose inbound connections count as outbound.
 pub(super) const VIRTUAL_INTERFACES: &str = "istio.io/reroute-virtual-interfaces";
-/// The annotation that turns the capture of DNS questions on or off.
+/// The annotation that turns DNS capture on or off.
 pub(super) const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
-/// The annotation that says whether what the pod sends from addresses that are not its own is dropped. Placement `node`.
+/// The annotation that decides whether packets from addresses that are not the pod's own are dropped. Placement `node`.
 pub(super) const SOURCE_IP_VERIFICATION: &str = "ambient-redirect.io/source-ip-verification";
 /// The annotation that says for how many seconds connections that the proxy has may go on when the pod is un-enrolled.
 pub(super) const UNENROLL_GRACE: &str = "ambient-redirect.io/unenroll-grace";
 /// The annotation of a pod whose sidecar is its proxy.
 pub(super) const SIDECAR: &str = "sidecar.istio.io/status";
-/// The value of the label that keeps a pod out.
+/// The label's value that opts a pod out.
 pub(super) const OPT_OUT: &str = "none";
 
-/// What the decision depends on, apart from the pod.
+/// The node's settings for the decision.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rules {
-    /// The label that enrolls.
+    /// The enrollment label.
     pub enable_label: EnableLabel,
-    /// Namespaces that are left alone.
+    /// Excluded namespaces.
     pub excluded: BTreeSet<String>,
-    /// Whether the annotations of Istio's sidecars that exclude networks and ports are honoured.
+    /// Whether to honor the exclusions in the annotations of Istio's sidecars.
     pub istio_exclusions: bool,
     /// How long connections that the proxy has may go on when a pod is un-enrolled, unless the pod says so itself.
     pub unenroll_grace: Duration,
 }
 
-/// A label and the value that enrolls.
+/// A label and its value for enrollment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EnableLabel {
     /// Its key.
@@ -70,7 +70,7 @@ impl FromStr for EnableLabel {
     }
 }
 
-/// An annotation that can't be understood.
+/// An invalid annotation.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("annotation {annotation} is {value:?}: {remedy}")]
 pub(super) struct BadAnnotation {

@@ -1,4 +1,4 @@
-//! Which pod a process belongs to, by the name that the kubelet gave its cgroup.
+//! Identifies the pod of a process by the name that the kubelet gave its cgroup.
 //!
 //! | kubelet's driver | runtime | path |
 //! |---|---|---|
@@ -8,22 +8,22 @@
 //! | cgroupfs | containerd | `/kubepods/burstable/pod<UID>/<ID>` |
 //! | cgroupfs | CRI-O | `/kubepods/besteffort/pod<UID>/crio-<ID>` |
 //!
-//! A node in a container (kind, minikube) has components of its own before these, and a container may have made
-//! cgroups of its own below them. Those are named as the container likes: the outermost name counts.
+//! A node in a container (kind, minikube) has path components of its own before these, and a container may have
+//! created cgroups below them. Containers choose those names freely, so the outermost match counts.
 
 /// The pod of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Membership {
     /// The pod's UID on the node.
     pub(super) uid: String,
-    /// The container's ID; a process between containers has none.
+    /// The container's ID; `None` for a process outside containers.
     pub(super) container: Option<String>,
 }
 
-/// Reads a `/proc/<pid>/cgroup`, of cgroup v2, v1 or both.
+/// Parses a `/proc/<pid>/cgroup` of cgroup v2, v1 or both.
 pub(super) fn membership(text: &str) -> Option<Membership> {
     text.lines().find_map(|line| {
-        // "hierarchy:controllers:path", and the path may hold colons.
+        // "hierarchy:controllers:path", and the path may contain colons.
         let path = line.splitn(3, ':').nth(2)?;
         of_path(path.strip_suffix(" (deleted)").unwrap_or(path))
     })
@@ -39,7 +39,7 @@ fn of_path(path: &str) -> Option<Membership> {
     Some(Membership { uid, container })
 }
 
-/// The UID in the name of a pod's cgroup, and what follows it in the same component.
+/// The UID in the name of a pod's cgroup, and the rest of the component.
 fn pod(component: &str) -> Option<(String, Option<&str>)> {
     let (name, rest) = match component.split_once(':') {
         Some((name, rest)) => (name, Some(rest)),
@@ -58,7 +58,7 @@ fn pod(component: &str) -> Option<(String, Option<&str>)> {
     is_uid(&uid).then_some((uid, rest))
 }
 
-/// A UUID, or the MD5 that stands for the UID of a pod from a file.
+/// A UUID, or the MD5 hash that is a static pod's UID.
 fn is_uid(text: &str) -> bool {
     let hex = text.bytes().filter(u8::is_ascii_hexdigit).count();
     let dashes = text.bytes().filter(|byte| *byte == b'-').count();
@@ -80,7 +80,7 @@ pub(super) mod tests {
     const HASH: &str = "0123456789abcdef0123456789abcdef";
     const ID: &str = "f00df00df00df00df00df00df00df00df00df00df00df00df00df00df00df00d";
 
-    /// `{u}` is a UID, `{s}` the same as systemd writes it, `{i}` a container's ID.
+    /// `{u}` is a UID, `{s}` the same in systemd's form, `{i}` a container's ID.
     pub(in crate::kube) const SHAPES: [&str; 15] = [
         "0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{s}.slice/cri-containerd-{i}.scope\n",
         "0::/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{s}.slice/crio-{i}.scope\n",
@@ -93,13 +93,13 @@ pub(super) mod tests {
         "0::/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/\
          kubelet-kubepods-burstable-pod{s}.slice/cri-containerd-{i}.scope\n",
         "0::/kubelet/kubepods/besteffort/pod{u}/{i}\n",
-        // As an agent in a cgroup namespace of its own sees it.
+        // As seen by an agent in a cgroup namespace of its own.
         "0::/../../kubepods-besteffort-pod{s}.slice/cri-containerd-{i}.scope\n",
         // v1.
         "12:pids:/kubepods/burstable/pod{u}/{i}\n11:memory:/kubepods/burstable/pod{u}/{i}\n1:name=systemd:/x\n",
         "12:pids:/\n4:cpu,cpuacct:/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{s}.slice/\
          cri-containerd-{i}.scope\n0::/system.slice/containerd.service\n",
-        // A container that makes cgroups of its own, named after another pod.
+        // A container that creates cgroups named after another pod.
         "0::/kubepods/burstable/pod{u}/{i}/kubepods/pod11111111-2222-3333-4444-555555555555/x\n",
         "0::/kubepods/burstable/pod{u}/docker-{i}.scope\n",
     ];
@@ -141,7 +141,7 @@ pub(super) mod tests {
             "0::/machine.slice/libpod-f00d.scope\n",
             "0::/kubepods/burstable/pod1234/c\n",
             "0::/kubepods/burstable/podzzzzzzzz-0e4f-4a5b-9c6d-7e8f90a1b2c3/c\n",
-            // Not a slice of the kubelet's.
+            // Not one of the kubelet's slices.
             "0::/user.slice/user-pod8a3b1c2d_0e4f_4a5b_9c6d_7e8f90a1b2c3.slice/x\n",
         ];
         for text in texts {

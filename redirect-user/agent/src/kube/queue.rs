@@ -19,7 +19,7 @@ struct State {
     ready: VecDeque<String>,
     queued: HashSet<String>,
     running: BTreeSet<String>,
-    /// Asked for while they were being looked at.
+    /// Queued while they were being processed.
     again: HashSet<String>,
     later: HashMap<String, Instant>,
 }
@@ -40,13 +40,13 @@ impl State {
 }
 
 impl Queue {
-    /// Asks for a pod to be looked at.
+    /// Queues a pod.
     pub(super) fn add(&self, uid: &str) {
         self.state().add(uid);
         self.changed.notify_one();
     }
 
-    /// Asks for a pod to be looked at after a while, unless that is due sooner anyway.
+    /// Queues a pod after a delay, unless it is due sooner anyway.
     pub(super) fn add_later(&self, uid: &str, delay: Duration) {
         let due = Instant::now() + delay;
         let mut state = self.state();
@@ -58,7 +58,7 @@ impl Queue {
         self.changed.notify_one();
     }
 
-    /// Waits for the next pod. It is nobody else's until [`Self::done`].
+    /// Waits for the next pod. No other worker gets it until [`Self::done`].
     pub(super) async fn next(&self) -> String {
         loop {
             let due = {
@@ -72,7 +72,7 @@ impl Queue {
                 if let Some(uid) = state.ready.pop_front() {
                     state.queued.remove(&uid);
                     state.running.insert(uid.clone());
-                    // Another worker may have slept through a second one.
+                    // Another worker may have missed a second one.
                     self.changed.notify_one();
                     return uid;
                 }
@@ -105,11 +105,11 @@ impl Queue {
         }
     }
 
-    /// Waits until nothing is left to be looked at now.
+    /// Waits until no pod is due now.
     pub(super) async fn idle(&self) {
         loop {
             let mut notified = std::pin::pin!(self.idle.notified());
-            // Registered before the look, so that nothing in between is missed.
+            // Registered before the check, so that no change in between is missed.
             notified.as_mut().enable();
             if self.state().is_idle() {
                 return;

@@ -1,4 +1,4 @@
-//! Who is enrolled: Istio ambient's conventions, as a pure function.
+//! Decides which pods are enrolled, by Istio ambient's conventions. Pure.
 
 use std::time::Duration;
 
@@ -13,14 +13,14 @@ use redirect_protocol::pod::PodSettings;
 /// `IFNAMSIZ` without the terminating zero.
 const INTERFACE_NAME: usize = 15;
 
-/// What is to be done about a pod.
+/// The decision about a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Decision {
-    /// It is to be captured.
+    /// Capture it.
     Enroll(PodSettings),
-    /// It is not.
+    /// Do not capture it.
     No(Reason),
-    /// It would be, but what it asks for makes no sense.
+    /// It should be captured, but its annotations are invalid.
     Refuse(BadAnnotation),
 }
 
@@ -43,7 +43,7 @@ pub(super) enum Reason {
     NamespaceUnknown,
 }
 
-/// Decides about a pod. `None` for its namespace: nothing is known of that yet.
+/// Decides about a pod. `namespace` is `None` if it is not known yet.
 pub(super) fn decide(pod: &PodView, namespace: Option<&NamespaceView>, rules: &Rules) -> Decision {
     if let Some(reason) = left_alone(pod, rules) {
         return Decision::No(reason);
@@ -116,7 +116,7 @@ fn settings(pod: &PodView, rules: &Rules) -> Result<PodSettings, BadAnnotation> 
     })
 }
 
-/// The spellings that Istio takes.
+/// The spellings that Istio accepts.
 fn boolean(annotation: &'static str, value: &str) -> Result<bool, BadAnnotation> {
     match value.trim() {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
@@ -145,7 +145,7 @@ fn interfaces(value: &str) -> Result<Vec<String>, BadAnnotation> {
     Ok(names)
 }
 
-/// What the kernel takes as an interface's name. `lo` is captured already.
+/// Whether the kernel accepts it as an interface's name. `lo` is captured already.
 fn is_interface(name: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_graphic() && byte != b'/' && byte != b':';
     !matches!(name, "" | "." | ".." | "lo") && name.len() <= INTERFACE_NAME && name.bytes().all(allowed)

@@ -1,7 +1,8 @@
 //! Finds the network namespaces of running pods by their processes.
 //!
-//! The API server, the runtime and `/proc` each know a part, and none is trusted alone: a namespace counts if a process in the
-//! pod's cgroup runs in it, if it is not the host's, and if it holds the pod's addresses (`agent::pods` checks that).
+//! The API server, the runtime and `/proc` each know a part, and none of them is trusted alone: a namespace counts if a
+//! process in the pod's cgroup runs in it, if it is not the host's, and if it has the pod's addresses (`agent::pods` checks
+//! that).
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
@@ -17,7 +18,7 @@ use crate::pods::Sandbox;
 use redirect_linux::cgroup;
 use redirect_linux::netns::NetNs;
 
-/// How long one look at all processes serves: starting agents and floods of pods ask many times.
+/// How long a scan of all processes is reused: starting agents and bursts of pods ask often.
 const FRESH: Duration = Duration::from_millis(500);
 
 /// The processes of this node.
@@ -27,7 +28,7 @@ pub(super) struct Sandboxes {
     processes: Mutex<Option<(Instant, Arc<Processes>)>>,
 }
 
-/// Process IDs and containers by the UID of the pod.
+/// Process IDs and containers by the pod's UID.
 type Processes = HashMap<String, Vec<(u32, Option<String>)>>;
 
 impl Sandboxes {
@@ -35,8 +36,8 @@ impl Sandboxes {
         Self { proc, processes: Mutex::default() }
     }
 
-    /// The namespaces that processes of a pod live in, which is filed under one of these UIDs. Usually one; containers
-    /// can make more. Blocks for some system calls per process of the node.
+    /// The namespaces of processes in the cgroups of a pod, by any of these UIDs. Usually one; containers can create
+    /// more. Blocks for some system calls per process of the node.
     pub(super) fn find(&self, uids: &[String]) -> io::Result<Vec<Sandbox>> {
         let hosts = self.host_namespaces()?;
         let (processes, fresh) = self.processes(false)?;
@@ -53,7 +54,7 @@ impl Sandboxes {
         for (pid, container) in uids.iter().filter_map(|uid| processes.get(uid)).flatten() {
             let directory = self.proc.join(pid.to_string());
             let Ok(netns) = NetNs::open(&directory.join("ns/net")) else { continue };
-            // The process may have ended meanwhile, and its number be another's.
+            // The process may have ended meanwhile, and another may have its ID.
             if !membership(&directory).is_some_and(|now| uids.contains(&now.uid)) || hosts.contains(&netns) {
                 continue;
             }
@@ -66,7 +67,7 @@ impl Sandboxes {
         sandboxes
     }
 
-    /// The agent's own namespace, which is the host's, and that of process 1 if the agent may look at it.
+    /// The agent's own namespace, which is the host's, and that of process 1 if the agent may read it.
     fn host_namespaces(&self) -> io::Result<Vec<NetNs>> {
         let path = self.proc.join("1/ns/net");
         let mut hosts = vec![NetNs::current()?];
@@ -84,7 +85,7 @@ impl Sandboxes {
         Ok(hosts)
     }
 
-    /// All pods' processes, and whether they were looked up just now.
+    /// All pods' processes, and whether this call scanned them.
     fn processes(&self, anew: bool) -> io::Result<(Arc<Processes>, bool)> {
         let mut kept = self.processes.lock();
         if let Some((at, processes)) = &*kept
@@ -115,7 +116,7 @@ fn scan(proc: &Path) -> io::Result<Processes> {
     Ok(processes)
 }
 
-/// The pod of a process; none if the process has ended.
+/// The pod of a process; `None` if the process has ended.
 fn membership(directory: &Path) -> Option<Membership> {
     process_cgroup::membership(&fs::read_to_string(directory.join("cgroup")).ok()?)
 }

@@ -1,4 +1,4 @@
-//! Reports to Kubernetes: a pod's annotation, and events.
+//! Reports to Kubernetes: annotations of pods, and events.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -16,24 +16,24 @@ use tokio::time::timeout;
 
 use super::api::{PodView, REDIRECTION};
 
-/// How events are signed.
+/// The reporter of events.
 const REPORTER: &str = "ambient-redirect";
-/// The API takes this many bytes in a note.
+/// The API's limit for a note, in bytes.
 const NOTE: usize = 1024;
-/// The API takes this many characters in an instance's name.
+/// The API's limit for an instance's name, in characters.
 const INSTANCE: usize = 128;
 
-/// What has not happened for so long makes a new event when it happens again.
+/// An event that recurs after this time becomes a new one.
 const SERIES: Duration = Duration::from_mins(6);
-/// How long the API server may take to count a repeated event.
+/// The API server's deadline for counting a repeated event.
 const COUNT: Duration = Duration::from_secs(10);
 
-/// What a pod's annotation says.
+/// The values of a pod's annotation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Redirection {
     /// The kernel captures the pod, and the proxy serves it.
     Enabled,
-    /// It is to be so and is not yet.
+    /// The pod is to be captured, and is not yet.
     Pending,
 }
 
@@ -46,14 +46,14 @@ impl Redirection {
     }
 }
 
-/// Tells the API server.
+/// Writes to the API server.
 pub(super) struct StatusWriter {
     client: Client,
     node: String,
     events: Mutex<HashMap<Said, Series>>,
 }
 
-/// What an event says, and of which pod.
+/// An event's text and pod.
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct Said {
     uid: String,
@@ -62,12 +62,12 @@ struct Said {
     note: String,
 }
 
-/// An event that was made.
+/// An event in the API server.
 struct Series {
     name: String,
-    /// How often it has happened.
+    /// How often it occurred.
     times: u32,
-    /// Of which the API server knows so many.
+    /// How often according to the API server.
     known: u32,
     last: Instant,
     last_time: Timestamp,
@@ -78,17 +78,17 @@ impl StatusWriter {
         Self { client, node: node.chars().take(INSTANCE).collect(), events: Mutex::default() }
     }
 
-    /// Sets a pod's annotation, or removes it. A pod that is gone, or was replaced by one of the same name, is no error.
+    /// Sets or removes a pod's annotation. A pod that is gone, or was replaced by one with the same name, is no error.
     pub(super) async fn annotate(&self, pod: &PodView, state: Option<Redirection>) -> Result<(), Error> {
         let patch = json!({
             "metadata": {
-                // The API server refuses if the pod is another by now.
+                // The API server refuses if the pod has been replaced.
                 "uid": pod.uid,
                 "annotations": { REDIRECTION: state.map(Redirection::value) },
             }
         });
         let pods: Api<PartialObjectMeta<Pod>> = Api::namespaced(self.client.clone(), &pod.namespace);
-        // The subresource takes annotations as well, and the right to it is the smaller one.
+        // The status subresource accepts annotations as well, and needs the smaller permission.
         match pods.patch_status(&pod.name, &PatchParams::default(), &Patch::Merge(&patch)).await {
             Ok(_) => Ok(()),
             Err(Error::Api(status)) if status.code == 404 || status.code == 409 => {
@@ -99,7 +99,7 @@ impl StatusWriter {
         }
     }
 
-    /// Warns whoever looks at the pod. What was said before is only counted, for [`Self::count_repeated`].
+    /// Creates a warning event on the pod. A repeated one is only counted, for [`Self::count_repeated`].
     pub(super) async fn warn(&self, pod: &PodView, reason: &str, message: &str) -> Result<(), Error> {
         let mut note = message.to_owned();
         note.truncate(note.floor_char_boundary(NOTE));
@@ -142,7 +142,7 @@ impl StatusWriter {
         Ok(())
     }
 
-    /// Writes how often events have happened again, each with one request however often that was.
+    /// Updates the counts of repeated events, with one request per event.
     pub(super) async fn count_repeated(&self) {
         let repeated: Vec<_> = {
             let events = self.events.lock();
@@ -163,7 +163,7 @@ impl StatusWriter {
                         series.known = times;
                     }
                 }
-                // The API server forgets events after a while.
+                // The API server deletes events after a while.
                 Ok(Err(Error::Api(status))) if status.code == 404 => _ = events.remove(&said),
                 Ok(Err(error)) => tracing::debug!(reason = said.reason, %error, "cannot count an event"),
                 Err(_) => tracing::debug!(reason = said.reason, "counting an event timed out"),

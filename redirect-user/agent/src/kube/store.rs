@@ -25,11 +25,11 @@ struct State {
     namespaces: HashMap<String, NamespaceView>,
     pods_synced: bool,
     namespaces_synced: bool,
-    /// Asked for one by one, and not yet seen by the informer.
+    /// Queried individually, and not yet seen by the informer.
     learned: HashSet<String>,
 }
 
-/// What is known of one pod.
+/// The known objects of one pod.
 #[derive(Clone, Debug)]
 pub(super) struct Known {
     pub(super) pod: PodView,
@@ -49,7 +49,7 @@ impl Store {
         });
     }
 
-    /// A pod that was asked for, ahead of the informer.
+    /// A pod that was queried before the informer saw it.
     pub(super) fn learn_pod(&self, pod: PodView) {
         self.update(|state, dirty| {
             state.learned.insert(pod.uid.clone());
@@ -57,7 +57,7 @@ impl Store {
         });
     }
 
-    /// A pod is gone.
+    /// A pod was deleted.
     pub(super) fn delete_pod(&self, uid: &str, namespace: &str, name: &str) {
         self.update(|state, dirty| state.delete(uid, namespace, name, dirty));
     }
@@ -100,7 +100,7 @@ impl Store {
         });
     }
 
-    /// A namespace is gone. Its pods are, too, or will be; until then its label is the last that was seen.
+    /// A namespace was deleted. So are its pods, or they will be; until then its last label counts.
     pub(super) fn delete_namespace(&self, name: &str) {
         self.update(|state, _| {
             if !state.pods.values().any(|pod| pod.namespace == name) {
@@ -144,7 +144,7 @@ impl Store {
         self.state().pods.keys().cloned().collect()
     }
 
-    /// Whether the API server has told everything once.
+    /// Whether all initial lists are complete.
     pub(super) fn is_synced(&self) -> bool {
         let state = self.state();
         state.pods_synced && state.namespaces_synced
@@ -185,7 +185,7 @@ impl State {
             }
             Some(_) | None => {}
         }
-        // A pod of the same name is another pod: its end was missed.
+        // A pod with the same name is another pod: its deletion was missed.
         if let Some(old) = self.names.insert(name, pod.uid.clone())
             && old != pod.uid
         {
@@ -233,7 +233,7 @@ mod tests {
         (Store::new(Arc::clone(&queue)), queue)
     }
 
-    /// What the queue was asked for.
+    /// The queued pods.
     async fn drain(queue: &Queue) -> Vec<String> {
         let mut uids = Vec::new();
         while let Ok(uid) = tokio::time::timeout(std::time::Duration::ZERO, queue.next()).await {

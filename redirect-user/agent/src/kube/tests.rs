@@ -1,4 +1,4 @@
-//! The controller against an API server, a kernel, a proxy and a `/proc` that all are doubles; all else is real.
+//! The controller against doubles of the API server, the kernel, the proxy and `/proc`; the rest is real.
 
 mod admission;
 mod controller;
@@ -34,9 +34,9 @@ use redirect_testing::ApiServer;
 use redirect_zds::server::{Options, Server};
 
 const NODE: &str = "node-1";
-/// Long enough for anything that is to happen.
+/// Long enough for anything expected to happen.
 const LONG: Duration = Duration::from_secs(10);
-/// Long enough to believe that something does not happen.
+/// Long enough to conclude that something does not happen.
 const SHORT: Duration = Duration::from_millis(150);
 /// The addresses of the three kinds of pods.
 const KINDS: [&[&str]; 3] = [&["10.0.0.2", "fd00::2"], &["10.0.0.2"], &["fd00::2"]];
@@ -56,7 +56,7 @@ fn quick() -> Timing {
     }
 }
 
-/// A node, and the API server that it belongs to.
+/// A node and its API server.
 struct Node {
     directory: TempDir,
     api: ApiServer,
@@ -70,7 +70,7 @@ struct Node {
 }
 
 impl Node {
-    /// With a namespace `shop` that is not labelled.
+    /// With a namespace `shop` without a label.
     async fn start() -> Self {
         Self::start_with(quick(), |_| {}).await
     }
@@ -121,7 +121,7 @@ impl Node {
         Proxy::connect_refusing(&self.directory.path().join("zds.sock"), uids).await
     }
 
-    /// Runs a process of a pod, in a namespace with these addresses. Returns the namespace's cookie.
+    /// Runs a process of a pod in a namespace with these addresses. Returns the namespace's cookie.
     fn run_sandbox(&self, uid: &str, addresses: &[&str]) -> u64 {
         self.run_process(uid, &"c".repeat(64), addresses).1
     }
@@ -138,7 +138,7 @@ impl Node {
         (directory, cookie)
     }
 
-    /// A namespace that no process is known to live in, as the CNI plugin passes it.
+    /// A namespace without processes, as the CNI plugin passes it.
     fn new_netns(&self, addresses: &[&str]) -> (NetNs, u64) {
         let number = self.next_pid.fetch_add(1, Ordering::Relaxed);
         let netns = make_netns(&self.directory.path().join(format!("netns/{number}")));
@@ -147,7 +147,7 @@ impl Node {
         (netns, cookie)
     }
 
-    /// Whether the kernel captures exactly these addresses in the namespace; none: nothing is left there.
+    /// Whether exactly these addresses are captured in the namespace; none: no facts are left there.
     fn captures(&self, cookie: u64, addresses: &[&str]) -> bool {
         let facts = self.kernel.facts(cookie);
         let captured: BTreeSet<IpAddr> = facts
@@ -177,7 +177,7 @@ fn parse(addresses: &[&str]) -> Vec<IpAddr> {
     addresses.iter().map(|text| text.parse().unwrap()).collect()
 }
 
-/// Stands for a Kubernetes UID.
+/// Imitates a Kubernetes UID.
 fn uid(number: u32) -> String {
     format!("00000000-0000-4000-8000-{number:012}")
 }
@@ -204,7 +204,7 @@ fn annotation(key: &str, value: Option<&str>) -> Value {
     json!({"metadata": {"annotations": {key: value}}})
 }
 
-/// Waits until something is so.
+/// Waits until the condition holds.
 async fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     let waited = tokio::time::timeout(LONG, async {
         while !is_so() {

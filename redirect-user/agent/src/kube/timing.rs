@@ -4,18 +4,18 @@ use std::time::Duration;
 
 use super::informer::Patience;
 
-/// How patient the controller is.
+/// The controller's timing.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Timing {
-    /// How long the plugin waits for the informer to show a pod before the API server is asked.
+    /// How long the plugin waits for the informer to show a pod before the agent queries the API server.
     pub(crate) patience: Duration,
-    /// How long the plugin waits for a decision. With the proxy's deadline after it, it stays within the plugin's.
+    /// The plugin's deadline for a decision. With the proxy's deadline added, it stays within the plugin's.
     pub(crate) admission: Duration,
-    /// How often everything is compared with the kernel.
+    /// The interval at which everything is reconciled.
     pub(crate) resync: Duration,
-    /// Interval for checking a pod that the proxy has not acknowledged.
+    /// The interval at which a pod is checked that the proxy has not acknowledged.
     pub(crate) poll: Duration,
-    /// How often the API server is told how often something has happened again.
+    /// The interval at which counts of repeated events are written.
     pub(crate) events: Duration,
     pub(crate) api: Patience,
 }

@@ -1,4 +1,4 @@
-//! Counters of events in this process. There is one set of them, because a process runs one agent.
+//! Counters of events in this process. There is one set, because a process runs one agent.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -16,7 +16,7 @@ pub fn events() -> &'static Events {
     &EVENTS
 }
 
-/// Counters of what happens in the agent.
+/// Counters of events in the agent.
 #[derive(Debug)]
 pub struct Events {
     enrollment: Family<Phase, Histogram>,
@@ -70,7 +70,7 @@ struct Service {
 impl Events {
     fn new() -> Self {
         Self {
-            // A quarter of a millisecond to 8 seconds.
+            // 0.25 ms to 8 s.
             enrollment: Family::new_with_constructor(|| {
                 Histogram::new(exponential_buckets(0.00025, 2.0, 16))
             }),
@@ -86,17 +86,17 @@ impl Events {
         }
     }
 
-    /// A part of an enrollment, that of the kernel or that of the node proxy, took so long.
+    /// Records the duration of a phase of an enrollment, that of the kernel or of the node proxy.
     pub(crate) fn enrolled(&self, phase: &'static str, took: Duration) {
         self.enrollment.get_or_create(&Phase { phase }).observe(took.as_secs_f64());
     }
 
-    /// A request of the CNI plugin was answered.
+    /// Counts an answered request of the CNI plugin.
     pub(crate) fn cni(&self, command: &'static str, result: &'static str) {
         self.cni.get_or_create(&Cni { command, result }).inc();
     }
 
-    /// Something happened on a node proxy's connection.
+    /// Counts an event on a node proxy's connection.
     pub(crate) fn zds(&self, event: server::Event) {
         match event {
             server::Event::Connected => self.zds_connections.inc(),
@@ -108,38 +108,37 @@ impl Events {
         };
     }
 
-    /// The plugin was put back into the CNI chain.
+    /// Counts a repair of the CNI chain.
     pub(crate) fn chain_repaired(&self) {
         self.chain_repairs.inc();
     }
 
-    /// A watch of the API server has failed and is begun anew.
+    /// Counts a failed watch of the API server, which is restarted.
     pub(crate) fn watch_failed(&self, resource: &'static str) {
         self.watch_failures.get_or_create(&Watch { resource }).inc();
     }
 
-    /// A pod's annotation could not be written.
+    /// Counts a pod annotation that could not be written.
     pub(crate) fn patch_failed(&self) {
         self.patch_failures.inc();
     }
 
-    /// A pod can't be enrolled.
+    /// Counts a pod that can't be enrolled.
     pub(crate) fn pod_refused(&self, reason: &str) {
         self.refused_pods.get_or_create(&Refusal { reason: reason.into() }).inc();
     }
 
-    /// A service of the agent starts for the first time. Its ends count from zero: Prometheus sees no increase in a series that
-    /// begins with one.
+    /// Initializes a service's counter of ends to zero: Prometheus sees no increase in a series that begins with one.
     pub(crate) fn service_begins(&self, service: &'static str) {
         drop(self.service_ends.get_or_create(&Service { service }));
     }
 
-    /// A service of the agent has ended before the agent.
+    /// Counts a service that ended before the agent.
     pub(crate) fn service_ended(&self, service: &'static str) {
         self.service_ends.get_or_create(&Service { service }).inc();
     }
 
-    /// Under their names.
+    /// Registers the counters under their names.
     pub(super) fn register(&self, registry: &mut Registry) {
         let seconds = "Time to enroll a pod, by phase: the kernel, the node proxy's acknowledgment";
         registry.register_with_unit("enrollment_duration", seconds, Unit::Seconds, self.enrollment.clone());

@@ -1,7 +1,7 @@
 //! The HTTP/1 server: one answer per connection.
 //!
-//! Health and readiness have a listener of their own on the node's loopback address, apart from the one for metrics, which the
-//! network can reach. Their answers are in memory, so no client makes the agent work for them.
+//! Health and readiness have a listener of their own on the node's loopback address, apart from the one for metrics, which is
+//! reachable from the network. Their answers are in memory, so no client can cause work for the agent.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -26,50 +26,50 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::{Snapshot, registry, text};
 
-/// How long a connection may last, and an answer take.
+/// The deadline for a connection, and for an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The longest request, with its headers.
+/// The maximum size of a request with its headers.
 const LONGEST_REQUEST: usize = 16 << 10;
 
-/// How long a client may take to send its request.
+/// A client's deadline to send its request.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(2);
 
-/// How many connections there may be at once. See [`Connections`].
+/// The maximum number of connections. See [`Connections`].
 const MAX_CONNECTIONS: usize = 64;
 
-/// How long the text of a scrape serves others who ask. Reading all maps takes the datapath's thread milliseconds.
+/// How long the text of a scrape is reused. Reading all maps takes the datapath thread milliseconds.
 const SCRAPE_LIFETIME: Duration = Duration::from_millis(200);
 
-/// How long to wait before a port that is taken is tried again.
+/// The retry interval for a port in use.
 const PAUSE: Duration = Duration::from_secs(5);
 
-/// One thing that an answer depends on, and what is wrong with it.
+/// A check's name and result.
 pub(crate) type Check = (&'static str, Result<(), String>);
 
-/// What is asked.
+/// The source of answers.
 pub(crate) trait Source: Send + Sync + 'static {
     /// The state of the agent.
     fn snapshot(&self) -> impl Future<Output = Result<Snapshot, String>> + Send;
 
-    /// What has to hold for the agent to be of any use: otherwise it should be restarted. Answered at once.
+    /// The conditions for the agent to work at all: if one fails, it should be restarted. Immediate.
     fn health(&self) -> Vec<Check>;
 
-    /// What has to hold for new pods to be enrolled. Answered at once.
+    /// The conditions for new pods to be enrolled. Immediate.
     fn readiness(&self) -> Vec<Check>;
 }
 
-/// What a listener is for.
+/// The purpose of a listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
-    /// `/metrics`, and the others as well.
+    /// `/metrics`, `/healthz` and `/readyz`.
     Metrics,
-    /// `/healthz` and `/readyz` alone.
+    /// `/healthz` and `/readyz` only.
     Health,
 }
 
 impl Purpose {
-    /// The option that says where.
+    /// The option with its address.
     const fn option(self) -> &'static str {
         match self {
             Self::Metrics => "--metrics-address",
@@ -78,7 +78,7 @@ impl Purpose {
     }
 }
 
-/// Serves until `shutdown`. A port that is taken is tried again: pods are captured without metrics as well.
+/// Serves until `shutdown`. Retries a port in use, because pods are captured without metrics as well.
 pub(crate) async fn serve(
     purpose: Purpose,
     address: SocketAddr,
@@ -119,8 +119,8 @@ async fn listen(purpose: Purpose, address: SocketAddr, source: Arc<impl Source>)
     }
 }
 
-/// The connections that are open. Accepting never waits: a client that only connects must not keep others out. When there
-/// are too many, the oldest that has asked nothing yet is closed, or else the new one.
+/// The open connections. Accepting never waits: a client that only connects must not lock others out. When there are too
+/// many, the oldest one without a request is closed, or else the new one.
 #[derive(Default)]
 struct Connections(VecDeque<Connection>);
 
@@ -141,14 +141,14 @@ impl Connections {
         let (asked, server) = (Arc::<AtomicBool>::default(), Arc::clone(server));
         let asks = Arc::clone(&asked);
         let task = tokio::spawn(async move {
-            // Whatever goes wrong is the client's business.
+            // Errors only concern the client.
             let _ = timeout(PATIENCE, converse(stream, server, asks)).await;
         });
         self.0.push_back(Connection { task: task.abort_handle(), asked });
     }
 }
 
-/// On a node without IPv6, all addresses are all IPv4 addresses.
+/// On a node without IPv6, the unspecified address means all IPv4 addresses.
 async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     match TcpListener::bind(address).await {
         Err(error) if address.is_ipv6() && address.ip().is_unspecified() && no_ipv6(&error) => {
@@ -184,7 +184,7 @@ async fn converse<S: Source>(
 struct Server<S> {
     purpose: Purpose,
     source: Arc<S>,
-    /// The text of the last scrape, which also keeps others waiting while there is a new one.
+    /// The text of the last scrape. Its lock makes other requests wait for a running scrape.
     scraped: Mutex<Option<(Instant, Bytes)>>,
 }
 
@@ -233,7 +233,7 @@ impl<S: Source> Server<S> {
     }
 }
 
-/// One line for each check, as the API server writes them; what `exclude=<name>` names does not count, as there.
+/// One line for each check, in the API server's format, without the checks in `exclude=<name>`.
 fn checked(query: Option<&str>, checks: &[Check]) -> Response<Full<Bytes>> {
     let excluded: Vec<&str> =
         query.unwrap_or_default().split('&').filter_map(|pair| pair.strip_prefix("exclude=")).collect();
@@ -266,7 +266,7 @@ mod tests {
 
     use super::*;
 
-    /// An agent whose datapath thread may be stuck, and how often it was asked.
+    /// An agent whose datapath thread may be stuck, and a counter of requests.
     struct Agent {
         is_stuck: bool,
         asked: AtomicUsize,

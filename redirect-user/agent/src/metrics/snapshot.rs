@@ -1,4 +1,4 @@
-//! Metrics that are read at each scrape.
+//! Metrics that are read for each scrape.
 
 use std::collections::BTreeMap;
 
@@ -17,7 +17,7 @@ use redirect_protocol::wire::{CounterReport, PodReport, Status};
 pub(crate) struct Snapshot {
     pub(crate) status: Status,
     pub(crate) pods: Vec<PodReport>,
-    /// Every kind of repair, those as well that never happened.
+    /// Every kind of repair, including those that never occurred.
     pub(crate) repairs: Vec<(&'static str, u64)>,
 }
 
@@ -65,7 +65,7 @@ impl Collector for Snapshot {
             let CounterReport { family, direction, verdict, reason, connections } = counter;
             ([family, direction, verdict, reason].map(String::clone), *connections)
         });
-        // Those of the gates count from zero: Prometheus takes no notice of a counter that begins with something else.
+        // The gates' counters exist from zero on: Prometheus ignores the first value of a series.
         let mut connections: BTreeMap<_, _> = of_gates().map(|labels| (labels, 0)).collect();
         connections.extend(counted);
         let connections =

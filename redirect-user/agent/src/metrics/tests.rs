@@ -6,7 +6,7 @@ use super::*;
 use redirect_protocol::wire::{CounterReport, FlowStatus, MapReport, ProgramReport, Status};
 use redirect_zds::server::Event;
 
-/// Something of everything, so that every metric has a series.
+/// A value of every metric, so that each one has a series.
 fn text() -> String {
     let events = events::events();
     events.enrolled("kernel", Duration::from_millis(1));

@@ -5,14 +5,14 @@ use prometheus_client::registry::Registry;
 pub(super) const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 pub(super) const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// Everything in the registry, in the format of OpenMetrics.
+/// All metrics in the OpenMetrics format.
 pub(super) fn open_metrics(registry: &Registry) -> Result<String, std::fmt::Error> {
     let mut text = String::new();
     prometheus_client::encoding::text::encode(&mut text, registry)?;
     Ok(text)
 }
 
-/// The same in the format of Prometheus, where the name of a counter has its ending in the comments too.
+/// The same in the Prometheus format, in which comments contain a counter's suffix as well.
 pub(super) fn prometheus(open_metrics: &str) -> String {
     let lines: Vec<&str> = open_metrics.lines().collect();
     let counters: Vec<&str> =

@@ -1,4 +1,4 @@
-//! Where the gate on the host's end of a pod's device is absent.
+//! Finds pods' devices that have no host gate.
 
 use super::{Check, Requirements};
 use redirect_datapath::linux;

@@ -51,9 +51,9 @@ pub(super) fn checks(requirements: &Requirements) -> Vec<Check> {
 fn chains() -> io::Result<BTreeSet<String>> {
     let mut names = of_nftables()?;
     for family in [Legacy::IPV4, Legacy::IPV6] {
-        // Asking for a table that is not there would make it.
+        // Querying a table that does not exist would create it.
         let tables = match fs::read_to_string(format!("/proc/thread-self/net/{}", family.tables)) {
-            // A kernel without iptables-legacy, or where nobody has used it.
+            // A kernel without iptables-legacy, or one where it has not been used.
             Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
             tables => tables?,
         };
@@ -64,7 +64,7 @@ fn chains() -> io::Result<BTreeSet<String>> {
     Ok(names)
 }
 
-/// Strings among bytes that are named as Istio names its chains.
+/// The strings among bytes that look like names of Istio's chains.
 fn istio_s(bytes: &[u8]) -> impl Iterator<Item = String> + '_ {
     let texts = bytes.split(|byte| *byte == 0).filter_map(|text| std::str::from_utf8(text).ok());
     texts.filter_map(|text| {
@@ -73,7 +73,7 @@ fn istio_s(bytes: &[u8]) -> impl Iterator<Item = String> + '_ {
     })
 }
 
-/// What iptables-legacy reads.
+/// A reader of iptables-legacy.
 struct Legacy {
     family: AddressFamily,
     level: libc::c_int,
@@ -93,11 +93,11 @@ impl Legacy {
     const IPV6: Self =
         Self { family: AddressFamily::Inet6, level: libc::SOL_IPV6, tables: "ip6_tables_names" };
 
-    /// All entries of a table, as the kernel has them.
+    /// All entries of a table, in the kernel's format.
     fn entries(&self, table: &str) -> io::Result<Vec<u8>> {
         const GET_INFO: libc::c_int = 64;
         const GET_ENTRIES: libc::c_int = 65;
-        /// Where entries begin in `struct ipt_get_entries`.
+        /// The offset of the entries in `struct ipt_get_entries`.
         const START: usize = 40;
         let socket = self.socket()?;
         let mut info = Info { name: [0; 32], hooks: [0; 12], size: 0 };
@@ -118,22 +118,22 @@ impl Legacy {
     }
 
     fn socket(&self) -> io::Result<OwnedFd> {
-        // SAFETY: the call takes numbers alone.
+        // SAFETY: the call takes integers only.
         let socket = unsafe {
             libc::socket(self.family as libc::c_int, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::IPPROTO_RAW)
         };
         if socket < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the kernel has just made it, for us alone.
+        // SAFETY: the kernel has just created the descriptor, and we alone own it.
         Ok(unsafe { OwnedFd::from_raw_fd(socket) })
     }
 }
 
-/// None where the kernel has no nftables.
+/// None if the kernel has no nftables.
 fn of_nftables() -> io::Result<BTreeSet<String>> {
     match Nftables::open().and_then(|mut nftables| nftables.chains()) {
-        // The kernel has no nfnetlink, or nfnetlink does not know nftables.
+        // The kernel has no nfnetlink, or nfnetlink has no nftables.
         Err(error) if matches!(error.raw_os_error(), Some(libc::EPROTONOSUPPORT | libc::EINVAL)) => {
             Ok(BTreeSet::new())
         }

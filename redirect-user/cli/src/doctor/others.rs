@@ -9,7 +9,7 @@ use redirect_linux::cgroup;
 pub(super) fn at_cgroup(requirements: &Requirements) -> Vec<Check> {
     const NAME: &str = "programs of others";
     let cgroup = requirements.cgroup.clone().map_or_else(cgroup::mount, Ok);
-    // A hierarchy that is not there is told of elsewhere.
+    // Another check reports a missing hierarchy.
     let Ok(cgroup) = cgroup else { return Vec::new() };
     let shown = cgroup.display();
     let hooks = match linux::at_cgroup(&cgroup) {
@@ -75,7 +75,7 @@ fn unread(name: &str, detail: String) -> Check {
     Check::warn(name, detail, "run it as root, in the host's network and PID namespaces")
 }
 
-/// One for each hook where others come before ours.
+/// A warning for each hook where programs of others run before ours.
 fn warnings(hooks: &[Attached], warning: impl Fn(&Attached, &str) -> Check) -> Vec<Check> {
     let before = hooks.iter().map(|hook| (hook, hook.before_ours())).filter(|(_, before)| !before.is_empty());
     before.map(|(hook, before)| warning(hook, &list(before))).collect()

@@ -1,4 +1,4 @@
-//! Whether the node holds what agents of both placements have made.
+//! Checks whether the node has state of agents of both placements.
 
 use super::{Check, Requirements};
 use redirect_datapath::linux;

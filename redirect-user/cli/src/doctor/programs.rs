@@ -1,4 +1,4 @@
-//! Passes the programs to the kernel's verifier.
+//! Loads the programs, to check that the kernel's verifier accepts them.
 
 use super::{Cause, Check, Requirements};
 use redirect_datapath::linux;

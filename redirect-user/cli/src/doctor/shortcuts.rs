@@ -1,4 +1,4 @@
-//! What skips the programs of placement `node` on its way to a pod.
+//! Finds programs that bypass those of placement `node` on the way to a pod.
 
 use nix::net::if_::if_nametoindex;
 use redirect_datapath::linux;
@@ -8,7 +8,7 @@ use super::{Check, Requirements};
 
 const NAME: &str = "shortcuts to pods";
 
-/// Only where an agent in that placement has its ingress device: in placement `pod` the programs are in the pod.
+/// Only if an agent of that placement has its ingress device: in placement `pod` the programs are in the pod.
 pub(super) fn check(_: &Requirements) -> Vec<Check> {
     if if_nametoindex(INGRESS_DEVICE).is_err() {
         return Vec::new();

@@ -1,4 +1,4 @@
-//! Checks the sysctls that enrollment needs, and those of the node that matter.
+//! Checks the sysctls that enrollment needs, and the relevant ones of the node.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +10,7 @@ pub(super) fn checks(_: &Requirements) -> Vec<Check> {
     vec![of_pods(), jit(), syn_cookies()]
 }
 
-/// Each namespace has its own: where this one has them, pods' have.
+/// Each namespace has its own: if this one has them, so do pods'.
 fn of_pods() -> Check {
     let ipv6 = Path::new("/proc/net/if_inet6").exists();
     let wanted = Sysctl::ALL.into_iter().map(Sysctl::name).filter(|name| ipv6 || !name.contains("ipv6"));

@@ -1,5 +1,5 @@
-//! A kernel that remembers what it was told, and fails where it is told to. One instance plays every namespace; files
-//! stand in for those, told apart by their inodes.
+//! A fake kernel that records operations, and fails on request. One instance plays every namespace; files stand in
+//! for those, identified by their inodes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -12,27 +12,27 @@ use super::{Datapath, Error, Introduction, Observation, Target};
 use crate::facts::{Fact, Interface, Namespace, Op};
 use redirect_linux::netns::NetNs;
 
-/// What is in the kernel about one namespace.
+/// The fake kernel's state of one namespace.
 #[derive(Clone, Debug, Default)]
 pub struct FakeNamespace {
-    /// What it is like.
+    /// The namespace.
     pub namespace: Namespace,
-    /// What holds.
+    /// The facts that hold.
     pub facts: BTreeSet<Fact>,
     /// The addresses on its interfaces.
     pub addresses: Vec<IpAddr>,
 }
 
-/// What the kernel has, and what was asked of it.
+/// The fake kernel's state, and a record of the calls.
 #[derive(Debug, Default)]
 pub struct State {
     /// By cookie.
     pub namespaces: BTreeMap<u64, FakeNamespace>,
-    /// The steps that were taken.
+    /// The operations that were executed.
     pub applied: Vec<Op>,
-    /// How often it was asked what there is.
+    /// How often it was observed.
     pub observed: usize,
-    /// The step that fails, counted from the first one ever taken.
+    /// The operation that fails, counted from the first one ever executed.
     pub fail_at: Option<usize>,
     /// Whether what is tried after it fails as well.
     pub fails_on: bool,
@@ -40,17 +40,17 @@ pub struct State {
     pub virtual_interfaces: BTreeMap<u64, Vec<String>>,
 }
 
-/// Cloned, it stays the same kernel: one clone works on the datapath's thread while a test looks at the other.
+/// Clones share the same kernel: one works on the datapath's thread while a test inspects another.
 #[derive(Clone, Debug, Default)]
 pub struct Fake(Arc<Mutex<State>>);
 
 impl Fake {
-    /// To look at, and to change.
+    /// Access for inspection and changes.
     pub fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().expect("no test has panicked")
     }
 
-    /// Puts a namespace with `lo` and `eth0` into the kernel.
+    /// Adds a namespace with `lo` and `eth0`.
     pub fn insert(&self, cookie: u64, addresses: &[IpAddr]) {
         let interface = |index, name: &str| Interface { index, name: name.into() };
         let interfaces = vec![interface(1, "lo"), interface(7, "eth0")];
@@ -60,7 +60,7 @@ impl Fake {
         self.state().namespaces.insert(cookie, namespace);
     }
 
-    /// What holds in a namespace.
+    /// The facts that hold in a namespace.
     pub fn facts(&self, cookie: u64) -> BTreeSet<Fact> {
         self.state().namespaces.get(&cookie).map(|known| known.facts.clone()).unwrap_or_default()
     }
@@ -122,7 +122,7 @@ impl Datapath for Fake {
         state.applied.push(op.clone());
         state.virtual_interfaces.insert(target.netns_cookie, target.virtual_interfaces.clone());
         if let Op::Ensure(Fact::Address(_)) = op {
-            // An address leads to one pod.
+            // An address belongs to one pod.
             state.namespaces.values_mut().for_each(|other| _ = other.facts.remove(fact));
         }
         let facts = &mut state.namespaces.entry(target.netns_cookie).or_default().facts;

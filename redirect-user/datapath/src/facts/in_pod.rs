@@ -1,4 +1,4 @@
-//! What makes a pod captured in placement `pod`.
+//! The desired facts in placement `pod`.
 
 use std::collections::BTreeSet;
 
@@ -45,8 +45,8 @@ pub(super) fn desired(wanted: &Wanted<'_>, namespace: &Namespace) -> BTreeSet<Fa
         facts.insert(Fact::Device(end.clone()));
     }
     for family in Family::ALL {
-        // Programs do not depend on what `lo` can do: where it has no IPv6 and another interface has, nothing can be
-        // given to the proxy, and nothing is to get by either.
+        // The programs do not depend on IPv6 on `lo`: if only another interface has it, connections can't be given
+        // to the proxy, but must not bypass it either.
         facts.extend(namespace.interfaces.iter().map(|interface| {
             let hook = if interface.is_loopback() {
                 Hook::Loopback(family)
@@ -71,7 +71,8 @@ pub(super) fn desired(wanted: &Wanted<'_>, namespace: &Namespace) -> BTreeSet<Fa
     facts
 }
 
-/// A route that delivers everything locally. It has no source: whatever goes by it has one.
+/// A route that delivers everything locally. Without a preferred source, because its packets already have
+/// one.
 fn all_of(family: Family, table: u32, metric: u32, interface: &Interface) -> Route {
     let destination = match family {
         Family::Ipv4 => IpNet::V4(Ipv4Net::default()),
@@ -80,7 +81,7 @@ fn all_of(family: Family, table: u32, metric: u32, interface: &Interface) -> Rou
     Route { table, destination, metric, kind: RouteKind::Open, interface: interface.clone(), source: None }
 }
 
-/// Through `lo`, and for sockets that are bound to other interfaces.
+/// Routes through `lo`, and through the other interfaces for sockets that are bound to them.
 fn ipv4_routes(addresses: &PodAddresses, namespace: &Namespace) -> impl Iterator<Item = Route> {
     let bound = !addresses.ipv4.is_empty();
     namespace.interfaces.iter().filter_map(move |interface| {
@@ -90,9 +91,9 @@ fn ipv4_routes(addresses: &PodAddresses, namespace: &Namespace) -> impl Iterator
     })
 }
 
-/// Where captured connections go, and through `lo` for replies to the proxy.
+/// Routes for captured connections, and routes through `lo` for replies to the proxy.
 fn ipv6_routes(namespace: &Namespace) -> impl Iterator<Item = Route> {
-    /// What the kernel takes if none is given.
+    /// The kernel's default.
     const METRIC: u32 = 1024;
     let lo = namespace.interfaces.iter().find(|interface| interface.is_loopback());
     let replies = lo.map(|lo| all_of(Family::Ipv6, REPLY_TABLE, METRIC, lo));

@@ -1,4 +1,4 @@
-//! What makes a pod captured in placement `node`: nothing in the pod.
+//! The desired facts in placement `node`: none of them is in the pod.
 
 use std::collections::BTreeSet;
 

@@ -1,4 +1,4 @@
-//! Lists the programs attached to our hooks, ours and others.
+//! Lists the programs attached to our hooks: ours and others.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -15,27 +15,27 @@ use redirect_linux::netlink::{HANDLES, Netlink, Side};
 use redirect_linux::netns::NetNs;
 use redirect_protocol::placement::Placement;
 
-/// A hook, and what is attached there.
+/// A hook, and its attached programs.
 #[derive(Clone, Debug)]
 pub struct Attached {
-    /// The hook of a cgroup by the name of our program there, or an interface and the packets' direction.
+    /// The cgroup hook, named by our program there, or an interface and a direction.
     pub place: String,
-    /// The programs, in the order in which they run.
+    /// The programs, in execution order.
     programs: Vec<Program>,
 }
 
 #[derive(Clone, Debug)]
 struct Program {
-    /// Its ID; none for a filter of another kind.
+    /// Its ID; `None` for a filter of another kind.
     id: Option<u32>,
     /// Its name in the kernel.
     name: String,
-    /// Whether it is one of ours, by its name.
+    /// Whether it is ours, by its name.
     ours: bool,
 }
 
 impl Attached {
-    /// The programs of others that run before one of ours.
+    /// Programs of others that run before ours.
     #[must_use]
     pub fn before_ours(&self) -> BTreeSet<&str> {
         let last = self.programs.iter().rposition(|program| program.ours).unwrap_or(0);
@@ -48,7 +48,7 @@ impl Attached {
     }
 }
 
-/// What is attached to our hooks of a cgroup.
+/// The programs attached to our hooks of a cgroup.
 pub fn at_cgroup(cgroup: &Path) -> io::Result<Vec<Attached>> {
     let directory = File::open(cgroup)?;
     let at = |(name, attach_type): (&'static str, AttachType)| {
@@ -58,7 +58,7 @@ pub fn at_cgroup(cgroup: &Path) -> io::Result<Vec<Attached>> {
     CGROUP.into_iter().map(at).collect()
 }
 
-/// What is attached to the interfaces of a pod, and to the ends of its devices that are in the calling thread's namespace.
+/// The programs attached to a pod's interfaces, and to the ends of its devices in the calling thread's namespace.
 pub fn on_devices(pod: &NetNs) -> io::Result<Vec<Attached>> {
     let mut attached = pod.run(|| {
         let mut netlink = Netlink::open()?;
@@ -71,13 +71,13 @@ pub fn on_devices(pod: &NetNs) -> io::Result<Vec<Attached>> {
     Ok(attached)
 }
 
-/// The interfaces of a pod that have no end in the calling thread's namespace, where nothing can be attached for them.
+/// The pod's interfaces without an end in the calling thread's namespace, i.e. without a host gate.
 pub fn unguarded(pod: &NetNs) -> io::Result<Vec<String>> {
     Ok(devices::of(pod, &NetNs::current()?, &mut Netlink::open()?)?.unreachable)
 }
 
-/// The programs on interfaces of the calling thread's namespace that may send packets to pods past the host's ends of their devices,
-/// each with its place.
+/// The programs on interfaces of the calling thread's namespace that may send packets to pods past the host ends of their
+/// devices, with their places.
 pub fn shortcuts() -> io::Result<Vec<String>> {
     let shortcut = Shortcut::known()?;
     let mut netlink = Netlink::open()?;
@@ -95,7 +95,7 @@ pub fn shortcuts() -> io::Result<Vec<String>> {
     Ok(found)
 }
 
-/// On interfaces of the calling thread's namespace. The kernel runs tcx programs before filters.
+/// The programs on interfaces of the calling thread's namespace. The kernel runs tcx programs before filters.
 fn on(netlink: &mut Netlink, interfaces: &[Interface]) -> io::Result<Vec<Attached>> {
     let ours: Vec<_> = Placement::ALL.into_iter().flat_map(Hook::of).map(|hook| hook.program()).collect();
     let mut attached = Vec::new();
@@ -120,12 +120,12 @@ fn on(netlink: &mut Netlink, interfaces: &[Interface]) -> io::Result<Vec<Attache
     Ok(attached)
 }
 
-/// Programs by their IDs, but for those that are gone meanwhile.
+/// The programs with these IDs, except those that have been unloaded meanwhile.
 fn named(ids: Vec<u32>, ours: &[&str]) -> io::Result<Vec<Program>> {
     let mut programs = Vec::new();
     for id in ids {
         if let Some(name) = link::program_name(id)? {
-            // The kernel cuts names.
+            // The kernel truncates names.
             let is_cut = |own: &&str| !name.is_empty() && own.get(..15).unwrap_or(own) == name;
             programs.push(Program { id: Some(id), ours: ours.iter().any(is_cut), name });
         }

@@ -1,4 +1,4 @@
-//! Computes the kernel side's decision on a connection, with the same code and the same maps.
+//! Computes the kernel side's decision on a connection with the same code and maps.
 
 use std::cell::RefCell;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -12,17 +12,17 @@ use super::Linux;
 use super::maps::Maps;
 use redirect_protocol::wire::Step;
 
-/// What is decided, and what was asked on the way to it.
+/// A decision, and the lookups that led to it.
 #[derive(Clone, Debug)]
 pub struct Decision {
-    /// What becomes of the connection.
+    /// The decision.
     pub outbound: Outbound,
-    /// The questions and their answers, in the order in which they were asked.
+    /// The lookups and their results, in order.
     pub steps: Vec<Step>,
 }
 
 impl Linux {
-    /// Decides on a connection of an application. `None`: the kernel side does not know the pod.
+    /// Decides on an application's connection. `None` if the kernel side does not know the pod.
     pub fn decide(
         &self,
         netns_cookie: u64,

@@ -1,5 +1,5 @@
-//! Finds the host's devices that lead to a pod. Each end of a veth pair names the index and the namespace of the
-//! other one, so the names that CNI plugins give them do not matter.
+//! Finds the host's devices that lead to a pod. Each end of a veth pair has the index and namespace of its peer,
+//! so the names that CNI plugins choose do not matter.
 
 use std::io;
 
@@ -7,17 +7,18 @@ use crate::facts::{Devices, LOOPBACK_INDEX};
 use redirect_linux::netlink::{Device, Netlink};
 use redirect_linux::netns::NetNs;
 
-/// How a pod's interface is linked.
+/// The other end of a pod's interface.
 enum Linked {
-    /// To the end of a veth pair with this index, in the host's namespace.
+    /// The end of a veth pair with this index, in the host's namespace.
     Host(u32),
-    /// To nothing outside the pod.
+    /// Nothing outside the pod.
     Inside,
-    /// To something outside the pod that is not ours to capture at.
+    /// Something outside the pod where this project can't capture.
     Elsewhere,
 }
 
-/// The devices of a pod. `netlink` is a socket in the host's namespace, where the calling thread is.
+/// The devices of a pod. `netlink` is a socket in the host's namespace, and the calling thread is there as
+/// well.
 pub(super) fn of(pod: &NetNs, host: &NetNs, netlink: &mut Netlink) -> io::Result<Devices> {
     let (devices, host_id) = pod.run(|| {
         let mut pod = Netlink::open()?;
@@ -26,8 +27,8 @@ pub(super) fn of(pod: &NetNs, host: &NetNs, netlink: &mut Netlink) -> io::Result
     lead_to(&devices, host_id, &[], netlink)
 }
 
-/// Where the devices of a pod lead. `host_id` is the ID of the host's namespace in the pod's, `known` are the indices of the host's
-/// ends that were the pod's so far; `netlink` is a socket in the host's namespace.
+/// The devices that lead out of a pod. `host_id` is the ID of the host's namespace in the pod's, `known` are the indices of the
+/// host ends that the pod has had so far; `netlink` is a socket in the host's namespace.
 pub(super) fn lead_to(
     devices: &[Device],
     host_id: i32,
@@ -54,7 +55,7 @@ pub(super) fn lead_to(
 fn linked(device: &Device, host_id: i32) -> Linked {
     match (device.kind.as_deref(), device.peer, device.namespace) {
         (Some("veth"), Some(index), Some(id)) if id == host_id => Linked::Host(index),
-        // A device of hardware, moved into the pod.
+        // A hardware device that was moved into the pod.
         (None, ..) | (_, _, Some(_)) => Linked::Elsewhere,
         (Some(_), _, None) => Linked::Inside,
     }

@@ -1,15 +1,16 @@
-//! Which pods have an address: those that were said to have it (by the CNI plugin, by Kubernetes), and those on whose interfaces it is.
+//! The holders of each address: the pods for which it was named (by the CNI plugin or by Kubernetes), and those whose interfaces
+//! have it.
 //!
-//! Who may change a pod's interfaces can put any address there. So such an address counts as the pod's only if nobody else was said to
-//! have it, and if it is on no other pod's interfaces: networks that know nothing of each other may use the same addresses.
+//! A process that may configure a pod's interfaces can put any address there. So such an address counts as the pod's only if it
+//! is named for no other pod and is on no other pod's interfaces: independent networks may use the same addresses.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 
 use redirect_protocol::pod::PodAddresses;
 
-/// How many addresses of a pod are learned: the maps are all pods', and a pod's interfaces may have any number. The others are captured
-/// as well, but count for nobody.
+/// How many addresses are learned from a pod's interfaces: all pods share the maps, and an interface can have any number of
+/// addresses. Connections of the others are captured as well, but count for no pod.
 const MOST: usize = 64;
 
 /// The holders of addresses, by the cookies of their namespaces.
@@ -22,21 +23,21 @@ pub(super) struct Holders {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Holder {
     cookie: u64,
-    /// Whether it was said to have it.
+    /// Whether it was named for the pod.
     named: bool,
 }
 
-/// What follows from what is on a pod's interfaces.
+/// The result of comparing a pod's interfaces with the other pods.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Learned {
     /// The pod's addresses that were not named.
     pub(super) own: PodAddresses,
-    /// Addresses that are on several pods' interfaces and were named for none.
+    /// Addresses that are on several pods' interfaces and named for none.
     pub(super) contested: Vec<IpAddr>,
 }
 
 impl Holders {
-    /// Notes what a pod was said to have, and what is on its interfaces.
+    /// Records the addresses named for a pod, and those on its interfaces.
     pub(super) fn note(&mut self, cookie: u64, named: &PodAddresses, found: &[IpAddr]) -> Learned {
         self.forget(cookie);
         let mut learned = Learned::default();
@@ -58,7 +59,7 @@ impl Holders {
         learned
     }
 
-    /// The pod is gone.
+    /// Removes the pod.
     pub(super) fn forget(&mut self, cookie: u64) {
         for address in self.by_pod.remove(&cookie).into_iter().flatten() {
             if let Some(holders) = self.by_address.get_mut(&address) {
@@ -102,7 +103,7 @@ mod tests {
             for _ in 0..2 {
                 assert_eq!(note(&mut holders, 1, &[named], &[named, found]), own);
             }
-            // Another network has the same addresses, until its pod is gone or loses it.
+            // Another network has the same address, until its pod ends or loses it.
             assert_eq!(note(&mut holders, 2, &[], &[found]), (Vec::new(), list(&[found])));
             assert_eq!(note(&mut holders, 1, &[named], &[found]), (Vec::new(), list(&[found])));
             assert_eq!(note(&mut holders, 2, &[], &[]), Default::default());

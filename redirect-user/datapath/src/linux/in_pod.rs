@@ -33,7 +33,7 @@ pub(super) const CGROUP: [OnCgroup; 10] = [
     ("getpeername_ipv6", AttachType::BPF_CGROUP_INET6_GETPEERNAME),
 ];
 
-/// Those of them that capture connections.
+/// The subset that captures connections.
 const OUTBOUND: [OnCgroup; 2] = [
     ("outbound_ipv4", AttachType::BPF_CGROUP_INET4_CONNECT),
     ("outbound_ipv6", AttachType::BPF_CGROUP_INET6_CONNECT),
@@ -56,7 +56,7 @@ impl Placed for InPod {
         true
     }
 
-    /// What there is is in the pods.
+    /// No preparation on the host is needed.
     fn prepare(&self, _: OnHost<'_>, _: u32, _: &EarlyDemuxNote, _: &[Target]) -> anyhow::Result<()> {
         Ok(())
     }
@@ -145,7 +145,7 @@ impl Placed for InPod {
         Ok(self.vital().into_iter().any(|program| links.join(program).exists()))
     }
 
-    /// On the host its connections are those of its pods.
+    /// On the host, its connections are those of its pods.
     fn inherits(&self, _: ProxyPart) -> ProxyPart {
         ProxyPart::IN_PODS
     }
@@ -159,7 +159,7 @@ impl Placed for InPod {
     }
 }
 
-/// The sysctls of the pod that are on, and what the maps have of it.
+/// The pod's sysctls that are on, and its map entries.
 fn sysctls_and_entries(linux: &mut Linux, target: &Target) -> io::Result<BTreeSet<Fact>> {
     let on = linux.enter(target)?.sysctls.that_are_on()?;
     let mut facts: BTreeSet<Fact> = on.into_iter().map(Fact::Sysctl).collect();

@@ -1,5 +1,5 @@
 //! The ingress device, placement `node`: packets of pods reach the proxy through this device of the host, and rules and routes
-//! deliver locally whatever arrives there.
+//! deliver its packets locally.
 //!
 //! It is one end of a veth pair. Nothing is ever sent through the pair: the programs redirect packets to this end as if they had
 //! arrived through it.
@@ -17,30 +17,30 @@ use super::{notrack, sysctl};
 use crate::facts::Interface;
 use redirect_linux::netlink::Netlink;
 
-/// What the ingress device needs: that packets with any source are taken there, whatever the reverse path filter of the host;
-/// and that nothing else happens on it. The filter has to be loose for what the host itself sends to pods: the way to its own
-/// addresses is never this device. The kernel takes the larger of this value and the host's.
+/// The ingress device must accept packets with any source, whatever the host's reverse path filter, and must have no other
+/// traffic. The filter has to be loose for packets that the host itself sends to pods: the route to the host's own addresses
+/// is never through this device. The kernel uses the larger of this value and the host's.
 const IPV4: [(&str, &str); 3] = [("accept_local", "1"), ("src_valid_mark", "1"), ("rp_filter", "2")];
 const IPV6: [(&str, &str); 3] = [("disable_ipv6", "0"), ("addr_gen_mode", "1"), ("accept_ra", "0")];
 const IPV6_OF_PEER: [(&str, &str); 1] = [("disable_ipv6", "1")];
 
-/// On a device without any address the filter lets nothing pass. This one is the host's own in any case.
+/// The filter drops everything on a device without an address. This one is a host address anyway.
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(127, 15, 0, 1);
 
-/// Off, because the kernel else finds the proxy's socket before it finds the route, and drops what has a socket and is to
-/// be forwarded: the answers to the proxy, which come to the pods' addresses. It holds for both families.
+/// Must be off: otherwise the kernel finds the proxy's socket before the route, and drops forwarded packets that have a
+/// socket, such as answers to the proxy, which are addressed to pods. It covers both families.
 const EARLY_DEMUX: &str = "/proc/sys/net/ipv4/tcp_early_demux";
 
-/// The alias of the ingress device that says that the sysctl was on before. A file says so as well ([`EarlyDemuxNote`]): either may
-/// be removed by somebody else.
+/// The alias of the ingress device that records that the sysctl was on before. A file records the same ([`EarlyDemuxNote`]),
+/// because either can get lost.
 const WAS_ON: &str = "ambient-redirect: net.ipv4.tcp_early_demux was 1";
 
-/// A file that is there if placement `node` has turned the sysctl off.
+/// A file that exists if placement `node` has turned the sysctl off.
 #[derive(Clone, Debug)]
 pub struct EarlyDemuxNote(PathBuf);
 
 impl EarlyDemuxNote {
-    /// At this path.
+    /// The note at this path.
     #[must_use]
     pub fn at(path: PathBuf) -> Self {
         Self(path)
@@ -52,7 +52,7 @@ impl EarlyDemuxNote {
         self.0.exists()
     }
 
-    /// The sysctl is as it was before.
+    /// Removes the note, once the sysctl is restored.
     pub(super) fn remove(&self) -> io::Result<()> {
         match fs::remove_file(&self.0) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -60,7 +60,7 @@ impl EarlyDemuxNote {
         }
     }
 
-    /// Notes that it was.
+    /// Records that the sysctl was on.
     pub fn write(&self) {
         if let Err(error) = fs::write(&self.0, "true") {
             tracing::warn!(path = %self.0.display(), %error, "cannot save sysctl state: is its file system \
@@ -69,20 +69,20 @@ impl EarlyDemuxNote {
     }
 }
 
-/// The ingress_device as it is, and whether anything of it was missing.
+/// The ingress device, and whether any part of it was missing.
 pub(super) struct IngressDevice {
     pub(super) interface: Interface,
     pub(super) repaired: bool,
 }
 
-/// Brings the ingress device about, in the host's namespace.
+/// Creates or repairs the ingress device, in the host's namespace.
 pub(super) fn ensure(
     netlink: &mut Netlink,
     priority: u32,
     note: &EarlyDemuxNote,
 ) -> anyhow::Result<IngressDevice> {
     let families = families()?;
-    // Before anything is made: a rule of somebody else's in our place is an error of the configuration.
+    // Checked before anything is created: another rule at our priority is a configuration error.
     for &family in families {
         if let Some(other) = netlink.other_rule(family, priority)? {
             bail!(
@@ -114,7 +114,7 @@ pub(super) fn ensure(
     if families.contains(&Family::Ipv6) {
         repaired |= set(6, INGRESS_DEVICE, &IPV6)? | set(6, INGRESS_DEVICE_PEER, &IPV6_OF_PEER)?;
     }
-    // Both, for the sake of hosts that leave devices without a carrier out of routing.
+    // Both ends, because some hosts ignore routes through devices without a carrier.
     for end in [&ours, &peer] {
         netlink.set_up(end.index).with_context(context)?;
     }
@@ -132,8 +132,8 @@ pub(super) fn ensure(
     Ok(IngressDevice { interface: ours, repaired })
 }
 
-/// Removes it from the calling thread's namespace, with the routes through it. Returns how many rules went, and whether
-/// the device was there, and the rule that keeps connection tracking off it.
+/// Removes it from the calling thread's namespace, with the routes through it. Returns the number of removed rules,
+/// whether the device existed, and whether the notrack rule existed.
 pub(super) fn remove(netlink: &mut Netlink, note: &EarlyDemuxNote) -> io::Result<(usize, bool, bool)> {
     let mut rules = 0;
     for &family in families()? {
@@ -149,7 +149,7 @@ pub(super) fn remove(netlink: &mut Netlink, note: &EarlyDemuxNote) -> io::Result
     Ok((rules, found.is_some(), notrack::remove()?))
 }
 
-/// Whether the ingress device says that the sysctl was on.
+/// Whether the ingress device's alias records that the sysctl was on.
 fn is_noted(netlink: &mut Netlink, ingress_device: Option<&Interface>) -> io::Result<bool> {
     let alias = ingress_device.map(|found| netlink.alias(found.index)).transpose()?.flatten();
     Ok(alias.as_deref() == Some(WAS_ON))
@@ -159,7 +159,7 @@ fn turn_early_demux_off(netlink: &mut Netlink, note: &EarlyDemuxNote) -> anyhow:
     if fs::read_to_string(EARLY_DEMUX).with_context(|| EARLY_DEMUX)?.trim() == "0" {
         return Ok(false);
     }
-    // First the notes, lest it is never known again.
+    // The notes come first, or the original value could get lost.
     netlink.set_alias(INGRESS_DEVICE, WAS_ON)?;
     note.write();
     fs::write(EARLY_DEMUX, "0")
@@ -171,7 +171,7 @@ fn families() -> io::Result<&'static [Family]> {
     Ok(if sysctl::has_ipv6()? { &Family::ALL } else { &[Family::Ipv4] })
 }
 
-/// Returns whether anything had to be changed.
+/// Returns whether it changed anything.
 fn set(version: u8, interface: &str, sysctls: &[(&str, &str)]) -> anyhow::Result<bool> {
     let mut changed = false;
     for (name, wanted) in sysctls {

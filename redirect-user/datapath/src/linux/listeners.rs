@@ -14,7 +14,7 @@ pub enum NotedBy {
 }
 
 impl NotedBy {
-    /// As the kernel allows it.
+    /// Chooses by what the kernel allows.
     pub fn probe() -> anyhow::Result<Self> {
         let may =
             probe::tc_may_keep_sockets().context("cannot find out which programs may store listeners")?;
@@ -22,5 +22,5 @@ impl NotedBy {
     }
 }
 
-/// The program of the root cgroup.
+/// The program on the root cgroup.
 pub(super) const LISTENING: &str = "listening";

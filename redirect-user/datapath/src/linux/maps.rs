@@ -1,4 +1,4 @@
-//! The maps.
+//! The maps of the kernel side.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::hash::Hash;
@@ -27,7 +27,7 @@ use redirect_protocol::placement::Placement;
 use redirect_protocol::pod::{Exclusion, PodAddresses};
 use redirect_protocol::wire::{CounterReport, MapReport, PodCounter};
 
-/// How much the maps can hold.
+/// The capacities of the maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capacities {
     /// Enrolled pods.
@@ -38,10 +38,10 @@ pub struct Capacities {
     pub exclusions: u32,
 }
 
-/// The flags that say where a pod's new connections are captured.
+/// The flags that select where a pod's new connections are captured.
 const PLACES: u32 = PodFlags::ON_HOST.0 | PodFlags::IN_POD.0;
 
-/// How much was told in the kernel side's log.
+/// The state of the kernel side's log.
 pub(super) const DIAGNOSTICS: &str = "DIAGNOSTICS";
 
 pub(super) struct Maps {
@@ -53,7 +53,7 @@ pub(super) struct Maps {
     proxy_cgroups: Table<u64, ProxyCgroup>,
     config: Array<MapData, Config>,
     counters: PerCpuArray<MapData, u64>,
-    /// Until somebody takes it.
+    /// Until its reader takes it.
     flows: Option<RingBuf<MapData>>,
     flow_limits: Array<MapData, FlowLimits>,
     flow_state: PerCpuArray<MapData, FlowState>,
@@ -70,11 +70,11 @@ pub(super) struct Maps {
     exclusions: HashMap<u64, BTreeSet<Exclusion>>,
     /// The addresses in the maps, by namespace cookie.
     addresses: HashMap<u64, HashSet<IpAddr>>,
-    /// Who has which address.
+    /// The holders of each address.
     holders: Holders,
     /// The cgroups of this placement's proxies.
     proxies: BTreeMap<u64, ProxyPart>,
-    /// How the other placement's proxies are recognized, while it has a part in any pod.
+    /// How to recognize the other placement's proxies, while it has a part in any pod.
     inherited: Inherited,
 }
 
@@ -84,12 +84,12 @@ struct Inherited {
     proxies: BTreeMap<u64, ProxyPart>,
 }
 
-/// A hash map that knows its name, its fill and its capacity.
+/// A hash map with its name, fill and capacity.
 struct Table<K: aya::Pod, V: aya::Pod> {
     name: &'static str,
     map: BpfHashMap<MapData, K, V>,
     capacity: u32,
-    /// What makes room.
+    /// How to make room.
     remedy: &'static str,
 }
 
@@ -103,7 +103,8 @@ impl<K: aya::Pod + Eq + Hash, V: aya::Pod + PartialEq> Table<K, V> {
         Ok(Self { name, map: BpfHashMap::try_from(take(programs, name)?)?, capacity, remedy })
     }
 
-    /// `None`: there is no such entry. One that can't be read is an error, lest it be taken for absent.
+    /// `None`: there is no such entry. One that can't be read is an error, because it must not be taken for
+    /// absent.
     fn get(&self, key: &K) -> io::Result<Option<V>> {
         there(self.map.get(key, 0)).map_err(|error| self.unreadable(&error))
     }
@@ -114,7 +115,7 @@ impl<K: aya::Pod + Eq + Hash, V: aya::Pod + PartialEq> Table<K, V> {
     }
 
     fn entries(&self) -> io::Result<Vec<(K, V)>> {
-        // What is removed meanwhile is not there.
+        // Entries that are removed meanwhile are skipped.
         let entries = self.map.iter().filter_map(|entry| there(entry).transpose());
         entries.collect::<Result<Vec<_>, MapError>>().map_err(|error| self.unreadable(&error))
     }
@@ -133,7 +134,7 @@ impl<K: aya::Pod + Eq + Hash, V: aya::Pod + PartialEq> Table<K, V> {
         }
     }
 
-    /// Removing what is not there is no error.
+    /// Removing a missing entry is no error.
     fn remove(&mut self, key: &K) -> anyhow::Result<()> {
         match self.map.remove(key) {
             Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
@@ -172,7 +173,7 @@ fn take(programs: &mut Ebpf, name: &str) -> anyhow::Result<Map> {
 }
 
 impl Maps {
-    /// Applies what holds for the whole node. Programs of an agent before this one may be at work on these very maps.
+    /// Applies the node-wide settings. Programs of a previous agent may be using these very maps.
     pub(super) fn configure(&mut self, settings: &Settings) -> anyhow::Result<()> {
         self.host_cookie = settings.host_cookie;
         self.flow_limits.set(0, settings.flows, 0).context("map FLOW_LIMITS")?;
@@ -199,8 +200,8 @@ impl Maps {
         self.set_proxy_cgroups(&settings.proxy_cgroups)
     }
 
-    /// Keeps what an agent of the other placement has said of its proxies and of the ingress device. Takes effect with
-    /// [`Self::configure`].
+    /// Takes over the settings that an agent of the other placement made for its proxies and the ingress device. Takes
+    /// effect with [`Self::configure`].
     pub(super) fn inherit(&mut self, part: impl Fn(ProxyPart) -> ProxyPart) -> anyhow::Result<()> {
         let Config { flags, ingress_device, .. } = self.config.get(&0, 0).context("map CONFIG")?;
         self.ingress_device = ingress_device as u32;
@@ -213,7 +214,7 @@ impl Maps {
         Ok(())
     }
 
-    /// No longer: nothing of the other placement is left.
+    /// Drops them, once nothing of the other placement is left.
     pub(super) fn disinherit(&mut self) -> anyhow::Result<()> {
         let Inherited { flags, .. } = std::mem::take(&mut self.inherited);
         self.set_flags(ConfigFlags(self.flags.0 & !flags.0))?;
@@ -221,7 +222,7 @@ impl Maps {
         self.set_proxy_cgroups(&proxies)
     }
 
-    /// Where the pod's new connections are captured, as far as an agent has said so.
+    /// Where the pod's new connections are captured, if an agent has recorded it.
     pub(super) fn captured(&self, cookie: u64) -> io::Result<PodFlags> {
         Ok(self.pods.get(&cookie)?.map_or(PodFlags::default(), |pod| PodFlags(pod.flags & PLACES)))
     }
@@ -231,7 +232,7 @@ impl Maps {
         Ok(self.pods.keys()?.into_iter().collect())
     }
 
-    /// Notes what the maps hold.
+    /// Indexes the contents of the maps.
     fn index(&mut self) -> anyhow::Result<()> {
         for (address, owner) in self.ipv4.entries()? {
             let address = Ipv4Addr::from(address).into();
@@ -270,14 +271,14 @@ impl Maps {
         Ok(())
     }
 
-    /// The cookies of all namespaces that anything in the maps is about.
+    /// The cookies of all namespaces with entries in the maps.
     pub(super) fn cookies(&self) -> io::Result<BTreeSet<u64>> {
         let pods = self.pods.keys()?.into_iter().chain(self.pod_counters.keys()?);
         let others = self.addresses.keys().chain(self.exclusions.keys()).copied();
         Ok(pods.chain(others).filter(|cookie| *cookie != 0).collect())
     }
 
-    /// Removes everything about a namespace.
+    /// Removes all entries of a namespace.
     pub(super) fn forget(&mut self, cookie: u64) -> anyhow::Result<()> {
         self.pods.remove(&cookie)?;
         self.remove_counters(cookie)?;
@@ -288,7 +289,7 @@ impl Maps {
         exclusions.into_iter().try_for_each(|exclusion| self.remove_exclusion(cookie, exclusion))
     }
 
-    /// Enters a pod: maps of another layout than before are empty.
+    /// Enters a pod, because maps of a new layout start empty.
     pub(super) fn fill(&mut self, target: &Target) -> anyhow::Result<()> {
         let cookie = target.netns_cookie;
         target.exclusions.iter().try_for_each(|exclusion| self.insert_exclusion(cookie, *exclusion))?;
@@ -364,7 +365,7 @@ impl Maps {
         self.interfaces.insert(index, PodAddress { netns_cookie: cookie })
     }
 
-    /// Leaves the device alone if it is another pod's by now.
+    /// Does nothing if the device belongs to another pod by now.
     pub(super) fn remove_device(&mut self, cookie: u64, index: u32) -> anyhow::Result<()> {
         let owner = self.interfaces.get(&index)?.map(|owner| owner.netns_cookie);
         if owner == Some(cookie) { self.interfaces.remove(&index) } else { Ok(()) }
@@ -384,7 +385,7 @@ impl Maps {
         self.set_flags(self.flags)
     }
 
-    /// What is counted already stays.
+    /// Existing counts stay.
     pub(super) fn ensure_counters(&mut self, cookie: u64) -> anyhow::Result<()> {
         match self.pod_counters.get(&cookie)? {
             Some(_) => Ok(()),
@@ -401,12 +402,12 @@ impl Maps {
         self.pods.insert(cookie, pod)
     }
 
-    /// Leaves the pod alone if its switches are others by now.
+    /// The pod's entry.
     pub(super) fn pod(&self, cookie: u64) -> io::Result<Option<Pod>> {
         self.pods.get(&cookie)
     }
 
-    /// Whether an exclusion holds, as the kernel side looks for it.
+    /// Whether an exclusion covers the connection; looked up in the same way as by the kernel side.
     pub(super) fn is_excluded(
         &self,
         cookie: u64,
@@ -487,7 +488,7 @@ impl Maps {
                 self.excluded_ipv6.remove(&ipv6_key(cookie, direction, network))?;
             }
         }
-        // Only now: what could not be removed is found again.
+        // Last, so that entries that could not be removed are found again.
         if let Some(known) = self.exclusions.get_mut(&cookie) {
             known.remove(&exclusion);
             if known.is_empty() {
@@ -502,7 +503,7 @@ impl Maps {
         self.flags.contains(ConfigFlags::LINK_LOCAL)
     }
 
-    /// The pod that the address is of.
+    /// The pod that has the address.
     pub(super) fn owner(&self, address: IpAddr) -> io::Result<Option<u64>> {
         let entry = match address {
             IpAddr::V4(v4) => self.ipv4.get(&v4.octets())?,
@@ -511,7 +512,7 @@ impl Maps {
         Ok(entry.map(|entry| entry.netns_cookie))
     }
 
-    /// Takes the address over if it was another pod's: the runtime handed it out anew.
+    /// Takes the address over if another pod had it: the runtime has assigned it anew.
     pub(super) fn insert_address(&mut self, cookie: u64, address: IpAddr) -> anyhow::Result<()> {
         let entry = PodAddress { netns_cookie: cookie };
         match address {
@@ -522,7 +523,7 @@ impl Maps {
         Ok(())
     }
 
-    /// Leaves the address alone if it is another pod's by now.
+    /// Does nothing if the address belongs to another pod by now.
     pub(super) fn remove_address(&mut self, cookie: u64, address: IpAddr) -> anyhow::Result<()> {
         if self.owner(address)? == Some(cookie) {
             match address {
@@ -530,7 +531,7 @@ impl Maps {
                 IpAddr::V6(v6) => self.ipv6.remove(&v6.octets())?,
             }
         }
-        // Only now: what could not be removed is found again.
+        // Last, so that entries that could not be removed are found again.
         if let Some(known) = self.addresses.get_mut(&cookie) {
             known.remove(&address);
             if known.is_empty() {
@@ -540,8 +541,8 @@ impl Maps {
         Ok(())
     }
 
-    /// Which of the addresses on a pod's interfaces are its own, beside those that were named. What is on several pods' interfaces is
-    /// nobody's.
+    /// The addresses on a pod's interfaces that count as its own, besides the named ones. Addresses on several pods' interfaces
+    /// count for none.
     pub(super) fn learn(&mut self, target: &Target, found: &[IpAddr]) -> anyhow::Result<PodAddresses> {
         let Learned { own, contested } = self.holders.note(target.netns_cookie, &target.addresses, found);
         for address in contested {
@@ -592,12 +593,12 @@ impl Maps {
         self.set_flags(self.flags.with(ConfigFlags::FLOWS, on))
     }
 
-    /// What all CPUs counted together.
+    /// The flow state, over all CPUs.
     pub(super) fn flows(&self) -> anyhow::Result<FlowState> {
         sum(&self.flow_state)
     }
 
-    /// The same of diagnostics.
+    /// The drop log's state, over all CPUs.
     pub(super) fn diagnostics(&self) -> anyhow::Result<FlowState> {
         sum(&self.diagnostics)
     }
@@ -620,7 +621,7 @@ impl Maps {
         MapReport { name: name.into(), entries, capacity: self.capacities.exclusions }
     }
 
-    /// What the pod's connections were counted as: the counters that are not zero.
+    /// The pod's counters that are not zero.
     pub(super) fn counters_of(&self, cookie: u64) -> anyhow::Result<Vec<PodCounter>> {
         let PodCounters { connections } = match self.pod_counters.map.get(&cookie, 0) {
             Ok(counters) => counters,

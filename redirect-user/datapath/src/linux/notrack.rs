@@ -1,8 +1,8 @@
 //! Placement `node`: exempts packets on the ingress device from the host's connection tracking.
 //!
-//! Where the host translates addresses of Services (kube-proxy does), the address of a pod would take the place of the one
-//! that was dialled before the proxy's socket has the packet: the proxy would not know the Service, and no socket the next
-//! packet. One rule of nftables, in a table of our own, does it: `iifname "redirect0" notrack`. Nobody's rules are touched.
+//! If the host translates Service addresses (as kube-proxy does), it would replace the dialed address by a pod's before the
+//! packet reaches the proxy's socket: the proxy would not see the Service, and the next packet would find no socket. One
+//! nftables rule in a table of our own prevents that: `iifname "redirect0" notrack`. No other rules change.
 
 use std::io;
 use std::path::Path;
@@ -14,14 +14,14 @@ use redirect_linux::netlink::nftables::{APPEND, CREATE, Kind, Nftables, bytes, n
 const TABLE: &str = "ambient-redirect";
 const CHAIN: &str = "ingress_device";
 
-/// There, if the kernel tracks connections.
+/// Exists if the kernel tracks connections.
 const TRACKING: &str = "/proc/sys/net/netfilter/nf_conntrack_max";
 
 /// Before connection tracking (-200).
 const PRIORITY: i32 = -300;
 
-/// Sees to the rule, where connections are tracked. Returns whether it was missing. What cannot be done is told, once:
-/// pods reach everything else all the same.
+/// Ensures the rule if connections are tracked. Returns whether it was missing. A failure is logged once, because
+/// everything but Services still works.
 pub(super) fn ensure() -> bool {
     static TOLD: Once = Once::new();
     if !Path::new(TRACKING).exists() {
@@ -53,7 +53,7 @@ fn is_there() -> io::Result<bool> {
     Nftables::open()?.has_rules(TABLE, CHAIN)
 }
 
-/// The table anew, whatever was left of it, in one transaction.
+/// Recreates the table, whatever its state, in one transaction.
 fn add() -> io::Result<()> {
     let table = text(1, TABLE);
     let hook = [number(1, 0), number(2, PRIORITY.cast_unsigned())].concat();
@@ -68,7 +68,7 @@ fn add() -> io::Result<()> {
     ])
 }
 
-/// `meta iifname`, into the first register; `cmp` it; `notrack`.
+/// `meta iifname` into the first register; `cmp`; `notrack`.
 fn expressions() -> Vec<u8> {
     const REGISTER: u32 = 1;
     const INTERFACE_NAME: u32 = 6;

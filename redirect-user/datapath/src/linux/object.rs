@@ -1,4 +1,4 @@
-//! Loads the eBPF object. Its maps are reused from the pins or created; its programs are always its own.
+//! Loads the eBPF object. Its maps are created, or reused from the pins; its programs are always its own.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,15 +27,15 @@ use crate::faults::Words;
 use redirect_linux::bpf;
 use redirect_linux::link;
 
-/// The kernel side, as the build script found it. Aligned as an ELF file has to be.
+/// The kernel side's object from the build script, aligned as ELF requires.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect.o"));
 
-/// Creates the maps and prepares the programs. None of them is loaded yet.
+/// Creates the maps and prepares the programs, without loading them.
 pub fn load(settings: &Settings) -> anyhow::Result<Ebpf> {
     loader(settings).load(&bytes(settings)?).context(REMEDY)
 }
 
-/// What a map is like.
+/// The layout of a map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Layout {
     /// `enum bpf_map_type`.
@@ -47,7 +47,7 @@ struct Layout {
 }
 
 impl Layout {
-    /// That of a pinned map.
+    /// The layout of a pinned map.
     fn of_pin(pin: &Path) -> io::Result<Self> {
         let bpf_map_info { type_: kind, key_size, value_size, max_entries, map_flags: flags, .. } =
             bpf::info(bpf::obj_get(pin)?.as_fd())?;
@@ -58,7 +58,7 @@ impl Layout {
 const REMEDY: &str =
     "the eBPF maps can't be created: the agent needs root (CAP_BPF, CAP_NET_ADMIN) and a kernel with BTF";
 
-/// As [`load`], with maps that are pinned. Returns their pins as well.
+/// Like [`load`], with pinned maps. Returns their pins as well.
 pub(super) fn load_pinned(settings: &Settings, pins: &Pins) -> anyhow::Result<(Ebpf, Vec<PathBuf>)> {
     let bytes = bytes(settings)?;
     let object = aya_obj::Object::parse(&bytes).context("cannot parse the eBPF object")?;
@@ -81,7 +81,7 @@ pub(super) fn load_pinned(settings: &Settings, pins: &Pins) -> anyhow::Result<(E
             Ok(found) if found == layout => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) if error.kind() != io::ErrorKind::InvalidInput => {
-                // It may be ours.
+                // It may be our pin.
                 return Err(error).with_context(|| format!("cannot read the pin {}", path.display()));
             }
             found => {
@@ -98,12 +98,13 @@ pub(super) fn load_pinned(settings: &Settings, pins: &Pins) -> anyhow::Result<(E
 /// aya-log's ring buffer.
 const LOG: &str = "AYA_LOGS";
 
-/// Not the log, which is one agent's, nor what is only read, which is made anew with each load: settings, texts of the log.
+/// Not the log, which belongs to one agent, nor read-only data, which every load creates anew: settings and the log's
+/// texts.
 fn outlives_the_agent(map: &str, kind: EbpfSectionKind) -> bool {
     ![LOG, DIAGNOSTICS].contains(&map) && kind != EbpfSectionKind::Rodata
 }
 
-/// What the programs tell of what should not occur. Before they are loaded.
+/// The drop log's reader. To be called before the programs are loaded.
 pub(super) fn log(object: &mut Ebpf) -> anyhow::Result<(EbpfLogger<Words>, Arc<AtomicU32>)> {
     let (words, read) = Words::counted();
     Ok((EbpfLogger::init_with_logger(object, words).context("drop log of the eBPF programs")?, read))
@@ -141,9 +142,9 @@ fn loader<'a>(settings: &Settings) -> EbpfLoader<'a> {
     if settings.diagnostics {
         loader.override_global(aya_log::LEVEL, &(Level::Debug as u8), true);
     } else {
-        // The verifier takes everything out that is only done at other levels.
+        // The verifier removes the code for other levels.
         loader.override_global(aya_log::LEVEL, &0u8, true);
-        // A page.
+        // One page.
         loader.map_max_entries(LOG, 1);
     }
     for (name, capacity) in capacities(settings) {
@@ -163,7 +164,7 @@ fn loader<'a>(settings: &Settings) -> EbpfLoader<'a> {
 pub(super) struct Programs(BTreeMap<&'static str, link::Program>);
 
 impl Programs {
-    /// Has the kernel check all that these placements need.
+    /// Loads the programs that these placements need.
     pub(super) fn load(
         object: &mut Ebpf,
         placements: &[&'static dyn Placed],

@@ -1,4 +1,4 @@
-//! Placement `node`: the proxy listens in the host's namespace, and nothing is in the pods.
+//! Placement `node`: the proxy listens in the host's namespace, and the pods stay unchanged.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -20,7 +20,7 @@ use redirect_protocol::placement::Placement;
 pub(super) struct OnNode;
 
 impl Placed for OnNode {
-    /// The ports are the host's.
+    /// The guarded ports are the host's.
     fn cgroup_programs(&self) -> &'static [OnCgroup] {
         &BIND
     }
@@ -53,7 +53,7 @@ impl Placed for OnNode {
         Ok(())
     }
 
-    /// The ingress_device, what is attached to it, and the socket lookups in the host's namespace.
+    /// The ingress device, its programs, and the socket lookups in the host's namespace.
     fn repair(&self, linux: &mut Linux, repaired: &mut Vec<&'static str>) -> anyhow::Result<()> {
         let Linux { tc, links, programs, host_netlink, host_cookie, .. } = linux;
         let ingress_device = ingress_device::ensure(host_netlink, linux.rule_priority, &linux.note)?;

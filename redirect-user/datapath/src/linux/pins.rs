@@ -1,4 +1,4 @@
-//! What outlives the agent: maps and links, pinned in a directory of a bpffs.
+//! State that outlives the agent: maps and links, pinned in a directory of a bpffs.
 //!
 //! ```text
 //!  /sys/fs/bpf/ambient-redirect/
@@ -9,8 +9,9 @@
 //!      links/inbound_ipv4-COOKIE-INDEX … on an interface of a pod, with `--tc tcx`
 //! ```
 //!
-//! A map of another layout (other sizes, another capacity, or another meaning: [`LAYOUT`]) has another name, so that it is
-//! made beside the old one, filled, and used by the new programs from the moment at which they replace the old ones.
+//! The name of a map's pin contains its layout (sizes, capacity, and the meaning of its contents: [`LAYOUT`]). A map of
+//! another layout is created next to the old one and filled, and the new programs use it from the moment they replace the
+//! old ones.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File, TryLockError};
@@ -31,26 +32,26 @@ use redirect_linux::link::{Link, Place, Program, State};
 /// Where maps and links are pinned.
 pub const DEFAULT_DIRECTORY: &str = "/sys/fs/bpf/ambient-redirect";
 
-/// How long an agent waits for the one before it to end.
+/// How long an agent waits for its predecessor to end.
 const PREDECESSOR: Duration = Duration::from_secs(5);
 
-/// Where links are, below that.
+/// The subdirectory of the links.
 pub(super) const LINKS: &str = "links";
 
-/// The directory, held so that no second agent works on it.
+/// The pin directory, locked so that no second agent works on it.
 #[derive(Debug)]
 pub struct Pins {
     directory: PathBuf,
     _lock: File,
 }
 
-/// Why the directory can't be had.
+/// Another agent holds the directory.
 #[derive(Debug, thiserror::Error)]
 #[error("another agent uses {}: stop it first", .0.display())]
 pub struct InUse(pub PathBuf);
 
 impl Pins {
-    /// Makes the directory if need be, and takes it.
+    /// Creates the directory if necessary, and locks it.
     pub fn open(directory: &Path) -> anyhow::Result<Self> {
         let shown = directory.display();
         match bpffs(directory).with_context(|| format!("cannot examine the pin directory {shown}"))? {
@@ -75,7 +76,7 @@ impl Pins {
         Ok(pins)
     }
 
-    /// Takes a directory that is there; `None` if there is none.
+    /// Locks an existing directory; `None` if there is none.
     pub fn open_existing(directory: &Path, force: bool) -> anyhow::Result<Option<Self>> {
         let lock = match Self::lock(directory) {
             Ok(Some(lock)) => lock,
@@ -112,7 +113,7 @@ impl Pins {
         entries.filter_map(|entry| cookie_of_lookup(entry.file_name().to_str()?)).collect()
     }
 
-    /// The devices of the host that lead to pods, by index.
+    /// The indices of the host's devices that lead to pods.
     pub fn devices(&self) -> BTreeSet<u32> {
         let entries = fs::read_dir(self.maps()).into_iter().flatten().flatten();
         let of_devices =
@@ -162,13 +163,13 @@ impl Pins {
         Ok(())
     }
 
-    /// Removes what agents of any version pinned, and returns what there was. What others have in the directory stays, and
-    /// the directory with it.
+    /// Removes the pins of agents of any version, and returns them. If other files are in the directory, they and the
+    /// directory stay.
     pub fn remove(self) -> anyhow::Result<Vec<PathBuf>> {
         remove_ours(&self.directory).with_context(|| format!("pin directory {}", self.directory.display()))
     }
 
-    /// The pin directories of other agents that run, on any bpffs that is mounted here.
+    /// The pin directories of other running agents, on every bpffs that is mounted here.
     pub fn of_others(own: &Path) -> anyhow::Result<Vec<PathBuf>> {
         let own = own.canonicalize().unwrap_or_else(|_| own.into());
         let mounts = fs::read_to_string("/proc/self/mountinfo").context("/proc/self/mountinfo")?;
@@ -176,21 +177,22 @@ impl Pins {
         let directories: BTreeSet<PathBuf> = roots.flat_map(|root| below(&root, DEPTH)).collect();
         let others =
             directories.into_iter().filter(|directory| *directory != own && is_pin_directory(directory));
-        // A directory that has gone meanwhile is nobody's.
+        // A directory that has been removed meanwhile is skipped.
         Ok(others.filter(|directory| matches!(Self::lock(directory), Ok(None))).collect())
     }
 }
 
-/// How deep below its root pin directories are looked for on a bpffs.
+/// How deep to search a bpffs for pin directories.
 const DEPTH: usize = 2;
 
-/// The mount point, if the line of `mountinfo` is of a bpffs: `… mount-point options … - bpf source options`.
+/// The mount point, if the line of `mountinfo` describes a bpffs:
+/// `… mount-point options … - bpf source options`.
 fn bpffs_of_mount(line: &str) -> Option<PathBuf> {
     let (mount, source) = line.split_once(" - ")?;
     source.starts_with("bpf ").then(|| mount.split(' ').nth(4).map(PathBuf::from)).flatten()
 }
 
-/// A directory and those below it, without following links.
+/// A directory and its subdirectories, without following links.
 fn below(directory: &Path, depth: usize) -> Vec<PathBuf> {
     let mut found = vec![directory.to_owned()];
     if depth > 0 {
@@ -207,7 +209,7 @@ fn is_pin_directory(directory: &Path) -> bool {
         && names.iter().any(|entry| is_of_maps(&entry.path()))
 }
 
-/// Links go first: programs keep their maps. Neither what has another name nor what is behind a symbolic link is ours.
+/// Links go first: programs keep their maps. Pins with other names, and anything behind a symbolic link, are not ours.
 fn remove_ours(directory: &Path) -> io::Result<Vec<PathBuf>> {
     let mut removed = Vec::new();
     let mut entries =
@@ -231,7 +233,7 @@ fn remove_ours(directory: &Path) -> io::Result<Vec<PathBuf>> {
 
 fn remove_if_empty(directory: &Path) -> io::Result<()> {
     match fs::remove_dir(directory) {
-        // A mount's root can't be removed, and is nobody's to remove.
+        // The root of a mount can't be removed, and need not be.
         Err(error)
             if matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::ResourceBusy) =>
         {
@@ -256,7 +258,7 @@ pub(super) fn lookup_name(lookup: Lookup, netns_cookie: u64) -> String {
     format!("{}-{netns_cookie}", lookup.program())
 }
 
-/// The namespace of the link of this name, if it is one on a socket lookup.
+/// The namespace of the link with this name, if it is one on a socket lookup.
 pub(super) fn cookie_of_lookup(name: &str) -> Option<u64> {
     let (program, cookie) = name.split_once('-')?;
     let known = Lookup::ALL.map(Lookup::program).contains(&program) || program == Lookup::FORMER;
@@ -277,7 +279,7 @@ pub(super) struct Links {
 }
 
 impl Links {
-    /// Finds those that are there.
+    /// Finds the existing ones.
     pub(super) fn find(pins: &Pins) -> anyhow::Result<Self> {
         let directory = pins.links();
         let mut links = BTreeMap::new();
@@ -288,7 +290,7 @@ impl Links {
                 Ok(link) if !name.ends_with(UNFINISHED) => {
                     links.insert(name.to_owned(), link);
                 }
-                // Something else, or one that was not put in its place.
+                // Not a link, or an unfinished one.
                 _ => fs::remove_file(&path).with_context(|| path.display().to_string())?,
             }
         }
@@ -299,7 +301,7 @@ impl Links {
         self.links.keys().map(String::as_str)
     }
 
-    /// `None`: there is no such link. One that is no longer pinned counts as being elsewhere.
+    /// `None`: there is no such link. One that is no longer pinned counts as elsewhere.
     pub(super) fn state(&self, name: &str, program: &Program, place: Place<'_>) -> io::Result<Option<State>> {
         let Some(link) = self.links.get(name) else { return Ok(None) };
         let state = link.state(program, place)?;
@@ -307,13 +309,13 @@ impl Links {
         Ok(Some(if pinned { state } else { State::Elsewhere }))
     }
 
-    /// Whether what the link was attached to still exists.
+    /// Whether the link's target still exists.
     pub(super) fn is_attached(&self, name: &str) -> bool {
         self.links.get(name).is_some_and(|link| link.is_attached().unwrap_or(false))
     }
 
-    /// Has the program attached to the place by the link of this name: by the one that there is, whose program is replaced
-    /// if it is another, or by a new one.
+    /// Ensures that the link with this name attaches the program to the place: updates the existing link if it has another
+    /// program, or creates one.
     pub(super) fn ensure(&mut self, name: &str, program: &Program, place: Place<'_>) -> io::Result<()> {
         match self.links.get(name) {
             Some(link) => match link.state(program, place)? {
@@ -335,7 +337,7 @@ impl Links {
         }
         link.pin(&unfinished)?;
         if let Err(error) = fs::rename(&unfinished, self.directory.join(name)) {
-            // Its pin would keep the link.
+            // Its pin would keep the link alive.
             fs::remove_file(&unfinished)?;
             return Err(error);
         }
@@ -343,7 +345,7 @@ impl Links {
         Ok(())
     }
 
-    /// Pins a link again whose pin was removed.
+    /// Restores a link's pin that was removed.
     fn pin(&self, name: &str) -> io::Result<()> {
         let pin = self.directory.join(name);
         match self.links.get(name) {
@@ -355,7 +357,7 @@ impl Links {
         }
     }
 
-    /// Detaches the link, if there is one of this name.
+    /// Detaches the link with this name, if it exists.
     pub(super) fn remove(&mut self, name: &str) -> io::Result<()> {
         let Some(link) = self.links.get(name) else { return Ok(()) };
         link.detach()?;
@@ -368,7 +370,7 @@ impl Links {
     }
 }
 
-/// How the pins of links end that are not yet in their place.
+/// The suffix of the pins of links that are not yet in their final place.
 const UNFINISHED: &str = "-new";
 
 #[cfg(test)]
@@ -377,7 +379,7 @@ mod tests {
 
     use super::*;
 
-    /// Files in a directory, by their paths below it.
+    /// The files in a directory, by their relative paths.
     fn files(directory: &Path) -> BTreeSet<PathBuf> {
         let all = below(directory, 5);
         let entries = all.iter().flat_map(|directory| fs::read_dir(directory).unwrap().flatten());

@@ -1,4 +1,4 @@
-//! What differs by where the node proxy listens. Two implementations, one of which is chosen when the agent starts.
+//! The differences between the placements: one implementation each, chosen when the agent starts.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -15,7 +15,7 @@ use redirect_linux::link::AttachType;
 use redirect_linux::netlink::Netlink;
 use redirect_linux::netns::NetNs;
 
-/// What is at hand on the host before any program is attached.
+/// The host's resources that exist before any program is attached.
 pub(super) struct OnHost<'a> {
     pub(super) maps: &'a mut Maps,
     pub(super) netlink: &'a mut Netlink,
@@ -35,7 +35,7 @@ pub(super) trait Placed: Send + Sync {
     /// Whether the programs on the socket lookup are in the pods' namespaces.
     fn looks_up_in_pods(&self) -> bool;
 
-    /// Brings about what the programs rely on from the first packet on. `pods` are captured already.
+    /// Prepares what the programs rely on from the first packet on. `pods` are already captured.
     fn prepare(
         &self,
         on_host: OnHost<'_>,
@@ -44,7 +44,7 @@ pub(super) trait Placed: Send + Sync {
         pods: &[Target],
     ) -> anyhow::Result<()>;
 
-    /// Repairs what is for the whole node, beside the programs on cgroups.
+    /// Repairs the node-wide parts, apart from the programs on cgroups.
     fn repair(&self, linux: &mut Linux, repaired: &mut Vec<&'static str>) -> anyhow::Result<()>;
 
     /// See [`Datapath::observe`](crate::datapath::Datapath::observe).
@@ -56,16 +56,16 @@ pub(super) trait Placed: Send + Sync {
     /// See [`Datapath::tidy`](crate::datapath::Datapath::tidy).
     fn tidy(&self, linux: &mut Linux, target: &Target) -> io::Result<()>;
 
-    /// How the kernel side knows that new connections are captured here.
+    /// The flag by which the kernel side knows that new connections are captured here.
     fn place(&self) -> PodFlags;
 
-    /// Whether an agent of this placement has left anything for the whole node. `links` is the directory of pinned links.
+    /// Whether an agent of this placement left any node-wide part. `links` is the directory of pinned links.
     fn is_there(&self, links: &Path, netlink: &mut Netlink) -> io::Result<bool>;
 
-    /// What a proxy of this placement is to one of the other.
+    /// How the other placement treats a proxy of this one.
     fn inherits(&self, part: ProxyPart) -> ProxyPart;
 
-    /// Removes what is for the whole node, beside the programs on cgroups.
+    /// Removes the node-wide parts, apart from the programs on cgroups.
     fn retire(&self, linux: &mut Linux) -> anyhow::Result<()>;
 
     /// The namespace in which the proxy listens for a pod.

@@ -1,10 +1,10 @@
-//! A list of ports as the kernel writes it: `8080,15001-15006`.
+//! A port list in the kernel's format: `8080,15001-15006`.
 
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
-/// Ranges of ports, in their order.
+/// Sorted ranges of ports.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Ports(Vec<RangeInclusive<u16>>);
 

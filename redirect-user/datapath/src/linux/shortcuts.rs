@@ -1,4 +1,4 @@
-//! The way past the host's end of a pod's device: `bpf_redirect_peer`, by which a TC program hands a packet to the pod's end itself.
+//! Detects `bpf_redirect_peer`: a TC program that uses it hands packets directly to the pod's end of a device, past the host end.
 
 use std::fs::File;
 use std::io::{self, BufReader};
@@ -8,10 +8,10 @@ use redirect_linux::link;
 
 const HELPER: &str = "bpf_redirect_peer";
 
-/// What the kernel writes the addresses of helpers relative to.
+/// The kernel's base of helper addresses.
 const BASE: &str = "__bpf_call_base";
 
-/// How a call of the helper looks in a program that the kernel has loaded.
+/// The immediate value of a call of the helper in a loaded program.
 pub(super) struct Shortcut(i32);
 
 impl Shortcut {
@@ -19,7 +19,7 @@ impl Shortcut {
         call(BufReader::new(File::open("/proc/kallsyms")?)).map(Self)
     }
 
-    /// Whether the program calls it. One that is gone does not.
+    /// Whether the program calls it; `false` if the program is gone.
     pub(super) fn is_taken_by(&self, program: u32) -> io::Result<bool> {
         /// `BPF_JMP | BPF_CALL`.
         const CALL: u8 = 0x85;
@@ -30,7 +30,7 @@ impl Shortcut {
     }
 }
 
-/// How a call of the helper looks, by the kernel's table of symbols.
+/// Computes that value from the kernel's symbol table.
 fn call(symbols: impl io::BufRead) -> io::Result<i32> {
     let (mut base, mut helper) = (None, None);
     for line in symbols.lines() {

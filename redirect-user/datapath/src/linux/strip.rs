@@ -1,4 +1,4 @@
-//! Removes everything that this project created from a network namespace, without checkpoints.
+//! Removes everything that this project created in a network namespace, without checkpoints.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -38,8 +38,8 @@ pub struct HostReport {
     pub notrack: bool,
 }
 
-/// Takes everything of ours out of the calling thread's namespace, which is the host's; of the filters on devices only those on
-/// `known` ones, if that is given.
+/// Removes all of our state from the calling thread's namespace, which is the host's. If `known` is given, only filters on
+/// these devices.
 pub fn strip_host(note: &EarlyDemuxNote, known: Option<&BTreeSet<u32>>) -> io::Result<HostReport> {
     let mut netlink = Netlink::open()?;
     let mut report = HostReport::default();
@@ -65,8 +65,8 @@ pub fn devices_of(pod: &NetNs) -> io::Result<BTreeSet<u32>> {
     Ok(ends.into_iter().map(|end| end.index).collect())
 }
 
-/// Strips a namespace. `foreign` are the sysctls that were on before us, if that is known: then the namespace is a pod's.
-/// In others something of ours has to be found before sysctls and empty queueing disciplines count as ours.
+/// Strips a namespace. `foreign` are the sysctls that were on before the enrollment, if known: the namespace is then a
+/// pod's. In other namespaces, sysctls and empty qdiscs count as ours only if other state of ours was found.
 pub fn strip(netns: &NetNs, foreign: Option<&BTreeSet<Sysctl>>) -> io::Result<Stripped> {
     netns.run(|| strip_here(foreign))?
 }
@@ -75,7 +75,7 @@ fn strip_here(foreign: Option<&BTreeSet<Sysctl>>) -> io::Result<Stripped> {
     let (mut netlink, sysctls) = (Netlink::open()?, Sysctls::open()?);
     let mut stripped = Stripped::default();
     let (interfaces, _) = netlink.interfaces()?;
-    // What guards against bypasses goes first, lest it drops what is no longer marked.
+    // Guards go first, or they would drop packets that are no longer marked.
     for side in [Side::Egress, Side::Ingress] {
         for interface in &interfaces {
             let filters = netlink.filters(interface.index)?;

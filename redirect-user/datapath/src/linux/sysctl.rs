@@ -14,8 +14,7 @@ use redirect_ebpf::constants::PROXY_PORTS;
 use super::ports::Ports;
 use crate::facts::Sysctl;
 
-/// The directory of a namespace. The kernel looks for it among those of all namespaces, one after the other, so that it is
-/// looked for once.
+/// The sysctl directory of a namespace, opened once: the kernel searches those of all namespaces one after the other.
 #[derive(Debug)]
 pub(super) struct Sysctls(OwnedFd);
 
@@ -30,7 +29,7 @@ impl Sysctls {
         Ok(openat(&self.0, path, access | OFlag::O_CLOEXEC, Mode::empty())?.into())
     }
 
-    /// The first digit of what it says.
+    /// The first digit of its value.
     fn read(&self, path: &str) -> io::Result<u8> {
         let mut value = [0];
         self.file(path, OFlag::O_RDONLY)?.read_exact(&mut value)?;
@@ -41,7 +40,7 @@ impl Sysctls {
         self.file(&path(sysctl), OFlag::O_WRONLY)?.write_all(value)
     }
 
-    /// Those that are on. A sysctl that the kernel does not have (IPv6 is off) is not on.
+    /// The sysctls that are on. One that the kernel lacks (IPv6 disabled) is not on.
     pub(super) fn that_are_on(&self) -> io::Result<BTreeSet<Sysctl>> {
         let mut on = BTreeSet::new();
         let reserved = self.reserved_ports()?;
@@ -61,7 +60,7 @@ impl Sysctls {
         Ok(on)
     }
 
-    /// The kernel answers the first read of a list, with as much of it as there is room for.
+    /// The kernel returns a list in the first read only, up to the buffer's size.
     fn reserved_ports(&self) -> io::Result<Ports> {
         let mut text = vec![0; 4096];
         loop {
@@ -74,7 +73,7 @@ impl Sysctls {
         }
     }
 
-    /// Changes the list of reserved ports. Others' entries stay.
+    /// Changes the list of reserved ports. Foreign entries stay.
     fn change_reserved_ports(&self, change: impl Fn(&mut Ports, u16)) -> io::Result<()> {
         let mut ports = self.reserved_ports()?;
         PROXY_PORTS.iter().for_each(|port| change(&mut ports, *port));
@@ -96,8 +95,8 @@ impl Sysctls {
         }
     }
 
-    /// Whether IPv6 can go through an interface: the kernel has it, the interface can carry it (it needs an MTU of 1280
-    /// bytes), and it is not turned off there.
+    /// Whether IPv6 can use an interface: the kernel supports it, the interface can carry it (it needs an MTU of 1280
+    /// bytes), and it is not disabled there.
     pub(super) fn ipv6_enabled(&self, interface: &str) -> io::Result<bool> {
         match self.read(&format!("ipv6/conf/{interface}/disable_ipv6")) {
             Ok(value) => Ok(value == b'0'),
@@ -112,7 +111,7 @@ pub(super) fn has_ipv6() -> io::Result<bool> {
     Sysctls::open()?.ipv6_enabled("lo")
 }
 
-/// Below the directory.
+/// The path relative to the directory.
 fn path(sysctl: Sysctl) -> String {
     sysctl.name().trim_start_matches("net.").replace('.', "/")
 }

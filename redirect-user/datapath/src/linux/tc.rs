@@ -1,17 +1,17 @@
 //! TC programs on the interfaces of pods, as clsact filters or as tcx links.
 //!
-//! A tcx link (Linux 6.6) is the more robust attachment: only its holder can remove it. But the kernel waits for an RCU grace
-//! period under the rtnl lock whenever one is created or removed: 8 to 16 ms each, during which nothing on the node can create or
-//! change a device. A pod needs six. A clsact filter takes about 50 µs, and is what the agent uses for new pods by default
+//! A tcx link (Linux 6.6) is the more robust attachment: only its holder can remove it. But whenever one is created or removed,
+//! the kernel waits for an RCU grace period under the rtnl lock: 8 to 16 ms each, during which nothing on the node can create or
+//! change a device. A pod needs six. A clsact filter takes about 50 µs, so the agent uses filters for new pods by default
 //! (`--tc tcx` overrides that). But an interface that gains or loses its clsact qdisc drops what is sent meanwhile (`qdisc_graft`
-//! deactivates the device): a connection of a running pod that loses its SYN this way stalls for a second. So adopted pods get tcx
-//! links, where the kernel has them.
+//! deactivates the device): a running pod's connection that loses its SYN stalls for a second. So adopted pods get tcx links, if
+//! the kernel supports them.
 //!
-//! Each program has its own place on an interface: a side, a priority and a handle. So it is found again by whoever
-//! comes later, and the program of another build is replaced in one step.
+//! Each program has its own place on an interface: a side, a priority and a handle. So later agents find it again
+//! and can replace a program of another build atomically.
 //!
-//! The kernel takes 4 KiB for each side of an interface that has filters: `lo`, where nothing is attached to egress, gets a
-//! queueing discipline with one side.
+//! The kernel takes 4 KiB for each side of an interface that has filters. So `lo`, which has no egress program, gets a
+//! qdisc with one side.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
@@ -31,7 +31,7 @@ pub(super) struct Tc {
     hooks: &'static [Hook],
     /// Whether the kernel has tcx links.
     has_tcx: bool,
-    /// What was attached when it was last looked at, and how, by namespace cookie.
+    /// What was attached at the last observation, and how, by namespace cookie.
     attached: HashMap<u64, BTreeMap<(u32, Hook), TcMethod>>,
 }
 
@@ -45,7 +45,7 @@ pub enum TcMethod {
     Tcx,
 }
 
-/// Our filters' priority. Filters of one priority have to be of one protocol; ours look at the family themselves.
+/// The priority of our filters. Filters of one priority must have one protocol; ours check the family themselves.
 const PRIORITY: u16 = 1;
 
 impl Hook {
@@ -61,7 +61,7 @@ impl Hook {
         }
     }
 
-    /// Where its filter is, without the program.
+    /// The place of its filter, without the program.
     fn filter(self) -> Filter {
         let (kind, family) = match self {
             Self::Loopback(family) => (0, family),
@@ -78,7 +78,7 @@ impl Hook {
     }
 }
 
-/// Where a tcx link for a side of an interface is.
+/// The place of a tcx link for a side of an interface.
 fn place(side: Side, interface: u32) -> Place<'static> {
     let attach_type = match side {
         Side::Ingress => AttachType::BPF_TCX_INGRESS,
@@ -96,19 +96,19 @@ fn link_name(hook: Hook, netns_cookie: u64, interface: u32) -> String {
 pub(super) struct Spot<'a> {
     pub(super) netns_cookie: u64,
     pub(super) interface: &'a Interface,
-    /// Whether packets of the pod's applications may be on their way.
+    /// Whether the pod's applications may be sending.
     pub(super) carries_traffic: bool,
 }
 
-/// Where to look for what is attached.
+/// Where to observe attachments.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Where<'a> {
     pub(super) interfaces: &'a [Interface],
-    /// Whether they are in the host's namespace.
+    /// Whether it is in the host's namespace.
     pub(super) on_host: bool,
 }
 
-/// The TC programs that are attached: those of this build, and those of another build or attached by the other method.
+/// The attached TC programs: those of this build, and those of another build or attached by the other method.
 #[derive(Debug, Default)]
 pub(super) struct Attached {
     pub(super) current: BTreeSet<Fact>,
@@ -135,7 +135,7 @@ impl Tc {
         self.attached.values().flat_map(BTreeMap::keys).filter(|(_, attached)| *attached == hook).count()
     }
 
-    /// Whether a program was attached as a filter when its place was last looked at.
+    /// Whether the last observation found the program attached as a filter.
     pub(super) fn has_filter(&self, netns_cookie: u64, interface: u32, hook: Hook) -> bool {
         let attached = self.attached.get(&netns_cookie).and_then(|attached| attached.get(&(interface, hook)));
         attached == Some(&TcMethod::Clsact)
@@ -164,7 +164,7 @@ impl Tc {
                     .add_qdisc(interface)
                     .with_context(|| format!("queueing discipline of {}", interface.name))?;
                 if let Err(error) = netlink.set_filter(interface.index, filter, program, hook.program()) {
-                    // Unless there are filters, the queueing discipline is for nothing.
+                    // Without filters, the qdisc is useless.
                     netlink.delete_qdisc(interface.index)?;
                     return Err(error).with_context(context);
                 }
@@ -179,15 +179,16 @@ impl Tc {
         Ok(())
     }
 
-    /// In the namespace of the pod. The kernel runs tcx programs before filters, and filters not at all if one of them
-    /// decides: beside those of others, ours has to be one too, and comes before them. One that is there stays.
+    /// In the namespace of the pod. The kernel runs tcx programs before filters, and skips filters if one of those
+    /// decides. So next to tcx programs of others, ours has to be a tcx link as well, ahead of them. An existing
+    /// attachment stays.
     fn method_for(&self, interface: u32, side: Side) -> io::Result<TcMethod> {
         let Place { attach_type, at, .. } = place(side, interface);
         let links = self.method == TcMethod::Tcx || !link::programs(at, attach_type)?.is_empty();
         Ok(if links { TcMethod::Tcx } else { TcMethod::Clsact })
     }
 
-    /// In the namespace of the pod. The queueing discipline goes with the last filter of ours, if there are none of others.
+    /// In the namespace of the pod. The qdisc is removed with our last filter, unless others have filters on it.
     pub(super) fn detach(
         &mut self,
         netlink: &mut Netlink,
@@ -210,7 +211,7 @@ impl Tc {
         if was_there && was_last { netlink.delete_qdisc(interface) } else { Ok(()) }
     }
 
-    /// What is attached for a pod, in its namespace or in the host's, where the thread has to be.
+    /// Reads the attachments of a pod, in its namespace or the host's. The thread must be there.
     pub(super) fn look(
         &mut self,
         netlink: &mut Netlink,
@@ -260,7 +261,7 @@ impl Tc {
         Ok(found)
     }
 
-    /// The names of the links of a namespace.
+    /// The names of a namespace's links.
     pub(super) fn links_of(&self, links: &Links, netns_cookie: u64) -> Vec<String> {
         let is_of = |name: &&str| {
             self.hooks.iter().any(|hook| name.starts_with(&format!("{}-{netns_cookie}-", hook.program())))
@@ -269,7 +270,7 @@ impl Tc {
     }
 }
 
-/// Finds out by trying, in a namespace of its own, whether the kernel can do it.
+/// Tries the method in a new namespace, to find out whether the kernel supports it.
 fn probe(programs: &Programs, method: TcMethod, hook: Hook) -> anyhow::Result<()> {
     let program = programs.get(hook.program())?;
     std::thread::scope(|scope| {

@@ -1,4 +1,4 @@
-//! Loads the programs without attaching them, to see whether the kernel accepts them.
+//! Loads the programs without attaching them, to check that the kernel accepts them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use super::tc::{Tc, TcMethod};
 use super::{Capacities, NotedBy, ProxyIdentity, Settings, placed};
 use redirect_protocol::placement::Placement;
 
-/// Loads and unloads all programs that this kernel can need. Returns how many these are.
+/// Loads and unloads all programs that this kernel may need. Returns their number.
 pub fn try_out(tc: TcMethod) -> anyhow::Result<usize> {
     let settings = Settings {
         cgroup: PathBuf::new(),

@@ -1,4 +1,4 @@
-//! Requests to the kernel over a netlink socket, with all of their answers.
+//! Requests over a netlink socket, with all their answers.
 
 use std::io;
 use std::ops::RangeInclusive;
@@ -12,7 +12,7 @@ use rtnetlink::sys::{Socket, SocketAddr};
 /// Room for the largest packet that the kernel sends.
 pub(super) const PACKET: usize = 1 << 16;
 
-/// How often a list is read that changes while the kernel writes it.
+/// How often to read a list that changes while the kernel writes it.
 const ATTEMPTS: usize = 16;
 
 /// A socket in the namespace in which it was opened.
@@ -20,9 +20,9 @@ pub(super) struct Exchange {
     socket: Socket,
     sequence: u32,
     packet: Vec<u8>,
-    /// How many packets the last answer came in.
+    /// The number of packets of the last answer.
     packets: usize,
-    /// What a test does meanwhile, once.
+    /// Work that a test does between packets, once.
     #[cfg(test)]
     meanwhile: Option<Box<dyn FnOnce()>>,
 }
@@ -49,8 +49,8 @@ impl Exchange {
         })
     }
 
-    /// Sends one request and returns all of its answers. A list that changed while the kernel wrote it may lack what did not
-    /// change: it is read again.
+    /// Sends one request and returns all of its answers. A list that changed while the kernel wrote it may lack objects that
+    /// did not change, so it is read again.
     pub(super) fn request<T: NetlinkDeserializable>(
         &mut self,
         message: impl NetlinkSerializable,
@@ -68,7 +68,7 @@ impl Exchange {
         Err(kept_changing())
     }
 
-    /// Reads a list whose changes the kernel does not report, as that of rules, where it goes on by counting: one that came in
+    /// Reads a list whose changes the kernel does not report (e.g. rules) because it resumes by counting. A list that came in
     /// several packets is read until it is the same twice.
     pub(super) fn settled<T: PartialEq>(
         &mut self,
@@ -88,9 +88,9 @@ impl Exchange {
         Err(kept_changing())
     }
 
-    /// Sends several requests in one packet, with their flags, and returns when the last one is acknowledged. The first and the
-    /// last message only mark where they begin and end. The others are not acknowledged, lest that is too much for the socket:
-    /// the kernel reports errors all the same.
+    /// Sends several requests with their flags in one packet, and returns when the last one is acknowledged. The first and the
+    /// last message only delimit the batch. The others request no acknowledgement, because many of them could overrun the
+    /// socket's buffer; the kernel still reports errors.
     pub(super) fn transact<T: NetlinkSerializable>(
         &mut self,
         begin: T,
@@ -110,7 +110,7 @@ impl Exchange {
         self.answers::<Ignored>(first..=self.sequence.wrapping_sub(1)).map(drop)
     }
 
-    /// Does something when the first packet of the next answer was read, and more are to come.
+    /// Runs `work` after the first packet of the next answer, if more are to come.
     #[cfg(test)]
     pub(super) fn after_first_packet(&mut self, work: impl FnOnce() + 'static) {
         self.meanwhile = Some(Box::new(work));
@@ -121,7 +121,7 @@ impl Exchange {
         self.sequence
     }
 
-    /// Reads what the kernel answers to requests with these numbers, to the end.
+    /// Reads the kernel's answers to the requests with these numbers, to the end.
     fn answers<T: NetlinkDeserializable>(&mut self, of: RangeInclusive<u32>) -> io::Result<End<T>> {
         let mut answers = Answers::to(of);
         self.packets = 0;
@@ -141,23 +141,23 @@ impl Exchange {
     }
 }
 
-/// What the kernel has answered so far.
+/// The kernel's answers so far.
 struct Answers<T> {
     /// The numbers of the requests.
     of: RangeInclusive<u32>,
     found: Vec<T>,
     changed: bool,
-    /// Of an answer that can't be understood. Those after it are read all the same: until a list has ended, the kernel refuses
-    /// to begin another one.
+    /// The error of an answer that can't be parsed. The answers after it are read all the same: the kernel refuses to start
+    /// another list before this one has ended.
     error: Option<io::Error>,
 }
 
-/// How a list ended.
+/// The end of a list.
 #[derive(Debug, PartialEq, Eq)]
 enum End<T> {
-    /// With everything in it.
+    /// Complete.
     Whole(Vec<T>),
-    /// It changed while the kernel wrote it.
+    /// The list changed while the kernel wrote it.
     Changed,
 }
 
@@ -166,7 +166,7 @@ impl<T: NetlinkDeserializable> Answers<T> {
         Self { of, found: Vec::new(), changed: false, error: None }
     }
 
-    /// Adds the answers of a packet. Returns whether they were the last.
+    /// Adds the answers of a packet. Returns whether the last one was among them.
     fn read(&mut self, packet: &[u8]) -> io::Result<bool> {
         for message in messages::<T>(packet) {
             let (header, payload) = message?;
@@ -181,7 +181,7 @@ impl<T: NetlinkDeserializable> Answers<T> {
                 }
                 Ok(NetlinkPayload::Done(_)) => return Ok(true),
                 Ok(NetlinkPayload::Error(error)) if error.code.is_some() => return Err(error.to_io()),
-                // It acknowledges a request.
+                // The acknowledgement of a request.
                 Ok(NetlinkPayload::Error(_)) if header.sequence_number == *self.of.end() => return Ok(true),
                 // Answers were lost.
                 Ok(NetlinkPayload::Overrun(_)) => self.changed = true,
@@ -203,7 +203,7 @@ impl<T: NetlinkDeserializable> Answers<T> {
 
 type Payload<T> = Result<NetlinkPayload<T>, DecodeError>;
 
-/// The messages of a packet: their headers, and what they hold, as far as that can be understood.
+/// The messages of a packet: their headers and payloads, as far as they can be parsed.
 pub(super) fn messages<T: NetlinkDeserializable>(
     mut rest: &[u8],
 ) -> impl Iterator<Item = io::Result<(NetlinkHeader, Payload<T>)>> {
@@ -242,7 +242,7 @@ pub(super) fn serialized<T: NetlinkSerializable>(message: &NetlinkMessage<T>) ->
     bytes
 }
 
-/// Acknowledgements are all that is of interest.
+/// Only acknowledgements matter.
 struct Ignored;
 
 impl NetlinkDeserializable for Ignored {
@@ -275,7 +275,7 @@ mod tests {
     use super::super::raw::Raw;
     use super::*;
 
-    /// A message of the kernel's.
+    /// A message from the kernel.
     fn message(sequence: u32, flags: u16, payload: NetlinkPayload<Raw>) -> Vec<u8> {
         let mut header = NetlinkHeader::default();
         (header.sequence_number, header.flags) = (sequence, flags);
@@ -299,7 +299,7 @@ mod tests {
         message(sequence, 0, NetlinkPayload::InnerMessage(Raw::new(2, [code.to_ne_bytes(), [0; 4]].concat())))
     }
 
-    /// What becomes of packets: the objects' contents, `None` if there are more to come.
+    /// Parses packets: the objects' contents, `None` if more packets are to come.
     fn read(packets: &[Vec<u8>]) -> Option<io::Result<End<u8>>> {
         let mut answers = Answers::<Raw>::to(7..=7);
         for packet in packets {
@@ -345,12 +345,12 @@ mod tests {
             let error = read(&packets).expect("an end").unwrap_err();
             assert_eq!(error.raw_os_error(), Some(wanted), "{packets:?}");
         }
-        // Cut short.
+        // Truncated.
         let cut = object(7, 0, 1)[..18].to_vec();
         assert_eq!(read(&[cut]).expect("an end").unwrap_err().kind(), io::ErrorKind::InvalidData);
     }
 
-    /// Answers like the kernel: to each request with the next of these packets, whose sequence numbers it fills in.
+    /// Answers like the kernel: each request gets the next of these packets, with its sequence number filled in.
     fn double(rounds: Vec<Vec<Vec<u8>>>) -> (SocketAddr, thread::JoinHandle<usize>) {
         let mut socket = Socket::new(NETLINK_USERSOCK).unwrap();
         let address = socket.bind_auto().unwrap();
@@ -416,7 +416,7 @@ mod tests {
         }
     }
 
-    /// The kernel reports that a device went while it listed them.
+    /// The kernel reports that a device disappeared while it listed them.
     #[test]
     fn a_list_of_devices_has_none_that_went_meanwhile() {
         const PAIRS: usize = 50;
@@ -443,7 +443,7 @@ mod tests {
         });
         let any = RouteNetlinkMessage::GetLink(LinkMessage::default());
         let found = exchange.request::<Raw>(any, NLM_F_DUMP).unwrap();
-        // `lo`, and the others with their other ends.
+        // `lo`, and the remaining pairs.
         assert_eq!(found.len(), 1 + 2 * (PAIRS - 1));
         assert!(exchange.meanwhile.is_none(), "there were more than fit in a packet");
     }

@@ -16,7 +16,7 @@ const INET: u8 = 1;
 /// `NFPROTO_UNSPEC`: any family.
 const ANY: u8 = 0;
 
-/// `enum nf_tables_msg_types`, as far as they are used.
+/// The used part of `enum nf_tables_msg_types`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// A table.
@@ -67,7 +67,7 @@ impl Nftables {
         Ok(found.iter().filter_map(name).collect())
     }
 
-    /// Whether a chain of both families has rules.
+    /// Whether a chain of the `inet` family has rules.
     pub fn has_rules(&mut self, table: &str, chain: &str) -> io::Result<bool> {
         let of = [text(1, table), text(2, chain)].concat();
         match self.0.request::<Raw>(Kind::GetRule.message(INET, &of), NLM_F_DUMP) {
@@ -76,7 +76,7 @@ impl Nftables {
         }
     }
 
-    /// Changes, with their flags and attributes, all of which are made or none.
+    /// Applies changes, with their flags and attributes, all or none.
     pub fn transact(&mut self, changes: &[(Kind, u16, Vec<u8>)]) -> io::Result<()> {
         /// `NFNL_MSG_BATCH_BEGIN`
         const BEGIN: u16 = 0x10;
@@ -88,7 +88,7 @@ impl Nftables {
     }
 }
 
-/// An attribute of bytes.
+/// An attribute with raw bytes.
 #[must_use]
 pub fn bytes(kind: u16, content: &[u8]) -> Vec<u8> {
     let attribute = DefaultNla::new(kind, content.into());
@@ -97,19 +97,19 @@ pub fn bytes(kind: u16, content: &[u8]) -> Vec<u8> {
     packed
 }
 
-/// An attribute of attributes.
+/// An attribute that contains attributes.
 #[must_use]
 pub fn nested(kind: u16, content: &[u8]) -> Vec<u8> {
     bytes(kind | NLA_F_NESTED, content)
 }
 
-/// An attribute of text.
+/// A string attribute.
 #[must_use]
 pub fn text(kind: u16, content: &str) -> Vec<u8> {
     bytes(kind, &[content.as_bytes(), &[0]].concat())
 }
 
-/// An attribute of a number.
+/// A 32-bit attribute.
 #[must_use]
 pub fn number(kind: u16, content: u32) -> Vec<u8> {
     bytes(kind, &content.to_be_bytes())
@@ -136,7 +136,7 @@ mod tests {
         }
         let mut nftables = Nftables::open().unwrap();
         match nftables.chains() {
-            // nfnetlink does not know nftables.
+            // nfnetlink without nftables.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 return redirect_testing::skip(name, "the kernel has no nftables");
             }
@@ -151,14 +151,14 @@ mod tests {
         assert_eq!(nftables.chains().unwrap(), ["entrance"]);
         assert!(!nftables.has_rules("ours", "entrance").unwrap());
         assert!(!nftables.has_rules("another", "entrance").unwrap());
-        // The second fails, so that there is none of the first.
+        // The second change fails, so the first must not apply either.
         let another = (Kind::NewTable, CREATE, text(1, "another"));
         let missing = (Kind::DeleteTable, 0, text(1, "missing"));
         for changes in [[another.clone(), missing.clone()], [missing, another]] {
             let error = nftables.transact(&changes).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::NotFound, "{error}");
         }
-        // Many, whose list does not fit in one packet.
+        // More rules than fit in one packet.
         let rule = || (Kind::NewRule, CREATE | APPEND, rule.clone());
         nftables.transact(&std::iter::repeat_with(rule).take(1000).collect::<Vec<_>>()).unwrap();
         assert!(nftables.has_rules("ours", "entrance").unwrap());

@@ -1,4 +1,4 @@
-//! What the kernel says unasked: that interfaces, rules, routes and filters come and go.
+//! Notifications from the kernel about interfaces, rules, routes and filters.
 
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
@@ -17,25 +17,25 @@ pub struct Notifications {
     control: Vec<u8>,
 }
 
-/// What a packet says.
+/// The contents of a packet.
 #[derive(Debug)]
 pub struct Notification {
-    /// The ID of the namespace that it is about, if that is not the socket's.
+    /// The ID of the namespace that it concerns, if that is not the socket's.
     pub namespace: Option<i32>,
-    /// What has changed.
+    /// The changes.
     pub messages: Vec<Raw>,
-    /// The number of a mark that was made here.
+    /// The number of a mark, if this packet is one.
     pub mark: Option<u32>,
 }
 
-/// Puts marks between the notifications of a socket: whatever the kernel said before is before the mark.
+/// Inserts marks into a socket's notifications: what the kernel reported before is ahead of the mark.
 #[derive(Debug)]
 pub struct Marker(OwnedFd);
 
 impl Marker {
-    /// Makes a mark with this number. It may be lost with notifications, see [`Notifications::wait`].
+    /// Inserts a mark with this number. Marks may be lost like notifications, see [`Notifications::wait`].
     pub fn mark(&self, number: u32) -> io::Result<()> {
-        // The kernel's acknowledgement of nothing.
+        // The kernel acknowledges an empty request.
         let mut nothing = request(Raw::new(NLMSG_NOOP, Vec::new()), NLM_F_ACK);
         nothing.header.sequence_number = number;
         send(self.0.as_raw_fd(), &serialized(&nothing), MsgFlags::empty())?;
@@ -44,8 +44,8 @@ impl Marker {
 }
 
 impl Notifications {
-    /// Hears of these groups (`RTNLGRP_…`) in the calling thread's namespace, and in all those that have an ID there. The kernel
-    /// keeps as many bytes of what comes meanwhile.
+    /// Subscribes to these groups (`RTNLGRP_…`) in the calling thread's namespace and in all namespaces that have an ID there.
+    /// `buffer` is the size of the receive buffer in bytes.
     pub fn open(groups: &[u32], buffer: i32) -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind(&SocketAddr::new(0, 0))?;
@@ -58,24 +58,25 @@ impl Notifications {
         Ok(Self { socket, packet: vec![0; PACKET], control })
     }
 
-    /// What marks are made with, on any thread.
+    /// A marker for this socket, usable on any thread.
     pub fn marker(&self) -> io::Result<Marker> {
         // SAFETY: the socket lives for the length of the call.
         let socket = unsafe { BorrowedFd::borrow_raw(self.socket.as_raw_fd()) };
         socket.try_clone_to_owned().map(Marker)
     }
 
-    /// Waits for the next one. The error `ENOBUFS`: some were lost, for want of room.
+    /// Waits for the next notification. The error `ENOBUFS` means that some were lost because the buffer was
+    /// full.
     pub fn wait(&mut self) -> io::Result<Notification> {
         self.receive(MsgFlags::empty())
     }
 
-    /// The next one, if it is there; else the error [`io::ErrorKind::WouldBlock`].
+    /// The next notification, if there is one; else the error [`io::ErrorKind::WouldBlock`].
     pub fn poll(&mut self) -> io::Result<Notification> {
         self.receive(MsgFlags::MSG_DONTWAIT)
     }
 
-    /// An error of the kind [`io::ErrorKind::InvalidData`]: what it says can't be understood.
+    /// An error of the kind [`io::ErrorKind::InvalidData`] means that it can't be parsed.
     fn receive(&mut self, flags: MsgFlags) -> io::Result<Notification> {
         let mut parts = [IoSliceMut::new(&mut self.packet)];
         let descriptor = self.socket.as_raw_fd();

@@ -1,5 +1,5 @@
-//! Messages as they are. The kernel sends many attributes of each object, most of which the agent doesn't need: decoding all of them
-//! would take longer than the kernel needs to write them. And of nftables there is no typed form.
+//! Unparsed messages. The kernel sends many attributes for each object, most of which the agent doesn't need: decoding them all
+//! would take longer than the kernel takes to write them. For nftables there are no typed messages at all.
 
 use rtnetlink::packet_core::{
     DecodeError, NetlinkDeserializable, NetlinkHeader, NetlinkSerializable, NlaBuffer, NlasIterator,
@@ -41,7 +41,7 @@ impl Raw {
         Self { kind, content }
     }
 
-    /// `RTM_…`, or what it is with other protocols.
+    /// `RTM_…`, or its equivalent in other protocols.
     #[must_use]
     pub const fn kind(&self) -> u16 {
         self.kind
@@ -65,10 +65,10 @@ impl Raw {
     }
 }
 
-/// An attribute that was read.
+/// An attribute of a received message.
 pub(super) type Attribute<'a> = NlaBuffer<&'a [u8]>;
 
-/// Attributes, as far as they can be read.
+/// The attributes that can be parsed.
 pub(super) fn attributes(bytes: &[u8]) -> impl Iterator<Item = Attribute<'_>> {
     NlasIterator::new(bytes).map_while(Result::ok)
 }
@@ -78,7 +78,7 @@ pub(super) fn word(bytes: &[u8]) -> Option<u32> {
     bytes.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes))
 }
 
-/// A text, which ends with a zero.
+/// A string, which ends at its first zero byte.
 pub(super) fn text(bytes: &[u8]) -> String {
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     String::from_utf8_lossy(bytes.get(..end).unwrap_or_default()).into_owned()
@@ -98,7 +98,7 @@ mod tests {
         let nested = [8u16.to_ne_bytes(), (0x8000u16 | 2).to_ne_bytes(), [1, 0], [0, 0]].concat();
         let both = [whole.clone(), nested].concat();
         assert_eq!(read(&both), [(1, vec![7]), (2, 1u32.to_ne_bytes().to_vec())]);
-        // Cut short, too short to be one, nothing.
+        // Truncated, shorter than a header, empty.
         assert_eq!(read(&both[..14]).len(), 1);
         assert_eq!(read(&[3, 0, 1, 0, 0, 0, 0, 0]).len(), 0);
         assert_eq!(read(&[]).len(), 0);

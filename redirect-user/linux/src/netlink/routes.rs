@@ -1,4 +1,4 @@
-//! Routes of a pod's network namespace: ours and its own.
+//! Routes of a pod's network namespace: ours and the pod's own.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -15,17 +15,17 @@ use rtnetlink::packet_route::route::{
 use super::raw::{self, Raw};
 use super::{Interface, LOOPBACK_INDEX, Netlink, address_family};
 
-/// A route of ours. What it delivers locally goes through `lo`, whatever its device is. But the device decides which source the kernel
-/// chooses, and a socket that is bound to a device (`SO_BINDTODEVICE`) is shown the routes of that device alone.
+/// One of our routes. What it delivers locally goes through `lo`, whatever its device. But the device determines which source the
+/// kernel chooses, and a socket that is bound to a device (`SO_BINDTODEVICE`) only uses routes of that device.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Route {
     /// Its table.
     pub table: u32,
-    /// What it is for.
+    /// Its destination.
     pub destination: IpNet,
-    /// Its metric. No two of ours have the same table, destination and metric, so that each replaces the one that had its place.
+    /// Its metric. No two of our routes share table, destination and metric, so each one replaces the previous route at its place.
     pub metric: u32,
-    /// What becomes of packets.
+    /// Its type.
     pub kind: RouteKind,
     /// Its device.
     pub interface: Interface,
@@ -33,10 +33,10 @@ pub struct Route {
     pub source: Option<IpAddr>,
 }
 
-/// What a route does with packets.
+/// The type of a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum RouteKind {
-    /// Ours deliver them locally, the pod's own send them to others.
+    /// Delivers packets: ours locally, the pod's own to other hosts.
     Open,
     /// `unreachable`
     Unreachable,
@@ -53,7 +53,7 @@ impl RouteKind {
         (Self::Blackhole, libc::RTN_BLACKHOLE, RouteType::BlackHole),
     ];
 
-    /// By the type's number; `open` is the one of those that do not refuse.
+    /// From the kernel's number; `open` is the number of the type that does not refuse.
     fn new(number: u8, open: u8) -> Option<Self> {
         let refusing = Self::REFUSING.iter().find(|(_, refusing, _)| *refusing == number);
         refusing.map(|(kind, ..)| *kind).or((number == open).then_some(Self::Open))
@@ -61,7 +61,7 @@ impl RouteKind {
 }
 
 impl Route {
-    /// Its place: table, destination, metric. When it is added it takes the place of another one.
+    /// Table, destination and metric. A new route replaces the one at the same place.
     #[must_use]
     pub const fn place(&self) -> (u32, IpNet, u32) {
         (self.table, self.destination, self.metric)
@@ -109,16 +109,16 @@ fn address(address: IpAddr) -> RouteAddress {
     }
 }
 
-/// A route of the pod's own, in IPv6, or what one of several devices has of it.
+/// An IPv6 route of the pod itself, or one hop of a multipath route.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OtherRoute {
-    /// What it is for.
+    /// Its destination.
     pub destination: IpNet,
     /// Its metric.
     pub metric: u32,
-    /// Which of the same metric comes first, as routers say (RFC 4191): the least.
+    /// Its router preference (RFC 4191), for routes of the same metric: the lowest comes first.
     pub rank: u8,
-    /// What becomes of packets.
+    /// Its type.
     pub kind: RouteKind,
     /// Its device.
     pub interface: Interface,
@@ -131,9 +131,9 @@ pub struct OtherRoute {
 pub struct Routes {
     /// Ours.
     pub ours: Vec<Route>,
-    /// In IPv6 those of the main table. IPv4 asks the kernel for each connection.
+    /// The IPv6 routes of the main table. For IPv4 the kernel decides for each connection.
     pub main: Vec<OtherRoute>,
-    /// Whether others than `main` have routes that lead somewhere: rules of the pod's own decide on them.
+    /// Whether tables other than `main` have routes that lead somewhere; the pod's own rules select them.
     pub elsewhere: bool,
     /// The addresses of the namespace, except those that every namespace or every link has.
     pub addresses: Vec<IpAddr>,
@@ -146,7 +146,7 @@ const DESTINATION_LENGTH: usize = 1;
 const TABLE: usize = 4;
 const KIND: usize = 7;
 
-/// What the kernel says of a route, as far as anybody here wants to know it.
+/// The attributes of a route that this module uses.
 struct Found {
     kind: u8,
     table: u32,
@@ -197,13 +197,13 @@ impl Found {
         Some(found)
     }
 
-    /// Whether the pod's connections to there are nobody's concern: they are not captured.
+    /// Whether the destination is exempt from capture, so that the route does not matter.
     fn is_aside(&self) -> bool {
         let address = self.destination.addr();
         address.is_loopback() || address.is_multicast() || is_link_local(address)
     }
 
-    /// The address, if it is one of the namespace's own that other namespaces have not.
+    /// The address, if it belongs to this namespace alone.
     fn own_address(&self) -> Option<IpAddr> {
         let single = self.destination.prefix_len() == self.destination.max_prefix_len();
         let own = self.kind == libc::RTN_LOCAL && self.table == u32::from(libc::RT_TABLE_LOCAL);
@@ -211,9 +211,9 @@ impl Found {
     }
 }
 
-/// The indices of the devices of a route that has several.
+/// The device indices of a multipath route.
 fn devices(mut hops: &[u8]) -> impl Iterator<Item = u32> {
-    // `struct rtnexthop`, whose first two bytes are its length with its attributes.
+    // `struct rtnexthop`; its first two bytes are its length including attributes.
     const SIZE: usize = 8;
     const INDEX: usize = 4;
     std::iter::from_fn(move || {
@@ -224,7 +224,7 @@ fn devices(mut hops: &[u8]) -> impl Iterator<Item = u32> {
     })
 }
 
-/// Of a router's preference (`ICMPV6_ROUTER_PREF_…`): high, medium, and the rest.
+/// The rank of a router preference (`ICMPV6_ROUTER_PREF_…`): high, medium, other.
 const fn rank(preference: u8) -> u8 {
     const MEDIUM: u8 = 0;
     const HIGH: u8 = 1;
@@ -235,7 +235,8 @@ const fn rank(preference: u8) -> u8 {
     }
 }
 
-/// IPv4 addresses of the link are a pod's like any other: cloud providers give them to devices for what leaves the cluster.
+/// IPv4 link-local addresses count like any other: cloud providers assign them to pod devices for traffic that leaves the
+/// cluster.
 const fn is_link_local(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(_) => false,
@@ -243,8 +244,8 @@ const fn is_link_local(address: IpAddr) -> bool {
     }
 }
 
-/// Whether a notification about a route that was added says that a pod has another address, or goes elsewhere. Ours, which have
-/// tables of large numbers, do not.
+/// Whether a notification about an added route means that a pod has another address or a new destination. Our routes, which
+/// have large table numbers, do not.
 #[must_use]
 pub fn is_of_interest(message: &Raw) -> bool {
     let Some(found) = Found::read(message) else { return false };
@@ -259,7 +260,7 @@ pub fn is_of_interest(message: &Raw) -> bool {
 }
 
 impl Netlink {
-    /// All routes that matter. Of others' devices than these, none does.
+    /// All relevant routes: those through these interfaces.
     pub fn routes(&mut self, family: Family, interfaces: &[Interface]) -> io::Result<Routes> {
         let mut any = RouteMessage::default();
         any.header.address_family = address_family(family);
@@ -269,7 +270,7 @@ impl Netlink {
         for found in messages.iter().filter_map(Found::read) {
             let Found { table, destination, metric, source, rank, .. } = found;
             if table == ROUTE_TABLE || table == REPLY_TABLE {
-                // Routes that refuse have no device, or `lo`, depending on the family.
+                // Depending on the family, routes that refuse have no device or `lo`.
                 let device = interface(found.devices.first().copied().unwrap_or(LOOPBACK_INDEX));
                 if let (Some(kind), Some(device)) = (RouteKind::new(found.kind, libc::RTN_LOCAL), device) {
                     let interface = device.clone();
@@ -297,7 +298,7 @@ impl Netlink {
         Ok(routes)
     }
 
-    /// Adds a route of ours, in the place of the one that it replaces.
+    /// Adds one of our routes, or replaces the one at its place.
     pub fn add_route(&mut self, route: &Route) -> anyhow::Result<()> {
         use anyhow::Context as _;
         let message = RouteNetlinkMessage::NewRoute(route.message());
@@ -309,10 +310,10 @@ impl Netlink {
         })
     }
 
-    /// Deletes a route of ours. One that is gone is no error.
+    /// Deletes one of our routes. A missing route is no error.
     pub fn delete_route(&mut self, route: &Route) -> io::Result<()> {
         match self.change(RouteNetlinkMessage::DelRoute(route.message()), 0) {
-            // It is gone, by itself or with its interface.
+            // Already gone, by itself or with its interface.
             Err(error) if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::ENODEV)) => Ok(()),
             result => result,
         }

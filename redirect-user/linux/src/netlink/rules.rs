@@ -15,25 +15,25 @@ use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use super::raw::{self, Raw};
 use super::{Netlink, rule_of};
 
-/// A rule of ours. In this order none of them ever lacks one that it needs.
+/// One of our rules. Added in this order, no rule ever lacks one that it relies on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Rule {
     /// `fwmark DELIVERY`: replies to the proxy's deliveries.
     Delivery,
     /// `from 0.0.0.0 fwmark CAPTURE goto` past [`Rule::Capture`]. The kernel routes an IPv4 connection without a source
-    /// twice: first to choose the source, then with it. The first time the pod's own routes decide, or refuse.
+    /// twice: first to choose the source, then with it. The first time, the pod's own routes decide or refuse.
     Source,
-    /// `fwmark CAPTURE unreachable`, after [`Rule::Capture`]. The kernel routes an IPv6 connection once, so that its source comes
-    /// with a route of ours, one for each that the pod has. Where the pod has none, nothing is to leave past the proxy.
+    /// `fwmark CAPTURE unreachable`, after [`Rule::Capture`]. The kernel routes an IPv6 connection once, so its source comes from
+    /// our mirror of the pod's routes. Where the pod has no route, the connection must not leave past the proxy.
     Refuse,
     /// `fwmark CAPTURE lookup ROUTE_TABLE`: captured connections.
     Capture,
-    /// What [`Rule::Delivery`] is in IPv6 in builds that have one table. It is removed.
+    /// The IPv6 form of [`Rule::Delivery`] in builds with one table. The agent removes it.
     FormerDelivery,
 }
 
 impl Rule {
-    /// Those of a family.
+    /// The rules of a family.
     #[must_use]
     pub const fn of(family: Family) -> [Self; 3] {
         match family {
@@ -42,7 +42,7 @@ impl Rule {
         }
     }
 
-    /// The same, and those of other builds.
+    /// The rules of a family, and those of other builds.
     fn known(family: Family) -> impl Iterator<Item = Self> {
         Self::of(family).into_iter().chain((family == Family::Ipv6).then_some(Self::FormerDelivery))
     }
@@ -74,7 +74,7 @@ impl Rule {
         }
     }
 
-    /// Whether it is among the kernel's messages.
+    /// Whether it is in the kernel's list.
     fn is_among(self, family: Family, all: &[Raw]) -> bool {
         // `struct fib_rule_hdr`, and the numbers of attributes.
         const SIZE: usize = 12;
@@ -98,7 +98,7 @@ impl Rule {
                     RuleAttribute::FwMask(mask) => same(FWMASK, mask),
                     RuleAttribute::Table(table) => same(TABLE, table),
                     RuleAttribute::Goto(priority) => same(GOTO, priority),
-                    // Nobody else's has the rest in common with ours.
+                    // The remaining attributes identify the rule as ours.
                     _ => true,
                 })
         })
@@ -114,12 +114,12 @@ impl Netlink {
         Ok(Rule::known(family).filter(|rule| rule.is_among(family, &all)).collect())
     }
 
-    /// Adds a rule of ours.
+    /// Adds one of our rules.
     pub fn add_rule(&mut self, family: Family, rule: Rule) -> io::Result<()> {
         self.change(RouteNetlinkMessage::NewRule(rule.message(family)), NLM_F_CREATE | NLM_F_EXCL)
     }
 
-    /// Deletes a rule of ours. One that is gone is no error.
+    /// Deletes one of our rules. A missing rule is no error.
     pub fn delete_rule(&mut self, family: Family, rule: Rule) -> io::Result<()> {
         match self.change(RouteNetlinkMessage::DelRule(rule.message(family)), 0) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -135,8 +135,8 @@ mod tests {
 
     use super::*;
 
-    /// The kernel lists many rules in several packets and goes on by counting: when some are deleted that it has listed, it leaves
-    /// out as many.
+    /// The kernel lists many rules in several packets and resumes by counting: if rules that it has listed are deleted meanwhile,
+    /// it skips as many others.
     #[test]
     fn our_rules_are_found_although_others_go_meanwhile() {
         const OTHERS: u32 = 1000;

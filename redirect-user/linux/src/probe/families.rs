@@ -5,7 +5,7 @@ use std::path::Path;
 use super::{Check, Requirements};
 
 pub(super) fn checks(_: &Requirements) -> Vec<Check> {
-    // It is not there with `ipv6.disable=1`, nor where IPv6 was not built.
+    // Missing with `ipv6.disable=1`, and in kernels built without IPv6.
     if Path::new("/proc/net/if_inet6").exists() {
         return vec![Check::ok("IPv6", "on")];
     }

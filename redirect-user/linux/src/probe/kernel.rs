@@ -14,7 +14,7 @@ use super::tiny::{self, Hook};
 use super::{Cause, Check, Requirements};
 use crate::{bpf, netns};
 
-/// A hook, the helpers that our programs there call, and what brings it.
+/// A hook, the helpers that our programs call there, and what provides them.
 struct HookNeeds {
     name: &'static str,
     hook: Hook,
@@ -113,7 +113,7 @@ pub(super) fn checks(_: &Requirements) -> Vec<Check> {
     checks
 }
 
-/// Nothing can be learnt where `bpf()` is refused altogether.
+/// `bpf()` is refused altogether, so the probes can't find out anything.
 fn not_at_all(error: Errno) -> Check {
     match error {
         Errno::ENOSYS => Check::fail(
@@ -126,7 +126,7 @@ fn not_at_all(error: Errno) -> Check {
     }
 }
 
-/// What the kernel did not answer. Whether it lacks something is as open as before.
+/// A probe without an answer: the feature may or may not exist.
 fn untried(check: &str, what: &str, error: Errno) -> Check {
     let detail = format!("{what}: {error}");
     match error {
@@ -146,7 +146,7 @@ fn untried(check: &str, what: &str, error: Errno) -> Check {
     }
 }
 
-/// The kernel answers with this error what it does not know: a type of programs, of maps, an attachment, a command.
+/// The kernel's error for unknown types of programs or maps, attach types, and commands.
 const UNKNOWN: Errno = Errno::EINVAL;
 
 fn hook_check(needs: &HookNeeds) -> Check {
@@ -200,7 +200,7 @@ fn maps() -> Check {
     )
 }
 
-/// For the connections that the socket lookup gives to the node proxy.
+/// For connections that the socket lookup gives to the node proxy.
 fn listeners() -> Check {
     const NAME: &str = "listeners";
     match tiny::tc_may_keep_sockets() {
@@ -214,7 +214,7 @@ fn listeners() -> Check {
     }
 }
 
-/// A kernel that knows the command finds fault with the descriptors, another with the command.
+/// A kernel that knows the command rejects the descriptors; another one rejects the command.
 fn link_update() -> Check {
     const NAME: &str = "BPF_LINK_UPDATE";
     const NOTHING: RawFd = -1;
@@ -240,7 +240,7 @@ fn errno(error: &io::Error) -> Errno {
     error.raw_os_error().map_or(Errno::UnknownErrno, Errno::from_raw)
 }
 
-/// Where it is unknown, so is the attach type: the kernel does not come to see that there is no such interface.
+/// A kernel that does not know the attach type fails before it looks for the interface, which does not exist.
 fn tcx() -> Check {
     const NAME: &str = "tcx links";
     const NO_INTERFACE: u32 = i32::MAX as u32;

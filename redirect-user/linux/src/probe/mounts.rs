@@ -1,4 +1,4 @@
-//! Kernel file systems that have to be mounted.
+//! Required mounts of kernel file systems.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -47,7 +47,7 @@ fn cgroup2(chosen: Option<&Path>) -> Check {
     };
     let shown = root.display();
     match kind(&root) {
-        // Programs are attached to a directory that is open for reading: a read-only mount does.
+        // To attach programs, it suffices to open the directory for reading, so a read-only mount will do.
         Some(CGROUP2_SUPER_MAGIC) => Check::ok("cgroup2", shown.to_string()),
         Some(_) => fail(format!("{shown} is not in a cgroup2 hierarchy")),
         None => fail(format!("cannot read {shown}")),

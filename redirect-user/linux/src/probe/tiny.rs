@@ -11,17 +11,17 @@ use nix::errno::Errno;
 
 use crate::bpf;
 
-/// Where programs run.
+/// The hook of a program.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Hook {
     pub(super) program: bpf_prog_type,
     pub(super) attach: Option<bpf_attach_type>,
 }
 
-/// The kernel may ask for another try while signals are pending.
+/// The kernel may return EAGAIN while signals are pending.
 const ATTEMPTS: usize = 5;
 
-/// What the verifier says of a helper that it does not know, or not here.
+/// The verifier's messages about a helper that is unknown, or not allowed at this hook.
 const REFUSED: [&str; 3] = ["invalid func ", "unknown func ", "program of this type cannot use helper "];
 
 /// Loads a program that does nothing.
@@ -35,11 +35,11 @@ pub(super) fn has_helper(hook: Hook, helper: bpf_func_id) -> Result<bool, Errno>
     let Err(error) = load_with_log(hook, &[call(helper), exit()], &mut log) else { return Ok(true) };
     let said = String::from_utf8_lossy(&log);
     let said = said.trim_end_matches('\0');
-    // The arguments, which are missing, are looked at after the helper.
+    // The verifier checks the helper before its arguments, which are missing.
     if said.is_empty() { Err(error) } else { Ok(!REFUSED.iter().any(|refused| said.contains(refused))) }
 }
 
-/// Whether TC programs may put sockets into maps.
+/// Whether TC programs may store sockets in maps.
 pub fn tc_may_keep_sockets() -> Result<bool, Errno> {
     const REFUSED: &str = "cannot update sockmap in this context";
     const KEY: i16 = -4;
@@ -68,7 +68,7 @@ pub fn tc_may_keep_sockets() -> Result<bool, Errno> {
 
 fn socket_hash() -> Result<OwnedFd, Errno> {
     let mut attributes = bpf::attributes();
-    // SAFETY: all of the union was zeroed, which every member allows.
+    // SAFETY: the union was zeroed, which is valid for every member.
     let map = unsafe { &mut attributes.__bindgen_anon_1 };
     map.map_type = bpf_map_type::BPF_MAP_TYPE_SOCKHASH as u32;
     map.key_size = 4;
@@ -79,7 +79,7 @@ fn socket_hash() -> Result<OwnedFd, Errno> {
 
 fn load_with_log(hook: Hook, instructions: &[bpf_insn], log: &mut [u8]) -> Result<OwnedFd, Errno> {
     let mut attributes = bpf::attributes();
-    // SAFETY: all of the union was zeroed, which every member allows.
+    // SAFETY: the union was zeroed, which is valid for every member.
     let program = unsafe { &mut attributes.__bindgen_anon_3 };
     program.prog_type = hook.program as u32;
     program.expected_attach_type = hook.attach.map_or(0, |attach| attach as u32);
@@ -100,7 +100,7 @@ fn load_with_log(hook: Hook, instructions: &[bpf_insn], log: &mut [u8]) -> Resul
     bpf::open(bpf_cmd::BPF_PROG_LOAD, &mut attributes)
 }
 
-/// An instruction, with the registers of its destination and of its source.
+/// An instruction with its destination and source registers.
 fn insn(code: u32, [destination, source]: [u8; 2], offset: i16, immediate: i32) -> bpf_insn {
     bpf_insn {
         code: code as u8,

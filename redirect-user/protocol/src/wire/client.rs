@@ -1,4 +1,4 @@
-//! The calling side: synchronous and without a runtime, because the plugin must start within milliseconds.
+//! The client: synchronous and without a runtime, because the plugin must start within milliseconds.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::ControlFlow;
@@ -18,18 +18,19 @@ use super::gc;
 use super::packet::{self, PacketError};
 use super::{MAX_PACKET, Reply, Request, VERSION};
 
-/// Why there is no answer, or a bad one. Every message names the socket and, where there is one, the remedy.
+/// Why a request got no answer, or no usable one. Every message names the socket and, if there is one, the
+/// remedy.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Nobody listens.
+    /// No process listens.
     #[error("the agent cannot be reached at {}; is the ambient-redirect DaemonSet running on this node?", socket.display())]
     Unreachable {
         /// Where the agent should listen.
         socket: PathBuf,
-        /// What the kernel said.
+        /// The cause.
         source: io::Error,
     },
-    /// The agent went away, probably because it is being restarted.
+    /// The agent closed the connection, probably because it restarts.
     #[error("the agent at {} closed the connection without an answer; it may be restarting, try again", socket.display())]
     Closed {
         /// Where the agent listens.
@@ -40,10 +41,10 @@ pub enum Error {
     TimedOut {
         /// Where the agent listens.
         socket: PathBuf,
-        /// How long it was waited for.
+        /// The deadline.
         after: Duration,
     },
-    /// The agent is of another release.
+    /// The agent is from another release.
     #[error(
         "the agent at {} speaks version {theirs} of the protocol, this program version {VERSION}; \
          install the same release of both",
@@ -61,15 +62,15 @@ pub enum Error {
         /// Where the agent listens.
         socket: PathBuf,
     },
-    /// The agent's answer makes no sense.
+    /// The agent's answer can't be parsed.
     #[error("the answer of the agent at {} cannot be understood; install the same release of both", socket.display())]
     Malformed {
         /// Where the agent listens.
         socket: PathBuf,
-        /// What is wrong with it.
+        /// The cause.
         source: serde_json::Error,
     },
-    /// The agent answered something else than what it was asked.
+    /// The agent's reply does not match the request.
     #[error("unexpected answer from the agent at {}; install the same release of both", socket.display())]
     Unexpected {
         /// Where the agent listens.
@@ -80,17 +81,17 @@ pub enum Error {
     Io {
         /// Where the agent listens.
         socket: PathBuf,
-        /// What the kernel said.
+        /// The cause.
         source: io::Error,
     },
-    /// The agent said no.
+    /// The agent refused.
     #[error(transparent)]
     Refused(#[from] super::Error),
 }
 
 impl Error {
-    /// Whether no agent of our version looked at the request and answered: callers that can live without the agent
-    /// tolerate these, and no answer that it gave.
+    /// Whether no agent of our version processed the request. Callers that can do without the agent tolerate these
+    /// errors, but no answer that an agent gave.
     #[must_use]
     pub fn is_unanswered(&self) -> bool {
         matches!(self, Self::Unreachable { .. } | Self::Closed { .. } | Self::TimedOut { .. })
@@ -121,8 +122,8 @@ pub fn call(
     }
 }
 
-/// Sends one request and passes every reply on until `each` has enough or the final reply has been. `timeout` is for the
-/// first one.
+/// Sends one request and passes each reply on, until `each` stops or the final reply arrives. `timeout` is for the first
+/// one.
 pub fn follow(
     socket: &Path,
     request: &Request,
@@ -172,7 +173,7 @@ impl<'a> Connection<'a> {
         let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)
             .map_err(|errno| Error::Io { socket: path.into(), source: errno.into() })?;
         let connection = Self { fd, socket: path, started: Instant::now(), timeout };
-        // A full backlog makes connect() wait, and it waits as long as a send would.
+        // With a full backlog, connect() blocks for as long as a send would.
         connection.within(SendTimeout, || connect(connection.fd.as_raw_fd(), &address)).map_err(|error| {
             match error {
                 Error::Io { socket, source } => Error::Unreachable { socket, source },
@@ -182,7 +183,7 @@ impl<'a> Connection<'a> {
         Ok(connection)
     }
 
-    /// Sends the request in as many packets as it needs.
+    /// Sends the request in as many packets as necessary.
     fn send(&self, request: &Request, netns: Option<BorrowedFd<'_>>) -> Result<(), Error> {
         match request {
             Request::Gc { valid } => {
@@ -207,7 +208,7 @@ impl<'a> Connection<'a> {
     fn receive(&self, buffer: &mut [u8]) -> Result<Reply, Error> {
         let (size, flags) = self.within(ReceiveTimeout, || {
             let mut data = [IoSliceMut::new(buffer)];
-            // Without room for control messages the kernel discards descriptors that a reply should not carry.
+            // Without room for control messages, the kernel discards unexpected descriptors.
             recvmsg::<()>(self.fd.as_raw_fd(), &mut data, None, MsgFlags::empty()).map(|m| (m.bytes, m.flags))
         })?;
         if flags.contains(MsgFlags::MSG_TRUNC) {
@@ -219,7 +220,7 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Runs a system call whose patience is the given socket option, with what is left of the deadline.
+    /// Runs a system call whose timeout is the given socket option, with the remaining time.
     fn within<O, T>(&self, option: O, mut syscall: impl FnMut() -> nix::Result<T>) -> Result<T, Error>
     where
         O: SetSockOpt<Val = TimeVal> + Copy,
@@ -228,7 +229,7 @@ impl<'a> Connection<'a> {
         let failed = |errno: Errno| Error::Io { socket: self.socket.into(), source: errno.into() };
         loop {
             let left = self.timeout.saturating_sub(self.started.elapsed());
-            // Zero would mean to wait for ever.
+            // Zero would mean no timeout.
             if left < Duration::from_micros(1) {
                 return Err(timed_out());
             }
@@ -256,7 +257,7 @@ impl<'a> Connection<'a> {
 }
 
 fn time_val(duration: Duration) -> TimeVal {
-    // A timeout of more seconds than fit is as good as the longest one.
+    // A timeout beyond the range becomes the longest possible one.
     let seconds = duration.as_secs().try_into().unwrap_or(i64::from(i32::MAX));
     TimeVal::new(seconds, duration.subsec_micros().into())
 }

@@ -1,7 +1,7 @@
-//! Deletions that no agent was there for. The runtime takes a `DEL` for done and repeats it only when it fails, and the namespace may
-//! outlive it by a moment, in which the next agent would take the pod over and keep it for good. So the plugin leaves a note beside
-//! the agent's socket. The agent reads the notes after it has bound its socket and before it answers: a plugin that asks once more
-//! after it has left a note either finds the socket or is read.
+//! Notes of deletions while no agent runs. The runtime does not repeat a `DEL` that succeeded, and the namespace may outlive it
+//! by a moment, in which the next agent could adopt the pod and keep it for good. So the plugin leaves a note beside the agent's
+//! socket. The agent reads the notes after it has bound its socket and before it answers. A plugin that tries again after leaving
+//! a note therefore either finds the socket, or its note is read.
 
 use std::fs::{self, File};
 use std::io;
@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf};
 
 use super::Attachment;
 
-/// How many notes are read at a time. A node has hundreds of pods.
+/// How many notes are read at a time. A node has at most hundreds of pods.
 const MOST: usize = 65_536;
 
-/// A container ID has letters, digits, and some signs, but not this one; neither has the name of an interface.
+/// Neither container IDs nor interface names contain this character.
 const SEPARATOR: char = ':';
 
-/// Leaves a note, if the directory of the agent's socket is there: without it, there was no agent either.
+/// Leaves a note, if the directory of the agent's socket exists: without it, no agent has run.
 pub fn leave(socket: &Path, attachment: &Attachment) -> io::Result<()> {
     match fs::create_dir(directory(socket)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -25,7 +25,7 @@ pub fn leave(socket: &Path, attachment: &Attachment) -> io::Result<()> {
     File::create(note(socket, attachment)).map(drop)
 }
 
-/// Takes a note back, if there is one: the agent has answered, or the attachment is about to be added.
+/// Removes a note, if there is one: the agent has answered, or the attachment is about to be added.
 pub fn take_back(socket: &Path, attachment: &Attachment) -> io::Result<()> {
     match fs::remove_file(note(socket, attachment)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -33,7 +33,7 @@ pub fn take_back(socket: &Path, attachment: &Attachment) -> io::Result<()> {
     }
 }
 
-/// The notes that there are.
+/// Lists the notes.
 pub fn read(socket: &Path) -> io::Result<Vec<Attachment>> {
     let entries = match fs::read_dir(directory(socket)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),

@@ -1,4 +1,4 @@
-//! Events of single connections, and which of them a listener wants.
+//! Events of single connections, and filters for them.
 
 use std::net::SocketAddr;
 
@@ -7,26 +7,26 @@ use serde::{Deserialize, Serialize};
 
 use crate::pod::PodIdentity;
 
-/// What became of one connection.
+/// The decision on one connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FlowReport {
-    /// When.
+    /// The time.
     pub time: jiff::Timestamp,
-    /// Whose connection it is, as far as the agent knows.
+    /// The pod, if the agent knows it.
     pub pod: Option<PodIdentity>,
     /// `IPv4` or `IPv6`: that of the packets.
     pub family: String,
     /// See [`redirect_ebpf::Direction`].
     pub direction: String,
-    /// Where from; unknown before the kernel has chosen it. Of a socket that binds: what it binds.
+    /// The source; unknown until the kernel has chosen it. For `bind()`, the bound address.
     pub source: Option<SocketAddr>,
-    /// Where the client wanted to go, whatever became of it.
+    /// The destination that the client dialed, even if the connection was captured.
     pub destination: Option<SocketAddr>,
     /// See [`redirect_ebpf::Verdict`].
     pub verdict: String,
     /// See [`redirect_ebpf::Reason`].
     pub reason: String,
-    /// The cookie of the pod's own socket (`SO_COOKIE`, `ss -e`), where there is one and it is known.
+    /// The cookie of the pod's own socket (`SO_COOKIE`, `ss -e`), if known.
     pub socket_cookie: Option<u64>,
 }
 
@@ -54,7 +54,7 @@ pub struct FlowFilter {
 }
 
 impl FlowFilter {
-    /// Whether the event is wanted.
+    /// Whether the event matches.
     #[must_use]
     pub fn wants(&self, flow: &FlowReport) -> bool {
         let is = |wanted: &Option<String>, found: &str| {

@@ -1,8 +1,8 @@
-//! Splits a list of attachments over as many packets as it needs.
+//! Splits a list of attachments into as many packets as necessary.
 
 use super::{Attachment, Request, packet};
 
-/// The packets of a [`Request::Gc`]: it is the last one, and there are as many [`Request::GcPart`] before it as need be.
+/// The packets of a [`Request::Gc`], which is the last one; as many [`Request::GcPart`] as necessary precede it.
 pub(super) fn requests(valid: &[Attachment]) -> Vec<Request> {
     let parts = packet::split(valid.iter().map(|attachment| (attachment.clone(), packet::size(attachment))));
     let last = parts.len() - 1;

@@ -5,10 +5,10 @@ use serde::{Deserialize, Serialize};
 
 use super::{Envelope, MAX_PACKET, VERSION};
 
-/// Why a packet cannot be made or understood.
+/// Why a packet can't be created or parsed.
 #[derive(Debug, thiserror::Error)]
 pub enum PacketError {
-    /// It does not fit.
+    /// It exceeds the maximum size.
     #[error("the packet has {size} bytes, the limit is {MAX_PACKET}")]
     TooLarge {
         /// Its size.
@@ -17,10 +17,10 @@ pub enum PacketError {
     /// The sender speaks another version.
     #[error("protocol version {theirs} instead of {VERSION}")]
     Version {
-        /// The sender's.
+        /// The sender's version.
         theirs: u16,
     },
-    /// Not the JSON of a message.
+    /// It is not valid JSON, or not a message.
     #[error("the packet is not the expected JSON: {0}")]
     Json(#[from] serde_json::Error),
 }
@@ -31,16 +31,17 @@ struct Header {
     version: u16,
 }
 
-/// Room for the elements of a list in one packet. The rest is for the envelope around them, such as
+/// Space for the elements of a list in one packet. The rest is for the envelope around them, such as
 /// `{"version":…,"body":{"reply":"pods","pods":[…],"more":false}}`.
 pub(super) const ROOM: usize = MAX_PACKET - 128;
 
-/// The size of an element of a list as JSON, with a comma.
+/// The size of a list element as JSON, with a comma.
 pub(super) fn size(element: &impl Serialize) -> usize {
     serde_json::to_vec(element).map_or(0, |json| json.len() + 1)
 }
 
-/// Splits a list, whose elements come with their sizes, into parts that fit one packet each: at least one.
+/// Splits a list of elements with their sizes into parts that fit in one packet each. Returns at least one
+/// part.
 pub(super) fn split<T>(elements: impl IntoIterator<Item = (T, usize)>) -> Vec<Vec<T>> {
     let mut parts = vec![Vec::new()];
     let mut room = ROOM;
@@ -57,13 +58,13 @@ pub(super) fn split<T>(elements: impl IntoIterator<Item = (T, usize)>) -> Vec<Ve
     parts
 }
 
-/// The packet of a message.
+/// Encodes a message.
 pub fn encode<T: Serialize>(body: &T) -> Result<Vec<u8>, PacketError> {
     let packet = serde_json::to_vec(&Envelope { version: VERSION, body })?;
     if packet.len() > MAX_PACKET { Err(PacketError::TooLarge { size: packet.len() }) } else { Ok(packet) }
 }
 
-/// The message of a packet. The version is checked first, because the body of another version may have any form.
+/// Decodes a message. Checks the version first, because the body of another version may have any form.
 pub fn decode<T: DeserializeOwned>(packet: &[u8]) -> Result<T, PacketError> {
     let Header { version } = serde_json::from_slice(packet)?;
     if version != VERSION {

@@ -1,4 +1,4 @@
-//! Puts a list of attachments together again that came in several packets.
+//! Reassembles a list of attachments that came in several packets.
 
 use super::{Attachment, Error, ErrorKind, MAX_ATTACHMENTS, Request};
 
@@ -7,7 +7,7 @@ use super::{Attachment, Error, ErrorKind, MAX_ATTACHMENTS, Request};
 pub(super) struct Parts(Vec<Attachment>);
 
 impl Parts {
-    /// Takes the next packet's request. Returns a whole one, or nothing as long as there is more to come.
+    /// Adds the request of the next packet. Returns the whole request once it is complete.
     pub(super) fn take(&mut self, request: Request) -> Result<Option<Request>, Error> {
         match request {
             Request::GcPart { valid } => self.extend(valid).map(|()| None),

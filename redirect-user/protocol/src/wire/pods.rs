@@ -1,4 +1,4 @@
-//! Splits a list of pods over as many packets as it needs.
+//! Splits a list of pods into as many packets as necessary.
 
 use super::{PodReport, Reply, packet};
 
@@ -12,8 +12,8 @@ impl Reply {
     }
 }
 
-/// The report and its size as JSON with a comma. A report that no packet can hold is cut down to what identifies the
-/// pod: one odd pod must not hide the others.
+/// The report and its size as JSON with a comma. A report that exceeds a packet is reduced to the pod's identity:
+/// one odd pod must not hide the others.
 fn fitting(report: PodReport) -> (PodReport, usize) {
     let size = packet::size(&report);
     if size <= packet::ROOM {

@@ -1,7 +1,8 @@
-//! The agent's side: accepts connections, one request each, and hands them to a [`Handler`].
+//! The agent's side: accepts connections, one request each, and passes them to a [`Handler`].
 //!
-//! Whatever a client does (says nothing, sends nonsense, passes descriptors, does not read) ends with its own
-//! connection: every wait has a deadline, every packet a size, and every descriptor an owner that closes it.
+//! A misbehaving client (it sends nothing, nonsense or descriptors, or does not read) only loses its own
+//! connection: every wait has a deadline, every packet a size limit, and every descriptor an owner that
+//! closes it.
 
 use std::future::Future;
 use std::os::fd::OwnedFd;
@@ -25,31 +26,31 @@ use redirect_linux::socket_file::{self, SocketFile};
 
 pub use redirect_linux::socket_file::BindError;
 
-/// How long a client may take to send its request, and to read each reply.
+/// The deadline for a client to send its request, and to read each reply.
 const CLIENT_DEADLINE: Duration = Duration::from_secs(5);
 
-/// How many connections are served at once. Others wait in the socket's backlog. More than a node has pods: each may have an ADD that
-/// waits for a proxy.
+/// The maximum number of concurrent connections. Others wait in the socket's backlog. More than a node has pods, because each may
+/// have an ADD that waits for a proxy.
 const MAX_CONNECTIONS: usize = 2048;
 
-/// How long requests that are being handled may go on after the shutdown began.
+/// How long requests in progress may continue after the shutdown began.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 
-/// How long to wait when accept() fails: for want of descriptors it would fail at once again.
+/// The pause after accept() fails: without descriptors it would fail again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// What the agent does with a request.
+/// Handles requests.
 pub trait Handler: Send + Sync + 'static {
-    /// Whether a process may ask.
+    /// Whether a process may send requests.
     fn permit(&self, process: &PeerProcess) -> impl Future<Output = Result<(), Error>> + Send;
 
-    /// Answers a request. `netns` is there exactly if [`Request::carries_netns`].
+    /// Answers a request. `netns` is set exactly if [`Request::carries_netns`].
     ///
-    /// Runs to its end even if the client goes away. Several requests run at once. The last reply should be final
-    /// ([`Reply::is_final`]), the others not; [`Reply::pods`] makes such a list.
+    /// Runs to completion even if the client disconnects. Several requests run at once. Only the last reply
+    /// should be final ([`Reply::is_final`]); [`Reply::pods`] creates such a list.
     fn handle(&self, request: Request, netns: Option<OwnedFd>) -> impl Future<Output = Vec<Reply>> + Send;
 
-    /// Answers [`Request::Monitor`]: until the client leaves, or the stream ends with the agent.
+    /// Answers [`Request::Monitor`], until the client disconnects or the stream ends with the agent.
     fn monitor(
         &self,
         filter: FlowFilter,
@@ -59,14 +60,14 @@ pub trait Handler: Send + Sync + 'static {
 /// A bound socket.
 #[derive(Debug)]
 pub struct Server {
-    // Dropped before the listener: a successor must not find a file that nobody answers for.
+    // Dropped before the listener, so that a successor never finds a file without a listener.
     file: SocketFile,
     listener: UnixSeqpacketListener,
 }
 
 impl Server {
-    /// Binds and listens with mode 0600, in a directory that is created if need be. A file that a dead agent left
-    /// is replaced. Clients can connect from now on and are served by [`Server::serve`].
+    /// Binds and listens with mode 0600, in a directory that is created if necessary. Replaces a file that a dead
+    /// agent left. From now on clients can connect; [`Server::serve`] serves them.
     ///
     /// Must be called inside a tokio runtime.
     pub fn bind(path: &Path) -> Result<Self, BindError> {
@@ -125,7 +126,7 @@ async fn converse<H: Handler>(socket: UnixSeqpacket, handler: Arc<H>) {
                 vec![Reply::Error(error)]
             }
         },
-        // Nothing was asked: a successor that looks whether we live.
+        // No request: a successor checks whether this agent is alive.
         Ok(Ok(None)) => return,
         Ok(Err(error)) => {
             tracing::debug!(%error, "client rejected");
@@ -145,14 +146,13 @@ async fn converse<H: Handler>(socket: UnixSeqpacket, handler: Arc<H>) {
     }
 }
 
-/// Sends what the stream gives, and gives up with a client that leaves, even while there is nothing to send, or that does
-/// not read.
+/// Sends the stream's replies, and stops when the client disconnects, even between replies, or does not read.
 async fn follow(socket: &UnixSeqpacket, replies: BoxStream<'static, Reply>) {
     let mut replies = replies.chain(stream::iter([Reply::Done]));
     let mut nothing = [0; 1];
     loop {
         let reply = tokio::select! {
-            // A client has nothing more to say.
+            // A client sends nothing more.
             _ = socket.recv(&mut nothing) => return,
             reply = replies.next() => reply,
         };
@@ -177,12 +177,12 @@ async fn permit<H: Handler>(socket: &UnixSeqpacket, handler: &H) -> Result<(), E
     handler.permit(&process).await
 }
 
-/// What the kernel fills with descriptors. Room for two is enough to notice that there are too many; those that do
-/// not fit are never installed.
+/// The buffer for descriptors. Room for two is enough to detect a surplus; the kernel never installs those that do
+/// not fit.
 #[repr(C, align(8))]
 struct Ancillary([u8; 24]);
 
-/// A whole request, which may come in several packets.
+/// Receives a whole request, which may consist of several packets.
 async fn request(socket: &UnixSeqpacket) -> Result<Option<(Request, Option<OwnedFd>)>, Error> {
     let mut parts = parts::Parts::default();
     while let Some((part, netns)) = receive(socket).await? {
@@ -193,12 +193,12 @@ async fn request(socket: &UnixSeqpacket) -> Result<Option<(Request, Option<Owned
     Ok(None)
 }
 
-/// One packet. `None` if the client left without a word.
+/// Receives one packet. `None` if the client disconnected without sending any.
 async fn receive(socket: &UnixSeqpacket) -> Result<Option<(Request, Option<OwnedFd>)>, Error> {
     let internal = |error: std::io::Error| Error::new(ErrorKind::Internal, error.to_string());
     let mut buffer = vec![0; MAX_PACKET];
     let mut ancillary = Ancillary([0; 24]);
-    // Received before the peer is judged: closing a connection with an unread packet would lose our answer.
+    // Received before the peer is checked: closing a connection with an unread packet would lose our answer.
     let (info, control) =
         socket.recv_with_ancillary(&mut buffer, &mut ancillary.0).await.map_err(internal)?;
     let fds: Vec<OwnedFd> = control
@@ -229,12 +229,12 @@ async fn receive(socket: &UnixSeqpacket) -> Result<Option<(Request, Option<Owned
     }
 }
 
-/// Root, and whoever the agent runs as.
+/// Root, and the user that the agent runs as.
 fn may_ask(peer: u32, own: u32) -> bool {
     peer == 0 || peer == own
 }
 
-/// A request with exactly the descriptors that it should have.
+/// Parses a request, which must carry exactly the descriptors that it needs.
 fn parse(packet: &[u8], mut fds: Vec<OwnedFd>) -> Result<(Request, Option<OwnedFd>), Error> {
     let request: Request = packet::decode(packet).map_err(|error| match error {
         PacketError::Version { theirs } => Error::new(
@@ -252,7 +252,7 @@ fn parse(packet: &[u8], mut fds: Vec<OwnedFd>) -> Result<(Request, Option<OwnedF
     Ok((request, fds.pop()))
 }
 
-/// The replies as packets, up to the first final one. There is always a final one, whatever the handler returned.
+/// The replies as packets, up to the first final one. If the handler returned no final one, an error is appended.
 fn packets(replies: &[Reply]) -> Vec<Vec<u8>> {
     let end = replies.iter().position(Reply::is_final).map_or(replies.len(), |last| last + 1);
     let replies = replies.get(..end).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! An agent for tests: the real server on a real socket, with answers that the test chooses.
+//! An agent for tests: the real server on a real socket, with answers chosen by the test.
 
 #![expect(clippy::unwrap_used, reason = "for tests alone, which fail where it panics")]
 
@@ -22,7 +22,7 @@ use redirect_linux::peer_process::PeerProcess;
 
 type Answer = Box<dyn Fn(&Request) -> Vec<Reply> + Send + Sync>;
 
-/// Answers with `answer` after `delay` and remembers what it was asked.
+/// Answers with `answer` after `delay`, and records requests.
 struct Recorder {
     answer: Answer,
     delay: Duration,
@@ -32,7 +32,7 @@ struct Recorder {
 impl Handler for Recorder {
     async fn monitor(&self, filter: FlowFilter) -> Result<BoxStream<'static, Reply>, Error> {
         let replies = (self.answer)(&Request::Monitor { filter });
-        // As long as nobody stops it.
+        // Until the client disconnects.
         Ok(stream::iter(replies).chain(stream::pending()).boxed())
     }
 
@@ -67,7 +67,7 @@ impl TestAgent {
         Self::start_slow(Duration::ZERO, answer)
     }
 
-    /// An agent that takes its time.
+    /// An agent that answers after a delay.
     pub fn start_slow(
         delay: Duration,
         answer: impl Fn(&Request) -> Vec<Reply> + Send + Sync + 'static,
@@ -89,12 +89,12 @@ impl TestAgent {
         Self { directory, recorder, shutdown: Some(shutdown), thread: Some(thread) }
     }
 
-    /// Where it listens.
+    /// Its socket.
     pub fn socket(&self) -> PathBuf {
         self.directory.path().join("agent.sock")
     }
 
-    /// The requests so far, with the inode of the descriptor that came along.
+    /// The requests so far, with the inodes of their descriptors.
     pub fn requests(&self) -> Vec<(Request, Option<u64>)> {
         self.recorder.requests.lock().unwrap().clone()
     }
@@ -118,7 +118,7 @@ impl Drop for TestAgent {
     }
 }
 
-/// A socket path where nobody ever listened, below a directory that lives as long as the guard.
+/// A socket path on which no process ever listened, below a directory that lives as long as the guard.
 pub fn nobody() -> (TempDir, PathBuf) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("agent.sock");
@@ -132,19 +132,19 @@ pub fn stale_socket(path: &Path) {
     std::mem::forget(file);
 }
 
-/// A descriptor to pass around, and the way to notice that its last copy was closed.
+/// A descriptor to pass around, and a tracker that notices when its last copy is closed.
 pub fn tracked_fd() -> (OwnedFd, FdTracker) {
     let (ours, passed) = UnixStream::pair().unwrap();
     ours.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     (passed.into(), FdTracker(ours))
 }
 
-/// Knows when the descriptor is closed.
+/// Detects that the descriptor is closed.
 #[derive(Debug)]
 pub struct FdTracker(UnixStream);
 
 impl FdTracker {
-    /// The stream ends when no copy of the other end is left, in whichever process.
+    /// The stream ends when no process has a copy of the other end.
     pub fn assert_closed(mut self) {
         assert_eq!(self.0.read(&mut [0]).expect("the descriptor leaked"), 0);
     }

@@ -31,7 +31,7 @@ fn done(_: &Request) -> Vec<Reply> {
     vec![Reply::Done]
 }
 
-/// A client that does what it likes.
+/// A client that breaks the protocol.
 struct Rogue(OwnedFd);
 
 impl Rogue {

@@ -1,5 +1,4 @@
-//! Questions and answers over UDP. Each answer comes from the address that was asked, whatever that is: in placement `node`
-//! it is not the host's.
+//! Queries and answers over UDP. Each answer is sent from the queried address: in placement `node` it is not the host's.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -15,14 +14,14 @@ use tokio::net::UdpSocket;
 
 use super::super::sockets;
 
-/// A socket of the resolver.
+/// A UDP socket of the resolver.
 #[derive(Debug)]
 pub(super) struct Datagrams {
     socket: UdpSocket,
     ipv6: bool,
 }
 
-/// Who asked, and whom.
+/// The client and the queried address.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ends {
     pub(super) client: SocketAddr,
@@ -30,7 +29,7 @@ pub(super) struct Ends {
 }
 
 impl Datagrams {
-    /// Of a bound socket.
+    /// From a bound socket.
     pub(super) fn new(socket: Socket, address: SocketAddr) -> io::Result<Self> {
         sockets::tell_destinations(&socket, address)?;
         Ok(Self { socket: UdpSocket::from_std(socket.into())?, ipv6: address.is_ipv6() })

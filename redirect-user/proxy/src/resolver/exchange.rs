@@ -1,4 +1,4 @@
-//! One question to one upstream server, from the pod's namespace.
+//! One query to one upstream server, from the pod's namespace.
 
 use std::io;
 use std::net::SocketAddr;
@@ -14,10 +14,11 @@ use super::super::context::Context;
 use super::super::sockets;
 use super::message::{Answer, Question};
 
-/// How long a server may take.
+/// The deadline for a server's answer.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Asks by UDP, and again by TCP if the answer does not fit and the asker, who came by TCP, wants all of it.
+/// Queries over UDP, and again over TCP if the answer is truncated and the client, which uses TCP, needs all
+/// of it.
 pub(super) async fn ask(
     context: &Context,
     server: SocketAddr,
@@ -31,7 +32,7 @@ pub(super) async fn ask(
     Ok(answer)
 }
 
-/// A socket for each question: its port, which the kernel picks, is what makes answers hard to forge.
+/// Each query has a socket of its own: the port that the kernel chooses makes answers hard to forge.
 async fn by_udp(context: &Context, server: SocketAddr, question: &Question) -> io::Result<Answer> {
     let namespaces = &context.shared.namespaces;
     let socket = namespaces.socket(&context.netns, Domain::for_address(server), Type::DGRAM).await?;
@@ -43,7 +44,7 @@ async fn by_udp(context: &Context, server: SocketAddr, question: &Question) -> i
     loop {
         let length = socket.recv(&mut buffer).await?;
         let bytes = buffer.get(..length).unwrap_or_default().to_vec();
-        // Something else may come first: an answer to an earlier owner of the port.
+        // Another datagram may come first, such as an answer to a previous owner of the port.
         if let Some(answer) = question.answered_by(bytes) {
             return Ok(answer);
         }
@@ -60,7 +61,7 @@ async fn by_tcp(context: &Context, server: SocketAddr, question: &Question) -> i
     question.answered_by(bytes).ok_or_else(|| io::Error::other("the answer is to another question"))
 }
 
-/// A message with its length before it; none at the end of the connection.
+/// Reads a message with its length prefix; `None` at the end of the connection.
 pub(super) async fn read_framed(stream: &mut TcpStream) -> io::Result<Option<Vec<u8>>> {
     let length = match stream.read_u16().await {
         Ok(length) => length,
@@ -72,7 +73,7 @@ pub(super) async fn read_framed(stream: &mut TcpStream) -> io::Result<Option<Vec
     Ok(Some(bytes))
 }
 
-/// Sends a message with its length before it, in one piece: there are peers that expect to read both at once.
+/// Sends a message with its length prefix in one piece: some peers expect to read both at once.
 pub(super) async fn write_framed(stream: &mut TcpStream, message: &[u8]) -> io::Result<()> {
     let length = u16::try_from(message.len()).map_err(|_| io::ErrorKind::InvalidData)?;
     let mut framed = length.to_be_bytes().to_vec();

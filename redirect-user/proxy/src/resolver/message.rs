@@ -1,36 +1,36 @@
-//! What the resolver has to know of DNS messages. Questions and answers are passed on byte by byte: a parser that writes
-//! them anew would lose what it does not know.
+//! Parses DNS messages as far as the resolver needs it. Queries and answers are passed on byte by byte: re-encoding
+//! would lose whatever the parser does not know.
 
 use hickory_proto::op::{Edns, Header, Message, MessageType, OpCode, Query, ResponseCode};
 use hickory_proto::rr::RecordType;
 use hickory_proto::serialize::binary::{BinDecodable as _, BinDecoder};
 
-/// Every message starts with a header of this length.
+/// The length of a message's header.
 const HEADER: usize = 12;
 
-/// What the resolver's own answers say about the datagrams that it takes.
+/// The UDP payload size that the resolver's own answers advertise.
 const OWN_LIMIT: u16 = 1232;
 
-/// What became of a message that came in.
+/// The result of parsing an incoming message.
 #[derive(Debug)]
 pub(super) enum Received {
     Question(Question),
-    /// It is not understood, or nothing that is passed on.
+    /// It can't be parsed, or must not be forwarded.
     Rejected {
         answer: Vec<u8>,
         code: ResponseCode,
     },
-    /// Nobody waits for an answer to it, or nobody knows to which question that would be.
+    /// No client waits for an answer, or the message can't be attributed to a query.
     Unanswerable,
 }
 
-/// A question that can be passed on.
+/// A query that can be forwarded.
 #[derive(Debug)]
 pub(super) struct Question {
     bytes: Vec<u8>,
     header: Header,
     query: Query,
-    /// How long an answer by UDP may be.
+    /// The maximum length of an answer over UDP.
     limit: u16,
     edns: bool,
 }
@@ -44,13 +44,13 @@ pub(super) struct Answer {
 }
 
 impl Answer {
-    /// Whether another server may know better.
+    /// Whether another server may have a better answer.
     pub(super) fn is_poor(&self) -> bool {
         matches!(self.code, ResponseCode::ServFail | ResponseCode::Refused | ResponseCode::NotImp)
     }
 }
 
-/// Looks at a message that came in.
+/// Parses an incoming message.
 pub(super) fn receive(bytes: Vec<u8>) -> Received {
     let Ok(header) = Header::read(&mut BinDecoder::new(&bytes)) else { return Received::Unanswerable };
     if header.message_type == MessageType::Response {
@@ -62,7 +62,7 @@ pub(super) fn receive(bytes: Vec<u8>) -> Received {
     }
     let Ok(message) = Message::from_vec(&bytes) else { return reject(ResponseCode::FormErr) };
     let [query] = &message.queries[..] else { return reject(ResponseCode::FormErr) };
-    // A zone takes many messages.
+    // A zone transfer takes many messages.
     if matches!(query.query_type(), RecordType::AXFR | RecordType::IXFR) {
         return reject(ResponseCode::NotImp);
     }
@@ -88,7 +88,7 @@ impl Question {
         self.query.query_type().to_string()
     }
 
-    /// The resolver's own answer, an error.
+    /// An error answer of the resolver itself.
     pub(super) fn failure(&self, code: ResponseCode) -> Vec<u8> {
         let mut message = error(&self.header, code);
         message.add_query(self.query.clone());
@@ -100,14 +100,14 @@ impl Question {
         encode(&message)
     }
 
-    /// Takes a message for the answer to this question if it is one.
+    /// Parses a message as the answer to this query, if it is one.
     pub(super) fn answered_by(&self, bytes: Vec<u8>) -> Option<Answer> {
         let mut decoder = BinDecoder::new(&bytes);
         let header = Header::read(&mut decoder).ok()?;
         let queries = Message::read_queries(&mut decoder, header.counts.queries.into()).ok()?;
         let code = header.response_code;
         let same = match &queries[..] {
-            // Servers that do not understand a question need not repeat it.
+            // Servers that can't parse a query need not repeat it.
             [] => code != ResponseCode::NoError,
             [query] => *query == self.query,
             _ => false,
@@ -117,8 +117,7 @@ impl Question {
         answers.then_some(Answer { bytes, code, truncated })
     }
 
-    /// The answer as the asker can take it by UDP: if it is too long, without its records, so that it is asked for by
-    /// TCP.
+    /// The answer for a client on UDP: without its records if it is too long, so that the client retries over TCP.
     pub(super) fn fit(&self, mut answer: Vec<u8>) -> Vec<u8> {
         const FLAGS: usize = 2;
         const TRUNCATED: u8 = 0b10;
@@ -153,7 +152,7 @@ fn error(question: &Header, code: ResponseCode) -> Message {
 }
 
 fn encode(message: &Message) -> Vec<u8> {
-    // What was just parsed, or is empty, can be written.
+    // A message that was just parsed, or is empty, can be encoded.
     message.to_vec().unwrap_or_default()
 }
 

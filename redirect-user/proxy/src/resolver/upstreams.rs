@@ -1,4 +1,4 @@
-//! Which servers the questions go to.
+//! The upstream servers of queries.
 
 use std::fs;
 use std::io;
@@ -13,19 +13,19 @@ use parking_lot::Mutex;
 use redirect_ebpf::constants::PORT_DOMAIN;
 use redirect_protocol::input::read_file;
 
-/// How long the file is not looked at again.
+/// The minimum interval between checks of the file.
 const FRESH: Duration = Duration::from_secs(1);
 
-/// The upstream servers, in the order in which they are asked.
+/// The upstream servers, in the order in which they are queried.
 #[derive(Debug)]
 pub(in super::super) enum Upstreams {
-    /// These.
+    /// A fixed list.
     Fixed(Arc<[SocketAddr]>),
-    /// Those of a `resolv.conf`, which may change.
+    /// The servers of a `resolv.conf`, which may change.
     File { path: PathBuf, seen: Mutex<Seen> },
 }
 
-/// The file as it was when it was last looked at.
+/// The file at its last check.
 #[derive(Debug, Default)]
 pub(in super::super) struct Seen {
     looked: Option<Instant>,
@@ -33,15 +33,15 @@ pub(in super::super) struct Seen {
     servers: Arc<[SocketAddr]>,
 }
 
-/// Tells one content of a file from another: inode, seconds and nanoseconds of the last change, length.
+/// Identifies a version of the file: inode, seconds and nanoseconds of the last change, length.
 type Version = (u64, i64, i64, u64);
 
 impl Upstreams {
-    /// These servers, or, if there are none, those of the file.
+    /// These servers or, if there are none, those of the file.
     pub(in super::super) fn new(servers: &[SocketAddr], file: &Path) -> Self {
         if servers.is_empty() {
             let upstreams = Self::File { path: file.to_owned(), seen: Mutex::default() };
-            // At once, for the messages' sake.
+            // At once, so that problems are logged early.
             upstreams.current();
             upstreams
         } else {
@@ -49,12 +49,12 @@ impl Upstreams {
         }
     }
 
-    /// The servers at this moment.
+    /// The current servers.
     pub(super) fn current(&self) -> Arc<[SocketAddr]> {
         match self {
             Self::Fixed(servers) => Arc::clone(servers),
             Self::File { path, seen } => {
-                // A look that failed half way has changed nothing.
+                // A failed check has changed nothing.
                 let mut seen = seen.lock();
                 if seen.looked.is_none_or(|looked| looked.elapsed() > FRESH) {
                     seen.look(path);
@@ -65,7 +65,7 @@ impl Upstreams {
     }
 }
 
-/// The longest `resolv.conf`.
+/// The maximum size of `resolv.conf`.
 const LONGEST: usize = 64 << 10;
 
 impl Seen {
@@ -90,7 +90,7 @@ impl Seen {
                 }
                 self.servers = usable.into();
             }
-            // The servers that were known are better than none.
+            // The previous servers are better than none.
             Err(error) => tracing::warn!(
                 "{}: {error}; forwarding DNS queries of pods to {:?}: set --dns-upstream for others",
                 path.display(),
@@ -105,8 +105,8 @@ fn version(path: &Path) -> io::Result<Version> {
     Ok((metadata.ino(), metadata.mtime(), metadata.mtime_nsec(), metadata.len()))
 }
 
-/// The servers of a `resolv.conf` that can be asked from a pod, and how many there are on loopback, which would be
-/// the pod's own. A link-local server with a scope belongs to an interface that the pod does not have.
+/// The servers of a `resolv.conf` that can be queried from a pod, and how many are on loopback, which would be the
+/// pod's own. A link-local server with a scope belongs to an interface that the pod does not have.
 fn parse(text: &str) -> (Vec<SocketAddr>, usize) {
     let named = text.lines().filter_map(|line| {
         let mut words = line.split_whitespace();
@@ -174,7 +174,7 @@ mod tests {
         fs::remove_file(&path).unwrap();
         seen.look(&path);
         assert_eq!(seen.servers.len(), 1);
-        // One that is too long, or never ends.
+        // A file that is too long.
         fs::write(&path, "nameserver 192.0.2.9\n".repeat(LONGEST)).unwrap();
         seen.look(&path);
         fs::remove_file(&path).unwrap();

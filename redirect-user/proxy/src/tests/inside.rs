@@ -1,4 +1,4 @@
-//! Listeners inside a pod's namespace: which sockets there are, and what becomes of them.
+//! Listeners inside a pod's namespace: which sockets exist, and their lifetime.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -66,7 +66,7 @@ async fn listeners_serve_the_families_that_the_pod_has() {
         add(&mut pods, "uid-1", &netns).await.unwrap();
         let other = if table == "tcp" { "tcp6" } else { "tcp" };
         assert_eq!(listening(&netns, table), BTreeSet::from(PORTS), "{case}");
-        // The resolver alone has a socket for each family.
+        // Only the resolver has one socket per family.
         let resolver = if table == "tcp6" { BTreeSet::from([15053]) } else { BTreeSet::new() };
         assert_eq!(listening(&netns, other), resolver, "{case}");
 
@@ -74,7 +74,7 @@ async fn listeners_serve_the_families_that_the_pod_has() {
         for direction in [Direction::Outbound, Direction::Inbound] {
             for &ip in &addresses {
                 let to = SocketAddr::new(ip, direction.port());
-                // Straight to the proxy: it must not dial itself for ever.
+                // Straight to the proxy, which must not dial itself in a loop.
                 expect_reset(&mut dial(&namespaces, &netns, None, to).await.unwrap()).await;
                 let family = if ip == V6 { "IPv6" } else { "IPv4" };
                 let to = SocketAddr::new(ip.to_canonical(), direction.port()).to_string();
@@ -141,7 +141,7 @@ async fn pods_come_and_go() {
     pods.remove("unknown").await;
     assert!(refused(&one).await && !refused(&other).await);
 
-    // The agent's word is the newer one: the pod has another namespace now.
+    // The agent's new request counts: the pod has another namespace now.
     add(&mut pods, "b", &one).await.unwrap();
     assert!(!refused(&one).await && refused(&other).await);
     pods.retain(&BTreeSet::from(["a".to_owned()])).await;
@@ -180,7 +180,7 @@ async fn an_ended_pod_leaves_its_namespace() {
     let mut pods = Pods::new(shared);
     add(&mut pods, "a", &netns).await.unwrap();
     let home = NetNs::current().unwrap();
-    // Its own thread is the last that was told to enter; it has to have left by itself.
+    // The thread last entered the pod's namespace; it must leave by itself.
     let last = namespaces.socket(&netns, socket2::Domain::IPV4, socket2::Type::STREAM).await.unwrap();
     drop(last);
     let inode = netns.inode().unwrap();

@@ -1,4 +1,4 @@
-//! Network namespaces of the tests' own, and what is done inside them.
+//! Network namespaces for tests, and helpers inside them.
 
 use std::io::{self, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -24,13 +24,13 @@ use redirect_linux::netns::NetNs;
 use redirect_protocol::placement::Placement;
 use redirect_testing::skip;
 
-/// The `lo` of every IPv6 namespace has both; in IPv4 all of 127.0.0.0/8 is there anyway.
+/// `lo` has both in every IPv6 namespace; for IPv4, all of 127.0.0.0/8 is local anyway.
 pub(super) const CLIENT_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 5);
 pub(super) const SERVER_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 6);
 pub(super) const CLIENT_V4: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 5);
 pub(super) const SERVER_V4: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 6);
 
-/// A new namespace with `lo` up, or `None`, said aloud, where the test may not make one.
+/// A new namespace with `lo` up. If the test may not create one, prints the reason and returns `None`.
 pub(super) fn fresh(test: &str, ipv6: bool) -> Option<NetNs> {
     if !nix::unistd::Uid::effective().is_root() {
         skip(test, "needs root for a network namespace");
@@ -64,7 +64,7 @@ async fn set_up(addresses: &[Ipv6Addr]) -> Result<(), rtnetlink::Error> {
     netlink.link().set(LinkUnspec::new_with_index(1).up().build()).execute().await?;
     for &address in addresses {
         netlink.address().add(1, IpAddr::V6(address), 128).execute().await?;
-        // It cannot be used until a worker of the kernel has found that `lo` needs no duplicate address detection.
+        // Usable once a kernel worker has found that `lo` needs no duplicate address detection.
         eventually("the address can be used", async || UdpSocket::bind((address, 0)).is_ok()).await;
     }
     Ok(())
@@ -97,7 +97,7 @@ pub(super) async fn application(namespaces: &Namespaces, netns: &NetNs, port: u1
     TcpListener::from_std(occupy(namespaces, netns, address).await.into()).unwrap()
 }
 
-/// What pods share, with an access log that can be read at the end.
+/// The shared state, with an access log that can be read at the end.
 pub(super) struct Logged {
     _directory: TempDir,
     path: PathBuf,

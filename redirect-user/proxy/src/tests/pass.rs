@@ -38,7 +38,7 @@ fn families() -> [(&'static str, IpAddr, IpAddr); 3] {
     ]
 }
 
-/// A client's namespace, where the listeners are, and the pod's, where the application is.
+/// A client's namespace with the listeners, and the pod's with the application.
 struct Stage {
     network: NetNs,
     pod: NetNs,
@@ -118,7 +118,7 @@ async fn the_application_sees_its_client() {
             let (mut accepted, peer) = soon("a connection", application.accept()).await.unwrap();
             let to = accepted.local_addr().unwrap();
             assert_eq!((to.ip().to_canonical(), to.port()), (server.to_canonical(), port));
-            // Outbound, the client is the pod itself, so that any of its own addresses will do.
+            // Outbound, the client is the pod itself, so any of its own addresses is right.
             let is_the_clients = peer.ip().to_canonical() == client.to_canonical();
             assert_eq!(is_the_clients, direction == Inbound, "{family} {direction:?}: {peer}");
             assert_eq!(read_all(&mut accepted).await.unwrap(), b"question");
@@ -289,7 +289,7 @@ async fn draining_lets_connections_end_but_takes_no_more() {
 #[tokio::test]
 async fn deliveries_leave_the_ports_of_their_clients_alone() {
     let Some(stage) = Stage::set("deliveries_leave_the_ports_of_their_clients_alone").await else { return };
-    // Few enough to choose from that a delivery often meets one of the clients' by chance.
+    // A range so small that deliveries often collide with the clients' ports by chance.
     let range = "/proc/sys/net/ipv4/ip_local_port_range";
     stage.pod.run(|| std::fs::write(range, "30000 30039")).unwrap().unwrap();
     let application = stage.application(INBOUND).await;

@@ -28,7 +28,7 @@ async fn connected(ip: IpAddr) -> (TcpStream, TcpStream) {
     (near, listener.accept().await.unwrap().0)
 }
 
-/// One pair per family that this machine has.
+/// One pair per family that this machine supports.
 async fn pairs(name: &str) -> Vec<Pair> {
     let mut pairs = Vec::new();
     for ip in [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)] {
@@ -59,7 +59,7 @@ async fn each_way_ends_by_itself() {
     for mut pair in pairs("each_way_ends_by_itself").await {
         send_and_end(&mut pair.client, b"question").await;
         assert_eq!(read_all(&mut pair.server).await.unwrap(), b"question");
-        // The client's way has ended, and been seen to; this one goes on.
+        // The client's way has ended; the other one continues.
         for part in [b"ans", b"wer"] {
             pair.server.write_all(part).await.unwrap();
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -127,7 +127,7 @@ async fn a_reset_is_passed_on_after_that_ways_end() {
         drop(pair.client);
         let result = soon("the relay's end", pair.relay).await.unwrap();
         assert!(matches!(result, Err(RelayError::Client(_))), "{result:?}");
-        // Reading gave the end already, so that the reset shows in writing only.
+        // A read has already returned the end, so only a write shows the reset.
         let failed = async { while pair.server.write_all(b"answer").await.is_ok() {} };
         soon("the server sees it", failed).await;
     }

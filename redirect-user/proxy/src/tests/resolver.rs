@@ -1,4 +1,4 @@
-//! A pod's resolver, with upstream servers that answer, keep silent or are not there.
+//! A pod's resolver, with upstream servers that answer, keep silent or do not exist.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -28,7 +28,7 @@ fn query(name: &str) -> Vec<u8> {
     message.to_vec().unwrap()
 }
 
-/// An answer of as many bytes as the first label of the question says; no answer if that is no number.
+/// An answer of as many bytes as the query's first label says; no answer if that is not a number.
 fn reply(question: &[u8], limit: usize) -> Option<Vec<u8>> {
     let message = Message::from_vec(question).unwrap();
     let name = message.queries[0].name().clone();
@@ -98,7 +98,7 @@ async fn read_framed(stream: &mut TcpStream) -> Message {
 async fn questions_are_answered_by_whichever_upstream_server_can() {
     let test = "questions_are_answered_by_whichever_upstream_server_can";
     let Some(netns) = fresh(test, true) else { return };
-    // A server that says nothing, one that is not there, one that answers; and the last of them by IPv6.
+    // A server that never answers, one that does not exist, one that answers; the last one over IPv6 as well.
     for (server, resolvers) in [("127.0.0.9:5300", [V4, V6]), ("[fd00::6]:5300", [V6, V4])] {
         let (silent, server) = ("127.0.0.8:5300".parse().unwrap(), server.parse().unwrap());
         let upstreams = [silent, "[fd00::99]:5300".parse().unwrap(), server];
@@ -154,7 +154,7 @@ async fn long_answers_come_by_tcp() {
         assert!(answer.metadata.truncation && answer.answers.is_empty());
         let to = SocketAddr::new(address, PORT_DNS);
         let mut stream = dial(&namespaces, &netns, None, to).await.unwrap();
-        // Several over one connection, also sent together.
+        // Several queries over one connection, also in one write.
         for name in ["2000.test.", "100.test."] {
             send_framed(&mut stream, &query(name)).await;
         }
@@ -203,7 +203,7 @@ async fn questions_that_nobody_answers_fail_and_too_many_at_once() {
     serving.abort();
 }
 
-/// Placement `node`: one resolver for all pods, told apart by their addresses.
+/// Placement `node`: one resolver for all pods, which it identifies by their addresses.
 #[tokio::test]
 async fn one_pod_takes_nothing_from_the_others_of_the_node() {
     const MANY: usize = 300;
@@ -230,7 +230,7 @@ async fn one_pod_takes_nothing_from_the_others_of_the_node() {
         for _ in 256..MANY {
             soon("an error", socket.recv(&mut buffer)).await.unwrap();
         }
-        // So many wait now.
+        // This many wait now.
         let asking = datagram(&namespaces, &netns, SocketAddr::new(other, 0)).await;
         asking.send_to(&query("100.test."), to).await.unwrap();
         let length = soon("an answer", asking.recv(&mut buffer)).await.unwrap();

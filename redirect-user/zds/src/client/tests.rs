@@ -1,4 +1,4 @@
-//! The client against an agent that says what a test's script says. Plain files stand in for network namespaces.
+//! The client against a scripted agent. Plain files stand in for network namespaces.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -22,7 +22,7 @@ enum Event {
     Retain(Vec<String>),
 }
 
-/// Notes what it is asked for. Refuses the pod with the UID `refused`.
+/// Records requests. Refuses the pod with the UID `refused`.
 #[derive(Clone, Default)]
 struct Recorder(Arc<Mutex<Vec<Event>>>);
 
@@ -51,7 +51,7 @@ impl Workloads for Recorder {
     }
 }
 
-/// The agent's place, and a client that looks there.
+/// The agent's socket, and a client that connects to it.
 struct Fixture {
     _directory: TempDir,
     listener: UnixSeqpacketListener,
@@ -99,7 +99,7 @@ struct Agent {
 }
 
 impl Agent {
-    /// Sends a request with so many descriptors and returns the answer's text: empty is an acknowledgement.
+    /// Sends a request with this many descriptors and returns the answer's text: empty is an acknowledgement.
     async fn ask(&self, request: Request, descriptors: usize) -> String {
         let packet = packet::encode(&WorkloadRequest { payload: Some(request) }).unwrap();
         let file = File::open("/dev/null").unwrap();
@@ -193,7 +193,7 @@ async fn what_cannot_be_served_is_refused_and_the_connection_goes_on() {
     let long = agent.ask(add("refused"), 1).await;
     assert!(long.starts_with("éé") && long.len() < crate::MAX_PACKET, "cut to fit: {long}");
     assert_eq!(agent.ask(snapshot_sent(), 0).await, "");
-    // The agent knows them, so that none may be dropped if it was served before.
+    // The agent knows them, so none of them may be dropped if it was served before.
     assert_eq!(fixture.recorder.take(), [added("refused"), retained(&["a", "b", "c", "refused"])]);
 }
 
@@ -223,7 +223,8 @@ async fn garbage_is_answered_and_followed_by_a_new_connection() {
         assert!(!agent.answer().await.is_empty());
         agent.expect_end().await;
     }
-    // A field of a newer protocol is something else: this side understands the packet, but not the request.
+    // A field of a newer protocol is a different case: the client can parse the packet, but does not know the
+    // request.
     let agent = fixture.accept().await;
     agent.socket.send(&[0x4a, 0]).await.unwrap();
     assert!(agent.answer().await.contains("unknown request"));

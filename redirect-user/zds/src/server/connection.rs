@@ -53,7 +53,7 @@ enum ConnectionError {
 }
 
 impl ConnectionError {
-    /// The label that metrics show.
+    /// The label in metrics.
     const fn label(&self) -> &'static str {
         match self {
             Self::NotPermitted(_) | Self::Credentials(_) | Self::Process(_) | Self::Examination(_) => {
@@ -68,7 +68,7 @@ impl ConnectionError {
     }
 }
 
-/// The connection's place in the shared state; taken away however the task ends.
+/// The connection's entry in the shared state; removed however the task ends.
 struct Registration<'a> {
     shared: &'a Shared,
     id: u64,
@@ -132,7 +132,7 @@ async fn examine(id: u64, pid: Option<i32>, socket: &Arc<UnixSeqpacket>) -> Resu
     Ok(examined.map_err(ConnectionError::Examination)??)
 }
 
-/// Sends the difference between what is wanted and what the proxy was told, until the proxy leaves.
+/// Sends the difference between the wanted pods and those already sent, until the proxy disconnects.
 async fn keep_in_step(
     id: u64,
     socket: &UnixSeqpacket,
@@ -141,9 +141,9 @@ async fn keep_in_step(
 ) -> Result<(), ConnectionError> {
     let mut changes = shared.changes();
     loop {
-        // Seen before the state is read, so that a change after that wakes us.
+        // Marked as seen before the state is read, so that later changes wake this task.
         changes.borrow_and_update();
-        // Outside of `update`: that a request is under way concerns nobody else.
+        // Not through `update`: a request in progress is of no interest to other tasks.
         let next = shared.read().next(id, Instant::now());
         match next {
             Next::Send(step) => {
@@ -174,14 +174,13 @@ async fn keep_in_step(
     }
 }
 
-/// Sends one request and returns the error of its answer, which is empty if the proxy did as it was asked; `None` if the
-/// proxy left.
+/// Sends one request and returns the error of its answer, which is empty on success; `None` if the proxy disconnected.
 async fn exchange(
     socket: &UnixSeqpacket,
     step: &Step,
     within: Duration,
 ) -> Result<Option<String>, ConnectionError> {
-    // An answer that is there already would be taken for the answer to this request.
+    // An answer that arrived early would be taken for the answer to this request.
     match recv(socket.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) {
         Err(Errno::EAGAIN | Errno::EINTR) => {}
         Ok(0) | Err(Errno::ECONNRESET) => return Ok(None),
@@ -208,7 +207,7 @@ async fn exchange(
     }
 }
 
-/// Receives an answer; `None` if the proxy left, with or without having read everything.
+/// Receives an answer; `None` if the proxy disconnected, with or without having read everything.
 async fn receive(socket: &UnixSeqpacket) -> Result<Option<WorkloadResponse>, PacketError> {
     match packet::receive_plain(socket).await {
         Err(PacketError::Io(error)) if is_end(&error) => Ok(None),
@@ -220,7 +219,7 @@ fn is_end(error: &std::io::Error) -> bool {
     matches!(error.kind(), std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset)
 }
 
-/// Takes note of an answer.
+/// Processes an answer.
 fn conclude(
     id: u64,
     step: &Step,
@@ -255,7 +254,7 @@ fn request(step: &Step) -> WorkloadRequest {
     WorkloadRequest { payload: Some(payload) }
 }
 
-/// A request as messages name it.
+/// A request, for messages.
 fn describe(step: &Step) -> String {
     match step {
         Step::Add { uid, info, .. } => format!("adding pod {}", pod_name(uid, info)),

@@ -1,4 +1,4 @@
-//! What shall be served, what each proxy has been told, and the difference: pure, apart from holding descriptors.
+//! The wanted pods, what each proxy has been sent, and the difference. Pure, apart from holding descriptors.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -7,7 +7,7 @@ use super::peer::Peer;
 use super::workload::{Namespace, pod_name};
 use crate::messages::WorkloadInfo;
 
-/// Names one version of one pod: who it is and where. A pod that was replaced or removed and added again has a newer one.
+/// A version of a pod's identity and namespace. A pod that was replaced, or removed and added again, has a newer one.
 pub(super) type Generation = u64;
 
 #[derive(Clone, Debug)]
@@ -17,20 +17,20 @@ pub(super) struct Entry {
     pub(super) namespace: Option<Namespace>,
 }
 
-/// How far a proxy is with a pod that it has been told.
+/// The state of a pod that was sent to a proxy.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Status {
-    /// The request is on its way or unanswered.
+    /// The request is being sent or not answered yet.
     InFlight,
     /// The proxy serves the pod.
     Acknowledged,
     /// The proxy keeps the pod if it served it before.
     Kept,
-    /// The proxy could not serve the pod, see [`Told::refusal`].
+    /// The proxy refused the pod, see [`Told::refusal`].
     Refused {
-        /// The state's version when the answer came.
+        /// The state's version at the time of the answer.
         version: u64,
-        /// When to ask again.
+        /// When to send it again.
         retry_at: Instant,
     },
 }
@@ -40,17 +40,17 @@ pub(super) struct Told {
     pub(super) generation: Generation,
     pub(super) name: String,
     pub(super) status: Status,
-    /// Why the proxy last refused the pod; outlives the retry's being under way.
+    /// Why the proxy last refused the pod; kept during the retry.
     pub(super) refusal: Option<String>,
 }
 
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) peer: Peer,
-    /// The newest generation that belongs to the snapshot. Pods that come later are sent after it, so that a busy node
-    /// cannot draw a snapshot out. `None` until the agent is ready for this proxy.
+    /// The newest generation in the snapshot. Later pods are sent after it, so that a busy node cannot delay its end.
+    /// `None` until the agent is ready for this proxy.
     pub(super) snapshot: Option<Generation>,
-    /// The snapshot was acknowledged.
+    /// The proxy acknowledged the snapshot.
     pub(super) synced: bool,
     pub(super) told: BTreeMap<String, Told>,
 }
@@ -64,17 +64,17 @@ pub(super) enum Step {
     SnapshotSent,
 }
 
-/// What a connection's task does next.
+/// The next step of a connection's task.
 #[derive(Debug)]
 pub(super) enum Next {
     Send(Step),
-    /// Nothing until something changes, or until a retry is due.
+    /// Wait for a change, or until a retry is due.
     Wait(Option<Instant>),
 }
 
 #[derive(Debug, Default)]
 pub(super) struct Desired {
-    /// Grows with every change.
+    /// Increases with every change.
     pub(super) version: u64,
     generation: Generation,
     pub(super) pods: BTreeMap<String, Entry>,
@@ -83,8 +83,8 @@ pub(super) struct Desired {
 }
 
 impl Desired {
-    /// Wants this pod served. The same pod in the same namespace stays what it is, and so is not sent again; anything
-    /// else makes a new generation, which proxies get as `Del` and `Add`.
+    /// Adds a wanted pod. The same pod in the same namespace keeps its generation, and is not sent again; any other
+    /// change makes a new one, which proxies get as `Del` and `Add`.
     pub(super) fn put(
         &mut self,
         uid: String,
@@ -98,7 +98,7 @@ impl Desired {
             match (&entry.namespace, namespace) {
                 (_, None) => return entry.generation,
                 (Some(known), Some(given)) if *known == given => return entry.generation,
-                // The namespace of a kept pod turned up.
+                // The namespace of a kept pod is known now.
                 (None, Some(given)) => {
                     entry.namespace = Some(given);
                     return entry.generation;
@@ -116,7 +116,7 @@ impl Desired {
         self.generation
     }
 
-    /// Has a refused pod tried again at once.
+    /// Retries a refused pod at once.
     pub(super) fn retry_now(&mut self, uid: &str, now: Instant) {
         for connection in &mut self.connections {
             if let Some(Told { status: Status::Refused { retry_at, .. }, .. }) = connection.told.get_mut(uid)
@@ -126,7 +126,7 @@ impl Desired {
         }
     }
 
-    /// Wants this pod served no more. Returns the newest generation that proxies may still know it by.
+    /// Removes a wanted pod. Returns the newest generation that proxies may still serve.
     pub(super) fn withdraw(&mut self, uid: &str) -> Generation {
         self.version += 1;
         self.pods.remove(uid);
@@ -143,7 +143,7 @@ impl Desired {
 
     pub(super) fn connect(&mut self, peer: Peer) {
         self.version += 1;
-        // Who connected last is the newest, even if its hello overtook another's, or was overtaken.
+        // The newest is the one that connected last, whatever the order of the hellos.
         let place = self.connections.partition_point(|connection| connection.peer.id < peer.id);
         let connection = Connection { peer, snapshot: None, synced: false, told: BTreeMap::new() };
         self.connections.insert(place, connection);
@@ -172,7 +172,7 @@ impl Desired {
         self.connections.iter().rev().find(|connection| connection.snapshot.is_some())
     }
 
-    /// The next request for this proxy. It counts as told from here on, since from here on the proxy may know.
+    /// The next request for this proxy. It counts as sent from now on, because the proxy may receive it.
     pub(super) fn next(&mut self, id: u64, now: Instant) -> Next {
         let newest = self.newest().is_some_and(|connection| connection.peer.id == id);
         let pods = &self.pods;
@@ -197,8 +197,8 @@ impl Desired {
         next
     }
 
-    /// What the proxy answered; `error` is empty if it did what it was asked. Returns whether the answer is news:
-    /// a refusal, unless it is the same as the last, or the end of one.
+    /// Processes the proxy's answer; `error` is empty on success. Returns whether the answer is news: a refusal,
+    /// unless it equals the last one, or the end of a refusal.
     pub(super) fn answered(
         &mut self,
         id: u64,
@@ -212,7 +212,7 @@ impl Desired {
         let Some(connection) = self.connection(id) else { return false };
         match step {
             Step::SnapshotSent => connection.synced = true,
-            // A proxy that cannot let go of a pod does not serve it any better for being asked again.
+            // Repeating a removal does not help a proxy that can't remove the pod.
             Step::Del { uid, .. } => {
                 connection.told.remove(uid);
             }
@@ -243,7 +243,7 @@ fn add(uid: &str, entry: &Entry, namespace: &Namespace) -> Step {
     Step::Add { uid: uid.to_owned(), info: entry.info.clone(), namespace: namespace.clone() }
 }
 
-/// Before the snapshot's end only pods are sent that the proxy has not been told. Everything else, removals included,
+/// Before the end of the snapshot, only pods that are new to the proxy are sent. Everything else, removals included,
 /// follows after it.
 fn snapshot_step(pods: &BTreeMap<String, Entry>, connection: &Connection, snapshot: Generation) -> Step {
     let oldest = pods
@@ -259,7 +259,7 @@ fn snapshot_step(pods: &BTreeMap<String, Entry>, connection: &Connection, snapsh
     }
 }
 
-/// A pod that the proxy was told and that is gone or was replaced.
+/// A pod that was sent to the proxy and has been removed or replaced.
 fn removal(pods: &BTreeMap<String, Entry>, connection: &Connection) -> Option<Step> {
     let (uid, told) = connection
         .told
@@ -268,7 +268,7 @@ fn removal(pods: &BTreeMap<String, Entry>, connection: &Connection) -> Option<St
     Some(Step::Del { uid: uid.clone(), name: told.name.clone() })
 }
 
-/// A pod that the proxy lacks: oldest first, and refused ones after all others.
+/// A pod that the proxy lacks: oldest first, and refused ones last.
 fn addition(pods: &BTreeMap<String, Entry>, connection: &Connection, now: Instant) -> Next {
     let lacking = pods.iter().filter_map(|(uid, entry)| {
         let namespace = entry.namespace.as_ref()?;

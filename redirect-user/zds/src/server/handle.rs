@@ -1,4 +1,4 @@
-//! What the agent does with the server: says which pods shall be served, and asks how far that is.
+//! The agent's interface to the server: sets the wanted pods, and reads their state.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,10 +12,10 @@ use super::peer::Peer;
 use super::shared::{PodProxyState, ProxyState, Shared};
 use super::workload::{InvalidWorkload, Workload, pod_name};
 
-/// Why no proxy is known to serve a pod. The pod stays wanted: whoever gives it up removes it.
+/// Why no proxy is known to serve a pod. The pod stays wanted until the caller removes it.
 #[derive(Debug, thiserror::Error)]
 pub enum AddError {
-    /// Nobody to tell.
+    /// No proxy is connected.
     #[error(
         "pod {pod} waits for a node proxy, none is connected to {}: is ztunnel running on this node?",
         socket.display()
@@ -23,15 +23,15 @@ pub enum AddError {
     NotConnected {
         /// The pod.
         pod: String,
-        /// Where proxies are awaited.
+        /// The socket for proxies.
         socket: PathBuf,
     },
-    /// The proxy could not do it.
+    /// The proxy refused the pod.
     #[error("the node proxy could not serve pod {pod}, retrying; see its log: {error}")]
     Nack {
         /// The pod.
         pod: String,
-        /// What the proxy said.
+        /// The proxy's error.
         error: String,
     },
     /// A proxy is connected and did not answer for this pod in time.
@@ -39,10 +39,10 @@ pub enum AddError {
     Timeout {
         /// The pod.
         pod: String,
-        /// How long it was waited for.
+        /// The deadline.
         within: Duration,
     },
-    /// Somebody removed or replaced the pod meanwhile.
+    /// The pod was removed or replaced meanwhile.
     #[error("pod {pod} was removed or replaced while it was announced to the node proxy: nothing to do")]
     Withdrawn {
         /// The pod.
@@ -53,12 +53,12 @@ pub enum AddError {
     Invalid(#[from] InvalidWorkload),
 }
 
-/// How far a removal came.
+/// The outcome of a removal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RemoveOutcome {
     /// No connected proxy serves the pod.
     Done,
-    /// These proxies have not acknowledged yet; they will be closed, or will.
+    /// These proxies have not acknowledged it yet; they will, or their connections will be closed.
     Pending(Vec<Peer>),
 }
 
@@ -69,7 +69,7 @@ pub struct Handle {
     pub(super) socket: Arc<Path>,
 }
 
-/// A pod that proxies are being told of.
+/// A pod that is being sent to proxies.
 #[derive(Debug)]
 #[must_use]
 pub struct Announcement {
@@ -83,8 +83,8 @@ pub struct Announcement {
 }
 
 impl Announcement {
-    /// Returns when the newest proxy acknowledged the pod; one without its namespace is acknowledged when that turned up. On an
-    /// error, and if the future is dropped, the pod stays wanted.
+    /// Returns when the newest proxy has acknowledged the pod; a pod without its namespace is acknowledged once that is known.
+    /// On an error, and if the future is dropped, the pod stays wanted.
     pub async fn acknowledged(mut self, within: Duration) -> Result<(), AddError> {
         let deadline = tokio::time::Instant::now() + within;
         loop {
@@ -115,12 +115,13 @@ enum Progress {
 }
 
 impl Handle {
-    /// Wants the pod served, and returns when the newest proxy acknowledged it, see [`Announcement::acknowledged`].
+    /// Adds a wanted pod, and returns when the newest proxy has acknowledged it, see
+    /// [`Announcement::acknowledged`].
     pub async fn add(&self, workload: Workload, within: Duration) -> Result<(), AddError> {
         self.announce(workload)?.acknowledged(within).await
     }
 
-    /// Wants the pod served. A pod that was refused is tried again at once.
+    /// Adds a wanted pod. A pod that was refused is retried at once.
     pub fn announce(&self, workload: Workload) -> Result<Announcement, InvalidWorkload> {
         let (pod, uid) = (pod_name(&workload.uid, &workload.info), workload.uid.clone());
         let changes = self.shared.changes();
@@ -129,18 +130,18 @@ impl Handle {
         Ok(Announcement { shared, socket, changes, pod, uid, generation, since })
     }
 
-    /// Wants the pod served, without waiting.
+    /// Adds a wanted pod, without waiting.
     pub fn set(&self, workload: Workload) -> Result<(), InvalidWorkload> {
         self.put(workload).map(|_| ())
     }
 
-    /// Wants the pod served no more, without waiting.
+    /// Removes a wanted pod, without waiting.
     pub fn unset(&self, uid: &str) {
         self.shared.update(|desired| desired.withdraw(uid));
     }
 
-    /// Wants the pod served no more, and returns when no connected proxy serves it. A pod that is added again meanwhile
-    /// does not prolong that.
+    /// Removes a wanted pod, and returns when no connected proxy serves it. Adding it again meanwhile does not prolong
+    /// the wait.
     pub async fn remove(&self, uid: &str, within: Duration) -> RemoveOutcome {
         let deadline = tokio::time::Instant::now() + within;
         let mut changes = self.shared.changes();
@@ -156,7 +157,7 @@ impl Handle {
         }
     }
 
-    /// Changes with whatever [`Self::proxies`] and [`Self::pod`] tell.
+    /// Changes whenever the results of [`Self::proxies`] and [`Self::pod`] may change.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.shared.changes()
@@ -168,20 +169,21 @@ impl Handle {
         self.shared.read().proxies()
     }
 
-    /// Where the pod stands with the newest proxy.
+    /// The pod's state at the newest proxy.
     #[must_use]
     pub fn pod(&self, uid: &str) -> PodProxyState {
         self.shared.read().pod(uid)
     }
 
-    /// The connected proxies, newest first, as they come and go. A proxy appears here before it is told anything; to
-    /// finish something first, see [`Options::on_connect`](super::Options::on_connect).
+    /// The connected proxies, newest first, as they come and go. A proxy appears here before any pod is sent to it;
+    /// for work that has to come first, see [`Options::on_connect`](super::Options::on_connect).
     #[must_use]
     pub fn connections(&self) -> watch::Receiver<Vec<Peer>> {
         self.shared.peers()
     }
 
-    /// Returns the pod's generation, and the state's version before which refusals are no answer to this.
+    /// Returns the pod's generation, and the state's version before which refusals do not concern this
+    /// request.
     fn put(&self, workload: Workload) -> Result<(Generation, u64), InvalidWorkload> {
         let (uid, info, namespace) = workload.check()?;
         Ok(self.shared.update(|desired| {

@@ -9,13 +9,13 @@ use redirect_linux::socket_file::{self, BindError, SocketFile};
 
 #[derive(Debug)]
 pub(super) struct Listener {
-    // Dropped before the listener: a successor must not find a file that nobody answers for.
+    // Dropped before the listener, so that a successor never finds a file without a listener.
     _file: SocketFile,
     inner: UnixSeqpacketListener,
 }
 
 impl Listener {
-    /// Has to be called within a runtime.
+    /// Must be called within a runtime.
     pub(super) fn bind(path: &Path) -> Result<Self, BindError> {
         let (listener, file) = socket_file::listen_at(path)?;
         let inner = UnixSeqpacketListener::try_from(listener)
@@ -23,7 +23,7 @@ impl Listener {
         Ok(Self { _file: file, inner })
     }
 
-    /// Safe to cancel.
+    /// Cancel-safe.
     pub(super) async fn accept(&mut self) -> io::Result<UnixSeqpacket> {
         self.inner.accept().await
     }

@@ -1,4 +1,4 @@
-//! How the server behaves, and what it hands to the agent.
+//! The server's options and callbacks.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -7,49 +7,51 @@ use std::time::Duration;
 
 use super::peer::Peer;
 
-/// Why the agent does not want a proxy.
+/// Why the agent refuses a proxy.
 pub type AdmitError = Box<dyn std::error::Error + Send + Sync>;
 
-/// What the agent completes for a new proxy before that proxy is told any pod. An error closes the connection.
+/// The agent's work for a new proxy, to be completed before any pod is sent to it. An error closes the
+/// connection.
 pub type OnConnect =
     Arc<dyn Fn(Peer) -> Pin<Box<dyn Future<Output = Result<(), AdmitError>> + Send>> + Send + Sync>;
 
-/// Something that is worth counting.
+/// An event for metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
     /// A node proxy has connected.
     Connected,
-    /// A node proxy answered a request.
+    /// A node proxy has answered a request.
     Answered {
-        /// Whether it did what it was asked for.
+        /// Whether it succeeded.
         acknowledged: bool,
     },
     /// A node proxy's connection was closed.
     Closed {
-        /// Why, as a label.
+        /// The reason, as a label.
         reason: &'static str,
     },
 }
 
-/// Takes note of what happens on connections.
+/// Records events.
 pub type Recorder = Arc<dyn Fn(Event) + Send + Sync>;
 
-/// How the server behaves.
+/// The server's options.
 #[derive(Clone)]
 pub struct Options {
-    /// How long a new connection may take for its hello, and the agent for [`Self::on_connect`].
+    /// The deadline for a new connection's hello, and for the agent's [`Self::on_connect`].
     pub hello_deadline: Duration,
-    /// How long a proxy may take for the answer to one request.
+    /// The deadline for the answer to a request.
     pub ack_deadline: Duration,
-    /// How long until a refused pod is sent again.
+    /// The interval at which a refused pod is sent again.
     pub retry: Duration,
-    /// How long a connection stays open after it failed. ztunnel reconnects without a pause as soon as it is closed.
+    /// How long a connection stays open after it failed, because ztunnel reconnects without a pause when it is
+    /// closed.
     pub penalty: Duration,
-    /// How many connections are served; others wait, unaccepted.
+    /// The maximum number of connections; others wait, unaccepted.
     pub max_connections: usize,
     /// See [`OnConnect`].
     pub on_connect: Option<OnConnect>,
-    /// Who counts what happens.
+    /// Records events.
     pub recorder: Option<Recorder>,
 }
 

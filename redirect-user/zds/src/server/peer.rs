@@ -1,4 +1,4 @@
-//! Who is at the other end of a connection.
+//! The process at the other end of a connection.
 
 use std::fmt;
 
@@ -11,14 +11,14 @@ use redirect_linux::peer_process::{PeerError, PeerProcess};
 /// A connected proxy.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Peer {
-    /// Counts the connections; a later one has a larger number.
+    /// The number of the connection; increases with each.
     pub id: u64,
     /// Its process.
     pub process: PeerProcess,
-    /// Its cgroup, from the root of the cgroup2 hierarchy. `None` if unknown, or if it is the root: every process is
-    /// below that one, so it identifies none.
+    /// Its cgroup, from the root of the cgroup2 hierarchy. `None` if unknown, or if it is the root, which contains
+    /// every process and so identifies none.
     pub cgroup_path: Option<String>,
-    /// The number of that cgroup, as the kernel side sees it.
+    /// The ID of that cgroup, as the kernel side sees it.
     pub cgroup_id: Option<u64>,
 }
 
@@ -28,19 +28,19 @@ impl fmt::Display for Peer {
     }
 }
 
-/// Whether a process of this user may be a proxy. It receives every pod's namespace, and so must be as powerful already.
+/// Whether a process of this user may be a proxy. It receives every pod's namespace, so it must already be as powerful.
 pub(super) fn permitted(uid: u32) -> bool {
     uid == 0 || uid == Uid::effective().as_raw()
 }
 
-/// Examines the other end. Fails if it has ended, or can't be seen. Blocks for some system calls.
+/// Identifies the process. Fails if it has ended, or can't be seen. Blocks for some system calls.
 pub(super) fn examine(id: u64, pid: Option<i32>, socket: &UnixSeqpacket) -> Result<Peer, PeerError> {
     let process = PeerProcess::of(socket, pid)?;
     let found = cgroup::of_process(process.pid()).and_then(|cgroup| {
         let id = cgroup::id(&cgroup.directory)?;
         Ok((cgroup, id))
     });
-    // Before any of it is believed.
+    // Before any of it is used.
     process.check()?;
     let unknown = Peer { id, process, cgroup_path: None, cgroup_id: None };
     Ok(match found {

@@ -26,8 +26,8 @@ pub struct Server {
 }
 
 impl Server {
-    /// Creates the socket, within a runtime. Proxies that connect wait until [`Self::run`]: an agent that starts says
-    /// first which pods it wants ([`Handle::set`]), because a proxy drops every pod that its snapshot lacks.
+    /// Creates the socket, within a runtime. Proxies that connect wait until [`Self::run`]: an agent that starts has
+    /// to set its pods first ([`Handle::set`]), because a proxy drops every pod that its snapshot lacks.
     pub fn bind(path: &Path, options: Options) -> Result<(Self, Handle), BindError> {
         let listener = Listener::bind(path)?;
         let shared = Shared::new();
@@ -35,8 +35,8 @@ impl Server {
         Ok((Self { listener, shared, options: Arc::new(options) }, handle))
     }
 
-    /// Serves proxies until `shutdown`. Then connections are closed, which leaves the proxies' pods running, and the
-    /// socket's file is removed.
+    /// Serves proxies until `shutdown`. Then closes the connections, which leaves the proxies' pods running, and
+    /// removes the socket's file.
     pub async fn run(mut self, shutdown: impl Future<Output = ()>) {
         let mut shutdown = pin!(shutdown);
         let slots = Arc::new(Semaphore::new(self.options.max_connections));
@@ -67,7 +67,7 @@ impl Server {
                 }
                 Err(error) => {
                     tracing::error!(%error, "cannot accept node proxy connection");
-                    // Likely out of descriptors: give the others time to end.
+                    // Probably out of descriptors: waits for other connections to end.
                     tokio::select! {
                         () = &mut shutdown => break,
                         () = tokio::time::sleep(Duration::from_secs(1)) => {}

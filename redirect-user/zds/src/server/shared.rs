@@ -1,4 +1,4 @@
-//! The state behind a lock, its change signal, and what others may ask of it.
+//! The state behind a lock, its change signal, and queries for it.
 
 use std::sync::Arc;
 
@@ -11,30 +11,31 @@ use super::peer::Peer;
 /// A connected proxy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProxyState {
-    /// Who it is.
+    /// Its process.
     pub peer: Peer,
     /// Whether it acknowledged the end of its snapshot.
     pub synced: bool,
-    /// How many pods it acknowledged.
+    /// The number of pods that it acknowledged.
     pub acknowledged: usize,
-    /// The pods that it refused: UID and its error.
+    /// The pods that it refused: UID and error.
     pub refused: Vec<(String, String)>,
 }
 
-/// Where a pod stands with the newest proxy.
+/// The state of a pod at the newest proxy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PodProxyState {
-    /// The agent does not want it served.
+    /// The agent does not want the pod served.
     Unknown,
     /// No proxy is connected.
     NoProxy,
     /// It was not sent yet, or not answered.
     Pending,
-    /// The proxy was asked to keep it, its namespace being not at hand. Whether the proxy serves it cannot be known.
+    /// The proxy was asked to keep it, because the agent does not have its namespace yet. Whether the proxy serves
+    /// it is unknown.
     Kept,
     /// The proxy serves it.
     Acknowledged,
-    /// The proxy could not serve it when last asked, for this reason. It is asked again.
+    /// The proxy refused it when it was last sent, for this reason. It will be sent again.
     Refused(String),
 }
 
@@ -54,16 +55,16 @@ impl Shared {
         })
     }
 
-    /// Reads.
+    /// Locks the state for reading.
     pub(super) fn read(&self) -> MutexGuard<'_, Desired> {
         self.desired.lock()
     }
 
-    /// Changes something, and wakes everybody whom a change may concern.
+    /// Changes the state, and wakes every task that may be affected.
     pub(super) fn update<T>(&self, change: impl FnOnce(&mut Desired) -> T) -> T {
         let mut desired = self.read();
         let result = change(&mut desired);
-        // Under the lock, so that versions and peer lists are published in the order in which they arose.
+        // Under the lock, so that versions and peer lists are published in order.
         self.changed.send_replace(desired.version);
         self.peers.send_if_modified(|peers| {
             let now: Vec<Peer> =
@@ -90,7 +91,7 @@ impl Desired {
         self.connections.iter().rev().map(Connection::state).collect()
     }
 
-    /// Where the pod stands with the newest proxy.
+    /// The pod's state at the newest proxy.
     pub(super) fn pod(&self, uid: &str) -> PodProxyState {
         let Some(entry) = self.pods.get(uid) else { return PodProxyState::Unknown };
         let Some(newest) = self.newest() else { return PodProxyState::NoProxy };

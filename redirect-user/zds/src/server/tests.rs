@@ -1,7 +1,7 @@
-//! The server over real sockets, against a double of ztunnel's client that checks the rules of the contract.
+//! The server over real sockets, against a double of ztunnel's client that checks the rules of the protocol.
 //!
-//! Plain files stand in for network namespaces: the server tells namespaces apart by device and inode, as proxies do,
-//! and looks no further.
+//! Plain files stand in for network namespaces: the server distinguishes namespaces by device and inode, as proxies
+//! do.
 
 mod double;
 mod failures;
@@ -22,10 +22,10 @@ use tokio::task::JoinHandle;
 use super::{Handle, Options, Server, Workload};
 use crate::messages::WorkloadInfo;
 
-/// Long enough for anything that is to happen.
+/// Long enough for anything expected to happen.
 const LONG: Duration = Duration::from_secs(10);
 
-/// Long enough to believe that something does not happen.
+/// Long enough to conclude that something does not happen.
 const SHORT: Duration = Duration::from_millis(60);
 
 /// A running server in a directory of its own.
@@ -37,7 +37,7 @@ struct Fixture {
     server: JoinHandle<()>,
 }
 
-/// Defaults that do not make tests wait; deadlines stay, for machines under load.
+/// Options with which tests need not wait; deadlines stay long, for machines under load.
 fn quick() -> Options {
     Options { retry: Duration::from_millis(40), penalty: Duration::from_millis(5), ..Options::default() }
 }
@@ -54,7 +54,7 @@ impl Fixture {
         Self { directory, path, handle, stop, server }
     }
 
-    /// The stand-in for a network namespace.
+    /// A file that stands in for a network namespace.
     fn netns(&self, name: &str) -> Arc<OwnedFd> {
         let path = self.directory.path().join(name);
         let file = File::options().create(true).append(true).open(path).unwrap();
@@ -75,7 +75,7 @@ impl Fixture {
             .count()
     }
 
-    /// How many sockets of the server's side there are, the listening one included.
+    /// The number of sockets on the server's side, including the listening one.
     fn server_sockets(&self) -> usize {
         let path = self.path.to_str().unwrap();
         let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
@@ -92,7 +92,7 @@ fn identity(descriptor: impl AsFd) -> (u64, u64) {
     (stat.st_dev, stat.st_ino)
 }
 
-/// Waits until something is so.
+/// Waits until the condition holds.
 async fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     let waited = tokio::time::timeout(LONG, async {
         while !is_so() {

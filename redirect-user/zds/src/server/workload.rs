@@ -1,4 +1,4 @@
-//! A pod as the agent hands it over, checked to fit into a packet.
+//! A pod from the agent, checked to fit in a packet.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -8,30 +8,30 @@ use nix::sys::stat::fstat;
 use crate::messages::{AddWorkload, Request, WorkloadInfo, WorkloadRequest};
 use crate::packet::{self, PacketError};
 
-/// A pod that proxies shall serve.
+/// A pod for proxies to serve.
 #[derive(Clone, Debug)]
 pub struct Workload {
     /// The pod's UID.
     pub uid: String,
-    /// Who the pod is.
+    /// The pod's identity.
     pub info: WorkloadInfo,
-    /// The pod's network namespace. `None` while it is not at hand, after a restart of the agent: a proxy is then asked
-    /// to keep the pod if it serves it already.
+    /// The pod's network namespace. `None` while the agent does not have it, after a restart: the proxy is then asked
+    /// to keep the pod if it already serves it.
     pub netns: Option<Arc<OwnedFd>>,
 }
 
-/// Why a pod cannot be told to a proxy at all.
+/// Why a pod can't be sent to a proxy.
 #[derive(Debug, thiserror::Error)]
 pub enum InvalidWorkload {
-    /// There is nothing to name the pod by.
+    /// The pod has no UID.
     #[error("pod {0} has no UID: the runtime or Kubernetes has to supply one")]
     NoUid(String),
-    /// The request for the pod does not make a packet.
+    /// The request for the pod does not fit in a packet.
     #[error("pod {pod} cannot be sent to the node proxy: {error}")]
     Packet {
         /// The pod.
         pod: String,
-        /// Why.
+        /// The cause.
         error: PacketError,
     },
     /// The descriptor is not usable.
@@ -39,12 +39,12 @@ pub enum InvalidWorkload {
     Namespace {
         /// The pod.
         pod: String,
-        /// Why.
+        /// The cause.
         error: nix::Error,
     },
 }
 
-/// A network namespace: the descriptor, and what tells it from others.
+/// A network namespace: the descriptor, and its identity.
 #[derive(Clone, Debug)]
 pub(super) struct Namespace {
     pub(super) descriptor: Arc<OwnedFd>,
@@ -58,13 +58,13 @@ impl PartialEq for Namespace {
 }
 
 impl Workload {
-    /// Checks what a packet demands and identifies the namespace.
+    /// Checks the limits of a packet, and identifies the namespace.
     pub(super) fn check(self) -> Result<(String, WorkloadInfo, Option<Namespace>), InvalidWorkload> {
         let pod = pod_name(&self.uid, &self.info);
         if self.uid.is_empty() {
             return Err(InvalidWorkload::NoUid(pod));
         }
-        // Add is the largest request there is for a pod.
+        // Add is the largest request for a pod.
         if let Err(error) = packet::encode(&add_request(&self.uid, &self.info)) {
             return Err(InvalidWorkload::Packet { pod, error });
         }
@@ -86,7 +86,7 @@ pub(super) fn add_request(uid: &str, info: &WorkloadInfo) -> WorkloadRequest {
     WorkloadRequest { payload: Some(Request::Add(add)) }
 }
 
-/// A pod as people name it in messages.
+/// A pod's name for messages.
 pub(super) fn pod_name(uid: &str, info: &WorkloadInfo) -> String {
     format!("{}/{} ({uid})", info.namespace, info.name)
 }

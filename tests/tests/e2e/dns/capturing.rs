@@ -1,4 +1,4 @@
-//! Which questions go to the proxy's resolver, and what becomes of them without one.
+//! Which queries go to the proxy's resolver, and what happens to them without one.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -52,7 +52,7 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 fn loopback(context: &Context, families: Families, stack: Stack) -> Result<()> {
     stays_inside(context, families, stack, |_| Ok(stack.loopback()))?;
     if stack.family() == Family::Ipv4 {
-        // Where systemd-resolved is.
+        // The address of systemd-resolved.
         stays_inside(context, families, stack, |_| Ok(IpAddr::from([127, 0, 0, 53])))?;
     }
     Ok(())
@@ -81,7 +81,7 @@ fn stays_inside(
     Ok(())
 }
 
-/// Questions by UDP, connected and not, reach this server and nobody in between.
+/// Queries over UDP, connected and unconnected, reach this server directly.
 fn hears_by_udp(scene: &Scene, server: SocketAddr, double: &DnsServer) -> Result<()> {
     for connect in [true, false] {
         let socket = scene.socket()?;
@@ -99,7 +99,7 @@ fn hears_by_udp(scene: &Scene, server: SocketAddr, double: &DnsServer) -> Result
     Ok(())
 }
 
-/// With these arguments of the agent, questions go to the server itself; by TCP as the ordinary connections that they
+/// With these arguments of the agent, queries go to the server itself; over TCP as the ordinary connections that they
 /// are then.
 fn goes_past_the_resolver(
     context: &Context,
@@ -128,7 +128,7 @@ fn goes_past_the_resolver(
     Ok(())
 }
 
-/// A pod that asks while no proxy runs.
+/// A pod that sends queries while no proxy runs.
 fn during_an_outage(context: &Context, stack: Stack, setting: &str) -> Result<Scene> {
     let node = Node::with_arguments(&context.session()?, &["--without-proxy", setting])?;
     let scene = Scene::new(&node, Families::Dual, stack)?;
@@ -136,7 +136,7 @@ fn during_an_outage(context: &Context, stack: Stack, setting: &str) -> Result<Sc
     Ok(scene)
 }
 
-/// Nobody answers, and nobody else is asked: the query waits for the proxy.
+/// The query gets no answer, bypasses nothing, and waits for the proxy.
 fn outage_is_held(context: &Context, stack: Stack) -> Result<()> {
     let scene = during_an_outage(context, stack, "hold")?;
     let node = scene.pod.node();
@@ -170,7 +170,7 @@ fn outage_is_held(context: &Context, stack: Stack) -> Result<()> {
     works_again(&scene, &[connected, unconnected])
 }
 
-/// Where it can be told at once, it is; nobody else is asked.
+/// The query is refused at once if possible, and bypasses nothing.
 fn outage_is_refused(context: &Context, stack: Stack) -> Result<()> {
     let scene = during_an_outage(context, stack, "refuse")?;
     let node = scene.pod.node();
@@ -206,7 +206,7 @@ fn in_pod(scene: &Scene) -> bool {
     scene.pod.node().session().placement() == Placement::Pod
 }
 
-/// The queries that found no resolver.
+/// The number of queries that found no resolver.
 fn dropped(node: &Node, stack: Stack) -> Result<u64> {
     let (family, direction) = (stack.family(), count::Direction::Outbound);
     Ok(counted(&node.status()?, family, direction, Verdict::Dropped, Reason::NoListener))
@@ -241,8 +241,7 @@ fn not_enrolled(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// A pod whose `lo` lacks the address on which the resolver would listen is captured all the same, and asks in the other
-/// family.
+/// A pod whose `lo` lacks the resolver's address is captured all the same, and can query in the other family.
 fn without_the_resolvers_address(context: &Context, stack: Stack) -> Result<()> {
     context.needs(ProxyKind::Embedded, "a ztunnel refuses a pod in which its resolver cannot listen")?;
     let node = context.node()?;

@@ -1,5 +1,5 @@
-//! Real resolvers: glibc's, musl's, dig and drill. Each checks by itself that its answers are from the servers that it
-//! asked; some say which that was.
+//! Real resolvers: glibc's, musl's, dig and drill. Each one verifies that its answers come from the servers that it
+//! queried; some print the server.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -37,7 +37,7 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         ("dns::dig::absent_name", dig_absent_name),
     ] {
         let mut of_dig = for_every_kind(context, name, test);
-        // It asks no servers at v4-mapped addresses.
+        // It does not query servers at v4-mapped addresses.
         of_dig.retain(|trial| !trial.name().ends_with(Stack::Mapped.label()));
         trials.extend(if_there(of_dig, "dig", "bind9-dnsutils"));
     }
@@ -50,7 +50,7 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials
 }
 
-/// Skips tests, visibly, where a program is missing.
+/// Skips tests, visibly, if a program is missing.
 fn if_there(trials: Vec<Trial>, program: &'static str, package: &str) -> Vec<Trial> {
     if std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default())
         .any(|directory| directory.join(program).is_file())
@@ -68,7 +68,7 @@ fn if_there(trials: Vec<Trial>, program: &'static str, package: &str) -> Vec<Tri
     trials.into_iter().map(skip).collect()
 }
 
-/// Runs a resolver that reads `resolv.conf`, with one of its own that names these servers, and returns what it prints.
+/// Runs a resolver with a `resolv.conf` that names these servers, and returns its output.
 fn with_servers(
     scene: &Scene,
     servers: &[IpAddr],
@@ -84,7 +84,7 @@ fn with_servers(
     let (resolv_conf, nsswitch) =
         (directory.path().join("resolv.conf"), directory.path().join("nsswitch.conf"));
     fs::write(&resolv_conf, text)?;
-    // Else a resolver daemon of this machine may be asked.
+    // Otherwise a resolver daemon of this machine may be used.
     fs::write(&nsswitch, "hosts: dns\n")?;
     let script = "mount --bind \"$1\" /etc/resolv.conf && mount --bind \"$2\" /etc/nsswitch.conf && shift 2 && exec \"$@\"";
     let mut command = Command::new("unshare");
@@ -109,7 +109,7 @@ fn getaddrinfo(
     found(&with_servers(&scene, &[server], options, program, &arguments)?)?;
     scene.was_resolved(&name, transport)?;
 
-    // Of the family of the first server is the socket to all of them.
+    // The socket to all servers has the family of the first one.
     let name = fresh_name("getaddrinfo");
     let mut servers: Vec<_> =
         Families::Dual.iter().map(|family| scene.other.address(family)).collect::<Result<_>>()?;
@@ -121,7 +121,7 @@ fn getaddrinfo(
     scene.server_heard_nothing()
 }
 
-/// While there is no proxy, it gets no answer, asks again, and the application notices nothing.
+/// Without a proxy the resolver gets no answer, retries, and the application notices nothing.
 fn waits(context: &Context, stack: Stack, options: &str) -> Result<()> {
     let node = Node::start(&context.session()?)?;
     let scene = Scene::new(&node, Families::Dual, stack)?;
@@ -141,7 +141,7 @@ fn waits(context: &Context, stack: Stack, options: &str) -> Result<()> {
 }
 
 fn found(text: &str) -> Result<()> {
-    // Which of them depends on the addresses of the pod.
+    // Which of them depends on the pod's addresses.
     let found = [V4.to_string(), V6.to_string()].iter().any(|address| text.contains(address));
     ensure!(found, "no address in {text:?}");
     Ok(())
@@ -212,7 +212,7 @@ fn dig_absent_name(context: &Context, families: Families, stack: Stack) -> Resul
     Ok(())
 }
 
-/// Runs dig and checks which server it names.
+/// Runs dig and checks which server it prints.
 fn dig(scene: &Scene, name: &str, kind: &str, arguments: &[&str], transport: &str) -> Result<String> {
     let server = scene.spell(scene.server()?).ip();
     let mut command = Command::new("dig");

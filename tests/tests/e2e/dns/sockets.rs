@@ -1,4 +1,4 @@
-//! Whatever way an application asks, it sees the server that it asked.
+//! However an application sends its query, it sees the server that it queried.
 
 use std::io::{ErrorKind, IoSlice, IoSliceMut};
 use std::net::{SocketAddr, SocketAddrV6, TcpStream};
@@ -44,7 +44,7 @@ fn connected(context: &Context, families: Families, stack: Stack) -> Result<()> 
     let socket = scene.socket()?;
     socket.connect(server)?;
     ensure!(socket.peer_addr()? == server, "getpeername says {}", socket.peer_addr()?);
-    // The second time nobody but the kernel knows to whom it goes.
+    // The second time, only the kernel knows the destination.
     for _ in 0..2 {
         let (name, question) = fresh_question("connected")?;
         socket.send(&question)?;
@@ -56,7 +56,7 @@ fn connected(context: &Context, families: Families, stack: Stack) -> Result<()> 
     has_own_address(&scene, socket.local_addr()?)
 }
 
-/// getsockname shows the pod's address, not the resolver's.
+/// getsockname returns the pod's address, not the resolver's.
 fn has_own_address(scene: &Scene, name: SocketAddr) -> Result<()> {
     let own = scene.spell(SocketAddr::new(scene.pod.address(scene.stack.family())?, name.port()));
     ensure!(name == own, "getsockname says {name}");
@@ -148,7 +148,7 @@ fn socket_address(address: &SockaddrStorage) -> Option<SocketAddr> {
     v4.or_else(|| address.as_sockaddr_in6().map(|address| SocketAddrV6::from(*address).into()))
 }
 
-/// As musl and others do it: one system call for all servers, one for all answers.
+/// As in musl and others: one system call for all servers, one for all answers.
 fn batches(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::new(&context.node()?, Families::Dual, stack)?;
     let servers = scene.servers()?.map(|server| scene.spell(server));
@@ -159,7 +159,7 @@ fn batches(context: &Context, stack: Stack) -> Result<()> {
     let mut headers = MultiHeaders::preallocate(servers.len(), None);
     let sent = sendmmsg(socket.as_raw_fd(), &mut headers, &slices, &to, [], MsgFlags::empty())?.count();
     ensure!(sent == servers.len(), "{sent} sent");
-    // Answers may come in any order; give all of them the time to come.
+    // Answers may arrive in any order; this gives all of them enough time.
     thread::sleep(Duration::from_millis(200));
 
     let mut buffers = vec![vec![0; 512]; servers.len()];
@@ -188,7 +188,7 @@ fn several_servers(context: &Context, stack: Stack) -> Result<()> {
         ensure!(from == server, "{server} was asked, {from} answered");
         scene.was_resolved(&name, "udp")?;
     }
-    // The same question to all of them, twice, as musl asks.
+    // The same query to all of them, twice, as in musl.
     let (name, question) = fresh_question("several")?;
     for _ in 0..2 {
         let mut from = Vec::new();
@@ -200,7 +200,7 @@ fn several_servers(context: &Context, stack: Stack) -> Result<()> {
         }
         let mut servers = servers;
         if context.placement() == Placement::Node {
-            // Each answer has come from whom it names, in whatever order.
+            // Each answer comes from the server that it names, in any order.
             servers.sort();
             from.sort();
         }
@@ -209,7 +209,7 @@ fn several_servers(context: &Context, stack: Stack) -> Result<()> {
     scene.was_resolved(&name, "udp").map(drop)
 }
 
-/// A question to another server than the one that the socket is connected to.
+/// A query to another server than the connected one.
 fn elsewhere(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::new(&context.node()?, Families::Dual, stack)?;
     let [server, other, _] = scene.servers()?.map(|server| scene.spell(server));
@@ -228,7 +228,7 @@ fn elsewhere(context: &Context, stack: Stack) -> Result<()> {
     scene.was_resolved(&name, "udp").map(drop)
 }
 
-/// One socket, connected to one server after the other.
+/// One socket, connected to one server after another.
 fn connected_anew(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::new(&context.node()?, Families::Dual, stack)?;
     let socket = scene.socket()?;
@@ -241,7 +241,7 @@ fn connected_anew(context: &Context, stack: Stack) -> Result<()> {
         ensure!(from == server, "{server} was asked, {from} answered");
         scene.was_resolved(&name, "udp")?;
     }
-    // Nor does a question keep it from what is not DNS, without a connect(AF_UNSPEC) in between.
+    // A query does not prevent other connections without a connect(AF_UNSPEC) in between either.
     let elsewhere = SocketAddr::new(scene.server()?.ip(), 7);
     socket.connect(scene.spell(elsewhere))?;
     ensure!(socket.peer_addr()? == scene.spell(elsewhere), "getpeername says {}", socket.peer_addr()?);
@@ -249,7 +249,7 @@ fn connected_anew(context: &Context, stack: Stack) -> Result<()> {
     scene.server_heard_nothing()
 }
 
-/// What the resolver does not answer shifts no other answer to the wrong server.
+/// A query that the resolver does not answer shifts no other answer to the wrong server.
 fn lost_answers(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::new(&context.node()?, Families::Dual, stack)?;
     let servers = scene.servers()?.map(|server| scene.spell(server));
@@ -259,7 +259,7 @@ fn lost_answers(context: &Context, stack: Stack) -> Result<()> {
             // Too short for an answer.
             socket.send_to(b"?", servers[0])?;
         }
-        // As long as the most impatient resolvers wait.
+        // The timeout of the most impatient resolvers.
         thread::sleep(Duration::from_millis(750));
         for server in [servers[1], servers[2], servers[0]] {
             let (_, question) = fresh_question("lost")?;
@@ -302,7 +302,7 @@ fn many_questions(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// An answer that is too long for a datagram is asked for by TCP.
+/// An answer that is too long for a datagram is requested over TCP.
 fn long_answers(context: &Context, stack: Stack) -> Result<()> {
     context.needs(ProxyKind::Embedded, "a ztunnel's answers by UDP are of any length")?;
     let scene = Scene::new(&context.node()?, Families::Dual, stack)?;
@@ -339,7 +339,7 @@ fn bound_to_a_device(context: &Context, stack: Stack) -> Result<()> {
     let socket = scene.socket()?;
     SockRef::from(&socket).bind_device(Some(b"eth0"))?;
     let (name, question) = fresh_question("device")?;
-    // The first datagram has its interface already, and must not leave through it.
+    // The first datagram already has its interface, and must not leave through it.
     let error = socket.send_to(&question, server).err().context("a datagram got through")?;
     ensure!(error.raw_os_error() == Some(libc::ENOBUFS), "{error}");
     socket.send_to(&question, server)?;
@@ -363,7 +363,7 @@ fn link_local(context: &Context) -> Result<()> {
     ensure!(from.ip() == SocketAddr::ip(&server) && socket.peer_addr()?.ip() == from.ip());
     scene.was_resolved(&name, "udp")?;
 
-    // The kernel has picked the interface before anybody can send the datagram elsewhere.
+    // The kernel has chosen the interface before any program can redirect the datagram.
     let (_, question) = fresh_question("link")?;
     let error = scene.socket()?.send_to(&question, server).err().context("a datagram was sent")?;
     ensure!(error.kind() == ErrorKind::NetworkUnreachable, "{error}");

@@ -1,5 +1,5 @@
-//! Processes that meddle with what captures their connections. Docker's and Kubernetes' default capabilities are enough for
-//! some of it: CAP_NET_RAW allows SO_MARK and raw sockets.
+//! Processes that interfere with the capture of their connections. For some of it, the default capabilities of Docker and
+//! Kubernetes suffice: CAP_NET_RAW allows SO_MARK and raw sockets.
 
 use std::io::{self, Write as _};
 use std::net::IpAddr;
@@ -18,7 +18,7 @@ use super::{LONG_ENOUGH, Scene, begin, connect, end, fails, let_it_retry, segmen
 use crate::context::{Context, for_every_stack_in_pods};
 use crate::raw;
 
-/// What is different in placement `node`.
+/// The difference in placement `node`.
 const ELSEWHERE: &str = "no mark leaves the pod: packets are known by the device that they come from";
 
 pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
@@ -49,10 +49,10 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         .collect()
 }
 
-/// While the proxy is down a SYN waits; a process that has CAP_NET_RAW takes the mark off its socket, or puts the proxy's
-/// on it, so that the retransmission takes the way out of the pod. It is dropped at the egress: the proxy's sockets are
-/// known by the cgroup of their creator. Istio: without a mark the retransmission meets the rule again; with 0x539 it
-/// passes by, and reaches the destination past the proxy.
+/// While the proxy is down a SYN waits; a process with CAP_NET_RAW removes the mark from its socket, or sets the proxy's,
+/// so that the retransmission leaves the pod. The egress guard drops it: it recognizes the proxy's sockets by the cgroup
+/// of their creator. Istio: without a mark the retransmission matches the rule again; with 0x539 it bypasses the rule and
+/// reaches the destination past the proxy.
 fn mark_changed_while_connecting(context: &Context, stack: Stack, mark: u32) -> Result<()> {
     let scene = Scene::alone(context, stack)?;
     scene.client.node().kill_proxy()?;
@@ -61,7 +61,7 @@ fn mark_changed_while_connecting(context: &Context, stack: Stack, mark: u32) -> 
     socket.set_mark(mark)?;
     let_it_retry();
     if mark == MARK_DELIVERY {
-        // It has a rule as well, which leads to nobody: the destination is an address of somebody else.
+        // There is also a route that leads nowhere: the destination belongs to another host.
         ensure!(scene.listening.accepted().is_empty());
         ensure!(segments_received(scene.server.netns())? == scene.segments);
         return Ok(());
@@ -69,10 +69,10 @@ fn mark_changed_while_connecting(context: &Context, stack: Stack, mark: u32) -> 
     scene.was_held(Way::Outbound, Reason::Unmarked)
 }
 
-/// With its mark back the connection goes on as it would have: to the proxy, once there is one.
+/// With its mark restored the connection continues: to the proxy, once there is one.
 fn mark_restored_while_connecting(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::alone(context, stack)?;
-    // However long a slow machine takes.
+    // Enough for a slow machine.
     scene.client.netns().set_sysctl("net.ipv4.tcp_syn_retries", "12")?;
     scene.client.node().kill_proxy()?;
     let socket = scene.socket()?;
@@ -85,13 +85,13 @@ fn mark_restored_while_connecting(context: &Context, stack: Stack) -> Result<()>
     scene.is_captured(end(socket, Duration::from_secs(10))?)
 }
 
-/// A proxied connection whose socket gets another mark has no way to the proxy any more. Its segments would go out to a
-/// destination that knows nothing of it: data in the open. They are dropped, so that the connection stalls until it times
-/// out. Istio: it goes on, for its rules are on conntrack entries, not on marks.
+/// A proxied connection whose socket gets another mark has no way to the proxy any more. Its segments would go in
+/// plaintext to a destination that does not know the connection. They are dropped, so the connection stalls until it
+/// times out. Istio: the connection continues, because the rules use conntrack entries, not marks.
 fn mark_changed_when_connected(context: &Context, stack: Stack, mark: u32) -> Result<()> {
     let scene = Scene::alone(context, stack)?;
     let connection = connect(scene.socket()?, scene.destination())?;
-    // What comes to a server that knows nothing of it is answered by a reset.
+    // A server answers segments of an unknown connection with a reset.
     let resets = || scene.server.netns().statistic("snmp", "Tcp", "OutRsts");
     let before = resets()?;
     socket2::SockRef::from(connection.stream()).set_mark(mark)?;
@@ -100,7 +100,7 @@ fn mark_changed_when_connected(context: &Context, stack: Stack, mark: u32) -> Re
     let strayed = resets()? - before;
     ensure!(strayed == 0, "{strayed} segments came to the server");
     ensure!(scene.dropped(Way::Outbound, Reason::Unmarked)? > 0, "nothing was counted");
-    // What the connection was is what it can be again.
+    // With its old mark, the connection works again.
     socket2::SockRef::from(connection.stream()).set_mark(MARK_CAPTURE)?;
     connection.stream().set_read_timeout(Some(wait::patient(SOON)))?;
     let mut connection = connection;
@@ -108,8 +108,8 @@ fn mark_changed_when_connected(context: &Context, stack: Stack, mark: u32) -> Re
     scene.came_by_the_proxy(&[connection])
 }
 
-/// A process with CAP_NET_ADMIN in the pod puts a routing rule before ours. Istio: no effect, it has no rule for outbound
-/// connections; but the same process can remove its iptables rules.
+/// A process with CAP_NET_ADMIN in the pod adds a routing rule before ours. Istio: no effect, because it has no routing
+/// rule for outbound connections; but the same process can remove its iptables rules.
 fn rule_of_the_pod(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::alone(context, stack)?;
     let netns = scene.client.netns();
@@ -125,8 +125,8 @@ fn rule_of_the_pod(context: &Context, stack: Stack) -> Result<()> {
     scene.is_captured(connect(scene.socket()?, scene.destination())?)
 }
 
-/// A SYN from a raw socket (CAP_NET_RAW) is no `connect()`. Istio: redirected as any other packet; the process never sees
-/// the answer that it expects.
+/// A SYN from a raw socket (CAP_NET_RAW) does not involve `connect()`. Istio: redirected like any other packet; the
+/// process never sees the answer that it expects.
 fn raw_packet(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::alone(context, stack)?;
     let source: IpAddr = scene.client.address(stack.family())?;
@@ -140,8 +140,8 @@ fn raw_packet(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// An application that routes its answers by a mark of its own. The kernel gives it to every connection that its listener accepts,
-/// instead of the one that leads the answers back to the proxy. Istio: the answers find the proxy by conntrack.
+/// An application that routes its answers by a mark of its own. The kernel gives that mark to every connection that its listener
+/// accepts, instead of the one that leads the answers back to the proxy. Istio: the answers find the proxy by conntrack.
 fn mark_of_a_listener(context: &Context, stack: Stack) -> Result<()> {
     const OWN: u32 = 0x1000;
     let node = context.node()?;
@@ -151,7 +151,7 @@ fn mark_of_a_listener(context: &Context, stack: Stack) -> Result<()> {
     let client = if stack.family() == Family::Ipv4 { Stack::V4 } else { Stack::V6 };
     let mut connection = peer.connect(client, to)?;
     connection.exchange("hello")?;
-    // More than fits into one packet, in both directions.
+    // More than one packet, in both directions.
     let sent: Vec<u8> = (0..1_000_000u32).map(|number| number as u8).collect();
     ensure!(connection.transfer(&sent)? == sent, "other data came back");
     ensure!(pod.proxied(Direction::Inbound, to)?.len() == 1);
@@ -159,8 +159,8 @@ fn mark_of_a_listener(context: &Context, stack: Stack) -> Result<()> {
 }
 
 /// While no proxy runs, an application takes its port without binding it: it lets the kernel choose, and leaves it no choice. The
-/// agent keeps the kernel from it, but a process with CAP_NET_ADMIN can change that back. Its listener has the proxy's mark, and is
-/// not the proxy's for all that.
+/// agent reserves the port, but a process with CAP_NET_ADMIN can undo that. Even with the proxy's mark, its listener does not
+/// count as the proxy's.
 fn listener_in_the_proxys_place(context: &Context, stack: Stack) -> Result<()> {
     const RANGE: &str = "net.ipv4.ip_local_port_range";
     let scene = Scene::alone(context, stack)?;

@@ -1,4 +1,4 @@
-//! Network namespaces that somebody makes inside a pod: containers in a pod, sandboxes, VPNs.
+//! Network namespaces inside a pod: containers in a pod, sandboxes, VPNs.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::Command;
@@ -14,7 +14,7 @@ use redirect_tests::{Connection, Direction, Netns, Pod, Stack};
 use super::{LONG_ENOUGH, Scene};
 use crate::context::{Context, for_every_stack_in_pods};
 
-/// What is different in placement `node`.
+/// The difference in placement `node`.
 const ELSEWHERE: &str =
     "what the pod forwards is dropped as spoofed, or captured with the address of the pod";
 
@@ -34,7 +34,7 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         .collect()
 }
 
-/// How the nested namespace's connections go on from the pod.
+/// How the pod forwards the nested namespace's connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Joint {
     /// With their own addresses.
@@ -77,9 +77,9 @@ pub(crate) fn behind(pod: &Pod, joint: Joint) -> Result<Netns> {
     Ok(nested)
 }
 
-/// Nobody declared the nested namespace, so that its connections are not the pod's, and not to be forwarded past the proxy
-/// either: they are dropped where they come in, and counted. Istio: its inbound rule catches them by mistake, and ztunnel
-/// refuses connections to addresses that are not the pod's.
+/// The nested namespace is not declared. Its connections are not the pod's, but must not be forwarded past the proxy
+/// either: they are dropped at ingress, and counted. Istio: its inbound rule catches them by mistake, and ztunnel refuses
+/// connections to addresses that are not the pod's.
 fn nested(context: &Context, stack: Stack, joint: Joint) -> Result<()> {
     let scene = Scene::alone(context, stack)?;
     let nested = behind(&scene.client, joint)?;
@@ -92,9 +92,9 @@ fn nested(context: &Context, stack: Stack, joint: Joint) -> Result<()> {
     Ok(())
 }
 
-/// A macvlan device sends through the pod's device without the pod's stack. Its packets come to the same last gate. What
-/// comes back to it by its own Ethernet address never concerns the pod. Istio: no rule of the pod sees such packets, so
-/// that they reach the destination past the proxy.
+/// A macvlan device sends through the pod's device without the pod's stack. Its packets pass the same egress guard.
+/// Answers to its own Ethernet address never involve the pod. Istio: no rule of the pod sees such packets, so they reach
+/// the destination past the proxy.
 fn on_the_pods_device(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::alone(context, stack)?;
     let nested = Netns::new("nested")?;

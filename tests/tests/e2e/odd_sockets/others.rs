@@ -1,4 +1,5 @@
-//! Sockets that are used elsewhere or at other times than they were made, and addresses that are not the pod's.
+//! Sockets that are used elsewhere or at other times than they were created, and addresses that are not the
+//! pod's.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::net::SocketAddr;
@@ -42,7 +43,7 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials
 }
 
-/// What counts is the moment of `connect()`. Istio: the same, by the moment of the SYN.
+/// The time of `connect()` counts. Istio: the same, by the time of the SYN.
 fn made_before_enrollment(context: &Context, stack: Stack) -> Result<()> {
     let node = context.node()?;
     let client = node.plain("client", Families::Dual)?;
@@ -52,7 +53,7 @@ fn made_before_enrollment(context: &Context, stack: Stack) -> Result<()> {
     scene.is_captured(connect(socket, scene.destination())?)
 }
 
-/// The socket's namespace counts, not that of the process that uses it, however it came by it. Istio: the same.
+/// The socket's namespace counts, not that of the process that uses it. Istio: the same.
 fn used_by_a_process_of_the_node(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::on_shared(context, stack)?;
     let (theirs, ours) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?;
@@ -73,8 +74,8 @@ fn used_by_a_process_of_the_node(context: &Context, stack: Stack) -> Result<()> 
     scene.is_captured(greet(connected)?)
 }
 
-/// The reverse: a process of an enrolled pod that was given another pod's socket speaks as that pod. It cannot get one by
-/// itself. Istio: the same.
+/// The reverse: a process of an enrolled pod that was given another pod's socket acts as that pod. It cannot obtain one
+/// by itself. Istio: the same.
 fn of_a_pod_that_is_not_enrolled(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::on_shared(context, stack)?;
     let other = scene.client.node().plain("other", Families::Dual)?;
@@ -107,14 +108,14 @@ fn receive(channel: &OwnedFd) -> Result<Socket> {
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(descriptors) = control {
             let descriptor = *descriptors.first().context("a descriptor")?;
-            // SAFETY: the kernel has just made the descriptor for us.
+            // SAFETY: the kernel has just created the descriptor, and we alone own it.
             return Ok(unsafe { Socket::from_raw_fd(descriptor) });
         }
     }
     bail!("no descriptor came")
 }
 
-/// The programs are attached at the root of the hierarchy and hold for whatever is below. Istio: does not look at cgroups.
+/// The programs are attached at the root of the hierarchy and cover everything below. Istio: does not consider cgroups.
 fn nested_cgroups(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::on_shared(context, stack)?;
     let session = context.session()?;
@@ -144,7 +145,7 @@ fn nested_cgroups(context: &Context, stack: Stack) -> Result<()> {
     scene.were_proxied(3)
 }
 
-/// An address that is nobody's.
+/// An address that no host has.
 fn foreign(stack: Stack) -> SocketAddr {
     let address = match stack.family() {
         Family::Ipv4 => "192.0.2.77:0",
@@ -153,9 +154,9 @@ fn foreign(stack: Stack) -> SocketAddr {
     stack.spell(address.parse().unwrap_or_else(|_| unreachable!("an address")))
 }
 
-/// `IP_FREEBIND` lets an application bind an address that its pod does not have, without privilege. Captured as any other
-/// connection, and never made: the proxy's answers to that address leave the pod and are lost. Istio: the same, without
-/// an answer.
+/// `IP_FREEBIND` lets an application bind an address that its pod does not have, without privilege. The connection is
+/// captured like any other, and never established: the proxy's answers to that address leave the pod and are lost. Istio:
+/// the same, without an answer.
 fn free_binding(context: &Context, stack: Stack) -> Result<()> {
     with_foreign_source(context, stack, |socket| match stack {
         Stack::V4 => socket.set_freebind_v4(true),
@@ -163,7 +164,7 @@ fn free_binding(context: &Context, stack: Stack) -> Result<()> {
     })
 }
 
-/// With `IP_TRANSPARENT` (CAP_NET_ADMIN) as with `IP_FREEBIND`.
+/// With `IP_TRANSPARENT` (CAP_NET_ADMIN), like `IP_FREEBIND`.
 fn transparent(context: &Context, stack: Stack) -> Result<()> {
     with_foreign_source(context, stack, |socket| match stack {
         Stack::V4 => socket.set_ip_transparent_v4(true),
@@ -184,14 +185,14 @@ fn with_foreign_source(
     ensure!(scene.listening.accepted().is_empty(), "the server accepted {:?}", scene.listening.accepted());
     let segments = segments_received(scene.server.netns())? - scene.segments;
     ensure!(segments == 0, "{segments} segments came to the server");
-    // As the pod's own address it is as good as another.
+    // The pod's own address works as well.
     let socket = scene.socket()?;
     prepare(&socket)?;
     socket.bind(&stack.spell(SocketAddr::new(scene.client.address(stack.family())?, 0)).into())?;
     scene.is_captured(connect(socket, scene.destination())?)
 }
 
-/// What the connect hook lets pass passes the last gate as well. Istio: the same, by RETURN rules.
+/// Connections that the connect hook lets pass also pass the egress guard. Istio: the same, by RETURN rules.
 fn excluded_port(context: &Context, stack: Stack) -> Result<()> {
     const PORT: u16 = 4242;
     let agent_arguments = vec![format!("--exclude-outbound-ports={PORT}")];
@@ -256,7 +257,7 @@ fn link_local(context: &Context) -> Result<()> {
 
 fn link_local_address(netns: &Netns) -> Result<std::net::IpAddr> {
     let links = netns.json("ip -j -6 address show dev eth0 scope link")?;
-    // What the filter leaves out remains as empty objects.
+    // Filtered objects remain as empty ones.
     let infos = links.as_array().into_iter().flatten().filter_map(|link| link["addr_info"].as_array());
     let address = infos.flatten().find_map(|info| info["local"].as_str());
     Ok(address.with_context(|| format!("a link-local address in {links:#}"))?.parse()?)

@@ -34,8 +34,8 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         .collect()
 }
 
-/// `sendto(MSG_FASTOPEN)` runs the connect hook. The proxy's listener has no cookies to give, so that the data follow
-/// the handshake; to the proxy it is a connection like any other. Istio: the same, by its rules on the SYN.
+/// `sendto(MSG_FASTOPEN)` runs the connect hook. The proxy's listener issues no cookies, so the data follows the
+/// handshake; to the proxy it is an ordinary connection. Istio: the same, by its rules on the SYN.
 fn fast_open(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::on_shared(context, stack)?;
     let socket = scene.socket()?;
@@ -46,7 +46,7 @@ fn fast_open(context: &Context, stack: Stack) -> Result<()> {
     scene.is_captured(connection)
 }
 
-/// With `TCP_FASTOPEN_CONNECT` the SYN goes out with the first `write()` only; the mark is from `connect()`.
+/// With `TCP_FASTOPEN_CONNECT` the SYN is sent with the first `write()`; `connect()` has set the mark.
 fn deferred_fast_open(context: &Context, stack: Stack) -> Result<()> {
     const TCP_FASTOPEN_CONNECT: libc::c_int = 30;
     let scene = Scene::on_shared(context, stack)?;
@@ -90,9 +90,9 @@ fn bound_to_own_address(context: &Context, stack: Stack) -> Result<()> {
     scene.is_captured(connection)
 }
 
-/// A socket that is bound to a device is shown the routes of this device alone, whatever the rule says: the device has a
-/// companion of our route, which leads through `lo` as well. Istio: REDIRECT changes the destination to 127.0.0.1 or
-/// ::1, to which the device has no route: the connection fails.
+/// A socket that is bound to a device only uses routes of this device, whatever the rule: the device has its own copy of
+/// our route, which also leads through `lo`. Istio: REDIRECT changes the destination to 127.0.0.1 or ::1, to which the
+/// device has no route: the connection fails.
 fn bound_to_device(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::on_shared(context, stack)?;
     let socket = scene.socket()?;
@@ -103,7 +103,7 @@ fn bound_to_device(context: &Context, stack: Stack) -> Result<()> {
     scene.is_captured(connection)
 }
 
-/// As [`bound_to_device`]: a process needs no capability for it.
+/// Like [`bound_to_device`]: a process needs no capability for it.
 fn bound_to_device_without_privilege(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::on_shared(context, stack)?;
     let (client, to) = (scene.client.netns(), scene.destination());
@@ -118,8 +118,8 @@ fn bound_to_device_without_privilege(context: &Context, stack: Stack) -> Result<
     scene.is_captured(greet(socket)?)
 }
 
-/// The subflow is a TCP socket, for which the hook runs; the proxy does not speak MPTCP, so that the connection falls back
-/// to TCP and has no more subflows. Istio: the same, by its rules on the SYN.
+/// The subflow is a TCP socket, for which the hook runs. The proxy does not support MPTCP, so the connection falls back to
+/// TCP and has no more subflows. Istio: the same, by its rules on the SYN.
 fn multipath(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::on_shared(context, stack)?;
     let netns = scene.client.netns();
@@ -131,7 +131,7 @@ fn multipath(context: &Context, stack: Stack) -> Result<()> {
     scene.is_captured(connect(socket, scene.destination())?)
 }
 
-/// The same code in the kernel as `connect()`, the hook included. Istio: the same.
+/// The same kernel code as `connect()`, including the hook. Istio: the same.
 fn io_uring(context: &Context, stack: Stack) -> Result<()> {
     use io_uring::{IoUring, opcode, types};
     let scene = Scene::on_shared(context, stack)?;
@@ -153,9 +153,9 @@ fn io_uring(context: &Context, stack: Stack) -> Result<()> {
     scene.is_captured(greet(socket)?)
 }
 
-/// `connect(AF_UNSPEC)` dissolves a connection and the socket connects anew: each `connect()` is decided on its own. A
-/// mark that stayed from a captured connection would send the one to loopback to the proxy; without one the third would
-/// leave past it. Istio: the same, for it looks at packets.
+/// `connect(AF_UNSPEC)` dissolves a connection and the socket reconnects: each `connect()` gets its own decision. A
+/// mark left from a captured connection would send the one to loopback to the proxy; without a mark the third would
+/// bypass it. Istio: the same, because it sees packets.
 fn connected_anew(context: &Context, stack: Stack) -> Result<()> {
     let scene = Scene::on_shared(context, stack)?;
     let local = scene.client.listen(stack)?;
@@ -185,7 +185,7 @@ fn dissolve(socket: &Socket) -> Result<()> {
     Ok(())
 }
 
-/// Takes all capabilities from the calling thread, for good.
+/// Permanently drops all capabilities of the calling thread.
 pub(crate) fn drop_capabilities() -> io::Result<()> {
     const VERSION_3: u32 = 0x2008_0522;
     let header = [VERSION_3, 0];

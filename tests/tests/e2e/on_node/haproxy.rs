@@ -1,5 +1,4 @@
-//! HAProxy as it comes from the distribution is the node proxy: it has never heard of us, sets no marks, and is known by its
-//! cgroup, or by two.
+//! The distribution's unmodified HAProxy is the node proxy: it sets no marks, and is identified by its cgroup, or by two.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -29,16 +28,16 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
         .collect()
 }
 
-/// How many HAProxies there are.
+/// The number of HAProxies.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Parts {
     /// One for everything.
     One,
-    /// One for connections of pods, another one for those to pods.
+    /// One for connections from pods, another one for those to pods.
     Two,
 }
 
-/// What each is told. `*` as a server is where the client wanted to go.
+/// The common configuration. `*` as a server means the client's original destination.
 const COMMON: &str = "
 global
     log stdout format raw local0
@@ -112,7 +111,7 @@ impl Scene {
         logs.collect::<Vec<_>>().join("\n")
     }
 
-    /// One connection that went through HAProxy once in each of these directions; the ends see each other.
+    /// One connection that passes HAProxy once in each of these directions; the ends see each other.
     fn passes(&self, ways: &[&str], client: &Netns, server: &Pod, stack: Stack) -> Result<()> {
         let listening = server.listen(stack)?;
         let to = server.endpoint(stack.family(), listening.port())?;
@@ -127,9 +126,9 @@ impl Scene {
         self.logged(ways, source, to)
     }
 
-    /// HAProxy tells of a connection when it has ended: first the one that was made last.
+    /// HAProxy logs a connection when it has ended: first the one that was opened last.
     fn logged(&self, ways: &[&str], source: SocketAddr, to: SocketAddr) -> Result<()> {
-        // IPv6 addresses are without brackets there. The port is the client's own at the first HAProxy alone.
+        // It logs IPv6 addresses without brackets. Only the first HAProxy sees the client's own port.
         let spell = |end: SocketAddr| format!("{}:{}", end.ip(), end.port());
         let (from, to) = (format!(" {}:", source.ip()), format!(" {}", spell(to)));
         let first = format!(" {}{to}", spell(source));
@@ -162,11 +161,12 @@ fn is_the_node_proxy(context: &Context, stack: Stack, parts: Parts) -> Result<()
     {
         scene.passes(&["inbound"], client, &pod, stack).with_context(|| format!("from {who}"))?;
     }
-    // What one HAProxy connects for a pod cannot be told from what it delivers, so that it passes once.
+    // The connections of a single HAProxy for a pod can't be distinguished from deliveries, so the connection
+    // passes once.
     let ways = if parts == Parts::Two { &["outbound", "inbound"][..] } else { &["outbound"] };
     let neighbour = scene.node.enrolled("neighbour", Families::Dual)?;
     scene.passes(ways, pod.netns(), &neighbour, stack).context("from pod to pod")?;
-    // It would connect to itself again and again.
+    // It would connect to itself in a loop.
     for port in [PORT_OUTBOUND, PORT_INBOUND] {
         let to = SocketAddr::new(scene.node.gateway(stack.family()), port);
         for client in [&outside, other.netns(), scene.node.netns()] {
@@ -174,7 +174,7 @@ fn is_the_node_proxy(context: &Context, stack: Stack, parts: Parts) -> Result<()
             ensure!(io_kind(&error) == Some(ErrorKind::ConnectionRefused), "{error:#}");
         }
     }
-    // The client learns of it from HAProxy, which has accepted the connection by then.
+    // The client gets the error from HAProxy, which has accepted the connection by then.
     for (client, server) in [(&pod, &other), (&other, &pod)] {
         let to = server.endpoint(stack.family(), 9)?;
         ensure!(client.connect(stack, to).is_err(), "{to} answered");

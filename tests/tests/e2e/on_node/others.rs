@@ -1,4 +1,4 @@
-//! What is neither TCP nor DNS is left as it is.
+//! Traffic that is neither TCP nor DNS is left alone.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
@@ -33,7 +33,7 @@ fn untouched(context: &Context, family: Family) -> Result<()> {
         for length in [100, 8000] {
             datagram(&one, &two, family, length).with_context(|| format!("{length} bytes, round {round}"))?;
         }
-        // The second time the neighbours have to find each other again.
+        // The second time, the neighbors have to be resolved again.
         for netns in [node.netns(), one.netns(), two.netns()] {
             netns.ip("neighbour flush all")?;
         }
@@ -44,7 +44,7 @@ fn untouched(context: &Context, family: Family) -> Result<()> {
     Ok(())
 }
 
-/// An echo request, and the answer with what was in it.
+/// An echo request, and its answer with the same content.
 fn ping(from: &Netns, to: IpAddr) -> Result<()> {
     const CONTENT: &[u8] = b"is anybody there";
     let (domain, protocol, request, reply) = match to {

@@ -1,4 +1,4 @@
-//! The proxy's ports on the host are the proxy's, where its cgroup is named.
+//! The proxy's ports on the host are reserved for the proxy if its cgroup is named.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -23,7 +23,7 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials
 }
 
-/// Service managers make a new cgroup, with the same name, for each start of a proxy.
+/// Service managers create a new cgroup with the same name for each start of a proxy.
 fn new_cgroup(context: &Context, stack: Stack) -> Result<()> {
     let options = NodeOptions { agent: false, proxy: false, ..NodeOptions::default() };
     // It outlives the node.
@@ -45,8 +45,8 @@ fn new_cgroup(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// A process of the node with `CAP_NET_RAW` makes a socket that looks like the proxy's and joins its listeners (`SO_REUSEPORT`). The
-/// kernel would give it a share of their connections.
+/// A process of the node with `CAP_NET_RAW` creates a socket that looks like the proxy's and joins its listeners
+/// (`SO_REUSEPORT`). The kernel would give it a share of their connections.
 fn shared_with_nobody(context: &Context, stack: Stack) -> Result<()> {
     let options = NodeOptions { agent: false, proxy: false, ..NodeOptions::default() };
     // It outlives the node.

@@ -1,4 +1,4 @@
-//! What others change on the host is found and put right, while the agent runs and when it starts.
+//! Changes by other software on the host are detected and repaired, while the agent runs and when it starts.
 
 use std::fs;
 use std::path::Path;
@@ -17,7 +17,7 @@ use super::host_device;
 use crate::context::{Context, trial};
 use crate::{inbound, outbound};
 
-/// What somebody does.
+/// The damage.
 #[derive(Clone, Copy, Debug)]
 enum Damage {
     Rule(Family),
@@ -141,7 +141,7 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
     trials
 }
 
-/// How long a repair may take: the interval of the checks, on a busy machine.
+/// The deadline for a repair: the interval of the checks, on a busy machine.
 const LIMIT: Duration = Duration::from_secs(10);
 
 fn arguments() -> Vec<String> {
@@ -195,7 +195,7 @@ fn at_start(context: &Context) -> Result<()> {
     let before = Footprint::of(node.netns())?;
     node.kill_agent()?;
     for damage in Damage::ALL {
-        // What is detached has to be pinned, and what is removed has to be there.
+        // A link has to be pinned to be detached, and the device has to exist to be removed.
         if !matches!(damage, Damage::Detach | Damage::Qdisc | Damage::EntranceQdisc) {
             damage.inflict(&node, &pod).with_context(|| format!("{damage:?}"))?;
         }
@@ -208,15 +208,15 @@ fn at_start(context: &Context) -> Result<()> {
     works(&pod, &other)
 }
 
-/// What says that the sysctl was on.
+/// The notes that the sysctl was on.
 #[derive(Clone, Copy, Debug)]
 enum Note {
     Alias,
     Checkpoint,
 }
 
-/// One of the two notes goes while no agent runs: the other one is enough, for `uninstall` as well as for the next agent, which
-/// makes both again.
+/// One of the two notes gets lost while no agent runs: the other one is enough, for `uninstall` and for the next agent, which
+/// restores both.
 fn restored(context: &Context, note: Note) -> Result<()> {
     let lose = |node: &Node, note: Note| match note {
         Note::Alias => node.netns().ip(&format!("link del {INGRESS_DEVICE}")).map(drop),

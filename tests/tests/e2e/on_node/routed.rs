@@ -1,5 +1,5 @@
 //! Pods without a bridge: the node has a device and a route for each, as with Calico. The reverse path filter is strict on
-//! every device, and nodes are joined by a routed link.
+//! every device, and the nodes have a routed link.
 
 use std::io::{Read as _, Write as _};
 use std::sync::Arc;
@@ -57,10 +57,10 @@ fn two_nodes(context: &Context, stack: Stack) -> Result<()> {
     inbound::passes_the_proxy_once(plain.netns(), &pod, stack)
 }
 
-/// How much goes through each way, in MiB.
+/// The amount of data in each direction, in MiB.
 const BULK: &str = "REDIRECT_TEST_BULK";
 
-/// As many bytes each way as is asked for, at the same time, through both nodes' proxies: they arrive as they were sent.
+/// This many bytes in each direction at the same time, through both nodes' proxies, arrive unchanged.
 fn bulk(context: &Context, stack: Stack) -> Result<()> {
     let mebibytes = std::env::var(BULK).map_or(Ok(32), |value| value.parse()).context(BULK)?;
     let (near, far) = (strict_node(context)?, strict_node(context)?);
@@ -96,7 +96,7 @@ fn echoed(connection: &Connection, mebibytes: u64) -> Result<()> {
     })
 }
 
-/// Bytes without a period that a lost, swapped or repeated piece could hide in (xorshift).
+/// Bytes without a period, so that lost, swapped or repeated blocks show (xorshift).
 struct Noise(u64);
 
 impl Default for Noise {

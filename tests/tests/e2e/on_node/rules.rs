@@ -1,4 +1,4 @@
-//! The host's routing rules are shared with others.
+//! The host's routing rules are shared with other software.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! Pods that send from addresses that are not theirs.
+//! Pods that send from addresses that are not their own.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -36,7 +36,7 @@ pub(super) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 
 const ANNOTATION: &str = "ambient-redirect.io/source-ip-verification";
 
-/// An address of nobody.
+/// An address that no pod has.
 fn elsewhere(family: Family) -> IpAddr {
     match family {
         Family::Ipv4 => [198, 51, 100, 7].into(),
@@ -44,7 +44,7 @@ fn elsewhere(family: Family) -> IpAddr {
     }
 }
 
-/// Sends a SYN from the pod, with any source. The port tells it from others.
+/// Sends a SYN from the pod with any source. The port identifies it.
 fn send(pod: &Pod, source: IpAddr, port: u16, to: SocketAddr) -> Result<()> {
     let syn = raw::syn(source, port, to, 1);
     pod.netns().run(|| -> Result<()> {
@@ -53,7 +53,7 @@ fn send(pod: &Pod, source: IpAddr, port: u16, to: SocketAddr) -> Result<()> {
     })?
 }
 
-/// What became of the pods' outbound connections: so many were captured, so many dropped as spoofed.
+/// Checks the results of the pods' outbound connections: the numbers captured, and dropped as spoofed.
 fn becomes(node: &Node, family: Family, captured: u64, dropped: u64) -> Result<()> {
     let count = |family, verdict, reason| -> Result<u64> {
         Ok(counted(&node.status()?, family, Direction::Outbound, verdict, reason))
@@ -72,7 +72,7 @@ fn becomes(node: &Node, family: Family, captured: u64, dropped: u64) -> Result<(
     Ok(())
 }
 
-/// Whatever the setting: nobody passes for another pod.
+/// Whatever the setting: no pod can use another pod's address.
 fn by_setting(context: &Context, family: Family, verified: bool) -> Result<()> {
     let setting = format!("--source-ip-verification={verified}");
     let node = Node::with_arguments(&context.session()?, &[&setting])?;
@@ -89,7 +89,7 @@ fn by_setting(context: &Context, family: Family, verified: bool) -> Result<()> {
     Ok(())
 }
 
-/// Two pods of which the first has the annotation, and a pod that is not enrolled.
+/// Two pods, of which the first has the annotation, and a pod that is not enrolled.
 fn annotated(cluster: &Cluster, value: &str) -> Result<[Pod; 3]> {
     let [one, two, other] = ["one", "two", "other"].map(|name| cluster.node().plain(name, Families::Dual));
     let pods = [one?, two?, other?];
@@ -110,7 +110,7 @@ fn verified_by_annotation(context: &Context, family: Family) -> Result<()> {
     becomes(cluster.node(), family, 1, 1)
 }
 
-/// Connects from an address that the pod has and nobody was told of.
+/// Connects from an address that the pod has, but neither a plugin nor Kubernetes names.
 fn call(
     pod: &Pod,
     stack: Stack,
@@ -127,7 +127,7 @@ fn call(
     })
 }
 
-/// A pod speaks from an address of its own that nobody was told of, by way of the proxy; the pod beside it may not.
+/// A pod connects from such an address through the proxy; the pod next to it may not.
 fn let_through_by_annotation(context: &Context, stack: Stack) -> Result<()> {
     let cluster = Cluster::start(&context.session()?, &[])?;
     let (node, family) = (cluster.node(), stack.family());
@@ -138,7 +138,7 @@ fn let_through_by_annotation(context: &Context, stack: Stack) -> Result<()> {
         Ok(counted(&node.status()?, family, Direction::Outbound, Verdict::Dropped, Reason::Spoofed))
     };
     let own = elsewhere(family);
-    // Without `nodad` it is tentative for a moment, on `lo` as well.
+    // Without `nodad` it is tentative for a moment, even on `lo`.
     let rest = if family == Family::Ipv4 { "/32 dev lo" } else { "/128 dev lo nodad" };
     for pod in [&free, &bound] {
         pod.netns().ip(&format!("address add {own}{rest}"))?;
@@ -161,7 +161,7 @@ fn let_through_by_annotation(context: &Context, stack: Stack) -> Result<()> {
     ensure!(failed.is_err() && listening.accepted().len() == 1, "{:?}", listening.accepted());
     ensure!(dropped()? > 0, "{:#?}", node.status()?.counters);
 
-    // Another pod's address is not let through, and what is the pods' own goes on as it did.
+    // Another pod's address is not permitted, and the pods' own addresses work as before.
     let before = dropped()?;
     send(&free, bound.address(family)?, 1024, to)?;
     wait::until_true("count of the other pod's address", SOON, || Ok(dropped()? > before))?;
@@ -170,7 +170,7 @@ fn let_through_by_annotation(context: &Context, stack: Stack) -> Result<()> {
         inbound::passes_the_proxy_once(other.netns(), pod, stack)?;
     }
 
-    // Without the annotation it is over.
+    // Removing the annotation ends the permission.
     cluster.announce(&free, &[]);
     let before = dropped()?;
     wait::until_true("drop without the annotation", SOON, || {

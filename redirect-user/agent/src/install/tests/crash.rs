@@ -1,11 +1,12 @@
-//! The process dies between any two steps: the chain works, and the next run gets to the end.
+//! The process dies between any two steps: the chain works, and the next run completes.
 
 use std::io;
 
 use super::*;
 use crate::install::files::{Attributes, Disk, Files};
 
-/// Does so many steps, then nothing any more, as a process that was killed. Writes half of what it is killed in.
+/// Executes this many steps, then nothing, like a process that was killed. Writes half of the file at which it
+/// is killed.
 struct Mortal {
     left: usize,
     steps: Vec<&'static str>,
@@ -65,7 +66,7 @@ fn remove_task(options: &Options, files: &mut Mortal) -> bool {
     take_out(&options.directories, files).is_ok()
 }
 
-/// Every number of steps until the task needs no more. How many it takes.
+/// Tries every number of steps until the task completes. Returns how many it needs.
 fn die_everywhere(prepare: impl Fn() -> Host, task: Task, types: &[&str]) -> Vec<&'static str> {
     for left in 0..100 {
         let host = prepare();

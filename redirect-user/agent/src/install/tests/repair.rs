@@ -1,4 +1,4 @@
-//! What others do to the chain is noticed and repaired.
+//! Changes of the chain by other processes are detected and repaired.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use tokio::sync::watch;
 
 use super::*;
 
-/// A keeper at work; the caller changes things and waits for what comes of it.
+/// Runs a keeper while the caller makes changes and waits for their effects.
 async fn with_keeper(host: &Host, act: impl AsyncFnOnce()) {
     let (stop, stopped) = watch::channel(false);
     let keeper = tokio::spawn(keep(host.options.clone(), stopped));
@@ -16,7 +16,7 @@ async fn with_keeper(host: &Host, act: impl AsyncFnOnce()) {
 }
 
 async fn until(what: &str, condition: impl Fn() -> bool) {
-    // Well below the time after which everything is looked at anyhow.
+    // Well below the interval of periodic checks.
     let deadline = tokio::time::Instant::now() + Duration::from_secs(15);
     while !condition() {
         assert!(tokio::time::Instant::now() < deadline, "{what}");
@@ -34,13 +34,13 @@ async fn a_configuration_that_is_written_again() {
     let host = Host::new(&[("10-b.conflist", list())]);
     with_keeper(&host, async || {
         until("first", || is_chained(&host, "10-b.conflist")).await;
-        // In place, as some do, and by a rename, as others do.
+        // Written in place, as some programs do, and by renaming, as others do.
         host.write("10-b.conflist", &list());
         until("in place", || is_chained(&host, "10-b.conflist")).await;
         host.write("new", &list());
         fs::rename(host.path("new"), host.path("10-b.conflist")).unwrap();
         until("renamed", || is_chained(&host, "10-b.conflist")).await;
-        // Another one comes before it.
+        // Another one sorts before it.
         host.write("05-a.conflist", &list());
         until("a new first one", || is_chained(&host, "05-a.conflist")).await;
     })
@@ -69,7 +69,7 @@ async fn a_primary_cni_that_comes_later() {
     with_keeper(&host, async || {
         tokio::time::sleep(Duration::from_millis(50)).await;
         fs::create_dir(&host.options.directories.cni_conf_dir).unwrap();
-        // Half of it at first.
+        // Incomplete at first.
         fs::write(host.path("10-b.conflist"), "{").unwrap();
         tokio::time::sleep(Duration::from_millis(50)).await;
         host.write("10-b.conflist", &list());

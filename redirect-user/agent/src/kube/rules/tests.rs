@@ -62,7 +62,7 @@ fn what_no_label_can_enroll() {
     for (change, reason) in table {
         let mut pod = pod(Some("ambient"));
         change(&mut pod);
-        // A pod that is left alone is not refused either.
+        // A pod that is not enrolled is not refused either.
         pod.bypass_inbound = Some("nonsense".into());
         for namespace in [Some(namespace(Some("ambient"))), None] {
             assert_eq!(decide(&pod, namespace.as_ref(), &rules()), Decision::No(reason));

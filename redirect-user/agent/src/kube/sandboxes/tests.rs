@@ -9,7 +9,7 @@ use redirect_testing::skip;
 
 const UID: &str = "8a3b1c2d-0e4f-4a5b-9c6d-7e8f90a1b2c3";
 
-/// A `/proc` of files, in which files stand in for namespaces.
+/// A fake `/proc`, in which files stand in for namespaces.
 struct Tree(TempDir);
 
 impl Tree {
@@ -64,7 +64,7 @@ fn processes_of_one_pod_are_told_apart_by_their_namespaces() {
     tree.process(100, &cgroup("a"), "pod");
     tree.process(101, &cgroup("b"), "pod");
     tree.process(102, &cgroup("b"), "nested");
-    // What watches over a container may itself be in the host's namespace.
+    // A container's monitor may run in the host's namespace.
     tree.process(99, &cgroup("a"), "host");
     let found = tree.find(UID);
     assert_eq!(found.len(), 2);
@@ -83,12 +83,12 @@ fn processes_that_end_meanwhile_are_passed_over() {
     let sandboxes = Sandboxes::new(tree.0.path().to_path_buf());
     let uids = [UID.to_owned()];
     assert_eq!(sandboxes.find(&uids).unwrap().len(), 1);
-    // They were seen, and then: ended; ended, and the number is another's; ended in between.
+    // After the scan: one has ended, one has ended and its ID was reused, one ends during the check.
     fs::remove_dir_all(tree.0.path().join("100")).unwrap();
     fs::write(tree.0.path().join("101/cgroup"), "0::/system.slice/x.service\n").unwrap();
     fs::remove_file(tree.0.path().join("102/cgroup")).unwrap();
     assert!(sandboxes.find(&uids).unwrap().is_empty());
-    // A new one is found at once, however fresh the last look is.
+    // A new process is found at once, however recent the last scan.
     tree.process(200, &cgroup, "new");
     assert_eq!(sandboxes.find(&uids).unwrap()[0].netns, tree.netns("new"));
 }
@@ -100,7 +100,7 @@ fn a_directory_that_is_no_proc_is_told() {
     assert!(error.to_string().contains("is it the host's /proc?"), "{error}");
 }
 
-/// A process in a network namespace and a cgroup of its own; both end with it.
+/// A process in a network namespace and a cgroup of its own; dropping it removes both.
 struct Process {
     child: Child,
     cgroups: Vec<PathBuf>,

@@ -1,4 +1,4 @@
-//! What the CNI plugin is answered.
+//! The answers to the CNI plugin.
 
 use std::time::Instant;
 
@@ -11,7 +11,7 @@ use redirect_protocol::pod::PodIdentity;
 use redirect_protocol::wire::{Attachment, Error, ErrorKind};
 use redirect_testing::Fault;
 
-/// As the plugin knows a pod.
+/// A pod's identity as known by the plugin.
 fn identity(number: u32) -> PodIdentity {
     PodIdentity {
         uid: uid(number),
@@ -45,7 +45,7 @@ async fn a_pod_that_is_known_is_decided_at_once() {
     let began = Instant::now();
     assert!(is_enrolled(&decide(&admission, &identity(1)).await.unwrap(), &identity(1)));
     assert!(matches!(decide(&admission, &identity(2)).await.unwrap(), Verdict::Leave(_)));
-    // The runtime knows a static pod by its hash, and an old runtime no UID at all.
+    // The runtime knows a static pod by its hash, and an old runtime knows no UID at all.
     for stand_in in ["f".repeat(32), "e".repeat(64)] {
         let pod = PodIdentity { uid: stand_in, ..identity(3) };
         assert!(is_enrolled(&decide(&admission, &pod).await.unwrap(), &identity(3)));
@@ -64,7 +64,7 @@ async fn a_pod_that_the_informer_shows_late_is_waited_for() {
     let node = Node::start().await;
     node.controller.caught_up().await;
     let admission = node.controller.admission();
-    // The pod of the same name that went before it is another.
+    // The previous pod with the same name is another one.
     node.api.put_pod(pod(1, Some("none"), &[]));
     let new = PodIdentity { uid: uid(7), ..identity(1) };
     let (verdict, ()) = tokio::join!(decide(&admission, &new), async {
@@ -150,7 +150,7 @@ async fn the_plugins_pod_is_kept_in_step_from_then_on() {
     admission.enrolled(&uid(1));
     assert!(node.captures(cookie, KINDS[0]) && proxy.serves(&uid(1)));
     eventually("enabled", || node.api.redirection("shop", "pod-1").as_deref() == Some("enabled")).await;
-    // Kubernetes names one of the two, as single-stack clusters do; the other is the pod's all the same.
+    // Kubernetes reports one of the two, as single-stack clusters do; the other is the pod's as well.
     node.api.patch_pod("shop", "pod-1", &json!({"status": {"podIPs": [{"ip": "10.0.0.2"}]}}));
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert!(node.captures(cookie, KINDS[0]));

@@ -1,4 +1,4 @@
-//! What pods and labels lead to.
+//! The effects of pods and labels.
 
 use super::*;
 use crate::kube::api::REDIRECTION;
@@ -71,7 +71,7 @@ async fn addresses_are_followed_in_both_families() {
         node.api.patch_pod("shop", "pod-1", &json!({"status": {"podIPs": ips}}));
         eventually("the addresses are followed", || node.captures(cookie, addresses)).await;
     }
-    // As a pod that has ended, before its phase says so.
+    // Like a pod that has ended, before its phase changes.
     node.api.patch_pod("shop", "pod-1", &json!({"status": {"podIPs": []}}));
     tokio::time::sleep(Duration::from_millis(30)).await;
     assert!(node.captures(cookie, &["10.0.0.2"]));
@@ -85,7 +85,7 @@ async fn switches_are_carried_and_followed() {
     let node = Node::start().await;
     let _proxy = node.proxy().await;
     let cookie = node.run_sandbox(&uid(1), KINDS[0]);
-    // A pod that runs may have connections from before.
+    // A running pod may have earlier connections.
     let before = PodFlags::EARLIER_CONNECTIONS.0 | PodFlags::HALF_OPEN.0 | PodFlags::IN_POD.0;
     let flags = |bits: u32| {
         let facts = node.kernel.facts(cookie);
@@ -124,7 +124,7 @@ async fn a_bad_annotation_is_told_and_changes_nothing() {
     );
     assert!(node.captures(fresh, &[]));
 
-    // Corrected, it is enrolled; and broken again, it stays as it was.
+    // Corrected, it is enrolled; broken again, it stays enrolled.
     node.api.patch_pod("shop", "pod-1", &annotation(VIRTUAL_INTERFACES, Some("tap0")));
     eventually("enrolled", || node.captures(fresh, KINDS[0])).await;
     let before = node.kernel.facts(fresh);
@@ -151,7 +151,7 @@ async fn an_address_that_the_namespace_lacks_is_refused_and_told() {
     assert!(node.captures(liar, &[]));
     node.api.patch_pod("shop", "pod-1", &json!({"status": {"podIPs": [{"ip": "10.0.0.2"}]}}));
     eventually("the right addresses", || node.captures(liar, &["10.0.0.2"])).await;
-    // The same lie about a pod that is enrolled changes nothing.
+    // The same false report about an enrolled pod changes nothing.
     node.api.patch_pod("shop", "pod-1", &json!({"status": {"podIPs": [{"ip": "10.0.0.9"}]}}));
     eventually("another event", || node.api.world().events.len() == 2).await;
     assert!(node.captures(liar, &["10.0.0.2"]) && node.captures(honest, &["10.0.0.9", "fd00::9"]));
@@ -179,7 +179,7 @@ async fn annotations_are_corrected_to_what_is() {
     assert!(node.captures(cookie, KINDS[0]));
     assert_eq!(proxy.seen.lock().unwrap().snapshot.clone().unwrap(), [uid(1)].into());
 
-    // Somebody takes a rule away, and writes nonsense into the annotation.
+    // Other software removes a rule, and sets the annotation to nonsense.
     let lost = node.kernel.facts(cookie).into_iter().find(|fact| matches!(fact, Fact::Rule { .. })).unwrap();
     node.kernel.state().namespaces.get_mut(&cookie).unwrap().facts.remove(&lost);
     eventually("the kernel is repaired", || node.kernel.facts(cookie).contains(&lost)).await;
@@ -188,7 +188,7 @@ async fn annotations_are_corrected_to_what_is() {
     node.api.patch_pod("shop", "pod-2", &annotation(REDIRECTION, Some("enabled")));
     eventually("the annotation is removed again", || is("pod-2", None)).await;
 
-    // The kernel's state is gone for good.
+    // The kernel's state is permanently gone.
     node.kernel.state().namespaces.remove(&cookie);
     eventually("the pod is no longer captured", || is("pod-1", Some("pending"))).await;
     node.stop().await;
@@ -238,7 +238,7 @@ async fn what_is_never_enrolled_is_not() {
         change(&mut pod);
         node.api.put_pod(pod);
     }
-    // A process of the host's own namespace is none of the pod's, whatever its cgroup says.
+    // A process in the host's own namespace is not the pod's, whatever its cgroup.
     let (directory, _) = node.run_process(&uid(5), &"d".repeat(64), &["10.0.0.5"]);
     fs::remove_file(directory.join("ns/net")).unwrap();
     fs::hard_link(node.directory.path().join("proc/1/ns/net"), directory.join("ns/net")).unwrap();
@@ -288,7 +288,7 @@ async fn a_sandbox_that_was_found_is_taken_down_by_its_containers_name() {
     assert!(node.captures(cookie, &["10.0.0.2"]));
     node.pods.del(&attachment("a")).await.unwrap();
     assert!(node.captures(cookie, &[]));
-    // The process is still there, and the API server still says that the pod runs.
+    // The process still exists, and the API server still reports the pod as running.
     node.api.patch_pod("shop", "pod-1", &annotation("news", Some("none")));
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert!(node.captures(cookie, &[]));

@@ -1,4 +1,4 @@
-//! What an API server can do wrong.
+//! Faults of the API server.
 
 use super::*;
 use redirect_testing::Fault;
@@ -28,7 +28,7 @@ async fn a_watch_that_ends_goes_on_where_it_was() {
     assert_eq!(node.api.lists_of_pods(), 1);
     node.api.bookmark();
     tokio::time::sleep(Duration::from_millis(20)).await;
-    // What is older than the bookmark is gone; who has heard of that need not start over.
+    // The history before the bookmark is gone; a client that has seen the bookmark need not start over.
     node.api.compact();
     node.api.cut_watches();
     follows(&node, cookie).await;
@@ -160,7 +160,7 @@ async fn an_annotation_is_written_in_the_end() {
         node.api.fail_next("PATCH", fault.clone());
         node.api.put_pod(pod(1, Some("ambient"), KINDS[0]));
         if matches!(fault, Fault::Status(404 | 409)) {
-            // The pod is another by now, and news of it will come.
+            // The pod has been replaced, and an event about that will arrive.
             eventually("it was tried", || node.api.faults_left() == 0).await;
             let news = annotation("ambient.istio.io/dns-capture", Some("false"));
             node.api.patch_pod("shop", "pod-1", &news);
@@ -177,7 +177,7 @@ async fn an_annotation_that_cannot_be_written_is_tried_less_and_less_often() {
     let api = Patience { longest_pause: LONG, ..quick().api };
     let node = Node::start_with(Timing { api, ..quick() }, |_| {}).await;
     (0..FAULTS).for_each(|_| node.api.fail_next("PATCH", Fault::Status(403)));
-    // Without a proxy it is looked at every 20 ms.
+    // Without a proxy it is polled every 20 ms.
     node.run_sandbox(&uid(1), KINDS[0]);
     node.api.put_pod(pod(1, Some("ambient"), KINDS[0]));
     eventually("a second try", || node.api.faults_left() < FAULTS - 1).await;
@@ -213,7 +213,7 @@ async fn a_namespace_that_is_gone_is_told_and_looked_for_again() {
         node.api.world().events.iter().any(|event| event["note"].as_str().unwrap().contains("hostPID"))
     })
     .await;
-    // Another of the pod's namespaces, made by one of its containers, is not the one.
+    // Another namespace, created by one of the pod's containers, is not the pod's.
     let nested = node.run_sandbox(&uid(1), &["172.17.0.1"]);
     let right = node.run_sandbox(&uid(1), &["10.0.0.2"]);
     eventually("the right one", || node.captures(right, &["10.0.0.2"])).await;

@@ -1,4 +1,4 @@
-//! A node proxy that serves every pod that it is told, except those that it was told to refuse.
+//! A node proxy that serves every pod except those that it shall refuse.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -17,7 +17,7 @@ pub(super) struct Seen {
     pub(super) served: BTreeSet<String>,
     pub(super) infos: Vec<WorkloadInfo>,
     pub(super) refuse: BTreeSet<String>,
-    /// The pods that were in the snapshot.
+    /// The pods in the snapshot.
     pub(super) snapshot: Option<BTreeSet<String>>,
 }
 

@@ -1,5 +1,5 @@
-//! Against a real API server, where there is one: `KUBEBUILDER_ASSETS` names the directory of `etcd` and
-//! `kube-apiserver`, as Kubernetes' own test tools have it. There is no kubelet; the tests play it.
+//! Tests against a real API server, if available: `KUBEBUILDER_ASSETS` is the directory of `etcd` and
+//! `kube-apiserver`, as in Kubernetes' own test tools. There is no kubelet; the tests play it.
 
 use std::net::TcpListener;
 use std::path::Path;
@@ -14,10 +14,10 @@ use crate::kube::api::REDIRECTION;
 use redirect_testing::skip;
 
 const TOKEN: &str = "token-of-the-tests";
-/// A cold API server takes its time.
+/// A cold API server starts slowly.
 const START: Duration = Duration::from_secs(60);
 
-/// etcd and an API server; both end with it.
+/// etcd and an API server; dropping it stops both.
 struct Cluster {
     processes: Vec<Child>,
     config: kube::Config,
@@ -88,7 +88,7 @@ impl Cluster {
             spawn(&assets.join("kube-apiserver"), &server, &server_arguments),
         ];
         let mut config = kube::Config::new(format!("https://127.0.0.1:{secure}").parse().unwrap());
-        // It has signed its certificate itself.
+        // Its certificate is self-signed.
         config.accept_invalid_certs = true;
         config.auth_info.token = Some(TOKEN.to_owned().into());
         let cluster = Self { processes, config };
@@ -162,7 +162,7 @@ async fn a_real_api_server_is_followed_and_annotated() {
         assert!(shown.await.is_ok(), "the annotation is {:?} instead of {expected:?}", redirection().await);
     }
 
-    // An event, too, is something that a real API server is particular about.
+    // A real API server also validates events strictly.
     let bad = annotation(crate::kube::labels::BYPASS_INBOUND, Some("maybe"));
     pods.patch("pod-1", &merge, &Patch::Merge(&bad)).await.unwrap();
     let events: Api<k8s_openapi::api::core::v1::Event> = Api::namespaced(admin.clone(), "shop");

@@ -1,10 +1,10 @@
-//! How many requests the API server of a large cluster gets from each agent.
+//! The number of requests from each agent to the API server of a large cluster.
 
 use k8s_openapi::api::rbac::v1::{ClusterRole, PolicyRule, Role};
 
 use super::*;
 
-/// As many as a node may have.
+/// The maximum on a node.
 const PODS: u32 = 250;
 /// Two watches, of pods and of namespaces, which begin with the list.
 const WATCHES: usize = 2;
@@ -13,12 +13,12 @@ fn name(number: u32) -> String {
     format!("pod-{number}")
 }
 
-/// However busy the machine is, a list is no reason to ask again.
+/// On a busy machine, a slow list must not be retried.
 fn patient() -> Timing {
     Timing { api: Patience { list: LONG, ..quick().api }, ..quick() }
 }
 
-/// A node whose pods all run, served and annotated.
+/// A node with all pods running, served and annotated.
 async fn full() -> (Node, Proxy) {
     let node = Node::start_with(patient(), |_| {}).await;
     let proxy = node.proxy().await;
@@ -42,7 +42,7 @@ fn total(node: &Node) -> usize {
     node.api.count("")
 }
 
-/// What was asked but for annotations.
+/// All requests except annotations.
 fn asked_besides(node: &Node) -> Vec<(String, String)> {
     let requests = node.api.world().requests.clone();
     requests.into_iter().filter(|(method, _)| method != "PATCH").collect()
@@ -55,10 +55,10 @@ async fn a_start_costs_two_watches_and_at_most_two_annotations_a_pod() {
     let asked = asked_besides(&node);
     assert_eq!(asked.len(), WATCHES, "{asked:?}");
     assert_eq!(node.api.count("sendInitialEvents=true"), WATCHES, "lists are streams");
-    // One that a worker sees before the proxy has acknowledged it is pending first.
+    // A pod that a worker sees before the proxy has acknowledged it is pending first.
     assert!((PODS as usize..=2 * PODS as usize).contains(&patches), "{patches}");
 
-    // The API server starts again, and has forgotten what has changed since. Nothing is written for that.
+    // The API server restarts without its history. That must cause no writes.
     node.api.put_namespace("unrelated", json!({}));
     node.api.compact();
     node.api.cut_watches();
@@ -78,12 +78,12 @@ async fn servers_without_streams_are_asked_for_lists_in_one_piece() {
     let _proxy = node.proxy().await;
     let cookie = node.run_sandbox(&uid(1), KINDS[0]);
     eventually("enrolled", || node.captures(cookie, KINDS[0])).await;
-    // Asked for a stream, a list, and a watch each.
+    // A streaming list, a plain list, and a watch each.
     for (what, count) in [("GET", 6), ("sendInitialEvents=true", 2), ("watch=true", 4), ("limit=", 0)] {
         let asked = asked_besides(&node);
         assert_eq!(node.api.count(what), count, "{what}: {asked:?}");
     }
-    // What is older than the newest state might lack a pod that was just enrolled.
+    // An older state might lack a pod that was just enrolled.
     assert_eq!(node.api.count("resourceVersion=0"), 0);
     node.stop().await;
 }
@@ -124,7 +124,7 @@ async fn a_node_whose_proxy_refuses_all_pods_writes_each_once() {
 
 #[tokio::test]
 async fn what_happens_again_is_counted_in_one_event() {
-    /// Fewer than may wait for who tells of them.
+    /// Less than the channel's capacity.
     const TIMES: u64 = 60;
     let node = Node::start().await;
     let _proxy = node.proxy().await;
@@ -149,7 +149,7 @@ async fn what_happens_again_is_counted_in_one_event() {
     node.stop().await;
 }
 
-/// Everything that these tests make an agent ask is in the roles of the manifest.
+/// The manifest's roles allow every request that these tests cause.
 #[tokio::test]
 async fn the_agents_roles_allow_what_it_asks() {
     let node = Node::start().await;
@@ -186,7 +186,7 @@ async fn the_agents_roles_allow_what_it_asks() {
     node.stop().await;
 }
 
-/// Group, resource and verb, as the API server reads them from a request.
+/// Group, resource and verb of a request, as the API server determines them.
 fn asked(method: &str, target: &str) -> (String, String, &'static str) {
     let (path, query) = target.split_once('?').unwrap();
     let mut parts = path.split('/').skip(1);
@@ -212,7 +212,7 @@ fn asked(method: &str, target: &str) -> (String, String, &'static str) {
     (group.to_owned(), resource, verb)
 }
 
-/// Those of the manifest's roles.
+/// The rules of the manifest's roles.
 fn rules() -> Vec<PolicyRule> {
     const MANIFEST: &str =
         include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/manifests/ambient-redirect.yaml"));

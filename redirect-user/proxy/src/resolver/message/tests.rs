@@ -57,7 +57,7 @@ fn questions_are_passed_on_as_they_are() {
 fn what_is_no_question_is_not_answered() {
     assert!(matches!(receive(Vec::new()), Received::Unanswerable));
     assert!(matches!(receive(vec![0; HEADER - 1]), Received::Unanswerable));
-    // To answer answers is how two servers keep each other busy for ever.
+    // Answering answers is how two servers keep each other busy forever.
     let response = query(RecordType::A, None).into_response();
     assert!(matches!(receive(response.to_vec().unwrap()), Received::Unanswerable));
 }

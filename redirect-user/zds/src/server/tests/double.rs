@@ -1,4 +1,5 @@
-//! A proxy that answers as ztunnel's client does, or as a test's script says, and notes every breach of the contract.
+//! A proxy that answers as ztunnel's client does, or as a test's script says, and records every breach of the
+//! protocol.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -20,7 +21,7 @@ pub(super) enum Event {
     SnapshotSent,
 }
 
-/// How the double answers a request.
+/// The double's answer to a request.
 #[derive(Clone, Debug)]
 pub(super) enum Reply {
     Ack,
@@ -34,7 +35,7 @@ pub(super) enum Reply {
 #[derive(Debug, Default)]
 pub(super) struct Seen {
     pub(super) events: Vec<Event>,
-    /// What the proxy serves: UID and namespace.
+    /// The pods that the proxy serves: UID and namespace.
     pub(super) served: BTreeMap<String, (u64, u64)>,
     pub(super) kept: BTreeSet<String>,
     refused: BTreeSet<String>,
@@ -50,12 +51,12 @@ pub(super) struct Proxy {
 }
 
 impl Proxy {
-    /// Connects, says hello and acknowledges everything.
+    /// Connects, sends the hello and acknowledges everything.
     pub(super) async fn start(path: &Path) -> Self {
         Self::scripted(path, |_| Reply::Ack).await
     }
 
-    /// Connects, says hello and answers as the script says.
+    /// Connects, sends the hello and answers by the script.
     pub(super) async fn scripted(
         path: &Path,
         script: impl FnMut(&Request) -> Reply + Send + 'static,
@@ -101,7 +102,7 @@ async fn converse(socket: UnixSeqpacket, seen: Arc<Mutex<Seen>>, mut script: imp
         let request = received.message.payload.clone().expect("a request has a payload");
         let reply = script(&request);
         seen.lock().unwrap().note(received, &reply);
-        // Let a server that does not wait for the answer show itself.
+        // Gives a server that does not wait for the answer a chance to fail the test.
         tokio::task::yield_now().await;
         if recv(socket.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT)
             .is_ok_and(|bytes| bytes > 0)

@@ -1,4 +1,4 @@
-//! Proxies that break the contract, are slow or absent: their connection ends, others do not notice.
+//! Proxies that break the protocol, are slow or absent: their connection ends, and others are not affected.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::messages::{Hello, Request};
 use crate::packet;
 use crate::server::{AddError, InvalidWorkload, Options, RemoveOutcome};
 
-/// Waits until the server closes a connection that was opened by hand.
+/// Waits until the server closes a connection that the test opened.
 async fn closed(socket: &UnixSeqpacket) -> bool {
     let mut buffer = [0; MAX_PACKET];
     let received = tokio::time::timeout(LONG, socket.recv(&mut buffer)).await.expect("the server closes");
@@ -58,7 +58,7 @@ async fn a_removal_waits_for_slow_proxies_only_so_long() {
     fixture.handle.add(fixture.workload("a", "ns"), LONG).await.unwrap();
     let outcome = fixture.handle.remove("a", SHORT).await;
     assert!(matches!(&outcome, RemoveOutcome::Pending(peers) if peers.len() == 1), "{outcome:?}");
-    // The connection's end settles it.
+    // The end of the connection completes the removal.
     assert_eq!(fixture.handle.remove("a", LONG).await, RemoveOutcome::Done);
 }
 

@@ -1,5 +1,5 @@
-//! Any sequence of pods and proxies coming and going: once all is quiet the newest proxy serves what is wanted, and no
-//! proxy ever saw a breach of the contract.
+//! Random sequences of pods and proxies that come and go: in the end the newest proxy serves exactly the wanted pods,
+//! and no proxy ever saw a breach of the protocol.
 
 use std::collections::BTreeMap;
 
@@ -18,14 +18,14 @@ enum Operation {
     Remove {
         uid: u8,
     },
-    /// A proxy that refuses every `refuses`-th pod it is sent; 0 never does.
+    /// A proxy that refuses every `refuses`-th pod; 0 refuses none.
     Connect {
         refuses: u8,
     },
     Disconnect {
         proxy: u8,
     },
-    /// Lets the server get on with it, a little.
+    /// Gives the server a moment to proceed.
     Pause {
         microseconds: u16,
     },

@@ -1,4 +1,4 @@
-//! What a proxy sees, and what the agent learns, when everybody keeps to the contract.
+//! The proxy's and the agent's view while both sides follow the protocol.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -73,7 +73,7 @@ async fn add_returns_when_the_proxy_acknowledged() {
     let fixture = Fixture::start(Options { ack_deadline: LONG, ..quick() });
     let open = Arc::new(AtomicBool::new(false));
     let script_open = Arc::clone(&open);
-    // Silence leaves the request unanswered, so the first attempt's connection is given up below.
+    // No answer: the first attempt's connection times out below.
     let proxy = Proxy::scripted(&fixture.path, move |request| match request {
         Request::Add(_) if !script_open.load(Ordering::SeqCst) => Reply::Silence,
         _ => Reply::Ack,
@@ -131,7 +131,7 @@ async fn a_removal_during_the_snapshot_follows_it() {
         fixture.handle.set(fixture.workload(uid, uid)).unwrap();
     }
     let handle = fixture.handle.clone();
-    // While "a" is being answered, "a" (told) and "c" (not told) go, and "d" comes.
+    // While "a" is being answered, "a" (sent) and "c" (not sent) are removed, and "d" is added.
     let late = Mutex::new(Some(fixture.workload("d", "d")));
     let proxy = Proxy::scripted(&fixture.path, move |request| {
         if matches!(request, Request::Add(add) if add.uid == "a") {
@@ -218,7 +218,7 @@ async fn the_newest_gets_new_pods_and_everybody_gets_removals() {
     assert_eq!(old.events(), [Event::SnapshotSent, add("a"), del("a")]);
     assert_eq!(new.events(), [add("a"), Event::SnapshotSent, add("b"), del("a")]);
 
-    // The old one takes over, and is told what it missed.
+    // The old one takes over, and gets what it missed.
     let peers = fixture.handle.connections();
     assert_eq!(peers.borrow().len(), 2);
     assert!(peers.borrow()[0].id > peers.borrow()[1].id);
