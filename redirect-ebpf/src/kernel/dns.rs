@@ -154,7 +154,7 @@ fn is_question<I: PodIp + ExcludedIp>(
     let pod = Some(caller.netns_cookie);
     match decision {
         Outbound::Resolve => {
-            count(I::FAMILY, Direction::Outbound, Verdict::Captured, Reason::Dns, pod, about)
+            count(I::FAMILY, Direction::Outbound, Verdict::Captured, Reason::Dns, pod, about);
         }
         Outbound::Pass(Reason::OtherTraffic) => return false,
         Outbound::Pass(reason) => count(I::FAMILY, Direction::Outbound, Verdict::Passed, reason, pod, about),
