@@ -36,7 +36,7 @@ impl fmt::Display for Family {
 
 /// An address in network byte order.
 pub trait Address: Copy + Eq + Hash + fmt::Debug {
-    /// A group. The kernel drops packets with such a source before it looks for their socket, so lookups of ours have it.
+    /// A multicast address, for our own lookups: the kernel drops packets from it before it looks for their socket.
     const NOBODY: Self;
 }
 

@@ -166,8 +166,8 @@ impl ListenerKey {
     /// Slots for listeners that share a port.
     pub const SLOTS: core::ops::Range<u16> = 0..4;
 
-    /// In the place of a cookie, a number that no other listener gets: the time in nanoseconds and the processor where somebody
-    /// needed it first. Cookies are counted from 1 on and do not reach the highest bit.
+    /// Replaces the cookie by a number that no other listener gets: the time in nanoseconds and the CPU at its first use. Cookies
+    /// count from 1 and do not reach the highest bit.
     #[must_use]
     #[inline(always)]
     pub const fn number(time: u64, processor: u32) -> u64 {
@@ -383,11 +383,11 @@ flags! {
 }
 
 impl PodFlags {
-    /// Nothing new of the pod is captured anywhere, in either direction: each place takes the other for the one that captures. The
-    /// pod leaves the mesh; what the proxy has goes on.
+    /// No program captures new connections of the pod, in either direction: each placement takes the other for the one that
+    /// captures. The pod leaves the mesh, and the proxy's connections continue.
     pub const RELEASED: Self = Self(Self::ON_HOST.0 | Self::IN_POD.0);
 
-    /// The flags of a pod that is captured no longer. If it is captured again, what it opens meanwhile goes on.
+    /// The flags of a pod that leaves the mesh. If it returns, the connections that it opened in between continue.
     #[must_use]
     pub const fn released(self) -> Self {
         self.with(Self::RELEASED, true).with(Self::EARLIER_CONNECTIONS, true).with(Self::HALF_OPEN, false)

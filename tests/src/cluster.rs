@@ -88,7 +88,7 @@ impl Cluster {
         self.announce_annotated(pod, labels, &[]);
     }
 
-    /// As [`Self::announce_running`], with annotations as well.
+    /// [`Self::announce_running`] with annotations.
     pub fn announce_annotated(&self, pod: &Pod, labels: &[(&str, &str)], annotations: &[(&str, &str)]) {
         let map = |pairs: &[(&str, &str)]| -> Value {
             pairs.iter().map(|(key, value)| ((*key).to_owned(), Value::from(*value))).collect()

@@ -36,7 +36,7 @@ pub struct PodSpec {
     pub namespace: String,
     /// Kubernetes name.
     pub name: String,
-    /// The service account that the runtime names; empty for none.
+    /// The service account that the runtime passes; empty for none.
     pub service_account: String,
     /// The families that it has addresses of.
     pub families: Families,
@@ -72,7 +72,7 @@ impl PodSpec {
         Self { namespace: namespace.to_owned(), ..self }
     }
 
-    /// With a service account that the runtime names.
+    /// Sets the service account that the runtime passes.
     #[must_use]
     pub fn with_service_account(self, account: &str) -> Self {
         Self { service_account: account.to_owned(), ..self }

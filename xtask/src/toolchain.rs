@@ -114,7 +114,7 @@ pub(crate) fn packages() -> [Package; 2] {
     ]
 }
 
-/// What to do where apt has no compiler that is new enough.
+/// The remedy if apt has no compiler that is new enough.
 const REMEDY: &str = "rustup component add rust-src, for the toolchain in use";
 
 fn ask(workspace: &Workspace, rustc: &Path, arguments: &[&str]) -> Result<String> {

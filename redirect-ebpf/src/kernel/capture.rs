@@ -1,4 +1,4 @@
-//! Gives a connection to a listener of the proxy. The same for both families and for both directions.
+//! Gives connections to the proxy's listeners, for both families and both directions.
 
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::programs::TcContext;
@@ -21,11 +21,11 @@ use super::proxies;
 use super::skb::Skb;
 use super::socket::{self, Socket, State};
 
-/// What is to become of a packet.
+/// The verdict on a packet.
 pub(super) enum Action {
-    /// Leave it to the programs and the stack behind us, with the proxy's listener attached to it or not.
+    /// Leave it to the next programs and the stack, with or without the proxy's listener attached.
     Continue,
-    /// Send it elsewhere: the code that the kernel's redirect returned.
+    /// Send it elsewhere, with the return code of the kernel's redirect.
     Redirect(i32),
     /// Drop it.
     Drop,
@@ -42,29 +42,29 @@ impl From<Action> for i32 {
     }
 }
 
-/// Which connections are captured where.
+/// The connections that a hook captures, and their listener.
 pub(super) trait Route<I: Parse> {
     const DIRECTION: Direction;
 
-    /// The proxy's listener.
+    /// The port of the proxy's listener.
     const PORT: u16;
 
-    /// What the connections count as.
+    /// The reason under which the connections count.
     const REASON: Reason = Reason::Enrolled;
 
-    /// Whether a gate at the socket lookup asks for what was decided here ([`super::lookup`]).
+    /// Whether the gate at the socket lookup uses the decisions made here ([`super::lookup`]).
     const GATED: bool = false;
 
-    /// Where its diagnostics come from, if it has any.
+    /// The hook that diagnostics name, if there are any.
     const HOOK: Option<Hook>;
 
-    /// What becomes of a new connection.
+    /// Decides on a new connection.
     fn decide(ctx: &TcContext, segment: &Segment<I::Address>) -> Inbound;
 
     /// The pod's end of the connection.
     fn pod(segment: &Segment<I::Address>) -> I::Address;
 
-    /// The cookie of the pod's socket; zero if it has none yet, or it is not known.
+    /// The cookie of the pod's socket; zero if there is none yet or it is unknown.
     #[inline(always)]
     fn socket(_: &TcContext, _: &Segment<I::Address>) -> u64 {
         0
@@ -77,8 +77,7 @@ pub(super) fn capture<I: Parse + PodIp, R: Route<I>>(ctx: &TcContext) -> Action 
     capture_parsed::<I, R>(ctx, parse::<I>(&Skb(ctx)))
 }
 
-/// Captures a packet: what belongs to a connection that exists is left alone; what opens one goes to the proxy's
-/// listener.
+/// Captures a packet: leaves packets of existing connections alone, and gives those that open one to the proxy's listener.
 #[inline(always)]
 pub(super) fn capture_parsed<I: Parse + PodIp, R: Route<I>>(
     ctx: &TcContext,
@@ -94,7 +93,7 @@ pub(super) fn capture_parsed<I: Parse + PodIp, R: Route<I>>(
             count(I::FAMILY, R::DIRECTION, Verdict::Dropped, Reason::Malformed, None, || About::unread(ctx));
             return Action::Drop;
         }
-        // Its flags may come in a later fragment: only a connection that exists may go on.
+        // The flags may be in a later fragment, so only an existing connection may continue.
         Parsed::Fragment(segment) => {
             return match socket::state(ctx, &segment) {
                 State::Connected => Action::Continue,
@@ -111,13 +110,14 @@ pub(super) fn capture_parsed<I: Parse + PodIp, R: Route<I>>(
     if state == State::Open { no_connection::<I, R>(ctx, &segment) } else { Action::Continue }
 }
 
-/// Decides on a segment that opens no connection and belongs to none. It may be the last step of a handshake that the kernel keeps
-/// no state of (SYN cookies): the decision on its SYN holds for it too. A note would not do, because a flood displaces it. Nor
-/// does a cookie tell whose connection it is: every listener that gave cookies itself accepts those of all others.
+/// Decides on a segment that opens no connection and belongs to none. It may be the last step of a handshake that the kernel
+/// keeps no state of (SYN cookies): the decision on its SYN also holds for it. A note can't carry that decision, because a flood
+/// displaces notes. A cookie does not identify its listener either: each listener that has sent cookies accepts those of all
+/// others.
 #[inline(always)]
 fn no_connection<I: Parse + PodIp, R: Route<I>>(ctx: &TcContext, segment: &Segment<I::Address>) -> Action {
     let exempt = match R::decide(ctx, segment) {
-        // Captured on the host by now. Without a note the proxy in the pod may have answered its SYN before.
+        // The host captures it by now. Without a note, the proxy in the pod may have answered its SYN before.
         Inbound::Pass(Reason::OtherTraffic) => notes::authorizes(&segment.tuple::<I>()),
         Inbound::Pass(_) => true,
         Inbound::Capture | Inbound::Tunnel | Inbound::Drop(_) => false,
@@ -131,22 +131,22 @@ fn no_connection<I: Parse + PodIp, R: Route<I>>(ctx: &TcContext, segment: &Segme
         };
     }
     if R::GATED {
-        // The gate refuses a stray, as the kernel would, and shall not take it for something that got round us.
+        // The gate refuses a stray segment, as the kernel would. The note keeps the gate from counting it as uncaptured.
         let verdict = if exempt { NoteVerdict::AUTHORIZED } else { NoteVerdict::STRAY };
         let _ = notes::note(&segment.tuple::<I>(), verdict, notes::A_MOMENT);
     }
     Action::Continue
 }
 
-/// Decides on what opens a connection.
+/// Decides on a segment that opens a connection.
 #[inline(always)]
 fn open<I: Parse + PodIp, R: Route<I>>(
     ctx: &TcContext,
     segment: &Segment<I::Address>,
     state: State,
 ) -> Action {
-    // It is of a connection that exists, as a SYN that is sent again. When the stack has it, that may have ended (a reset in the
-    // same batch): for the gate a note says what becomes of it then.
+    // The tuple belongs to an existing connection, as with a retransmitted SYN. That connection may end before the stack gets the
+    // packet (a reset in the same batch), so a note tells the gate what to do then.
     let known = matches!(state, State::Connected | State::Opening);
     if known && !R::GATED {
         return Action::Continue;
@@ -186,7 +186,7 @@ fn open<I: Parse + PodIp, R: Route<I>>(
             counted::<I, R>(ctx, segment, Verdict::Captured, capture.reason.unwrap_or(R::REASON));
             Action::Continue
         }
-        // Counted where the proxy gets it.
+        // `noted_listener` counts it.
         Ok(Given::Noted) => Action::Continue,
         Ok(Given::Stranger) => dropped::<I, R>(ctx, segment, Reason::NoListener),
         Err(_) if known => Action::Continue,
@@ -194,21 +194,22 @@ fn open<I: Parse + PodIp, R: Route<I>>(
     }
 }
 
-/// Which listener of the proxy a connection is for.
+/// The proxy's listener that a connection is for.
 #[derive(Clone, Copy)]
 struct Capture {
     port: u16,
-    /// What it counts as, if it has not been counted.
+    /// The reason under which to count it, if it has not been counted.
     reason: Option<Reason>,
 }
 
 /// How a listener gets a connection.
 enum Given {
-    /// It has it.
+    /// TC has assigned it.
     Assigned,
-    /// The socket lookup will give it to it.
+    /// The socket lookup will assign it.
     Noted,
-    /// It is not the proxy's, but has the packet, which has to go: no packet can be taken back from a socket.
+    /// The listener is not the proxy's, but has the packet. The packet must be dropped, because a program can't take it back from
+    /// a socket.
     Stranger,
 }
 
@@ -242,7 +243,7 @@ fn dropped<I: Parse + PodIp, R: Route<I>>(
     Action::Drop
 }
 
-/// The kernel does not give the packet to the listener.
+/// Drops a packet that the kernel did not give to the listener.
 #[inline(always)]
 fn refused<I: Parse + PodIp, R: Route<I>>(
     ctx: &TcContext,
@@ -255,7 +256,7 @@ fn refused<I: Parse + PodIp, R: Route<I>>(
     dropped::<I, R>(ctx, segment, Reason::AssignFailed)
 }
 
-/// Gives the packet to the listener, at once or by way of the socket lookup.
+/// Gives the packet to the listener, directly or through the socket lookup.
 #[inline(always)]
 fn give<I: Parse + PodIp, R: Route<I>>(
     ctx: &TcContext,
@@ -264,10 +265,10 @@ fn give<I: Parse + PodIp, R: Route<I>>(
     state: State,
     capture: Capture,
 ) -> Result<Given, i64> {
-    // A listener that is assigned a SYN whose tuple is still in TIME_WAIT can't take it: the tuple is not free. The
-    // kernel frees it only when it meets the TIME_WAIT socket first, and looks for a listener afterwards.
+    // A listener can't accept an assigned SYN whose tuple is still in TIME_WAIT. The kernel frees the tuple only if it finds the
+    // TIME_WAIT socket first, and looks for a listener afterwards.
     if state == State::Open && listener.assign(ctx).is_ok() {
-        // Whose it is can be asked for only now.
+        // Only an assigned listener's owner can be checked.
         return Ok(if proxies::listens(ctx, listener.mark()) { Given::Assigned } else { Given::Stranger });
     }
     if !listener.is_marked() {

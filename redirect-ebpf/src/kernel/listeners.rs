@@ -32,8 +32,8 @@ use super::{config, pods};
 #[map]
 static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(1, 0);
 
-/// What stands for a listener's owner in its key, kept with the listener because TC programs can't ask for its namespace: the
-/// namespace's cookie if sock_ops noted it, else a number of the listener's own.
+/// Identifies a listener's owner in its key: the cookie of its namespace if sock_ops noted it, otherwise a number of the
+/// listener's own. Kept in the listener's storage, because TC programs can't read its namespace.
 #[btf_map]
 static OWNERS: SkStorage<u64> = SkStorage::new();
 
@@ -43,11 +43,11 @@ static TC_KNOWS_LISTENERS: Global<bool> = Global::new(true);
 
 const EEXIST: i32 = -17;
 
-/// What stands for the owner in a listener's key.
+/// The owner in a listener's key.
 #[inline(always)]
 pub(super) fn owner(listener: &Socket) -> Option<u64> {
     if !TC_KNOWS_LISTENERS.load() {
-        // With the number of nobody the lookup finds no listener: see above.
+        // No listener has the owner 0, so the lookup finds none; see the module.
         return listener.stored(&OWNERS).or(Some(0));
     }
     // SAFETY: the helpers have no preconditions.
@@ -55,7 +55,7 @@ pub(super) fn owner(listener: &Socket) -> Option<u64> {
     listener.stored_or(&OWNERS, ListenerKey::number(time, processor))
 }
 
-/// Puts a listener into the map that TC has found, if it is not there already. Where TC may not, it was noted before.
+/// Stores a listener that TC has found in the map, if it is not there. Where TC may not store it, sock_ops did so before.
 #[inline(always)]
 pub(super) fn remember(key: &ListenerKey, listener: &Socket) -> Result<(), i64> {
     if !TC_KNOWS_LISTENERS.load() {

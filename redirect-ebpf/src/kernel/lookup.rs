@@ -1,15 +1,15 @@
-//! sk_lookup of each enrolled pod, and in placement `node` of the host: every search for a TCP listener passes here, whatever way
-//! the connection came in. Two programs, of which the kernel runs both; it prefers one that chooses a socket.
+//! The sk_lookup programs of each enrolled pod and, in placement `node`, of the host. Every lookup of a TCP listener runs them,
+//! whatever way the connection came in. The kernel runs both, and prefers one that chooses a socket.
 //!
-//! [`noted_listener`] gives to the proxy what TC can't give to it itself. That is a SYN whose tuple is still in TIME_WAIT, as
-//! happens when the proxy closed first and the client uses its port again: only the kernel can retire the TIME_WAIT socket,
-//! and when it has, it looks for a listener by address and port and would find the application's, or none. So TC notes where
-//! the connection is to go ([`notes`]), and the lookup reads it.
+//! [`noted_listener`] gives the proxy the connections that TC can't assign. One case is a SYN whose tuple is still in TIME_WAIT,
+//! because the proxy closed first and the client reuses its port. Only the kernel can retire the TIME_WAIT socket. It then looks
+//! for a listener by address and port, and would find the application's, or none. So TC notes the connection's target
+//! ([`notes`]), and the lookup reads the note.
 //!
-//! [`listener_guard`] is the gate: in a pod a connection reaches a listener only if it was captured, if a TC program let it pass
-//! (exemptions, deliveries of the proxy), or if it is between sockets of the pod. What no TC program has seen, or what was
-//! something else when they saw it, ends here. It also keeps what was not captured off the listeners for captured
-//! connections: from there a proxy would dial the same address and port again, and so on.
+//! [`listener_guard`] is the gate. In a pod, a connection reaches a listener only if it was captured, if a TC program let it pass
+//! (exemptions, deliveries of the proxy), or if it is between sockets of the pod. The gate stops connections that TC programs did
+//! not see or took for something else. It also keeps uncaptured connections away from the listeners for captured ones: the proxy
+//! would dial the same address and port again, in a loop.
 
 use core::mem::offset_of;
 
@@ -32,7 +32,7 @@ use super::pods::{self, PodIp as _};
 use super::sock_addr::protocol;
 use super::socket::{NO_PORT, Socket};
 
-/// Whether the programs are on pods' namespaces: on the host's, which has listeners of its own, nothing is authorized.
+/// Whether the programs are attached to pods' namespaces. On the host's, which has listeners of its own, nothing is authorized.
 #[unsafe(no_mangle)]
 static LOOKUP_IN_PODS: Global<bool> = Global::new(true);
 
@@ -44,7 +44,7 @@ pub(super) fn is_in_pods() -> bool {
 
 const ENOENT: i64 = -2;
 
-/// Sends the connection to the proxy's listener by way of the socket lookup.
+/// Makes the socket lookup give the connection to the proxy's listener.
 #[inline(always)]
 pub(super) fn hand_over<I: Ip>(
     segment: &Segment<I::Address>,
@@ -71,22 +71,22 @@ pub(crate) fn noted_listener(ctx: SkLookupContext) -> u32 {
         NoteVerdict::REFUSED => return sk_action::SK_DROP,
         _ => return sk_action::SK_PASS,
     }
-    // SAFETY: as above. What is written meanwhile is about the same connection.
+    // SAFETY: as above. A concurrent write concerns the same connection.
     let listener = unsafe { (*note).listener };
     match listeners::choose(&ctx, listener) {
         Ok(()) => {
             count_once(&tuple, note);
             sk_action::SK_PASS
         }
-        // No listener, or it has gone in between: the kernel refuses the connection, and nobody else gets it.
+        // The listener is missing or has just closed: the kernel refuses the connection, and no other listener gets it.
         Err(()) => sk_action::SK_DROP,
     }
 }
 
-/// Counts a captured connection where it is given to the proxy.
+/// Counts a captured connection when the proxy gets it.
 #[inline(always)]
 fn count_once(tuple: &Tuple, note: *mut Note) {
-    // SAFETY: the pointer is to an entry, and its bytes are valid whatever is written meanwhile.
+    // SAFETY: the pointer is to an entry, and its bytes are valid even with concurrent writes.
     let Note { counted, direction, reason, socket_cookie, .. } = unsafe { *note };
     if counted != 0 || notes::is_asked() {
         return;
@@ -116,7 +116,7 @@ pub(crate) fn listener_guard(ctx: SkLookupContext) -> u32 {
         return sk_action::SK_PASS;
     }
     let port = local_port(lookup);
-    // The programs that capture ask for the proxy's listeners themselves.
+    // This is a capturing program's own lookup of a proxy's listener.
     if is_guarded(Protocol::Tcp, port) && remote_port(lookup) == NO_PORT && is_nobody(&tuple(lookup).source) {
         return sk_action::SK_PASS;
     }
@@ -128,7 +128,7 @@ pub(crate) fn listener_guard(ctx: SkLookupContext) -> u32 {
     // SAFETY: the pointer is to an entry.
     let verdict = note.map_or(NoteVerdict::NONE, |note| unsafe { notes::verdict(note) });
     if verdict == NoteVerdict::CAPTURED {
-        // The other program gives it to the proxy's listener, or refuses it.
+        // `noted_listener` gives it to the proxy's listener, or refuses it.
         return sk_action::SK_PASS;
     }
     if !is_for_captured(port)
@@ -136,22 +136,22 @@ pub(crate) fn listener_guard(ctx: SkLookupContext) -> u32 {
     {
         return sk_action::SK_PASS;
     }
-    // A note that counts no longer is of a connection that was let in: what comes after it has ended opens none.
+    // An expired note belongs to a connection that was let in: segments after its end open none.
     if note.is_none() && !is_for_captured(port) && !notes::is_asked() {
         refused(&tuple);
     }
     sk_action::SK_DROP
 }
 
-/// Whether the pod is captured no longer: its programs may be gone, and note nothing.
+/// Whether the pod leaves the mesh: its programs may be gone, and write no notes.
 #[inline(always)]
 fn is_released(tuple: &Tuple) -> bool {
     let flags = pods::owner(&tuple.destination).and_then(pods::flags);
     flags.is_some_and(|flags| flags.contains(PodFlags::RELEASED))
 }
 
-/// Counts what reached the gate without having been seen at an interface. What is captured on its way out of the pod and has
-/// found no listener has been counted there.
+/// Counts a connection that reached the gate without being seen at an interface. A connection that was captured on its way out of
+/// the pod and found no listener was counted there.
 #[inline(always)]
 fn refused(tuple: &Tuple) {
     let Some(pod) = pods::owner(&tuple.destination) else { return };
@@ -175,7 +175,7 @@ fn is_within_pod(tuple: &Tuple, lookup: *const bpf_sk_lookup) -> bool {
     }
 }
 
-/// Whether it is the source of our own questions. A packet has it at most on `lo`, from a raw socket of the pod.
+/// Whether this is the source address of our own lookups. A packet can have it only on `lo`, from a raw socket of the pod.
 #[inline(always)]
 fn is_nobody(source: &[u8; 16]) -> bool {
     *source == Ipv4::widen(Address::NOBODY) || *source == Ipv6::widen(Address::NOBODY)

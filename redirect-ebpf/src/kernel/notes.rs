@@ -31,8 +31,8 @@ static NOTHING: Note = Note {
     padding: [0; 4],
 };
 
-/// How many lookups of our own programs run on this processor: the programs of the socket lookup count nothing then. More than
-/// one with `PREEMPT_RT`, where a task takes the place of another in the middle. No verdict depends on it.
+/// The number of our own lookups in progress on this CPU, during which the programs of the socket lookup count nothing. It can
+/// exceed one with `PREEMPT_RT`, where one task preempts another. No verdict depends on it.
 #[map]
 static ASKING: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
@@ -110,8 +110,8 @@ pub(super) fn authorizes(tuple: &Tuple) -> bool {
     of(tuple).is_some_and(|note| unsafe { verdict(note) } == NoteVerdict::AUTHORIZED)
 }
 
-/// What a note says, as long as it counts. Not an option: the compiler would merge what is not there with what is, which the
-/// verifier rejects.
+/// A note's verdict, while the note is valid. Not an `Option`, because the compiler would merge the absent case with the present
+/// one, which the verifier rejects.
 ///
 /// # Safety
 ///

@@ -113,8 +113,8 @@ fn capture<I: PodIp + ExcludedIp + BoundIp>(
     }
 }
 
-/// Whether a captured connection is to be refused because no proxy listens. It has to be here: a reset from the
-/// destination's address, at the SYN, is what the kernel has no route for in IPv4.
+/// Whether to refuse a captured connection because no proxy listens. `connect()` has to decide that: at the SYN, the kernel has
+/// no IPv4 route for a reset from the destination's address.
 #[inline(always)]
 fn is_refused<I: Ip>(ctx: &SockAddrContext, destination: I::Address) -> bool {
     config::flags().contains(ConfigFlags::REFUSE)

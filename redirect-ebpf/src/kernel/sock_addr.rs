@@ -16,7 +16,7 @@ use redirect_ebpf::maps::PodFlags;
 
 use super::pods;
 
-/// The call goes on.
+/// The call continues.
 pub(super) const ALLOW: i32 = 1;
 /// The call fails with `EPERM`, or with the error of [`fail_with`].
 pub(super) const DENY: i32 = 0;

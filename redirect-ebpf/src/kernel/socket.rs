@@ -79,8 +79,8 @@ pub(super) fn is_known<A: Copy>(ctx: &TcContext, segment: &Segment<A>) -> bool {
 /// One of the kernel's helpers that look TCP sockets up.
 type Helper = unsafe fn(*mut c_void, *mut bpf_sock_tuple, u32, u64, u64) -> *mut bpf_sock;
 
-/// Looks a TCP socket up by the tuple of a packet. Where no connection has it, the kernel looks for a listener next, and runs the
-/// programs of the socket lookup, which must not count it.
+/// Looks up a TCP socket by a packet's tuple. If no connection has it, the kernel looks for a listener and runs the programs of
+/// the socket lookup, which must not count this lookup.
 #[inline(always)]
 fn find_of_packet<A>(ctx: &TcContext, tuple: &mut Tuple<A>, helper: Helper) -> Option<Socket> {
     let _asking = notes::Asking::new();
@@ -215,7 +215,7 @@ impl Socket {
         self.storage(storage, ptr::null_mut(), 0)
     }
 
-    /// The same; it has this value from now on if it has none.
+    /// The same. Initializes the value if there is none.
     #[inline(always)]
     pub(super) fn stored_or(&self, storage: &'static SkStorage<u64>, mut value: u64) -> Option<u64> {
         self.storage(storage, &raw mut value, BPF_SK_STORAGE_GET_F_CREATE.into())

@@ -58,7 +58,7 @@ pub struct Checkpoint {
     /// Whether it ran before, and has been captured only recently.
     #[serde(default)]
     pub recent: bool,
-    /// Whether nothing new of it is captured, because it is to be un-enrolled.
+    /// Whether the pod leaves the mesh, and its new connections go directly.
     #[serde(default)]
     pub leaving: bool,
 }

@@ -90,7 +90,7 @@ async fn behind(
 #[derive(Default)]
 struct Reconciling {
     tasks: JoinSet<String>,
-    /// Whether a pod has changed again meanwhile.
+    /// Whether the pod has changed again in the meantime.
     again: HashMap<String, bool>,
 }
 
@@ -108,7 +108,7 @@ impl Reconciling {
         });
     }
 
-    /// Waits until one is done, and starts again if it has changed meanwhile.
+    /// Waits until one is done, and starts again if the pod has changed in the meantime.
     async fn settle<D: Datapath + Send + 'static>(&mut self, pods: &Arc<Pods<D>>) {
         match self.tasks.join_next().await {
             Some(Ok(uid)) => {

@@ -22,11 +22,11 @@ pub(super) struct Question {
     pub(super) transport: Transport,
 }
 
-/// Nothing that the kernel shows, and a proxy says so in its own log alone.
+/// The kernel does not show this fault, and a proxy only logs it.
 const NO_ACCOUNT: &str = "the node proxy was told of the pod without a service account; a ztunnel whose workload has \
      one resets the connection after 5 s (--service-account)";
 
-/// What is known about all pods.
+/// Reports on all pods.
 pub(super) async fn pods(
     pods: &Pods<Linux>,
     kernel: &DatapathHandle<Linux>,

@@ -17,7 +17,7 @@ use redirect_protocol::pod::{Exclusion, network};
 use redirect_protocol::wire;
 use redirect_zds as zds;
 
-/// The runtime's list of what is valid on the node, and the directory of checkpoints, are read up to this length.
+/// The maximum length of the runtime's list of valid attachments, and of the directory of checkpoints.
 const MOST_PODS: i64 = wire::MAX_ATTACHMENTS as i64;
 
 /// Settings of the agent.

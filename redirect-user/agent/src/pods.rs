@@ -1,9 +1,10 @@
-//! The lifecycle of enrolled pods. Operations on one pod run in order; pods do not wait for each other. While an ADD waits for a
-//! proxy, it holds nothing.
+//! The lifecycle of enrolled pods. Operations on one pod run in order, independently of other pods. An ADD holds no lock while it
+//! waits for a proxy.
 //!
-//! The CNI plugin adds a pod with its sandbox ([`Pods::add`]): it is captured before anything runs in it. Or the agent adopts a
-//! running pod whose namespace it has found ([`Pods::adopt`]): it is captured when a proxy serves it, and loses nothing. A pod leaves with its last attachment ([`Pods::del`]), or when it is no longer wanted ([`Pods::forget`]).
-//! An agent that starts adopts the pods of the previous one ([`Pods::restore`]).
+//! The CNI plugin adds a pod with its sandbox ([`Pods::add`]), and the agent captures it before anything runs in it. A running
+//! pod is adopted instead, once the agent has found its namespace ([`Pods::adopt`]), and captured when a proxy serves it, without
+//! losing connections. A pod leaves with its last attachment ([`Pods::del`]), or when the mesh no longer includes it
+//! ([`Pods::leave`], [`Pods::forget`]). At its start, an agent adopts the pods of the previous one ([`Pods::restore`]).
 
 mod abandoned;
 mod error;
@@ -48,14 +49,14 @@ pub(crate) use report::Standing;
 pub(crate) use restore::Restored;
 use slots::{Guard, Slots};
 
-/// How long connections may complete that were half open when a running pod was captured. By default Linux gives a SYN up after 127
+/// The time for half-open connections to complete after a running pod is captured. By default, Linux gives up on a SYN after 127
 /// seconds.
 const HALF_OPEN: Duration = Duration::from_secs(150);
 
-/// How long un-enrolling waits for the proxy to let go of a pod before it goes on without.
+/// How long un-enrollment waits for the proxy to release a pod before it continues without.
 const PROXY_RELEASE: Duration = Duration::from_secs(2);
 
-/// The same for all pods together. Nothing is captured meanwhile, and Kubernetes kills the agent after 30 s.
+/// The same for all pods together. Nothing is captured during this time, and Kubernetes kills the agent after 30 s.
 const ALL_RELEASE: Duration = Duration::from_secs(5);
 
 /// The pods of this node.
@@ -63,35 +64,35 @@ pub(crate) struct Pods<D> {
     kernel: DatapathHandle<D>,
     proxies: Handle,
     defaults: Defaults,
-    /// The cookie of the agent's own namespace: the host's, which is never a pod's.
+    /// The cookie of the host's network namespace, in which the agent runs. It is never a pod's.
     host_cookie: u64,
-    /// Notices interfaces that appear later. Not in tests on a fake kernel.
+    /// Reports interfaces that appear later. `None` in tests on a fake kernel.
     watch: Option<Arc<Watch>>,
     checkpoints: Checkpoints,
     repairs: Repairs,
     /// By UID.
     slots: Slots<Enrolled>,
     ownership: Ownership,
-    /// The UIDs of the pods that are captured when a proxy serves them.
+    /// The UIDs of the pods that are captured once a proxy serves them.
     awaiting: Mutex<BTreeSet<String>>,
-    /// How many ADDs there were.
+    /// The number of ADDs so far.
     adds: AtomicU64,
-    /// The proxy whose listeners for IPv6 were looked for, by the number of its connection.
+    /// The connection number of the proxy whose IPv6 listeners were last checked.
     looked_at: AtomicU64,
 }
 
-/// What holds for every pod that says nothing else.
+/// Defaults for pods without settings of their own.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Defaults {
     /// How long an enrollment waits for the proxy.
     pub(crate) proxy_deadline: Duration,
-    /// Whether DNS questions go to the proxy's resolver.
+    /// Whether DNS queries go to the proxy's resolver.
     pub(crate) dns: bool,
     /// Whether pods may send from addresses that are not theirs, in placement `node`.
     pub(crate) any_source: bool,
 }
 
-/// A pod that shall be captured.
+/// A pod that should be captured.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Wanted {
     pub(crate) identity: PodIdentity,
@@ -99,18 +100,18 @@ pub(crate) struct Wanted {
     pub(crate) settings: PodSettings,
 }
 
-/// A pod that is captured, and that a proxy shall serve.
+/// A captured pod that waits for a proxy to serve it.
 struct Attached {
     attachment: Attachment,
     /// The number of the ADD.
     number: u64,
     enrolled: Enrolled,
-    /// What the pod was.
+    /// The pod before the ADD, if it was enrolled.
     before: Option<Enrolled>,
     announcement: Announcement,
 }
 
-/// A network namespace that processes of a pod were found in, and the containers that they belong to.
+/// A network namespace in which the agent found processes of a pod, and the containers of these processes.
 #[derive(Clone, Debug)]
 pub(crate) struct Sandbox {
     pub(crate) netns: NetNs,
@@ -121,27 +122,28 @@ pub(crate) struct Sandbox {
 #[derive(Clone)]
 struct Enrolled {
     target: Target,
-    /// What the CNI plugin brought, with the addresses that it named.
+    /// The attachments that the CNI plugin reported, with their addresses.
     attachments: BTreeMap<Attachment, Vec<IpAddr>>,
-    /// Those of them whose ADD waits for a proxy, with its number.
+    /// The attachments whose ADD waits for a proxy, with the number of the ADD.
     adding: BTreeMap<Attachment, u64>,
-    /// Whether an ADD is behind the pod that has not come to its end.
+    /// Whether the enrollment has completed.
     phase: Phase,
-    /// The addresses that Kubernetes names.
+    /// The addresses that Kubernetes reports.
     declared: Vec<IpAddr>,
-    /// The containers that were found in its namespace, if that was looked for.
+    /// The containers that the agent found in its namespace, if it searched for them.
     containers: BTreeSet<String>,
     settings: PodSettings,
     observation: Observation,
-    /// Whether the kernel was as it should be when it was last looked at.
+    /// Whether the kernel matched the desired state at the last check.
     captured: bool,
-    /// Whether its checkpoint could not be written.
+    /// Whether writing its checkpoint failed.
     unsaved: bool,
-    /// Whether a removal has failed half-way.
+    /// Whether a removal failed half-way.
     removing: bool,
-    /// Whether its namespace was at its path when the agent got to know it.
+    /// Whether its namespace was at its path when the agent first saw the pod.
     found: bool,
-    /// Since when nothing new of it is captured, because it is no longer wanted. The proxy has what it has for a while.
+    /// When the pod began to leave the mesh. Its new connections go directly since then; those at the proxy may continue for a
+    /// grace period.
     leaving: Option<Instant>,
     since: Instant,
 }
@@ -168,7 +170,8 @@ impl Enrolled {
 
     fn checkpoint(&self) -> Checkpoint {
         let target = &self.target;
-        // What an ADD brings that does not come to its end is removed with the whole pod, or not known.
+        // If the agent ends during an ADD, the next agent rolls back the whole pod after a first ADD, and forgets the attachment
+        // of a later one.
         let counts = |added: &Attachment| self.phase == Phase::Begun || !self.adding.contains_key(added);
         let attachments = self.attachments.iter().filter(|(added, _)| counts(added));
         Checkpoint {
@@ -188,17 +191,17 @@ impl Enrolled {
         }
     }
 
-    /// What its target begins with when it changes.
+    /// The introduction from which a changed target is built.
     fn introduction(&self) -> Introduction {
         let mut namespace = self.target.introduction();
-        // It has run outside the mesh meanwhile.
+        // The pod has run outside the mesh since it began to leave.
         if self.leaving.is_some() && namespace.adoption == Adoption::None {
             namespace.adoption = Adoption::Recent;
         }
         namespace
     }
 
-    /// Those of its attachments, and those that were found in its namespace.
+    /// The containers of its attachments, and those that the agent found in its namespace.
     fn containers(&self) -> impl Iterator<Item = &String> {
         self.attachments.keys().map(|attachment| &attachment.container_id).chain(&self.containers)
     }
@@ -233,7 +236,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// Captures a pod whose sandbox is being set up and hands it to the proxy; on an error, neither.
+    /// Captures a pod whose sandbox is being set up, and announces it to the proxy. On an error, it does neither.
     pub(crate) async fn add(
         &self,
         attachment: Attachment,
@@ -241,7 +244,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         netns: NetNs,
     ) -> Result<(), Error> {
         let uid = wanted.identity.uid.clone();
-        // Before the wait: whoever takes the container down from here on waits for this to end.
+        // Registered before the wait, so that a DEL of the container waits for this ADD.
         self.ownership.begin(&attachment.container_id, &uid);
         let mut slot = self.slots.lock(&uid).await;
         let began = Instant::now();
@@ -262,7 +265,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         result
     }
 
-    /// Captures the pod, and announces it to the proxies. On an error the pod is as it was.
+    /// Captures the pod and announces it to the proxies. On an error, the pod stays as it was.
     async fn attach(
         &self,
         slot: &mut Guard<Enrolled>,
@@ -277,7 +280,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             tracing::info!(pod = %identity, uid = identity.uid, "pod has a new sandbox");
             self.remove_or_log(&old.target).await;
         }
-        // The slot is changed when everything is done: on an error, a pod that is enrolled stays as it was.
+        // The slot changes last, so that an error leaves an enrolled pod as it was.
         let before = slot.as_ref().cloned();
         let mut enrolled = match &before {
             Some(known) => known.clone(),
@@ -302,7 +305,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let mut namespace = enrolled.introduction();
         enrolled.leaving = None;
         if namespace.adoption == Adoption::Awaited {
-            // It is the plugin's now, and captured at once.
+            // The plugin has added the pod, so it is captured at once.
             namespace.adoption = Adoption::Recent;
         }
         enrolled.target = self.defaults.target(identity, &settings, all, netns, namespace);
@@ -334,7 +337,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// Waits for the proxy, and ends the ADD: with the pod enrolled, or as it was before.
+    /// Waits for the proxy and completes the ADD. On an error, undoes it.
     async fn serve(&self, attached: Attached, began: Instant) -> Result<(), Error> {
         let Attached { attachment, number, enrolled, before, announcement } = attached;
         let target = &enrolled.target;
@@ -363,7 +366,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                                 known.since = Instant::now();
                             }
                         } else {
-                            // The next agent would undo it, and the pod would run outside the mesh.
+                            // The next agent would roll the enrollment back, and the pod would run outside the mesh.
                             self.detach(&mut slot, &attachment, &enrolled, before).await;
                         }
                         saved
@@ -374,7 +377,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
                     }
                 }
             }
-            // The attachment was removed, or brought again.
+            // A DEL removed the attachment, or another ADD replaced it.
             (_, Ok(())) => Err(withdrawn()),
             (_, Err(error)) => Err(error.into()),
         };
@@ -382,7 +385,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         result
     }
 
-    /// Undoes what an ADD has made of a pod, and nothing that others have changed since.
+    /// Undoes an ADD's changes to a pod, but no later changes.
     async fn detach(
         &self,
         slot: &mut Guard<Enrolled>,
@@ -391,13 +394,13 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         before: Option<Enrolled>,
     ) {
         let Some(known) = &mut **slot else { return };
-        // What another ADD of this attachment had not ended with when this one took its place was nobody's.
+        // An earlier ADD of this attachment counts only if it had completed before this one replaced it.
         let ended = before.as_ref().filter(|before| !before.adding.contains_key(attachment));
         match ended.and_then(|before| before.attachments.get(attachment)) {
             Some(addresses) => _ = known.attachments.insert(attachment.clone(), addresses.clone()),
             None => _ = known.attachments.remove(attachment),
         }
-        // A pod that was adopted had none.
+        // An adopted pod has no attachments.
         let was_adopted = before.as_ref().is_some_and(|before| before.attachments.is_empty());
         if known.attachments.is_empty() && !was_adopted {
             self.remove_or_log(&known.target).await;
@@ -420,11 +423,11 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         self.keep(known).await;
     }
 
-    /// Makes an enrolled pod what it was, after a change that failed.
+    /// Restores an enrolled pod after a failed change.
     async fn put_back(&self, target: &Target) {
         self.ownership.keep(target.netns_cookie, &target.addresses);
         if let Err(error) = self.apply(target).await {
-            // It is captured all the same, and looked at again before long.
+            // The pod is still captured, and the next resync tries again.
             tracing::warn!(pod = %target.identity, %error, "cannot roll back a failed change to the pod yet");
         }
         if let Err(error) = self.hand_over(target) {
@@ -432,8 +435,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// A proxy that listens for IPv4 alone acknowledges a pod all the same. What it does for its first pod it does for others: the
-    /// kernel takes milliseconds to list sockets, too long for every pod.
+    /// Warns of a proxy that listens only in IPv4, because it acknowledges pods all the same. Checks only the first pod of each
+    /// proxy: the kernel takes milliseconds to list sockets, too long to do for every pod.
     async fn tell_of_ipv6(&self, target: &Target) {
         let newest = self.proxies.connections().borrow().iter().map(|peer| peer.id).max();
         let Some(newest) = newest else { return };
@@ -457,18 +460,18 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// Enrolls a running pod, in whichever of these namespaces has its addresses. The agent announces it to the proxies first, and
-    /// captures nothing of it until one serves it ([`Self::served`]).
+    /// Enrolls a running pod in the namespace that has its addresses. The agent announces it to the proxies first, and captures
+    /// nothing until one serves it ([`Self::served`]).
     pub(crate) async fn adopt(&self, wanted: Wanted, sandboxes: Vec<Sandbox>) -> Result<(), Error> {
         let uid = wanted.identity.uid.clone();
-        // Before it is looked whether they were taken down: whoever does that afterwards waits for this to end.
+        // Registered before the check for a DEL, so that a later DEL waits for this adoption.
         let containers = || sandboxes.iter().flat_map(|sandbox| &sandbox.containers);
         self.ownership.find(containers(), &uid);
         let mut slot = self.slots.lock(&uid).await;
-        // Whoever held the pod has settled its containers.
+        // The previous holder of the slot has reset the pod's containers.
         self.ownership.find(containers(), &uid);
         let result = match &mut *slot {
-            // The plugin brought it meanwhile.
+            // The plugin has added the pod in the meantime.
             Some(known) => self.change(known, &wanted).await,
             None => match self.take_in(&wanted, sandboxes).await {
                 Ok(enrolled) => self.capture(slot.insert(enrolled)).await,
@@ -505,9 +508,9 @@ impl<D: Datapath + Send + 'static> Pods<D> {
             return Err(foreign.unwrap_or(Error::NoNamespace(identity)));
         };
         let all = addresses.iter().copied().collect();
-        // One that was captured before, and that no checkpoint is about, stays so.
+        // A pod that the kernel already captures stays captured, even without a checkpoint.
         let adoption = if namespace.enrolled { Adoption::None } else { Adoption::Awaited };
-        // It may make connections until it is captured.
+        // The pod may open connections until it is captured.
         let namespace = Introduction { adoption, earlier_connections: true, ..namespace };
         let target = self.defaults.target(identity, &settings, all, netns, namespace);
         let target = self.divided(target).await?;
@@ -515,7 +518,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         self.own(&enrolled.target).await;
         self.claim(&enrolled.target, enrolled.target.addresses.iter());
         self.follow(&enrolled.target);
-        // Nothing yet, but whether it can be.
+        // For a pod that waits for a proxy, this only checks that it can be captured.
         let captured = match self.apply_owned(&enrolled.target).await {
             Ok(outcome) => self.hand_over(&enrolled.target).map(|()| outcome.observation),
             Err(error) => Err(error),
@@ -535,7 +538,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         Ok(enrolled)
     }
 
-    /// Captures a pod that waits for it, if a proxy serves it by now.
+    /// Captures a waiting pod if a proxy serves it.
     async fn capture(&self, known: &mut Enrolled) -> Result<(), Error> {
         let uid = &known.target.identity.uid;
         if !known.target.adoption.awaits() || self.proxies.pod(uid) != PodProxyState::Acknowledged {
@@ -557,7 +560,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// From the other placement: first everything is attached, then one step has new connections captured here.
+    /// Takes a pod over from the other placement: attaches everything first, then moves new connections to this placement in one
+    /// step.
     async fn come_over(&self, known: &mut Enrolled) -> Result<(), Error> {
         let began = Instant::now();
         self.apply(&known.target.adopted(Adoption::Joining)).await?;
@@ -569,8 +573,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         Ok(())
     }
 
-    /// Goes on with a pod that is to come over from the other placement, or takes away what that has left, once its proxies have
-    /// none of the pod's connections.
+    /// Continues to take a pod over from the other placement. Once that placement's proxies have none of the pod's connections,
+    /// removes what it left.
     pub(crate) async fn settle(&self, uid: &str) -> Result<(), Error> {
         let Some(mut slot) = self.slots.find_idle(uid).await else { return Ok(()) };
         let Some(known) = slot.as_mut().filter(|known| known.target.adoption.is_divided()) else {
@@ -589,7 +593,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         Ok(())
     }
 
-    /// How far the pod is that may have been captured in the other placement.
+    /// The target with the progress of its move from the other placement, if there is one.
     async fn divided(&self, target: Target) -> Result<Target, Error> {
         let copy = target.clone();
         let division = self.kernel.run(move |datapath| datapath.division(&copy)).await??;
@@ -598,7 +602,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
 
     async fn capture_served(&self, known: &mut Enrolled) -> Result<(), Error> {
         let began = Instant::now();
-        // An application may have set sysctls meanwhile.
+        // An application may have set sysctls in the meantime.
         let foreign = self.introduce(&known.target.identity, &known.target.netns).await?.sysctls;
         let target = Target { foreign, ..known.target.adopted(Adoption::Recent) };
         let begun = Enrolled { target, phase: Phase::Begun, ..known.clone() };
@@ -621,19 +625,18 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// The pods that wait to be captured, and that a proxy serves by now. Somebody has to [`Self::update`] them.
+    /// The waiting pods that a proxy serves by now. The caller has to [`Self::update`] them.
     pub(crate) fn served(&self) -> Vec<String> {
         let served = |uid: &&String| self.proxies.pod(uid) == PodProxyState::Acknowledged;
         self.awaiting.lock().iter().filter(served).cloned().collect()
     }
 
-    /// Whenever something may have changed about who is served.
+    /// Notifies of possible changes to the set of pods that proxies serve.
     pub(crate) fn proxy_changes(&self) -> watch::Receiver<u64> {
         self.proxies.changes()
     }
 
-    /// Brings an enrolled pod in line with what Kubernetes says of it. Returns whether the pod is enrolled at all. On an
-    /// error the pod stays as it was.
+    /// Applies a pod's state in Kubernetes, if the pod is enrolled. Returns whether it is. On an error, the pod stays as it was.
     pub(crate) async fn update(&self, wanted: &Wanted) -> Result<bool, Error> {
         let uid = &wanted.identity.uid;
         let Some(mut slot) = self.slots.find(uid).await else { return Ok(false) };
@@ -653,7 +656,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         if readdressed {
             self.holds(&wanted.identity, &known.target.netns, &wanted.addresses).await?;
         }
-        // A pod that has ended has no addresses any more in Kubernetes, before it goes.
+        // Kubernetes clears the addresses of a pod that has ended before it deletes the pod.
         let declared = if readdressed { &wanted.addresses } else { &known.declared }.clone();
         let namespace = known.introduction();
         let wanted_target = self.defaults.target(
@@ -685,11 +688,11 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         Ok(())
     }
 
-    /// Begins to un-enroll a pod that is no longer wanted: new connections go directly at once, and those that the proxy has may go on for
-    /// as long as this. Returns how much of that time is left; `None`: it can be forgotten.
+    /// Begins to un-enroll a pod: its new connections go directly at once, and those at the proxy may continue for the grace
+    /// period. Returns how much of that is left; `None` means that the caller can forget the pod.
     pub(crate) async fn leave(&self, uid: &str, grace: Duration) -> Option<Duration> {
         let mut slot = self.slots.find(uid).await?;
-        // Nothing of it is captured, or only where the proxy is to end.
+        // A waiting pod needs no grace: nothing of it is captured, or only in the other placement, which is about to end.
         let known = slot.as_mut().filter(|known| !known.target.adoption.awaits())?;
         let since = known.leaving.unwrap_or_else(Instant::now);
         let left = grace.checked_sub(since.elapsed()).filter(|left| !left.is_zero())?;
@@ -703,7 +706,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         Some(left)
     }
 
-    /// Captures a pod no longer. Returns whether it was. On an error the pod is known still, so that the caller can try again.
+    /// Un-enrolls a pod. Returns whether it was enrolled. On an error, the pod stays known, so that the caller can try again.
     pub(crate) async fn forget(&self, uid: &str) -> Result<bool, Error> {
         let Some(mut slot) = self.slots.find(uid).await else { return Ok(false) };
         let outcome = self.let_go(&mut slot).await;
@@ -711,8 +714,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         outcome
     }
 
-    /// Forgets an attachment, and the pod with its last one. What is not known is forgotten already. On an error the pod is known
-    /// still, so that the runtime can repeat it.
+    /// Forgets an attachment, and un-enrolls the pod with its last one. Succeeds if the attachment is unknown. On an error, the
+    /// pod stays known, so that the runtime can repeat the DEL.
     pub(crate) async fn del(&self, attachment: &Attachment) -> Result<(), Error> {
         self.ownership.retire(&attachment.container_id);
         let Some(uid) = self.ownership.pod_of(&attachment.container_id) else { return Ok(()) };
@@ -721,7 +724,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         if let Some(known) = &mut *slot {
             let attached = known.attachments.remove(attachment);
             known.adding.remove(attachment);
-            // A pod that was adopted has no attachments: its sandbox's container stands for all of them.
+            // An adopted pod has no attachments: its sandbox's container stands for all of them.
             if attached.is_none() && !known.containers.contains(&attachment.container_id) {
                 tracing::debug!(pod = %known.target.identity, ?attachment, "late removal of an older \
                      sandbox");
@@ -744,7 +747,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         outcome
     }
 
-    /// Un-enrolls the pod of a place, and returns whether there was one. On an error it is known still, so that somebody can repeat it.
+    /// Un-enrolls the pod in a slot, and returns whether there was one. On an error, the pod stays known, so that the caller can
+    /// try again.
     async fn let_go(&self, slot: &mut Guard<Enrolled>) -> Result<bool, Error> {
         let Some(known) = &mut **slot else { return Ok(false) };
         let outcome = self.end(known).await;
@@ -764,20 +768,20 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         Ok(())
     }
 
-    /// Takes the pod from the proxy and from the kernel, so that the proxy's connections work until it cuts them. Returns
-    /// how long the proxy took.
+    /// Removes the pod from the proxy and then from the kernel, so that the proxy's connections work until the proxy closes them.
+    /// Returns how long the proxy took.
     async fn remove(&self, target: &Target) -> Result<Duration, Error> {
         let owned = self.ownership.is_of(target);
         self.stop_capturing([target]).await;
         let asked = Instant::now();
         self.take_from_proxies(target, PROXY_RELEASE).await;
         let proxy = asked.elapsed();
-        // Once more: what an error has left is removed then.
+        // A second attempt removes what an error left.
         let failed = self.unenroll(target).await.is_err();
         if failed {
             self.unenroll(target).await?;
         }
-        // Another pod may have taken the namespace meanwhile.
+        // Another pod may have taken the namespace in the meantime.
         if owned && self.ownership.is_of(target) {
             if failed {
                 self.tidy(target).await?;
@@ -788,7 +792,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         Ok(proxy)
     }
 
-    /// Has the kernel capture nothing new of these pods, at once. What could not be released is captured until it is un-enrolled.
+    /// Stops the capture of these pods' new connections at once. If that fails for a pod, it is captured until it is un-enrolled.
     async fn stop_capturing(&self, targets: impl IntoIterator<Item = &Target>) {
         let owned = targets.into_iter().filter(|target| self.ownership.is_of(target));
         let owned: Vec<Target> = owned.cloned().collect();
@@ -800,7 +804,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// Has the proxies let go of the pod: they close its connections and their listeners in it.
+    /// Makes the proxies release the pod: they close its connections and their listeners in it.
     async fn take_from_proxies(&self, target: &Target, within: Duration) {
         if let RemoveOutcome::Pending(peers) = self.proxies.remove(&target.identity.uid, within).await {
             let peers = list(peers.iter());
@@ -809,7 +813,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// Removes what a step that failed has left.
+    /// Removes the remains of a failed step.
     async fn tidy(&self, target: &Target) -> Result<(), Error> {
         let copy = target.clone();
         let tidied = self.kernel.run(move |datapath| datapath.tidy(&copy)).await?;
@@ -819,7 +823,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         })
     }
 
-    /// As [`Self::remove`], where nobody would try again.
+    /// [`Self::remove`] for callers that cannot try again.
     async fn remove_or_log(&self, target: &Target) {
         if let Err(error) = self.remove(target).await {
             tracing::error!(%error, "pod was not removed completely");
@@ -827,7 +831,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// Takes the pod from the kernel without a word to the proxies, where nobody would try again.
+    /// Removes the pod from the kernel without notifying the proxies, for callers that cannot try again.
     async fn clear(&self, target: &Target) {
         if !self.ownership.is_of(target) {
             return;
@@ -839,7 +843,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         self.discard_or_log(target.netns_cookie).await;
     }
 
-    /// Takes the pod from the kernel. Leaves a namespace alone that is another pod's by now.
+    /// Removes the pod from the kernel, unless another pod has its namespace by now.
     async fn unenroll(&self, target: &Target) -> Result<(), Error> {
         if !self.ownership.is_of(target) {
             return Ok(());
@@ -853,7 +857,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         Err(Error::NotRemoved { pod: target.identity.clone(), causes })
     }
 
-    /// Compares the kernel with what enrollment promised.
+    /// Compares the kernel with the state that enrollment set up.
     pub(crate) async fn check(&self, attachment: &Attachment, addresses: &[IpAddr]) -> Result<(), Error> {
         let unknown = || Error::Unknown(attachment.container_id.clone());
         let uid = self.ownership.pod_of(&attachment.container_id).ok_or_else(unknown)?;
@@ -876,7 +880,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     /// Forgets every attachment that is not in the list.
     pub(crate) async fn collect(&self, valid: &[Attachment]) {
         let valid: HashSet<&Attachment> = valid.iter().collect();
-        // Those that are only being added may have come after the list was made.
+        // An attachment whose ADD is in progress may be newer than the list.
         let added = |known: &Enrolled| {
             let added = known.attachments.keys().filter(|added| !known.adding.contains_key(added));
             added.cloned().collect::<Vec<_>>()
@@ -904,7 +908,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         Ok(outcome)
     }
 
-    /// The same for a pod whose namespace others may have taken, and left, since it became the pod's.
+    /// [`Self::apply`] for a pod whose namespace another pod may have taken. If that pod is gone, takes the namespace back.
     async fn apply_owned(&self, target: &Target) -> Result<Outcome, Error> {
         if self.ownership.take_if_free(target) {
             self.apply(target).await
@@ -913,8 +917,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// Un-enrolls every pod: nothing is captured any more from the first moment on, the proxies let go of all pods at once, and only
-    /// then everything is removed.
+    /// Un-enrolls every pod. Stops the capture of new connections first, then makes the proxies release all pods at once, and
+    /// removes everything last.
     pub(crate) async fn shut_down(&self) {
         let pods = self.slots.drain().await;
         let began = Instant::now();
@@ -934,7 +938,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         );
     }
 
-    /// Writes a pod's checkpoint, off the runtime's threads: its file system may be slow.
+    /// Writes a pod's checkpoint on a blocking thread, because its file system may be slow.
     async fn save(&self, enrolled: &Enrolled) -> Result<(), Error> {
         if enrolled.target.adoption == Adoption::Awaited {
             return Ok(());
@@ -947,7 +951,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         })
     }
 
-    /// The same for a pod that stays as it is in any case: it is written with the next resync otherwise.
+    /// [`Self::save`] for a pod that stays enrolled in any case. After a failure, the next resync writes the checkpoint.
     async fn keep(&self, enrolled: &mut Enrolled) {
         let saved = self.save(enrolled).await;
         enrolled.unsaved = saved.is_err();
@@ -963,7 +967,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         removed.map_err(|source| Error::Checkpoint { pod: target.identity.clone(), source: source.into() })
     }
 
-    /// The same where nobody would try again.
+    /// [`Self::discard`] for callers that cannot try again.
     async fn discard_or_log(&self, netns_cookie: u64) {
         let checkpoints = self.checkpoints.clone();
         if let Err(error) = on_disk(move || checkpoints.remove(netns_cookie)).await {
@@ -976,12 +980,12 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         self.slots.names().await
     }
 
-    /// The connected proxies, as they come and go.
+    /// The connected proxies, updated as they come and go.
     pub(crate) fn connections(&self) -> watch::Receiver<Vec<Peer>> {
         self.proxies.connections()
     }
 
-    /// Gets to know a pod's namespace, unless that is the host's.
+    /// Examines a pod's namespace. Fails if it is the host's.
     async fn introduce(&self, identity: &PodIdentity, netns: &NetNs) -> Result<Introduction, Error> {
         let netns = netns.clone();
         match self.kernel.run(move |datapath| datapath.introduce(&netns)).await? {
@@ -993,7 +997,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// Whether the namespace has all of these addresses.
+    /// Fails unless the namespace has all of these addresses.
     async fn holds(&self, identity: &PodIdentity, netns: &NetNs, addresses: &[IpAddr]) -> Result<(), Error> {
         let netns = netns.clone();
         let held = self.kernel.run(move |datapath| datapath.addresses(&netns)).await?;
@@ -1004,7 +1008,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// Makes the namespace the pod's own. The proxy lets go of the pod that had it before.
+    /// Attributes the namespace to the pod, and makes the proxy release the pod that had it before.
     async fn own(&self, target: &Target) {
         if let Some(before) = self.ownership.take(target) {
             tracing::info!(pod = %target.identity, %before, "network namespace was attributed to another \
@@ -1013,28 +1017,28 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// Tells the proxies of a pod, without waiting for them.
+    /// Announces a pod to the proxies, without waiting for them.
     fn hand_over(&self, target: &Target) -> Result<(), Error> {
         self.tell_proxies(target, || self.proxies.set(workload(target)))
     }
 
-    /// The same, with something to wait for them by.
+    /// The same, but the caller can wait for the acknowledgement.
     fn announce(&self, target: &Target) -> Result<Announcement, Error> {
         self.tell_proxies(target, || self.proxies.announce(workload(target)))
     }
 
-    /// Unless the pod's namespace is another pod's by now, whose connections the proxies would take for this one's.
+    /// Runs `tell` unless another pod has the namespace by now: the proxies would attribute that pod's connections to this one.
     fn tell_proxies<T>(
         &self,
         target: &Target,
         tell: impl FnOnce() -> Result<T, InvalidWorkload>,
     ) -> Result<T, Error> {
-        // Whoever takes the namespace from here on has the proxies let go of the pod after they were told of it.
+        // A pod that takes the namespace later makes the proxies release this pod, after this announcement.
         let told = self.ownership.while_owned(target, tell);
         Ok(told.ok_or_else(|| Error::NamespaceTaken(target.identity.clone()))??)
     }
 
-    /// Makes addresses the pod's.
+    /// Attributes addresses to the pod.
     fn claim(&self, target: &Target, addresses: impl IntoIterator<Item = IpAddr>) {
         let addresses = addresses.into_iter().map(|address| address.to_canonical());
         for (address, before) in self.ownership.claim(target.netns_cookie, addresses) {
@@ -1048,7 +1052,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// The pod whose namespace this is, also while it is being worked on.
+    /// The pod that has this namespace, even while an operation on it runs.
     pub(crate) fn owner(&self, netns_cookie: u64) -> Option<PodIdentity> {
         self.ownership.owner(netns_cookie)
     }
@@ -1071,7 +1075,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// Lets go of a pod's place, after it was worked on.
+    /// Releases a pod's slot after an operation.
     async fn release(&self, slot: Guard<Enrolled>, uid: &str) {
         self.ownership.settle(uid, slot.iter().flat_map(Enrolled::containers));
         self.note_awaiting(uid, slot.as_ref());
@@ -1084,12 +1088,12 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     }
 }
 
-/// It fails if the agent ends meanwhile.
+/// Fails if the agent ends in the meantime.
 async fn on_disk(work: impl FnOnce() -> Result<(), Failed> + Send + 'static) -> Result<(), Failed> {
     tokio::task::spawn_blocking(work).await.unwrap_or(Err(Failed::Ending))
 }
 
-/// One UID, one pod: what is known by it stays.
+/// Refuses a second pod with a known UID.
 fn refuse_another(known: Option<&Enrolled>, identity: &PodIdentity) -> Result<(), Error> {
     match known.map(|known| &known.target.identity) {
         Some(other) if (&other.namespace, &other.name) != (&identity.namespace, &identity.name) => {
@@ -1134,7 +1138,7 @@ impl Defaults {
         }
     }
 
-    /// The pod that a checkpoint is about.
+    /// The target of a checkpoint's pod.
     pub(crate) fn checkpointed(self, checkpoint: &Checkpoint, netns: NetNs) -> Target {
         let attached = checkpoint.attachments.iter().flat_map(|(_, addresses)| addresses);
         let addresses = attached.chain(&checkpoint.declared).copied().collect();

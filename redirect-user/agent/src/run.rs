@@ -37,19 +37,19 @@ use redirect_protocol::wire;
 use redirect_protocol::wire::FeatureReport;
 use redirect_zds as zds;
 
-/// How long calls that block may go on when all else is done.
+/// How long blocking calls may continue after everything else has ended.
 const LAST_CALLS: Duration = Duration::from_secs(2);
 
-/// How long nothing is captured because the kubelet's cgroup is looked for.
+/// How long the agent captures nothing new while it searches for the kubelet's cgroup.
 const PROBERS: Duration = Duration::from_secs(2);
 
-/// The service for node proxies, which ends after the others.
+/// The service for node proxies, which stops last.
 const NODE_PROXIES: &str = "service for node proxies";
 
-/// The service that keeps the plugin in the CNI chain, which ends before the others.
+/// The service that keeps the plugin in the CNI chain, which stops first.
 const CNI_CHAIN: &str = "CNI chain";
 
-/// Runs until SIGTERM or SIGINT. What becomes of the pods then is a setting.
+/// Runs until SIGTERM or SIGINT. `--on-exit` decides what happens to the pods then.
 pub fn run(options: Options) -> anyhow::Result<()> {
     let found =
         probe::require(&Requirements { cgroup: options.cgroup.clone(), pin_dir: options.pin_dir.clone() })?;
@@ -63,7 +63,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         .build()
         .context("cannot start the async runtime")?;
     let outcome = runtime.block_on(serve(options, features));
-    // A disk or another process that does not answer must not hold up the end.
+    // A disk or process that does not respond must not delay the exit.
     runtime.shutdown_timeout(LAST_CALLS);
     outcome
 }
@@ -115,7 +115,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     };
     let (pin_dir, earlier) = (options.pin_dir.clone(), checkpoints.clone());
     let (pins, found) = tokio::task::spawn_blocking(move || {
-        // First the pins: with them, no other agent writes checkpoints.
+        // Takes the lock on the pins first, so that no other agent writes checkpoints.
         let pins = Pins::open(&pin_dir)?;
         anyhow::Ok((pins, checkpoints::find(earlier.read().context("cannot read the checkpoints of pods")?)?))
     })
@@ -144,7 +144,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     )?;
     let watch =
         Watch::new(options.placement == Placement::Node).context("cannot watch the interfaces of pods")?;
-    // From now on, so that nothing is missed that changes while pods are taken over.
+    // Listens before it takes over the pods, so that it misses no change.
     let mut events = Some(watch.listen().context("cannot watch the interfaces of pods")?);
     let pods = Arc::new(Pods::new(
         kernel.clone(),
@@ -155,7 +155,7 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
         checkpoints,
     ));
     let mut supervisor = Supervisor::new();
-    // The kubelet's probes are exempt before anything is captured that is not captured already.
+    // The kubelet's probes must be exempt before the agent captures more pods.
     let (looked, mut probers_looked) = signal_watch::channel(false);
     supervisor.restarting("probers", Stop::Cut, {
         let (probers, cgroup, kernel) = (options.probers, cgroup.clone(), kernel.clone());
@@ -237,8 +237,9 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
             reconciled_by.send_replace(true);
         });
     }
-    // A proxy drops every pod that it is not told of at first. Where there are checkpoints it has its pods from an agent of ours, and
-    // they name them. Elsewhere it may have them from the mesh's own agent, and the API server knows them.
+    // A proxy drops every pod that its first snapshot does not contain. With checkpoints, it has its pods from an earlier agent
+    // of this project, and the checkpoints name them. Otherwise it may have them from the mesh's own agent, and only the API
+    // server knows them.
     if let Some(controller) = controller.as_ref().filter(|_| is_first || unknown > 0) {
         tokio::select! {
             () = catch_up(controller, options.kubernetes.initial_wait) => {}
@@ -246,14 +247,14 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
             _ = interrupt.recv() => terminated = true,
         }
     }
-    // Its handle is what pods are told through: another socket would need another one. It stops when the proxies have let go of the
-    // pods that the agent leaves without capture.
+    // This service cannot restart: the agent announces pods through its handle, and a new socket would need a new one. It stops
+    // when the proxies have released the pods that the agent leaves without capture.
     let (zds_stop, zds_stopped) = signal_watch::channel(false);
     supervisor.once(NODE_PROXIES, Stop::Finishes, async {
         zds_server.run(until_stopped(zds_stopped)).await;
         Ok(())
     });
-    // Not before the plugin is answered.
+    // The plugin must not enter the chain before the agent answers it.
     if let Some(chain) = chain.clone() {
         let stopped = supervisor.stopped();
         supervisor.restarting(CNI_CHAIN, Stop::Finishes, move || {
@@ -344,8 +345,8 @@ async fn serve(options: Options, features: Vec<FeatureReport>) -> anyhow::Result
     Ok(())
 }
 
-/// Takes over the previous agent's pods, and removes what is left of those that are gone. Returns how many namespaces are enrolled
-/// without a checkpoint.
+/// Takes over the previous agent's pods, and removes the remains of those that have ended. Returns the number of enrolled
+/// namespaces without a checkpoint.
 async fn take_over(
     kernel: &DatapathHandle<Linux>,
     pods: &Pods<Linux>,
@@ -389,7 +390,7 @@ async fn forget_deleted(pods: &Pods<Linux>, socket: &Path) {
     }
 }
 
-/// What keeps pods in step with Kubernetes, if that is wanted.
+/// The Kubernetes controller, if it is enabled.
 async fn controller(
     options: &kube::Options,
     pods: &Arc<Pods<Linux>>,
@@ -403,7 +404,7 @@ async fn controller(
     Ok(Some(Controller::new(client, node, rules, proc, pods, Timing::default())))
 }
 
-/// Waits for the API server's first answer and for the pods that it names.
+/// Waits for the API server's first answer and the pods in it.
 async fn catch_up(controller: &Controller<Linux>, seconds: u64) {
     let limit = if seconds == 0 { Duration::MAX } else { Duration::from_secs(seconds) };
     if tokio::time::timeout(limit, controller.caught_up()).await.is_err() {
@@ -428,7 +429,7 @@ async fn own_daemonset(options: &kube::Options) -> Option<OwnDaemonSet> {
     }
 }
 
-/// Whether no other agent will follow on this node: the DaemonSet is gone, or about to go.
+/// Whether no other agent will follow on this node, because the DaemonSet is gone or being deleted.
 async fn is_last(daemonset: Option<&OwnDaemonSet>) -> bool {
     let Some(daemonset) = daemonset else { return false };
     daemonset.is_deleted().await.unwrap_or_else(|error| {
@@ -441,7 +442,7 @@ async fn is_last(daemonset: Option<&OwnDaemonSet>) -> bool {
     })
 }
 
-/// Takes the plugin out of the CNI chain.
+/// Removes the plugin from the CNI chain.
 async fn unchain(chain: install::Options) {
     match tokio::task::spawn_blocking(move || install::remove(&chain.directories)).await {
         Ok(Ok(changed)) => {
@@ -454,11 +455,11 @@ async fn unchain(chain: install::Options) {
 }
 
 async fn until_stopped(mut stopped: signal_watch::Receiver<bool>) {
-    // An error means that the sender is gone, which is as good.
+    // An error means that the sender is gone, which also means to stop.
     let _ = stopped.wait_for(|stop| *stop).await;
 }
 
-/// Gives the system what reading the kernel's BTF and the object took: 9 MiB that the allocator would keep for good.
+/// Returns memory to the system: the allocator would keep 9 MiB that the kernel's BTF and the object needed.
 fn return_memory() {
     #[cfg(target_env = "gnu")]
     // SAFETY: no preconditions; it works under the allocator's own locks.

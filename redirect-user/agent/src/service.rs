@@ -35,15 +35,15 @@ pub(super) struct Service {
     pub(super) proxies: Handle,
     pub(super) started: Instant,
     pub(super) cgroup: String,
-    /// What was found of the kernel.
+    /// The kernel's features, as probed.
     pub(super) features: Vec<FeatureReport>,
     pub(super) placement: Placement,
     pub(super) flows: Flows,
-    /// Whether all pods that Kubernetes wants captured are known.
+    /// Whether the agent knows all pods that Kubernetes wants captured.
     pub(super) reconciled: watch::Receiver<bool>,
-    /// What the last examination of kernel and chain found.
+    /// The findings of the last examination of kernel and chain.
     pub(super) findings: watch::Receiver<Findings>,
-    /// Which services of the agent run.
+    /// The states of the agent's services.
     pub(super) services: Services,
 }
 
@@ -140,13 +140,13 @@ impl Service {
                 Ok(reports) => Reply::pods(reports),
                 Err(error) => vec![Reply::Error(error)],
             },
-            // See `monitor`; the server puts parts together.
+            // `monitor` answers the first, and the server assembles the second.
             Request::Monitor { .. } | Request::GcPart { .. } => Vec::new(),
         }
     }
 }
 
-/// What the plugin asks for, as metrics name it.
+/// The plugin's command, as metrics name it.
 fn command(request: &Request) -> Option<&'static str> {
     match request {
         Request::Add { .. } => Some("add"),

@@ -1,5 +1,5 @@
-//! The service accounts of pods where there is no Kubernetes. A node proxy knows a pod by namespace, name and service account: a ztunnel
-//! resets the connections of one whose workload has another account than it was told.
+//! The service accounts of pods without Kubernetes. A node proxy identifies a pod by namespace, name and service account: a
+//! ztunnel resets a pod's connections if its workload has another account than the agent announced.
 
 use std::str::FromStr;
 
@@ -15,7 +15,7 @@ pub struct ServiceAccount {
     account: String,
 }
 
-/// Why a text is none.
+/// Why a text is not a rule for service accounts.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum NoServiceAccount {
     /// There is no `=`, or nothing before it.
@@ -59,7 +59,7 @@ impl ServiceAccount {
     }
 }
 
-/// The pod with its service account: the one that the runtime named, or else the first of these.
+/// The pod with its service account: the runtime's, or that of the first rule that matches.
 pub(crate) fn complete(pod: &PodIdentity, accounts: &[ServiceAccount]) -> PodIdentity {
     let mut pod = pod.clone();
     if pod.service_account.is_empty() {

@@ -1,5 +1,5 @@
-//! Runs the agent's services. A service that ends before the agent does is an event with a cause: it is logged and counted, health
-//! and readiness show it, and it is restarted where that can help. A panic is no such event: it ends the agent.
+//! Runs the agent's services. If a service ends before the agent does, the supervisor logs and counts that with its cause, shows
+//! it in health and readiness, and restarts the service where that can help. A panic ends the agent instead.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -29,7 +29,7 @@ const LAST_WORK: Duration = Duration::from_secs(10);
 pub(super) enum Stop {
     /// It sees [`Supervisor::stopped`] and finishes its work.
     Finishes,
-    /// It is cut off.
+    /// The supervisor aborts it.
     Cut,
 }
 
@@ -40,25 +40,25 @@ pub(super) struct Supervisor {
     services: Vec<(&'static str, JoinHandle<()>)>,
 }
 
-/// A service that does not run.
+/// A service that is not running.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Ended {
     cause: String,
-    /// Whether nobody restarts it: the agent has to be.
+    /// Whether only a restart of the agent helps.
     for_good: bool,
 }
 
-/// What the supervisor knows, for health and readiness.
+/// The states of the services, for health and readiness.
 #[derive(Clone, Debug)]
 pub(super) struct Services(watch::Receiver<BTreeMap<&'static str, Ended>>);
 
 impl Services {
-    /// Whether no service is gone for good: the agent can recover without a restart.
+    /// Fails if a service has ended for good, so that only a restart of the agent helps.
     pub(super) fn health(&self) -> Result<(), String> {
         self.check(|ended| ended.for_good)
     }
 
-    /// Whether all services run.
+    /// Fails unless all services run.
     pub(super) fn readiness(&self) -> Result<(), String> {
         self.check(|_| true)
     }
@@ -100,7 +100,7 @@ impl Supervisor {
         self.add(name, stop, move || service.take());
     }
 
-    /// Runs a service, and runs it again when it has ended.
+    /// Runs a service, and restarts it when it ends.
     pub(super) fn restarting<F>(
         &mut self,
         name: &'static str,
@@ -121,7 +121,7 @@ impl Supervisor {
         self.services.push((name, tokio::spawn(supervise(name, stop, stopped, ended, start))));
     }
 
-    /// Has all services stop.
+    /// Signals all services to stop.
     pub(super) fn stop(&self) {
         self.stop.send_replace(true);
     }
@@ -162,7 +162,7 @@ async fn join(service: &'static str, mut task: JoinHandle<()>) {
 }
 
 async fn until_stopped(mut stopped: watch::Receiver<bool>) {
-    // An error means that the sender is gone, which is as good.
+    // An error means that the sender is gone, which also means to stop.
     let _ = stopped.wait_for(|stop| *stop).await;
 }
 
@@ -177,7 +177,7 @@ async fn supervise<F>(
 {
     let mut pause = FIRST_PAUSE;
     while let Some(run) = start() {
-        // A task of its own: it is aborted when the agent stops, wherever it is.
+        // A separate task, which can be aborted anywhere when the agent stops.
         let mut task = AbortOnDrop(tokio::spawn(run));
         let run = async {
             if let Ok(outcome) = timeout(STEADY, &mut task.0).await {
@@ -214,7 +214,7 @@ async fn supervise<F>(
     until_stopped(stopped).await;
 }
 
-/// Why a service ended, if it is not that its work was done.
+/// Why a service failed; `None` if its work was done.
 fn failure(outcome: Result<anyhow::Result<()>, JoinError>) -> Option<String> {
     match outcome {
         Ok(Ok(())) => None,
@@ -240,7 +240,7 @@ mod tests {
 
     use super::*;
 
-    /// A service that fails so many times, then runs.
+    /// A service that fails this many times, then runs.
     fn failing(times: usize, count: &Arc<AtomicUsize>) -> impl FnMut() -> Pinned + Send + 'static {
         let count = Arc::clone(count);
         move || {

@@ -1,9 +1,9 @@
-//! `redirect uninstall`: removes everything that this project created from the kernel, without agent or cluster. The command
-//! also removes the plugin from the CNI chain.
+//! `redirect uninstall`: removes everything that this project created in the kernel, without agent or cluster. The command also
+//! removes the plugin from the CNI chain.
 //!
-//! What is there is found in the kernel: every network namespace of the node is looked at for rules, routes and filters of
-//! ours, and all pins go, whatever their version. Checkpoints help with namespaces that no process is in and that are mounted
-//! nowhere, and with sysctls that were on before us.
+//! It searches the kernel: every network namespace of the node for this project's rules, routes and filters, and all pins, of any
+//! version. Checkpoints lead to namespaces that have neither processes nor mounts, and name the sysctls that were on before
+//! enrollment.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -33,37 +33,37 @@ pub struct Options {
     pub known_only: bool,
 }
 
-/// What was found and removed.
+/// The result of the removal.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
-    /// The namespaces in which something was.
+    /// The namespaces that had any of this project's state.
     pub namespaces: Vec<NamespaceReport>,
-    /// What was in the host's namespace.
+    /// The state removed from the host's namespace.
     pub host: HostReport,
     /// Pinned maps and links.
     pub pins: Vec<PathBuf>,
     /// Checkpoints of pods.
     pub checkpoints: usize,
-    /// Files of the CNI chain that were changed or removed, the plugin among them.
+    /// Changed or removed files of the CNI chain, including the plugin.
     pub chain: Vec<PathBuf>,
-    /// What could not be removed.
+    /// Failed removals.
     pub errors: Vec<String>,
 }
 
-/// What was in one namespace.
+/// The state removed from one namespace.
 #[derive(Clone, Debug, Serialize)]
 pub struct NamespaceReport {
     /// Its inode.
     pub inode: u64,
-    /// Whose it is, if that is known.
+    /// Its pod, if that is known.
     pub pod: Option<PodIdentity>,
-    /// What was removed.
+    /// The removed state.
     #[serde(flatten)]
     pub removed: Stripped,
 }
 
-/// Removes everything. While an agent runs, on this pin directory or, unless its namespaces are left alone, on another one,
-/// the error is an [`InUse`].
+/// Removes everything. Fails with [`InUse`] while an agent runs on this pin directory or, unless its namespaces are left alone,
+/// on another one.
 pub fn uninstall(options: &Options) -> anyhow::Result<Report> {
     let pins = Pins::open_existing(&options.pin_dir, options.force)?;
     if !options.force
@@ -72,7 +72,7 @@ pub fn uninstall(options: &Options) -> anyhow::Result<Report> {
     {
         return Err(InUse(other).into());
     }
-    // While some of a pod's programs and rules are gone and some are not, nothing may be given to the proxy.
+    // The proxy must get no new connections while only some of a pod's programs and rules are left.
     if let Some(Err(error)) = pins.as_ref().map(Pins::release) {
         tracing::warn!(
             error = format!("{error:#}"),
@@ -115,7 +115,7 @@ pub fn uninstall(options: &Options) -> anyhow::Result<Report> {
         report.host = host.context("the host's network namespace")?;
     }
     if !report.errors.is_empty() {
-        // Checkpoints and pins stay: they lead the next attempt to what is left.
+        // Checkpoints and pins stay, because they lead the next attempt to the rest.
         return Ok(report);
     }
     if let Some(pins) = pins {
@@ -126,9 +126,8 @@ pub fn uninstall(options: &Options) -> anyhow::Result<Report> {
     Ok(report)
 }
 
-/// Every network namespace but the host's, with its checkpoint if there is one; of those without a checkpoint only the ones with
-/// these cookies. An error unless each can be told from the others: what is ours stays in one that is left out, and nothing leads to it
-/// any more.
+/// Every network namespace except the host's, with its checkpoint if there is one. `limit` restricts those without a checkpoint
+/// to these cookies. Fails unless all namespaces can be told apart: later, nothing would lead to the state in an omitted one.
 fn namespaces(
     known: Vec<checkpoints::Checkpoint>,
     limit: Option<&BTreeSet<u64>>,
@@ -136,7 +135,7 @@ fn namespaces(
     let host = NetNs::current().context("the host's network namespace")?.inode()?;
     let mut all: BTreeMap<u64, (NetNs, Option<checkpoints::Checkpoint>)> = BTreeMap::new();
     for (inode, path) in checkpoints::namespaces() {
-        // It may have ended meanwhile.
+        // The namespace may have ended in the meantime.
         let Ok(netns) = NetNs::open(&path) else { continue };
         let is_wanted = match limit {
             None => true,

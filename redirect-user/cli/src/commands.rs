@@ -96,7 +96,7 @@ struct Uninstall {
     /// Output format
     #[arg(short, long, value_enum, default_value_t)]
     output: Output,
-    // Last: what comes after it would be under its heading.
+    // Must stay last: its heading would apply to the options after it.
     #[command(flatten)]
     chain: install::Directories,
 }
@@ -153,7 +153,7 @@ pub fn main() -> ExitCode {
     exit(result)
 }
 
-/// One page for the program, and one per command.
+/// Writes one page for the program, and one for each command.
 fn manual(directory: &Path) -> anyhow::Result<()> {
     std::fs::create_dir_all(directory)?;
     Ok(clap_mangen::generate_to(Cli::command(), directory)?)

@@ -1,4 +1,4 @@
-//! The commands.
+//! The CNI commands.
 
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -29,7 +29,7 @@ pub(super) fn execute(invocation: &Invocation, config: &Config) -> Result<Succes
         Command::Check => check(invocation, config),
         Command::Status => status(config),
         Command::Gc => gc(config),
-        // Answered before there is a configuration.
+        // `dispatch` answers it without a configuration.
         Command::Version => Ok(Success::default()),
     }
 }
@@ -39,7 +39,7 @@ fn add(invocation: &Invocation, config: &Config) -> Result<Success, Error> {
     let addresses = result::addresses(prev_result)?.iter().collect();
     let netns = open_netns(&invocation.netns)?;
     let wait = Wait::of(invocation, config);
-    // A note is about an earlier attachment of this name.
+    // A note refers to an earlier attachment of this name.
     deletions::take_back(wait.socket, &invocation.attachment)
         .map_err(|source| Error::Note { socket: wait.socket.into(), source })?;
     let (attachment, pod) = (invocation.attachment.clone(), invocation.pod.clone());
@@ -53,8 +53,8 @@ fn add(invocation: &Invocation, config: &Config) -> Result<Success, Error> {
     Ok(Success { stdout: Some(result::pass_through(prev_result.clone(), config.version)), note })
 }
 
-/// The runtime repeats a deletion that fails, and the pod stays until it succeeds. So the agent's absence is no
-/// failure: the next agent reads a note. Nor is its being of another release: it answers the plugin that comes with it.
+/// The runtime repeats a failed deletion, and keeps the pod until one succeeds. So an absent agent is no failure: the next agent
+/// reads a note. The same applies to an agent of another release, which only answers its own release's plugin.
 fn del(invocation: &Invocation, config: &Config) -> Result<Success, Error> {
     let error = match ask_for_deletion(invocation, config) {
         Err(error) if error.is_unanswered() || is_version(&error) => error,
@@ -62,11 +62,11 @@ fn del(invocation: &Invocation, config: &Config) -> Result<Success, Error> {
     };
     let Invocation { pod, attachment, .. } = invocation;
     let noted = deletions::leave(&config.agent_socket, attachment);
-    // An agent that bound its socket meanwhile may have read the notes before.
+    // An agent that has just bound its socket may have read the notes before this one.
     if matches!(error, client::Error::Unreachable { .. } | client::Error::Closed { .. })
         && ask_for_deletion(invocation, config).is_ok()
     {
-        // Another agent may be told of it again: it knows of no such pod.
+        // If the note stays, another agent reads it, but does not know the pod.
         _ = deletions::take_back(&config.agent_socket, attachment);
         return Ok(Success::default());
     }
@@ -115,7 +115,7 @@ fn gc(config: &Config) -> Result<Success, Error> {
     Ok(Success::default())
 }
 
-/// How patiently a pod waits for the agent, and whether it can do without.
+/// How long a pod waits for the agent, and whether it may start without.
 struct Wait<'a> {
     socket: &'a Path,
     timeout: Duration,
@@ -129,8 +129,8 @@ impl<'a> Wait<'a> {
         Self { socket: &config.agent_socket, timeout, excluded }
     }
 
-    /// A note instead of the error, if no answer came and the pod's namespace is excluded. An answer counts, whatever
-    /// the namespace.
+    /// Returns a remark instead of the error if no answer came and the pod's namespace is excluded. An answer counts in every
+    /// namespace.
     fn tolerate(&self, error: client::Error, invocation: &Invocation) -> Result<String, Error> {
         if !self.excluded || !error.is_unanswered() {
             return Err(error.into());

@@ -17,11 +17,11 @@ use redirect_protocol::wire::{Attachment, DEFAULT_SOCKET};
 /// |---|---|---|---|
 /// | `agentSocket` | absolute path | `/run/ambient-redirect/agent.sock` | where the agent listens |
 /// | `timeoutSeconds` | 1 to 3600 | 25 | how long to wait for the agent; must be shorter than the runtime waits for the plugin |
-/// | `excludeNamespaces` | list of strings | `["kube-system", "ambient-redirect"]` | pods of these Kubernetes namespaces start even if the agent does not answer within two seconds: the agent's own pod and what the node needs to live must be able to start. They are captured if it answers |
+/// | `excludeNamespaces` | list of strings | `["kube-system", "ambient-redirect"]` | pods of these Kubernetes namespaces start even if the agent does not answer within two seconds, because the agent's own pod and the node's critical pods must be able to start; if it answers, they are captured |
 ///
 /// The specification's own keys are `cniVersion`, `name`, `type`, `prevResult`, `runtimeConfig` and, for `GC`,
-/// `cni.dev/valid-attachments`. Other keys are ignored, so that a configuration can be written for a newer plugin; a
-/// known key of the wrong type is an error, because its default would hide the mistake.
+/// `cni.dev/valid-attachments`. The plugin ignores other keys, so that a configuration can be written for a newer plugin. A known
+/// key of the wrong type is an error, because its default would hide the mistake.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     /// `cniVersion`.
@@ -49,7 +49,7 @@ struct ValidAttachment {
 const VALID_ATTACHMENTS: &str = "cni.dev/valid-attachments";
 
 impl Config {
-    /// Parses the configuration. The version comes first: the rest may look different in one that we do not know.
+    /// Parses the configuration. Checks the version first, because other versions may have another format.
     pub fn parse(json: &[u8]) -> Result<Self, Error> {
         let mut keys: Map<String, Value> = serde_json::from_slice(json).map_err(Error::Decode)?;
         let found: Option<String> = optional(&keys, "cniVersion")?;
@@ -74,7 +74,7 @@ impl Config {
 fn agent_socket(keys: &Map<String, Value>) -> Result<PathBuf, Error> {
     let key = "agentSocket";
     let path = optional::<PathBuf>(keys, key)?.unwrap_or_else(|| DEFAULT_SOCKET.into());
-    // The runtime's working directory is anybody's guess.
+    // The specification does not define the plugin's working directory.
     if path.is_absolute() { Ok(path) } else { Err(wrong(key, "must be an absolute path")) }
 }
 
@@ -86,8 +86,8 @@ fn timeout(keys: &Map<String, Value>) -> Result<Duration, Error> {
     }
 }
 
-/// Go runtimes write an empty list as `null`. A missing key is something else: taken for an empty list, it would make
-/// the agent forget every pod.
+/// Go runtimes write an empty list as `null`. A missing key is different: as an empty list, it would make the agent forget every
+/// pod.
 fn valid_attachments(keys: &Map<String, Value>) -> Result<Option<Vec<Attachment>>, Error> {
     if !keys.contains_key(VALID_ATTACHMENTS) {
         return Ok(None);
@@ -116,7 +116,7 @@ fn optional<T: DeserializeOwned>(keys: &Map<String, Value>, key: &str) -> Result
     }
 }
 
-/// The error of a key that is there, but not as it should be.
+/// The error for an invalid key.
 pub(super) fn wrong(key: impl Into<String>, problem: impl Into<String>) -> Error {
     Error::Config { key: key.into(), problem: problem.into() }
 }

@@ -47,7 +47,7 @@ impl Command {
         matches!(self, Self::Add | Self::Del | Self::Check)
     }
 
-    /// Whether the namespace must be there. After a reboot, `DEL` comes without one.
+    /// Whether the namespace must exist. After a reboot, `DEL` comes without one.
     const fn needs_netns(self) -> bool {
         matches!(self, Self::Add | Self::Check)
     }
@@ -59,11 +59,11 @@ impl fmt::Display for Command {
     }
 }
 
-/// What the plugin is asked to do, and to whom.
+/// The command, and the pod that it is for.
 #[derive(Debug)]
 pub(super) struct Invocation {
     pub(super) command: Command,
-    /// Empty strings for commands that are not about one attachment.
+    /// Empty strings for commands without an attachment.
     pub(super) attachment: Attachment,
     /// `CNI_NETNS`; empty only where the command does not need it.
     pub(super) netns: PathBuf,
@@ -91,13 +91,13 @@ impl Invocation {
         }
     }
 
-    /// The pod, for messages; `None` for commands that are not about one.
+    /// The pod, for messages; `None` for commands without one.
     pub(super) fn pod_name(&self) -> Option<String> {
         self.command.has_attachment().then(|| self.pod.to_string())
     }
 }
 
-/// Collects what is wrong, so that one error names every variable.
+/// Collects problems, so that one error names every variable.
 struct Variables<'a> {
     lookup: super::Lookup<'a>,
     problems: Vec<String>,
@@ -133,7 +133,7 @@ impl Variables<'_> {
         path.into()
     }
 
-    /// The specification's values are ASCII: what is not Unicode fails the checks like any other odd character.
+    /// The specification's values are ASCII: a value that is not Unicode fails the checks like any other invalid character.
     fn text(&self, name: &str) -> String {
         (self.lookup)(name).unwrap_or_default().to_string_lossy().into_owned()
     }
@@ -166,8 +166,9 @@ fn interface_problem(name: &str) -> Option<&'static str> {
     }
 }
 
-/// The pod of `CNI_ARGS` (`KEY=value;…`). Runtimes of Kubernetes name no service account, which the agent knows from the API server. Whatever else stands there is meant for others and ignored, whether
-/// `IgnoreUnknown` is set or not; where a key is missing, the sandbox's container ID stands in.
+/// The pod of `CNI_ARGS` (`KEY=value;…`). Kubernetes runtimes pass no service account; the agent gets it from the API server.
+/// Other keys are for other plugins and are ignored, with or without `IgnoreUnknown`. The sandbox's container ID replaces a
+/// missing UID or name.
 fn identity(args: &str, container_id: &str) -> PodIdentity {
     let argument = |key| {
         let pairs = args.split(';').filter_map(|pair| pair.split_once('='));

@@ -18,17 +18,17 @@ use redirect_protocol::wire::{self, ErrorKind, client};
 /// | 3 | the agent does not know the container (`CHECK`) |
 /// | 4 | an environment variable is missing or wrong; the message names it |
 /// | 5 | standard input or the network namespace cannot be read, or the note of an earlier deletion cannot be removed |
-/// | 6 | the configuration is not a JSON object, or larger than 1 MiB |
+/// | 6 | the configuration is not a JSON object, or larger than 16 MiB |
 /// | 7 | a key of the configuration is wrong; the message names it |
 /// | 11 | the agent cannot be reached, did not answer in time or is not ready: try again later |
 /// | 50 | `STATUS`: `ADD` would not be served |
-/// | 51 | `STATUS`: as 50, and pods that are captured already may be cut off, too |
+/// | 51 | `STATUS`: as 50, and captured pods may be cut off, too |
 /// | 100 | plugin and agent are of different releases |
 /// | 101 | the kernel is not as `ADD` left it (`CHECK`) |
 /// | 102 | the kernel refused, or a map is full |
 /// | 103 | the node proxy refused the pod |
 /// | 104 | the agent failed in another way |
-/// | 105 | the agent does not talk to this user |
+/// | 105 | the agent refuses requests of this user |
 ///
 /// Codes from 100 on are this plugin's own.
 #[derive(Debug, thiserror::Error)]
@@ -36,23 +36,23 @@ pub enum Error {
     /// The configuration's version is unknown.
     #[error("cniVersion {} is not supported; supported versions: {}", found.as_deref().unwrap_or("0.1.0 (none is given)"), supported())]
     Version {
-        /// What the configuration says.
+        /// The configuration's version.
         found: Option<String>,
     },
     /// The command is younger than the configuration's version.
     #[error("{command} needs cniVersion {since} or later; the configuration has {version}")]
     CommandVersion {
-        /// What was asked for.
+        /// The command.
         command: &'static str,
         /// The version that introduced it.
         since: SpecVersion,
-        /// What the configuration says.
+        /// The configuration's version.
         version: SpecVersion,
     },
     /// Environment variables are missing or wrong.
     #[error("the environment violates the CNI specification: {problems}")]
     Environment {
-        /// Each variable with what is wrong.
+        /// The variables with their problems.
         problems: String,
     },
     /// The configuration cannot be read.
@@ -67,9 +67,9 @@ pub enum Error {
     /// A key of the configuration is wrong.
     #[error("{key:?} of the network configuration {problem}")]
     Config {
-        /// Where: a key, or a path into `prevResult`.
+        /// A key, or a path into `prevResult`.
         key: String,
-        /// What is wrong.
+        /// The problem.
         problem: String,
     },
     /// There is no `prevResult`.
@@ -88,7 +88,7 @@ pub enum Error {
     Namespace {
         /// The variable's value.
         path: PathBuf,
-        /// What it is instead.
+        /// The problem.
         problem: &'static str,
     },
     /// `CNI_NETNS` cannot be opened.
@@ -96,7 +96,7 @@ pub enum Error {
     NamespaceIo {
         /// The variable's value.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The note of an earlier `DEL` of this container cannot be removed.
@@ -105,12 +105,12 @@ pub enum Error {
         socket.display()
     )]
     Note {
-        /// Where the agent listens.
+        /// The agent's socket.
         socket: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// The agent did not answer, or answered that it failed.
+    /// The agent did not answer, or reported a failure.
     #[error(transparent)]
     Agent(#[from] client::Error),
     /// The agent is not there or not ready (`STATUS`).
@@ -142,7 +142,7 @@ impl Error {
         }
     }
 
-    /// What the kernel or the JSON parser said, for `details`.
+    /// The messages of the kernel or the JSON parser, for `details`.
     fn causes(&self) -> String {
         let first = match self {
             Self::NotReady(error) => error.source(),
@@ -176,7 +176,7 @@ fn agent_code(error: &client::Error) -> u32 {
     }
 }
 
-/// An error with the pod that it happened to.
+/// An error, with the pod that it concerns.
 #[derive(Debug)]
 pub(super) struct Failure {
     pod: Option<String>,
@@ -198,7 +198,7 @@ impl Failure {
     pub(super) fn report(&self, version: SpecVersion) -> Value {
         let message = self.error.to_string();
         let message = match &self.pod {
-            // The agent names the pod itself, but nobody relies on it.
+            // The agent's messages should name the pod, but the plugin does not rely on it.
             Some(pod) if !message.contains(pod.as_str()) => format!("pod {pod}: {message}"),
             _ => message,
         };

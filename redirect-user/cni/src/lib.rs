@@ -1,16 +1,16 @@
 //! The CNI plugin: the last plugin of the chain, which reports pods to the agent.
 //!
-//! The plugin changes nothing in the kernel. `ADD` passes the pod's network namespace, and the addresses that the plugins before
-//! it have reported, to the agent. It returns when both families are captured, and prints the previous result unchanged. The
-//! plugin is synchronous, without threads and logger: it runs for every pod and must start in milliseconds.
+//! The plugin changes nothing in the kernel. `ADD` passes the pod's network namespace and the addresses that the previous plugins
+//! reported to the agent. It returns when both families are captured, and prints the previous result unchanged. The plugin is
+//! synchronous, without threads or a logger, because it runs for every pod and must start in milliseconds.
 //!
 //! | command | what happens |
 //! |---|---|
 //! | `ADD` | the agent enrolls the pod; an unreachable agent is an error, except in `excludeNamespaces` |
-//! | `DEL` | the agent un-enrolls the pod; an unreachable agent is no error: a note tells the next one |
+//! | `DEL` | the agent un-enrolls the pod; an unreachable agent is no error: the next agent reads a note |
 //! | `CHECK` (≥ 0.4.0) | the agent compares the kernel with what `ADD` set up |
 //! | `STATUS` (≥ 1.1.0) | whether `ADD` would succeed |
-//! | `GC` (≥ 1.1.0) | the agent forgets what the runtime does not know any more |
+//! | `GC` (≥ 1.1.0) | the agent forgets attachments that the runtime no longer has |
 //! | `VERSION` | the supported versions of the specification: 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0 |
 //!
 //! The keys of its configuration are documented at [`Config`], its error codes at [`Error`].
@@ -42,8 +42,8 @@ pub use version::SpecVersion;
 use environment::{Command, Invocation};
 use error::Failure;
 
-/// The largest configuration that is read. Runtimes send a few kilobytes, and with GC a hundred bytes for each
-/// attachment of the node.
+/// The size limit of the configuration. Runtimes send a few kilobytes, and with GC a hundred bytes for each attachment of the
+/// node.
 const MAX_STDIN: u64 = 16 * 1024 * 1024;
 
 /// The plugin's `main`.
@@ -63,28 +63,28 @@ pub fn main() -> ExitCode {
     if outcome.failed || printed.is_err() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
-/// Whole or not at all: what a buffer keeps would be printed at the end all the same, and runtimes take the output of a plugin that
-/// fails for the error.
+/// Prints the whole text or nothing. A buffer would still print its rest at exit, and runtimes take the output of a failed plugin
+/// for the error.
 fn print(value: &Value) -> io::Result<()> {
     let mut stdout = File::from(io::stdout().as_fd().try_clone_to_owned()?);
     stdout.write_all(format!("{value}\n").as_bytes())
 }
 
-/// For people. A command that has been carried out does not fail because nobody can read of it.
+/// Prints a message for people. A failure to print it does not fail a completed command.
 fn remark(text: &str) {
     let _ = io::stderr().write_all(format!("{text}\n").as_bytes());
 }
 
-/// What the runtime gets to see.
+/// The plugin's output to the runtime.
 #[derive(Debug, PartialEq)]
 struct Outcome {
     stdout: Option<Value>,
     failed: bool,
-    /// For people, on stderr: what was tolerated.
+    /// A message for people, on stderr, about a tolerated error.
     note: Option<String>,
 }
 
-/// What a command that succeeded prints.
+/// The output of a successful command.
 #[derive(Debug, Default)]
 struct Success {
     stdout: Option<Value>,
@@ -95,7 +95,7 @@ type Lookup<'a> = &'a dyn Fn(&str) -> Option<OsString>;
 
 fn run(environment: Lookup<'_>, stdin: impl Read) -> Outcome {
     let stdin = read(stdin);
-    // Errors are reported in the runtime's version, even if it is the environment that is wrong.
+    // Errors are in the runtime's version, even if the environment is invalid.
     let version = stdin.as_deref().ok().and_then(version::peek);
     match dispatch(environment, stdin, version) {
         Ok(Success { stdout, note }) => Outcome { stdout, failed: false, note },
@@ -114,7 +114,7 @@ fn dispatch(
     let invocation = Invocation::from_environment(environment)?;
     let in_pod = |error| Failure::of_pod(invocation.pod_name(), error);
     if invocation.command == Command::Version {
-        // Asked before anything is agreed on, so neither an empty nor an unknown configuration is an error.
+        // Runtimes ask this before they choose a version, so neither an empty nor an unknown configuration is an error.
         let stdout = Some(version_report(version.unwrap_or(SpecVersion::LATEST)));
         return Ok(Success { stdout, note: None });
     }

@@ -17,7 +17,7 @@ const NS_GET_NSTYPE: nix::sys::ioctl::ioctl_num_type = nix::request_code_none!(0
 
 pub(super) fn open_netns(path: &Path) -> Result<OwnedFd, Error> {
     let failed = |source: io::Error| Error::NamespaceIo { path: path.into(), source };
-    // Without O_NONBLOCK, a FIFO would keep us here for ever.
+    // Without O_NONBLOCK, opening a FIFO would block for ever.
     let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
     let fd = match open(path, flags, Mode::empty()) {
         Ok(fd) => fd,
@@ -26,7 +26,7 @@ pub(super) fn open_netns(path: &Path) -> Result<OwnedFd, Error> {
         }
         Err(errno) => return Err(failed(errno.into())),
     };
-    // The ioctl's number may mean something else to another file system.
+    // The ioctl's number may mean something else on another file system.
     if fstatfs(&fd).map_err(|errno| failed(errno.into()))?.filesystem_type() != NSFS_MAGIC {
         return Err(Error::Namespace { path: path.into(), problem: "is not a namespace" });
     }

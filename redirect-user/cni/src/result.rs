@@ -22,7 +22,7 @@ pub fn addresses(result: &Value) -> Result<PodAddresses, Error> {
     if addresses.is_empty() { Err(Error::NoAddresses) } else { Ok(addresses) }
 }
 
-/// The result that we print. Nothing changes but a version that is not the configuration's.
+/// The result to print. Only a version that differs from the configuration's changes.
 pub(super) fn pass_through(mut result: Value, version: SpecVersion) -> Value {
     result["cniVersion"] = version.as_str().into();
     result
@@ -36,8 +36,8 @@ fn list<'a>(result: &'a Value, key: &str) -> Result<&'a [Value], Error> {
     }
 }
 
-/// An interface without a sandbox is the host's end. An index that leads nowhere is an error: to skip the address
-/// would leave one of the pod's families uncaptured.
+/// Whether an address is inside the pod. An interface without a sandbox is the host's end. An invalid index is an error, because
+/// skipping the address would leave one of the pod's families uncaptured.
 fn is_inside(ip: &Value, interfaces: &[Value], i: usize) -> Result<bool, Error> {
     let index = match ip.get("interface") {
         None | Some(Value::Null) => return Ok(true),
@@ -51,7 +51,7 @@ fn is_inside(ip: &Value, interfaces: &[Value], i: usize) -> Result<bool, Error> 
     Ok(interface.get("sandbox").and_then(Value::as_str).is_some_and(|sandbox| !sandbox.is_empty()))
 }
 
-/// `address` in CIDR notation; the bare address does for us, too.
+/// `address`, in CIDR notation or as a bare address.
 fn address(ip: &Value, i: usize) -> Result<IpAddr, Error> {
     let text = ip.get("address").and_then(Value::as_str).unwrap_or_default();
     let parsed = text.parse::<IpNet>().map(|net| net.addr()).or_else(|_| text.parse::<IpAddr>());

@@ -85,7 +85,7 @@ impl Call {
         self.fail()["code"].as_u64().unwrap()
     }
 
-    /// Success without a word on stdout.
+    /// Succeeds with an empty stdout.
     fn succeed_silently(&self) -> Option<String> {
         let outcome = self.run();
         assert!(!outcome.failed && outcome.stdout.is_none(), "{outcome:?}");
@@ -93,7 +93,7 @@ impl Call {
     }
 }
 
-/// What a bridge-like plugin reports, with keys that we do not know.
+/// The result of a bridge-like plugin, with keys that this plugin does not know.
 fn prev_result(version: &str, addresses: &[&str]) -> Value {
     let ips = addresses.iter().map(|address| {
         let mut ip = json!({ "address": address, "interface": 1, "gateway": "10.0.0.1" });
@@ -308,7 +308,7 @@ fn a_deletion_without_an_agent_is_noted_until_the_container_is_added_again() {
     let notes = || deletions::read(&socket).unwrap();
     Call::new("DEL", &socket).succeed_silently().unwrap();
     assert_eq!(notes().iter().map(|note| note.container_id.as_str()).collect::<Vec<_>>(), ["c1"]);
-    // Taken back, whatever becomes of it then.
+    // ADD removes the note even if it then fails.
     assert_eq!(Call::new("ADD", &socket).fail_code(), 11);
     assert_eq!(notes(), []);
 
@@ -316,7 +316,7 @@ fn a_deletion_without_an_agent_is_noted_until_the_container_is_added_again() {
     assert_eq!(Call::new("DEL", &agent.socket()).succeed_silently(), None);
     assert_eq!(deletions::read(&agent.socket()).unwrap(), [], "the agent has answered");
 
-    // A note that stays would become of the pod that comes now.
+    // A note that stays would make the next agent delete the new pod.
     std::fs::create_dir_all(directory.path().join("agent.deleted/c1:eth0")).unwrap();
     assert_eq!(Call::new("ADD", &socket).fail_code(), 5);
 }

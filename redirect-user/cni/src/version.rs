@@ -26,7 +26,7 @@ impl SpecVersion {
     /// The newest supported version.
     pub const LATEST: Self = Self::V1_1_0;
 
-    /// As it stands in `cniVersion`.
+    /// Its text in `cniVersion`.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -49,7 +49,7 @@ impl fmt::Display for SpecVersion {
     }
 }
 
-/// The configuration's version, if it has one that is supported.
+/// The configuration's version, if it is supported.
 pub(super) fn peek(config: &[u8]) -> Option<SpecVersion> {
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]

@@ -122,7 +122,7 @@ impl Target {
         Self { adoption, flags, ..self.clone() }
     }
 
-    /// The same pod, with nothing new of it captured.
+    /// The same pod as it leaves the mesh: no program captures its new connections.
     #[must_use]
     pub fn released(&self) -> Self {
         Self { flags: self.flags.released(), ..self.clone() }
@@ -345,8 +345,8 @@ fn replaced_by(new: &Fact, before: &BTreeSet<Fact>) -> Option<Fact> {
     before.iter().find(|old| old.place() == Some(place)).cloned()
 }
 
-/// Has the kernel side capture nothing new of an enrolled pod, in both directions and families at once. Everything stays in place for
-/// the connections that the proxy has, and guards its listeners.
+/// Stops the capture of an enrolled pod's new connections, in both directions and families at once. All programs stay in place
+/// for the proxy's connections, and guard its listeners.
 pub fn release(datapath: &mut impl Datapath, target: &Target) -> Result<(), Error> {
     if target.adoption == Adoption::Awaited {
         return Ok(());
@@ -354,7 +354,7 @@ pub fn release(datapath: &mut impl Datapath, target: &Target) -> Result<(), Erro
     datapath.apply(target, &Op::Ensure(Fact::Pod(target.released().kernel_pod())))
 }
 
-/// Removes what is ours for the pod, and goes on after errors, which it returns.
+/// Removes this project's state of the pod. Continues after errors, and returns them.
 pub fn unenroll(datapath: &mut impl Datapath, target: &Target) -> Vec<Error> {
     let facts = match datapath.observe(target) {
         Ok(observation) => observation.present(),

@@ -422,7 +422,7 @@ pub struct Explanation {
     pub verdict: String,
     /// Problems on its way, in order.
     pub wrong: Vec<String>,
-    /// What may be wrong where the agent can't see it.
+    /// Possible problems that the agent can't verify.
     #[serde(default)]
     pub notes: Vec<String>,
 }

@@ -34,7 +34,7 @@ enum ConnectionError {
     Connect(io::Error),
     #[error("connect: no answer within {CONNECT_TIMEOUT:?}")]
     ConnectTimeout,
-    /// Others of the pod wait for their destinations.
+    /// The pod has too many connections that wait for their destinations.
     #[error("connect: too many connections of the pod wait for an answer")]
     TooMany,
     #[error(transparent)]
@@ -60,7 +60,7 @@ impl Route {
         Ok(Self { direction, source: canonical(peer), destination: canonical(destination) })
     }
 
-    /// The pod's end, as far as the proxy of a node knows whose connection it is.
+    /// The pod's end, if the proxy of a node can tell whose connection it is.
     fn pod(&self) -> SocketAddr {
         match self.direction {
             Direction::Outbound => self.source,
@@ -157,7 +157,7 @@ async fn converse(
         connected = timeout(CONNECT_TIMEOUT, connect(context, route)) => {
             connected.map_err(|_| ConnectionError::ConnectTimeout)?.map_err(ConnectionError::Connect)?
         }
-        // It does not wait for the answer any more.
+        // The connection no longer waits for its destination.
         error = failure_of(client.stream()) => return Err(RelayError::Client(error).into()),
     };
     drop(waits);

@@ -20,7 +20,7 @@ pub(super) struct Context {
     pub(super) unanswered: Arc<Quotas>,
 }
 
-/// How many connections of a pod may wait for their destinations. Each has two sockets of the proxy's.
+/// How many connections of a pod may wait for their destinations. Each has two of the proxy's sockets.
 const UNANSWERED: usize = 4096;
 
 impl Context {

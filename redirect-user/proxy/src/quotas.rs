@@ -7,10 +7,10 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use redirect_protocol::placement::Placement;
 
-/// A pod, as far as a proxy tells them apart.
+/// A pod, as a proxy distinguishes them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Asker {
-    /// The only one of these listeners.
+    /// The only pod of these listeners.
     Pod,
     /// The pod with this address; a pod has one or two.
     Address(IpAddr),

@@ -180,7 +180,7 @@ fn try_write(to: &TcpStream, bytes: &[u8]) -> Result<usize, Failure> {
     }
 }
 
-/// Waits until a connection fails that nobody reads from.
+/// Waits until a connection that nobody reads from fails.
 pub(super) async fn failure_of(stream: &TcpStream) -> io::Error {
     loop {
         match stream.ready(Interest::ERROR).await {
@@ -188,7 +188,7 @@ pub(super) async fn failure_of(stream: &TcpStream) -> io::Error {
                 let pending = stream.take_error().ok().flatten();
                 return pending.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into());
             }
-            // It may be woken for nothing.
+            // The wake-up may be spurious.
             Ok(_) => {}
             Err(error) => return error,
         }

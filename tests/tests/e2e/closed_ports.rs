@@ -72,7 +72,7 @@ fn nowhere(kind: &str, family: Family) -> (String, IpAddr) {
     }
 }
 
-/// Clients that give up while their destination has not answered: the proxy gives up with them.
+/// Clients give up while their destination has not answered, and the proxy gives up with them.
 fn no_answer_any_more(context: &Context, stack: Stack) -> Result<()> {
     const CLIENTS: usize = 300;
     context.needs(ProxyKind::Embedded, "what another proxy does is its own affair")?;
@@ -96,7 +96,7 @@ fn no_answer_any_more(context: &Context, stack: Stack) -> Result<()> {
         Ok(node.access_log().entries()?.into_iter().filter_map(|entry| entry.result).collect())
     };
     wait::until_true("end of all of them in the log", wait::SOON, || Ok(ends()?.len() == CLIENTS))?;
-    // Not because it got no answer itself, which takes it ten seconds.
+    // The proxy's own timeout, after ten seconds, is not the cause.
     let ends = ends()?;
     ensure!(ends.iter().all(|end| end.starts_with("client: ")), "{ends:?}");
     Ok(())

@@ -265,8 +265,8 @@ fn lacks_listeners(node: &Node, pod: &Pod, families: &[Family]) -> Result<()> {
     Ok(())
 }
 
-/// A pod's service account is the one that the runtime names, or one of the agent's option, or none: so the node proxy is told, and
-/// `explain` says what it can't know.
+/// A pod's service account comes from the runtime or the agent's option, or there is none. The agent announces it to the node
+/// proxy, and `explain` notes what the agent can't know.
 fn service_account(context: &Context, stack: Stack) -> Result<()> {
     context.needs_placement_pod("a proxy on the host is told of no pods")?;
     let mapping = "default/named*=option,default/mapped-*=option,default/mapped-*=second";
@@ -296,7 +296,7 @@ fn service_account(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// What a node proxy was told, by UID.
+/// The workloads announced to a node proxy, by UID.
 type Told = Arc<Mutex<BTreeMap<String, WorkloadInfo>>>;
 
 /// Acknowledges pods as the node proxy does, and listens nowhere, until it is dropped.

@@ -1,4 +1,4 @@
-//! Spoofed SYNs fill the queues of a listener, the proxy's or the application's; clients get in all the same, by SYN cookies.
+//! Spoofed SYNs fill the queues of the proxy's or the application's listener. Clients still connect, through SYN cookies.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -28,7 +28,7 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 const SPOOFED: u64 = 20_000;
 const CLIENTS: usize = 100;
 
-/// Sources that do not exist: no host answers the handshake, or resets it.
+/// Sources that do not exist: no host completes the handshake, or resets it.
 fn spoofed(family: Family, number: u64) -> IpAddr {
     let [.., c, d] = number.to_be_bytes();
     match family {
@@ -48,13 +48,13 @@ fn clients_get_in(context: &Context, stack: Stack) -> Result<()> {
     let node = Node::with(&context.session()?, NodeOptions { proxy: false, ..NodeOptions::default() })?;
     let outside = Netns::new("outside")?;
     node.attach(&outside, "outside")?;
-    // A pod without a route to the sources does not answer them.
+    // Without a route to the sources, a pod does not answer them.
     for family in Family::ALL {
         let (network, via) = (spoofed_network(family), node.attached(family));
         node.netns().ip(&format!("route add {network} via {via}"))?;
     }
     let pod = node.plain("pod", Families::Dual)?;
-    // Before the proxy listens: short queues, and cookies once they are full.
+    // Set before the proxy listens: short queues, and cookies once these are full.
     for (name, value) in
         [("net.core.somaxconn", "8"), ("net.ipv4.tcp_max_syn_backlog", "8"), ("net.ipv4.tcp_syncookies", "1")]
     {
@@ -97,13 +97,13 @@ fn clients_get_in(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// From here on every listener answers with cookies, as under a flood.
+/// Makes every listener answer with cookies, as under a flood.
 fn force_cookies(netns: &Netns) -> Result<()> {
     netns.set_sysctl("net.ipv4.tcp_syncookies", "2")
 }
 
-/// Exempt connections reach the application although its listener keeps nothing of their handshakes. In the second round the
-/// proxy's listener has given cookies as well, and would take theirs.
+/// Exempt connections reach the application although its listener keeps no state of their handshakes. In the second round, the
+/// proxy's listener has sent cookies as well, and would accept theirs.
 fn exempt_with_cookies(
     pod: &Pod,
     stack: Stack,
@@ -141,7 +141,7 @@ fn probe(context: &Context, stack: Stack) -> Result<()> {
 }
 
 fn one_client(outside: &Netns, stack: Stack, to: SocketAddr) -> Result<Duration> {
-    // Spread over the flood.
+    // Spreads the clients over the flood.
     thread::sleep(Duration::from_millis(10));
     let began = Instant::now();
     let mut connection = Connection::open(outside, stack, to)?;

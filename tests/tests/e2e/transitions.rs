@@ -1,4 +1,5 @@
-//! Pods that run when they become part of the mesh: nobody who connects to them, from them, or probes them notices.
+//! Running pods join and leave the mesh: clients, servers and probes notice nothing, except on connections that the proxy has
+//! when a pod leaves.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -55,28 +56,28 @@ pub(crate) fn trials(context: &Arc<Context>) -> Vec<Trial> {
 
 const NONE: [(&str, &str); 1] = [("istio.io/dataplane-mode", "none")];
 
-/// Longer than any attempt has to take.
+/// Longer than any attempt may take.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// A SYN that is lost is sent again after this long. On a busy machine other things may take as long.
+/// The kernel sends a lost SYN again after this long. Other delays on a busy machine may be as long.
 const RETRANSMISSION: Duration = Duration::from_secs(1);
 
-/// How many SYNs were sent again in these namespaces so far.
+/// The number of SYNs sent again in these namespaces so far.
 fn retransmitted<'a>(places: impl Iterator<Item = &'a Netns>) -> Result<u64> {
     places.map(|netns| netns.statistic("netstat", "TcpExt", "TCPSynRetrans")).sum()
 }
 
-/// Between the things that happen.
+/// The pause between events.
 const A_WHILE: Duration = Duration::from_millis(300);
 
-/// What is there first.
+/// The component that starts first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum First {
     Agent,
     Proxy,
 }
 
-/// A node full of pods that are to be in the mesh, and that nothing of it has run on so far.
+/// Installs the mesh on a node full of running pods, where none of its components has run before.
 fn install(context: &Context, stack: Stack, first: First) -> Result<()> {
     let pods = if is_full() { 100 } else { 20 };
     let session = context.session()?;
@@ -105,7 +106,7 @@ fn install(context: &Context, stack: Stack, first: First) -> Result<()> {
         .collect();
     let inward: Vec<_> = pods.iter().map(|(_, _, inward)| stack.spell(*inward)).collect();
     let probes = kubelet.probe(node.netns(), stack, &inward, &node.dir().join("probes.log"))?;
-    // Together a few hundred a second: this is not about how many a machine can do.
+    // A few hundred connections per second in total, because this is no test of throughput.
     let pause = Duration::from_millis(200);
     let undisturbed = load::paced(&targets, LIMIT, pause, || {
         thread::sleep(4 * A_WHILE);
@@ -155,7 +156,7 @@ fn install(context: &Context, stack: Stack, first: First) -> Result<()> {
     Ok(())
 }
 
-/// Which end of a connection is labelled.
+/// Which end of a connection gets the label.
 #[derive(Clone, Copy, Debug)]
 struct Flipped {
     client: bool,
@@ -168,7 +169,7 @@ impl Flipped {
     const BOTH: Self = Self { client: true, server: true };
 }
 
-/// A label that comes while connections are made as fast as they can be.
+/// The label is set while clients connect as fast as they can.
 fn under_load(context: &Context, stack: Stack, flipped: Flipped) -> Result<()> {
     let flips = if is_full() { 112 } else { 3 };
     let cluster = Cluster::start(&context.session()?, &[])?;
@@ -231,16 +232,16 @@ struct End {
     by: By,
 }
 
-/// Who un-enrolls them.
+/// The component that un-enrolls them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum By {
-    /// An agent that is told to leave nothing.
+    /// An agent that removes everything when it stops.
     Agent,
-    /// `redirect uninstall`, where no agent runs.
+    /// `redirect uninstall`, without an agent.
     Command,
 }
 
-/// A node full of pods that leave the mesh together: only those connections notice that the proxy had then.
+/// A node full of pods leaves the mesh at once: only the connections that the proxy has at that moment break.
 fn uninstall(context: &Context, stack: Stack, end: End) -> Result<()> {
     let count = if is_full() { 100 } else { 12 };
     let cluster = Cluster::start(&context.session()?, &[])?;
@@ -300,10 +301,10 @@ fn uninstall(context: &Context, stack: Stack, end: End) -> Result<()> {
         "{count} pods, {end:?}, {stack}: {tally}; uninstalled in {:?}; {again} SYNs sent again",
         ended - began
     );
-    // A client has one connection at a time, and the proxy has it for a moment after it began.
+    // Each client has one connection at a time, which the proxy may still get for a moment after the removal begins.
     let late: Vec<_> = tally.failed.iter().filter(|failure| failure.start > ended).collect();
     ensure!(late.is_empty() && tally.failed.len() <= 2 * targets.len(), "{tally}: {:#?}", tally.failed);
-    // What a pod sends at the moment in which its device loses the filters' qdisc is dropped by the kernel.
+    // The kernel drops packets that a pod sends at the moment when its device loses the filters' qdisc.
     let limit = if end.adopted { RETRANSMISSION } else { 2 * RETRANSMISSION };
     ensure!(again == 0 || tally.slowest < limit, "{again} SYNs sent again: {tally}");
     ensure!(tally.succeeded() > 4 * targets.len(), "hardly any load: {tally}");
@@ -330,19 +331,20 @@ fn uninstall(context: &Context, stack: Stack, end: End) -> Result<()> {
     Ok(())
 }
 
-/// Who says how long the proxy's connections may go on.
+/// Where the grace period is set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum SaidBy {
     Option,
     Annotation,
 }
 
-/// A pod that leaves: new connections go directly at once, those that the proxy has go on for a while, also if the agent is replaced. The
-/// pod may come back meanwhile. One was brought by the plugin, the other ran before.
+/// A pod leaves with a grace period: its new connections go directly at once, and those at the proxy continue for that period,
+/// even if the agent is replaced. The pod may return in the meantime. The plugin added one of the pods; the agent adopted the
+/// other.
 fn grace(context: &Context, stack: Stack, said: SaidBy) -> Result<()> {
     const GRACE: Duration = Duration::from_secs(4);
     const ANNOTATION: &str = "ambient-redirect.io/unenroll-grace";
-    // As long as the machine is slow.
+    // Longer on a slow machine.
     let seconds = wait::patient(GRACE).as_secs().to_string();
     let (option, annotations) = match said {
         SaidBy::Option => (&*seconds, &[][..]),
@@ -416,7 +418,7 @@ fn grace(context: &Context, stack: Stack, said: SaidBy) -> Result<()> {
     Ok(())
 }
 
-/// A namespace that drops what comes in: answers to its connections, or what opens one to it.
+/// A namespace that drops incoming packets: answers to its connections, or packets that open connections to it.
 pub(crate) struct Deaf<'a>(&'a Netns);
 
 impl<'a> Deaf<'a> {
@@ -434,7 +436,7 @@ impl<'a> Deaf<'a> {
         Ok(String::from_utf8(self.0.output(command, rules.as_bytes())?)?)
     }
 
-    /// Waits until something was dropped.
+    /// Waits until it has dropped a packet.
     fn has_dropped(&self) -> Result<()> {
         wait::until_true("dropped packet", wait::SOON, || {
             let mut command = Command::new("nft");
@@ -449,7 +451,7 @@ impl<'a> Deaf<'a> {
     }
 }
 
-/// What is enrolled while a connection is half open, and the connection, which completes as it began.
+/// Enrolls a pod while a connection is half open. The connection completes as it began.
 fn half_open(
     cluster: &Cluster,
     enrolled: &Pod,
@@ -476,7 +478,7 @@ fn half_open(
     Ok(())
 }
 
-/// The pod has sent a SYN, and sends it again when it is enrolled.
+/// The pod has sent a SYN, and sends it again after its enrollment.
 fn half_open_outbound(context: &Context, stack: Stack) -> Result<()> {
     let cluster = Cluster::start(&context.session()?, &[])?;
     let other = cluster.node().plain("other", Families::Dual)?;
@@ -489,7 +491,7 @@ fn half_open_outbound(context: &Context, stack: Stack) -> Result<()> {
     inbound::passes_the_proxy_once(other.netns(), pod, stack)
 }
 
-/// The pod has answered a SYN, and answers again when it is enrolled.
+/// The pod has answered a SYN, and answers again after its enrollment.
 fn half_open_inbound(context: &Context, stack: Stack) -> Result<()> {
     let cluster = Cluster::start(&context.session()?, &[])?;
     let other = cluster.node().plain("other", Families::Dual)?;
@@ -502,8 +504,8 @@ fn half_open_inbound(context: &Context, stack: Stack) -> Result<()> {
     inbound::passes_the_proxy_once(other.netns(), pod, stack)
 }
 
-/// While half-open connections may complete, a socket that connects is captured: also one that was there before, one whose mark is
-/// changed after `connect()`, and the subflow of MPTCP.
+/// While half-open connections may complete, new connections are captured: also that of a socket from before the enrollment, one
+/// whose mark changes after `connect()`, and a subflow of MPTCP.
 fn captured_after(context: &Context, stack: Stack) -> Result<()> {
     let cluster = Cluster::start(&context.session()?, &[])?;
     let other = cluster.node().plain("other", Families::Dual)?;
@@ -522,7 +524,7 @@ fn captured_after(context: &Context, stack: Stack) -> Result<()> {
     if pod.netns().has_sysctl("net.mptcp.enabled")? && pod.netns().sysctl("net.mptcp.enabled")? != "0" {
         ensure!(!connect(socket(Some(Protocol::MPTCP))??)?.is_direct(), "past the proxy: MPTCP");
     }
-    // Nobody listens, so that the first SYN is dropped. The next ones have another mark.
+    // No proxy listens, so the first SYN is dropped. The next ones have another mark.
     cluster.node().kill_proxy()?;
     let accepted = listening.accepted().len();
     let forged = socket(None)??;

@@ -247,7 +247,7 @@ impl Bench {
         run(&self.lock(), name, packet, 0)
     }
 
-    /// The cookie of the listener that a connection gets at the socket lookup; zero if none was noted.
+    /// The cookie of the listener that the socket lookup chooses for a connection; zero if there is no note.
     pub(crate) fn chosen(&self, query: &lookup::Query) -> Result<u64> {
         lookup::run_and_read(&self.lock(), LOOKUPS[0], query).map(|(_, cookie)| cookie)
     }
@@ -432,7 +432,7 @@ fn test_run(programs: &Ebpf, name: &str, packet: &[u8], mark: u32, repeat: u32) 
     Ok(Run { code: result.return_value, mark, changed, time: result.duration })
 }
 
-/// A listener as a node proxy opens it, whether it shares its port or not.
+/// A listener as a node proxy opens it, with or without SO_REUSEPORT.
 pub(crate) fn listener(port: u16, shares: bool) -> std::io::Result<Socket> {
     let socket = Socket::new(Domain::IPV6, Type::STREAM, None)?;
     socket.set_mark(MARK_PROXY)?;

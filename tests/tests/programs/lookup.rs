@@ -52,7 +52,7 @@ pub(crate) fn run(programs: &Ebpf, name: &str, query: &Query) -> Result<Outcome>
     run_and_read(programs, name, query).map(|(outcome, _)| outcome)
 }
 
-/// The same, and the cookie of the listener that it chose.
+/// The same, with the cookie of the chosen listener.
 pub(crate) fn run_and_read(programs: &Ebpf, name: &str, query: &Query) -> Result<(Outcome, u64)> {
     let program: &SkLookup = programs.program(name).context("a program")?.try_into()?;
     let mut context = Context::default();

@@ -1,5 +1,5 @@
-//! Nothing that a program leaves with the processor it runs on decides what becomes of a packet: programs take each other's place
-//! there in any order, packets of a batch as well as, with `PREEMPT_RT`, tasks.
+//! No verdict depends on state that a program leaves with its CPU. Programs interleave on a CPU in any order: over the packets of
+//! a batch and, with `PREEMPT_RT`, between tasks.
 
 use std::collections::BTreeSet;
 
@@ -35,7 +35,7 @@ pub(crate) fn trials(shared: &Shared) -> Vec<Trial> {
     trials
 }
 
-/// What processors have a place of their own for: counts, limits of reports, and that a lookup is ours and not to be counted.
+/// The per-CPU maps hold counters, limits of reports, and the flag of our own lookups, which must not be counted.
 fn maps() -> Result<()> {
     let object = object(true)?;
     let found: BTreeSet<&str> = object
@@ -49,7 +49,7 @@ fn maps() -> Result<()> {
     Ok(())
 }
 
-/// A connection meets the socket lookup while a TC program is in the middle of a lookup of its own on the same processor.
+/// A connection reaches the socket lookup while a TC program performs its own lookup on the same CPU.
 fn lookups_of_others(family: Family) -> Result<()> {
     let bench = Bench::new()?;
     let ask_all = || -> Result<Vec<_>> {
@@ -96,13 +96,13 @@ struct Waiting {
     query: Query,
 }
 
-/// TC programs have seen connections to addresses that nobody told us, in two pods, before the stack has the first of them.
+/// In two pods, TC programs see connections to addresses that the agent does not know, before the stack gets the first of them.
 fn listeners_of_two_pods(family: Family) -> Result<()> {
     let bench = Bench::new()?;
     let program = if family == Family::Ipv4 { "inbound_ipv4" } else { "inbound_ipv6" };
     let one = first_processor()?;
     let mut pods = Vec::new();
-    // With a listener that shares its port a test run does not say which it chose.
+    // With SO_REUSEPORT, a test run does not show which listener the program chose.
     for (name, source_port) in [("one", 50_800), ("other", 50_801)] {
         let netns = Netns::new(name)?;
         let packet = Packet { source_port, ..Packet::syn(family, From::Pod) }.bytes();
@@ -110,7 +110,7 @@ fn listeners_of_two_pods(family: Family) -> Result<()> {
         let (cookie, query) = (listener.cookie()?, query_of_syn(family, &packet).context("a SYN")?);
         pods.push(Waiting { netns, _listener: listener, cookie, packet, query });
     }
-    // On a busy machine a note may count no longer when it is asked for.
+    // On a busy machine, a note may expire before the lookup reads it.
     wait::until_true("listeners of both pods", wait::SOON, || {
         for pod in &pods {
             pod.netns.run(|| -> Result<()> {
@@ -126,7 +126,7 @@ fn listeners_of_two_pods(family: Family) -> Result<()> {
     })
 }
 
-/// One of those where this process may run.
+/// The first CPU that this process may run on.
 fn first_processor() -> Result<CpuSet> {
     let allowed = sched_getaffinity(Pid::from_raw(0))?;
     let mut one = CpuSet::new();

@@ -12,7 +12,7 @@ use crate::workspace::Workspace;
 /// The flavor for virtual machines: small, and with everything that containers need.
 const FLAVOUR: &str = "-cloud-amd64";
 
-/// What follows the name of a kernel with `PREEMPT_RT`, and its flavour.
+/// The suffix of kernels with `PREEMPT_RT`, and their flavor.
 const RT: (&str, &str) = ("-rt", "-rt-amd64");
 
 /// The archive's newest kernel.
@@ -41,7 +41,7 @@ impl Kernel {
         Ok(Self { release: release.to_owned(), image: image.to_owned(), modules: modules.to_owned() })
     }
 
-    /// The newest kernel of a series, such as `6.1` or `6.1-rt`, or of all.
+    /// The newest kernel of a series, such as `6.1` or `6.1-rt`, or of the whole archive.
     pub(super) fn from_archive(workspace: &Workspace, archive: &Archive<'_>, alias: &str) -> Result<Self> {
         let candidates = archive.candidates("linux-image-")?;
         let package = choose(candidates, alias).with_context(|| match &archive.complaint {

@@ -324,7 +324,8 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         again
     }
 
-    /// Un-enrolls a pod that Kubernetes knows, once the time is over that the proxy's connections may have. Returns when to look again.
+    /// Un-enrolls a pod that Kubernetes knows, after the grace period of its connections at the proxy. Returns when to check
+    /// again.
     async fn unenroll(
         &self,
         pod: &PodView,
@@ -333,7 +334,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
         stop: &watch::Receiver<bool>,
     ) -> Option<Duration> {
         if let Some(left) = self.pods.leave(&pod.uid, reason.grace(pod, &self.rules)).await {
-            // Its peers have to know before it has left.
+            // Removes the annotation before the pod has left, because its peers have to know.
             let again = self.annotate(pod, None, memory, stop).await;
             return [again, Some(left)].into_iter().flatten().min();
         }
@@ -344,7 +345,7 @@ impl<D: Datapath + Send + 'static> Controller<D> {
                 }
                 let Memory { told, annotations, .. } = std::mem::take(memory);
                 *memory = Memory { told, annotations, ..Memory::default() };
-                // Nothing in an excluded namespace is touched.
+                // The agent changes nothing in an excluded namespace.
                 if reason == Reason::Excluded { None } else { self.annotate(pod, None, memory, stop).await }
             }
             Err(again) => Some(again),

@@ -13,7 +13,7 @@ pub(super) const VIRTUAL_INTERFACES: &str = "istio.io/reroute-virtual-interfaces
 pub(super) const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
 /// The annotation that decides whether packets from addresses that are not the pod's own are dropped. Placement `node`.
 pub(super) const SOURCE_IP_VERIFICATION: &str = "ambient-redirect.io/source-ip-verification";
-/// The annotation that says for how many seconds connections that the proxy has may go on when the pod is un-enrolled.
+/// The annotation for the grace period, in seconds, of connections at the proxy when the pod is un-enrolled.
 pub(super) const UNENROLL_GRACE: &str = "ambient-redirect.io/unenroll-grace";
 /// The annotation of a pod whose sidecar is its proxy.
 pub(super) const SIDECAR: &str = "sidecar.istio.io/status";
@@ -29,7 +29,7 @@ pub struct Rules {
     pub excluded: BTreeSet<String>,
     /// Whether to honor the exclusions in the annotations of Istio's sidecars.
     pub istio_exclusions: bool,
-    /// How long connections that the proxy has may go on when a pod is un-enrolled, unless the pod says so itself.
+    /// The grace period of connections at the proxy when a pod is un-enrolled, unless the pod's annotation sets it.
     pub unenroll_grace: Duration,
 }
 

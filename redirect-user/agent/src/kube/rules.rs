@@ -59,7 +59,7 @@ pub(super) fn decide(pod: &PodView, namespace: Option<&NamespaceView>, rules: &R
             Some(_) => {}
         }
     }
-    // Whether it makes sense shows now, not when the pod leaves.
+    // An invalid annotation is an error now, not when the pod leaves.
     match grace(pod, rules).and_then(|_| settings(pod, rules)) {
         Ok(settings) => Decision::Enroll(settings),
         Err(bad) => Decision::Refuse(bad),
@@ -67,7 +67,8 @@ pub(super) fn decide(pod: &PodView, namespace: Option<&NamespaceView>, rules: &R
 }
 
 impl Reason {
-    /// How long the proxy's connections may go on when a pod is un-enrolled for this reason. Only one that runs on as before can have any.
+    /// The grace period of connections at the proxy when a pod is un-enrolled for this reason. Only a pod that continues to run
+    /// unchanged can have one.
     pub(super) fn grace(self, pod: &PodView, rules: &Rules) -> Duration {
         match self {
             Self::OptedOut | Self::NotLabelled => grace(pod, rules).unwrap_or(rules.unenroll_grace),

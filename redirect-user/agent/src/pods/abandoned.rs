@@ -1,5 +1,6 @@
-//! Un-enrolls pods whose network namespace has ended for everybody else: its path is gone, no process is in it, and no DEL came.
-//! The descriptors of agent and proxy would keep it alive, with interfaces that answer for addresses that another pod may have.
+//! Un-enrolls pods whose network namespace nobody else uses any more: its path is gone, no process is in it, and the runtime sent
+//! no DEL. The descriptors of agent and proxy would keep the namespace alive, with interfaces that answer for addresses that
+//! another pod may have.
 
 use std::collections::HashMap;
 use std::fs;
@@ -11,24 +12,24 @@ use super::Pods;
 use redirect_datapath::datapath::Datapath;
 use redirect_linux::netns::NetNs;
 
-/// In so many looks in a row nobody must use a namespace: processes come and go while they are listed.
+/// How many scans in a row must find a namespace unused: processes start and end during a scan.
 const LOOKS: u32 = 2;
 
-/// Who used the pods' namespaces when that was last looked at.
+/// The users of the pods' namespaces at the last scan.
 #[derive(Debug, Default)]
 pub(crate) struct Users {
-    /// By the namespaces' cookies.
+    /// By namespace cookie.
     known: HashMap<u64, User>,
-    /// Whether the log says already that it can't be seen.
+    /// Whether the log already has the warning that scans fail.
     told: bool,
 }
 
-/// A namespace is abandoned only after it was used: a runtime may keep it where the agent does not see it.
+/// Only a namespace that the agent has seen in use can be abandoned: the runtime may keep one where the agent does not see it.
 #[derive(Debug, Default)]
 struct User {
-    /// A process that was in it, where the path that the runtime named leads nowhere.
+    /// A process in the namespace, if the runtime's path does not lead there.
     witness: Option<PathBuf>,
-    /// In how many looks in a row nobody was.
+    /// How many scans in a row found the namespace unused.
     missed: u32,
 }
 
@@ -43,7 +44,7 @@ struct Held {
 
 /// How a namespace is used.
 enum Use {
-    /// It is where the runtime said.
+    /// The runtime's path leads to it.
     Named,
     /// A process is in it.
     Process(PathBuf),
@@ -51,7 +52,7 @@ enum Use {
 }
 
 impl<D: Datapath + Send + 'static> Pods<D> {
-    /// Looks who uses the pods' namespaces, and un-enrolls those that nobody does any more.
+    /// Scans for users of the pods' namespaces, and un-enrolls the pods whose namespace has lost its last user.
     pub(crate) async fn leave_abandoned(&self, proc: &Path, users: &mut Users) {
         let held = self.slots.each(|uid, known| Held {
             uid: uid.to_owned(),
@@ -63,7 +64,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         let (held, proc) = (held.await, proc.to_owned());
         let looked = tokio::task::spawn_blocking(move || {
             let uses = look(&proc, &held);
-            // The namespaces are let go of here: one that is kept until the next look would live until then.
+            // Drops the descriptors here: one that is kept until the next scan would keep its namespace alive.
             let pods = held.into_iter().map(|held| (held.uid, held.netns_cookie, held.found));
             uses.map(|uses| pods.zip(uses).collect::<Vec<_>>())
         });
@@ -103,9 +104,9 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// Un-enrolls a pod, if nobody works on it and it is still in this namespace.
+    /// Un-enrolls a pod, unless another operation holds it or it has another namespace by now.
     async fn unenroll_abandoned(&self, uid: &str, netns_cookie: u64) {
-        // The runtime may have put another namespace in its place.
+        // The runtime may have put another namespace at the path.
         self.check_drift(uid).await;
         let Some(mut slot) = self.slots.find_idle(uid).await else { return };
         let gone = slot
@@ -128,7 +129,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     }
 }
 
-/// How each namespace is used. Blocks; reads all of `/proc` only for a namespace that is not where it was.
+/// How each namespace is used. Blocks. Reads all of `/proc` only if neither the path nor the last known process leads to a
+/// namespace.
 fn look(proc: &Path, held: &[Held]) -> io::Result<Vec<Use>> {
     let mut processes = None;
     let mut uses = Vec::new();
@@ -152,8 +154,8 @@ fn look(proc: &Path, held: &[Held]) -> io::Result<Vec<Use>> {
     Ok(uses)
 }
 
-/// A process in each network namespace, by the namespace's inode. An error unless every process can be looked at: one that
-/// can't may be in any of them. Process 1 is in the host's.
+/// One process in each network namespace, by the namespace's inode. Fails if a process cannot be examined, because it may be in
+/// any namespace. Skips process 1, which is in the host's.
 fn scan(proc: &Path) -> io::Result<HashMap<u64, PathBuf>> {
     let mut found = HashMap::new();
     for entry in fs::read_dir(proc)? {
@@ -165,7 +167,7 @@ fn scan(proc: &Path) -> io::Result<HashMap<u64, PathBuf>> {
         let path = entry.path().join("ns/net");
         match fs::metadata(&path) {
             Ok(metadata) => _ = found.entry(metadata.ino()).or_insert(path),
-            // It has ended meanwhile, or is about to.
+            // The process has ended, or is about to.
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {}
             Err(error) => return Err(io::Error::new(error.kind(), format!("{}: {error}", path.display()))),
         }
@@ -190,11 +192,11 @@ mod tests {
         let uses = look(Path::new("/proc"), &[held(own, None), held(nowhere.clone(), None)]).expect("uses");
         assert!(matches!(uses[0], Use::Named));
         let Use::Process(witness) = &uses[1] else { panic!("no process is in this process's namespace") };
-        // What was found once is looked at first.
+        // The last known process is checked first.
         let uses =
             look(Path::new("/nowhere"), &[held(nowhere.clone(), Some(witness.clone()))]).expect("uses");
         assert!(matches!(&uses[0], Use::Process(known) if known == witness));
-        // Where nothing can be seen, nothing is known.
+        // An unreadable `/proc` is an error, not an unused namespace.
         assert!(look(Path::new("/nowhere"), &[held(nowhere, None)]).is_err());
     }
 

@@ -6,7 +6,7 @@ use super::{Error, list};
 use redirect_datapath::datapath::{Observation, Target};
 use redirect_protocol::pod::{PodAddresses, PodIdentity};
 
-/// A pod is enrolled. Nothing is said of a proxy that was not waited for.
+/// A pod is enrolled. The proxy's time is zero if the enrollment did not wait for it.
 pub(super) fn captured(target: &Target, observation: &Observation, began: Instant, proxy: Duration) {
     tracing::info!(
         pod = %target.identity,
@@ -26,7 +26,7 @@ pub(super) fn captured(target: &Target, observation: &Observation, began: Instan
     }
 }
 
-/// A pod that shall be enrolled is not.
+/// An enrollment failed.
 pub(super) fn not_enrolled(pod: &PodIdentity, addresses: &PodAddresses, began: Instant, error: &Error) {
     tracing::warn!(
         %pod,
@@ -38,7 +38,7 @@ pub(super) fn not_enrolled(pod: &PodIdentity, addresses: &PodAddresses, began: I
     );
 }
 
-/// A pod is to be un-enrolled after a while.
+/// A pod will be un-enrolled after a grace period.
 pub(super) fn leaving(target: &Target, grace: Duration) {
     tracing::info!(
         pod = %target.identity,
@@ -48,7 +48,7 @@ pub(super) fn leaving(target: &Target, grace: Duration) {
     );
 }
 
-/// An enrolled pod has other addresses or settings.
+/// An enrolled pod has new addresses or settings.
 pub(super) fn changed(target: &Target, began: Instant) {
     tracing::info!(
         pod = %target.identity,
@@ -60,7 +60,7 @@ pub(super) fn changed(target: &Target, began: Instant) {
     );
 }
 
-/// A pod is not as it should be in the kernel, and can't be brought there.
+/// The kernel does not match a pod's desired state, and the repair failed.
 pub(super) fn broken(target: &Target, began: Instant, error: &Error) {
     tracing::warn!(
         pod = %target.identity,
@@ -72,7 +72,7 @@ pub(super) fn broken(target: &Target, began: Instant, error: &Error) {
     );
 }
 
-/// A broken pod is as it should be again.
+/// A broken pod was repaired.
 pub(super) fn repaired(target: &Target, began: Instant) {
     tracing::info!(
         pod = %target.identity,
@@ -95,7 +95,7 @@ pub(super) fn no_longer_captured(target: &Target, began: Instant, proxy: Duratio
     );
 }
 
-/// A number in JSON, which one of 128 bits is not.
+/// JSON has no 128-bit numbers.
 fn microseconds(time: Duration) -> u64 {
     time.as_micros().try_into().unwrap_or(u64::MAX)
 }

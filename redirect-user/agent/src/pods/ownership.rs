@@ -1,8 +1,8 @@
-//! Which pod has a network namespace, an address, a container.
+//! Records which pod has a network namespace, an address or a container.
 //!
-//! A path, and with it what is there, may be another pod's by now, and the runtime may hand out an address anew before it takes
-//! down the pod that had it, or without ever doing so. The latest pod that was brought with a namespace or an address has it, and
-//! keeping another one captured must not take it back. All of it is behind one lock, so that nobody sees half of a change.
+//! The namespace at a path may be another pod's by now. The runtime may also assign an address again before it tears down the pod
+//! that had it, or without ever doing so. So the latest pod that was added with a namespace or an address has it, and a repair of
+//! an earlier pod must not take it back. One lock protects all records, so that no reader sees half of a change.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::net::IpAddr;
@@ -12,7 +12,7 @@ use parking_lot::{Mutex, MutexGuard};
 use redirect_datapath::datapath::Target;
 use redirect_protocol::pod::{PodAddresses, PodIdentity};
 
-/// How many containers are remembered that were taken down.
+/// How many torn-down containers are remembered.
 const RETIRED: usize = 1024;
 
 /// See the module.
@@ -21,14 +21,14 @@ pub(super) struct Ownership(Mutex<Owned>);
 
 #[derive(Default)]
 struct Owned {
-    /// Pods by the cookie of the namespace.
+    /// Pods by namespace cookie.
     namespaces: HashMap<u64, PodIdentity>,
-    /// The cookies of pods' namespaces, by address.
+    /// Namespace cookies by address.
     addresses: HashMap<IpAddr, u64>,
-    /// UIDs by container ID, which is how the runtime names what it takes down.
+    /// UIDs by container ID, which a DEL names.
     containers: HashMap<String, String>,
-    /// The containers whose sandboxes the runtime has taken down, newest last. Their processes and addresses may show for
-    /// a little longer.
+    /// Containers whose sandboxes the runtime has torn down, newest last. Their processes and addresses may stay visible for a
+    /// moment.
     retired: VecDeque<String>,
 }
 
@@ -40,20 +40,20 @@ impl Owned {
 
 /// Namespaces.
 impl Ownership {
-    /// Makes a namespace the pod's. Returns the other pod that had it.
+    /// Attributes a namespace to the pod. Returns the other pod that had it.
     pub(super) fn take(&self, target: &Target) -> Option<PodIdentity> {
         let before = self.owned().namespaces.insert(target.netns_cookie, target.identity.clone());
         before.filter(|before| before.uid != target.identity.uid)
     }
 
-    /// Makes a namespace the pod's, unless another pod was brought with it. Returns whether the pod has it.
+    /// Attributes a namespace to the pod, unless another pod has it. Returns whether this pod has it.
     pub(super) fn take_if_free(&self, target: &Target) -> bool {
         let mut owned = self.owned();
         owned.namespaces.entry(target.netns_cookie).or_insert_with(|| target.identity.clone());
         owned.is_of(target)
     }
 
-    /// Takes a namespace and all of its addresses away from a pod, unless another pod has it by now.
+    /// Releases the pod's namespace and all of its addresses, unless another pod has the namespace by now.
     pub(super) fn release(&self, target: &Target) {
         let mut owned = self.owned();
         if owned.is_of(target) {
@@ -62,8 +62,8 @@ impl Ownership {
         }
     }
 
-    /// Gives up a namespace that the pod took for nothing, unless another has it by now: its addresses go back to the namespace
-    /// that they were taken from.
+    /// Releases a namespace that the pod took in vain, unless another pod has it by now. The addresses return to the namespace
+    /// that had them before.
     pub(super) fn give_back(&self, target: &Target, from: u64, addresses: &PodAddresses) {
         let mut owned = self.owned();
         if owned.is_of(target) {
@@ -77,12 +77,12 @@ impl Ownership {
         self.owned().namespaces.get(&cookie).cloned()
     }
 
-    /// Whether the pod's namespace is no other pod's.
+    /// Whether no other pod has the pod's namespace.
     pub(super) fn is_of(&self, target: &Target) -> bool {
         self.owned().is_of(target)
     }
 
-    /// Does something that must not come after another pod has taken the namespace; `None` if one has.
+    /// Runs `work`, which must not come after another pod has taken the namespace. Returns `None` if one has.
     pub(super) fn while_owned<T>(&self, target: &Target, work: impl FnOnce() -> T) -> Option<T> {
         let owned = self.owned();
         owned.is_of(target).then(work)
@@ -96,7 +96,7 @@ impl Ownership {
 
 /// Addresses.
 impl Ownership {
-    /// Gives addresses to the pod in a namespace. Returns which of them were another's, and whose if that is known.
+    /// Attributes addresses to the pod in a namespace. Returns those that another namespace had, with its pod if that is known.
     pub(super) fn claim(
         &self,
         cookie: u64,
@@ -111,13 +111,13 @@ impl Ownership {
         addresses.into_iter().filter_map(taken).collect()
     }
 
-    /// Takes away from the pod in a namespace what it has, but for these addresses.
+    /// Releases the addresses of the pod in a namespace, except these.
     pub(super) fn keep(&self, cookie: u64, addresses: &PodAddresses) {
         let kept = |address: &IpAddr| addresses.iter().any(|other| other == *address);
         self.owned().addresses.retain(|address, holder| *holder != cookie || kept(address));
     }
 
-    /// A pod with those of its addresses that no other pod has.
+    /// The pod without the addresses that other pods have.
     pub(super) fn held(&self, target: &Target) -> Target {
         let owned = self.owned();
         let is_held = |address: &IpAddr| {
@@ -129,15 +129,15 @@ impl Ownership {
 
 /// Containers.
 impl Ownership {
-    /// A container is being set up: whoever takes it down finds the pod by it.
+    /// Registers a container that is being set up, so that its DEL finds the pod.
     pub(super) fn begin(&self, container: &str, uid: &str) {
         let mut owned = self.owned();
         owned.containers.insert(container.into(), uid.into());
         owned.retired.retain(|retired| retired != container);
     }
 
-    /// The same again, once nobody else settles the pod's containers any more. Returns whether that is still wanted: the runtime may have
-    /// taken the container down meanwhile.
+    /// Registers the container again, once no other operation can reset the pod's containers. Returns `false` if the runtime has
+    /// torn it down in the meantime.
     pub(super) fn resume(&self, container: &str, uid: &str) -> bool {
         let mut owned = self.owned();
         let is_retired = owned.retired.iter().any(|retired| retired == container);
@@ -147,12 +147,12 @@ impl Ownership {
         !is_retired
     }
 
-    /// Containers were found running.
+    /// Registers running containers.
     pub(super) fn find<'a>(&self, containers: impl Iterator<Item = &'a String>, uid: &str) {
         self.owned().containers.extend(containers.map(|container| (container.clone(), uid.to_owned())));
     }
 
-    /// A pod has these containers and no others.
+    /// Sets the containers of a pod, and drops its others.
     pub(super) fn settle<'a>(&self, uid: &str, containers: impl Iterator<Item = &'a String>) {
         let mut owned = self.owned();
         owned.containers.retain(|_, of| of != uid);
@@ -164,7 +164,7 @@ impl Ownership {
         self.owned().containers.get(container).cloned()
     }
 
-    /// The runtime takes a container's sandbox down.
+    /// Remembers that the runtime tears down a container's sandbox.
     pub(super) fn retire(&self, container: &str) {
         let mut owned = self.owned();
         if owned.retired.iter().any(|known| known == container) {
@@ -176,7 +176,7 @@ impl Ownership {
         owned.retired.push_back(container.into());
     }
 
-    /// Whether the runtime has taken down one of these containers.
+    /// Whether the runtime has torn down one of these containers.
     pub(super) fn is_retired(&self, containers: &BTreeSet<String>) -> bool {
         self.owned().retired.iter().any(|container| containers.contains(container))
     }
@@ -257,7 +257,7 @@ mod tests {
         );
         assert_eq!(addresses(&ownership.held(&old)), [""; 0]);
         assert_eq!(addresses(&ownership.held(&new)), both);
-        // What one lets go of is the other's again.
+        // An address that one pod releases is the other's again.
         ownership.keep(2, &["fd00::1".parse().unwrap()].into_iter().collect::<PodAddresses>());
         assert_eq!(addresses(&ownership.held(&old)), ["10.0.0.1"]);
         ownership.release(&new);
@@ -296,10 +296,10 @@ mod tests {
         }
         assert!(!ownership.is_retired(&set(&["0"])), "only so many are remembered");
         assert!(ownership.is_retired(&set(&["x", "1"])));
-        // The runtime may bring back what it took down.
+        // The runtime may set up a torn-down container again.
         ownership.begin("1", "pod");
         assert!(!ownership.is_retired(&set(&["1"])));
-        // What is being set up is not among what somebody else settles meanwhile, and may be taken down.
+        // Another operation's `settle` drops a container that is being set up. A DEL may tear it down as well.
         ownership.settle("pod", set(&["c"]).iter());
         assert!(ownership.resume("1", "pod") && ownership.pod_of("1").as_deref() == Some("pod"));
         ownership.settle("pod", set(&["c"]).iter());

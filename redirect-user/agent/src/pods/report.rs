@@ -9,24 +9,24 @@ use redirect_protocol::pod::PodIdentity;
 use redirect_protocol::wire::{FactState, PodReport, PodState};
 use redirect_zds::server::{Handle, PodProxyState};
 
-/// How far an enrolled pod is.
+/// The state of an enrolled pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Standing {
-    /// Whether the kernel was as it should be when it was last looked at.
+    /// Whether the kernel matched the desired state at the last check.
     pub(crate) captured: bool,
-    /// Whether nothing of it is captured until a proxy serves it.
+    /// Whether the pod waits for a proxy, and nothing of it is captured until then.
     pub(crate) awaiting: bool,
-    /// Where the pod stands with the newest proxy.
+    /// The pod's state at the newest proxy.
     pub(crate) proxy: PodProxyState,
 }
 
 impl<D: Datapath + Send + 'static> Pods<D> {
-    /// What is known about all pods, without what the kernel side counted.
+    /// Reports on all pods, without the kernel side's counters.
     pub(crate) async fn report(&self) -> Vec<PodReport> {
         self.slots.each(|_, enrolled| report(enrolled, &self.ownership, &self.proxies)).await
     }
 
-    /// The pods that people may mean by a name. Waits for those that are being worked on.
+    /// The pods that a name may refer to. Waits for operations in progress.
     pub(crate) async fn called(&self, name: &str) -> Vec<PodReport> {
         let others = self.ownership.pods().into_iter().filter(|owner| !owner.is_called(name));
         let others: BTreeSet<_> = others.map(|owner| owner.uid).collect();
@@ -41,7 +41,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         called
     }
 
-    /// Compares the kernel with what is wanted for an enrolled pod. Returns that as well.
+    /// Compares the kernel with the target of an enrolled pod. Also returns the target.
     pub(crate) async fn inspect(&self, uid: &str) -> Result<(Target, Vec<Finding>), Error> {
         let unknown = || Error::Unknown(uid.into());
         let slot = self.slots.find(uid).await.ok_or_else(unknown)?;
@@ -57,12 +57,12 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         Ok((target, findings))
     }
 
-    /// The pod that a namespace belongs to.
+    /// The UID of the pod that has a namespace.
     pub(crate) fn uid_of(&self, netns_cookie: u64) -> Option<String> {
         self.ownership.owner(netns_cookie).map(|owner| owner.uid)
     }
 
-    /// How far a pod is; `None` if it is not enrolled.
+    /// A pod's state; `None` if it is not enrolled.
     pub(crate) async fn standing(&self, uid: &str) -> Option<Standing> {
         let slot = self.slots.find(uid).await?;
         let enrolled = slot.as_ref()?;
@@ -119,7 +119,7 @@ fn names(interfaces: &[Interface]) -> Vec<String> {
     interfaces.iter().map(|interface| interface.name.clone()).collect()
 }
 
-/// Where the pod stands with the newest proxy, in words.
+/// The pod's state at the newest proxy, as text.
 pub(super) fn proxy(proxies: &Handle, identity: &PodIdentity) -> Result<(), String> {
     match proxies.pod(&identity.uid) {
         PodProxyState::Acknowledged | PodProxyState::Kept => Ok(()),

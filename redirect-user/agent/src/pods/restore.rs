@@ -12,19 +12,19 @@ use redirect_datapath::datapath::Datapath;
 use redirect_datapath::facts::Fact;
 use redirect_linux::netns::NetNs;
 
-/// How many pods became of the checkpoints.
+/// What happened to the pods of the checkpoints, as counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Restored {
-    /// They go on being captured.
+    /// They are still captured.
     pub(crate) adopted: usize,
-    /// Their enrollment had not come to its end; what there was of it is removed.
+    /// Their enrollment was incomplete, and was rolled back.
     pub(crate) undone: usize,
-    /// They are gone.
+    /// They have ended.
     pub(crate) gone: usize,
 }
 
 impl<D: Datapath + Send + 'static> Pods<D> {
-    /// Takes the pods over. Done before proxies are served, lest these drop them.
+    /// Adopts the pods. Must run before the agent serves proxies, because these drop pods that are not announced.
     pub(crate) async fn restore(&self, found: Vec<Found>) -> Restored {
         let mut restored = Restored::default();
         self.recall_holders(&found).await;
@@ -100,7 +100,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         restored
     }
 
-    /// Where the checkpoints of two pods name an address, the kernel knows which of them had it last.
+    /// If the checkpoints of two pods name the same address, asks the kernel which of them had it last.
     async fn recall_holders(&self, found: &[Found]) {
         for Found { checkpoint, netns } in found {
             let Some(netns) = netns else { continue };
@@ -116,8 +116,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// The namespace that is now where the pod's was, if it holds the pod's addresses: it was made anew without a word from
-    /// the runtime. The checkpoint is then about that one.
+    /// The namespace that is now at the pod's path, if it has the pod's addresses: something recreated it without a CNI call.
+    /// Updates the checkpoint to it.
     async fn successor(&self, checkpoint: &mut Checkpoint) -> Option<NetNs> {
         let netns = NetNs::open(checkpoint.netns_path.as_deref()?).ok()?;
         let namespace = self.introduce(&checkpoint.identity, &netns).await.ok()?;

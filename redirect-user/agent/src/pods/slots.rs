@@ -12,16 +12,16 @@ pub(super) mod scheduled;
 #[cfg(test)]
 use scheduled::give_way;
 
-/// Where another thread may come in between, a test of schedules lets another task do so.
+/// Marks a point where another thread may run; tests of schedules run another task there.
 #[cfg(not(test))]
 async fn give_way() {}
 
-/// Longer than it takes to look after a thing; whoever waits for a proxy to let go of one takes much longer.
+/// Longer than most operations take; one that waits for a proxy takes much longer.
 const MOMENT: Duration = Duration::from_millis(300);
 
 type Slot<T> = Arc<Mutex<Option<T>>>;
 
-/// Holds a thing, or the place where it will be. Nobody else removes the place meanwhile.
+/// Locks a value, or the empty slot for it. No other task removes the slot in the meantime.
 pub(super) type Guard<T> = OwnedMutexGuard<Option<T>>;
 
 #[derive(Debug)]
@@ -34,7 +34,8 @@ impl<T> Default for Slots<T> {
 }
 
 impl<T> Slots<T> {
-    /// Waits for the place of this name, and makes it if there is none. [`Self::release`] it: it may be empty.
+    /// Waits for the slot of this name, and creates it if there is none. The caller has to [`Self::release`] it, because it may
+    /// be empty.
     pub(super) async fn lock(&self, name: &str) -> Guard<T> {
         loop {
             let slot = Arc::clone(self.all().await.entry(name.into()).or_default());
@@ -44,7 +45,7 @@ impl<T> Slots<T> {
         }
     }
 
-    /// Waits for the place of this name, if there is one.
+    /// Waits for the slot of this name, if there is one.
     pub(super) async fn find(&self, name: &str) -> Option<Guard<T>> {
         loop {
             let slot = Arc::clone(self.all().await.get(name)?);
@@ -54,7 +55,7 @@ impl<T> Slots<T> {
         }
     }
 
-    /// `None` if whoever had the place has removed it.
+    /// `None` if the previous holder has removed the slot.
     async fn hold(&self, name: &str, slot: Slot<T>) -> Option<Guard<T>> {
         give_way().await;
         let place = Arc::clone(&slot).lock_owned().await;
@@ -62,12 +63,12 @@ impl<T> Slots<T> {
         is_there.then_some(place)
     }
 
-    /// The place of this name, if there is one and nobody works on it.
+    /// The slot of this name, if there is one and no operation holds it.
     pub(super) async fn find_idle(&self, name: &str) -> Option<Guard<T>> {
         Arc::clone(self.all().await.get(name)?).try_lock_owned().ok()
     }
 
-    /// Lets go of the place of this name, and removes it if it is empty.
+    /// Releases the slot of this name, and removes it if it is empty.
     pub(super) async fn release(&self, name: &str, place: Guard<T>) {
         if place.is_none() {
             self.all().await.remove(name);
@@ -83,7 +84,7 @@ impl<T> Slots<T> {
         self.all().await.keys().cloned().collect()
     }
 
-    /// Looks at everything that is not being worked on for longer than a moment, in the order of the names.
+    /// Visits all values in the order of their names, except those that an operation holds for longer than a moment.
     pub(super) async fn each<R>(&self, mut look: impl FnMut(&str, &T) -> R) -> Vec<R> {
         let mut slots: Vec<(String, Slot<T>)> =
             self.all().await.iter().map(|(name, slot)| (name.clone(), Arc::clone(slot))).collect();
@@ -101,7 +102,7 @@ impl<T> Slots<T> {
         seen
     }
 
-    /// Takes everything out, waiting for what is being worked on.
+    /// Removes all values and returns them. Waits for operations in progress.
     pub(super) async fn drain(&self) -> Vec<T> {
         let slots: Vec<Slot<T>> = self.all().await.drain().map(|(_, slot)| slot).collect();
         let mut things = Vec::new();

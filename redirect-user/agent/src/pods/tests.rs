@@ -1,4 +1,4 @@
-//! Pods on a kernel that is a double, as the CNI plugin brings and takes them. Other ways are tested with Kubernetes.
+//! Pods on a fake kernel, added and deleted as by the CNI plugin. The tests with Kubernetes cover the other ways.
 
 mod schedules;
 
@@ -20,7 +20,7 @@ struct Node {
 }
 
 impl Node {
-    /// Without a proxy: enrollment ends with the proxy's deadline.
+    /// Starts without a proxy, so that enrollments end at the proxy's deadline.
     fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let kernel = Fake::default();
@@ -79,7 +79,7 @@ async fn without_a_proxy_the_plugins_pod_is_not_enrolled_and_nothing_is_left() {
     assert!(node.pods.ownership.containers().is_empty());
 }
 
-/// Has a running pod adopted, and captured as if a proxy served it.
+/// Adopts a running pod, and captures it as if a proxy served it.
 async fn adopt(pods: &Pods<Fake>, wanted: Wanted, sandbox: Sandbox) {
     let uid = wanted.identity.uid.clone();
     pods.adopt(wanted, vec![sandbox]).await.unwrap();
@@ -99,7 +99,7 @@ async fn a_running_pod_is_captured_when_a_proxy_serves_it() {
         let captured = || node.kernel.facts(cookie).iter().any(|fact| matches!(fact, Fact::Pod(_)));
         let pod = wanted("u", "a", addresses);
         pods.adopt(pod.clone(), vec![Sandbox { netns, containers: BTreeSet::new() }]).await.unwrap();
-        // Whatever happens before, nothing of it is.
+        // Without a proxy, no operation captures anything.
         pods.reconcile("u").await;
         pods.check_drift("u").await;
         let mut changed = pod.clone();
@@ -126,7 +126,7 @@ async fn a_running_pod_is_captured_when_a_proxy_serves_it() {
                 && checkpoints[0].recent
                 && checkpoints[0].earlier_connections
         );
-        // What is left of connections that were half open is not let through for ever.
+        // Packets of half-open connections pass only for a limited time.
         let is_let_through =
             |fact: &Fact| matches!(fact, Fact::Pod(pod) if pod.flags & PodFlags::HALF_OPEN.0 != 0);
         assert!(node.kernel.facts(cookie).iter().any(is_let_through));
@@ -160,7 +160,7 @@ async fn a_running_pod_is_one_pods() {
     adopt(&node.pods, wanted("u", "a", &["10.0.0.2"]), sandbox.clone()).await;
     assert!(node.captures(cookie));
 
-    // Another pod can't take its place, and a second time is a change of nothing.
+    // Another pod with the same UID is refused, and a second adoption changes nothing.
     let error = node.pods.adopt(wanted("u", "b", &["10.0.0.2"]), vec![sandbox.clone()]).await.unwrap_err();
     assert!(error.to_string().contains("shop/b") && error.to_string().contains("shop/a"), "{error}");
     node.kernel.state().applied.clear();
@@ -225,7 +225,7 @@ async fn a_failed_change_leaves_the_pod_as_it_was() {
     assert!(!node.pods.update(&wanted("other", "b", &[])).await.unwrap());
 }
 
-/// A second interface, say, while the proxy is slow, the kernel refuses a step, or the request makes no sense.
+/// A second ADD, such as for another interface, fails: the proxy is slow, the kernel refuses a step, or the request is invalid.
 #[tokio::test]
 async fn a_failed_second_add_leaves_the_pod_as_it_was() {
     let node = Node::start();
@@ -257,7 +257,7 @@ async fn a_failed_second_add_leaves_the_pod_as_it_was() {
     assert!(node.kernel.facts(cookie).is_empty());
 }
 
-/// A step of the removal fails: it is tried again at once. If that fails too, the pod is known still, and the next try removes it.
+/// The agent retries a failed removal at once. If that fails too, the pod stays known, and the next attempt removes it.
 #[tokio::test]
 async fn a_pod_that_can_not_be_removed_is_known_still() {
     for (address, fails_on) in ["10.0.0.2", "fd00::2", "::ffff:10.0.0.2"]
@@ -290,8 +290,8 @@ async fn a_pod_that_can_not_be_removed_is_known_still() {
     }
 }
 
-/// A pod that leaves is captured no longer, and its proxy has time, also under the next agent. What it opens meanwhile goes on if it comes
-/// back.
+/// The agent stops capturing a pod that leaves, and its proxy has a grace period, also under the next agent. If the pod returns,
+/// the connections that it opened in between continue.
 #[tokio::test]
 async fn a_pod_that_leaves_has_time() {
     for address in ["10.0.0.2", "fd00::2", "::ffff:10.0.0.2"] {
@@ -310,7 +310,7 @@ async fn a_pod_that_leaves_has_time() {
         for _ in 0..2 {
             let left = node.pods.leave("u", LONG).await.unwrap();
             assert!(left <= LONG && left > LONG / 2, "{address}: {left:?}");
-            // Nobody captures it again.
+            // Neither a reconciliation nor a drift check captures it again.
             node.pods.reconcile("u").await;
             node.pods.check_drift("u").await;
             assert!(has(PodFlags::RELEASED) && node.pods.repairs().report().is_empty(), "{address}");
@@ -332,13 +332,13 @@ async fn a_pod_that_leaves_has_time() {
         assert!(has(PodFlags::EARLIER_CONNECTIONS) && has(PodFlags::HALF_OPEN), "{address}");
         assert!(restored.standing("u").await.unwrap().captured);
         assert!(!restored.checkpoints.read().unwrap()[0].leaving);
-        // The time is over.
+        // The grace period is over.
         assert!(restored.leave("u", Duration::from_nanos(1)).await.is_none());
         assert!(restored.forget("u").await.unwrap() && node.kernel.facts(cookie).is_empty());
     }
 }
 
-/// How long things may take that wait for nobody: much shorter than the proxy's deadline in these tests.
+/// The limit for operations that do not wait for a proxy: much shorter than the proxy's deadline in these tests.
 const AT_ONCE: Duration = Duration::from_secs(10);
 const LONG: Duration = Duration::from_secs(600);
 
@@ -378,7 +378,7 @@ async fn pods_that_wait_for_a_proxy_delay_nobody() {
     assert_eq!(states().filter(|phase| *phase == Phase::Begun).count(), PODS, "they would be undone");
 
     let others = async {
-        // Repairs, at once and from time to time; of the pods that wait as well.
+        // Repairs, on notification and periodic, also of waiting pods.
         for (uid, cookie) in [("running", cookie), ("7", namespaces[7].1)] {
             for at_once in [true, false] {
                 let facts = kernel.facts(cookie);
@@ -400,7 +400,7 @@ async fn pods_that_wait_for_a_proxy_delay_nobody() {
         assert!(pods.update(&changed).await.unwrap());
         pods.collect(&[]).await;
         assert_eq!(pods.report().await.len(), PODS + 1, "an ADD in progress is no leftover");
-        // Removal, also of one that waits.
+        // Removal, also of a waiting pod.
         assert!(pods.forget("running").await.unwrap());
         pods.del(&attachment("0")).await.unwrap();
     };
@@ -501,7 +501,7 @@ async fn a_namespace_is_the_pods_that_was_brought_with_it_last() {
     let proxy = tokio::spawn(acknowledge(node.directory.path().join("acks.sock")));
     let captures = |cookie: u64| node.kernel.facts(cookie).iter().any(|fact| matches!(fact, Fact::Pod(_)));
     pods.add(attachment("1"), wanted("u", "a", &["10.0.0.2"]), old).await.unwrap();
-    // Where the old pod's namespace was is the new pod's, and it is looked there before the new pod is brought.
+    // The new pod's namespace replaces the old one at its path, and a drift check finds it before the new pod's ADD.
     std::fs::rename(node.directory.path().join("new"), node.directory.path().join("old")).unwrap();
     pods.check_drift("u").await;
     assert!(captures(new_cookie) && !captures(old_cookie));
@@ -532,7 +532,7 @@ async fn an_address_is_the_pods_that_was_brought_with_it_last() {
             let address = address.parse::<IpAddr>().unwrap().to_canonical();
             node.kernel.facts(cookie).contains(&Fact::Address(address))
         };
-        // The first look finds that the address is gone.
+        // The first check finds that the address is gone.
         node.pods.check_drift("old").await;
         node.kernel.state().applied.clear();
         node.pods.check_drift("old").await;

@@ -11,26 +11,26 @@ use redirect_datapath::facts::Fact;
 use redirect_linux::netns::NetNs;
 
 impl<D: Datapath + Send + 'static> Pods<D> {
-    /// What was repaired so far.
+    /// The repairs so far.
     pub(crate) fn repairs(&self) -> &Repairs {
         &self.repairs
     }
 
-    /// Brings a pod's facts about anew: its namespace has changed, by an interface more, say.
+    /// Restores a pod's facts after a change in its namespace, such as a new interface.
     pub(crate) async fn reconcile(&self, uid: &str) {
         if let Some(Some(known)) = self.slots.find(uid).await.as_deref_mut() {
             self.repair(known).await;
         }
     }
 
-    /// The same from time to time, unless somebody works on the pod.
+    /// The same periodically, unless another operation holds the pod.
     pub(crate) async fn resync(&self, uid: &str) {
         if let Some(Some(known)) = self.slots.find_idle(uid).await.as_deref_mut() {
             self.repair(known).await;
         }
     }
 
-    /// Looks for changes that nobody tells of, and puts them right, unless somebody works on the pod.
+    /// Repairs changes that cause no notification, unless another operation holds the pod.
     pub(crate) async fn check_drift(&self, uid: &str) {
         let Some(mut slot) = self.slots.find_idle(uid).await else { return };
         let Some(known) = slot.as_mut().filter(|known| known.target.adoption != Adoption::Awaited) else {
@@ -59,7 +59,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
         let target = self.ownership.held(&known.target);
         let facts = &known.observation.facts;
-        // Another pod may have had them until now.
+        // Another pod may have had some of the addresses until now.
         let complete = target.addresses.iter().all(|address| facts.contains(&Fact::Address(address)));
         let mut quiet = facts.iter().filter(|fact| fact.is_quiet());
         let intact = match self.kernel.run(move |datapath| datapath.observe_facts(&target)).await {
@@ -71,8 +71,8 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         }
     }
 
-    /// The pod's namespace was made anew without a word from the runtime: the pod is captured in the new one, if that holds
-    /// its addresses.
+    /// Captures the pod in the namespace that something recreated at its path without a CNI call, if that has the pod's
+    /// addresses.
     async fn change_over(&self, known: &mut Enrolled, netns: NetNs) -> Result<(), Error> {
         let identity = known.target.identity.clone();
         let addresses: Vec<_> = known.target.addresses.iter().collect();
@@ -92,7 +92,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         self.claim(&known.target, addresses.iter());
         self.follow(&known.target);
         let captured = match self.apply(&known.target).await {
-            // Its own pod may have been brought meanwhile.
+            // The plugin may have added the namespace's own pod in the meantime.
             Ok(outcome) => self.hand_over(&known.target).map(|()| outcome.observation),
             Err(error) => Err(error),
         };
@@ -115,7 +115,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
         if known.target.adoption == Adoption::Awaited {
             return;
         }
-        // Another pod that took the namespace may be gone, and its checkpoint with it.
+        // Another pod may have taken the namespace and ended, and its end removed the checkpoint.
         let is_free = self.ownership.owner(known.target.netns_cookie).is_none();
         if !self.ownership.take_if_free(&known.target) {
             known.captured = false;
@@ -149,7 +149,7 @@ impl<D: Datapath + Send + 'static> Pods<D> {
     }
 }
 
-/// The namespace that is now where the pod's was, if it is another one.
+/// The namespace that is now at the pod's path, if it is another one.
 fn successor(known: &Enrolled) -> Option<NetNs> {
     let now = NetNs::open(known.target.netns.path()?).ok()?;
     (now != known.target.netns).then_some(now)

@@ -12,7 +12,7 @@ pub(super) struct Options {
     /// Output format
     #[arg(short, long, value_enum, default_value_t)]
     output: Output,
-    // Last: what comes after it would be under its heading.
+    // Must stay last: its heading would apply to the options after it.
     #[command(flatten)]
     requirements: Requirements,
 }

@@ -37,7 +37,7 @@ pub(super) struct ExplainQuery {
     query: Query,
 }
 
-/// Fails if anything is not as it should be.
+/// Exits with 1 if anything is wrong with the pod.
 pub(super) fn pod(PodQuery { name, query }: &PodQuery) -> anyhow::Result<ExitCode> {
     let detail = match ask(query, &Request::Pod { name: name.clone() })? {
         Reply::Pod(detail) => detail,
@@ -56,7 +56,7 @@ pub(super) fn pod(PodQuery { name, query }: &PodQuery) -> anyhow::Result<ExitCod
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Fails if something is wrong on the connection's way.
+/// Exits with 1 if there is a fault on the connection's way.
 pub(super) fn explain(asked: &ExplainQuery) -> anyhow::Result<ExitCode> {
     let ExplainQuery { from, to, transport, query } = asked;
     let request = Request::Explain { from: from.clone(), to: *to, transport: *transport };

@@ -38,7 +38,7 @@ pub(super) fn run(Options { filter, count, query }: &Options) -> anyhow::Result<
         match print(&flows, lost, query.output, &mut left) {
             Ok(()) if left > 0 => ControlFlow::Continue(()),
             Ok(()) => ControlFlow::Break(()),
-            // Whoever reads has had enough.
+            // The reader has closed the pipe.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ControlFlow::Break(()),
             Err(error) => {
                 failure = Some(error.into());
@@ -62,13 +62,13 @@ fn print(flows: &[FlowReport], lost: u64, output: Output, left: &mut u64) -> io:
         }
     }
     if lost > 0 {
-        // Not on the standard output, where programs expect connections.
+        // On stderr, because programs expect only connections on stdout.
         eprintln!("redirect: {lost} events lost: they came faster than this terminal reads them");
     }
     out.flush()
 }
 
-/// In columns, as far as names are of usual length.
+/// The columns fit names of usual length.
 fn line(flow: &FlowReport) -> String {
     let end = |end: Option<std::net::SocketAddr>| end.map_or_else(|| "-".into(), |end| end.to_string());
     let pod = flow.pod.as_ref().map_or_else(|| "-".into(), ToString::to_string);

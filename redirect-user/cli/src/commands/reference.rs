@@ -62,7 +62,7 @@ fn table(arguments: &[&Arg]) -> String {
     for argument in arguments {
         let defaults: Vec<String> =
             argument.get_default_values().iter().map(|value| format!("`{}`", value.display())).collect();
-        // A flag's default says nothing.
+        // The default of a flag needs no mention.
         let default = if argument.get_action().takes_values() { defaults.join(" ") } else { String::new() };
         let _ = writeln!(text, "| {} | {default} | {} |", name(argument), meaning(argument));
     }
@@ -92,7 +92,7 @@ fn name(argument: &Arg) -> String {
 fn meaning(argument: &Arg) -> String {
     let help = argument.get_long_help().or(argument.get_help()).map(plain).unwrap_or_default();
     let values = argument.get_possible_values();
-    // A switch takes values of its own that say nothing more.
+    // The values of a switch need no mention.
     let choices: Vec<String> = values
         .iter()
         .filter(|value| !value.is_hide_set())

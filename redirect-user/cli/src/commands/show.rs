@@ -142,7 +142,7 @@ pub(super) fn pods_table(pods: &[PodReport]) -> Table {
     table
 }
 
-/// A pod's interfaces, and what is special about them.
+/// A pod's interfaces, with remarks.
 fn interfaces(report: &PodReport) -> String {
     let own = report.interfaces.iter().map(|name| match report.unguarded.contains(name) {
         true => format!("{name} (no gate)"),
@@ -152,7 +152,7 @@ fn interfaces(report: &PodReport) -> String {
     own.chain(strayed).collect::<Vec<_>>().join(", ")
 }
 
-/// A pod's connections of one direction, of both families.
+/// A pod's connections in one direction, in both families.
 fn connections(counters: &[PodCounter], direction: Direction) -> String {
     let lines = Verdict::ALL.iter().filter_map(|verdict| {
         let counted =
@@ -164,7 +164,7 @@ fn connections(counters: &[PodCounter], direction: Direction) -> String {
     if lines.is_empty() { "none".into() } else { lines.join("\n") }
 }
 
-/// Seconds as people say them.
+/// A duration in human-readable units.
 fn duration(seconds: u64) -> String {
     match seconds {
         0..60 => format!("{seconds}s"),

@@ -26,7 +26,7 @@ pub(super) struct Options {
 
 /// Shows rates until q, Esc or Ctrl-C.
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
-    // Before the screen is taken: an agent that is not there is told of in words.
+    // Before the terminal switches to full screen, so that a missing agent is a plain error message.
     status(&options.socket)?;
     let events = listen(options.socket.clone())?;
     let mut terminal = ratatui::try_init()?;
@@ -78,15 +78,15 @@ fn status(socket: &Path) -> anyhow::Result<Status> {
     }
 }
 
-/// Events, and how many were missed.
+/// Events, and the number of missed ones.
 type Heard = (Vec<FlowReport>, u64);
 
-/// What a thread hears until this process ends. What the kernel side or the agent lost counts as missed too.
+/// Receives events on a thread until this process ends. Events that the kernel side or the agent lost also count as missed.
 fn listen(socket: PathBuf) -> anyhow::Result<Receiver<Heard>> {
     let (heard, events) = mpsc::channel();
     thread::Builder::new().name("events".into()).spawn(move || {
         let request = Request::Monitor { filter: FlowFilter::default() };
-        // When the agent ends, so does the command: it can't have its status any more.
+        // When the agent ends, so does the command, because it has no status to show any more.
         let _ = client::follow(&socket, &request, PATIENCE, |reply| {
             let Reply::Flows { flows, lost } = reply else { return ControlFlow::Break(()) };
             if heard.send((flows, lost)).is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }

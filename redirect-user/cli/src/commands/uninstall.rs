@@ -11,7 +11,7 @@ use redirect_datapath::linux::{HostReport, InUse};
 /// The exit code when an agent runs.
 const IN_USE: u8 = 3;
 
-/// Code 0: nothing is left, whether there was something or not; 1: something is.
+/// Exit code 0: nothing is left; 1: something could not be removed.
 pub(super) fn run(command: &Uninstall) -> ExitCode {
     match uninstall(&command.options) {
         Ok(mut report) => {
@@ -33,7 +33,7 @@ pub(super) fn run(command: &Uninstall) -> ExitCode {
     }
 }
 
-/// What to do about an agent that runs.
+/// How to proceed while an agent runs.
 fn in_use(directory: &Path, ours: &Path) -> String {
     let running = format!("an agent runs and uses {}", directory.display());
     if directory == ours {

@@ -21,7 +21,7 @@ pub(super) struct Options {
     output: Output,
 }
 
-/// Fails if a family that the pod has an address of is not captured, or if it has none at all.
+/// Exits with 1 if the pod has an address of a family that is not captured, or has no address at all.
 pub(super) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let findings = validate(options.port, Duration::from_secs(options.timeout))?;
     match options.output {

@@ -34,7 +34,7 @@ pub struct State {
     pub observed: usize,
     /// The operation that fails, counted from the first one ever executed.
     pub fail_at: Option<usize>,
-    /// Whether what is tried after it fails as well.
+    /// Whether the operations after it fail as well.
     pub fails_on: bool,
     /// By cookie.
     pub virtual_interfaces: BTreeMap<u64, Vec<String>>,
@@ -130,7 +130,7 @@ impl Datapath for Fake {
             facts.retain(|other| other.place() != Some(place) || other == fact);
         }
         match op {
-            // A pod that could not be removed is released once more.
+            // The next attempt releases a pod again after a failed removal.
             Op::Ensure(fact) => {
                 assert!(facts.insert(fact.clone()) || matches!(fact, Fact::Pod(_)), "{fact} twice");
             }

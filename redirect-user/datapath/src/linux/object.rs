@@ -131,7 +131,7 @@ fn capacities(settings: &Settings) -> [(&'static str, u32); 10] {
         ("EXCLUDED_IPV4", capacities.exclusions),
         ("EXCLUDED_IPV6", capacities.exclusions),
         ("EXCLUDED_PORTS", capacities.exclusions),
-        // A pod has three listeners of the proxy, each for both families; twice that while one proxy takes over from another.
+        // A pod has three listeners of the proxy, each for both families, and twice as many while one proxy replaces another.
         ("LISTENERS", capacities.pods.saturating_mul(12)),
         ("PROXY_CGROUPS", MAX_PROXY_CGROUPS),
     ]

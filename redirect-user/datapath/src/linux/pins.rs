@@ -126,7 +126,7 @@ impl Pins {
         indices.flatten().collect()
     }
 
-    /// Has the kernel side capture nothing new of any pod, whatever is removed first.
+    /// Stops the capture of new connections of all pods, so that the order of the removal does not matter.
     pub fn release(&self) -> anyhow::Result<()> {
         for entry in fs::read_dir(self.maps()).into_iter().flatten().flatten() {
             if !entry.file_name().to_string_lossy().starts_with("PODS-") {

@@ -74,7 +74,7 @@ impl Stage {
         application(&self.shared.namespaces, &self.pod, port).await
     }
 
-    /// An application that answers no more SYNs, and the connection that it has not accepted.
+    /// An application that does not answer further SYNs, and the connection that it has not accepted.
     async fn deaf(&self, port: u16) -> (Socket, TcpStream) {
         let address = (Ipv6Addr::UNSPECIFIED, port).into();
         let application = occupy(&self.shared.namespaces, &self.pod, address).await;
@@ -206,7 +206,7 @@ async fn a_client_that_gives_up_has_the_proxy_give_up() {
             for _ in 0..CLIENTS {
                 waiting.push(stage.dial(client, server, port).await);
             }
-            // One that has ended its own way goes on waiting for the answer.
+            // A client that has ended its direction still waits for the answer.
             send_and_end(&mut waiting[0], b"question").await;
             super::eventually("all wait", async || unanswered.take(Asker::Pod).is_none()).await;
             reset(waiting);

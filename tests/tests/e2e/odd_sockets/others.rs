@@ -206,7 +206,7 @@ fn excluded_port(context: &Context, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// What is reserved for the future is unicast all the same, to Linux and in some clouds. Istio: the same.
+/// Linux and some clouds treat addresses that are reserved for future use as unicast. Istio: the same.
 fn reserved_address(context: &Context, stack: Stack) -> Result<()> {
     let (address, length, more) = match stack.family() {
         Family::Ipv4 => ("240.0.0.1", 32, ""),

@@ -139,7 +139,7 @@ fn a_pod_that_leaves_says_how_long_the_proxys_connections_may_go_on() {
             assert_eq!(reason.grace(&with(None, value), &rules), Duration::ZERO);
         }
     }
-    // It is refused while there is time to put it right.
+    // An invalid value is refused while there is time to correct it.
     let Decision::Refuse(bad) = decide(&with(Some("ambient"), Some("soon")), None, &rules) else { panic!() };
     assert_eq!((bad.annotation, bad.value.as_str()), (UNENROLL_GRACE, "soon"));
 }

@@ -1,4 +1,4 @@
-//! A task of a schedule gives way before it takes a lock: whatever may come in between on another thread may come there.
+//! A task of a schedule yields before it takes a lock, because another thread could run there.
 
 use std::cell::Cell;
 use std::future::poll_fn;

@@ -1,6 +1,6 @@
-//! ADDs, DELs, adoptions, repairs and readers of the same few pods at once, in an order that a seed chooses, one step after the other.
-//! A task gives way wherever it waits, and before it takes a lock of [`Slots`]. So what two threads can do to each other between two
-//! locks happens here on one, again and again, and can be repeated.
+//! ADDs, DELs, adoptions, repairs and readers of the same few pods run concurrently, in an order that a seed chooses. A task
+//! yields wherever it waits, and before it takes a lock of [`Slots`]. So one thread reproduces, repeatably, the races of two
+//! threads between locks.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -16,13 +16,13 @@ use tokio::task::unconstrained;
 use super::super::slots::scheduled::IN_SCHEDULE;
 use super::*;
 
-/// How many schedules are tried, as far as there is time; with `REDIRECT_SCHEDULES`, so many.
+/// The number of schedules to try within [`TIME`]. `REDIRECT_SCHEDULES` sets a number without a time limit.
 const SCHEDULES: u64 = 200;
 const TIME: Duration = Duration::from_secs(10);
 
 type Task = Pin<Box<dyn Future<Output = ()>>>;
 
-/// Polls one task after the other, as a seed says.
+/// Polls the tasks in an order that a seed chooses.
 struct Schedule<'a> {
     tasks: Vec<(Option<Task>, Arc<Woken>)>,
     random: Rng,
@@ -83,7 +83,7 @@ impl Future for Schedule<'_> {
     }
 }
 
-/// What is done to pods `a` and `b`, which claim each other's addresses.
+/// Operations on pods `a` and `b`, which claim each other's addresses.
 #[derive(Clone, Debug)]
 enum Act {
     Add { container: usize, addresses: &'static [&'static str], netns: usize },
@@ -126,10 +126,10 @@ fn any_act(random: &mut Rng) -> Act {
     }
 }
 
-/// What was begun, and whether it succeeded, if it has ended.
+/// An operation that has started, and whether it succeeded, if it has ended.
 type Begun = (Act, Option<bool>);
 
-/// In the order in which it was begun.
+/// In the order of the starts.
 #[derive(Debug, Default)]
 struct History(Vec<Begun>);
 
@@ -171,12 +171,12 @@ impl World {
     /// Waits for the datapath's thread, and for the one that writes files.
     fn settle(&self) {
         let (done, is_done) = mpsc::channel();
-        // Also when the task that was polled has used its share of the runtime's time.
+        // Works even if the polled task has used its share of the runtime's time.
         let job = std::pin::pin!(unconstrained(self.thread.run({
             let done = done.clone();
             move |_| done.send(()).unwrap()
         })));
-        // It is handed over with that; nobody waits for what it returns.
+        // This submits the job, whose result does not matter.
         let _ = job.poll(&mut Context::from_waker(Waker::noop()));
         tokio::task::spawn_blocking(move || done.send(()).unwrap());
         (0..2).for_each(|_| is_done.recv().unwrap());
@@ -189,7 +189,7 @@ impl World {
         assert!(parse(STAYS).into_iter().all(|address| has(&Fact::Address(address))), "nor its addresses");
     }
 
-    /// The same acts as a task, one after the other.
+    /// The acts as a task, one after the other.
     fn task(&self, acts: Vec<Act>) -> Task {
         let (pods, history) = (Arc::clone(&self.pods), Arc::clone(&self.history));
         let namespaces = self.namespaces.clone();
@@ -206,7 +206,7 @@ impl World {
         })
     }
 
-    /// What holds whenever nothing is under way.
+    /// Checks the invariants that hold while no operation runs.
     async fn is_consistent(&self) {
         let pods = &self.pods;
         let (mut containers, mut cookies) = (BTreeSet::new(), BTreeMap::new());
@@ -346,7 +346,7 @@ async fn run(seed: u64) -> Arc<Mutex<History>> {
         world.stays();
     };
     Schedule::new(tasks, random, &mut after_step).await;
-    // What lost its namespace, and got it back, is captured again with the next resync.
+    // A pod that lost its namespace and got it back is captured again at the next resync.
     for uid in pods.uids().await {
         pods.reconcile(&uid).await;
     }
@@ -386,7 +386,7 @@ fn whatever_the_order_nothing_is_lost_or_left() {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .start_paused(true)
-            // Files are written in the order in which that is asked for.
+            // One thread writes files in the order of the requests.
             .max_blocking_threads(1)
             .build()
             .unwrap();
