@@ -108,7 +108,7 @@ fn table(frame: &mut Frame<'_>, area: Rect, title: String, rates: &BTreeMap<Key,
         Row::new(key.iter().skip(from).cloned().chain(figures))
     });
     let header = ["POD", "FAMILY", "DIRECTION", "VERDICT", "REASON", "   PER S.", "     TOTAL"];
-    let widths = [24, 6, 9, 7, 14, 9, 10].map(Constraint::Length);
+    let widths = [24, 6, 9, 8, 14, 9, 10].map(Constraint::Length);
     let shown = Table::new(rows, widths.into_iter().skip(from))
         .header(Row::new(header.into_iter().skip(from)).style(Style::new().bold()))
         .block(Block::bordered().title(title));
