@@ -19,7 +19,7 @@ pub(crate) enum Budget {
 impl Budget {
     pub(crate) const fn seconds(self) -> u64 {
         match self {
-            Self::Programs => 500,
+            Self::Programs => 440,
             Self::Tests => 850,
         }
     }
