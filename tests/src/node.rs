@@ -59,7 +59,7 @@ pub struct ProxyOptions<'a> {
     pub tunnelled: Vec<Tunnelled>,
     /// Variables of its environment.
     pub environment: Vec<(String, String)>,
-    /// How long its connections may continue when it is told to stop, in seconds.
+    /// How long its open connections may continue after SIGTERM, in seconds.
     pub drain: u64,
     /// Its placement; by default the session's.
     pub placement: Option<Placement>,

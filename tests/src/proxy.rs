@@ -43,7 +43,7 @@ pub struct Setup<'a> {
     pub tunnelled: &'a [Tunnelled],
     /// Variables of its environment.
     pub environment: &'a [(String, String)],
-    /// How long connections may continue when the proxy is told to stop, in seconds.
+    /// How long open connections may continue after SIGTERM, in seconds.
     pub drain: u64,
     /// Its placement.
     pub placement: Placement,

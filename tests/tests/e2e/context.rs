@@ -85,7 +85,7 @@ impl Context {
         drop(lock(&self.node).take());
     }
 
-    /// Ends everything, after the nodes. Returns what is left although it should be gone.
+    /// Ends the session after its nodes. Returns its leftovers in the kernel.
     pub(crate) fn finish(&self) -> Result<Vec<String>> {
         match lock(&self.session).take() {
             Some(Ok(session)) => session.leftovers(),

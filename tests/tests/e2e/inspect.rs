@@ -268,7 +268,7 @@ fn lacks_listeners(node: &Node, pod: &Pod, families: &[Family]) -> Result<()> {
 /// A pod's service account comes from the runtime or the agent's option, or there is none. The agent announces it to the node
 /// proxy, and `explain` notes what the agent can't know.
 fn service_account(context: &Context, stack: Stack) -> Result<()> {
-    context.needs_placement_pod("a proxy on the host is told of no pods")?;
+    context.needs_placement_pod("the agent sends no pods to a proxy on the host")?;
     let mapping = "default/named*=option,default/mapped-*=option,default/mapped-*=second";
     let node = Node::with_arguments(&context.session()?, &["--service-account", mapping])?;
     let cases = [("named", "runtime", "runtime"), ("mapped-1", "", "option"), ("unnamed", "", "")];
@@ -282,7 +282,7 @@ fn service_account(context: &Context, stack: Stack) -> Result<()> {
     for (pod, account) in &pods {
         let uid = &pod.identity().uid;
         let of = || told.lock().ok().and_then(|told| told.get(uid).map(|info| info.service_account.clone()));
-        wait::until_true("pod that the proxy is told of", wait::SOON, || Ok(of().is_some()))?;
+        wait::until_true("pod at the proxy", wait::SOON, || Ok(of().is_some()))?;
         ensure!(of().as_deref() == Some(account), "{}: {:?}", pod.identity(), of());
         let acknowledged = || Ok(node.report(pod)?.is_some_and(|report| report.proxy == Ok(())));
         wait::until_true("pod that is acknowledged", wait::SOON, acknowledged)?;

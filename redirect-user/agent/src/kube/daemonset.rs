@@ -19,8 +19,8 @@ use super::{client, config};
 const DEADLINE: Duration = Duration::from_secs(5);
 
 /// The DaemonSet, watched from the agent's start on. An uninstallation also deletes service account and role, in any
-/// order, so the agent may not be allowed to query it when it is told to stop. An open watch still sees the deletion. A
-/// lack of permissions by itself proves nothing: it may be a misconfiguration.
+/// order, so the API server may refuse the agent's query by the time the agent stops. An open watch still sees the
+/// deletion. A lack of permissions by itself proves nothing: it may be a misconfiguration.
 pub(crate) struct OwnDaemonSet {
     api: Api<PartialObjectMeta<DaemonSet>>,
     name: String,

@@ -113,13 +113,19 @@ impl Pins {
         entries.filter_map(|entry| cookie_of_lookup(entry.file_name().to_str()?)).collect()
     }
 
+    /// The pins of a map: one per layout and capacity.
+    fn maps_named(&self, name: &str) -> impl Iterator<Item = PathBuf> {
+        let entries = fs::read_dir(self.maps()).into_iter().flatten().flatten();
+        let start = format!("{name}-");
+        entries
+            .filter(move |entry| entry.file_name().to_string_lossy().starts_with(&start))
+            .map(|entry| entry.path())
+    }
+
     /// The indices of the host's devices that lead to pods.
     pub fn devices(&self) -> BTreeSet<u32> {
-        let entries = fs::read_dir(self.maps()).into_iter().flatten().flatten();
-        let of_devices =
-            entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("INTERFACES-"));
-        let indices = of_devices.filter_map(|entry| {
-            let map = Map::HashMap(MapData::from_pin(entry.path()).ok()?);
+        let indices = self.maps_named("INTERFACES").filter_map(|pin| {
+            let map = Map::HashMap(MapData::from_pin(pin).ok()?);
             let map = BpfHashMap::<_, u32, PodAddress>::try_from(map).ok()?;
             Some(map.keys().flatten().collect::<Vec<_>>())
         });
@@ -128,11 +134,8 @@ impl Pins {
 
     /// Stops the capture of new connections of all pods, so that the order of the removal does not matter.
     pub fn release(&self) -> anyhow::Result<()> {
-        for entry in fs::read_dir(self.maps()).into_iter().flatten().flatten() {
-            if !entry.file_name().to_string_lossy().starts_with("PODS-") {
-                continue;
-            }
-            let map = Map::HashMap(MapData::from_pin(entry.path())?);
+        for pin in self.maps_named("PODS") {
+            let map = Map::HashMap(MapData::from_pin(pin)?);
             let mut pods = BpfHashMap::<_, u64, Pod>::try_from(map)?;
             for cookie in pods.keys().collect::<Result<Vec<_>, _>>()? {
                 let pod = pods.get(&cookie, 0)?;
